@@ -1,0 +1,109 @@
+"""FrozenWeight: what every op knows of a base weight that is not trained.
+
+An op never asks how the weight is stored. It asks for the values (`decode`), or for a product where the storage has one
+of its own (`linear`, `linear_t`), and it remembers a `stamp` to learn in backward whether the base changed since forward.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Rows = tuple[int, int]
+
+
+class FrozenWeight(ABC):
+    """A frozen matrix of `shape` (out_features, in_features), wherever and however its values are stored.
+
+    Attributes:
+        kind: name under which `unflatten_weight` finds the class; unique, stable across processes.
+        shape: (out_features, in_features).
+        dtype: floating dtype of the values as stored or as originally quantised; `decode` can give another.
+        device: where the storage is, and where decoded values appear.
+    """
+
+    kind: ClassVar[str]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    _kinds: ClassVar[dict[str, type[FrozenWeight]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            other = FrozenWeight._kinds.setdefault(cls.kind, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"FrozenWeight kind {cls.kind!r} is taken by {other.__qualname__}")
+
+    @abstractmethod
+    def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The values as a dense matrix.
+
+        Args:
+            out: (rows, in_features) tensor on `device` to fill, any floating dtype and strides; its dtype wins.
+            rows: half-open range (first, last) of output features; all of them when None.
+            dtype: dtype of the result when `out` is None; the weight's own by default.
+
+        Returns:
+            `out`, or a tensor that the caller must not write into (a dense weight returns a view of itself).
+
+        Raises:
+            ValueError: `rows` outside the weight, or `out` of another shape or device.
+        """
+
+    @abstractmethod
+    def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """(tensors, meta): meta holds JSON values only, so that both can pass through a custom op or a file."""
+
+    @classmethod
+    @abstractmethod
+    def unflatten(cls, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> FrozenWeight:
+        """The weight again; shares storage with `tensors`."""
+
+    def linear(self, x: Tensor) -> Tensor | None:
+        """x @ W.T for x of shape (tokens, in_features) when the storage has a product of its own that is faster here."""
+        return None
+
+    def linear_t(self, dy: Tensor) -> Tensor | None:
+        """dy @ W for dy of shape (tokens, out_features), likewise."""
+        return None
+
+    def prefetch(self) -> None:
+        """Start to bring the storage to `device`; returns at once. Nothing to do for resident weights."""
+
+    def release(self) -> None:
+        """The op is done with the storage until the next `prefetch`. Nothing to do for resident weights."""
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Identity of the stored bytes: (address, version) of every tensor. Differs after any tracked write or move."""
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.flatten()[0])
+
+    def check_unchanged(self, stamp: tuple[tuple[int, int], ...]) -> None:
+        """Raise RuntimeError unless the storage is still what it was when `stamp` was taken."""
+        if self.stamp() != stamp:
+            raise RuntimeError(
+                f"the frozen base weight {self.shape} was changed or moved between forward and backward; "
+                "merge, unmerge, quantise or move the model only after backward"
+            )
+
+    def _check_decode(self, out: Tensor | None, rows: Rows | None) -> tuple[int, int]:
+        first, last = (0, self.shape[0]) if rows is None else rows
+        if not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"rows: expected 0 <= first <= last <= {self.shape[0]}, got {rows}")
+        if out is not None:
+            if tuple(out.shape) != (last - first, self.shape[1]):
+                raise ValueError(f"out: expected shape {(last - first, self.shape[1])}, got {tuple(out.shape)}")
+            if out.device != self.device:
+                raise ValueError(f"out: expected a tensor on {self.device}, got {out.device}")
+        return first, last
+
+
+def unflatten_weight(kind: str, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> FrozenWeight:
+    """The FrozenWeight of class `kind` over `tensors`. Raises ValueError for an unknown kind."""
+    if kind not in FrozenWeight._kinds:
+        raise ValueError(f"kind: expected one of {sorted(FrozenWeight._kinds)}, got {kind!r}")
+    return FrozenWeight._kinds[kind].unflatten(tensors, meta)

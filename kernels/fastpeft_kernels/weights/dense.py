@@ -1,0 +1,59 @@
+"""A frozen weight that is an ordinary matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import FrozenWeight, Rows
+
+
+class DenseWeight(FrozenWeight):
+    """A floating matrix (out_features, in_features), used in place.
+
+    Args:
+        weight: the matrix, any floating dtype and strides; kept by reference, so a later write shows in `stamp`.
+
+    Raises:
+        TypeError: `weight` is not a floating tensor.
+        ValueError: `weight` is not a matrix.
+    """
+
+    kind = "dense"
+
+    def __init__(self, weight: Tensor) -> None:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError(f"weight: expected a floating tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.weight.device
+
+    def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        first, last = self._check_decode(out, rows)
+        values = self.weight.detach()
+        if rows is not None:
+            values = values[first:last]
+        if out is not None:
+            return out.copy_(values)
+        return values if dtype is None else values.to(dtype)
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        return (self.weight,), {}
+
+    @classmethod
+    def unflatten(cls, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> DenseWeight:
+        return cls(tensors[0])
