@@ -1,0 +1,6 @@
+"""LoRA projections over frozen weights."""
+
+from .api import lora_linear, lora_linear_group
+from .projection import Dtypes, LoraAdapter, LoraProjection
+
+__all__ = ["Dtypes", "LoraAdapter", "LoraProjection", "lora_linear", "lora_linear_group"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Rows = tuple[int, int]
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 class FrozenWeight(ABC):
@@ -78,11 +79,18 @@ class FrozenWeight(ABC):
     def release(self) -> None:
         """The op is done with the storage until the next `prefetch`. Nothing to do for resident weights."""
 
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Identity of the stored bytes: (address, version) of every tensor. Differs after any tracked write or move."""
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.flatten()[0])
+    def stamp(self) -> Stamp:
+        """Identity of the stored values: (storage, offset, version) of every tensor.
 
-    def check_unchanged(self, stamp: tuple[tuple[int, int], ...]) -> None:
+        Differs after any write that torch tracks and after a move to other memory, but not when a sharding library
+        frees the storage after forward and fills the same one again for backward.
+        """
+        return tuple(
+            (t.untyped_storage()._cdata, t.storage_offset(), 0 if t.is_inference() else t._version)
+            for t in self.flatten()[0]
+        )
+
+    def check_unchanged(self, stamp: Stamp) -> None:
         """Raise RuntimeError unless the storage is still what it was when `stamp` was taken."""
         if self.stamp() != stamp:
             raise RuntimeError(

@@ -1,0 +1,38 @@
+"""Warm buffers for values that live for one product only.
+
+On CPU a fresh large tensor costs a page fault for every 4 KiB, about as much as decoding into it; a buffer that is used
+again costs nothing. On GPU the caching allocator does the same, so nothing is kept there.
+"""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+
+import torch
+from torch import Tensor
+
+_LOCAL = threading.local()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that is valid until the same thread's next call with the same device and dtype.
+
+    The buffer grows to the largest request. `release_scratch` frees it.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffers: dict[torch.dtype, Tensor] = _LOCAL.__dict__.setdefault("buffers", {})
+    size = prod(shape)
+    buffer = buffers.get(dtype)
+    if buffer is None or buffer.numel() < size:
+        buffers.pop(dtype, None)
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=dtype)
+        buffers[dtype] = buffer
+    return buffer[:size].view(shape)
+
+
+def release_scratch() -> None:
+    """Free this thread's buffers."""
+    _LOCAL.__dict__.pop("buffers", None)

@@ -1,0 +1,128 @@
+"""LoRA projections: a frozen linear map plus low-rank updates, one at a time or all that read the same input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.random import draw_seed
+from ..weights import DenseWeight, FrozenWeight
+from . import autograd
+from .projection import Dtypes, LoraAdapter, LoraProjection, check_group
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """One LoRA projection of x; see `lora_linear_group`, of which this is the case of one projection, one adapter.
+
+    Equivalent PyTorch: `F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout), a), b)`.
+
+    Args:
+        x: (..., in_features), floating.
+        weight: frozen; a matrix (out_features, in_features) or a FrozenWeight.
+        a: (rank, in_features).
+        b: (out_features, rank), dtype of `a`.
+        scaling: factor of the update; a float or a 0-d tensor.
+        bias: (out_features,) or None.
+        dropout: probability of dropping an element of x before `a`.
+        training: False switches dropout off.
+
+    Returns:
+        (..., out_features) in x's dtype, or autocast's.
+
+    Raises:
+        TypeError, ValueError: as `lora_linear_group`.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
+    """
+    frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
+    projection = LoraProjection(frozen, bias, (LoraAdapter(a, b, scaling, None, dropout),))
+    return lora_linear_group(x, (projection,), training=training)[0]
+
+
+def lora_linear_group(
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    training: bool = True,
+    seeds: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """All projections of one input, with any number of adapters each, as one differentiable operation.
+
+    Equivalent PyTorch: `lora.reference.lora_group_reference`. Gradients reach x, every adapter's a, b and bias, and the
+    projections' biases, where they require them; the frozen weights never get one. Keeps x, x A^T and the packed
+    adapters for backward, no dropout mask and no decoded weight.
+
+    Args:
+        x: (..., in_features), floating; any number of leading dimensions, also empty.
+        projections: frozen weights (out_features, in_features) with their adapters; none needs any adapter.
+        compute_dtype: dtype of the frozen products; default autocast's dtype when autocast is on, else x's.
+        lora_dtype: dtype of the adapters' products; default autocast's, else the adapters' own. Where it is wider than
+            `compute_dtype`, the update is added to the frozen product in the wider dtype.
+        out_dtype: dtype of the results; default `compute_dtype`.
+        training: False switches dropout off.
+        seeds: dropout seeds, int64 (1,) or None for each projection; default drawn from torch's generator of x's
+            device, one for each projection with dropout, in order.
+
+    Returns:
+        One new tensor (..., out_features) for each projection.
+
+    Raises:
+        TypeError: an argument that is no tensor, not floating, or adapters of differing dtypes.
+        ValueError: sizes or devices that do not fit; the message names the argument, what was expected and what came.
+        RuntimeError: in backward, when a frozen weight was changed or moved since forward.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
+    """
+    check_group(x, projections)
+    dtypes = _resolve_dtypes(x, projections, compute_dtype, lora_dtype, out_dtype)
+    drawn = draw_seeds(x.device, projections, training) if seeds is None else list(seeds)
+    if len(drawn) != len(projections):
+        raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(drawn)}")
+    return run_group(x, projections, dtypes, drawn)
+
+
+def run_group(
+    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """`lora_linear_group` for callers that have checked their arguments."""
+    device = x.device.type
+    autocast_off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with autocast_off:
+        return autograd.apply(x, projections, dtypes, seeds)
+
+
+def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:
+    """One seed for each projection that drops anything, in order; None for the others."""
+    return [draw_seed(device) if training and any(a.dropout for a in p.adapters) else None for p in projections]
+
+
+def _resolve_dtypes(
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    compute: torch.dtype | None,
+    lora: torch.dtype | None,
+    out: torch.dtype | None,
+) -> Dtypes:
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    own = {adapter.a.dtype for projection in projections for adapter in projection.adapters}
+    if lora is None and autocast is None and len(own) > 1:
+        raise TypeError(f"projections: expected adapters of one dtype, or lora_dtype to be given, got {sorted(map(str, own))}")
+    compute = compute or autocast or x.dtype
+    lora = lora or autocast or (own.pop() if own else compute)
+    return Dtypes(compute, lora, out or compute)

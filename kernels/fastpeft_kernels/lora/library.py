@@ -1,0 +1,297 @@
+"""LoRA projections on the library's matrix products (BLAS, cuBLAS), written out forward and backward.
+
+For n projections of one input with adapters: S = x A^T is one product for all of them and is kept for backward; the up
+projection accumulates into the frozen product's output; in backward every term of dx accumulates into one buffer, and dA
+is one product for all. The frozen weight is decoded twice, once in forward and once in backward, into a buffer that is
+used again. Forward: 1 + 2n products, backward: 3n + 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..common.random import dropout
+from ..common.scratch import scratch
+from ..weights import FrozenWeight
+from .projection import Dtypes, LoraProjection
+
+
+@dataclass(slots=True, eq=False)
+class Packed:
+    """A group's adapters as the products take them, in the adapters' compute dtype.
+
+    Attributes:
+        a: (total rank, in_features), all adapters under each other; None without adapters.
+        b: scaling * B of each projection, (out_features, its rank), or None.
+        bias: summed scaling * bias of each projection's adapters, (out_features,), or None.
+    """
+
+    a: Tensor | None
+    b: list[Tensor | None]
+    bias: list[Tensor | None]
+
+
+def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
+    """Cast, scale and join the adapters, once for the whole group."""
+    down = [adapter.a.detach() for projection in projections for adapter in projection.adapters]
+    a = None if not down else (down[0] if len(down) == 1 else torch.cat(down)).to(dtype)
+    b: list[Tensor | None] = []
+    bias: list[Tensor | None] = []
+    for projection in projections:
+        up = [_scaled(adapter.b.detach(), adapter.scaling, dtype) for adapter in projection.adapters]
+        b.append(None if not up else up[0] if len(up) == 1 else torch.cat(up, dim=1))
+        offsets = [_scaled(a_.bias.detach(), a_.scaling, dtype) for a_ in projection.adapters if a_.bias is not None]
+        bias.append(None if not offsets else offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0))
+    return Packed(a, b, bias)
+
+
+def forward(
+    x: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor | None]:
+    """All outputs and S.
+
+    Args:
+        x: (..., in_features), any floating dtype.
+        projections, packed, dtypes, seeds: the group; seeds[i] is None where projection i drops nothing.
+
+    Returns:
+        (outputs, s): outputs[i] is (..., out_features) and no view; s is (tokens, total rank) or None.
+    """
+    x2 = x.reshape(-1, x.shape[-1])
+    inputs = x2.to(dtypes.compute)
+    s = _down(x2, projections, packed, dtypes, seeds)
+    outputs, column = [], 0
+    for i, projection in enumerate(projections):
+        y = x.new_empty((*x.shape[:-1], projection.weight.shape[0]), dtype=dtypes.out)
+        y2 = y.view(-1, y.shape[-1])
+        update = None
+        if packed.b[i] is not None and s is not None:
+            update = (s[:, column : column + projection.rank], packed.b[i])
+            column += projection.rank
+        _project(y2, inputs, projection, update, packed.bias[i], dtypes)
+        outputs.append(y)
+    return outputs, s
+
+
+def backward(
+    x: Tensor | None,
+    s: Tensor | None,
+    dys: Sequence[Tensor | None],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    needs_dx: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradients of x and of `LoraProjection.tensors()` of each projection.
+
+    Args:
+        x: (tokens, in_features) as kept by forward; None when no adapter's `a` is trained.
+        s: (tokens, total rank) as kept by forward; None when no adapter's `b` is trained.
+        dys: gradient of each output, (tokens, out_features) of dtype `dtypes.out`, or None where it is zero.
+        needs_dx, needs: which gradients are wanted; needs[i] runs parallel to projections[i].tensors().
+
+    Returns:
+        (dx, grads): dx (tokens, in_features) of dtype `dtypes.compute`, grads in the parameters' dtypes; None where
+        not wanted.
+    """
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
+    dx: Tensor | None = None
+    ds = _empty_ds(dys, packed)
+    column = 0
+    for i, projection in enumerate(projections):
+        first, column = column, column + projection.rank
+        dy = dys[i]
+        if dy is None:
+            continue
+        dy = _rows_contiguous(dy)
+        if needs_dx:
+            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dtypes.compute)
+        _bias_gradients(dy, projection, needs[i], grads[i])
+        up = packed.b[i]
+        if ds is None or up is None:
+            continue
+        dy = dy.to(dtypes.lora)
+        torch.mm(dy, up, out=ds[:, first:column])
+        if s is not None:
+            _up_gradients(dy, s[:, first:column], projection, needs[i], grads[i])
+    if ds is not None and packed.a is not None:
+        if x is not None:
+            _down_gradients(ds, x.to(dtypes.lora), projections, seeds, needs, grads)
+        if needs_dx:
+            dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, dtypes, seeds)
+    return dx, grads
+
+
+def _empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
+    """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
+    given = [dy for dy in dys if dy is not None]
+    if packed.a is None or not given:
+        return None
+    shape = (given[0].shape[0], packed.a.shape[0])
+    return packed.a.new_empty(shape) if len(given) == len(dys) else packed.a.new_zeros(shape)
+
+
+def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if isinstance(scaling, (int, float)) and scaling == 1.0 else (tensor * scaling).to(dtype)
+
+
+def _down(
+    x2: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> Tensor | None:
+    """S = dropout(x) A^T: one product without dropout, one for each adapter with it."""
+    if packed.a is None:
+        return None
+    inputs = x2.to(dtypes.lora)
+    if all(seed is None for seed in seeds):
+        return torch.mm(inputs, packed.a.t())
+    s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
+    for first, last, seed, p, stream in _columns(projections, seeds):
+        dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
+        torch.mm(dropped, packed.a[first:last].t(), out=s[:, first:last])
+    return s
+
+
+def _project(
+    y: Tensor,
+    inputs: Tensor,
+    projection: LoraProjection,
+    update: tuple[Tensor, Tensor] | None,
+    lora_bias: Tensor | None,
+    dtypes: Dtypes,
+) -> None:
+    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the wider of the two compute dtypes."""
+    base = y if dtypes.compute == dtypes.out else y.new_empty(y.shape, dtype=dtypes.compute)
+    own = projection.weight.linear(inputs)
+    bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
+    if own is not None:
+        base.copy_(own) if bias is None else torch.add(own, bias, out=base)
+    else:
+        weight = _decoded(projection.weight, dtypes.compute).t()
+        torch.mm(inputs, weight, out=base) if bias is None else torch.addmm(bias, inputs, weight, out=base)
+    if update is not None:
+        wide = torch.promote_types(dtypes.compute, dtypes.lora)
+        base = base.to(wide).addmm_(update[0].to(wide), update[1].to(wide).t())
+        if lora_bias is not None:
+            base.add_(lora_bias)
+    if base is not y:
+        y.copy_(base)
+
+
+def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    """The dense values for one product: a dense weight's own, else a warm buffer that the next decode overwrites."""
+    if weight.kind == "dense" and weight.dtype == dtype:
+        return weight.decode()
+    return weight.decode(out=scratch(weight.shape, dtype, weight.device))
+
+
+def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    own = weight.linear_t(dy)
+    if own is not None:
+        return own if dx is None else dx.add_(own)
+    values = _decoded(weight, dtype)
+    return torch.mm(dy, values) if dx is None else dx.addmm_(dy, values)
+
+
+def _add_adapter_input_gradient(
+    dx: Tensor | None,
+    ds: Tensor,
+    a: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> Tensor | None:
+    if dx is None:  # no output had a gradient
+        return None
+    wide = torch.promote_types(dtypes.compute, dtypes.lora)
+    dx, ds, a = dx.to(wide), ds.to(wide), a.to(wide)
+    if all(seed is None for seed in seeds):
+        dx.addmm_(ds, a)
+    else:
+        for first, last, seed, p, stream in _columns(projections, seeds):
+            part = torch.mm(ds[:, first:last], a[first:last])
+            dx.add_(part if seed is None else dropout(part, seed, p, stream))
+    return dx.to(dtypes.compute)
+
+
+def _bias_gradients(
+    dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]
+) -> None:
+    wanted = [i for i in range(0, len(needs), 3) if needs[i]]  # the bias, then every adapter's
+    if not wanted:
+        return
+    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    for i in wanted:
+        if i == 0 and projection.bias is not None:
+            grads[0] = total.to(projection.bias.dtype)
+        elif i > 0:
+            adapter = projection.adapters[i // 3 - 1]
+            if adapter.bias is not None:
+                grads[i] = (total * adapter.scaling).to(adapter.bias.dtype)
+
+
+def _up_gradients(
+    dy: Tensor, s: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]
+) -> None:
+    """dB = scaling * dy^T S, one product for all adapters of the projection."""
+    wanted = [j for j in range(len(projection.adapters)) if needs[3 * j + 2]]
+    if not wanted:
+        return
+    db = _mm_wide(dy.t(), s, projection.adapters[wanted[0]].b.dtype)
+    column = 0
+    for j, adapter in enumerate(projection.adapters):
+        first, column = column, column + adapter.rank
+        if j in wanted:
+            grads[3 * j + 2] = (db[:, first:column] * adapter.scaling).to(adapter.b.dtype)
+
+
+def _down_gradients(
+    ds: Tensor,
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    seeds: Sequence[Tensor | None],
+    needs: Sequence[Sequence[bool]],
+    grads: list[list[Tensor | None]],
+) -> None:
+    """dA = dS^T dropout(x), one product for the whole group without dropout."""
+    joint = None
+    if all(seed is None for seed in seeds):
+        joint = _mm_wide(ds.t(), x, next(a.a.dtype for projection in projections for a in projection.adapters))
+    columns = _columns(projections, seeds)
+    for i, projection in enumerate(projections):
+        for j, adapter in enumerate(projection.adapters):
+            first, last, seed, p, stream = next(columns)
+            if not needs[i][3 * j + 1]:
+                continue
+            if joint is not None:
+                da = joint[first:last]
+            else:
+                dropped = x if seed is None else dropout(x, seed, p, stream)
+                da = _mm_wide(ds[:, first:last].t(), dropped, adapter.a.dtype)
+            grads[i][3 * j + 1] = da.to(adapter.a.dtype)
+
+
+def _columns(projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
+    """(first, last, seed or None, p, stream) of every adapter's columns of S."""
+    last = 0
+    for projection, seed in zip(projections, seeds, strict=True):
+        for stream, adapter in enumerate(projection.adapters):
+            first, last = last, last + adapter.rank
+            yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, kept in fp32 where the product of 16-bit operands can be had so and the result is wanted in fp32."""
+    if a.is_cuda and a.dtype != torch.float32 and dtype == torch.float32 and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def _rows_contiguous(dy: Tensor) -> Tensor:
+    """Gradients can be expanded (a sum's is one number): copy once what each product would otherwise copy again."""
+    return dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()

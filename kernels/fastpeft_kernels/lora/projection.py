@@ -1,0 +1,116 @@
+"""What a LoRA op works on: projections of one input, each a frozen weight with any number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..weights import FrozenWeight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraAdapter:
+    """One low-rank update: scaling * (dropout(x) @ a.T @ b.T + bias).
+
+    Attributes:
+        a: (rank, in_features), floating.
+        b: (out_features, rank), dtype of `a`.
+        scaling: factor of the update; a float, or a 0-d tensor that stays on its device.
+        bias: (out_features,) or None; PEFT's `lora_bias`.
+        dropout: probability of dropping an element of x before `a`, in [0, 1).
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor = 1.0
+    bias: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraProjection:
+    """A frozen linear map with its active adapters; with none it is a plain linear map.
+
+    Attributes:
+        weight: FrozenWeight of shape (out_features, in_features).
+        bias: (out_features,) or None; may be trained.
+        adapters: the active adapters, in the order in which they are summed.
+    """
+
+    weight: FrozenWeight
+    bias: Tensor | None = None
+    adapters: tuple[LoraAdapter, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Sum of the adapters' ranks."""
+        return sum(adapter.rank for adapter in self.adapters)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd tracks: the bias, then a, b and bias of each adapter."""
+        found: list[Tensor | None] = [self.bias]
+        for adapter in self.adapters:
+            found += (adapter.a, adapter.b, adapter.bias)
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """compute: of the frozen product. lora: of the adapters' products. out: of the result."""
+
+    compute: torch.dtype
+    lora: torch.dtype
+    out: torch.dtype
+
+
+def check_group(x: Tensor, projections: Sequence[LoraProjection]) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the projections fit `x` and each other."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x: expected a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 1:
+        raise ValueError("x: expected shape (..., in_features), got a 0-d tensor")
+    if not projections:
+        raise ValueError("projections: expected at least one, got none")
+    for i, projection in enumerate(projections):
+        _check_projection(x, projection, f"projections[{i}]")
+
+
+def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
+    if not isinstance(projection.weight, FrozenWeight):
+        raise TypeError(f"{name}.weight: expected a FrozenWeight, got {type(projection.weight).__name__}")
+    out_features, in_features = projection.weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x: expected last size {in_features} for {name}, got shape {tuple(x.shape)}")
+    _check_tensor(f"{name}.weight", projection.weight.device, x.device)
+    if projection.bias is not None:
+        _check_tensor(f"{name}.bias", projection.bias.device, x.device, projection.bias, (out_features,))
+    for j, adapter in enumerate(projection.adapters):
+        where = f"{name}.adapters[{j}]"
+        if adapter.a.dim() != 2 or adapter.a.shape[0] < 1:
+            raise ValueError(f"{where}.a: expected (rank >= 1, {in_features}), got {tuple(adapter.a.shape)}")
+        _check_tensor(f"{where}.a", adapter.a.device, x.device, adapter.a, (adapter.rank, in_features))
+        _check_tensor(f"{where}.b", adapter.b.device, x.device, adapter.b, (out_features, adapter.rank))
+        if adapter.b.dtype != adapter.a.dtype:
+            raise TypeError(f"{where}.b: expected the dtype of a, {adapter.a.dtype}, got {adapter.b.dtype}")
+        if adapter.bias is not None:
+            _check_tensor(f"{where}.bias", adapter.bias.device, x.device, adapter.bias, (out_features,))
+        if not 0.0 <= adapter.dropout < 1.0:
+            raise ValueError(f"{where}.dropout: expected a probability in [0, 1), got {adapter.dropout}")
+
+
+def _check_tensor(
+    name: str, device: torch.device, expected: torch.device, tensor: Tensor | None = None, shape: tuple[int, ...] = ()
+) -> None:
+    if device != expected:
+        raise ValueError(f"{name}: expected a tensor on {expected} like x, got {device}")
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor is not None and not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")

@@ -1,0 +1,55 @@
+"""LoRA projections in plain PyTorch, differentiable by autograd: the oracle, and the definition of what the ops compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.random import dropout
+from .projection import Dtypes, LoraProjection
+
+
+class _Dropout(torch.autograd.Function):
+    """Counter-based dropout of a matrix; its gradient is the same dropout of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, p: float, stream: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.mask = (seed, p, stream)
+        return dropout(x, seed, p, stream)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+        return _Dropout.apply(dy, *ctx.mask), None, None, None
+
+
+def lora_group_reference(
+    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Every projection of x: x W^T + bias + sum over adapters of scaling * (dropout(x) A^T B^T + bias_B).
+
+    Args:
+        x: (..., in_features).
+        projections: what to compute; see `LoraProjection`.
+        dtypes: of the frozen product, of the adapters' products, and of the results.
+        seeds: one int64 tensor of shape (1,) for each projection with dropout, None for the others.
+
+    Returns:
+        One tensor (..., out_features) of dtype `dtypes.out` for each projection.
+    """
+    results = []
+    for projection, seed in zip(projections, seeds, strict=True):
+        bias = None if projection.bias is None else projection.bias.to(dtypes.compute)
+        y = F.linear(x.to(dtypes.compute), projection.weight.decode(dtype=dtypes.compute), bias)
+        for stream, adapter in enumerate(projection.adapters):
+            inputs = x.to(dtypes.lora)
+            if adapter.dropout > 0.0 and seed is not None:
+                flat = inputs.reshape(-1, inputs.shape[-1])
+                inputs = _Dropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
+            bias = None if adapter.bias is None else adapter.bias.to(dtypes.lora)
+            update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
+            y = y + update * adapter.scaling
+        results.append(y.to(dtypes.out))
+    return tuple(results)
