@@ -1,0 +1,104 @@
+"""The one call, and its undoing: both walk the list of replacements and know nothing of any of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .replacements import NOT_BUILT, REPLACEMENTS, Left
+
+logger = logging.getLogger("fastpeft")
+
+Model = TypeVar("Model", bound=nn.Module)
+SETTINGS = "fastpeft_settings"
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The keywords of `accelerate`, kept on the model for the report."""
+
+    lora: bool = True
+    mlp: bool = True
+    attention: bool = True
+    loss: bool = True
+    norms: bool = True
+    memory: Any = None
+
+
+def accelerate(
+    model: Model,
+    *,
+    lora: bool = True,
+    mlp: bool = True,
+    attention: bool = True,
+    loss: bool = True,
+    norms: bool = True,
+    memory: Any = None,
+) -> Model:
+    """Make a model with PEFT LoRA layers faster and smaller, in place, without changing what it computes.
+
+    Works on any module that holds LoRA layers (a PeftModel, or a transformers model after `add_adapter`), before or after
+    a Trainer was built around it; calling it again takes in what was added since. Parameter names, state dict, saving,
+    merging and adapter switching stay PEFT's. `restore(model)` undoes it; `report(model)` says what was done.
+
+    The first forward pass afterwards runs once more than usual, under no_grad, to learn which projections share an input.
+
+    Args:
+        model: the module; dense bases in fp32, bf16 or fp16, or bitsandbytes 4-bit ones.
+        lora: replace LoRA layers.
+        mlp, attention, loss, norms: replace those too; not built yet, the report says so.
+        memory: a memory budget; not built yet.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ImportError: a library is older than what fastpeft supports.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    switches = Switches(lora, mlp, attention, loss, norms, memory)
+    if memory is not None:
+        logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
+    modules = dict(model.named_modules())
+    for replacement in REPLACEMENTS:
+        if not getattr(switches, replacement.switch):
+            continue
+        mine = {}
+        for path, module in modules.items():
+            if not replacement.installed(module):
+                matched = replacement.match(module)
+                if matched is None or isinstance(matched, Left) or replacement.prove(module) is not None:
+                    continue
+                replacement.install(module)
+            mine[path] = module
+        replacement.finish(model, mine)
+        if not mine:
+            logger.warning("nothing to replace for %s=True in this %s", replacement.switch, type(model).__name__)
+    model.__dict__[SETTINGS] = asdict(switches)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`: classes, hooks and settings are again what they were.
+
+    Args:
+        model: the module that was given to `accelerate`, or any module around or inside it.
+
+    Returns:
+        The same model. A model that was never accelerated is left as it is.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in list(model.modules()):
+        for replacement in reversed(REPLACEMENTS):
+            replacement.undo(module)
+        module.__dict__.pop(SETTINGS, None)
+    return model

@@ -1,0 +1,1 @@
+"""Where other libraries' versions and attribute names are known, one file each."""

@@ -1,0 +1,122 @@
+"""bitsandbytes' 4-bit layers as frozen weights, their storage read in place."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from fastpeft_kernels.quant import Packed4bit
+from fastpeft_kernels.weights import FourBitWeight
+from fastpeft_kernels.weights.base import Rows
+from torch import Tensor, nn
+
+CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
+
+
+class BitsAndBytesWeight(FourBitWeight):
+    """FourBitWeight that lets bitsandbytes decode on CPU, where its C++ loop is the fastest there is."""
+
+    kind = "bitsandbytes_4bit"
+
+    def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        packed = self.packed
+        if self.device.type != "cpu" or rows is not None or (out is not None and not out.is_contiguous()):
+            return super().decode(out, rows, dtype)
+        self._check_decode(out, rows)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        elif out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return super().decode(out, rows, dtype)
+        absmax = packed.absmax
+        if packed.nested_absmax is not None:
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax, packed.nested_absmax, packed.nested_code, packed.nested_blocksize, torch.float32
+            )
+            absmax += packed.nested_offset
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            packed.packed.view(-1, 1), absmax, packed.blocksize, packed.quant_type, list(self.shape), out.dtype, out=out
+        )
+        return out
+
+
+_WEIGHTS: WeakKeyDictionary[Any, BitsAndBytesWeight] = WeakKeyDictionary()
+
+
+def linear_4bit() -> type[nn.Module] | None:
+    """bitsandbytes' Linear4bit, or None when bitsandbytes was never imported, so that no model can hold one."""
+    modules = sys.modules.get("bitsandbytes.nn.modules")
+    return None if modules is None else modules.Linear4bit
+
+
+def is_linear_4bit(module: nn.Module) -> bool:
+    """True for bitsandbytes' Linear4bit itself, not its subclasses."""
+    kind = linear_4bit()
+    return kind is not None and type(module) is kind
+
+
+def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
+    """The frozen weight of a Linear4bit, or the reason why its storage cannot be read."""
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        state = getattr(layer, "quant_state", None)  # FSDP2 gives parameters that have lost theirs
+    if state is None:
+        return "a 4-bit weight without quant_state: not quantised yet"
+    if getattr(state, "packing_format_for_cpu", False):
+        return CPU_PACKED
+    known = _WEIGHTS.get(state)
+    if known is not None and _same_storage(known.packed, weight, state):
+        return known
+    if len(state.shape) != 2:
+        return f"a 4-bit weight of shape {tuple(state.shape)}"
+    try:
+        frozen = BitsAndBytesWeight(_packed(weight, state))
+    except (TypeError, ValueError) as error:
+        return f"4-bit storage that cannot be read: {error}"
+    _WEIGHTS[state] = frozen
+    return frozen
+
+
+def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    """The dtype in which the layer multiplies x; settles it on the first call exactly as the layer itself would."""
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return layer.compute_dtype or x.dtype
+
+
+def forbid_cpu_packing(layer: Any) -> bool | None:
+    """Keep bitsandbytes from rearranging the weights in place on a CPU; returns the setting to give back."""
+    before: bool | None = getattr(layer, "support_avx512bf16_for_cpu", None)
+    if before is not None:
+        layer.support_avx512bf16_for_cpu = False
+    return before
+
+
+def allow_cpu_packing(layer: Any, before: bool | None) -> None:
+    """Undo `forbid_cpu_packing`."""
+    if before is not None:
+        layer.support_avx512bf16_for_cpu = before
+
+
+def _packed(weight: Tensor, state: Any) -> Packed4bit:
+    nested = state.state2 if state.nested else None
+    return Packed4bit(
+        packed=weight.detach().view(torch.uint8).view(-1),
+        absmax=state.absmax,
+        code=state.code,
+        blocksize=state.blocksize,
+        shape=(state.shape[0], state.shape[1]),
+        dtype=state.dtype,
+        quant_type=state.quant_type,
+        nested_absmax=None if nested is None else nested.absmax,
+        nested_code=None if nested is None else nested.code,
+        nested_offset=None if nested is None else state.offset,
+        nested_blocksize=256 if nested is None else nested.blocksize,
+    )
+
+
+def _same_storage(packed: Packed4bit, weight: Tensor, state: Any) -> bool:
+    return packed.packed.data_ptr() == weight.data_ptr() and packed.absmax is state.absmax

@@ -1,0 +1,130 @@
+"""PEFT's LoRA layers: what they hold, read at each call, and how to have ours built in their place."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fastpeft_kernels.lora import LoraAdapter
+from torch import nn
+
+from ..layers.bypass import why_not_bypassed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...] | str:
+    """The active adapters of a LoRA layer as the ops take them, or the reason why PEFT's own forward must run.
+
+    Adapters that are active in the model but absent from this layer are skipped, as PEFT does.
+    """
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return "adapters merged into the base weight"
+    if not layer.cast_input_dtype_enabled:
+        return "casting of inputs disabled (peft.helpers.disable_input_dtype_casting)"
+    modules = layer._modules
+    lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    found = []
+    for name in layer.active_adapters:
+        if name not in lora_a:
+            continue
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+        a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
+        reason = why_not_bypassed(a, nn.Linear, device) or why_not_bypassed(b, nn.Linear, device)
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+        p = 0.0
+        if type(dropout) is not nn.Identity:
+            reason = why_not_bypassed(dropout, nn.Dropout, device)
+            if reason is not None:
+                return f"adapter {name!r}: {reason}"
+            p = dropout.p if dropout.training else 0.0
+            if p >= 1.0:
+                return f"adapter {name!r}: dropout of {p}"
+        weight_a, weight_b, bias = a._parameters["weight"], b._parameters["weight"], b._parameters["bias"]
+        for weight in (weight_a, weight_b, bias):
+            reason = why_not_plain(weight, device)
+            if reason is not None:
+                return f"adapter {name!r}: {reason}"
+        if weight_a.dtype != weight_b.dtype:
+            return f"adapter {name!r}: lora_A in {weight_a.dtype}, lora_B in {weight_b.dtype}"
+        found.append(LoraAdapter(weight_a, weight_b, layer.scaling[name], bias, p))
+    return tuple(found)
+
+
+def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str | None:
+    """The reason why a parameter cannot be read directly (sharded, offloaded, on another device), or None."""
+    if parameter is None:
+        return None
+    if type(parameter) not in (nn.Parameter, torch.Tensor):
+        return f"a parameter of type {type(parameter).__name__}"
+    if parameter.device != device:
+        return f"a parameter on {parameter.device}, the input on {device}"
+    if hasattr(parameter, "ds_id"):
+        return "a parameter sharded by DeepSpeed"
+    return None
+
+
+def has_stock_forward(layer_class: type[nn.Module]) -> bool:
+    """False when some library has put its own forward into PEFT's class."""
+    return getattr(layer_class.forward, "__module__", "").startswith("peft.")
+
+
+class _PlainLinear(type):
+    """isinstance() means: an nn.Linear with an ordinary weight, no subclass and no quantised tensor in it."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return type(instance) is nn.Linear and type(instance._parameters.get("weight")) is nn.Parameter
+
+
+class PlainLinear(metaclass=_PlainLinear):
+    """Key of PEFT's custom-module mapping that matches plain linear layers only."""
+
+
+class _PlainLinear4bit(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        from .bitsandbytes import is_linear_4bit
+
+        return is_linear_4bit(instance)
+
+
+class PlainLinear4bit(metaclass=_PlainLinear4bit):
+    """Key of PEFT's custom-module mapping that matches bitsandbytes' Linear4bit only."""
+
+
+def lora_config(config: LoraConfig) -> LoraConfig:
+    """A copy of a LoraConfig from which PEFT builds fastpeft's layers directly.
+
+    For whoever never holds the PEFT model before training, such as TRL's `peft_config`. Each layer then runs fused on
+    its own; `fastpeft.accelerate(model)` afterwards also joins siblings. The saved adapter is an ordinary one.
+
+    Args:
+        config: a `peft.LoraConfig`; left as it is.
+
+    Returns:
+        The copy. Targets that are neither plain nn.Linear nor bitsandbytes' Linear4bit get PEFT's own layers.
+
+    Raises:
+        TypeError: `config` is no LoraConfig.
+        ValueError: `config` targets parameters (`target_parameters`), which PEFT cannot combine with custom layers.
+    """
+    from peft import LoraConfig
+
+    from ..layers.lora import fast_classes
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
+    if getattr(config, "target_parameters", None):
+        raise ValueError("config: expected no target_parameters; use fastpeft.accelerate(model) on the built model instead")
+    copied = copy.deepcopy(config)
+    by_name = {fast.__name__: fast for fast in fast_classes().values()}
+    mapping: dict[type, type] = {PlainLinear: by_name["FastLinear"]}
+    if "FastLinear4bit" in by_name:
+        mapping[PlainLinear4bit] = by_name["FastLinear4bit"]
+    copied._register_custom_module(mapping)
+    return copied

@@ -1,0 +1,1 @@
+"""Drop-in modules: they choose an op and hold no kernel."""

@@ -1,0 +1,36 @@
+"""May a module's `forward` be passed over, its parameters read directly? Checked inside forward, at every call."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..integrations.accelerate import is_idle_hook
+
+
+def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.device) -> str | None:
+    """The reason why calling `module` could do more than `kind.forward` with its own parameters, or None."""
+    if type(module) is not kind:
+        return f"{type(module).__name__} in place of {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook on a bypassed {kind.__name__}"
+    if "forward" in module.__dict__ and not is_idle_hook(module, device):
+        return f"a replaced forward on a bypassed {kind.__name__}"
+    return None
+
+
+def global_reason() -> str | None:
+    """The reason why no module may be bypassed at present, or None."""
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return "a global module hook"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None

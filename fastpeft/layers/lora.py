@@ -1,0 +1,200 @@
+"""PEFT's LoRA layers with a fused forward: same tree, same parameters, same everything else.
+
+A layer becomes one of these by a swap of `__class__`. Each forward reads the layer's state anew; whatever the op does not
+cover runs PEFT's own forward, and the reason is kept for the report.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora.api import draw_seeds, run_group
+from fastpeft_kernels.weights import DenseWeight
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from ..integrations import bitsandbytes, peft
+from .bypass import global_reason, why_not_bypassed
+from .siblings import SiblingGroup
+
+
+class Request(NamedTuple):
+    """What a layer asks of the op for one input."""
+
+    projection: LoraProjection
+    dtypes: Dtypes
+
+
+class FastLoraLayer(nn.Module):
+    """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge."""
+
+    fastpeft_group: SiblingGroup | None = None
+    fastpeft_calls: dict[str, int]
+
+    def request(self, x: Tensor) -> Request | str:
+        """What to compute for x, or why PEFT's own forward must run."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        reason = why_not_called(self, x, args, kwargs)
+        if reason is None:
+            group = self.fastpeft_group
+            held = None if group is None else group.take(self, x)
+            if held is not None:
+                self._count("fused")
+                return held
+            request = self.request(x)
+            if not isinstance(request, str):
+                self._count("fused")
+                if group is None:
+                    return compute(x, [request])[0]
+                return group.compute(self, x, request)
+            reason = request
+        self._count(reason)
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        self._base_changed()
+
+    def unmerge(self) -> None:
+        super().unmerge()  # type: ignore[misc]
+        self._base_changed()
+
+    def _base_changed(self) -> None:
+        """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it."""
+        weight = self.get_base_layer().weight  # type: ignore[operator]
+        if not weight.is_inference():
+            increment_version(weight)
+
+    def _count(self, outcome: str) -> None:
+        calls = self.__dict__.setdefault("fastpeft_calls", {})
+        calls[outcome] = calls.get(outcome, 0) + 1
+
+
+def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The reason, in the call or the process, why PEFT's own forward must run; or None."""
+    if args or any(value is not None for value in kwargs.values()):
+        named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "more arguments"
+        return f"called with {named}"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"an input of type {type(x).__name__}"
+    if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"an input of shape {tuple(x.shape)} and dtype {x.dtype}"
+    if getattr(layer, "_is_replica", False):
+        return "a replica of nn.DataParallel"
+    return global_reason()
+
+
+def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
+    """Run requests of equal dtypes for one input."""
+    projections = [request.projection for request in requests]
+    return run_group(x, projections, requests[0].dtypes, draw_seeds(x.device, projections, training=True))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype on the device, None when it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class DenseForward(FastLoraLayer):
+    """LoRA over an nn.Linear."""
+
+    def request(self, x: Tensor) -> Request | str:
+        base = self._modules["base_layer"]
+        assert base is not None
+        device = x.device
+        reason = why_not_bypassed(base, nn.Linear, device)
+        if reason is not None:
+            return reason
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        assert weight is not None
+        reason = peft.why_not_plain(weight, device) or peft.why_not_plain(bias, device)
+        if reason is not None:
+            return f"base layer: {reason}"
+        if weight.requires_grad and torch.is_grad_enabled():
+            return "the base weight is trained"
+        adapters = peft.active_adapters(self, device)
+        if isinstance(adapters, str):
+            return adapters
+        autocast = autocast_dtype(device)
+        if autocast is None and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
+            return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
+        dtype = autocast or x.dtype
+        lora = lora_dtype(adapters, autocast, dtype)
+        if isinstance(lora, str):
+            return lora
+        return Request(LoraProjection(DenseWeight(weight), bias, adapters), Dtypes(dtype, lora, dtype))
+
+
+class FourBitForward(FastLoraLayer):
+    """LoRA over bitsandbytes' Linear4bit."""
+
+    def request(self, x: Tensor) -> Request | str:
+        base: Any = self._modules["base_layer"]
+        kind = bitsandbytes.linear_4bit()
+        reason = "no bitsandbytes" if kind is None else why_not_bypassed(base, kind, x.device)
+        if reason is not None:
+            return reason
+        weight = bitsandbytes.frozen_weight(base)
+        if isinstance(weight, str):
+            return weight
+        if weight.device != x.device:
+            return f"a base weight on {weight.device}, the input on {x.device}"
+        if weight.shape != (self.out_features, self.in_features):
+            return f"a 4-bit weight stored as {weight.shape}"
+        reason = peft.why_not_plain(base.bias, x.device)
+        if reason is not None:
+            return f"base layer: {reason}"
+        adapters = peft.active_adapters(self, x.device)
+        if isinstance(adapters, str):
+            return adapters
+        lora = lora_dtype(adapters, autocast_dtype(x.device), x.dtype)
+        if isinstance(lora, str):
+            return lora
+        dtypes = Dtypes(bitsandbytes.compute_dtype(base, x), lora, x.dtype)
+        return Request(LoraProjection(weight, base.bias, adapters), dtypes)
+
+
+def lora_dtype(adapters: tuple[Any, ...], autocast: torch.dtype | None, default: torch.dtype) -> torch.dtype | str:
+    """The dtype in which PEFT would multiply the adapters, or the reason why there is not one."""
+    if autocast is not None:
+        return autocast
+    dtypes = {adapter.a.dtype for adapter in adapters}
+    if len(dtypes) > 1:
+        return f"adapters in {sorted(map(str, dtypes))}"
+    dtype = dtypes.pop() if dtypes else default
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"adapters in {dtype}"
+
+
+@cache
+def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
+    """PEFT's layer class -> ours. The 4-bit class is there once PEFT has one (bitsandbytes is installed)."""
+    from peft.tuners import lora as stock
+
+    classes: dict[type[nn.Module], type[FastLoraLayer]] = {stock.Linear: _make("FastLinear", DenseForward, stock.Linear)}
+    four_bit = getattr(stock, "Linear4bit", None)
+    if four_bit is not None:
+        classes[four_bit] = _make("FastLinear4bit", FourBitForward, four_bit)
+    return classes
+
+
+def _make(name: str, forward: type[FastLoraLayer], stock: type[nn.Module]) -> type[FastLoraLayer]:
+    """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
+    made = type(name, (forward, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."})
+    globals()[name] = made
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Unpickling looks the classes up by name."""
+    if name in ("FastLinear", "FastLinear4bit"):
+        fast_classes()
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,244 @@
+"""Projections that read the same tensor: found by watching, then computed together by the first that is called.
+
+The plan (who belongs together) is fixed before the first forward with gradients: `SiblingWatch` runs the outermost call
+once under no_grad and watches. It lives on the layers and is copied and pickled with them. What a group holds for
+members that are yet to be called is transient: it is never copied, and it is gone when the parent's forward ends.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.transformers import passes_cache
+
+if TYPE_CHECKING:
+    from .lora import FastLoraLayer, Request
+
+
+class _Held:
+    """Outputs computed ahead for one input, valid while nothing that went into them has changed."""
+
+    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, Any]]) -> None:
+        self.x, self.version, self.outputs = ref(x), x._version, outputs
+
+
+class SiblingGroup:
+    """Layers under one parent that are called with the same tensor, in calling order."""
+
+    def __init__(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
+        self.parent, self.members = parent, members
+        self._held: _Held | None = None
+        self._hook_id: int = parent.register_forward_hook(self._forget, always_call=True).id
+        for member in members:
+            member.fastpeft_group = self
+
+    def take(self, member: FastLoraLayer, x: Tensor) -> Tensor | None:
+        """The member's output when it was computed ahead for this very x in this very state, else None."""
+        held = self._held
+        if held is None or held.x() is not x or held.version != x._version:
+            return None
+        found = held.outputs.pop(id(member), None)
+        if not held.outputs:
+            self._held = None
+        return found[0] if found is not None and found[1] == state_of(member, x) else None
+
+    def compute(self, member: FastLoraLayer, x: Tensor, request: Request) -> Tensor:
+        """The member's output; when it is the group's first, the others' are computed with it and held."""
+        from .lora import compute
+
+        if member is not self.members[0] or x.is_inference():
+            return compute(x, [request])[0]
+        self._held = None
+        requests, others = [request], []
+        for other in self.members[1:]:
+            wanted = other.request(x)
+            if not isinstance(wanted, str) and wanted.dtypes == request.dtypes:
+                requests.append(wanted)
+                others.append(other)
+        outputs = compute(x, requests)
+        if others:
+            ahead = zip(others, outputs[1:], strict=True)
+            self._held = _Held(x, {id(other): (y, state_of(other, x)) for other, y in ahead})
+        return outputs[0]
+
+    def dissolve(self) -> None:
+        """The members are on their own again."""
+        self._held = None
+        self.parent._forward_hooks.pop(self._hook_id, None)
+        self.parent._forward_hooks_always_called.pop(self._hook_id, None)
+        for member in self.members:
+            member.__dict__.pop("fastpeft_group", None)
+
+    def _forget(self, *_: Any) -> None:
+        self._held = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+
+def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
+    """What decides, beside parameters and input, what a layer's forward returns."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    adapters = layer.active_adapters
+    scaling = [layer.scaling.get(name) for name in adapters]
+    return (
+        torch.is_grad_enabled(),
+        autocast,
+        layer._disable_adapters,
+        tuple(layer.merged_adapters),
+        tuple(adapters),
+        tuple(id(s) if isinstance(s, Tensor) else s for s in scaling),
+        layer.training,
+    )
+
+
+class SiblingWatch:
+    """Waits for the first call that reaches the given layers, runs it once under no_grad, and forms the groups.
+
+    Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does not
+    matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off, and
+    given up for those layers when the call computes gradients.
+    """
+
+    def __init__(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
+        self.parents: dict[int, nn.Module] = {}
+        self.waiting: dict[int, FastLoraLayer] = {}
+        self.hooks: list[tuple[nn.Module, int]] = []
+        self._seen: dict[int, list[_Run]] | None = None
+        above: dict[int, nn.Module] = {}
+        for path, layer in layers.items():
+            parent = root.get_submodule(path.rpartition(".")[0])
+            if parent is layer:
+                continue
+            self.waiting[id(layer)] = layer
+            self.parents[id(layer)] = parent
+            names = path.split(".")[:-1]
+            for depth in range(len(names) + 1):
+                module = root.get_submodule(".".join(names[:depth]))
+                above[id(module)] = module
+        for module in above.values():
+            handle = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self.hooks.append((module, handle.id))
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for module, hook_id in self.hooks:
+            module._forward_pre_hooks.pop(hook_id, None)
+            module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        self.hooks.clear()
+        self.waiting.clear()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seen is not None or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+            return
+        inside = [layer for layer in module.modules() if id(layer) in self.waiting]
+        if not inside:
+            self._unhook(module)
+            return
+        if passes_cache(args, kwargs):
+            if torch.is_grad_enabled():
+                self._settle(inside)
+            return
+        try:
+            self._watch(module, args, kwargs)
+        except Exception:  # the real call meets the same error and raises it where the user can see it
+            self._settle(inside)
+        self._unhook(module)
+
+    def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seen = {}
+        inside = [layer for layer in module.modules() if id(layer) in self.waiting]
+        handles = [layer.register_forward_pre_hook(self._record) for layer in inside]
+        try:
+            with torch.no_grad(), _side_effects_undone(module):
+                module.forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            seen, self._seen = self._seen, None
+        for runs in seen.values():
+            for members in _consistent(runs):
+                SiblingGroup(self.parents[id(members[0])], members)
+        self._settle([layer for runs in seen.values() for run in runs for layer in run.members])
+
+    def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._seen is None or not args or not isinstance(args[0], Tensor):
+            return
+        runs = self._seen.setdefault(id(self.parents[id(layer)]), [])
+        for run in runs:
+            if run.x() is args[0]:
+                run.members.append(layer)  # type: ignore[arg-type]
+                return
+        runs.append(_Run(args[0], layer))  # type: ignore[arg-type]
+
+    def _settle(self, layers: list[Any]) -> None:
+        for layer in layers:
+            self.waiting.pop(id(layer), None)
+        if not self.waiting:
+            self.stop()
+
+    def _unhook(self, module: nn.Module) -> None:
+        for known, hook_id in self.hooks:
+            if known is module:
+                module._forward_pre_hooks.pop(hook_id, None)
+                module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        self.hooks = [(known, hook_id) for known, hook_id in self.hooks if known is not module]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "hooks": self.hooks,
+            "layers": list(self.waiting.values()),
+            "parents": [self.parents[key] for key in self.waiting],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.hooks, self._seen = state["hooks"], None
+        self.waiting = {id(layer): layer for layer in state["layers"]}
+        self.parents = {id(layer): p for layer, p in zip(state["layers"], state["parents"], strict=True)}
+
+
+class _Run:
+    """Layers of one parent that were called with the same tensor."""
+
+    def __init__(self, x: Tensor, layer: FastLoraLayer) -> None:
+        self.x, self.members = ref(x), [layer]
+
+
+def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
+    """The sets of two or more layers that were the same each time any of them was called."""
+    sets: dict[tuple[int, ...], list[FastLoraLayer]] = {}
+    places: dict[int, set[tuple[int, ...]]] = {}
+    for run in runs:
+        key = tuple(map(id, run.members))
+        sets[key] = run.members
+        for member in key:
+            places.setdefault(member, set()).add(key)
+    return [
+        members
+        for key, members in sets.items()
+        if len(key) > 1 and len(set(key)) == len(key) and all(places[member] == {key} for member in key)
+    ]
+
+
+@contextmanager
+def _side_effects_undone(module: nn.Module) -> Iterator[None]:
+    """Random-number generators and running statistics as they were before."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    devices = {p.device for p in module.parameters() if p.is_cuda}
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(python_state)
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,0 +1,19 @@
+"""What `accelerate` can replace: one small object for each kind, tried in the order of this list."""
+
+from __future__ import annotations
+
+from .base import Left, Match, Replacement
+from .lora import LoraReplacement
+
+REPLACEMENTS: tuple[Replacement, ...] = (LoraReplacement(),)
+
+NOT_BUILT = {
+    "mlp": "the whole MLP as one op",
+    "attention": "fused attention",
+    "loss": "losses without logits",
+    "norms": "norms, activations and rotary embeddings",
+    "memory": "memory by plan",
+}
+"""Switches of `accelerate` whose replacements are not built yet, in words for the report."""
+
+__all__ = ["NOT_BUILT", "REPLACEMENTS", "Left", "Match", "Replacement"]

@@ -1,0 +1,119 @@
+"""What was replaced, what was not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .applying import SETTINGS
+from .replacements import NOT_BUILT, REPLACEMENTS, Left, Match
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One module.
+
+    Attributes:
+        path: its name in the model.
+        module: its class.
+        op: the op that serves it; empty when it was left alone.
+        partners: with how many it is computed, empty when alone.
+        note: why it was left alone, or which of its calls so far the op could not serve, and why.
+    """
+
+    path: str
+    module: str
+    op: str
+    partners: str
+    note: str
+
+    @property
+    def accelerated(self) -> bool:
+        return bool(self.op)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows; prints as a table."""
+
+    rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def accelerated(self) -> tuple[ReportRow, ...]:
+        return tuple(row for row in self.rows if row.accelerated)
+
+    @property
+    def left(self) -> tuple[ReportRow, ...]:
+        return tuple(row for row in self.rows if not row.accelerated)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        lines = [f"fastpeft: {len(self.accelerated)} of {len(self.rows)} adapter layers accelerated"]
+        cells = [("module", "count", "op", "together", "note")]
+        merged: Counter[tuple[str, str, str, str]] = Counter()
+        for row in self.rows:
+            merged[(_without_numbers(row.path), row.op or "PEFT's own forward", row.partners, row.note)] += 1
+        cells += [(path, str(count), op, partners or "alone", note) for (path, op, partners, note), count in merged.items()]
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        if self.rows:
+            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def report(model: nn.Module) -> Report:
+    """What `accelerate` did to a model, and what its layers' calls have met since.
+
+    Args:
+        model: any module; one that was never accelerated lists what could be.
+
+    Returns:
+        A `Report`; print it for a table (layers of one kind in one line), read `.rows` for every module.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    settings = next((m.__dict__[SETTINGS] for m in model.modules() if SETTINGS in m.__dict__), None)
+    rows = []
+    for path, module in model.named_modules():
+        for replacement in REPLACEMENTS:
+            row = _row(path, module, replacement, settings)
+            if row is not None:
+                rows.append(row)
+                break
+    notes = []
+    if settings is None:
+        notes.append("this model was not accelerated: call fastpeft.accelerate(model)")
+    else:
+        wanted = [words for switch, words in NOT_BUILT.items() if settings.get(switch)]
+        notes += [f"not built yet: {', '.join(wanted)}"] if wanted else []
+        waiting = any(m.__dict__.get("fastpeft_watch") is not None and m.fastpeft_watch.waiting for m in model.modules())  # type: ignore[union-attr,operator]
+        notes += ["projections that share an input are found at the first forward pass"] if waiting else []
+    return Report(tuple(rows), tuple(notes))
+
+
+def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any] | None) -> ReportRow | None:
+    name = type(module).__name__
+    served = replacement.installed(module)
+    if served is not None:
+        return ReportRow(path, name, served.op, *replacement.status(module))
+    matched = replacement.match(module)
+    if matched is None:
+        return None
+    if isinstance(matched, Match):
+        refused = replacement.prove(module)
+        off = settings is not None and not settings.get(replacement.switch)
+        matched = refused or Left(f"{replacement.switch}=False" if off else "not accelerated yet")
+    return ReportRow(path, name, "", "", matched.reason)
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
