@@ -13,3 +13,53 @@ def passes_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     if any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return True
     return any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in (*args, *kwargs.values()))
+
+
+def sample_batch(model: Any, seed: int = 0, rows: int = 2, tokens: int = 32) -> dict[str, Any]:
+    """A small random batch that the model's forward accepts, padded in one row, with labels where it takes any.
+
+    Args:
+        model: a transformers model or a PEFT model around one.
+        seed: of the random tokens.
+        rows, tokens: size of the batch; tokens is cut to what the model's positions allow.
+
+    Raises:
+        ValueError: the model takes no token ids (pictures, sound), or has no configuration: pass a batch instead.
+    """
+    import torch
+    from transformers.utils import find_labels
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if config is None or getattr(base, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"batch: {type(base).__name__} does not take input_ids alone; pass a batch as a dict of tensors")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
+    generator = torch.Generator().manual_seed(seed)
+    device = next(base.parameters()).device
+    ids = torch.randint(0, text.vocab_size, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, tokens - tokens // 4 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    labels = _sample_labels(find_labels(type(base)), base, config, ids, generator)
+    if not labels and getattr(config, "is_encoder_decoder", False):
+        labels = {"decoder_input_ids": ids[:, : tokens // 2]}
+    return {name: value.to(device) for name, value in (batch | labels).items()}
+
+
+def _sample_labels(names: list[str], base: Any, config: Any, ids: Any, generator: Any) -> dict[str, Any]:
+    import torch
+
+    kind = type(base).__name__
+    rows, tokens = ids.shape
+    if {"start_positions", "end_positions"} <= set(names):
+        return {name: torch.randint(0, tokens, (rows,), generator=generator) for name in ("start_positions", "end_positions")}
+    if "labels" not in names:
+        return {}
+    if "SequenceClassification" in kind:
+        if config.num_labels == 1:
+            return {"labels": torch.rand(rows, generator=generator)}
+        return {"labels": torch.randint(0, config.num_labels, (rows,), generator=generator)}
+    if "TokenClassification" in kind:
+        return {"labels": torch.randint(0, config.num_labels, (rows, tokens), generator=generator)}
+    return {"labels": ids.clone()}

@@ -32,6 +32,7 @@ class FastLoraLayer(nn.Module):
     """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge."""
 
     fastpeft_group: SiblingGroup | None = None
+    fastpeft_suspended: bool = False
     fastpeft_calls: dict[str, int]
 
     def request(self, x: Tensor) -> Request | str:
@@ -39,7 +40,7 @@ class FastLoraLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if self.fastpeft_suspended or torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:

@@ -1,0 +1,366 @@
+"""Proof on the user's own model: the accelerated layers against PEFT's and against fp64.
+
+Module by module, with the inputs and output gradients of a real step: our error against fp64 may be twice PEFT's own (in
+the same dtype and autocast state) plus one rounding. For the whole model, where no fp64 copy would fit, the difference
+between our gradients and PEFT's is held against what PEFT's own rounding does to them: a twin run of PEFT whose layer
+outputs carry once more the rounding error that was measured for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
+from fastpeft_kernels.lora.reference import lora_group_reference
+from fastpeft_kernels.weights import DenseWeight
+from torch import Tensor, nn
+
+from .integrations.transformers import sample_batch
+from .layers.lora import FastLoraLayer, Request
+
+MODEL_SLACK = 4.0
+"""Whole model: how many times the twin's distance from PEFT ours may be; the twin repeats the forward's rounding only."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared quantity.
+
+    Attributes:
+        path: the module, or "" for the whole model.
+        what: output, gradient of x, of a parameter, or loss.
+        error: ours; relative to the largest magnitude of the truth (module) or to PEFT's norm (whole model).
+        reference: PEFT's own error against fp64 (module), or the twin's distance from PEFT (whole model).
+        budget: what the error may be.
+    """
+
+    path: str
+    what: str
+    error: float
+    reference: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome; prints as a short table."""
+
+    checks: tuple[Check, ...]
+    loss: float
+    loss_peft: float
+    unserved: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    def __str__(self) -> str:
+        lines = [
+            f"fastpeft verify: {'passed' if self.passed else 'FAILED'}, {len(self.checks)} checks",
+            f"loss: ours {self.loss:.7g}, PEFT {self.loss_peft:.7g}",
+            f"{'':34}{'worst error':>12}{'reference':>12}{'budget':>12}  where",
+        ]
+        kinds = dict.fromkeys((bool(check.path), _kind(check.what)) for check in self.checks)
+        for in_module, kind in kinds:
+            mine = [c for c in self.checks if bool(c.path) == in_module and _kind(c.what) == kind]
+            worst = max(mine, key=lambda c: c.error / c.budget if c.budget else float(c.error > 0))
+            name = f"{'each layer' if in_module else 'whole model'}: {kind}"
+            where = worst.path or worst.what
+            lines.append(f"{name:34}{worst.error:12.2e}{worst.reference:12.2e}{worst.budget:12.2e}  {where}")
+        lines += [f"not served by an op, so not checked: {path}" for path in self.unserved]
+        lines += [f"FAILED {c.path} {c.what}: error {c.error:.3e}, budget {c.budget:.3e}" for c in self.failures]
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: int = 0) -> Verification:
+    """Compare an accelerated model with PEFT's own computation and with fp64.
+
+    Runs in the autocast state of the caller, in evaluation mode (no dropout). A fresh adapter's zero `lora_B` is given
+    random values meanwhile, else half of the gradients would be zero. The model is afterwards as it was, gradients too.
+
+    Args:
+        model: a model that `fastpeft.accelerate` was called on.
+        batch: keyword arguments of the model's forward; a small random one by default.
+        seed: of the random batch and of the twin's rounding.
+
+    Returns:
+        A `Verification`: `.passed`, `.checks`, and a table when printed.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: the model holds no accelerated layer, or no batch can be made up for it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
+    if not layers:
+        raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
+    inputs = dict(sample_batch(model, seed) if batch is None else batch)
+    with _calm(model, layers, seed):
+        ours, traffic = _step(model, layers, inputs, record=True)
+        with _suspended(layers):
+            peft, _ = _step(model, layers, inputs)
+        checks, rounding = _check_layers(layers, traffic)
+        with _suspended(layers), _noisy(layers, rounding, seed):
+            twin, _ = _step(model, layers, inputs)
+    checks += _compare_models(ours, peft, twin)
+    unserved = tuple(path for path in layers if path not in rounding)
+    return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
+
+
+def _step(
+    model: nn.Module, layers: dict[str, FastLoraLayer], inputs: dict[str, Any], record: bool = False
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """(output, loss and gradients of trainable parameters by name, [x, dy] of each layer's first call)."""
+    traffic: dict[str, list[Tensor]] = {}
+    handles = [layer.register_forward_hook(_recorder(path, traffic)) for path, layer in layers.items()] if record else []
+    try:
+        with torch.enable_grad():
+            output, loss = _output_and_loss(model(**inputs))
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {name: g.detach() for name, g in zip(named, gradients, strict=True) if g is not None}
+    return {"output": output.detach(), "loss": loss.detach(), **found}, traffic
+
+
+def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
+    def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if path not in traffic and output.requires_grad:
+            traffic[path] = [args[0].detach()]
+            output.register_hook(lambda gradient: traffic[path].append(gradient.detach()))
+
+    return record
+
+
+def _output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
+    """The first floating output that is not the loss (logits, say), and the loss.
+
+    For models without a loss it is a fixed random projection of that output.
+    """
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
+    y = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if loss is not None:
+        return y, loss.float()
+    generator = torch.Generator().manual_seed(0)
+    return y, (y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean()
+
+
+def _check_layers(
+    layers: dict[str, FastLoraLayer], traffic: dict[str, list[Tensor]]
+) -> tuple[list[Check], dict[str, float]]:
+    """Checks of every layer, group by group, and the rms error of PEFT's output by path."""
+    checks: list[Check] = []
+    rounding: dict[str, float] = {}
+    paths = {id(layer): path for path, layer in layers.items()}
+    done: set[int] = set()
+    for path, layer in layers.items():
+        if id(layer) in done:
+            continue
+        members = [layer] if layer.fastpeft_group is None else layer.fastpeft_group.members
+        done.update(map(id, members))
+        members = [member for member in members if len(traffic.get(paths[id(member)], ())) == 2]
+        inputs = [traffic[paths[id(member)]] for member in members]
+        requests = [m.request(x) for m, (x, _) in zip(members, inputs, strict=True)]
+        served = [i for i, request in enumerate(requests) if isinstance(request, Request)]
+        if served:
+            group = [members[i] for i in served]
+            x, dys = inputs[served[0]][0], [inputs[i][1] for i in served]
+            wanted: list[Any] = [requests[i] for i in served]
+            checks += _check_group([paths[id(m)] for m in group], group, wanted, x, dys, rounding)
+        for member in members:
+            traffic.pop(paths[id(member)])
+    return checks, rounding
+
+
+def _check_group(
+    paths: list[str],
+    members: list[FastLoraLayer],
+    requests: list[Request],
+    x: Tensor,
+    dys: list[Tensor],
+    rounding: dict[str, float],
+) -> list[Check]:
+    parameters = [[t for t in r.projection.tensors() if t is not None and t.requires_grad] for r in requests]
+    ours = _differentiate(lambda x: [member(x) for member in members], x, dys, parameters)
+    with _suspended(dict(zip(paths, members, strict=True))):
+        peft = _differentiate(lambda x: [member(x) for member in members], x, dys, parameters)
+    exact = _in_fp64(requests, x, dys)
+    checks = []
+    for i, path in enumerate(paths):
+        rounding[path] = (peft.outputs[i].double() - exact.outputs[i]).square().mean().sqrt().item()
+        checks.append(_check(path, "output", ours.outputs[i], peft.outputs[i], exact.outputs[i]))
+        triples = zip(ours.parameters[i], peft.parameters[i], exact.parameters[i], strict=True)
+        checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
+    checks.append(_check(paths[0], "gradient of x", ours.x, peft.x, exact.x))
+    return checks
+
+
+@dataclass
+class _Derived:
+    outputs: list[Tensor]
+    x: Tensor
+    parameters: list[list[Tensor]]
+
+
+def _differentiate(forward: Any, x: Tensor, dys: list[Tensor], parameters: list[list[Tensor]]) -> _Derived:
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        outputs = forward(x)
+        flat = [p for group in parameters for p in group]
+        gradients = iter(torch.autograd.grad(outputs, [x, *flat], dys, allow_unused=True))
+    dx = next(gradients)
+    grouped = [[_or_zero(next(gradients), p) for p in group] for group in parameters]
+    return _Derived([y.detach() for y in outputs], _or_zero(dx, x), grouped)
+
+
+def _in_fp64(requests: list[Request], x: Tensor, dys: list[Tensor]) -> _Derived:
+    """The same in fp64: one group's weights at a time."""
+    wide = [_widened(request.projection) for request in requests]
+    parameters = [
+        [w for w, t in zip(p.tensors(), r.projection.tensors(), strict=True) if t is not None and t.requires_grad]
+        for p, r in zip(wide, requests, strict=True)
+    ]
+    dtypes = Dtypes(torch.float64, torch.float64, torch.float64)
+    with torch.autocast(x.device.type, enabled=False):
+        return _differentiate(
+            lambda x: list(lora_group_reference(x, wide, dtypes, [None] * len(wide))),
+            x.double(),
+            [dy.double() for dy in dys],
+            [[p for p in group if p is not None] for group in parameters],
+        )
+
+
+def _widened(projection: LoraProjection) -> LoraProjection:
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+    adapters = []
+    for adapter in projection.adapters:
+        a, b = wide(adapter.a), wide(adapter.b)
+        assert a is not None and b is not None
+        adapters.append(LoraAdapter(a, b, adapter.scaling, wide(adapter.bias), 0.0))
+    weight = DenseWeight(projection.weight.decode(dtype=torch.float64))
+    return LoraProjection(weight, wide(projection.bias), tuple(adapters))
+
+
+def _check(path: str, what: str, ours: Tensor, peft: Tensor, exact: Tensor) -> Check:
+    """The larger of the two budgets' uses: largest element, and norm."""
+    eps = torch.finfo(ours.dtype).eps
+    worst = None
+    for measure in (lambda t: t.abs().max().item() if t.numel() else 0.0, lambda t: t.norm().item()):
+        scale = measure(exact) or 1.0
+        error = measure(ours.double() - exact) / scale
+        reference = measure(peft.double() - exact) / scale
+        check = Check(path, what, error, reference, 2.0 * reference + eps)
+        if worst is None or not check.passed or check.error / check.budget > worst.error / worst.budget:
+            worst = check
+    assert worst is not None
+    return worst
+
+
+def _compare_models(ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict[str, Tensor]) -> list[Check]:
+    checks = []
+    rows = max(1, peft["output"].numel() // peft["output"].shape[-1])
+    for name in ["output", "loss", *sorted((ours.keys() | peft.keys()) - {"output", "loss"})]:
+        if name not in ours or name not in peft:
+            checks.append(Check("", f"{_named(name)} has a gradient in one of the two only", float("inf"), 0.0, 0.0))
+            continue
+        reference = peft[name].double()
+        scale = reference.norm().item() or 1.0
+        error = (ours[name].double() - reference).norm().item() / scale
+        noise = (twin[name].double() - reference).norm().item() / scale
+        if name == "output":
+            output_noise = noise
+        elif name == "loss":  # one number can be close by chance: it is a mean over rows of the output
+            noise = max(noise, output_noise / rows**0.5)
+        eps = torch.finfo(peft[name].dtype).eps
+        checks.append(Check("", _named(name), error, noise, MODEL_SLACK * max(noise, eps)))
+    return checks
+
+
+def _named(name: str) -> str:
+    return name if name in ("output", "loss") else f"gradient of {name}"
+
+
+def _kind(what: str) -> str:
+    return "gradients" if "." in what else what
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+@contextmanager
+def _suspended(layers: dict[str, FastLoraLayer]) -> Iterator[None]:
+    """PEFT's own forward in every layer."""
+    for layer in layers.values():
+        layer.fastpeft_suspended = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("fastpeft_suspended", None)
+
+
+@contextmanager
+def _noisy(layers: dict[str, FastLoraLayer], rounding: dict[str, float], seed: int) -> Iterator[None]:
+    """Outputs with gaussian noise of the given rms added, and rounded again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(rms: float) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=generator).to(output.device) * rms
+            return (output + noise).to(output.dtype)
+
+        return hook
+
+    handles = [layers[path].register_forward_hook(disturb(rms)) for path, rms in rounding.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iterator[None]:
+    """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    zeros = []
+    for layer in layers.values():
+        for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
+            b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
+            if b is not None and not b.any():
+                zeros.append(b)
+    calls = {path: dict(layer.__dict__.get("fastpeft_calls", {})) for path, layer in layers.items()}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        model.eval()
+        with torch.no_grad():
+            for b in zeros:
+                b.copy_(torch.randn(b.shape, generator=generator) / b.shape[1])
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        with torch.no_grad():
+            for b in zeros:
+                b.zero_()
+        for path, layer in layers.items():
+            layer.__dict__["fastpeft_calls"] = calls[path]
