@@ -1,4 +1,4 @@
-"""Dataclasses from plain data, as JSON and YAML give it, with errors that name the key, what was expected and what came.
+"""Dataclasses from plain data, as JSON and YAML give it; errors name the key, what was expected and what came.
 
 Understood as field types: bool, int, float, str, Any, None, Literal, unions, list[T], dict[str, T] and dataclasses.
 """

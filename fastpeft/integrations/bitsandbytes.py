@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from fastpeft_kernels.quant import Packed4bit
@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
 
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class BitsAndBytesWeight(FourBitWeight):
     """FourBitWeight that lets bitsandbytes decode on CPU, where its C++ loop is the fastest there is."""
 
     kind = "bitsandbytes_4bit"
 
+    @property
+    def fills(self) -> bool:  # type: ignore[override]
+        return self.device.type != "cpu"
+
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         packed = self.packed
-        if self.device.type != "cpu" or rows is not None or (out is not None and not out.is_contiguous()):
-            return super().decode(out, rows, dtype)
-        self._check_decode(out, rows)
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype or self.dtype)
-        elif out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = dtype or self.dtype
+        if self.fills or rows is not None or out is not None or dtype not in CPU_DTYPES:
             return super().decode(out, rows, dtype)
         absmax = packed.absmax
         if packed.nested_absmax is not None:
@@ -35,13 +37,13 @@ class BitsAndBytesWeight(FourBitWeight):
                 absmax, packed.nested_absmax, packed.nested_code, packed.nested_blocksize, torch.float32
             )
             absmax += packed.nested_offset
-        torch.ops.bitsandbytes.dequantize_4bit.out(
-            packed.packed.view(-1, 1), absmax, packed.blocksize, packed.quant_type, list(self.shape), out.dtype, out=out
+        values = packed.packed.view(-1, 1)
+        return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
+            values, absmax, packed.blocksize, packed.quant_type, list(self.shape), dtype
         )
-        return out
 
 
-_WEIGHTS: WeakKeyDictionary[Any, BitsAndBytesWeight] = WeakKeyDictionary()
+_WEIGHTS: dict[int, tuple[ref[Any], BitsAndBytesWeight]] = {}  # by id: a QuantState cannot be hashed
 
 
 def linear_4bit() -> type[nn.Module] | None:
@@ -66,16 +68,17 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
         return "a 4-bit weight without quant_state: not quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
         return CPU_PACKED
-    known = _WEIGHTS.get(state)
-    if known is not None and _same_storage(known.packed, weight, state):
-        return known
+    key = id(state)
+    known = _WEIGHTS.get(key)
+    if known is not None and known[0]() is state and _same_storage(known[1].packed, weight, state):
+        return known[1]
     if len(state.shape) != 2:
         return f"a 4-bit weight of shape {tuple(state.shape)}"
     try:
         frozen = BitsAndBytesWeight(_packed(weight, state))
     except (TypeError, ValueError) as error:
         return f"4-bit storage that cannot be read: {error}"
-    _WEIGHTS[state] = frozen
+    _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen)
     return frozen
 
 

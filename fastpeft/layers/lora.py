@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds, run_group
-from fastpeft_kernels.weights import DenseWeight
+from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -37,7 +37,23 @@ class FastLoraLayer(nn.Module):
 
     def request(self, x: Tensor) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
-        raise NotImplementedError
+        base = self._modules["base_layer"]
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        found = frozen_base(base, x, autocast)
+        if isinstance(found, str):
+            return found
+        weight, compute_dtype, out_dtype = found
+        bias = base._parameters["bias"]  # type: ignore[union-attr]
+        reason = peft.why_not_plain(bias, x.device)
+        if reason is not None:
+            return f"base layer: {reason}"
+        adapters = peft.active_adapters(self, x.device)
+        if isinstance(adapters, str):
+            return adapters
+        dtype = lora_dtype(adapters, autocast, x.dtype)
+        if isinstance(dtype, str):
+            return dtype
+        return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended or torch.compiler.is_compiling():
@@ -98,68 +114,34 @@ def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     return run_group(x, projections, requests[0].dtypes, draw_seeds(x.device, projections, training=True))
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on the device, None when it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-class DenseForward(FastLoraLayer):
-    """LoRA over an nn.Linear."""
-
-    def request(self, x: Tensor) -> Request | str:
-        base = self._modules["base_layer"]
-        assert base is not None
-        device = x.device
-        reason = why_not_bypassed(base, nn.Linear, device)
+def frozen_base(base: Any, x: Tensor, autocast: torch.dtype | None) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
+    """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
+    device = x.device
+    if bitsandbytes.is_linear_4bit(base):
+        reason = why_not_bypassed(base, type(base), device)
         if reason is not None:
             return reason
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        assert weight is not None
-        reason = peft.why_not_plain(weight, device) or peft.why_not_plain(bias, device)
-        if reason is not None:
-            return f"base layer: {reason}"
-        if weight.requires_grad and torch.is_grad_enabled():
-            return "the base weight is trained"
-        adapters = peft.active_adapters(self, device)
-        if isinstance(adapters, str):
-            return adapters
-        autocast = autocast_dtype(device)
-        if autocast is None and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
-            return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
-        dtype = autocast or x.dtype
-        lora = lora_dtype(adapters, autocast, dtype)
-        if isinstance(lora, str):
-            return lora
-        return Request(LoraProjection(DenseWeight(weight), bias, adapters), Dtypes(dtype, lora, dtype))
-
-
-class FourBitForward(FastLoraLayer):
-    """LoRA over bitsandbytes' Linear4bit."""
-
-    def request(self, x: Tensor) -> Request | str:
-        base: Any = self._modules["base_layer"]
-        kind = bitsandbytes.linear_4bit()
-        reason = "no bitsandbytes" if kind is None else why_not_bypassed(base, kind, x.device)
-        if reason is not None:
-            return reason
-        weight = bitsandbytes.frozen_weight(base)
-        if isinstance(weight, str):
-            return weight
-        if weight.device != x.device:
-            return f"a base weight on {weight.device}, the input on {x.device}"
-        if weight.shape != (self.out_features, self.in_features):
-            return f"a 4-bit weight stored as {weight.shape}"
-        reason = peft.why_not_plain(base.bias, x.device)
-        if reason is not None:
-            return f"base layer: {reason}"
-        adapters = peft.active_adapters(self, x.device)
-        if isinstance(adapters, str):
-            return adapters
-        lora = lora_dtype(adapters, autocast_dtype(x.device), x.dtype)
-        if isinstance(lora, str):
-            return lora
-        dtypes = Dtypes(bitsandbytes.compute_dtype(base, x), lora, x.dtype)
-        return Request(LoraProjection(weight, base.bias, adapters), dtypes)
+        frozen = bitsandbytes.frozen_weight(base)
+        if isinstance(frozen, str):
+            return frozen
+        if frozen.device != device:
+            return f"a base weight on {frozen.device}, the input on {device}"
+        if frozen.shape != (base.out_features, base.in_features):
+            return f"a 4-bit weight stored as {frozen.shape}"
+        return frozen, bitsandbytes.compute_dtype(base, x), x.dtype
+    reason = why_not_bypassed(base, nn.Linear, device)
+    if reason is not None:
+        return reason
+    weight = base._parameters["weight"]
+    reason = peft.why_not_plain(weight, device)
+    if reason is not None:
+        return f"base layer: {reason}"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "the base weight is trained"
+    if autocast is None and weight.dtype != x.dtype:
+        return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
+    dtype = autocast or x.dtype
+    return DenseWeight(weight), dtype, dtype
 
 
 def lora_dtype(adapters: tuple[Any, ...], autocast: torch.dtype | None, default: torch.dtype) -> torch.dtype | str:
@@ -178,16 +160,16 @@ def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
     """PEFT's layer class -> ours. The 4-bit class is there once PEFT has one (bitsandbytes is installed)."""
     from peft.tuners import lora as stock
 
-    classes: dict[type[nn.Module], type[FastLoraLayer]] = {stock.Linear: _make("FastLinear", DenseForward, stock.Linear)}
+    classes: dict[type[nn.Module], type[FastLoraLayer]] = {stock.Linear: _make("FastLinear", stock.Linear)}
     four_bit = getattr(stock, "Linear4bit", None)
     if four_bit is not None:
-        classes[four_bit] = _make("FastLinear4bit", FourBitForward, four_bit)
+        classes[four_bit] = _make("FastLinear4bit", four_bit)
     return classes
 
 
-def _make(name: str, forward: type[FastLoraLayer], stock: type[nn.Module]) -> type[FastLoraLayer]:
+def _make(name: str, stock: type[nn.Module]) -> type[FastLoraLayer]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
-    made = type(name, (forward, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."})
+    made = type(name, (FastLoraLayer, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."})
     globals()[name] = made
     return made
 

@@ -184,9 +184,9 @@ def _project(
 
 
 def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """The dense values for one product: a dense weight's own, else a warm buffer that the next decode overwrites."""
-    if weight.kind == "dense" and weight.dtype == dtype:
-        return weight.decode()
+    """The dense values for one product, in a warm buffer that the next decode overwrites unless they lie ready."""
+    if not weight.fills or (weight.kind == "dense" and weight.dtype == dtype):
+        return weight.decode(dtype=dtype)
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
 
 

@@ -2,5 +2,6 @@
 
 from .base import FrozenWeight, unflatten_weight
 from .dense import DenseWeight
+from .four_bit import FourBitWeight
 
-__all__ = ["DenseWeight", "FrozenWeight", "unflatten_weight"]
+__all__ = ["DenseWeight", "FourBitWeight", "FrozenWeight", "unflatten_weight"]

@@ -24,12 +24,14 @@ class FrozenWeight(ABC):
         shape: (out_features, in_features).
         dtype: floating dtype of the values as stored or as originally quantised; `decode` can give another.
         device: where the storage is, and where decoded values appear.
+        fills: `decode(out=...)` writes straight into `out`; where False, `decode()` into new memory costs less.
     """
 
     kind: ClassVar[str]
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    fills: bool = True
 
     _kinds: ClassVar[dict[str, type[FrozenWeight]]] = {}
 

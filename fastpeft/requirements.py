@@ -1,0 +1,55 @@
+"""Packages that are needed now and then, and versions that are too old: said in one sentence."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module, metadata
+from types import ModuleType
+
+EXTRAS = ("train", "bench", "dev")
+# As in pyproject.toml, which a tree that is used without being installed does not bring.
+MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "bitsandbytes": "0.48"}
+
+
+def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
+    """Import a module that comes with an extra.
+
+    Args:
+        extra: one of EXTRAS.
+        module: its import name.
+        purpose: what needs it, as the subject of a sentence: "the loss curve".
+
+    Raises:
+        ImportError: it is not installed; says how to install it. An installed one that fails to import raises its own.
+        ValueError: another extra.
+    """
+    if extra not in EXTRAS:
+        raise ValueError(f"extra: expected one of {', '.join(EXTRAS)}, got {extra!r}")
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        name = error.name
+        message = f'{purpose} needs {name}, which is not installed: pip install "fastpeft[{extra}]"'
+        raise ImportError(message, name=name) from error
+
+
+def check_versions() -> str | None:
+    """One sentence about packages that are missing or older than MINIMUM; None when all is well. Imports none."""
+    wrong = [f"{name}>={least} ({have})" for name, least in MINIMUM.items() if (have := _too_old(name, least))]
+    return f"fastpeft needs {', '.join(wrong)}: pip install --upgrade fastpeft" if wrong else None
+
+
+def _too_old(package: str, least: str) -> str | None:
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    return f"{installed} is installed" if _release(installed) < _release(least) else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers: (2, 13, 0) of "2.13.0+cpu"; trailing parts such as rc1 and dev0 are left out."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()

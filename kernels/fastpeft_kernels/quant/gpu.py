@@ -1,0 +1,187 @@
+"""Checks that need a CUDA GPU: every configuration of the Triton kernels gives the reference's bits, on any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import decode_4bit, encode_4bit
+from .reference import decode_4bit_reference, encode_4bit_reference
+from .storage import BLOCKSIZES, DTYPES, QUANT_TYPES, Packed4bit
+
+_DEVICE = torch.device("cuda")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# A usual shape; rows that straddle blocks; odd rows; less than a word; less than a byte.
+_SHAPES = ((256, 512), (130, 1000), (37, 333), (5, 1), (1, 1))
+_MANY = 2**31
+
+
+def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Named checks. Each returns figures, or raises AssertionError."""
+    from .forward import DECODE_CONFIGS, ENCODE_CONFIGS
+
+    for decode_config in DECODE_CONFIGS:
+        yield f"decode {decode_config}", partial(_check_decode, decode_config)
+    for encode_config in ENCODE_CONFIGS:
+        yield f"encode {encode_config}", partial(_check_encode, encode_config)
+    yield "decode, every blocksize", _check_blocksizes
+    yield "decode into strided memory", _check_strided
+    yield "decode more than 2**31 elements", _check_many_decoded
+    yield "encode more than 2**31 elements", _check_many_encoded
+    for decode_config in DECODE_CONFIGS:
+        yield f"decode speed {decode_config}", partial(_measure_decode, decode_config)
+
+
+def _check_decode(config: Any) -> dict[str, Any]:
+    elements = 0
+    for shape, quant_type, nested, dtype in product(_SHAPES, QUANT_TYPES, (False, True), (*DTYPES, torch.float64)):
+        packed = encode_4bit(_random(shape, torch.float32), quant_type, 64, nested, backend="torch")
+        for rows in ((0, shape[0]), (shape[0] // 3, shape[0])):
+            elements += _compare_decode(packed, rows, dtype, config, f"{shape} {quant_type} {nested=} {dtype} {rows=}")
+    return {"elements": elements}
+
+
+def _check_encode(config: Any) -> dict[str, Any]:
+    from .forward import encode_4bit_triton
+
+    elements = 0
+    for shape, quant_type, dtype, blocksize in product(_SHAPES, QUANT_TYPES, DTYPES, (32, 64, 4096)):
+        weight = _random(shape, dtype)
+        weight.view(-1)[:: blocksize + 1] = 0.0
+        want = encode_4bit_reference(weight, quant_type, blocksize)
+        got = encode_4bit_triton(weight, quant_type, blocksize, config)
+        what = f"{shape} {quant_type} {dtype} {blocksize=}"
+        _assert_same(got[0], want[0], f"packed, {what}")
+        _assert_same(got[1], want[1], f"absmax, {what}")
+        elements += weight.numel()
+    return {"elements": elements}
+
+
+def _check_blocksizes() -> dict[str, Any]:
+    from .forward import DECODE_CONFIGS
+
+    elements = 0
+    for shape, blocksize, nested in product(_SHAPES, BLOCKSIZES, (False, True)):
+        packed = encode_4bit(_random(shape, torch.bfloat16), "nf4", blocksize, nested, backend="torch")
+        what = f"{shape} {blocksize=} {nested=}"
+        elements += _compare_decode(packed, (0, shape[0]), torch.bfloat16, DECODE_CONFIGS[0], what)
+    return {"elements": elements}
+
+
+def _check_strided() -> dict[str, Any]:
+    elements = 0
+    for (rows, columns), nested, dtype in product(_SHAPES, (False, True), DTYPES):
+        packed = encode_4bit(_random((rows, columns), dtype), "nf4", 64, nested, backend="torch")
+        want = decode_4bit(packed, backend="torch")
+        beside = torch.full((rows, columns + 16), torch.nan, dtype=dtype, device=_DEVICE)
+        turned = torch.full((columns, rows), torch.nan, dtype=dtype, device=_DEVICE).t()
+        for out in (beside[:, :columns], turned):
+            decode_4bit(packed, out, backend="triton")
+            _assert_same(out, want, f"{(rows, columns)} {nested=} {dtype} strides {out.stride()}")
+            elements += out.numel()
+        assert beside[:, columns:].isnan().all(), "wrote beside the result"
+    return {"elements": elements}
+
+
+def _check_many_decoded() -> dict[str, Any]:
+    elements = 0
+    for columns, beside in product((4104, 4105), (0, 8)):
+        rows = _MANY // columns + 70
+        packed = _random_storage(rows, columns)
+        out = torch.full((rows, columns + beside), torch.nan, dtype=torch.bfloat16, device=_DEVICE)[:, :columns]
+        decode_4bit(packed, out, backend="triton")
+        for first, last in ((0, 64), (_MANY // columns - 32, _MANY // columns + 32), (rows - 5, rows)):
+            want = torch.empty((last - first, columns), dtype=torch.bfloat16, device=_DEVICE)
+            decode_4bit_reference(packed, want, first, last)
+            _assert_same(out[first:last], want, f"rows {first}:{last}, strides {out.stride()}")
+            part = decode_4bit(packed, rows=(first, last), backend="triton")
+            _assert_same(part, want, f"only rows {first}:{last} of {columns} columns")
+        elements += out.numel()
+    return {"elements": elements}
+
+
+def _check_many_encoded() -> dict[str, Any]:
+    from .forward import encode_4bit_triton
+
+    columns, blocksize = 4096, 64
+    rows = _MANY // columns + 70
+    weight = torch.randn((rows, columns), dtype=torch.bfloat16, device=_DEVICE)
+    packed, absmax = encode_4bit_triton(weight, "nf4", blocksize)
+    for first, last in ((0, 64), (_MANY // columns - 32, _MANY // columns + 32), (rows - 5, rows)):
+        want = encode_4bit_reference(weight[first:last], "nf4", blocksize)
+        _assert_same(packed[first * columns // 2 : last * columns // 2], want[0], f"packed, rows {first}:{last}")
+        per_row = columns // blocksize
+        _assert_same(absmax[first * per_row : last * per_row], want[1], f"absmax, rows {first}:{last}")
+    return {"elements": weight.numel()}
+
+
+def _measure_decode(config: Any) -> dict[str, Any]:
+    """Time of 4096 x 14336 nested NF4 to bf16, each launch with memory that no cache holds; median of 20."""
+    from .forward import decode_4bit_triton
+
+    rows, columns = 4096, 14336
+    weights = [_random_storage(rows, columns) for _ in range(4)]
+    outs = [torch.empty((rows, columns), dtype=torch.bfloat16, device=_DEVICE) for _ in weights]
+    times = []
+    for turn in range(24):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Work ahead of the clock keeps the launch's own time on the host out of it.
+        outs[turn % 4 - 1].zero_()
+        begin.record()
+        decode_4bit_triton(weights[turn % 4], outs[turn % 4], 0, rows, config)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    milliseconds = sorted(times[4:])[10]
+    moved = outs[0].nbytes + sum(t.nbytes for t in weights[0].tensors)
+    return {"decode_us": milliseconds * 1e3, "decode_gb_s": moved / milliseconds / 1e6}
+
+
+def _compare_decode(packed: Packed4bit, rows: tuple[int, int], dtype: torch.dtype, config: Any, what: str) -> int:
+    from .forward import decode_4bit_triton
+
+    shape = (rows[1] - rows[0], packed.shape[1])
+    out = torch.full(shape, torch.nan, dtype=dtype, device=_DEVICE)
+    decode_4bit_triton(packed, out, *rows, config)
+    _assert_same(out, decode_4bit_reference(packed, torch.empty_like(out), *rows), what)
+    return out.numel()
+
+
+def _assert_same(got: Tensor, want: Tensor, what: str) -> None:
+    bits = _BITS[want.element_size()]
+    differ = got.contiguous().view(bits) != want.contiguous().view(bits)
+    if differ.any():
+        where = tuple(differ.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(differ.sum())} of {differ.numel()} differ from the reference, "
+            f"first at {where}: expected {want[where].item()!r}, got {got[where].item()!r}"
+        )
+
+
+def _random(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=_DEVICE).to(dtype)
+
+
+def _random_storage(rows: int, columns: int) -> Packed4bit:
+    """A nested weight that was never dense: large ones would not fit in between."""
+    small = encode_4bit(_random((64, 1024), torch.bfloat16), nested=True, backend="torch")
+    elements = rows * columns
+    blocks = -(-elements // 64)
+    return Packed4bit(
+        torch.randint(0, 256, (-(-elements // 2),), dtype=torch.uint8, device=_DEVICE),
+        torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=_DEVICE),
+        small.code,
+        64,
+        (rows, columns),
+        torch.bfloat16,
+        "nf4",
+        torch.rand(-(-blocks // 256), device=_DEVICE) + 0.5,
+        small.nested_code,
+        small.nested_offset,
+        256,
+    )
