@@ -13,9 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native import dropout_native
+from .device import triton_available
+
 C1, C2 = 0x7FEB352D, 0x846CA68B
 ROW_STEP, STREAM_STEP, COLUMN_STEP = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 _LOW = 0xFFFFFFFF
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHUNK = 1 << 16  # elements hashed at a time on CPU: intermediate values stay in the second-level cache
 
 
@@ -69,10 +73,16 @@ def dropout(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
     """
     if p == 0.0:
         return x.clone()
+    if x.is_cuda and x.dtype in TRITON_DTYPES and triton_available():
+        from .triton_random import dropout_triton
+
+        return dropout_triton(x, seed, p, stream)
     rows, columns = x.shape
     threshold, scale = keep_threshold(p), 1.0 / (1.0 - p)
-    step = max(1, _CHUNK // max(columns, 1)) if x.device.type == "cpu" else max(rows, 1)
     out = torch.empty_like(x)
+    if x.device.type == "cpu" and dropout_native(x, out, int(seed), stream, threshold, scale):
+        return out
+    step = max(1, _CHUNK // max(columns, 1)) if x.device.type == "cpu" else max(rows, 1)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         keep = dropout_bits(seed, first, count, columns, stream) >= threshold

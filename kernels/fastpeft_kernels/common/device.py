@@ -1,0 +1,89 @@
+"""What the device and the tools beside it can do. Asked when an op is called, never at import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import lru_cache
+
+import torch
+
+# Assemblers before this one miscompile, for sm_90, chained dots: a dot's result that is cast and fed to another dot.
+_FIRST_SAFE_PTXAS = (13, 3)
+
+
+@lru_cache(maxsize=1)
+def triton_available() -> bool:
+    """Whether Triton can be imported. Imports it at the first call."""
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def device_capability(device: torch.device | str) -> int | None:
+    """Compute capability of an NVIDIA GPU as one number.
+
+    Args:
+        device: any torch device; "cuda" without an index is the current one.
+
+    Returns:
+        10 * major + minor, so 90 for sm_90; None for a device that is not an NVIDIA GPU.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def ptxas_path(capability: int) -> str | None:
+    """Path of the assembler that Triton uses for sm_`capability`; None without Triton or its NVIDIA backend."""
+    if not triton_available():
+        return None
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return str(get_ptxas(capability).path)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def ptxas_version(capability: int = 90) -> tuple[int, int] | None:
+    """(major, minor) of the assembler that Triton uses for sm_`capability`; None where there is none."""
+    path = ptxas_path(capability)
+    return None if path is None else _version_of(path)
+
+
+@lru_cache
+def _version_of(path: str) -> tuple[int, int] | None:
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    release = re.search(r"release (\d+)\.(\d+)", answer)
+    return None if release is None else (int(release[1]), int(release[2]))
+
+
+def hopper_dots_safe(device: torch.device | str) -> str | None:
+    """Why a kernel with register-operand or chained dots must not run on `device`; None when it may.
+
+    Returns:
+        One sentence for the report, or None. Only sm_90 is affected, with an assembler older than 13.3.
+    """
+    if device_capability(device) != 90:
+        return None
+    version = ptxas_version(90)
+    if version is not None and version >= _FIRST_SAFE_PTXAS:
+        return None
+    found = "no ptxas was found" if version is None else f"Triton uses ptxas {version[0]}.{version[1]}"
+    needed = ".".join(map(str, _FIRST_SAFE_PTXAS))
+    return (
+        f"on sm_90 chained dots need ptxas {needed} or newer, and {found}: a newer one is chosen by TRITON_PTXAS_PATH"
+    )

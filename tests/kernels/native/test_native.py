@@ -1,0 +1,74 @@
+"""The C++ library: the same bits as PyTorch, rebuilt when its source changes, and never required."""
+
+import subprocess
+import time
+
+import pytest
+import torch
+from fastpeft_kernels.common import random
+from fastpeft_kernels.native import build, dropout_native, native_library
+
+
+@pytest.fixture
+def library():
+    found = native_library()
+    if found is None:
+        pytest.skip("no C++ compiler here")
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(37, 301), (1, 1), (3, 4096), (0, 8), (8, 0)])
+def test_same_numbers_as_pytorch(library, monkeypatch, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    if x.numel() > 2:
+        x.view(-1)[0], x.view(-1)[1] = float("nan"), float("inf")
+    seed = torch.tensor([-(2**62) - 12345])
+    native = random.dropout(x, seed, 0.3, stream=2)
+    monkeypatch.setattr(random, "dropout_native", lambda *_: False)
+    torch.testing.assert_close(native, random.dropout(x, seed, 0.3, stream=2), rtol=0, atol=0, equal_nan=True)
+
+
+def test_strided_rows(library):
+    x = torch.randn(16, 64)
+    seed = torch.tensor([7])
+    torch.testing.assert_close(random.dropout(x[:, 16:48], seed, 0.5), random.dropout(x[:, 16:48].contiguous(), seed, 0.5))
+
+
+def test_other_layouts_and_dtypes_are_left_to_pytorch():
+    x = torch.randn(8, 8)
+    assert not dropout_native(x.t(), torch.empty(8, 8), 1, 0, 0, 1.0)
+    assert not dropout_native(x.double(), torch.empty(8, 8).double(), 1, 0, 0, 1.0)
+
+
+def test_faster_than_dropout_of_torch(library):
+    x, seed = torch.randn(512, 512), torch.tensor([1])
+
+    def best(function):
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best(lambda: random.dropout(x, seed, 0.1)) < best(lambda: torch.nn.functional.dropout(x, 0.1))
+
+
+def test_without_compiler_pytorch_serves_and_one_line_says_so(monkeypatch, caplog):
+    def fails(*_, **__):
+        raise subprocess.CalledProcessError(1, ["c++"], stderr="c++: no such instruction\nmore")
+
+    monkeypatch.setattr(build, "FLAGS", ("-something-else",))
+    monkeypatch.setattr(build.subprocess, "run", fails)
+    native_library.cache_clear()
+    try:
+        assert native_library() is None
+        x, seed = torch.randn(8, 8), torch.tensor([1])
+        kept = random.dropout(x, seed, 0.5)
+        assert torch.equal(kept != 0, random.dropout_bits(seed, 0, 8, 8) >= random.keep_threshold(0.5))
+        assert [record.message for record in caplog.records] == [
+            "the C++ kernels for CPU could not be built, PyTorch serves instead: c++: no such instruction"
+        ]
+    finally:
+        native_library.cache_clear()
