@@ -60,10 +60,14 @@ class Report:
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:
             merged[(_without_numbers(row.path), row.op or "PEFT's own forward", row.partners, row.note)] += 1
-        cells += [(path, str(count), op, partners or "alone", note) for (path, op, partners, note), count in merged.items()]
+        cells += [
+            (path, str(count), op, partners or "alone", note) for (path, op, partners, note), count in merged.items()
+        ]
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         if self.rows:
-            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+            lines += [
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+            ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -95,7 +99,7 @@ def report(model: nn.Module) -> Report:
     else:
         wanted = [words for switch, words in NOT_BUILT.items() if settings.get(switch)]
         notes += [f"not built yet: {', '.join(wanted)}"] if wanted else []
-        waiting = any(m.__dict__.get("fastpeft_watch") is not None and m.fastpeft_watch.waiting for m in model.modules())  # type: ignore[union-attr,operator]
+        waiting = any(getattr(m, "fastpeft_watch", None) is not None for m in model.modules())
         notes += ["projections that share an input are found at the first forward pass"] if waiting else []
     return Report(tuple(rows), tuple(notes))
 

@@ -19,6 +19,7 @@ from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
 from torch import Tensor, nn
 
+from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer, Request
 
@@ -126,7 +127,9 @@ def _step(
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """(output, loss and gradients of trainable parameters by name, [x, dy] of each layer's first call)."""
     traffic: dict[str, list[Tensor]] = {}
-    handles = [layer.register_forward_hook(_recorder(path, traffic)) for path, layer in layers.items()] if record else []
+    handles = (
+        [layer.register_forward_hook(_recorder(path, traffic)) for path, layer in layers.items()] if record else []
+    )
     try:
         with torch.enable_grad():
             output, loss = _output_and_loss(model(**inputs))
@@ -140,10 +143,14 @@ def _step(
 
 
 def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
+    def keep(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            traffic[path].append(gradient.detach())
+
     def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if path not in traffic and output.requires_grad:
             traffic[path] = [args[0].detach()]
-            output.register_hook(lambda gradient: traffic[path].append(gradient.detach()))
+            output.register_hook(keep)
 
     return record
 
@@ -343,6 +350,7 @@ def _noisy(layers: dict[str, FastLoraLayer], rounding: dict[str, float], seed: i
 def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
+    four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
     zeros = []
     for layer in layers.values():
         for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
@@ -360,6 +368,8 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
     finally:
         for module in training:
             module.training = True
+        for layer, setting in four_bit:
+            bitsandbytes.allow_cpu_packing(layer, setting)
         with torch.no_grad():
             for b in zeros:
                 b.zero_()

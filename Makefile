@@ -1,0 +1,54 @@
+# `make help` lists the targets. All but `gpu` make their own environment in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# One torch thread a worker: two workers on two cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-full lint aot bench gpu
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+quickstart: .venv/.train ## fine-tune a small model on this machine, from nothing
+	$(BIN)/fastpeft quickstart
+
+test: .venv/.dev ## the tests that fit a coffee break; no GPU needed
+	@status=0; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not full" || status=$$?; \
+	$(PYTEST) -m "not interpreter and not full" || status=$$?; \
+	exit $$status
+
+test-full: .venv/.dev ## every test that needs no GPU
+	@status=0; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter || status=$$?; \
+	$(PYTEST) -m "not interpreter" || status=$$?; \
+	exit $$status
+
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: .venv/.dev ## compile every kernel for every supported GPU; no GPU needed
+	$(BIN)/python -m fastpeft_kernels.aot
+
+bench: .venv/.dev ## benchmarks on this machine's CPU
+	$(BIN)/python -m fastpeft.bench.cpu
+
+gpu: ## checks and benchmarks on this machine's GPU, with $(PYTHON) as it is; ARGS="--depth quick"
+	PYTHONPATH=.:kernels $(PYTHON) -m fastpeft.bench.gpu $(ARGS)
+
+# The larger environment holds the smaller: installing it marks both.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.train: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[train]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[train,bench,dev]'
+	@touch .venv/.train $@

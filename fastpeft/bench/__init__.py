@@ -1,0 +1,1 @@
+"""What `fastpeft bench` and the GPU checks need: records of measurements, peers, timers."""

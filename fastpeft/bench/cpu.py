@@ -1,0 +1,76 @@
+"""`make bench`: training steps of plain PEFT and of fastpeft beside each other on this CPU.
+
+Writes one JSON Lines file of records; `python -m fastpeft.bench.tables` makes tables of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .records import RecordFile, environment
+from .steps import StepCase, StepResult, measure
+from .timer import ratio
+
+SUITE = "step"
+CASES = (
+    StepCase("llama", "lora", torch.float32),
+    StepCase("llama", "lora", torch.bfloat16),
+    StepCase("llama", "lora", torch.float32, autocast=True),
+    StepCase("llama", "lora", torch.float32, dropout=0.1),
+    StepCase("llama", "lora", torch.float32, checkpointing=True),
+    StepCase("llama", "qlora", torch.float32),
+    StepCase("llama", "qlora", torch.bfloat16),
+    StepCase("bert", "lora", torch.float32),
+    StepCase("bert", "qlora", torch.float32),
+    StepCase("t5", "lora", torch.float32),
+    StepCase("t5", "qlora", torch.float32),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; exit code 1 when fastpeft is slower than PEFT by more than PEFT's own spread."""
+    parser = argparse.ArgumentParser(prog="python -m fastpeft.bench.cpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/cpu.jsonl"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.unlink(missing_ok=True)
+    file = RecordFile(options.out, environment("cpu"))
+    slower = []
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        result = measure(case, options.rounds)
+        keep(file, result, {"threads": options.threads})
+        ours, spread = ratio(result.samples, "fastpeft", "peft"), ratio(result.samples, "peft again", "peft")
+        kept = result.kept["fastpeft"] / result.kept["peft"]
+        print(f"{case.name:64} time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}", flush=True)
+        if ours > 1.0 + abs(spread - 1.0):
+            slower.append(case.name)
+    for name in slower:
+        print(f"slower than PEFT: {name}")
+    return 1 if slower else 0
+
+
+def keep(file: RecordFile, result: StepResult, settings: dict[str, object]) -> None:
+    """One record a peer and metric."""
+    for peer, samples in result.samples.items():
+        file.add(
+            suite=SUITE, case=result.case.name, op="lora", peer=peer, metric="step time", unit="ms", samples=samples, settings=settings
+        )  # fmt: skip
+    for peer, kept in result.kept.items():
+        file.add(
+            suite=SUITE, case=result.case.name, op="lora", peer=peer, metric="kept for backward", unit="MiB",
+            samples=kept / 2**20, settings=settings,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""`make gpu`: every check and benchmark that needs a GPU, in one run.
+
+A part is a module of `fastpeft.bench.gpu_parts`, light to import, with
+
+- `order: int`, parts run by it; `time_limit_s: int`, after which the part is killed;
+- `run(recorder, depth)`, which measures and raises where something is wrong; depth is "quick", "default" or "full";
+- optionally `dry_run(recorder, depth)`: the same on a CPU, on small stand-ins.
+
+Its name is `name` if it has one, else the module's. Each part runs in a process of its own, so that one that crashes or
+hangs costs only itself. What it measured goes to OUT/<part>.jsonl at once, what it printed to OUT/<part>.log, and what
+became of it to OUT/run.json.
+
+Exit code: 0 when all parts passed, 1 when one did not, 2 when there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastpeft.bench.parts import Outcome, Part, Run, discover, run_part, supervise
+from fastpeft.bench.records import source_state
+
+DEPTHS = ("quick", "default", "full")
+_ASK_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    parts = discover(options.parts)
+    if options.run_part:  # the child process of one part
+        return run_part(parts[options.run_part], options.out, options.depth, options.dry_run, options.commit)
+    chosen = _chosen(parser, parts, options.only)
+    if options.list:
+        print(
+            "\n".join(f"{part.name:24} limit {part.time_limit_s:5} s  {part.summary or part.broken}" for part in chosen)
+        )
+        return 0
+    gpu = "" if options.dry_run else gpu_name()
+    if not (gpu or options.dry_run):
+        print("No NVIDIA GPU that torch can use was found: nothing was run. --dry-run tries the parts on the CPU.")
+        return 2
+    out = options.out or (Path("runs/gpu-dry-run") if options.dry_run else Path("benchmarks/results", slug(gpu)))
+    commit = source_state()[0] or options.commit
+    run = Run(out, options.depth, options.dry_run, commit, options.parts)
+    print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
+    outcomes = [_run_or_skip(run, part, options.resume) for part in chosen]
+    print(table(outcomes))
+    return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
+
+
+def _run_or_skip(run: Run, part: Part, resume: bool) -> Outcome:
+    earlier = run.finished(part.name)
+    if resume and earlier is not None:
+        print(f"{part.name}: done before", flush=True)
+        return earlier
+    print(f"{part.name}: started {time.strftime('%H:%M:%S')}, limit {part.time_limit_s} s", flush=True)
+    outcome = supervise(run, part)
+    run.keep(outcome)
+    print(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
+    if outcome.status in ("failed", "timed out"):
+        print(run.end_of_log(part.name), flush=True)
+    return outcome
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One line a part."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    lines = [f"{'part':{width}}  {'status':9}  seconds  records"]
+    lines += [f"{o.name:{width}}  {o.status:9}  {o.seconds:7.0f}  {o.records:7}  {o.reason}".rstrip() for o in outcomes]
+    return "\n".join(lines)
+
+
+def gpu_name() -> str:
+    """Name of torch's current GPU, or "". Asked in another process, so that this one takes no GPU memory."""
+    done = subprocess.run([sys.executable, "-c", _ASK_GPU], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def slug(name: str) -> str:
+    """A folder's name for a GPU: "NVIDIA H200" becomes "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _chosen(parser: argparse.ArgumentParser, parts: dict[str, Part], only: list[str] | None) -> list[Part]:
+    for name in only or ():
+        if name not in parts:
+            near = difflib.get_close_matches(name, parts, n=1)
+            parser.error(f"--only: expected one of {', '.join(parts)}, got {name}" + (f"; {near[0]}?" if near else ""))
+    return [part for name, part in parts.items() if not only or name in only]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpeft.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", choices=DEPTHS, default="default")
+    parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be given more than once")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="benchmarks/results/<name of the GPU> by default")
+    parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")
+    parser.add_argument("--list", action="store_true", help="list the parts and stop")
+    parser.add_argument("--commit", help="recorded where the source tree is no git checkout")
+    parser.add_argument("--parts", default="fastpeft.bench.gpu_parts", metavar="PACKAGE", help="package of the parts")
+    parser.add_argument("--run-part", metavar="PART", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""How many bytes a forward pass keeps for backward, wherever they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Made(TorchDispatchMode):
+    """Notes every storage that any operation returns, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+
+def bytes_kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages made during `forward` that are alive at its end, without parameters and buffers.
+
+    Args:
+        model: whose parameters and buffers do not count.
+        forward: returns the loss, which is kept alive while counting. Gradients must be on.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    made = _Made()
+    with made:
+        loss = forward()
+    kept = sum(size for ref, size in made.storages.values() if not ref.expired() and ref.cdata not in own)
+    del loss
+    return kept

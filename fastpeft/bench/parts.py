@@ -1,0 +1,172 @@
+"""Finding the parts of a GPU run, running one, and keeping what became of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+from fastpeft.bench.recorder import Recorder
+from fastpeft.bench.records import RecordFile, environment
+from fastpeft.structured import build
+
+Status = Literal["passed", "failed", "timed out", "skipped"]
+_LOG_LINES = 25
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of checks or benchmarks. `broken` says why it could not be imported."""
+
+    name: str
+    order: int = 0
+    time_limit_s: float = 60
+    summary: str = ""
+    run: Callable[[Recorder, str], None] | None = None
+    dry_run: Callable[[Recorder, str], None] | None = None
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part: `reason` is a line for people, `records` how many it wrote."""
+
+    name: str
+    status: Status
+    seconds: float
+    records: int
+    reason: str
+    depth: str
+    dry_run: bool
+    commit: str | None
+
+
+def discover(package: str) -> dict[str, Part]:
+    """The parts of `package` by name, in the order in which they run. One that cannot be imported is there too."""
+    path = import_module(package).__path__
+    parts = [_import_part(package, info.name) for info in iter_modules(path)]
+    return {part.name: part for part in sorted(parts, key=lambda part: (part.order, part.name))}
+
+
+def _import_part(package: str, name: str) -> Part:
+    try:
+        module = import_module(f"{package}.{name}")
+        summary = (module.__doc__ or "").strip().partition("\n")[0]
+        dry_run = getattr(module, "dry_run", None)
+        name = getattr(module, "name", name)
+        return Part(name, module.order, module.time_limit_s, summary, module.run, dry_run)
+    except Exception as error:  # a broken part must not keep the others from running
+        return Part(name, broken=f"{type(error).__name__}: {error}")
+
+
+def run_part(part: Part, out: Path, depth: str, dry_run: bool, commit: str | None) -> int:
+    """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed."""
+    function = part.dry_run if dry_run else part.run
+    device = "cpu" if dry_run else "cuda"
+    try:
+        if function is None:
+            raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
+        file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
+        function(Recorder(file, part.name, device, depth), depth)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
+        return 1
+    return 0
+
+
+class Run:
+    """A run's folder and state.
+
+    Args:
+        out: the folder, made if it is not there. Outcomes of parts that this run leaves out stay in its run.json.
+        depth, dry_run, commit: what a finished part must share to be skipped by a run that resumes.
+        package: where child processes find the parts.
+    """
+
+    def __init__(self, out: Path, depth: str, dry_run: bool, commit: str | None, package: str) -> None:
+        self.out, self.depth, self.dry_run, self.commit, self.package = out, depth, dry_run, commit, package
+        out.mkdir(parents=True, exist_ok=True)
+        self._path = out / "run.json"
+        rows = json.loads(self._path.read_text()) if self._path.exists() else []
+        self._outcomes = {outcome.name: outcome for outcome in (build(Outcome, row) for row in rows)}
+
+    def finished(self, name: str) -> Outcome | None:
+        """The outcome of a part that passed already, in the same circumstances."""
+        old = self._outcomes.get(name)
+        same = old is not None and (old.depth, old.dry_run, old.commit) == (self.depth, self.dry_run, self.commit)
+        return old if same and old is not None and old.status == "passed" else None
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write the outcome down, so that the file is whole at any time."""
+        self._outcomes[outcome.name] = outcome
+        new = self._path.with_suffix(".json.new")
+        new.write_text(json.dumps([asdict(one) for one in self._outcomes.values()], indent=1) + "\n")
+        os.replace(new, self._path)
+
+    def outcome(self, name: str, status: Status, seconds: float, reason: str) -> Outcome:
+        records = self.out / f"{name}.jsonl"
+        count = len(records.read_text().splitlines()) if records.exists() else 0
+        return Outcome(name, status, round(seconds, 1), count, reason, self.depth, self.dry_run, self.commit)
+
+    def log(self, name: str) -> Path:
+        return self.out / f"{name}.log"
+
+    def end_of_log(self, name: str) -> str:
+        """The last lines that a part printed, indented."""
+        path = self.log(name)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
+
+
+def supervise(run: Run, part: Part) -> Outcome:
+    """Run `part` in a process of its own and kill it, with all that it started, when its time is up."""
+    for old in (run.out / f"{part.name}.jsonl", run.log(part.name)):
+        old.unlink(missing_ok=True)
+    if part.broken:
+        return run.outcome(part.name, "failed", 0.0, part.broken)
+    if run.dry_run and part.dry_run is None:
+        return run.outcome(part.name, "skipped", 0.0, "needs a GPU")
+    start = time.monotonic()
+    with open(run.log(part.name), "wb") as log:
+        child = subprocess.Popen(
+            _command(run, part), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = child.wait(part.time_limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _kill_group(child)
+    seconds = time.monotonic() - start
+    if code is None:
+        return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
+    if code == 0:
+        return run.outcome(part.name, "passed", seconds, "")
+    last = run.end_of_log(part.name).rpartition("\n")[2].strip()
+    return run.outcome(part.name, "failed", seconds, last if code == 1 else f"ended with code {code}")
+
+
+def _command(run: Run, part: Part) -> list[str]:
+    command = [sys.executable, "-u", "-m", "fastpeft.bench.gpu", "--run-part", part.name, "--parts", run.package]
+    command += ["--out", str(run.out), "--depth", run.depth]
+    command += ["--dry-run"] if run.dry_run else []
+    return command + (["--commit", run.commit] if run.commit else [])
+
+
+def _kill_group(child: subprocess.Popen[Any]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

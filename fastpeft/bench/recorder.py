@@ -1,0 +1,84 @@
+"""What a part of a GPU run writes its measurements with."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from fastpeft.bench.records import Record, RecordFile
+
+_UNITS = {  # the first ending that fits
+    "_gb_s": "GB/s",
+    "_gbs": "GB/s",
+    "_tflops": "TFLOP/s",
+    "_ms": "ms",
+    "_us": "us",
+    "_s": "s",
+    "_mib": "MiB",
+    "_gib": "GiB",
+    "_bytes": "B",
+    "_percent": "%",
+}
+Check = tuple[str, Callable[[], Mapping[str, Any] | None]]
+
+
+class Recorder:
+    """Records of one part.
+
+    Args:
+        file: where they go.
+        suite: name of the part.
+        device: "cuda", or "cpu" in a dry run.
+        depth: "quick", "default" or "full"; kept in every record's settings.
+    """
+
+    def __init__(self, file: RecordFile, suite: str, device: str, depth: str) -> None:
+        self.file = file
+        self.suite = suite
+        self.device = device
+        self.depth = depth
+
+    def add(
+        self, *, samples: Sequence[float] | float, settings: Mapping[str, Any] | None = None, **fields: Any
+    ) -> Record:
+        """Append a record: case, op, peer, metric, unit and samples; settings, error and budget if there are any."""
+        settings = {**(settings or {}), "depth": self.depth}
+        return self.file.add(suite=self.suite, samples=samples, settings=settings, **fields)
+
+    def run_checks(self, op: str, checks: Iterable[Check]) -> None:
+        """Run each (name, callable) in turn, whatever became of those before, and record what it returns.
+
+        A callable returns figures by name, or None; numbers become records, whose unit is read from the name's ending
+        ("decode_ms"); other values become settings. Each check leaves a record "passed" of 1 or 0.
+
+        Raises:
+            AssertionError: at the end, if some raised; names them.
+        """
+        failed = []
+        for name, check in checks:
+            print(f"{name} ...", flush=True)
+            try:
+                figures = dict(check() or {})
+            except Exception as error:
+                traceback.print_exc()
+                failed.append(name)
+                self._passed(op, name, 0.0, {"failure": f"{type(error).__name__}: {error}"})
+                continue
+            numbers = {key: float(value) for key, value in figures.items() if isinstance(value, Real)}
+            others = {key: str(value) for key, value in figures.items() if key not in numbers}
+            for key, value in numbers.items():
+                fields = {"case": name, "op": op, "peer": "fastpeft", "metric": key, "unit": unit_of(key)}
+                self.add(**fields, samples=value, settings=others)
+            self._passed(op, name, 1.0, others)
+        if failed:
+            raise AssertionError(f"{len(failed)} failed: {', '.join(failed)}")
+
+    def _passed(self, op: str, case: str, value: float, settings: Mapping[str, Any]) -> None:
+        self.add(case=case, op=op, peer="fastpeft", metric="passed", unit="1", samples=value, settings=settings)
+
+
+def unit_of(metric: str) -> str:
+    """Unit by the ending of a figure's name; "1" for plain numbers."""
+    return next((unit for ending, unit in _UNITS.items() if metric.lower().endswith(ending)), "1")

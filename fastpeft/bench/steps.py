@@ -1,0 +1,181 @@
+"""A training step of plain PEFT beside the accelerated one: same weights, same batch, same run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kept import bytes_kept
+from .timer import interleaved
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A model family in a size, a method and dtypes.
+
+    Attributes:
+        family: "llama", "bert" or "t5", built from a configuration with random weights.
+        method: "lora" (dense base) or "qlora" (NF4, nested).
+        dtype: of the base's values and products; adapters are fp32, as PEFT makes them.
+        autocast: run the step under bf16 autocast.
+        dropout: LoRA's.
+        checkpointing: recompute every layer in backward.
+    """
+
+    family: str
+    method: str
+    dtype: torch.dtype
+    hidden: int = 512
+    layers: int = 4
+    rows: int = 2
+    tokens: int = 256
+    rank: int = 16
+    autocast: bool = False
+    dropout: float = 0.0
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.family,
+            self.method,
+            str(self.dtype)[6:],
+            f"{self.layers}x{self.hidden}",
+            f"{self.rows}x{self.tokens} tokens",
+        ]
+        parts += [f"r={self.rank}"] + ["autocast"] * self.autocast + [f"dropout {self.dropout}"] * (self.dropout > 0)
+        return " ".join(parts + ["checkpointing"] * self.checkpointing)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Milliseconds a step, in rounds of the same order; bytes that one forward keeps for backward."""
+
+    case: StepCase
+    samples: dict[str, list[float]]
+    kept: dict[str, int]
+
+
+def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
+    """PEFT twice (its own spread shows in the ratio of the two) and fastpeft once, in every round."""
+    import fastpeft
+
+    models = {"peft": build(case, device)}
+    models["fastpeft"] = fastpeft.accelerate(copy.deepcopy(models["peft"]))
+    batch = make_batch(case, device)
+    steps = {name: _step(model, batch, case, device) for name, model in models.items()}
+    steps["peft again"] = steps["peft"]
+    samples = interleaved(steps, rounds, device=device)
+    kept = {
+        name: bytes_kept(model, lambda model=model: _loss(model, batch, case, device)) for name, model in models.items()
+    }  # type: ignore[misc]
+    return StepResult(case, samples, kept)
+
+
+def build(case: StepCase, device: str) -> nn.Module:
+    """The PEFT model, training mode, adapters not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = _base(case).to(case.dtype)
+    if case.method == "qlora":
+        _to_nf4(model, case.dtype)
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=2 * case.rank,
+        lora_dropout=case.dropout,
+        target_modules=_targets(model),
+        init_lora_weights=False,
+    )
+    peft_model = get_peft_model(model.to(device), config).train()
+    if case.checkpointing:
+        peft_model.enable_input_require_grads()
+        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return peft_model
+
+
+def make_batch(case: StepCase, device: str) -> dict[str, Any]:
+    ids = torch.randint(0, 1000, (case.rows, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    if case.family == "bert":
+        return {"input_ids": ids, "labels": ids[:, 0] % 2}
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def _step(model: nn.Module, batch: dict[str, Any], case: StepCase, device: str) -> Any:
+    def step() -> None:
+        _loss(model, batch, case, device).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _loss(model: nn.Module, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
+    with torch.autocast(device, torch.bfloat16, enabled=case.autocast):
+        return model(**batch).loss  # type: ignore[no-any-return]
+
+
+def _base(case: StepCase) -> nn.Module:
+    import transformers as t
+
+    h, n, inner = case.hidden, case.layers, case.hidden * 8 // 3 // 64 * 64
+    positions = max(case.tokens, 512)
+    if case.family == "llama":
+        return t.LlamaForCausalLM(
+            t.LlamaConfig(
+                vocab_size=1000, hidden_size=h, intermediate_size=inner, num_hidden_layers=n, num_attention_heads=h // 64,
+                num_key_value_heads=max(1, h // 256), max_position_embeddings=positions,
+            )
+        )  # fmt: skip
+    if case.family == "bert":
+        return t.BertForSequenceClassification(
+            t.BertConfig(
+                vocab_size=1000, hidden_size=h, intermediate_size=4 * h, num_hidden_layers=n, num_attention_heads=h // 64,
+                max_position_embeddings=positions,
+            )
+        )  # fmt: skip
+    if case.family == "t5":
+        return t.T5ForConditionalGeneration(
+            t.T5Config(
+                vocab_size=1000, d_model=h, d_kv=64, d_ff=inner, num_layers=n, num_heads=h // 64,
+                feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+            )
+        )  # fmt: skip
+    raise ValueError(f"family: expected 'llama', 'bert' or 't5', got {case.family!r}")
+
+
+def _targets(model: nn.Module) -> list[str]:
+    """Every projection inside the layers, by its last name; no head, no classifier, no pooler."""
+    inside = {name.rpartition(".")[2] for name, module in _projections(model)}
+    return sorted(inside)
+
+
+def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split(".")):
+            yield name, module
+
+
+def _to_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    for name, module in list(_projections(model)):
+        new = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            compute_dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        new.weight = bnb.nn.Params4bit(
+            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+        new.bias = module.bias
+        new.support_avx512bf16_for_cpu = False  # else an eval forward on such a CPU rearranges the weights in place
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.to("cpu"))

@@ -1,0 +1,42 @@
+"""Round-robin timing: everything that is compared is measured in every round, so that a busy or throttled machine
+disturbs all alike, and ratios are taken within a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+Step = Callable[[], object]
+
+
+def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds of every step in every round.
+
+    Args:
+        steps: by name; called in turn, in an order that is reversed every other round.
+        rounds: how many samples of each.
+        warmup: rounds before, not counted.
+        device: "cuda" waits for the GPU before each reading of the clock.
+
+    Returns:
+        `rounds` samples for each name, in order, so that index i belongs to round i everywhere.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(warmup + rounds):
+        for name in list(steps) if index % 2 == 0 else reversed(list(steps)):
+            wait()
+            start = time.perf_counter()
+            steps[name]()
+            wait()
+            if index >= warmup:
+                samples[name].append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], of: str, to: str) -> float:
+    """Median over rounds of the time of one step divided by the time of another."""
+    return median(a / b for a, b in zip(samples[of], samples[to], strict=True))

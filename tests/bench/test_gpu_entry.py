@@ -1,0 +1,191 @@
+"""`make gpu` on parts that pass, fail, hang, break and crash; on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpeft.bench import gpu, parts
+from fastpeft.bench.recorder import unit_of
+from fastpeft.bench.records import load
+from tests.fresh import ROOT, run_fresh
+
+HEAD = "order, time_limit_s = {order}, {limit}\ndef run(recorder, depth): raise RuntimeError('not on a CPU')\n"
+PASSING = """
+def dry_run(recorder, depth):
+    recorder.add(case="a", op="demo", peer="torch", metric="time", unit="ms", samples=[1, 2, 3], settings={"rank": 4})
+    print(recorder.device, depth)
+"""
+FAILING = """
+def wrong():
+    raise AssertionError("0.5 is over the budget of 0.1")
+
+def dry_run(recorder, depth):
+    recorder.run_checks("demo", [("odd sizes", wrong), ("even sizes", lambda: {"decode_ms": 0.25, "dtype": "fp16"})])
+"""
+HANGING = """
+import subprocess, sys, time
+def dry_run(recorder, depth):
+    recorder.run_checks("demo", [("first", lambda: None), ("second", hang)])
+def hang():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print("child", child.pid, flush=True)
+    time.sleep(60)
+"""
+CRASHING = """
+import os
+def dry_run(recorder, depth):
+    os.abort()
+"""
+
+
+class Runner:
+    """A package of fake parts and a folder for results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.package = folder / "fake_parts"
+        self.package.mkdir()
+        (self.package / "__init__.py").touch()
+
+    def add(self, name: str, body: str, order: int = 1, limit: float = 60) -> None:
+        (self.package / f"{name}.py").write_text(HEAD.format(order=order, limit=limit) + body)
+
+    def __call__(self, *arguments: str) -> int:
+        for name in [name for name in sys.modules if name.startswith("fake_parts")]:
+            del sys.modules[name]
+        return gpu.main(["--parts", "fake_parts", "--out", str(self.out), *arguments])
+
+    def states(self) -> dict[str, str]:
+        return {row["name"]: row["status"] for row in json.loads((self.out / "run.json").read_text())}
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")]))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return Runner(tmp_path)
+
+
+def test_a_passing_part_leaves_records(runner: Runner) -> None:
+    runner.add("passing", PASSING)
+    assert runner("--dry-run", "--depth", "quick", "--commit", "abc") == 0
+    (record,) = load(runner.out / "passing.jsonl")
+    assert (record.suite, record.case, record.median) == ("passing", "a", 2.0)
+    assert record.settings == {"rank": 4, "depth": "quick"}
+    assert (runner.out / "passing.log").read_text() == "cpu quick\n"
+
+
+def test_a_failing_part_is_recorded_and_the_next_one_runs(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("failing", FAILING, order=1)
+    runner.add("passing", PASSING, order=2)
+    assert runner("--dry-run") == 1
+    assert runner.states() == {"failing": "failed", "passing": "passed"}
+    found = {(r.case, r.metric): (r.median, r.unit, r.settings) for r in load(runner.out / "failing.jsonl")}
+    depth = {"depth": "default"}
+    assert found == {
+        ("odd sizes", "passed"): (0.0, "1", {"failure": "AssertionError: 0.5 is over the budget of 0.1", **depth}),
+        ("even sizes", "decode_ms"): (0.25, "ms", {"dtype": "fp16", **depth}),
+        ("even sizes", "passed"): (1.0, "1", {"dtype": "fp16", **depth}),
+    }
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[1].split()[:2] == ["failing", "failed"] and table[1].endswith("1 failed: odd sizes")
+    assert table[2].split() == ["passing", "passed", table[2].split()[2], "1"]
+
+
+def test_a_hanging_part_is_killed_with_its_children(runner: Runner) -> None:
+    runner.add("hanging", HANGING, order=1, limit=4)
+    runner.add("passing", PASSING, order=2)
+    start = time.monotonic()
+    assert runner("--dry-run") == 1
+    assert time.monotonic() - start < 40
+    assert runner.states() == {"hanging": "timed out", "passing": "passed"}
+    assert [r.case for r in load(runner.out / "hanging.jsonl")] == ["first"]
+    child = int((runner.out / "hanging.log").read_text().split("child ")[1])
+    assert not running(child)
+
+
+def running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except OSError:
+        return False
+
+
+def test_a_crash_and_a_part_that_cannot_be_imported_cost_only_themselves(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.add("crashing", CRASHING, order=1)
+    runner.add("broken", "import no_such_module\n", order=2)
+    runner.add("gpu_only", "", order=3)
+    runner.add("passing", PASSING, order=4)
+    assert runner("--dry-run") == 1
+    assert runner.states() == {"broken": "failed", "crashing": "failed", "gpu_only": "skipped", "passing": "passed"}
+    printed = capsys.readouterr().out
+    assert "ended with code -6" in printed and "No module named 'no_such_module'" in printed
+
+
+def test_resuming_runs_what_has_not_passed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("one", PASSING, order=1)
+    runner.add("two", FAILING, order=2)
+    assert runner("--dry-run", "--depth", "quick") == 1
+    runner.add("two", PASSING, order=2)
+    assert runner("--dry-run", "--depth", "quick", "--resume") == 0
+    assert "one: done before" in capsys.readouterr().out
+    assert len(load(runner.out / "one.jsonl")) == len(load(runner.out / "two.jsonl")) == 1
+    assert runner("--dry-run", "--depth", "full", "--resume") == 0
+    assert "done before" not in capsys.readouterr().out
+
+
+def test_only_runs_one_and_keeps_the_others_outcomes(runner: Runner) -> None:
+    runner.add("one", PASSING, order=1)
+    runner.add("two", FAILING, order=2)
+    assert runner("--dry-run") == 1
+    assert runner("--dry-run", "--only", "one") == 0
+    assert runner.states() == {"one": "passed", "two": "failed"}
+
+
+def test_only_with_an_unknown_part(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("kernels_lora", PASSING)
+    with pytest.raises(SystemExit) as stop:
+        runner("--only", "kernel_lora")
+    assert stop.value.code == 2
+    assert "--only: expected one of kernels_lora, got kernel_lora; kernels_lora?" in capsys.readouterr().err
+
+
+def test_without_a_gpu(runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("passing", PASSING)
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "")
+    assert runner() == 2
+    assert capsys.readouterr().out.startswith("No NVIDIA GPU that torch can use was found")
+    assert not runner.out.exists()
+
+
+def test_the_list(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("later", '"""not the docstring"""', order=2)
+    runner.add("sooner", "", order=1, limit=30)
+    assert runner("--list") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["sooner", "limit", "30", "s"] and second.startswith("later")
+
+
+def test_the_parts_of_fastpeft_are_light_and_whole() -> None:
+    code = (
+        "from fastpeft.bench.parts import discover\n"
+        "found = discover('fastpeft.bench.gpu_parts')\n"
+        "assert found and not [p for p in found.values() if p.broken], found\n"
+        "assert all(p.summary and p.time_limit_s > 0 for p in found.values()), found\n"
+    )
+    run_fresh(code, blocked=["torch", "triton", "peft", "bitsandbytes", "transformers"])
+
+
+def test_names() -> None:
+    assert gpu.slug("NVIDIA H200") == "nvidia-h200"
+    assert [unit_of(name) for name in ("decode_ms", "traffic_gb_s", "share", "peak_mib")] == ["ms", "GB/s", "1", "MiB"]
+    assert parts.Part("x").run is None

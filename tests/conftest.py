@@ -1,0 +1,90 @@
+"""What every test shares: options, seeds, threads, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+settings.register_profile("fastpeft", deadline=None, print_blob=True)
+settings.load_profile("fastpeft")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastpeft")
+    # Written with "=": pytest takes a bare path on its command line for a folder of tests.
+    help_real = "folder of real checkpoints, one sub-folder each; their tests are skipped without it"
+    group.addoption("--real-models", type=Path, metavar="DIR", help=help_real)
+    group.addoption("--seed", type=int, help="seed of every test's random inputs; a fresh one per test by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    folder = config.getoption("--real-models")
+    if folder is not None and not folder.is_dir():
+        raise pytest.UsageError(f"--real-models: expected an existing folder, got {str(folder)!r}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Triton decides when a kernel is decorated, so one process cannot hold both kinds of test.
+    if item.get_closest_marker("interpreter") and not INTERPRETED:
+        pytest.skip("needs a process with TRITON_INTERPRET=1")
+    if item.get_closest_marker("aot") and INTERPRETED:
+        pytest.skip("needs a process without TRITON_INTERPRET")
+
+
+@pytest.fixture
+def real_models(request: pytest.FixtureRequest) -> Path:
+    """The folder given by --real-models; the test is skipped without it."""
+    folder: Path | None = request.config.getoption("--real-models")
+    if folder is None:
+        pytest.skip("needs --real-models=DIR")
+    return folder.resolve()
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch's generators afresh for each test; a failure shows the number to give to --seed."""
+    given: int | None = request.config.getoption("--seed")
+    value = secrets.randbits(32) if given is None else given
+    torch.manual_seed(value)
+    print(f"seed: {value}")
+    return value
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory comes filled with NaN, and with the largest value where it holds integers.
+
+    For a whole file: `pytestmark = pytest.mark.usefixtures("nan_filled")`.
+    """
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _filling(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _filling(getattr(torch.Tensor, name)))
+    yield
+
+
+def _filling(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if torch.compiler.is_compiling() or tensor.device.type == "meta":
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype is torch.bool:
+                tensor.fill_(True)
+            else:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return filled

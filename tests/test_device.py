@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft_kernels.common import device
+from tests.fresh import run_fresh
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    device._capability.cache_clear()
+    device._version_of.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], ptxas: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(device, "ptxas_path", lambda _: ptxas)
+
+
+def write_ptxas(folder: Path, version: str) -> str:
+    path = folder / "ptxas"
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.80'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_devices_without_a_capability() -> None:
+    assert device.device_capability("cpu") is None
+    assert device.device_capability(torch.device("meta")) is None
+    assert device.hopper_dots_safe("cpu") is None
+
+
+def test_capability_is_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (12, 0), None)
+    assert device.device_capability("cuda") == device.device_capability("cuda:0") == 120
+
+
+@pytest.mark.parametrize("version", ["12.8", "13.1", "13.2"])
+def test_old_assemblers_are_refused_on_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
+    pretend(monkeypatch, (9, 0), write_ptxas(tmp_path, version))
+    assert f"Triton uses ptxas {version}" in str(device.hopper_dots_safe("cuda"))
+
+
+@pytest.mark.parametrize("version", ["13.3", "13.10", "14.0"])
+def test_new_assemblers_are_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
+    pretend(monkeypatch, (9, 0), write_ptxas(tmp_path, version))
+    assert device.hopper_dots_safe("cuda") is None
+
+
+@pytest.mark.parametrize("path", [None, "/nowhere/ptxas"])
+def test_without_an_assembler_hopper_is_refused(monkeypatch: pytest.MonkeyPatch, path: str | None) -> None:
+    pretend(monkeypatch, (9, 0), path)
+    assert "no ptxas was found" in str(device.hopper_dots_safe("cuda"))
+
+
+def test_other_architectures_are_not_affected(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (8, 0), None)
+    assert device.hopper_dots_safe("cuda") is None
+
+
+def test_the_installed_assembler_has_a_version() -> None:
+    if not device.triton_available():
+        pytest.skip("needs Triton")
+    for capability in (80, 90, 120):
+        version = device.ptxas_version(capability)
+        assert version is not None and version >= (12, 0)
+
+
+def test_without_triton_there_is_no_assembler() -> None:
+    code = (
+        "from fastpeft_kernels.common import device\n"
+        "assert not device.triton_available() and device.ptxas_version() is None"
+    )
+    run_fresh(code, blocked=["triton"])
+
+
+def test_import_asks_no_gpu_and_loads_no_triton() -> None:
+    code = (
+        "import torch; from fastpeft_kernels.common import device\n"
+        "assert not torch.cuda.is_initialized() and 'triton' not in sys.modules"
+    )
+    run_fresh(code)
