@@ -1,0 +1,1 @@
+"""`fastpeft quickstart`: one small fine-tuning, run with plain PEFT and accelerated, and compared."""

@@ -1,0 +1,69 @@
+"""How far a quickstart is: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .processes import Listener
+
+LINES_A_TRAINING = 10
+
+
+@contextmanager
+def stage(console: Console, title: str, steps: int | None = None) -> Iterator[Listener]:
+    """Shows one stage while the body runs.
+
+    Args:
+        console: its terminal decides between bar and lines.
+        title: of the stage.
+        steps: how many are trained; None for stages without.
+
+    Yields:
+        What takes a worker's events.
+    """
+    shown: Any = _bar if console.is_terminal else _lines
+    with shown(console, title, steps) as listener:
+        yield listener
+
+
+@contextmanager
+def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
+    columns: list[Any] = [SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<12}")]
+    if steps is not None:
+        columns += [BarColumn(bar_width=24), TextColumn("{task.completed:>4.0f}/{task.total:.0f}")]
+    columns += [TimeElapsedColumn()]
+    if steps is not None:
+        columns += [TextColumn("left"), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[note]}")]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=steps, note="")
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                progress.update(task, completed=event["step"], note=f"loss {event['loss']:.3f}")
+            else:
+                progress.update(task, note=event["text"])
+
+        yield listen
+        progress.update(task, total=steps or 1, completed=steps or 1, note="")
+
+
+@contextmanager
+def _lines(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
+    start = time.monotonic()
+    every = max(1, (steps or 0) // LINES_A_TRAINING)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "status":
+            console.print(f"{title}: {event['text']}", highlight=False)
+        elif event["step"] % every == 0:
+            line = f"{title}: step {event['step']}/{event['steps']}, loss {event['loss']:.3f}"
+            console.print(f"{line}, {time.monotonic() - start:.0f} s", highlight=False)
+
+    yield listen

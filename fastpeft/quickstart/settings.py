@@ -1,0 +1,102 @@
+"""What a quickstart runs with, checked as far as that goes without loading anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastpeft.cli.errors import UserError
+from fastpeft.structured import build
+
+ASSETS = Path(__file__).parent / "assets"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Attributes: as the options of `fastpeft quickstart`; texts are files, `model` a folder or a hub ID."""
+
+    model: str
+    text: str
+    held_out: str
+    steps: int
+    batch_size: int
+    sequence_length: int
+    rank: int
+    learning_rate: float
+    quantization: Literal["nf4", "none"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    seed: int
+    output: str
+
+    @property
+    def shipped_model(self) -> bool:
+        return Path(self.model) == ASSETS / "model"
+
+    @property
+    def shipped_text(self) -> bool:
+        return Path(self.text) == ASSETS / "text" / "train.txt"
+
+    @property
+    def local_model(self) -> bool:
+        return Path(self.model).is_dir()
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        return build(cls, json.loads(path.read_text()))
+
+
+def checked_settings(
+    *, model: str | None, text: Path | None, held_out: Path | None, output: Path, learning_rate: float, **others: Any
+) -> Settings:
+    """Settings from the command's options; None stands for what is shipped.
+
+    Raises:
+        UserError: no such model folder or text, an empty text, one text without the other, or a file in output's way.
+    """
+    if (text is None) != (held_out is None):
+        given, missing = ("--held-out", "--text") if text is None else ("--text", "--held-out")
+        raise UserError(f"{missing}: expected a file, because {given} was given, got none")
+    if not learning_rate > 0:
+        raise UserError(f"--learning-rate: expected more than 0, got {learning_rate}")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: expected a folder or a new name, got a file: {output}")
+    return Settings(
+        model=_checked_model(model),
+        text=_checked_text("--text", text or ASSETS / "text" / "train.txt"),
+        held_out=_checked_text("--held-out", held_out or ASSETS / "text" / "held_out.txt"),
+        output=str(output),
+        learning_rate=learning_rate,
+        **others,
+    )
+
+
+def _checked_model(model: str | None) -> str:
+    if model is None:
+        return str(ASSETS / "model")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model: expected a folder with a config.json, got {model}")
+        return str(folder.resolve())
+    if folder.exists() or not _HUB_ID.fullmatch(model):
+        raise UserError(f"--model: expected a model's folder or its ID on the hub, got {model!r}, which is neither")
+    return model
+
+
+def _checked_text(option: str, path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{option}: expected a text file, got {path}, which is not there")
+    try:
+        empty = not path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{option}: expected text in UTF-8, got something else in {path}") from None
+    if empty:
+        raise UserError(f"{option}: expected some text, got an empty file: {path}")
+    return str(path.resolve())

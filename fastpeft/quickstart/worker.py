@@ -1,0 +1,126 @@
+"""One task of a quickstart, in a process of its own: `python -m fastpeft.quickstart.worker TASK SETTINGS RESULT`.
+
+Tasks: `verify`, `plain`, `accelerated`. The result is a JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastpeft.cli.errors import UserError
+
+from .channel import Channel
+from .settings import Settings
+
+VERIFY_ROWS, VERIFY_TOKENS = 2, 64
+
+
+def verify(settings: Settings, channel: Channel) -> dict[str, Any]:
+    """fastpeft.verify on the loaded model, with real text; also what the machine is."""
+    import torch
+
+    import fastpeft
+    from fastpeft.bench.records import environment
+
+    from . import loading
+    from .packing import packed_blocks
+
+    device, dtype, model, tokenizer = _load(settings, channel)
+    blocks = packed_blocks(tokenizer, settings.text, settings.sequence_length, "--text")
+    packed_blocks(tokenizer, settings.held_out, settings.sequence_length, "--held-out")
+    fastpeft.accelerate(model)
+    channel.status("verifying")
+    rows = torch.stack([block["input_ids"][:VERIFY_TOKENS] for block in blocks[:VERIFY_ROWS]]).to(device)
+    with loading.autocast(device, dtype):
+        verification = fastpeft.verify(model, {"input_ids": rows, "labels": rows})
+    return {
+        "passed": verification.passed,
+        "table": str(verification),
+        "accelerated": str(fastpeft.report(model)).splitlines()[0],
+        "architecture": type(model.get_base_model()).__name__,
+        "parameters": sum(_elements(p) for p in model.get_base_model().parameters() if not p.requires_grad),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "blocks": len(blocks),
+        "dtype": str(dtype).removeprefix("torch."),
+        "environment": asdict(environment(device.type)),
+    }
+
+
+def plain(settings: Settings, channel: Channel) -> dict[str, Any]:
+    """Fine-tuning with PEFT as it is."""
+    from . import loading
+
+    return _fine_tune(settings, channel, loading.forbid_cpu_packing)
+
+
+def accelerated(settings: Settings, channel: Channel) -> dict[str, Any]:
+    """The same after fastpeft.accelerate; saves the adapter."""
+    import fastpeft
+
+    return _fine_tune(settings, channel, fastpeft.accelerate, Path(settings.output) / "adapter")
+
+
+def _fine_tune(
+    settings: Settings, channel: Channel, prepare: Callable[[Any], Any], adapter: Path | None = None
+) -> dict[str, Any]:
+    from .packing import packed_blocks
+    from .training import fine_tune
+
+    device, dtype, model, tokenizer = _load(settings, channel)
+    prepare(model)
+    blocks = packed_blocks(tokenizer, settings.text, settings.sequence_length, "--text")
+    held_out = packed_blocks(tokenizer, settings.held_out, settings.sequence_length, "--held-out")
+    training = fine_tune(model, blocks, held_out, settings, device, dtype, channel)
+    if adapter is not None:
+        model.save_pretrained(adapter)
+    return asdict(training)
+
+
+def _load(settings: Settings, channel: Channel) -> tuple[Any, Any, Any, Any]:
+    from . import loading
+
+    channel.status("loading the model")
+    device = loading.pick_device()
+    dtype = loading.pick_dtype(settings.dtype, device)
+    tokenizer = loading.load_tokenizer(settings)
+    model = loading.attach_adapter(loading.load_base(settings, device, dtype), settings)
+    return device, dtype, model, tokenizer
+
+
+def _elements(parameter: Any) -> int:
+    """Elements of a parameter; two a byte where it is packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
+
+
+TASKS: dict[str, Callable[[Settings, Channel], dict[str, Any]]] = {
+    "verify": verify,
+    "plain": plain,
+    "accelerated": accelerated,
+}
+
+
+def main() -> int:
+    """Exit code 2 when the user asked for something that cannot be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole process group; the parent says so
+    warnings.simplefilter("ignore", FutureWarning)
+    task, settings_file, result_file = sys.argv[1:]
+    channel = Channel()
+    try:
+        result = TASKS[task](Settings.load(Path(settings_file)), channel)
+    except UserError as error:
+        channel.user_error(str(error))
+        return 2
+    Path(result_file).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

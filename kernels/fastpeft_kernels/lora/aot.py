@@ -1,0 +1,164 @@
+"""What `make aot` compiles: every LoRA kernel in its default configurations and in those to tune over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..common.aot import AotCase
+from ..common.triton_random import dropout_kernel
+from . import backward, configs, forward, forward_tma, packing
+from .configs import Config
+
+_TENSOR_CORES = (80, 86, 89, 90, 100, 120)  # `triton_path.refusal` keeps these kernels from older devices
+_DESCRIPTORS = (90, 100)
+_INTEGERS = dict.fromkeys(("tokens", "stream", "threshold", "splits", "rows"), "i32")  # not specialised
+_NUMBERS = dict.fromkeys(("scale", "factor", "factor0", "factor1", "factor2", "factor3"), "fp32")
+
+
+def cases() -> Iterator[AotCase]:
+    """bf16 stands for fp16 too. A name says kernel, dtypes, rank and variant."""
+    for dtype in ("bf16", "fp32"):
+        tensors = {"x_ptr": dtype, "out_ptr": dtype, "seed_ptr": "i64"}
+        constants = {"x_column_stride": 1, "out_column_stride": 1, "BLOCK_M": 4, "BLOCK_N": 1024}
+        yield _case(f"dropout_{dtype}", dropout_kernel, tensors, constants, targets=None)
+    yield from _down()
+    yield from _linear()
+    yield from _linear_tma()
+    yield from _backward()
+    tensors = {"partial_ptr": "fp32", "out_ptr": "fp32"}
+    constants = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 512}
+    yield _case("sum", backward.lora_sum_kernel, tensors, constants, targets=None)
+    yield _pack()
+
+
+def _down() -> Iterator[AotCase]:
+    for x, lora, rank, drops in (
+        ("bf16", "bf16", 16, False),
+        ("bf16", "bf16", 16, True),
+        ("bf16", "bf16", 128, True),
+        ("bf16", "fp32", 32, True),
+        ("fp32", "fp32", 32, False),
+    ):
+        for default, config in _tuned(configs.DOWN_FP32 if lora == "fp32" else configs.DOWN):
+            tensors = {"x_ptr": x, "a_ptr": lora, "s_ptr": lora}
+            constants = {"x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
+            constants |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.ranks(rank)}
+            name = f"down_{x}_{lora}_r{rank}"
+            yield _dropping(name, forward.lora_down_fwd_kernel, tensors, constants, drops, config, default)
+
+
+def _linear() -> Iterator[AotCase]:
+    """`forward` and `dx`: W as it is, and transposed with what was there before added."""
+    for x, lora, rank in (("bf16", "bf16", 16), ("bf16", "bf16", 64), ("bf16", "fp32", 16), ("fp32", "fp32", 16)):
+        for default, config in _tuned(configs.LINEAR_FP32 if x == "fp32" else configs.LINEAR):
+            for dx in (False, True):
+                tensors = {"x_ptr": x, "w_ptr": x, "s_ptr": lora, "b_ptr": lora, "bias_ptr": x, "y_ptr": x}
+                constants = {"x_column_stride": 1, "s_column_stride": 1, "HAS_LORA": True, "HAS_BIAS": not dx}
+                constants |= {"w_row_stride": 1, "b_row_stride": 1} if dx else {}
+                constants |= {} if dx else {"w_column_stride": 1, "b_column_stride": 1}
+                constants |= {"ACCUMULATE": dx, "EVEN_K": True, "GROUP_M": 8, **_blocks(config)}
+                constants["BLOCK_R"] = 16 if lora == "fp32" else config.ranks(rank)
+                yield _case(
+                    f"linear_{x}_{lora}_r{rank}_{'dx' if dx else 'forward'}_{_label(config)}",
+                    forward.lora_linear_fwd_kernel, tensors, constants, config, default, matrix=x == "bf16",
+                )  # fmt: skip
+
+
+def _linear_tma() -> Iterator[AotCase]:
+    for default, config in _tuned(configs.LINEAR_TMA):
+        for dx in (False, True):
+            m, n, k, r = config.block_m, config.block_n, config.block_k, config.ranks(16)
+            blocks = {"x_desc": (m, k), "w_desc": (k, n) if dx else (n, k), "s_desc": (m, r)}
+            blocks |= {"b_desc": (r, n) if dx else (n, r), "y_desc": (m, n)}
+            descriptors = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in blocks.items()}
+            constants = {"W_TRANSPOSED": dx, "B_TRANSPOSED": dx, "HAS_LORA": True, "HAS_BIAS": not dx}
+            constants |= {"ACCUMULATE": dx, "GROUP_M": 8, **_blocks(config), "BLOCK_R": r}
+            yield _case(
+                f"linear_tma_bf16_{'dx' if dx else 'forward'}_{_label(config)}",
+                forward_tma.lora_linear_tma_fwd_kernel, {"bias_ptr": "bf16"}, constants, config, default,
+                matrix=True, targets=_DESCRIPTORS, types=descriptors,
+            )  # fmt: skip
+
+
+def _backward() -> Iterator[AotCase]:
+    for default, config in _tuned(configs.UP):
+        tensors = {"dy_ptr": "bf16", "b_ptr": "bf16", "s_ptr": "bf16", "ds_ptr": "fp32", "db_ptr": "fp32"}
+        constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 16}
+        yield _case(f"up_bwd_{_label(config)}", backward.lora_up_bwd_kernel, tensors, constants, config, default)
+    for x, lora, rank, drops in (
+        ("bf16", "bf16", 16, False),
+        ("bf16", "bf16", 16, True),
+        ("bf16", "bf16", 64, True),
+        ("bf16", "fp32", 16, True),
+        ("fp32", "fp32", 16, False),
+    ):
+        for default, config in _tuned(configs.WEIGHT_FP32 if lora == "fp32" else configs.WEIGHT):
+            tensors = {"x_ptr": x, "ds_ptr": lora, "out_ptr": "fp32"}
+            constants = {"out_feature_stride": 1, **_tile(config, rank)}
+            name = f"down_bwd_weight_{x}_{lora}_r{rank}"
+            yield _dropping(name, backward.lora_down_bwd_weight_kernel, tensors, constants, drops, config, default)
+        for default, config in _tuned(configs.INPUT_FP32 if lora == "fp32" else configs.INPUT):
+            tensors = {"ds_ptr": lora, "a_ptr": lora, "dx_ptr": x}
+            name = f"down_bwd_input_{x}_{lora}_r{rank}"
+            kernel = backward.lora_down_bwd_input_kernel
+            yield _dropping(name, kernel, tensors, _tile(config, rank), drops, config, default)
+
+
+def _pack() -> AotCase:
+    """Three fp32 adapters, one of them with its scaling on the device, to bf16."""
+    tensors: dict[str, str] = {"down_ptr": "bf16", "scale1": "fp32"}
+    for i in range(4):
+        tensors |= {f"a{i}": "fp32", f"b{i}": "fp32", f"up{i}": "bf16"}
+    constants = {"scale0": None, "scale2": None, "scale3": None, "COUNT": 3, "BLOCK": 1024}
+    types = {f"{name}{i}": "i32" for name in ("rank", "features", "row", "stride") for i in range(4)}
+    return _case("pack", packing.lora_pack_kernel, tensors, constants, targets=None, types=types)
+
+
+def _tuned(choices: Sequence[Config]) -> list[tuple[bool, Config]]:
+    return [(i == 0, config) for i, config in enumerate(choices)]
+
+
+def _label(config: Config) -> str:
+    return "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+
+
+def _tile(config: Config, rank: int) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_R": config.ranks(rank)}
+
+
+def _dropping(
+    name: str,
+    kernel: Any,
+    tensors: dict[str, str],
+    constants: dict[str, Any],
+    drops: bool,
+    config: Config,
+    default: bool,
+) -> AotCase:
+    tensors = {**tensors, "seed_ptr": "i64"} if drops else tensors
+    constants = {**constants, "HAS_DROPOUT": drops, **({} if drops else {"seed_ptr": None})}
+    return _case(f"{name}{'_dropout' * drops}_{_label(config)}", kernel, tensors, constants, config, default)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    tensors: dict[str, str],
+    constants: dict[str, Any],
+    config: Config | None = None,
+    default: bool = True,
+    matrix: bool = False,
+    targets: tuple[int, ...] | None = _TENSOR_CORES,
+    types: dict[str, str] | None = None,
+) -> AotCase:
+    """Arguments that are not named are integers divisible by 16, as sizes and strides usually are."""
+    config = config or Config(0, 0, 0, 0)
+    given = {**_INTEGERS, **_NUMBERS, **{key: f"*{value}" for key, value in tensors.items()}, **(types or {})}
+    names = [argument for argument in kernel.arg_names if argument not in constants]
+    signature = {argument: given.get(argument, "i32:16") for argument in names}
+    return AotCase(name, kernel, signature, constants, config.num_warps, config.num_stages, default, matrix, targets)

@@ -1,0 +1,86 @@
+"""Tile shapes of the LoRA kernels: an analytic default for each kind of device and dtype, and a few to tune over.
+
+None was chosen by a measurement yet. The defaults fit shared memory (99 KiB a block on sm_86, sm_89 and sm_120, 163 on
+sm_80, 227 on sm_90 and sm_100) and registers; `aot.py` has each compiled for every target. fp32 multiplies on the
+ordinary cores, which keep both operands in registers, hence its small tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..common.device import device_capability
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Tile of one program.
+
+    Attributes:
+        block_m: tokens.
+        block_n: features, of those that are not summed over.
+        block_k: features summed over at a time.
+        block_r: most ranks at a time; a power of two, at least 16.
+        num_warps, num_stages: launch options.
+        tma: loads through tensor descriptors: sm_90 and later, one 16-bit dtype, rows at multiples of 16 bytes.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int = 4
+    num_stages: int = 3
+    tma: bool = False
+
+    def ranks(self, rank: int) -> int:
+        """Ranks at a time where `rank` are needed."""
+        return min(self.block_r, max(16, 1 << (rank - 1).bit_length()))
+
+
+TINY = Config(32, 32, 16, 16)  # for the interpreter
+LINEAR_TMA = (Config(128, 256, 64, 64, 8, 4, tma=True), Config(128, 128, 64, 64, 4, 3, tma=True))
+LINEAR = (Config(128, 128, 64, 64, 8, 3), Config(128, 256, 64, 64, 8, 3))
+LINEAR_FP32 = (Config(64, 64, 16, 16, 8), Config(64, 128, 16, 16, 8))
+DOWN = (Config(64, 0, 64, 128, 4, 4), Config(32, 0, 128, 64, 4, 3))
+DOWN_FP32 = (Config(32, 0, 32, 32, 4, 4), Config(64, 0, 16, 16, 4, 4))
+UP = (Config(64, 256, 0, 16, 8), Config(64, 128, 0, 16))
+WEIGHT = (Config(64, 128, 0, 64, 8), Config(64, 128, 0, 16))
+WEIGHT_FP32 = (Config(16, 128, 0, 16), Config(16, 64, 0, 32))
+INPUT = (Config(64, 128, 0, 64, 8), Config(128, 128, 0, 64, 8))
+INPUT_FP32 = (Config(32, 64, 0, 16), Config(32, 128, 0, 16))
+
+_LARGE_SHARED = (90, 100)
+
+
+def default_config(choices: tuple[Config, ...], device: torch.device) -> Config:
+    """The analytic default among `choices`: the first. On a CPU, in the interpreter, small tiles of the same kind."""
+    return TINY if device.type == "cpu" else choices[0]
+
+
+def linear_config(device: torch.device, dtype: torch.dtype, describable: bool) -> Config:
+    """The default of the large product; `describable`: whether its operands can have tensor descriptors."""
+    if dtype == torch.float32:
+        return default_config(LINEAR_FP32, device)
+    if describable and device_capability(device) in _LARGE_SHARED:
+        return LINEAR_TMA[0]
+    return default_config(LINEAR, device)
+
+
+def token_splits(tokens: int, blocks: int, block_m: int, device: torch.device) -> tuple[int, int]:
+    """(splits, tokens of each) so that `blocks` programs a split fill the device about twice.
+
+    Depends on shapes and the device alone, so that the partial sums are the same every time.
+    """
+    wanted = -(-2 * _multiprocessors(device) // max(blocks, 1))
+    splits = max(1, min(wanted, -(-tokens // block_m), 64))
+    each = -(-(-(-tokens // splits)) // block_m) * block_m
+    return -(-tokens // each), each
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

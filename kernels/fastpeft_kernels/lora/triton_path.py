@@ -1,0 +1,260 @@
+"""LoRA projections on our own Triton kernels: `pack`, `forward` and `backward` as in `library.py`.
+
+For n projections of one input, without dropout: forward packs in one launch, reads x once for S, and writes each output
+once with the update in the same accumulator. Backward reads each dY once for dS and dB at small rank, adds dS A inside
+the last product of dX, and reads x once for dA. Dropout is applied where values are read; it is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.device import device_capability, hopper_dots_safe
+from ..common.random import TRITON_DTYPES
+from ..common.scratch import scratch
+from ..weights import FrozenWeight
+from .backward import columns_contiguous, lora_down_bwd_input_, lora_down_bwd_weight, lora_sum, lora_up_bwd
+from .configs import UP
+from .forward import lora_down, lora_down_fwd_kernel, lora_linear
+from .library import Packed
+from .packing import pack
+from .projection import Dtypes, LoraProjection
+
+__all__ = ["Packed", "backward", "forward", "pack", "refusal"]
+
+
+def refusal(x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, drops: bool) -> str | None:
+    """Why this path cannot serve the group; None when it can. `drops`: whether any adapter drops elements."""
+    if x.device.type not in ("cpu", "cuda"):
+        return f"expected x on a GPU that Triton serves, got {x.device}"
+    if x.device.type == "cpu" and isinstance(lora_down_fwd_kernel, triton.runtime.JITFunction):
+        return "expected x on a GPU (or Triton's interpreter), got a tensor on the CPU"
+    capability = device_capability(x.device)
+    if capability is not None and capability < 80:
+        return f"expected compute capability 8.0 or later, where Triton has tensor cores, got {capability / 10}"
+    parameters = {a.a.dtype for projection in projections for a in projection.adapters}
+    for dtype in {x.dtype, dtypes.compute, dtypes.lora, dtypes.out, *parameters}:
+        if dtype not in TRITON_DTYPES:
+            return f"expected fp16, bf16 or fp32 throughout, got {dtype}"
+    return hopper_dots_safe(x.device) if drops else None
+
+
+def forward(
+    x: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor | None]:
+    """All outputs and S; arguments and results as for `library.forward`."""
+    x2 = x.reshape(-1, x.shape[-1])
+    inputs = x2.to(dtypes.compute)
+    s = _down(x2, projections, packed, seeds)
+    outputs, column = [], 0
+    for i, projection in enumerate(projections):
+        y = x.new_empty((*x.shape[:-1], projection.weight.shape[0]), dtype=dtypes.out)
+        update: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if (up := packed.b[i]) is not None and s is not None:
+            update = (s[:, column : column + projection.rank], up)
+            column += projection.rank
+        bias = _total_bias(projection.bias, packed.bias[i], dtypes)
+        _project(y.view(-1, y.shape[-1]), inputs, projection.weight, update, bias, dtypes)
+        outputs.append(y)
+    return outputs, s
+
+
+def backward(
+    x: Tensor | None,
+    s: Tensor | None,
+    dys: Sequence[Tensor | None],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    needs_dx: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradients of x and of every projection's tensors; arguments and results as for `library.backward`."""
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
+    given = [i for i, dy in enumerate(dys) if dy is not None]
+    if not given:
+        return None, grads
+    dys = [None if dy is None else columns_contiguous(dy) for dy in dys]
+    ds = _empty_ds(dys, packed) if needs_dx or x is not None else None
+    column = 0
+    for i, projection in enumerate(projections):
+        first, column = column, column + projection.rank
+        dy, up = dys[i], packed.b[i]
+        if dy is None:
+            continue
+        _bias_gradients(dy, projection, needs[i], grads[i])
+        if up is not None:
+            columns = slice(first, column)
+            s_i, ds_i = None if s is None else s[:, columns], None if ds is None else ds[:, columns]
+            _up_gradients(dy, up, s_i, ds_i, projection, needs[i], grads[i])
+    dx = _input_gradient(dys, ds, given, projections, packed, dtypes, seeds) if needs_dx else None
+    if ds is not None and x is not None:
+        _down_gradients(ds, x, projections, seeds, needs, grads)
+    return dx, grads
+
+
+def _down(
+    x2: Tensor, projections: Sequence[LoraProjection], packed: Packed, seeds: Sequence[Tensor | None]
+) -> Tensor | None:
+    """S: one launch without dropout, one for each adapter with it. The cast to the adapters' dtype is in the kernel."""
+    if packed.a is None:
+        return None
+    if all(seed is None for seed in seeds):
+        return lora_down(x2, packed.a)
+    s = packed.a.new_empty((x2.shape[0], packed.a.shape[0]))
+    for first, last, seed, p, stream in _columns(projections, seeds):
+        lora_down(x2, packed.a[first:last], seed=seed, p=p, stream=stream, out=s[:, first:last])
+    return s
+
+
+def _project(
+    y: Tensor,
+    inputs: Tensor,
+    weight: FrozenWeight,
+    update: tuple[Tensor, Tensor] | tuple[None, None],
+    bias: Tensor | None,
+    dtypes: Dtypes,
+) -> None:
+    """y[:] = inputs W^T + S (scaling B)^T + bias."""
+    own = weight.linear(inputs)
+    if own is None:
+        lora_linear(inputs, _decoded(weight, dtypes.compute), *update, bias, out=y)
+        return
+    s, b = update
+    if s is None or b is None:
+        y.copy_(own if bias is None else own + bias)
+        return
+    base = y if dtypes.out == own.dtype else torch.empty_like(own)
+    base.copy_(own)
+    lora_linear(s, b, bias=bias, out=base, accumulate=True)
+    if base is not y:
+        y.copy_(base)
+
+
+def _total_bias(bias: Tensor | None, lora_bias: Tensor | None, dtypes: Dtypes) -> Tensor | None:
+    base = None if bias is None else bias.detach().to(dtypes.compute)
+    return lora_bias if base is None else base if lora_bias is None else base + lora_bias
+
+
+def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    """The dense values for one product: a dense weight's own, else a warm buffer that the next decode overwrites."""
+    if weight.kind == "dense" and weight.dtype == dtype:
+        return weight.decode()
+    return weight.decode(out=scratch(weight.shape, dtype, weight.device))
+
+
+def _empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
+    """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
+    if packed.a is None:
+        return None
+    tokens = next(dy.shape[0] for dy in dys if dy is not None)
+    make = packed.a.new_zeros if any(dy is None for dy in dys) else packed.a.new_empty
+    return make((tokens, packed.a.shape[0]))
+
+
+def _up_gradients(
+    dy: Tensor,
+    up: Tensor,
+    s: Tensor | None,
+    ds: Tensor | None,
+    projection: LoraProjection,
+    needs: Sequence[bool],
+    grads: list[Tensor | None],
+) -> None:
+    """dS = dY (scaling B) and dB = scaling * dY^T S, from one read of dY where the rank allows."""
+    wanted = s is not None and any(needs[2::3])
+    one_read = ds is not None and wanted and dy.dtype == up.dtype != torch.float32 and up.shape[1] <= UP[0].block_r
+    if one_read and s is not None and ds is not None:
+        partial = lora_up_bwd(dy, up, s, ds)
+    else:
+        if ds is not None:
+            lora_down(dy, up.t(), out=ds)
+        if not wanted or s is None:
+            return
+        partial = lora_down_bwd_weight(dy, s, features_first=True)
+    column = 0
+    for j, adapter in enumerate(projection.adapters):
+        first, column = column, column + adapter.rank
+        if needs[3 * j + 2]:
+            out = torch.empty_like(adapter.b, memory_format=torch.contiguous_format)
+            grads[3 * j + 2] = lora_sum(partial[:, :, first:column], out, adapter.scaling)
+
+
+def _input_gradient(
+    dys: Sequence[Tensor | None],
+    ds: Tensor | None,
+    given: list[int],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> Tensor | None:
+    """The sum of dY W and dropout(dS A): the latter inside the last product when nothing is dropped."""
+    dx: Tensor | None = None
+    inside = ds is not None and all(seed is None for seed in seeds)
+    for i in given:
+        dy, weight = dys[i], projections[i].weight
+        assert dy is not None
+        dy = dy.to(dtypes.compute)
+        own = weight.linear_t(dy)
+        if own is not None:
+            dx = own if dx is None else dx.add_(own)
+            continue
+        update: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if i == given[-1] and inside and ds is not None and packed.a is not None:
+            update, ds = (ds, packed.a.t()), None
+        w = _decoded(weight, dtypes.compute).t()
+        dx = lora_linear(dy, w, *update, out=dx, accumulate=dx is not None)
+    if dx is None or ds is None or packed.a is None:
+        return dx
+    for first, last, seed, p, stream in [(0, ds.shape[1], None, 0.0, 0)] if inside else _columns(projections, seeds):
+        lora_down_bwd_input_(dx, ds[:, first:last], packed.a[first:last], seed=seed, p=p, stream=stream)
+    return dx
+
+
+def _down_gradients(
+    ds: Tensor,
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    seeds: Sequence[Tensor | None],
+    needs: Sequence[Sequence[bool]],
+    grads: list[list[Tensor | None]],
+) -> None:
+    """dA = dS^T dropout(x), from one read of x for the whole group without dropout."""
+    joint = lora_down_bwd_weight(x, ds) if all(seed is None for seed in seeds) else None
+    columns = _columns(projections, seeds)
+    for i, projection in enumerate(projections):
+        for j, adapter in enumerate(projection.adapters):
+            first, last, seed, p, stream = next(columns)
+            if not needs[i][3 * j + 1]:
+                continue
+            if joint is not None:
+                partial = joint[:, first:last]
+            else:
+                partial = lora_down_bwd_weight(x, ds[:, first:last], seed=seed, p=p, stream=stream)
+            grads[i][3 * j + 1] = lora_sum(partial, torch.empty_like(adapter.a, memory_format=torch.contiguous_format))
+
+
+def _bias_gradients(dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]) -> None:
+    biases = [(projection.bias, 1.0), *((adapter.bias, adapter.scaling) for adapter in projection.adapters)]
+    total: Tensor | None = None
+    for i, (bias, factor) in enumerate(biases):
+        if needs[3 * i] and bias is not None:
+            total = dy.sum(0, dtype=torch.float32) if total is None else total
+            grads[3 * i] = (total * factor).to(bias.dtype)
+
+
+def _columns(
+    projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
+) -> Iterator[tuple[int, int, Tensor | None, float, int]]:
+    """(first, last, seed or None, p, stream) of every adapter's columns of S."""
+    last = 0
+    for projection, seed in zip(projections, seeds, strict=True):
+        for stream, adapter in enumerate(projection.adapters):
+            first, last = last, last + adapter.rank
+            yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
