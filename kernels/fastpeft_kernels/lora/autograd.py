@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class LoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
+        implementation: ModuleType,
         projections: Sequence[LoraProjection],
         dtypes: Dtypes,
         seeds: Sequence[Tensor | None],
@@ -26,14 +28,14 @@ class LoraGroup(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        needs = _split(ctx.needs_input_grad[4:], projections)
-        ctx.group = (projections, dtypes, seeds, needs)
+        needs = _split(ctx.needs_input_grad[5:], projections)
+        ctx.group = (implementation, projections, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-        packed = library.pack(projections, dtypes.lora)
-        outputs, s = library.forward(x, projections, packed, dtypes, seeds)
+        packed = implementation.pack(projections, dtypes.lora)
+        outputs, s = implementation.forward(x, projections, packed, dtypes, seeds)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
         ctx.save_for_backward(x if trains_a else None, s if trains_b else None, packed.a, *packed.b)
@@ -42,36 +44,43 @@ class LoraGroup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        projections, dtypes, seeds, needs = ctx.group
+        implementation, projections, dtypes, seeds, needs = ctx.group
         shape, dtype = ctx.input
         x, s, a, *b = ctx.saved_tensors
         for projection, stamp in zip(projections, ctx.stamps, strict=True):
             projection.weight.check_unchanged(stamp)
         with torch.autocast(a.device.type if a is not None else "cpu", enabled=False):
-            dx, grads = library.backward(
+            dx, grads = implementation.backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 s,
                 [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
                 projections,
-                library.Packed(a, b, [None] * len(b)),
+                implementation.Packed(a, b, [None] * len(b)),
                 dtypes,
                 seeds,
-                ctx.needs_input_grad[3],
+                dtype if ctx.needs_input_grad[4] else None,
                 needs,
             )
         flat = [grad for group in grads for grad in group]
-        return None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
+        return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
 def apply(
-    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    implementation: ModuleType = library,
 ) -> tuple[Tensor, ...]:
-    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off."""
+    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off.
+
+    `implementation`: module with `pack`, `forward` and `backward`; `library` or `triton_path`.
+    """
     tensors = [tensor for projection in projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return LoraGroup.apply(projections, dtypes, seeds, x, *tensors)  # type: ignore[no-any-return]
-    packed = library.pack(projections, dtypes.lora)
-    return tuple(library.forward(x.detach(), projections, packed, dtypes, seeds)[0])
+        return LoraGroup.apply(implementation, projections, dtypes, seeds, x, *tensors)  # type: ignore[no-any-return]
+    packed = implementation.pack(projections, dtypes.lora)
+    return tuple(implementation.forward(x.detach(), projections, packed, dtypes, seeds)[0])
 
 
 def _split(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:

@@ -85,7 +85,7 @@ def backward(
     packed: Packed,
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-    needs_dx: bool,
+    dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradients of x and of `LoraProjection.tensors()` of each projection.
@@ -94,10 +94,12 @@ def backward(
         x: (tokens, in_features) as kept by forward; None when no adapter's `a` is trained.
         s: (tokens, total rank) as kept by forward; None when no adapter's `b` is trained.
         dys: gradient of each output, (tokens, out_features) of dtype `dtypes.out`, or None where it is zero.
-        needs_dx, needs: which gradients are wanted; needs[i] runs parallel to projections[i].tensors().
+        dx_dtype: dtype of x, whose gradient is summed in it where it is wider than `dtypes.compute`; None when no
+            gradient of x is wanted.
+        needs: which other gradients are wanted; needs[i] runs parallel to projections[i].tensors().
 
     Returns:
-        (dx, grads): dx (tokens, in_features) of dtype `dtypes.compute`, grads in the parameters' dtypes; None where
+        (dx, grads): dx (tokens, in_features) in any of the dtypes above, grads in the parameters' dtypes; None where
         not wanted.
     """
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
@@ -110,8 +112,8 @@ def backward(
         if dy is None:
             continue
         dy = _rows_contiguous(dy)
-        if needs_dx:
-            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dtypes.compute)
+        if dx_dtype is not None:
+            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
         _bias_gradients(dy, projection, needs[i], grads[i])
         up = packed.b[i]
         if ds is None or up is None:
@@ -123,8 +125,8 @@ def backward(
     if ds is not None and packed.a is not None:
         if x is not None:
             _down_gradients(ds, x.to(dtypes.lora), projections, seeds, needs, grads)
-        if needs_dx:
-            dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, dtypes, seeds)
+        if dx is not None:
+            dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
     return dx, grads
 
 
@@ -190,33 +192,29 @@ def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
 
 
-def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dx_dtype: torch.dtype) -> Tensor:
+    """dx + dy W, one product; summed apart where x is wider than the products, as autograd would."""
     own = weight.linear_t(dy)
-    if own is not None:
-        return own if dx is None else dx.add_(own)
-    values = _decoded(weight, dtype)
-    return torch.mm(dy, values) if dx is None else dx.addmm_(dy, values)
+    if own is None:
+        values = _decoded(weight, dy.dtype)
+        if dx is not None and dx.dtype == dy.dtype:
+            return dx.addmm_(dy, values)
+        own = torch.mm(dy, values)
+    return own.to(torch.promote_types(own.dtype, dx_dtype)) if dx is None else dx.add_(own)
 
 
 def _add_adapter_input_gradient(
-    dx: Tensor | None,
-    ds: Tensor,
-    a: Tensor,
-    projections: Sequence[LoraProjection],
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
-) -> Tensor | None:
-    if dx is None:  # no output had a gradient
-        return None
-    wide = torch.promote_types(dtypes.compute, dtypes.lora)
-    dx, ds, a = dx.to(wide), ds.to(wide), a.to(wide)
+    dx: Tensor, ds: Tensor, a: Tensor, projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
+) -> Tensor:
+    """dx + dropout(dS A), summed in the wider of the two dtypes."""
+    wide = torch.promote_types(dx.dtype, ds.dtype)
     if all(seed is None for seed in seeds):
-        dx.addmm_(ds, a)
-    else:
-        for first, last, seed, p, stream in _columns(projections, seeds):
-            part = torch.mm(ds[:, first:last], a[first:last])
-            dx.add_(part if seed is None else dropout(part, seed, p, stream))
-    return dx.to(dtypes.compute)
+        return dx.addmm_(ds, a) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
+    dx = dx.to(wide)
+    for first, last, seed, p, stream in _columns(projections, seeds):
+        part = torch.mm(ds[:, first:last], a[first:last])
+        dx.add_(part if seed is None else dropout(part, seed, p, stream))
+    return dx
 
 
 def _bias_gradients(

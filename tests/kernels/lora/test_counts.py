@@ -1,0 +1,63 @@
+"""What the op costs: products, decodes, packings and bytes kept, counted."""
+
+import torch
+from fastpeft_kernels.lora import LoraProjection, library, lora_linear_group
+from fastpeft_kernels.quant import encode_4bit
+from fastpeft_kernels.weights import FourBitWeight
+
+from tests.kernels.lora.groups import adapter, projection
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
+
+
+def products(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = function()
+    return sum(event.count for event in profile.key_averages() if event.key in PRODUCTS), result
+
+
+def test_products_forward_and_backward():
+    """Forward 1 + 2n, backward 3n + 2 (dY W, dY B, dY^T S each; dS A and dS^T X once)."""
+    for n in (1, 2, 3):
+        group = [projection(16, 8, 4) for _ in range(n)]
+        x = torch.randn(5, 16, requires_grad=True)
+        forward, ys = products(lambda group=group, x=x: lora_linear_group(x, group))
+        backward, _ = products(lambda ys=ys: torch.autograd.backward(ys, [torch.randn_like(y) for y in ys]))
+        assert (forward, backward) == (1 + 2 * n, 3 * n + 2)
+
+
+def test_one_packing_a_forward_none_in_backward(monkeypatch):
+    calls = []
+    pack = library.pack
+    monkeypatch.setattr(library, "pack", lambda *args: calls.append(1) or pack(*args))
+    ys = lora_linear_group(torch.randn(5, 16, requires_grad=True), [projection(16, 8, 4) for _ in range(3)])
+    sum(y.sum() for y in ys).backward()
+    assert len(calls) == 1
+
+
+def test_each_weight_is_decoded_once_in_forward_and_once_in_backward(monkeypatch):
+    calls = []
+    decode = FourBitWeight.decode
+    monkeypatch.setattr(FourBitWeight, "decode", lambda *args, **kw: calls.append(1) or decode(*args, **kw))
+    group = [
+        LoraProjection(FourBitWeight(encode_4bit(torch.randn(8, 64))), None, (adapter(4, 64, 8),)) for _ in range(3)
+    ]
+    ys = lora_linear_group(torch.randn(5, 64, requires_grad=True), group)
+    assert len(calls) == 3
+    sum(y.sum() for y in ys).backward()
+    assert len(calls) == 6
+
+
+def test_kept_for_backward_x_once_and_what_has_the_rank_as_a_size():
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    group = [projection(64, 48, 4, dropout=0.1) for _ in range(3)]
+    x = torch.randn(128, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lora_linear_group(x, group)
+    rank_sized = 4 * (128 * 12 + 12 * 64 + 3 * 48 * 4)
+    assert sum(kept.values()) == x.nbytes + rank_sized

@@ -1,0 +1,186 @@
+"""LoRA projections against fp64, over shapes, dtypes, adapters and what is trained."""
+
+import pytest
+import torch
+from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear, lora_linear_group
+from fastpeft_kernels.lora.reference import lora_group_reference
+from fastpeft_kernels.quant import encode_4bit
+from fastpeft_kernels.weights import DenseWeight, FourBitWeight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for, widened
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_siblings_with_several_adapters_biases_and_a_bare_one(dtype, dropout):
+    group = [
+        projection(24, 40, 4, dtype=dtype, bias=True, scaling=0.5, dropout=dropout),
+        projection(24, 16, 3, 8, dtype=dtype, scaling=2.0, dropout=dropout, with_bias=True),
+        projection(24, 12, dtype=dtype),
+        projection(24, 8, 1, dtype=dtype, scaling=-1.0),
+    ]
+    check_group(torch.randn(2, 9, 24).to(dtype).requires_grad_(), group, SAME[dtype])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [Dtypes(BF16, F32, BF16), Dtypes(BF16, BF16, F32), Dtypes(F32, BF16, F32), Dtypes(F16, F32, F16)]
+)
+def test_mixed_dtypes(dtypes):
+    x_dtype = F32 if dtypes.out == F32 else dtypes.compute
+    group = [projection(24, 40, 4, dtype=dtypes.compute, lora_dtype=F32, bias=True, scaling=2.0) for _ in range(2)]
+    check_group(torch.randn(5, 24).to(x_dtype).requires_grad_(), group, dtypes)
+
+
+def test_fp32_adapters_on_a_bf16_base_stay_fp32_in_effect():
+    group = [projection(64, 48, 8, dtype=BF16, lora_dtype=F32)]
+    x = torch.randn(33, 64).to(BF16)
+    (y,) = lora_linear_group(x, group)
+    dy = torch.randn(33, 48).to(BF16)
+    grads = torch.autograd.grad(y, parameters(group), dy)
+    wide = [widened(group[0])]
+    (y64,) = lora_group_reference(x.double(), wide, Dtypes(*[torch.float64] * 3), [None])
+    for ours, truth in zip(grads, torch.autograd.grad(y64, parameters(wide), dy.double()), strict=True):
+        assert (ours - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_gradcheck_of_the_reference_and_of_the_op():
+    group = [widened(projection(5, 4, 2, 3, bias=True, with_bias=True, dropout=0.3)), widened(projection(5, 3, 1))]
+    if group[0].bias is not None:
+        group[0].bias.requires_grad_()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *parameters(group))
+    dtypes, seeds = Dtypes(*[torch.float64] * 3), seeds_for(group)
+    assert torch.autograd.gradcheck(lambda x, *_: lora_group_reference(x, group, dtypes, seeds), inputs)
+    assert torch.autograd.gradcheck(lambda x, *_: lora_linear_group(x, group, seeds=seeds), inputs)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(0, 9),
+    in_features=st.integers(1, 33),
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=2)), min_size=1, max_size=3),
+    bias=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.5]),
+)
+def test_any_shape(rows, in_features, sizes, bias, dropout):
+    group = [projection(in_features, out, *ranks, bias=bias, dropout=dropout) for out, ranks in sizes]
+    check_group(torch.randn(rows, in_features).requires_grad_(), group, SAME[F32])
+
+
+@pytest.mark.parametrize("trained", ["none", "a", "b", "bias", "x", "all"])
+def test_frozen_and_trained_in_every_mix(trained):
+    group = [projection(8, 6, 2, bias=True, with_bias=True), projection(8, 4, 3)]
+    for p in group:
+        for i, t in enumerate(p.tensors()):
+            if t is not None:
+                t.requires_grad_(trained == "all" or ("a", "b", "bias")[(i - 1) % 3] == trained)
+    x = torch.randn(7, 8).requires_grad_(trained in ("x", "all"))
+    if trained == "none":
+        assert not any(y.requires_grad for y in lora_linear_group(x, group))
+        return
+    check_group(x, group, SAME[F32])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bit_base(quant_type, nested):
+    packed = encode_4bit(torch.randn(40, 48), quant_type, 64, nested)
+    base = LoraProjection(FourBitWeight(packed), torch.randn(40), (adapter(4, 48, 40, scaling=2.0),))
+    check_group(torch.randn(11, 48).requires_grad_(), [base, projection(48, 16, 4)], SAME[F32])
+
+
+def test_inputs_of_any_layout():
+    group = [projection(12, 8, 2), projection(12, 6, 2)]
+    for x in (torch.randn(12, 5).t(), torch.randn(4, 3, 24)[..., ::2], torch.randn(12).expand(6, 12), torch.randn(2, 0, 12)):
+        check_group(x.detach().requires_grad_(), group, SAME[F32])
+
+
+def test_expanded_and_missing_output_gradients():
+    group = [projection(12, 8, 2), projection(12, 6, 3), projection(12, 4, 1)]
+    x = torch.randn(5, 12, requires_grad=True)
+    ours = torch.autograd.grad(lora_linear_group(x, group)[1].sum(), [x, *parameters(group)], allow_unused=True)
+    dtypes, seeds = SAME[F32], seeds_for(group)
+    theirs = torch.autograd.grad(
+        lora_group_reference(x, group, dtypes, seeds)[1].sum(), [x, *parameters(group)], allow_unused=True
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        if b is None:  # the op may give zeros where autograd gives nothing
+            assert a is None or not a.any()
+        else:
+            torch.testing.assert_close(a, b)
+
+
+def test_outputs_are_no_views_and_can_be_written_in_place():
+    group = [projection(12, 8, 2), projection(12, 6, 2)]
+    x = torch.randn(3, 12, requires_grad=True)
+    y, z = lora_linear_group(x, group)
+    (y.clamp_(-1, 1).sum() + z.mul_(2).sum()).backward()
+    y2, z2 = lora_group_reference(x.detach().requires_grad_(), group, SAME[F32], [None, None])
+    torch.testing.assert_close(y, y2.clamp(-1, 1))
+    torch.testing.assert_close(z, z2 * 2)
+
+
+def test_scaling_as_a_tensor():
+    p = projection(12, 8, 2)
+    x = torch.randn(3, 12)
+    a = p.adapters[0]
+    by_tensor = lora_linear(x, p.weight, a.a, a.b, scaling=torch.tensor(3.0))
+    torch.testing.assert_close(by_tensor, lora_linear(x, p.weight, a.a, a.b, scaling=3.0))
+
+
+@pytest.mark.parametrize("autocast", [None, BF16])
+def test_default_dtypes_follow_autocast_as_linear_does(autocast):
+    p = projection(12, 8, 2)
+    with torch.autocast("cpu", autocast or BF16, enabled=autocast is not None):
+        (y,) = lora_linear_group(torch.randn(3, 12), [p])
+        assert y.dtype == torch.nn.functional.linear(torch.randn(3, 12), torch.randn(8, 12)).dtype
+    y.float().sum().backward()
+    assert all(t.grad.dtype == F32 for t in parameters([p]))
+
+
+def test_a_seed_a_projection_in_order_and_only_with_dropout():
+    torch.manual_seed(0)
+    group = [projection(12, 8, 2, dropout=0.5), projection(12, 6, 2), projection(12, 4, 2, dropout=0.5)]
+    x = torch.randn(3, 12)
+    torch.manual_seed(1)
+    together = lora_linear_group(x, group)
+    after = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    alone = [lora_linear_group(x, [p])[0] for p in group]
+    assert torch.equal(after, torch.random.get_rng_state())
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(lora_linear_group(x, group, training=False)[0], lora_linear_group(x, group, training=False)[0])
+
+
+def test_deterministic():
+    group = [projection(32, 48, 4, dropout=0.1), projection(32, 16, 4)]
+    x, seeds = torch.randn(64, 32, requires_grad=True), seeds_for(group)
+    first, second = (
+        torch.autograd.grad([y.sum() for y in lora_linear_group(x, group, seeds=seeds)], [x, *parameters(group)])
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_base_that_changes_before_backward_is_an_error():
+    weight = torch.randn(8, 12)
+    p = LoraProjection(DenseWeight(weight), None, (adapter(2, 12, 8),))
+    (y,) = lora_linear_group(torch.randn(3, 12), [p])
+    weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"frozen base weight \(8, 12\) was changed or moved between"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_an_error_not_a_wrong_number():
+    p = projection(12, 8, 2)
+    x = torch.randn(3, 12, requires_grad=True)
+    (dx,) = torch.autograd.grad(lora_linear_group(x, [p])[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
