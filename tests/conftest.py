@@ -18,14 +18,6 @@ settings.register_profile("fastpeft", deadline=None, print_blob=True)
 settings.load_profile("fastpeft")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastpeft")
-    # Written with "=": pytest takes a bare path on its command line for a folder of tests.
-    help_real = "folder of real checkpoints, one sub-folder each; their tests are skipped without it"
-    group.addoption("--real-models", type=Path, metavar="DIR", help=help_real)
-    group.addoption("--seed", type=int, help="seed of every test's random inputs; a fresh one per test by default")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     folder = config.getoption("--real-models")
@@ -46,7 +38,7 @@ def real_models(request: pytest.FixtureRequest) -> Path:
     """The folder given by --real-models; the test is skipped without it."""
     folder: Path | None = request.config.getoption("--real-models")
     if folder is None:
-        pytest.skip("needs --real-models=DIR")
+        pytest.skip("needs --real-models DIR")
     return folder.resolve()
 
 

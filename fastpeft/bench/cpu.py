@@ -63,7 +63,8 @@ def keep(file: RecordFile, result: StepResult, settings: dict[str, object]) -> N
     """One record a peer and metric."""
     for peer, samples in result.samples.items():
         file.add(
-            suite=SUITE, case=result.case.name, op="lora", peer=peer, metric="step time", unit="ms", samples=samples, settings=settings
+            suite=SUITE, case=result.case.name, op="lora", peer=peer, metric="step time", unit="ms",
+            samples=samples, settings=settings,
         )  # fmt: skip
     for peer, kept in result.kept.items():
         file.add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,9 +72,7 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
     steps = {name: _step(model, batch, case, device) for name, model in models.items()}
     steps["peft again"] = steps["peft"]
     samples = interleaved(steps, rounds, device=device)
-    kept = {
-        name: bytes_kept(model, lambda model=model: _loss(model, batch, case, device)) for name, model in models.items()
-    }  # type: ignore[misc]
+    kept = {name: bytes_kept(model, partial(_loss, model, batch, case, device)) for name, model in models.items()}
     return StepResult(case, samples, kept)
 
 
@@ -127,15 +126,15 @@ def _base(case: StepCase) -> nn.Module:
     if case.family == "llama":
         return t.LlamaForCausalLM(
             t.LlamaConfig(
-                vocab_size=1000, hidden_size=h, intermediate_size=inner, num_hidden_layers=n, num_attention_heads=h // 64,
-                num_key_value_heads=max(1, h // 256), max_position_embeddings=positions,
+                vocab_size=1000, hidden_size=h, intermediate_size=inner, num_hidden_layers=n,
+                num_attention_heads=h // 64, num_key_value_heads=max(1, h // 256), max_position_embeddings=positions,
             )
         )  # fmt: skip
     if case.family == "bert":
         return t.BertForSequenceClassification(
             t.BertConfig(
-                vocab_size=1000, hidden_size=h, intermediate_size=4 * h, num_hidden_layers=n, num_attention_heads=h // 64,
-                max_position_embeddings=positions,
+                vocab_size=1000, hidden_size=h, intermediate_size=4 * h, num_hidden_layers=n,
+                num_attention_heads=h // 64, max_position_embeddings=positions,
             )
         )  # fmt: skip
     if case.family == "t5":

@@ -1,6 +1,6 @@
 """Markdown tables made from records, and put between two markers of a document.
 
-    python -m fastpeft.bench.tables benchmarks/results/cpu/steps.jsonl --into README.md
+python -m fastpeft.bench.tables benchmarks/results/cpu/steps.jsonl --into README.md
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ def steps_table(records: Sequence[Record]) -> str:
     Raises:
         ValueError: records of more than one environment, or none.
     """
-    places = {(r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records}
+    places = {
+        (r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records
+    }
     if len(places) != 1:
         raise ValueError(f"records: expected one run on one machine, got {len(places)}")
     by_key = {(r.case, r.metric, r.peer): r for r in records}
-    rows = ["| training step | PEFT, ms | fastpeft, ms | time, fastpeft / PEFT | kept for backward, fastpeft / PEFT |", "|---|---|---|---|---|"]
+    rows = [
+        "| training step | PEFT, ms | fastpeft, ms | time, fastpeft / PEFT | kept for backward, fastpeft / PEFT |",
+        "|---|---|---|---|---|",
+    ]
     for case in dict.fromkeys(r.case for r in records):
         ours, theirs = by_key[case, "step time", "fastpeft"], by_key[case, "step time", "peft"]
         time = median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
@@ -38,7 +43,11 @@ def steps_table(records: Sequence[Record]) -> str:
     versions = ", ".join(f"{name} {where.versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     rounds = len(next(r for r in records if r.metric == "step time").samples)
     threads = first.settings.get("threads")
-    rows += ["", f"Medians of {rounds} interleaved rounds on {where.device}, {threads} threads; {versions}; {where.date[:10]}; `make bench`."]
+    rows += [
+        "",
+        f"Medians of {rounds} interleaved rounds on {where.device}, {threads} threads; {versions}; {where.date[:10]}; "
+        "`make bench`.",
+    ]
     return "\n".join(rows)
 
 

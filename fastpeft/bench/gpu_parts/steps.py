@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fastpeft.bench.recorder import Recorder
+
+if TYPE_CHECKING:
+    from fastpeft.bench.steps import StepCase
 
 order = 60
 time_limit_s = 480
@@ -25,23 +32,29 @@ def _run(recorder: Recorder, depth: str, small: bool) -> None:
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     if "qlora" not in methods:
         print("bitsandbytes is not installed: no 4-bit model was stepped")
-    recorder.run_checks("lora", ((f"{case.name}", lambda case=case: _case(recorder, case, depth)) for case in _cases(methods, small)))
+    cases = _cases(methods, small)
+    recorder.run_checks("lora", ((case.name, partial(_case, recorder, case, depth)) for case in cases))
 
 
-def _cases(methods, small):  # type: ignore[no-untyped-def]
+def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
     import torch
 
     from fastpeft.bench.steps import StepCase
 
-    size = {"hidden": 64, "layers": 2, "tokens": 16} if small else {"hidden": 2048, "layers": 4, "rows": 4, "tokens": 1024}
     for family in ("llama", "bert", "t5"):
         for method in methods:
-            yield StepCase(family, method, torch.bfloat16, **size)
-        yield StepCase(family, "lora", torch.bfloat16, **size, autocast=True, dropout=0.05)
-        yield StepCase(family, "lora", torch.float32, **size, autocast=True, checkpointing=True)
+            yield _sized(StepCase(family, method, torch.bfloat16), small)
+        yield _sized(StepCase(family, "lora", torch.bfloat16, autocast=True, dropout=0.05), small)
+        yield _sized(StepCase(family, "lora", torch.float32, autocast=True, checkpointing=True), small)
 
 
-def _case(recorder, case, depth):  # type: ignore[no-untyped-def]
+def _sized(case: StepCase, small: bool) -> StepCase:
+    if small:
+        return replace(case, hidden=64, layers=2, tokens=16)
+    return replace(case, hidden=2048, layers=4, rows=4, tokens=1024)
+
+
+def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
     import torch
 
     import fastpeft
@@ -58,4 +71,7 @@ def _case(recorder, case, depth):  # type: ignore[no-untyped-def]
         recorder.add(case=case.name, op="lora", peer=peer, metric="step time", unit="ms", samples=samples)
     for peer, kept in result.kept.items():
         recorder.add(case=case.name, op="lora", peer=peer, metric="kept for backward", unit="MiB", samples=kept / 2**20)
-    return {"time_ratio": ratio(result.samples, "fastpeft", "peft"), "kept_ratio": result.kept["fastpeft"] / result.kept["peft"]}
+    return {
+        "time_ratio": ratio(result.samples, "fastpeft", "peft"),
+        "kept_ratio": result.kept["fastpeft"] / result.kept["peft"],
+    }

@@ -73,14 +73,15 @@ def dropout(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
     """
     if p == 0.0:
         return x.clone()
-    if x.is_cuda and x.dtype in TRITON_DTYPES and triton_available():
+    eager = not torch.compiler.is_compiling()
+    if eager and x.is_cuda and x.dtype in TRITON_DTYPES and triton_available():
         from .triton_random import dropout_triton
 
         return dropout_triton(x, seed, p, stream)
     rows, columns = x.shape
     threshold, scale = keep_threshold(p), 1.0 / (1.0 - p)
     out = torch.empty_like(x)
-    if x.device.type == "cpu" and dropout_native(x, out, int(seed), stream, threshold, scale):
+    if eager and x.device.type == "cpu" and dropout_native(x, out, int(seed), stream, threshold, scale):
         return out
     step = max(1, _CHUNK // max(columns, 1)) if x.device.type == "cpu" else max(rows, 1)
     for first in range(0, rows, step):

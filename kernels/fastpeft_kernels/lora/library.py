@@ -1,7 +1,7 @@
 """LoRA projections on the library's matrix products (BLAS, cuBLAS), written out forward and backward.
 
-For n projections of one input with adapters: S = x A^T is one product for all of them and is kept for backward; the up
-projection accumulates into the frozen product's output; in backward every term of dx accumulates into one buffer, and dA
+For n projections of one input with adapters: S = x A^T is one product for all of them and is kept for backward; the
+up projection accumulates into the frozen product's output; in backward every term of dx accumulates into one buffer, and dA
 is one product for all. The frozen weight is decoded twice, once in forward and once in backward, into a buffer that is
 used again. Forward: 1 + 2n products, backward: 3n + 2.
 """
@@ -217,9 +217,7 @@ def _add_adapter_input_gradient(
     return dx
 
 
-def _bias_gradients(
-    dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]
-) -> None:
+def _bias_gradients(dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]) -> None:
     wanted = [i for i in range(0, len(needs), 3) if needs[i]]  # the bias, then every adapter's
     if not wanted:
         return

@@ -1,4 +1,4 @@
-"""LoRA projections in plain PyTorch, differentiable by autograd: the oracle, and the definition of what the ops compute."""
+"""LoRA projections in plain PyTorch, differentiable by autograd: the oracle, and what the ops compute by definition."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compile and load the C++ library: once a machine, in torch's folder for extensions.
 
-The compiler is called directly, into a temporary file that is then renamed: `torch.utils.cpp_extension.load` would take a
-lock in that folder, and a process that is killed while it builds leaves the lock behind for all others to wait on.
+The compiler is called directly, into a temporary file that is then renamed: `torch.utils.cpp_extension.load` would take
+a lock in that folder, and a process that is killed while it builds leaves the lock behind for all others to wait on.
 """
 
 from __future__ import annotations

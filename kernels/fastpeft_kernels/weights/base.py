@@ -1,7 +1,7 @@
 """FrozenWeight: what every op knows of a base weight that is not trained.
 
-An op never asks how the weight is stored. It asks for the values (`decode`), or for a product where the storage has one
-of its own (`linear`, `linear_t`), and it remembers a `stamp` to learn in backward whether the base changed since forward.
+An op never asks how the weight is stored. It asks for the values (`decode`), or for a product where the storage has
+one of its own (`linear`, `linear_t`), and it remembers a `stamp` to learn in backward whether the base changed since forward.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class FrozenWeight(ABC):
         """The weight again; shares storage with `tensors`."""
 
     def linear(self, x: Tensor) -> Tensor | None:
-        """x @ W.T for x of shape (tokens, in_features) when the storage has a product of its own that is faster here."""
+        """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here."""
         return None
 
     def linear_t(self, dy: Tensor) -> Tensor | None:

@@ -25,7 +25,9 @@ class DenseWeight(FrozenWeight):
 
     def __init__(self, weight: Tensor) -> None:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TypeError(f"weight: expected a floating tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+            raise TypeError(
+                f"weight: expected a floating tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
+            )
         if weight.dim() != 2:
             raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
         self.weight = weight

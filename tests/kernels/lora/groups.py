@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
-from torch import Tensor
-
 from tests.budget import assert_within_budget
 
 

@@ -1,7 +1,9 @@
+# ruff: noqa: E501
 """Bad arguments: a message that names the argument, what was expected and what came."""
 
 import pytest
 import torch
+
 from fastpeft_kernels.lora import LoraAdapter, LoraProjection, lora_linear, lora_linear_group
 from fastpeft_kernels.weights import DenseWeight
 
@@ -11,7 +13,9 @@ X = torch.randn(3, 8)
 
 
 def grouped(x=X, **fields):
-    return lora_linear_group(x, [LoraProjection(DenseWeight(W), fields.pop("base_bias", None), (LoraAdapter(**{"a": A, "b": B, **fields}),))])
+    return lora_linear_group(
+        x, [LoraProjection(DenseWeight(W), fields.pop("base_bias", None), (LoraAdapter(**{"a": A, "b": B, **fields}),))]
+    )
 
 
 @pytest.mark.parametrize(

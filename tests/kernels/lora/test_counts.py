@@ -1,10 +1,10 @@
 """What the op costs: products, decodes, packings and bytes kept, counted."""
 
 import torch
+
 from fastpeft_kernels.lora import LoraProjection, library, lora_linear_group
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import FourBitWeight
-
 from tests.kernels.lora.groups import adapter, projection
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}

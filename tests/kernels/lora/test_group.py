@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for, widened
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -97,7 +97,12 @@ def test_four_bit_base(quant_type, nested):
 
 def test_inputs_of_any_layout():
     group = [projection(12, 8, 2), projection(12, 6, 2)]
-    for x in (torch.randn(12, 5).t(), torch.randn(4, 3, 24)[..., ::2], torch.randn(12).expand(6, 12), torch.randn(2, 0, 12)):
+    for x in (
+        torch.randn(12, 5).t(),
+        torch.randn(4, 3, 24)[..., ::2],
+        torch.randn(12).expand(6, 12),
+        torch.randn(2, 0, 12),
+    ):
         check_group(x.detach().requires_grad_(), group, SAME[F32])
 
 

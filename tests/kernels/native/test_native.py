@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from fastpeft_kernels.common import random
 from fastpeft_kernels.native import build, dropout_native, native_library
 
@@ -32,7 +33,9 @@ def test_same_numbers_as_pytorch(library, monkeypatch, dtype, shape):
 def test_strided_rows(library):
     x = torch.randn(16, 64)
     seed = torch.tensor([7])
-    torch.testing.assert_close(random.dropout(x[:, 16:48], seed, 0.5), random.dropout(x[:, 16:48].contiguous(), seed, 0.5))
+    torch.testing.assert_close(
+        random.dropout(x[:, 16:48], seed, 0.5), random.dropout(x[:, 16:48].contiguous(), seed, 0.5)
+    )
 
 
 def test_other_layouts_and_dtypes_are_left_to_pytorch():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight, unflatten_weight
 
 
