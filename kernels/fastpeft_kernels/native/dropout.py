@@ -32,6 +32,7 @@ def dropout_native(x: Tensor, out: Tensor, seed: int, stream: int, threshold: in
     call.restype = None
     call(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), _INT64(rows), _INT64(columns),
-        _INT64(x.stride(0)), _INT64(out.stride(0)), _INT64(seed), _INT64(stream), ctypes.c_int32(threshold), ctypes.c_float(scale),
+        _INT64(x.stride(0)), _INT64(out.stride(0)), _INT64(seed), _INT64(stream),
+        ctypes.c_int32(threshold), ctypes.c_float(scale),
     )  # fmt: skip
     return True

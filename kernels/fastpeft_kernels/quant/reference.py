@@ -20,9 +20,9 @@ from .scales import decode_scales
 from .storage import Packed4bit
 from .tables import TINY, rank_tables
 
-# Elements decoded at a time. On CPU a chunk's temporaries (6 bytes an element) stay in the last-level cache; 2**19 was
-# the fastest of 2**15 to 2**20 (4096 x 4096, EPYC with AVX512); elsewhere a launch should be worth its while.
-_CPU_CHUNK = 1 << 19
+# Elements decoded at a time. On CPU a chunk's temporaries (6 bytes an element) stay in the last-level cache: 2**20 was
+# the fastest of 2**16 to 2**24 (4096 x 4096, one EPYC core). Elsewhere a launch should be worth its while.
+_CPU_CHUNK = 1 << 20
 _CHUNK = 1 << 24
 
 

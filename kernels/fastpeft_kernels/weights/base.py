@@ -1,7 +1,8 @@
 """FrozenWeight: what every op knows of a base weight that is not trained.
 
 An op never asks how the weight is stored. It asks for the values (`decode`), or for a product where the storage has
-one of its own (`linear`, `linear_t`), and it remembers a `stamp` to learn in backward whether the base changed since forward.
+one of its own (`linear`, `linear_t`), and it remembers a `stamp` to learn in backward whether the base changed since
+forward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 Rows = tuple[int, int]
-Stamp = tuple[tuple[int, int, int], ...]
+Stamp = tuple[tuple[int, ...], ...]
 
 
 class FrozenWeight(ABC):
@@ -88,7 +89,7 @@ class FrozenWeight(ABC):
         frees the storage after forward and fills the same one again for backward.
         """
         return tuple(
-            (t.untyped_storage()._cdata, t.storage_offset(), 0 if t.is_inference() else t._version)
+            (t.untyped_storage()._cdata, int(t.storage_offset()), 0 if t.is_inference() else t._version)
             for t in self.flatten()[0]
         )
 
