@@ -41,8 +41,8 @@ def accelerate(
     """Make a model with PEFT LoRA layers faster and smaller, in place, without changing what it computes.
 
     Works on any module that holds LoRA layers (a PeftModel, or a transformers model after `add_adapter`), before or
-    after a Trainer was built around it; calling it again takes in what was added since. Parameter names, state dict, saving,
-    merging and adapter switching stay PEFT's. `restore(model)` undoes it; `report(model)` says what was done.
+    after a Trainer was built around it; calling it again takes in what was added since. Parameter names, state dict,
+    saving, merging and adapter switching stay PEFT's. `restore(model)` undoes it; `report(model)` says what was done.
 
     The first forward pass afterwards runs once more than usual, under no_grad, to learn which projections share an
     input.

@@ -1,9 +1,9 @@
 """Proof on the user's own model: the accelerated layers against PEFT's and against fp64.
 
-Module by module, with the inputs and output gradients of a real step: our error against fp64 may be twice PEFT's own (in
-the same dtype and autocast state) plus one rounding. For the whole model, where no fp64 copy would fit, the difference
-between our gradients and PEFT's is held against what PEFT's own rounding does to them: a twin run of PEFT whose layer
-outputs carry once more the rounding error that was measured for them.
+Module by module, with the inputs and output gradients of a real step: our error against fp64 may be twice PEFT's own
+(in the same dtype and autocast state) plus one rounding. For the whole model, where no fp64 copy would fit, the
+difference between our gradients and PEFT's is held against what PEFT's own rounding does to them: a twin run of PEFT
+whose layer outputs carry once more the rounding error that was measured for them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
-from torch import Tensor, nn
 
 from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer, Request
 
 MODEL_SLACK = 4.0
-"""Whole model: how many times the twin's distance from PEFT ours may be; the twin repeats the forward's rounding only."""
+"""Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _check_layers(
     rounding: dict[str, float] = {}
     paths = {id(layer): path for path, layer in layers.items()}
     done: set[int] = set()
-    for path, layer in layers.items():
+    for layer in layers.values():
         if id(layer) in done:
             continue
         members = [layer] if layer.fastpeft_group is None else layer.fastpeft_group.members
@@ -263,7 +264,7 @@ def _widened(projection: LoraProjection) -> LoraProjection:
         a, b = wide(adapter.a), wide(adapter.b)
         assert a is not None and b is not None
         adapters.append(LoraAdapter(a, b, adapter.scaling, wide(adapter.bias), 0.0))
-    weight = DenseWeight(projection.weight.decode(dtype=torch.float64))
+    weight = DenseWeight(projection.weight.decode(dtype=torch.float32).double())  # as the op itself decodes
     return LoraProjection(weight, wide(projection.bias), tuple(adapters))
 
 
@@ -368,8 +369,8 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
     finally:
         for module in training:
             module.training = True
-        for layer, setting in four_bit:
-            bitsandbytes.allow_cpu_packing(layer, setting)
+        for base, setting in four_bit:
+            bitsandbytes.allow_cpu_packing(base, setting)
         with torch.no_grad():
             for b in zeros:
                 b.zero_()

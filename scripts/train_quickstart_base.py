@@ -32,7 +32,7 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 LONG_LINE = 60  # a longer line identifies a passage: it may occur on one side of a split only
 MAX_TEXT, MAX_HELD_OUT, MAX_MODEL = 299_000, 42_000, 8_000_000  # bytes
 BATCH, SEQ, WARMUP, LEARNING_RATE = 8, 256, 100, 2e-3
-ASCII = {"“": '"', "”": '"', "‘": "'", "’": "'", "…": "...", "–": "-", "—": "--"}
+ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "…": "...", "–": "-", "—": "--"})
 NOTICE = """\
 text/: Python documentation (mostly the Language Reference), taken from the module
 pydoc_data.topics of Python {version}, Copyright (c) Python Software Foundation; All Rights
@@ -57,7 +57,7 @@ def long_lines(text: str) -> set[str]:
 
 def clean_topic(text: str) -> str:
     """Plain prose: no heading underlines, footnote marks or typographic quotes."""
-    text = text.translate(str.maketrans(ASCII))
+    text = text.translate(ASCII)
     text = re.sub(r"(?m)^[ \t]*([*=\-~^#])\1{3,}[ \t]*$\n?", "", text)
     text = re.sub(r"(?m)^-\[ (.*) \]-$", r"\1", text)
     text = re.sub(r" \[\d+\](?=[\s.,;:)]|$)", "", text)
@@ -189,7 +189,7 @@ def main() -> None:
     licence = (STDLIB / "LICENSE.txt").read_text("utf-8")
     start = licence.index("\nPYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\n")
     terms = licence[start : licence.index("\nBEOPEN.COM LICENSE")].strip()
-    notice = NOTICE.format(version="%d.%d" % sys.version_info[:2], terms=terms)
+    notice = NOTICE.format(version=".".join(map(str, sys.version_info[:2])), terms=terms)
     texts = {"text/train.txt": train_text, "text/held_out.txt": held_text, "NOTICE": notice}
     for name, text in texts.items():
         (args.out / name).parent.mkdir(parents=True, exist_ok=True)

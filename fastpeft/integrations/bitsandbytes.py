@@ -7,10 +7,11 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch import Tensor, nn
+
 from fastpeft_kernels.quant import Packed4bit
 from fastpeft_kernels.weights import FourBitWeight
 from fastpeft_kernels.weights.base import Rows
-from torch import Tensor, nn
 
 CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
 
@@ -82,6 +83,23 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     return frozen
 
 
+def decode_note(layer: Any) -> str:
+    """What the user should know of the way in which bitsandbytes reads this layer's weight here; mostly nothing.
+
+    bitsandbytes 0.50's AVX-512 decoder looks scales up by row, its format stores them along the flat matrix; the two
+    differ where a row is no whole number of blocks. We decode as PEFT's forward would, so that numbers agree.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or layer.weight.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ""
+    columns = state.shape[-1]
+    if columns % state.blocksize == 0 or columns % 16 or state.blocksize >= 2048:
+        return ""
+    return (
+        f"on this CPU bitsandbytes misreads 4-bit rows of {columns} in blocks of {state.blocksize}; followed as it is"
+    )
+
+
 def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
     """The dtype in which the layer multiplies x; settles it on the first call exactly as the layer itself would."""
     if not layer.compute_type_is_set:
@@ -117,9 +135,10 @@ def _packed(weight: Tensor, state: Any) -> Packed4bit:
         nested_absmax=None if nested is None else nested.absmax,
         nested_code=None if nested is None else nested.code,
         nested_offset=None if nested is None else state.offset,
-        nested_blocksize=256 if nested is None else nested.blocksize,
+        nested_blocksize=None if nested is None else nested.blocksize,
     )
 
 
 def _same_storage(packed: Packed4bit, weight: Tensor, state: Any) -> bool:
-    return packed.packed.data_ptr() == weight.data_ptr() and packed.absmax is state.absmax
+    """Addresses decide: `packed` keeps its memory alive, so nothing else can come to lie there."""
+    return packed.packed.data_ptr() == weight.data_ptr() and packed.absmax.data_ptr() == state.absmax.data_ptr()

@@ -6,8 +6,9 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fastpeft_kernels.lora import LoraAdapter
 from torch import nn
+
+from fastpeft_kernels.lora import LoraAdapter
 
 from ..layers.bypass import why_not_bypassed
 
@@ -120,7 +121,9 @@ def lora_config(config: LoraConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
     if getattr(config, "target_parameters", None):
-        raise ValueError("config: expected no target_parameters; use fastpeft.accelerate(model) on the built model instead")
+        raise ValueError(
+            "config: expected no target_parameters; use fastpeft.accelerate(model) on the built model instead"
+        )
     copied = copy.deepcopy(config)
     by_name = {fast.__name__: fast for fast in fast_classes().values()}
     mapping: dict[type, type] = {PlainLinear: by_name["FastLinear"]}

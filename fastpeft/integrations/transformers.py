@@ -32,7 +32,9 @@ def sample_batch(model: Any, seed: int = 0, rows: int = 2, tokens: int = 32) -> 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
     if config is None or getattr(base, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"batch: {type(base).__name__} does not take input_ids alone; pass a batch as a dict of tensors")
+        raise ValueError(
+            f"batch: {type(base).__name__} does not take input_ids alone; pass a batch as a dict of tensors"
+        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +55,10 @@ def _sample_labels(names: list[str], base: Any, config: Any, ids: Any, generator
     kind = type(base).__name__
     rows, tokens = ids.shape
     if {"start_positions", "end_positions"} <= set(names):
-        return {name: torch.randint(0, tokens, (rows,), generator=generator) for name in ("start_positions", "end_positions")}
+        return {
+            name: torch.randint(0, tokens, (rows,), generator=generator)
+            for name in ("start_positions", "end_positions")
+        }
     if "labels" not in names:
         return {}
     if "SequenceClassification" in kind:

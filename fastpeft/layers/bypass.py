@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..integrations.accelerate import is_idle_hook
+from ..integrations.accelerate import forward_is_its_class_s, is_idle_hook
 
 
 def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.device) -> str | None:
@@ -15,7 +15,7 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
         return f"{type(module).__name__} in place of {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a bypassed {kind.__name__}"
-    if "forward" in module.__dict__ and not is_idle_hook(module, device):
+    if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
     return None
 

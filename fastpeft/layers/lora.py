@@ -1,7 +1,7 @@
 """PEFT's LoRA layers with a fused forward: same tree, same parameters, same everything else.
 
-A layer becomes one of these by a swap of `__class__`. Each forward reads the layer's state anew; whatever the op does not
-cover runs PEFT's own forward, and the reason is kept for the report.
+A layer becomes one of these by a swap of `__class__`. Each forward reads the layer's state anew; whatever the op does
+not cover runs PEFT's own forward, and the reason is kept for the report.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from fastpeft_kernels.lora import Dtypes, LoraProjection
-from fastpeft_kernels.lora.api import draw_seeds, run_group
-from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora.api import draw_seeds, run_group
+from fastpeft_kernels.weights import DenseWeight, FrozenWeight
+
 from ..integrations import bitsandbytes, peft
 from .bypass import global_reason, why_not_bypassed
-from .siblings import SiblingGroup
+from .siblings import SiblingGroup, SiblingWatch
 
 
 class Request(NamedTuple):
@@ -29,9 +30,14 @@ class Request(NamedTuple):
 
 
 class FastLoraLayer(nn.Module):
-    """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge."""
+    """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge.
+
+    What else it keeps is in instance attributes of these names; `leave` takes them away again.
+    """
 
     fastpeft_group: SiblingGroup | None = None
+    fastpeft_watch: SiblingWatch | None = None
+    fastpeft_cpu_packing: bool | None = None
     fastpeft_suspended: bool = False
     fastpeft_calls: dict[str, int]
 
@@ -83,6 +89,30 @@ class FastLoraLayer(nn.Module):
         super().unmerge()  # type: ignore[misc]
         self._base_changed()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT asks for the base layer, to put it in this layer's place."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.leave()
+        return self.get_base_layer()  # type: ignore[operator, no-any-return]
+
+    def enter(self) -> None:
+        """Called by `accelerate`: guard the base layer's storage."""
+        if "fastpeft_cpu_packing" not in self.__dict__:
+            self.fastpeft_cpu_packing = bitsandbytes.forbid_cpu_packing(self.get_submodule("base_layer"))
+
+    def leave(self) -> None:
+        """The modules around this layer and its base, as they were before."""
+        if self.fastpeft_watch is not None:
+            self.fastpeft_watch.forget([self])
+        if self.fastpeft_group is not None:
+            self.fastpeft_group.dissolve()
+        bitsandbytes.allow_cpu_packing(self.get_submodule("base_layer"), self.fastpeft_cpu_packing)
+        for name in ("fastpeft_cpu_packing", "fastpeft_calls"):
+            self.__dict__.pop(name, None)
+
     def _base_changed(self) -> None:
         """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it."""
         weight = self.get_base_layer().weight  # type: ignore[operator]
@@ -114,7 +144,9 @@ def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     return run_group(x, projections, requests[0].dtypes, draw_seeds(x.device, projections, training=True))
 
 
-def frozen_base(base: Any, x: Tensor, autocast: torch.dtype | None) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
+def frozen_base(
+    base: Any, x: Tensor, autocast: torch.dtype | None
+) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
     """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
     device = x.device
     if bitsandbytes.is_linear_4bit(base):

@@ -8,6 +8,7 @@ members that are yet to be called is transient: it is never copied, and it is go
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..integrations.transformers import passes_cache
 
@@ -35,7 +37,7 @@ class SiblingGroup:
     def __init__(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
         self.parent, self.members = parent, members
         self._held: _Held | None = None
-        self._hook_id: int = parent.register_forward_hook(self._forget, always_call=True).id
+        self._hook = parent.register_forward_hook(self._forget, always_call=True)
         for member in members:
             member.fastpeft_group = self
 
@@ -71,8 +73,7 @@ class SiblingGroup:
     def dissolve(self) -> None:
         """The members are on their own again."""
         self._held = None
-        self.parent._forward_hooks.pop(self._hook_id, None)
-        self.parent._forward_hooks_always_called.pop(self._hook_id, None)
+        self._hook.remove()
         for member in self.members:
             member.__dict__.pop("fastpeft_group", None)
 
@@ -103,21 +104,26 @@ def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
 class SiblingWatch:
     """Waits for the first call that reaches the given layers, runs it once under no_grad, and forms the groups.
 
-    Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does not
-    matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off, and
-    given up for those layers when the call computes gradients.
+    Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does
+    not matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off, and
+    given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
+    `fastpeft_watch`.
     """
 
     def __init__(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
         self.parents: dict[int, nn.Module] = {}
         self.waiting: dict[int, FastLoraLayer] = {}
-        self.hooks: list[tuple[nn.Module, int]] = []
+        self.hooks: list[tuple[nn.Module, RemovableHandle]] = []
         self._seen: dict[int, list[_Run]] | None = None
+        self._failed: nn.Module | None = None
         above: dict[int, nn.Module] = {}
         for path, layer in layers.items():
             parent = root.get_submodule(path.rpartition(".")[0])
             if parent is layer:
                 continue
+            if layer.fastpeft_watch is not None:
+                layer.fastpeft_watch.forget([layer])
+            layer.fastpeft_watch = self
             self.waiting[id(layer)] = layer
             self.parents[id(layer)] = parent
             names = path.split(".")[:-1]
@@ -125,19 +131,23 @@ class SiblingWatch:
                 module = root.get_submodule(".".join(names[:depth]))
                 above[id(module)] = module
         for module in above.values():
-            handle = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            self.hooks.append((module, handle.id))
+            self.hooks.append((module, module.register_forward_pre_hook(self._before_forward, with_kwargs=True)))
 
-    def stop(self) -> None:
-        """Watch no longer."""
-        for module, hook_id in self.hooks:
-            module._forward_pre_hooks.pop(hook_id, None)
-            module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-        self.hooks.clear()
-        self.waiting.clear()
+    def forget(self, layers: list[Any]) -> None:
+        """Wait no longer for these layers; without any left, be gone."""
+        for layer in layers:
+            if self.waiting.pop(id(layer), None) is not None:
+                layer.__dict__.pop("fastpeft_watch", None)
+        if not self.waiting:
+            for _, hook in self.hooks:
+                hook.remove()
+            self.hooks.clear()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._seen is not None or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+        if self._failed is module:  # a new call; an interrupt ended the last one
+            self._failed = None
+        busy = self._seen is not None or self._failed is not None
+        if busy or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
             return
         inside = [layer for layer in module.modules() if id(layer) in self.waiting]
         if not inside:
@@ -145,17 +155,18 @@ class SiblingWatch:
             return
         if passes_cache(args, kwargs):
             if torch.is_grad_enabled():
-                self._settle(inside)
+                self.forget(inside)
             return
         try:
-            self._watch(module, args, kwargs)
-        except Exception:  # the real call meets the same error and raises it where the user can see it
-            self._settle(inside)
-        self._unhook(module)
+            self._watch(module, inside, args, kwargs)
+        except Exception:  # most likely the real call meets the same error, and raises it where the user can see it
+            self._failed = module
+            self._after_failing(module, inside)
+        else:
+            self._unhook(module)
 
-    def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, module: nn.Module, inside: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen = {}
-        inside = [layer for layer in module.modules() if id(layer) in self.waiting]
         handles = [layer.register_forward_pre_hook(self._record) for layer in inside]
         try:
             with torch.no_grad(), _side_effects_undone(module):
@@ -167,7 +178,18 @@ class SiblingWatch:
         for runs in seen.values():
             for members in _consistent(runs):
                 SiblingGroup(self.parents[id(members[0])], members)
-        self._settle([layer for runs in seen.values() for run in runs for layer in run.members])
+        self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
+
+    def _after_failing(self, module: nn.Module, inside: list[Any]) -> None:
+        """Watch again at the next call if the real one fails too, never if it succeeds."""
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            handle.remove()
+            self._failed = None
+            if output is not None:
+                self.forget(inside)
+
+        handle = module.register_forward_hook(after, always_call=True)
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self._seen is None or not args or not isinstance(args[0], Tensor):
@@ -179,18 +201,11 @@ class SiblingWatch:
                 return
         runs.append(_Run(args[0], layer))  # type: ignore[arg-type]
 
-    def _settle(self, layers: list[Any]) -> None:
-        for layer in layers:
-            self.waiting.pop(id(layer), None)
-        if not self.waiting:
-            self.stop()
-
     def _unhook(self, module: nn.Module) -> None:
-        for known, hook_id in self.hooks:
+        for known, hook in self.hooks:
             if known is module:
-                module._forward_pre_hooks.pop(hook_id, None)
-                module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-        self.hooks = [(known, hook_id) for known, hook_id in self.hooks if known is not module]
+                hook.remove()
+        self.hooks = [(known, hook) for known, hook in self.hooks if known is not module]
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -200,7 +215,7 @@ class SiblingWatch:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.hooks, self._seen = state["hooks"], None
+        self.hooks, self._seen, self._failed = state["hooks"], None, None
         self.waiting = {id(layer): layer for layer in state["layers"]}
         self.parents = {id(layer): p for layer, p in zip(state["layers"], state["parents"], strict=True)}
 
@@ -235,10 +250,14 @@ def _side_effects_undone(module: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     devices = {p.device for p in module.parameters() if p.is_cuda}
     python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield
     finally:
         random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for buffer, value in buffers:
             buffer.copy_(value)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..integrations import bitsandbytes, peft
-from ..integrations.accelerate import rebind_hooked_forward
+from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.lora import FastLoraLayer, fast_classes
 from ..layers.siblings import SiblingWatch
 from .base import Left, Match
-
-_UNDO = "fastpeft_undo"
 
 
 class LoraReplacement:
@@ -42,15 +38,13 @@ class LoraReplacement:
     def prove(self, module: nn.Module) -> Left | None:
         if not peft.has_stock_forward(type(module)):
             return Left(f"{type(module).__name__}.forward was replaced by another library")
-        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+        if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
             return Left("forward was replaced on the instance")
         return None
 
     def install(self, module: nn.Module) -> None:
         stock = type(module)
         fast = fast_classes()[stock]
-        base: Any = module.get_submodule("base_layer")
-        module.__dict__[_UNDO] = bitsandbytes.forbid_cpu_packing(base)
         module.__class__ = fast
         rebind_hooked_forward(module, stock, fast)
 
@@ -58,27 +52,26 @@ class LoraReplacement:
         return Match(_op(module)) if isinstance(module, FastLoraLayer) else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        alone = {
-            path: module
-            for path, module in modules.items()
-            if isinstance(module, FastLoraLayer) and module.fastpeft_group is None
+        layers = {path: module for path, module in modules.items() if isinstance(module, FastLoraLayer)}
+        fresh = {
+            path.rpartition(".")[0] for path, layer in layers.items() if "fastpeft_cpu_packing" not in layer.__dict__
         }
-        _stop_watching(root)
+        for path, layer in layers.items():
+            layer.enter()
+            if layer.fastpeft_group is not None and path.rpartition(".")[0] in fresh:  # may belong to it
+                layer.fastpeft_group.dissolve()
+        alone = {path: layer for path, layer in layers.items() if layer.fastpeft_group is None}
         if alone:
-            root.__dict__["fastpeft_watch"] = SiblingWatch(root, alone)
+            SiblingWatch(root, alone)
 
     def undo(self, module: nn.Module) -> bool:
-        _stop_watching(module)
         if not isinstance(module, FastLoraLayer):
             return False
-        if module.fastpeft_group is not None:
-            module.fastpeft_group.dissolve()
-        fast = type(module)
+        module.leave()
+        fast: type[nn.Module] = type(module)
         stock = next(stock for stock, ours in fast_classes().items() if ours is fast)
         module.__class__ = stock
         rebind_hooked_forward(module, fast, stock)
-        bitsandbytes.allow_cpu_packing(module.get_submodule("base_layer"), module.__dict__.pop(_UNDO, None))
-        module.__dict__.pop("fastpeft_calls", None)
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:
@@ -87,15 +80,12 @@ class LoraReplacement:
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
         fused = calls.pop("fused", 0)
         notes = [f"{count} of {fused + sum(calls.values())} calls by PEFT: {reason}" for reason, count in calls.items()]
+        base = module.get_submodule("base_layer")
+        if bitsandbytes.is_linear_4bit(base) and (note := bitsandbytes.decode_note(base)):
+            notes.append(note)
         return partners, "; ".join(notes)
 
 
 def _op(module: nn.Module) -> str:
     four_bit = bitsandbytes.is_linear_4bit(module.get_submodule("base_layer"))
     return "lora_linear over 4-bit" if four_bit else "lora_linear"
-
-
-def _stop_watching(root: nn.Module) -> None:
-    watch = root.__dict__.pop("fastpeft_watch", None)
-    if watch is not None:
-        watch.stop()
