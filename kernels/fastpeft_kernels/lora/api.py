@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..common.device import triton_available
 from ..common.random import draw_seed
 from ..weights import DenseWeight, FrozenWeight
-from . import autograd
+from . import autograd, library
 from .projection import Dtypes, LoraAdapter, LoraProjection, check_group
+from .reference import lora_group_reference
 
 
 def lora_linear(
@@ -24,6 +27,7 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     training: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """One LoRA projection of x; see `lora_linear_group`, of which this is the case of one projection, one adapter.
 
@@ -38,6 +42,7 @@ def lora_linear(
         bias: (out_features,) or None.
         dropout: probability of dropping an element of x before `a`.
         training: False switches dropout off.
+        backend: as for `lora_linear_group`.
 
     Returns:
         (..., out_features) in x's dtype, or autocast's.
@@ -49,7 +54,7 @@ def lora_linear(
     """
     frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
     projection = LoraProjection(frozen, bias, (LoraAdapter(a, b, scaling, None, dropout),))
-    return lora_linear_group(x, (projection,), training=training)[0]
+    return lora_linear_group(x, (projection,), training=training, backend=backend)[0]
 
 
 def lora_linear_group(
@@ -61,6 +66,7 @@ def lora_linear_group(
     out_dtype: torch.dtype | None = None,
     training: bool = True,
     seeds: Sequence[Tensor | None] | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """All projections of one input, with any number of adapters each, as one differentiable operation.
 
@@ -78,13 +84,16 @@ def lora_linear_group(
         training: False switches dropout off.
         seeds: dropout seeds, int64 (1,) or None for each projection; default drawn from torch's generator of x's
             device, one for each projection with dropout, in order.
+        backend: "library" (BLAS, cuBLAS), "triton" (our kernels; never falls back), or "auto", which is the library
+            until a measurement says otherwise.
 
     Returns:
         One new tensor (..., out_features) for each projection.
 
     Raises:
         TypeError: an argument that is no tensor, not floating, or adapters of differing dtypes.
-        ValueError: sizes or devices that do not fit; the message names the argument, what was expected and what came.
+        ValueError: sizes or devices that do not fit, or a backend that cannot serve them; the message names the
+            argument, what was expected and what came.
         RuntimeError: in backward, when a frozen weight was changed or moved since forward.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
@@ -94,22 +103,54 @@ def lora_linear_group(
     drawn = draw_seeds(x.device, projections, training) if seeds is None else list(seeds)
     if len(drawn) != len(projections):
         raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(drawn)}")
-    return run_group(x, projections, dtypes, drawn)
+    return run_group(x, projections, dtypes, drawn, _implementation(backend, x, projections, dtypes, drawn))
 
 
 def run_group(
-    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    implementation: ModuleType = library,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear_group` for callers that have checked their arguments."""
+    """`lora_linear_group` for callers that have checked their arguments.
+
+    `torch.compile` sees the plain formula, which it can differentiate and fuse itself.
+    """
     device = x.device.type
-    autocast_off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    autocast_off = (
+        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    )
     with autocast_off:
-        return autograd.apply(x, projections, dtypes, seeds)
+        if torch.compiler.is_compiling():
+            return lora_group_reference(x, projections, dtypes, seeds)
+        return autograd.apply(x, projections, dtypes, seeds, implementation)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:
     """One seed for each projection that drops anything, in order; None for the others."""
     return [draw_seed(device) if training and any(a.dropout for a in p.adapters) else None for p in projections]
+
+
+def _implementation(
+    backend: str,
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> ModuleType:
+    if backend in ("auto", "library"):
+        return library
+    if backend != "triton":
+        raise ValueError(f"backend: expected 'auto', 'library' or 'triton', got {backend!r}")
+    if not triton_available():
+        raise ValueError("backend: 'triton' needs Triton, which cannot be imported here")
+    from . import triton_path
+
+    drops = any(seed is not None for seed in seeds)
+    if reason := triton_path.refusal(x, projections, dtypes, drops):
+        raise ValueError(f"backend: 'triton' cannot serve this group: {reason}")
+    return triton_path
 
 
 def _resolve_dtypes(
@@ -122,7 +163,9 @@ def _resolve_dtypes(
     autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     own = {adapter.a.dtype for projection in projections for adapter in projection.adapters}
     if lora is None and autocast is None and len(own) > 1:
-        raise TypeError(f"projections: expected adapters of one dtype, or lora_dtype to be given, got {sorted(map(str, own))}")
+        raise TypeError(
+            f"projections: expected adapters of one dtype, or lora_dtype to be given, got {sorted(map(str, own))}"
+        )
     compute = compute or autocast or x.dtype
     lora = lora or autocast or (own.pop() if own else compute)
     return Dtypes(compute, lora, out or compute)

@@ -34,11 +34,12 @@ class LoraGroup(torch.autograd.Function):
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-        packed = implementation.pack(projections, dtypes.lora)
-        outputs, s = implementation.forward(x, projections, packed, dtypes, seeds)
+        packed, outputs, s = _compute(implementation, x, projections, dtypes, seeds)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
-        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, packed.a, *packed.b)
+        scalings = [a.scaling for p in projections for a in p.adapters if isinstance(a.scaling, Tensor)]
+        # scalings are kept for torch to notice a write before backward
+        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, packed.a, *packed.b, *scalings)
         return tuple(outputs)
 
     @staticmethod
@@ -46,8 +47,10 @@ class LoraGroup(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         implementation, projections, dtypes, seeds, needs = ctx.group
         shape, dtype = ctx.input
-        x, s, a, *b = ctx.saved_tensors
+        x, s, a, *rest = ctx.saved_tensors
+        b = rest[: len(projections)]
         for projection, stamp in zip(projections, ctx.stamps, strict=True):
+            projection.weight.prefetch()
             projection.weight.check_unchanged(stamp)
         with torch.autocast(a.device.type if a is not None else "cpu", enabled=False):
             dx, grads = implementation.backward(
@@ -61,7 +64,10 @@ class LoraGroup(torch.autograd.Function):
                 dtype if ctx.needs_input_grad[4] else None,
                 needs,
             )
-        flat = [grad for group in grads for grad in group]
+        for projection in projections:
+            projection.weight.release()
+        # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
+        flat = [None if dy is None else grad for dy, group in zip(dys, grads, strict=True) for grad in group]
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
@@ -79,8 +85,23 @@ def apply(
     tensors = [tensor for projection in projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return LoraGroup.apply(implementation, projections, dtypes, seeds, x, *tensors)  # type: ignore[no-any-return]
+    return tuple(_compute(implementation, x.detach(), projections, dtypes, seeds)[1])
+
+
+def _compute(
+    implementation: ModuleType,
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> tuple[library.Packed, list[Tensor], Tensor | None]:
+    for projection in projections:
+        projection.weight.prefetch()
     packed = implementation.pack(projections, dtypes.lora)
-    return tuple(implementation.forward(x.detach(), projections, packed, dtypes, seeds)[0])
+    outputs, s = implementation.forward(x, projections, packed, dtypes, seeds)
+    for projection in projections:
+        projection.weight.release()
+    return packed, outputs, s
 
 
 def _split(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:

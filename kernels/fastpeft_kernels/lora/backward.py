@@ -1,7 +1,7 @@
 """Triton kernels of the backward pass: dB and dS from dY, dA from X, and what the adapters add to dX.
 
-dX = dY W + dS A without dropout is `forward.lora_linear` on transposed views. Sums over tokens go through partial sums in
-a buffer, added in a fixed order: no float atomics, the same result every time.
+dX = dY W + dS A without dropout is `forward.lora_linear` on transposed views. Sums over tokens go through partial sums
+in a buffer, added in a fixed order: no float atomics, the same result every time.
 
 Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/s; not yet measured on a GPU.
 
@@ -11,7 +11,7 @@ Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/
 | lora_down_fwd on dY, then lora_down_bwd_weight | 2.1 | 135 + 4 | 29 us | 36 us | two reads; used above rank 16 |
 | lora_down_bwd_weight (dA) | 1.07 | 67 + 4 | 15 us | 19 us | 8 token splits of 32 column blocks |
 | the same with dropout | 1.07 | 67 + 4 | 28 us | 34 us | integer instructions of the mask |
-| lora_down_bwd_input (dX += dropout(dS A)) | 1.07 | 135 | 28 us | 40 us | reads and writes dX; mask instructions overlap in part |
+| lora_down_bwd_input (dX += dropout(dS A)) | 1.07 | 135 | 28 us | 40 us | reads and writes dX, mask beside |
 
 One read of dY costs partial sums of dS for each 256 columns, 16 * M * r * 4 bytes written and read: at r = 16 17 MB for
 67 MB saved, at r = 64 as much as is saved. So it serves one block of 16 ranks only.
@@ -49,8 +49,8 @@ def lora_up_bwd_kernel(
 ):  # fmt: skip
     """Partial sums of dS = dY B and dB = dY^T S from one read of dY; rank <= BLOCK_R.
 
-    Program (i, j) reads columns i of dY in token split j. It writes its share of dS, fp32 (column blocks, tokens, rank),
-    and its share of dB, fp32 (splits, out_features, rank).
+    Program (i, j) reads column block i of dY in token split j. It writes its share of dS, fp32 (column blocks, tokens,
+    rank), and its share of dB, fp32 (splits, out_features, rank).
     """
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -59,14 +59,12 @@ def lora_up_bwd_kernel(
     wide = n.to(tl.int64)
     b = tl.load(b_ptr + wide[None, :] * b_row_stride + r[:, None], mask=in_columns[None, :] & in_rank, other=0.0)
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    start = split.to(tl.int64) * split_tokens
-    end = tl.minimum(start + split_tokens, tokens)
-    row = start + tl.arange(0, BLOCK_M)
+    row = split.to(tl.int64) * split_tokens + tl.arange(0, BLOCK_M)  # split_tokens is a multiple of BLOCK_M
     dy_ptrs = dy_ptr + row[:, None] * dy_row_stride + n[None, :]
     s_ptrs = s_ptr + row[None, :] * s_row_stride + r[:, None]
     ds_ptrs = ds_ptr + (block.to(tl.int64) * tokens + row[None, :]) * rank + r[:, None]
-    for _ in range(0, tl.cdiv(split_tokens, BLOCK_M)):
-        inside = row < end
+    for _ in range(0, split_tokens // BLOCK_M):
+        inside = row < tokens
         dy = tl.load(dy_ptrs, mask=inside[:, None] & in_columns[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=inside[None, :] & in_rank, other=0.0)
         acc = tl.dot(s, dy, acc)
@@ -88,20 +86,18 @@ def lora_down_bwd_weight_kernel(
     HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over token splits of scale * dS^T keep(X): fp32, any strides. Also dB^T = S^T dY, without dropout."""
+    """Partial sums over token splits of scale * dS^T keep(X): fp32, any strides. Also dB^T = S^T dY."""
     split = tl.program_id(1)
     across = tl.cdiv(rank, BLOCK_R)
     r = (tl.program_id(0) % across) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = (tl.program_id(0) // across) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rank, in_columns = (r < rank)[:, None], (k < features)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    start = split.to(tl.int64) * split_tokens
-    end = tl.minimum(start + split_tokens, tokens)
-    row = start + tl.arange(0, BLOCK_M)
+    row = split.to(tl.int64) * split_tokens + tl.arange(0, BLOCK_M)  # split_tokens is a multiple of BLOCK_M
     x_ptrs = x_ptr + row[:, None] * x_row_stride + k[None, :]
     ds_ptrs = ds_ptr + row[None, :] * ds_row_stride + r[:, None]
-    for _ in range(0, tl.cdiv(split_tokens, BLOCK_M)):
-        inside = row < end
+    for _ in range(0, split_tokens // BLOCK_M):
+        inside = row < tokens
         ds = tl.load(ds_ptrs, mask=inside[None, :] & in_rank, other=0.0)
         x = tl.load(x_ptrs, mask=inside[:, None] & in_columns, other=0.0).to(ds.dtype)
         if HAS_DROPOUT:
@@ -292,6 +288,7 @@ def lora_down_bwd_input_(
             HAS_DROPOUT=drops, BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=config.ranks(rank),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(dx)
     return dx
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import torch
 
@@ -44,8 +45,8 @@ class Config:
 TINY = Config(32, 32, 16, 16)  # for the interpreter
 LINEAR_TMA = (Config(128, 256, 64, 64, 8, 4, tma=True), Config(128, 128, 64, 64, 4, 3, tma=True))
 LINEAR = (Config(128, 128, 64, 64, 8, 3), Config(128, 256, 64, 64, 8, 3))
-LINEAR_FP32 = (Config(64, 64, 16, 16, 8), Config(64, 128, 16, 16, 8))
-DOWN = (Config(64, 0, 64, 128, 4, 4), Config(32, 0, 128, 64, 4, 3))
+LINEAR_FP32 = (Config(64, 64, 32, 16, 8), Config(64, 32, 16, 16))
+DOWN = (Config(64, 0, 64, 64, 4, 6), Config(32, 0, 128, 64, 4, 4))
 DOWN_FP32 = (Config(32, 0, 32, 32, 4, 4), Config(64, 0, 16, 16, 4, 4))
 UP = (Config(64, 256, 0, 16, 8), Config(64, 128, 0, 16))
 WEIGHT = (Config(64, 128, 0, 64, 8), Config(64, 128, 0, 16))
@@ -75,12 +76,12 @@ def token_splits(tokens: int, blocks: int, block_m: int, device: torch.device) -
 
     Depends on shapes and the device alone, so that the partial sums are the same every time.
     """
-    wanted = -(-2 * _multiprocessors(device) // max(blocks, 1))
-    splits = max(1, min(wanted, -(-tokens // block_m), 64))
-    each = -(-(-(-tokens // splits)) // block_m) * block_m
-    return -(-tokens // each), each
+    wanted = ceil(2 * _multiprocessors(device) / max(blocks, 1))
+    splits = max(1, min(wanted, ceil(tokens / block_m), 64))
+    each = ceil(ceil(tokens / splits) / block_m) * block_m
+    return ceil(tokens / each), each
 
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -4,7 +4,7 @@ Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/
 
 | kernel | GFLOP | MB | floor | predicted | why |
 |---|---|---|---|---|---|
-| lora_down_fwd | 1.07 | 67.5 | 14 us | 17 us | reads X once; 64 x 64 tiles, 4 stages: 24 KB in flight a program |
+| lora_down_fwd | 1.07 | 67.5 | 14 us | 17 us | reads X once; 64 x 64 tiles, 6 stages: 40 KB in flight a program |
 | the same with dropout | 1.07 | 67.5 | 28 us | 32 us | 12 integer instructions an element (`triton_random`) |
 | lora_linear_fwd | 276 | 168 | 394 us | 430 us | + 0.4 % work for the update; Y is written once, never read again |
 

@@ -57,8 +57,8 @@ def lora_linear_tma_fwd_kernel(
 
 
 def describable(x: Tensor, w: Tensor, out: Tensor, s: Tensor | None = None, b: Tensor | None = None) -> bool:
-    """Whether these operands of `lora_linear` can have tensor descriptors: one 16-bit dtype, aligned rows."""
-    if any(t.dtype != x.dtype for t in (w, s, b) if t is not None) or x.dtype.itemsize != 2 or out.dtype.itemsize != 2:
+    """Whether these operands of `lora_linear` can have descriptors: one 16-bit dtype (but of `out`), aligned rows."""
+    if any(t.dtype != x.dtype for t in (w, s, b) if t is not None) or x.dtype.itemsize != 2:
         return False
     views = (x, _rows_view(w), out, s, None if b is None else _rows_view(b))
     return all(_aligned(view) for view in views if view is not None)
@@ -92,8 +92,9 @@ def lora_linear_tma(
         block = [rows, columns] if tensor.stride(1) == 1 else [columns, rows]
         return TensorDescriptor.from_tensor(_rows_view(tensor), block)
 
+    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(w.shape[0], config.block_n)
     with torch.cuda.device_of(x):
-        lora_linear_tma_fwd_kernel[(triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(w.shape[0], config.block_n),)](
+        lora_linear_tma_fwd_kernel[(programs,)](
             describe(x, config.block_m, config.block_k), describe(w, config.block_n, config.block_k),
             describe(s, config.block_m, block_r), describe(b, config.block_n, block_r),
             describe(out, config.block_m, config.block_n), None if bias is None else bias.contiguous(),

@@ -68,9 +68,9 @@ def forward(
     for i, projection in enumerate(projections):
         y = x.new_empty((*x.shape[:-1], projection.weight.shape[0]), dtype=dtypes.out)
         y2 = y.view(-1, y.shape[-1])
-        update = None
-        if packed.b[i] is not None and s is not None:
-            update = (s[:, column : column + projection.rank], packed.b[i])
+        update, up = None, packed.b[i]
+        if up is not None and s is not None:
+            update = (s[:, column : column + projection.rank], up)
             column += projection.rank
         _project(y2, inputs, projection, update, packed.bias[i], dtypes)
         outputs.append(y)

@@ -62,15 +62,12 @@ def lora_pack_kernel(
     slot = tl.program_id(1)
     if slot == 0:
         _pack_one(a0, b0, up0, scale0, down_ptr, in_features, rank0, features0, row0, stride0, factor0, BLOCK)
-    if COUNT > 1:
-        if slot == 1:
-            _pack_one(a1, b1, up1, scale1, down_ptr, in_features, rank1, features1, row1, stride1, factor1, BLOCK)
-    if COUNT > 2:
-        if slot == 2:
-            _pack_one(a2, b2, up2, scale2, down_ptr, in_features, rank2, features2, row2, stride2, factor2, BLOCK)
-    if COUNT > 3:
-        if slot == 3:
-            _pack_one(a3, b3, up3, scale3, down_ptr, in_features, rank3, features3, row3, stride3, factor3, BLOCK)
+    if COUNT > 1 and slot == 1:
+        _pack_one(a1, b1, up1, scale1, down_ptr, in_features, rank1, features1, row1, stride1, factor1, BLOCK)
+    if COUNT > 2 and slot == 2:
+        _pack_one(a2, b2, up2, scale2, down_ptr, in_features, rank2, features2, row2, stride2, factor2, BLOCK)
+    if COUNT > 3 and slot == 3:
+        _pack_one(a3, b3, up3, scale3, down_ptr, in_features, rank3, features3, row3, stride3, factor3, BLOCK)
 
 
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:

@@ -2,7 +2,7 @@
 
 For n projections of one input, without dropout: forward packs in one launch, reads x once for S, and writes each output
 once with the update in the same accumulator. Backward reads each dY once for dS and dB at small rank, adds dS A inside
-the last product of dX, and reads x once for dA. Dropout is applied where values are read; it is never stored.
+the first product of dX, and reads x once for dA. Dropout is applied where values are read; it is never stored.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def refusal(x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, dr
     for dtype in {x.dtype, dtypes.compute, dtypes.lora, dtypes.out, *parameters}:
         if dtype not in TRITON_DTYPES:
             return f"expected fp16, bf16 or fp32 throughout, got {dtype}"
+        if x.device.type == "cpu" and dtype == torch.bfloat16:
+            return f"expected fp32 or fp16 in Triton's interpreter, which computes bf16 wrongly, got {dtype}"
     return hopper_dots_safe(x.device) if drops else None
 
 
@@ -71,7 +73,7 @@ def backward(
     packed: Packed,
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-    needs_dx: bool,
+    dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradients of x and of every projection's tensors; arguments and results as for `library.backward`."""
@@ -80,7 +82,7 @@ def backward(
     if not given:
         return None, grads
     dys = [None if dy is None else columns_contiguous(dy) for dy in dys]
-    ds = _empty_ds(dys, packed) if needs_dx or x is not None else None
+    ds = _empty_ds(dys, packed) if dx_dtype is not None or x is not None else None
     column = 0
     for i, projection in enumerate(projections):
         first, column = column, column + projection.rank
@@ -92,7 +94,7 @@ def backward(
             columns = slice(first, column)
             s_i, ds_i = None if s is None else s[:, columns], None if ds is None else ds[:, columns]
             _up_gradients(dy, up, s_i, ds_i, projection, needs[i], grads[i])
-    dx = _input_gradient(dys, ds, given, projections, packed, dtypes, seeds) if needs_dx else None
+    dx = None if dx_dtype is None else _input_gradient(dys, ds, given, projections, packed, dtypes, seeds, dx_dtype)
     if ds is not None and x is not None:
         _down_gradients(ds, x, projections, seeds, needs, grads)
     return dx, grads
@@ -122,10 +124,10 @@ def _project(
 ) -> None:
     """y[:] = inputs W^T + S (scaling B)^T + bias."""
     own = weight.linear(inputs)
-    if own is None:
-        lora_linear(inputs, _decoded(weight, dtypes.compute), *update, bias, out=y)
-        return
     s, b = update
+    if own is None:
+        lora_linear(inputs, _decoded(weight, dtypes.compute), s, b, bias, out=y)
+        return
     if s is None or b is None:
         y.copy_(own if bias is None else own + bias)
         return
@@ -142,9 +144,9 @@ def _total_bias(bias: Tensor | None, lora_bias: Tensor | None, dtypes: Dtypes) -
 
 
 def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """The dense values for one product: a dense weight's own, else a warm buffer that the next decode overwrites."""
-    if weight.kind == "dense" and weight.dtype == dtype:
-        return weight.decode()
+    """The dense values for one product, in a warm buffer that the next decode overwrites unless they lie ready."""
+    if not weight.fills or (weight.kind == "dense" and weight.dtype == dtype):
+        return weight.decode(dtype=dtype)
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
 
 
@@ -193,23 +195,30 @@ def _input_gradient(
     packed: Packed,
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
+    dx_dtype: torch.dtype,
 ) -> Tensor | None:
-    """The sum of dY W and dropout(dS A): the latter inside the last product when nothing is dropped."""
+    """The sum of dY W and dropout(dS A): the latter inside the first product when nothing is dropped.
+
+    Summed in the widest of the dtypes in which the library would sum it.
+    """
     dx: Tensor | None = None
     inside = ds is not None and all(seed is None for seed in seeds)
+    wide = torch.promote_types(dtypes.compute, dx_dtype)
+    if ds is not None and not inside:
+        wide = torch.promote_types(wide, dtypes.lora)
     for i in given:
         dy, weight = dys[i], projections[i].weight
         assert dy is not None
         dy = dy.to(dtypes.compute)
         own = weight.linear_t(dy)
         if own is not None:
-            dx = own if dx is None else dx.add_(own)
-            continue
-        update: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-        if i == given[-1] and inside and ds is not None and packed.a is not None:
-            update, ds = (ds, packed.a.t()), None
-        w = _decoded(weight, dtypes.compute).t()
-        dx = lora_linear(dy, w, *update, out=dx, accumulate=dx is not None)
+            dx = columns_contiguous(own.to(wide)) if dx is None else dx.add_(own)
+        else:
+            w = _decoded(weight, dtypes.compute).t()
+            s, b = (ds, packed.a.t()) if inside and ds is not None and packed.a is not None else (None, None)
+            out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=wide) if dx is None else dx
+            dx = lora_linear(dy, w, s, b, out=out, accumulate=dx is not None)
+            ds = None if inside else ds
     if dx is None or ds is None or packed.a is None:
         return dx
     for first, last, seed, p, stream in [(0, ds.shape[1], None, 0.0, 0)] if inside else _columns(projections, seeds):

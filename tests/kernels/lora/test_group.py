@@ -189,3 +189,29 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
     (dx,) = torch.autograd.grad(lora_linear_group(x, [p])[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_a_weight_is_brought_and_released_around_every_use():
+    log = []
+
+    class Streamed(DenseWeight):
+        def prefetch(self):
+            log.append("prefetch")
+
+        def decode(self, *args, **kwargs):
+            log.append("decode")
+            return super().decode(*args, **kwargs)
+
+        def release(self):
+            log.append("release")
+
+    p = LoraProjection(Streamed(torch.randn(8, 12)), None, (adapter(2, 12, 8),))
+    lora_linear_group(torch.randn(3, 12, requires_grad=True), [p])[0].sum().backward()
+    assert log == ["prefetch", "decode", "release"] * 2
+
+
+def test_parameters_of_an_output_without_gradient_get_none():
+    group = [projection(12, 8, 2), projection(12, 6, 3)]
+    lora_linear_group(torch.randn(5, 12), group)[0].sum().backward()
+    assert all(t.grad is not None for t in parameters(group[:1]))
+    assert all(t.grad is None for t in parameters(group[1:]))

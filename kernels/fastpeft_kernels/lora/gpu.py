@@ -1,0 +1,287 @@
+"""Checks that need a CUDA GPU: every kernel, configuration and dtype, and whole groups, against fp64; and their times.
+
+The kernels are called below the gate of `triton_path.refusal`: whether dropout may run on a Hopper with an old
+assembler is decided by what is found here. Needs neither peft nor bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.random import draw_seed, dropout_bits, keep_threshold
+from .api import run_group
+from .configs import (
+    DOWN,
+    DOWN_FP32,
+    INPUT,
+    INPUT_FP32,
+    LINEAR,
+    LINEAR_FP32,
+    LINEAR_TMA,
+    UP,
+    WEIGHT,
+    WEIGHT_FP32,
+    Config,
+)
+from .gpu_speed import speed_checks
+from .gpu_support import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    F64,
+    MASK,
+    capability,
+    derive,
+    dropped,
+    dtype_name,
+    implementation,
+    label,
+    make_projection,
+    product_in_fp32,
+    rand,
+    same_dtypes,
+    widened,
+    within,
+)
+from .projection import Dtypes
+from .reference import lora_group_reference
+
+Check = tuple[str, Callable[[], dict[str, Any]]]
+_DTYPES = (BF16, F16, F32)
+# Tokens, features in, features out, rank: all aligned; nothing aligned; nearly nothing.
+_SHAPES = ((1024, 1536, 1280, 64), (333, 1001, 777, 19), (3, 5, 7, 1))
+_ALIGNED = (1024, 1528, 1288, 24)  # aligned rows that no tile divides: what descriptors must get right
+_GROUP_SHAPES = ((512, 768), (77, 96))  # tokens, features in
+_MANY = 2**31
+
+
+def checks() -> Iterator[Check]:
+    """Named checks. Each returns figures, or raises AssertionError."""
+    for dtype in _DTYPES:
+        yield f"dropout {dtype_name(dtype)}", partial(_check_dropout, dtype)
+    for name, check, x_dtype, dtype, config in _kernel_checks():
+        what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {label(config)}"
+        yield what, partial(check, x_dtype, dtype, config)
+    yield "more than 2**31 elements: dropout and down", _check_many_down
+    yield "more than 2**31 elements: weight and input gradients", _check_many_backward
+    yield "more than 2**31 elements: linear", _check_many_linear
+    for backend in ("library", "triton"):
+        for dtypes in (Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16), Dtypes(F16, F16, F16), same_dtypes(F32)):
+            for p in (0.0, 0.25):
+                for base in ("dense", "nf4"):
+                    name = f"group {backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
+                    yield name, partial(_check_group, backend, dtypes, base, p)
+    yield from speed_checks()
+
+
+def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch.dtype, torch.dtype, Config]]:
+    """(name, check, dtype of X and Y, dtype of the adapters' product, config)."""
+    for x_dtype, dtype in ((BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)):
+        fp32 = dtype == F32
+        for name, check, choices in (
+            ("down", _check_down, DOWN_FP32 if fp32 else DOWN),
+            ("linear", _check_linear, LINEAR_FP32 if x_dtype == F32 else LINEAR),
+            ("linear, descriptors", _check_linear, () if fp32 or capability() < 90 else LINEAR_TMA),
+            ("up backward", _check_up, () if fp32 else UP),
+            ("weight gradient", _check_weight, WEIGHT_FP32 if fp32 else WEIGHT),
+            ("input gradient", _check_input, INPUT_FP32 if fp32 else INPUT),
+        ):
+            for config in choices:
+                if not (name == "linear" and config.block_n > 128 and capability() not in (80, 90, 100)):
+                    yield name, check, x_dtype, dtype, config
+
+
+def _masks(seed: Tensor) -> tuple[dict[str, Any], ...]:
+    return {}, {"seed": seed, **MASK}
+
+
+def _check_dropout(dtype: torch.dtype) -> dict[str, Any]:
+    from ..common.triton_random import dropout_triton
+
+    for tokens, features, _, _ in _SHAPES:
+        x, seed = rand(tokens, features, dtype=dtype), draw_seed(DEVICE)
+        x[0, 0], x[-1, -1] = torch.inf, torch.nan
+        for view in (x, x.t(), x[:, ::2], x[:0]):
+            keep = dropout_bits(seed, 0, view.shape[0], view.shape[1], 3) >= keep_threshold(0.3)
+            want = torch.where(keep, view * (1.0 / 0.7), 0.0)
+            got = dropout_triton(view, seed, **MASK)
+            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{tuple(view.shape)} {view.stride()}"
+    return {}
+
+
+def _check_down(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    from .forward import lora_down
+
+    worst = 0.0
+    for tokens, features, _, rank in _SHAPES:
+        x, a, seed = rand(tokens, features, dtype=x_dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
+        room = torch.full((tokens, rank + 3), torch.nan, dtype=dtype, device=DEVICE)
+        for mask in _masks(seed):
+            for rows in (x, x.t().contiguous().t()):
+                s = lora_down(rows, a, out=room[:, 1:-2], config=config, **mask)
+                same, exact = (dropped(x.to(dtype).to(d), mask) @ a.to(d).t() for d in (dtype, F64))
+                worst = max(worst, within(s, same, exact, f"S of {tokens, features, rank} {bool(mask)}"))
+        assert room[:, 0].isnan().all() and room[:, -2:].isnan().all(), "wrote beside the result"
+    return {"share_of_budget": worst}
+
+
+def _check_linear(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    from .forward import lora_linear
+
+    worst = 0.0
+    for tokens, features, out_features, rank in (_SHAPES[0], _ALIGNED) if config.tma else _SHAPES:
+        x, w = rand(tokens, features, dtype=x_dtype), rand(out_features, features, dtype=x_dtype)
+        s, b = rand(tokens, rank, dtype=dtype), rand(out_features, rank, dtype=dtype)
+        bias, before = rand(out_features, dtype=x_dtype), rand(tokens, out_features, dtype=x_dtype)
+        for wide in (None, F32) if x_dtype != F32 and not config.tma else (None,):
+            out = torch.full((tokens, out_features), torch.nan, dtype=wide or x_dtype, device=DEVICE)
+            y = lora_linear(x, w, s, b, bias, out=out, config=config)
+            same = (x @ w.t() + bias).to(dtype).addmm(s, b.t()).to(out.dtype)
+            exact = x.double() @ w.double().t() + bias.double() + s.double() @ b.double().t()
+            worst = max(worst, within(y, same, exact, f"Y of {tokens, features, out_features, rank} {wide}"))
+        turned = w.t().contiguous().t(), s, b.t().contiguous().t()
+        y = lora_linear(x, *turned, out=before.clone(), accumulate=True, config=config)
+        same = before.addmm(x, w.t()).to(dtype).addmm(s, b.t()).to(x_dtype)
+        exact = before.double() + x.double() @ w.double().t() + s.double() @ b.double().t()
+        worst = max(worst, within(y, same, exact, f"Y + ... of {tokens, features, out_features, rank}"))
+        worst = max(worst, within(lora_linear(x, w, config=config), x @ w.t(), x.double() @ w.double().t(), "X W^T"))
+    return {"share_of_budget": worst}
+
+
+def _check_up(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    from .backward import lora_up_bwd
+
+    worst = 0.0
+    for tokens, _, out_features, rank in _SHAPES:
+        rank = min(rank, config.block_r)
+        dy, b = rand(tokens, out_features, dtype=dtype), rand(out_features, rank, dtype=dtype)
+        s = rand(tokens, rank, dtype=dtype)
+        ds = torch.full((tokens, rank), torch.nan, dtype=dtype, device=DEVICE)
+        db = lora_up_bwd(dy, b, s, ds, config=config)
+        worst = max(worst, within(ds, dy @ b, dy.double() @ b.double(), f"dS of {tokens, out_features, rank}"))
+        same, exact = product_in_fp32(dy.t(), s), dy.double().t() @ s.double()
+        worst = max(worst, within(db.sum(0), same, exact, f"dB of {tokens, out_features, rank}"))
+        assert torch.equal(db, lora_up_bwd(dy, b, s, ds, config=config)), "another result the second time"
+    return {"share_of_budget": worst}
+
+
+def _check_weight(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    from .backward import lora_down_bwd_weight
+
+    worst = 0.0
+    for tokens, features, _, rank in _SHAPES:
+        x, ds, seed = rand(tokens, features, dtype=x_dtype), rand(tokens, rank, dtype=dtype), draw_seed(DEVICE)
+        for mask in _masks(seed):
+            da = lora_down_bwd_weight(x, ds, config=config, **mask)
+            same = product_in_fp32(ds.t(), dropped(x.to(dtype), mask))
+            exact = ds.double().t() @ dropped(x.double(), mask)
+            worst = max(worst, within(da.sum(0), same, exact, f"dA of {tokens, features, rank} {bool(mask)}"))
+            turned = lora_down_bwd_weight(x, ds, config=config, features_first=True, **mask)
+            assert torch.equal(turned.transpose(1, 2), da), "another result the second time"
+    return {"share_of_budget": worst}
+
+
+def _check_input(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    from .backward import lora_down_bwd_input_
+
+    worst = 0.0
+    for tokens, features, _, rank in _SHAPES:
+        ds, a, seed = rand(tokens, rank, dtype=dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
+        before = rand(tokens, features, dtype=x_dtype)
+        for mask in _masks(seed):
+            dx = lora_down_bwd_input_(before.clone(), ds, a, config=config, **mask)
+            same, exact = (before.to(d) + dropped(ds.to(d) @ a.to(d), mask) for d in (dtype, F64))
+            worst = max(worst, within(dx, same.to(x_dtype), exact, f"dX of {tokens, features, rank} {bool(mask)}"))
+    return {"share_of_budget": worst}
+
+
+def _check_many_down() -> dict[str, Any]:
+    from ..common.triton_random import dropout_triton
+    from .forward import lora_down
+
+    columns, seed = 4096, draw_seed(DEVICE)
+    rows = _MANY // columns + 300
+    x, a = torch.randn((rows, columns), dtype=BF16, device=DEVICE), rand(16, columns, dtype=BF16)
+    y = dropout_triton(x, seed, **MASK)
+    plain, masked = lora_down(x, a), lora_down(x, a, seed=seed, **MASK)
+    for first in (0, _MANY // columns - 150, rows - 300):
+        part = slice(first, first + 300)
+        keep = dropout_bits(seed, first, 300, columns, 3) >= keep_threshold(0.3)
+        assert torch.equal(y[part], torch.where(keep, x[part] * (1 / 0.7), 0.0)), f"dropout, rows from {first}"
+        within(plain[part], x[part] @ a.t(), x[part].double() @ a.double().t(), f"S, rows from {first}")
+        same, exact = (torch.where(keep, x[part].to(d), 0.0) * (1 / 0.7) @ a.to(d).t() for d in (BF16, F64))
+        within(masked[part], same, exact, f"S with dropout, rows from {first}")
+    return {"elements": x.numel()}
+
+
+def _check_many_backward() -> dict[str, Any]:
+    from .backward import lora_down_bwd_input_, lora_down_bwd_weight
+
+    columns, seed, chunk = 4096, draw_seed(DEVICE), 1 << 14
+    rows = _MANY // columns + 300
+    x, ds = torch.randn((rows, columns), dtype=BF16, device=DEVICE), rand(rows, 16, dtype=BF16)
+    a = rand(16, columns, dtype=BF16)
+    same, exact = (torch.zeros((16, columns), dtype=d, device=DEVICE) for d in (F32, F64))
+    for first in range(0, rows, chunk):
+        part = slice(first, min(first + chunk, rows))
+        keep = dropout_bits(seed, first, part.stop - first, columns, 3) >= keep_threshold(0.3)
+        values = torch.where(keep, x[part], 0.0)
+        same += product_in_fp32(ds[part].t(), values * (1 / 0.7))
+        exact += ds[part].double().t() @ values.double() / 0.7
+    within(lora_down_bwd_weight(x, ds, seed=seed, **MASK).sum(0), same, exact, "dA")
+    before = {first: x[first : first + 300].clone() for first in (0, _MANY // columns - 150, rows - 300)}
+    lora_down_bwd_input_(x, ds, a, seed=seed, **MASK)
+    for first, old in before.items():
+        keep = dropout_bits(seed, first, 300, columns, 3) >= keep_threshold(0.3)
+        part = slice(first, first + 300)
+        plain, wide = (old.to(d) + torch.where(keep, ds[part].to(d) @ a.to(d), 0.0) * (1 / 0.7) for d in (BF16, F64))
+        within(x[part], plain, wide, f"dX, rows from {first}")
+    return {"elements": x.numel()}
+
+
+def _check_many_linear() -> dict[str, Any]:
+    from .forward import lora_linear
+
+    columns = 4096
+    rows = _MANY // columns + 300
+    x, w = rand(rows, 64, dtype=BF16), rand(columns, 64, dtype=BF16)
+    s, b = rand(rows, 16, dtype=BF16), rand(columns, 16, dtype=BF16)
+    for config in (LINEAR[0], *(LINEAR_TMA if capability() >= 90 else ())):
+        y = lora_linear(x, w, s, b, config=config)
+        for first in (0, _MANY // columns - 150, rows - 300):
+            part = slice(first, first + 300)
+            exact = x[part].double() @ w.double().t() + s[part].double() @ b.double().t()
+            same = (x[part] @ w.t()).addmm(s[part], b.t())
+            within(y[part], same, exact, f"Y, rows from {first}, {config}")
+        del y
+    return {"elements": rows * columns}
+
+
+def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str, Any]:
+    """Three siblings, one with two adapters, one bare: outputs, dX and every parameter's gradient, twice."""
+    worst = 0.0
+    for tokens, features in _GROUP_SHAPES:
+        x = rand(tokens, features, dtype=dtypes.compute).requires_grad_()
+        group = [
+            make_projection(features, 640, (16,), dtypes, base, p, bias=True),
+            make_projection(features, 192, (8, 40), dtypes, base, p),
+            make_projection(features, 128, (), dtypes, base, p),
+        ]
+        seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
+        dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
+        run = partial(run_group, implementation=implementation(backend))
+        ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "another result the second time"
+        same = derive(lora_group_reference, x, group, dtypes, seeds, dys)
+        wide = [widened(projection) for projection in group]
+        x64 = x.detach().double().requires_grad_()
+        exact = derive(lora_group_reference, x64, wide, same_dtypes(F64), seeds, [dy.double() for dy in dys])
+        for i, triple in enumerate(zip(ours, same, exact, strict=True)):
+            worst = max(worst, within(*triple, f"result {i} of {tokens} tokens"))
+    return {"share_of_budget": worst}

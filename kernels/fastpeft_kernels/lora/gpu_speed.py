@@ -1,0 +1,134 @@
+"""Times on a CUDA GPU: every configuration of the LoRA kernels, what they replace, and whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..common.random import draw_seed, dropout
+from .api import run_group
+from .configs import DOWN, INPUT, LINEAR, LINEAR_TMA, UP, WEIGHT, Config
+from .gpu_support import (
+    BF16,
+    DEVICE,
+    F32,
+    capability,
+    derive,
+    implementation,
+    label,
+    make_projection,
+    median_us,
+    rand,
+    same_dtypes,
+)
+
+_SHAPE = (8192, 4096, 4096, 16)  # tokens, features in, features out, rank: that of the plans
+
+
+def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Named measurements, in microseconds."""
+    for config in (*LINEAR_TMA, *LINEAR):
+        yield f"speed linear {label(config)}", partial(_measure_linear, config)
+    for p in (0.0, 0.05):
+        for config in DOWN:
+            yield f"speed down {p=} {label(config)}", partial(_measure_down, p, config)
+        for config in WEIGHT:
+            yield f"speed weight gradient {p=} {label(config)}", partial(_measure_weight, p, config)
+        for config in INPUT:
+            yield f"speed input gradient {p=} {label(config)}", partial(_measure_input, p, config)
+    for config in UP:
+        yield f"speed up backward {label(config)}", partial(_measure_up, config)
+    yield "speed of what the kernels replace", _measure_library
+    for backend in ("library", "triton"):
+        for p in (0.0, 0.05):
+            yield f"speed group of 3, {backend} {p=}", partial(_measure_group, backend, p)
+
+
+def _measure_linear(config: Config) -> dict[str, Any]:
+    from .forward import lora_linear
+
+    tokens, features, out_features, rank = _SHAPE
+    if config.tma and capability() < 90:
+        return {}
+    x, w = rand(tokens, features, dtype=BF16), rand(out_features, features, dtype=BF16)
+    s, b = rand(tokens, rank, dtype=BF16), rand(out_features, rank, dtype=BF16)
+    y = torch.empty((tokens, out_features), dtype=BF16, device=DEVICE)
+    forward = median_us(lambda: lora_linear(x, w, s, b, out=y, config=config))
+    dx = median_us(lambda: lora_linear(y, w.t(), s, b.t(), out=x, config=config))
+    flops = 2 * tokens * out_features * (features + rank)
+    return {"forward_us": forward, "dx_us": dx, "forward_tflops": flops / forward / 1e6, "dx_tflops": flops / dx / 1e6}
+
+
+def _measure_down(p: float, config: Config) -> dict[str, Any]:
+    from .forward import lora_down
+
+    tokens, features, _, rank = _SHAPE
+    x, a, seed = rand(tokens, features, dtype=BF16), rand(rank, features, dtype=BF16), draw_seed(DEVICE)
+    return {"down_us": median_us(lambda: lora_down(x, a, seed=seed, p=p, config=config))}
+
+
+def _measure_weight(p: float, config: Config) -> dict[str, Any]:
+    from .backward import lora_down_bwd_weight
+
+    tokens, features, _, rank = _SHAPE
+    x, ds, seed = rand(tokens, features, dtype=BF16), rand(tokens, rank, dtype=BF16), draw_seed(DEVICE)
+    return {"weight_us": median_us(lambda: lora_down_bwd_weight(x, ds, seed=seed, p=p, config=config))}
+
+
+def _measure_input(p: float, config: Config) -> dict[str, Any]:
+    from .backward import lora_down_bwd_input_
+
+    tokens, features, _, rank = _SHAPE
+    dx, ds = rand(tokens, features, dtype=BF16), rand(tokens, rank, dtype=BF16)
+    a, seed = rand(rank, features, dtype=BF16), draw_seed(DEVICE)
+    return {"input_us": median_us(lambda: lora_down_bwd_input_(dx, ds, a, seed=seed, p=p, config=config))}
+
+
+def _measure_up(config: Config) -> dict[str, Any]:
+    from .backward import lora_down_bwd_weight, lora_up_bwd
+    from .forward import lora_down
+
+    tokens, _, out_features, rank = _SHAPE
+    dy, b = rand(tokens, out_features, dtype=BF16), rand(out_features, rank, dtype=BF16)
+    s, ds = rand(tokens, rank, dtype=BF16), torch.empty((tokens, rank), dtype=BF16, device=DEVICE)
+
+    def two_reads() -> None:
+        lora_down(dy, b.t(), out=ds)
+        lora_down_bwd_weight(dy, s, features_first=True)
+
+    return {
+        "one_read_us": median_us(lambda: lora_up_bwd(dy, b, s, ds, config=config)),
+        "two_reads_us": median_us(two_reads),
+    }
+
+
+def _measure_library() -> dict[str, Any]:
+    tokens, features, out_features, rank = _SHAPE
+    x, w = rand(tokens, features, dtype=BF16), rand(out_features, features, dtype=BF16)
+    a, b = rand(rank, features, dtype=BF16), rand(out_features, rank, dtype=BF16)
+    y, s, seed = x @ w.t(), x @ a.t(), draw_seed(DEVICE)
+    return {
+        "frozen_us": median_us(lambda: torch.mm(x, w.t(), out=y)),
+        "down_us": median_us(lambda: torch.mm(x, a.t(), out=s)),
+        "update_us": median_us(lambda: y.addmm_(s, b.t())),
+        "weight_gradient_us": median_us(lambda: torch.mm(s.t(), x, out_dtype=F32)),
+        "dropout_us": median_us(lambda: dropout(x, seed, 0.05)),
+        "torch_dropout_us": median_us(lambda: torch.nn.functional.dropout(x, 0.05)),
+    }
+
+
+def _measure_group(backend: str, p: float) -> dict[str, Any]:
+    """q, k and v of a layer of 4096 features with grouped heads, fp32 adapters under bf16."""
+    dtypes = same_dtypes(BF16)
+    x = rand(_SHAPE[0], 4096, dtype=BF16).requires_grad_()
+    group = [make_projection(4096, out, (16,), dtypes, "dense", p) for out in (4096, 1024, 1024)]
+    seeds = [draw_seed(DEVICE) if p else None for _ in group]
+    dys = [rand(_SHAPE[0], projection.weight.shape[0], dtype=BF16) for projection in group]
+    run = partial(run_group, implementation=implementation(backend))
+    with torch.no_grad():
+        forward = median_us(lambda: run(x, group, dtypes, seeds))
+    both = median_us(lambda: derive(run, x, group, dtypes, seeds, dys))
+    return {"forward_us": forward, "forward_and_backward_us": both}

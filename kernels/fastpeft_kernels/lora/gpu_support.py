@@ -1,0 +1,128 @@
+"""What the GPU checks share: random inputs, plain PyTorch beside us, the budget, the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.random import dropout_bits, keep_threshold
+from ..quant import encode_4bit
+from ..weights import DenseWeight, FourBitWeight, FrozenWeight
+from . import library
+from .configs import Config
+from .projection import Dtypes, LoraAdapter, LoraProjection
+
+DEVICE = torch.device("cuda")
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+MASK: dict[str, Any] = {"p": 0.3, "stream": 3}
+
+
+def derive(
+    run: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    group: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    dys: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs, dX and the parameters' gradients."""
+    outputs = run(x, group, dtypes, seeds)
+    parameters = [t for projection in group for t in projection.tensors() if t is not None and t.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, [x, *parameters], list(dys))]
+
+
+def make_projection(
+    features: int, out: int, ranks: Sequence[int], dtypes: Dtypes, base: str, p: float, bias: bool = False
+) -> LoraProjection:
+    values = rand(out, features, dtype=dtypes.compute) / features**0.5
+    weight: FrozenWeight = FourBitWeight(encode_4bit(values, "nf4", 64, True)) if base == "nf4" else DenseWeight(values)
+    adapters = tuple(
+        LoraAdapter(
+            (rand(rank, features) / features**0.5).requires_grad_(), rand(out, rank).requires_grad_(),
+            torch.tensor(0.5) if i == 0 else torch.tensor(2.0, device=DEVICE), None, p,
+        )
+        for i, rank in enumerate(ranks)
+    )  # fmt: skip
+    return LoraProjection(weight, rand(out, dtype=dtypes.compute) if bias else None, adapters)
+
+
+def widened(projection: LoraProjection) -> LoraProjection:
+    """The projection in fp64, the values the same."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad)
+
+    adapters = tuple(LoraAdapter(wide(a.a), wide(a.b), a.scaling, None, a.dropout) for a in projection.adapters)
+    bias = None if projection.bias is None else wide(projection.bias)
+    return LoraProjection(DenseWeight(projection.weight.decode(dtype=F64)), bias, adapters)
+
+
+def implementation(backend: str) -> ModuleType:
+    from . import triton_path
+
+    return triton_path if backend == "triton" else library
+
+
+def dropped(x: Tensor, mask: dict[str, Any]) -> Tensor:
+    """Dropout in plain PyTorch, so that no kernel of ours is in what the others are held to."""
+    if not mask:
+        return x
+    keep = dropout_bits(mask["seed"], 0, x.shape[0], x.shape[1], mask["stream"]) >= keep_threshold(mask["p"])
+    return torch.where(keep, x * (1.0 / (1.0 - mask["p"])), 0.0)
+
+
+def within(ours: Tensor, same: Tensor, exact: Tensor, what: str) -> float:
+    """max|ours - exact| as a share of its budget, 2 max|same - exact| + eps max|exact|."""
+    assert ours.shape == same.shape == exact.shape and ours.dtype == same.dtype, f"{what}: {ours.shape} {ours.dtype}"
+    assert ours.isfinite().all(), f"{what}: {int((~ours.isfinite()).sum())} elements are not finite"
+    error, theirs = ((t.double() - exact).abs().max().item() for t in (ours, same))
+    budget = 2 * theirs + torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert error <= budget, f"{what}: error {error:.3e} over its budget {budget:.3e}; PyTorch errs by {theirs:.3e}"
+    return error / budget if budget else 0.0
+
+
+def rand(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def same_dtypes(dtype: torch.dtype) -> Dtypes:
+    return Dtypes(dtype, dtype, dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", F16: "fp16", F32: "fp32", F64: "fp64"}[dtype]
+
+
+def label(config: Config) -> str:
+    blocks = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
+    return f"{blocks} {config.num_warps}w{config.num_stages}s"
+
+
+def capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as the library accumulates it: the operands as they are, the result in fp32."""
+    return torch.mm(a, b, out_dtype=F32) if a.is_cuda and a.dtype != F32 else a.float() @ b.float()
+
+
+def median_us(function: Callable[[], object]) -> float:
+    """Median microseconds of 20 calls, each with the second-level cache emptied and the host ahead of the device."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    times = []
+    for _ in range(25):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return sorted(times[5:])[10]
