@@ -19,11 +19,15 @@ from .processes import WorkerError, run_generation, run_worker
 from .progress import stage
 from .settings import Settings
 
-SHIPPED_PROMPT = 'The "with" statement is used to'
+SHIPPED_PROMPT = "An object is"
 PROMPT_WORDS = 8
-GENERATED_TOKENS = 60
+GENERATED_TOKENS = 50
 LINE_WIDTH = 100
 """Where output goes to a file or a pipe."""
+
+
+class DivergedError(RuntimeError):
+    """A fine-tuning whose loss is no number any more."""
 
 
 def run(settings: Settings, console: Console | None = None) -> bool:
@@ -44,14 +48,16 @@ def run(settings: Settings, console: Console | None = None) -> bool:
     output = _fresh(Path(settings.output))
     try:
         outcome = _measure(settings, console)
-        generated = _generate(settings, outcome, console)
-    except WorkerError as error:
+        curves.plot(outcome.plain.losses, outcome.fast.losses, outcome.agreement, outcome.case, output / "loss.png")
+        (output / "report.json").write_text(json.dumps(outcome.report(), indent=1, allow_nan=False) + "\n")
+        _show(outcome, console)
+        without_fastpeft = _reload(settings, outcome, console)
+    except (WorkerError, DivergedError) as error:
         print(f"fastpeft: {error}", file=sys.stderr)
         return False
-    curves.plot(outcome.plain.losses, outcome.fast.losses, outcome.agreement, outcome.case, output / "loss.png")
-    (output / "report.json").write_text(json.dumps(outcome.report(), indent=1, allow_nan=False) + "\n")
-    _show(outcome, generated, console)
-    return outcome.passed and not generated["loaded_fastpeft"]
+    for what, name in (("loss curves", "loss.png"), ("all figures", "report.json"), ("adapter", "adapter/")):
+        _print(console, f"{what:12} {output / name}")
+    return outcome.passed and without_fastpeft
 
 
 def _console() -> Console:
@@ -92,6 +98,9 @@ def _measure(settings: Settings, console: Console) -> Outcome:
         plain = Run.from_dict(run_worker("plain", settings, listener))
     with stage(console, "fastpeft", settings.steps) as listener:
         fast = Run.from_dict(run_worker("accelerated", settings, listener))
+    for name, found in (("plain PEFT", plain), ("fastpeft", fast)):
+        if found.diverged:
+            raise DivergedError(f"{name}: {found.diverged}; try a lower --learning-rate")
     agreement = curves.compare(plain.losses, fast.losses, verified["dtype"])
     return Outcome(settings, plain, fast, agreement, verified)
 
@@ -107,7 +116,31 @@ def _introduction(settings: Settings, verified: dict[str, Any]) -> str:
     )
 
 
-def _generate(settings: Settings, outcome: Outcome, console: Console) -> dict[str, Any]:
+def _show(outcome: Outcome, console: Console) -> None:
+    console.print()
+    console.print(outcome.table())
+    agreement = outcome.agreement
+    notes = [
+        f"Peak memory: {outcome.plain.peak_method}. Kept for backward: what one forward makes and leaves alive.",
+        f"Loss curves {'agree' if agreement.passed else 'DISAGREE'}: largest |difference| {agreement.largest:.2e} nats "
+        f"(step {agreement.step}), {agreement.relative:.1e} of the loss; allowed {agreement.tolerance:.0e}.",
+        _perplexity_note(outcome),
+    ]
+    if not outcome.verified["passed"]:
+        notes.append("fastpeft verify FAILED: see its table above.")
+    _print(console, "\n".join(notes) + "\n")
+
+
+def _perplexity_note(outcome: Outcome) -> str:
+    before, after = outcome.fast.perplexity_before, outcome.fast.perplexity_after
+    change = 100 * (after / before - 1)
+    if outcome.plain.improved and outcome.fast.improved:
+        return f"Held-out perplexity fell by {-change:.0f}%, from {before:.2f} to {after:.2f}."
+    return f"Held-out perplexity DID NOT FALL: {before:.2f} before, {after:.2f} after ({change:+.0f}%)."
+
+
+def _reload(settings: Settings, outcome: Outcome, console: Console) -> bool:
+    """Show what the saved adapter writes; whether that was plain peft alone."""
     prompt = SHIPPED_PROMPT
     if not settings.shipped_text:
         prompt = " ".join(Path(settings.held_out).read_text(encoding="utf-8").split()[:PROMPT_WORDS])
@@ -122,36 +155,11 @@ def _generate(settings: Settings, outcome: Outcome, console: Console) -> dict[st
     }
     with stage(console, "generate") as listener:
         listener({"event": "status", "text": "loading the adapter with plain peft"})
-        return run_generation(request, settings)
-
-
-def _show(outcome: Outcome, generated: dict[str, Any], console: Console) -> None:
-    console.print()
-    console.print(outcome.table())
-    agreement = outcome.agreement
-    notes = [
-        f"Peak memory: {outcome.plain.peak_method}. Kept for backward: what one forward makes and leaves alive.",
-        f"Loss curves {'agree' if agreement.passed else 'DISAGREE'}: largest |difference| {agreement.largest:.2e} nats "
-        f"(step {agreement.step}), {agreement.relative:.1e} of the loss; allowed {agreement.tolerance:.0e}.",
-        _perplexity_note(outcome),
-    ]
-    if not outcome.verified["passed"]:
-        notes.append("fastpeft verify FAILED: see the table above.")
-    _print(console, "\n".join(notes))
-    without = "WITH fastpeft loaded" if generated["loaded_fastpeft"] else "by plain peft in a fresh process"
-    _print(console, f"\nThe saved adapter, reloaded {without}, continues:\n\n{_indented(generated['tuned'])}")
+        generated = run_generation(request, settings)
+    how = "WITH fastpeft loaded" if generated["loaded_fastpeft"] else "by plain peft in a fresh process"
+    _print(console, f"\nThe saved adapter, reloaded {how}, continues {prompt!r}:\n\n{_indented(generated['tuned'])}")
     _print(console, f"\nThe base model alone:\n\n{_indented(generated['base'])}\n")
-    output = Path(outcome.settings.output)
-    for what, name in (("loss curves", "loss.png"), ("all figures", "report.json"), ("adapter", "adapter/")):
-        _print(console, f"{what:12} {output / name}")
-
-
-def _perplexity_note(outcome: Outcome) -> str:
-    before, after = outcome.fast.perplexity_before, outcome.fast.perplexity_after
-    change = 100 * (after / before - 1)
-    if outcome.plain.improved and outcome.fast.improved:
-        return f"Held-out perplexity fell by {-change:.0f}%, from {before:.2f} to {after:.2f}."
-    return f"Held-out perplexity DID NOT FALL: {before:.2f} before, {after:.2f} after ({change:+.0f}%)."
+    return not generated["loaded_fastpeft"]
 
 
 def _indented(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.cli.errors import UserError
@@ -12,6 +13,19 @@ from .settings import Settings
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from .packing import Blocks
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a task works with; the texts are packed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model: Any
+    blocks: Blocks
+    held_out: Blocks
 
 
 def pick_device() -> torch.device:
@@ -61,13 +75,16 @@ def load_base(settings: Settings, device: torch.device, dtype: torch.dtype) -> A
         UserError: it cannot be loaded, is no decoder, or its positions do not reach --sequence-length.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
         raise UserError(f"--model: {settings.model} could not be loaded: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
-        raise UserError(f"--model: expected a decoder (causal language model), got {config.model_type!r}")
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    saved = config.architectures or [wanted]
+    if wanted not in saved or config.is_encoder_decoder:  # an encoder loads too, but each token would see the next
+        raise UserError(f"--model: expected a decoder (causal language model), got {saved[0] or config.model_type}")
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and settings.sequence_length > longest:
         message = f"expected at most {longest}, the model's last position, got {settings.sequence_length}"

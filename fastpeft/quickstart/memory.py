@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+METHODS = {
+    "cuda": "torch.cuda.max_memory_allocated",
+    "cpu": "highest resident set during training minus that before",
+}
 _STATUS = Path("/proc/self/status")
 _SAMPLING_SECONDS = 0.005
 
@@ -32,11 +36,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mib = 0.0
-        self.method = (
-            "torch.cuda.max_memory_allocated"
-            if device.type == "cuda"
-            else "highest resident set during training minus that before"
-        )
+        self.method = METHODS[device.type]
 
     def __enter__(self) -> PeakMemory:
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -32,6 +33,16 @@ class Run:
     @classmethod
     def from_dict(cls, data: Any) -> Run:
         return build(cls, data)
+
+    @property
+    def diverged(self) -> str | None:
+        """Where the loss ceased to be a number; None for a run that is fit to be compared."""
+        for step, loss in enumerate(self.losses, 1):
+            if not math.isfinite(loss):
+                return f"the loss of step {step} is {loss}"
+        if not math.isfinite(self.perplexity_after):
+            return f"the held-out perplexity afterwards is {self.perplexity_after}"
+        return None
 
     @property
     def improved(self) -> bool:

@@ -41,7 +41,7 @@ def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
     if steps is not None:
         columns += [TextColumn("left"), TimeRemainingColumn()]
     columns += [TextColumn("{task.fields[note]}")]
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(title, total=steps, note="")
 
         def listen(event: dict[str, Any]) -> None:

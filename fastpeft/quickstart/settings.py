@@ -12,6 +12,8 @@ from fastpeft.cli.errors import UserError
 from fastpeft.structured import build
 
 ASSETS = Path(__file__).parent / "assets"
+LEAST = {"steps": 2, "batch_size": 1, "sequence_length": 8, "rank": 1, "seed": 0}
+"""What numbers must be; the first step is not timed, hence two."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -58,11 +60,15 @@ def checked_settings(
     """Settings from the command's options; None stands for what is shipped.
 
     Raises:
-        UserError: no such model folder or text, an empty text, one text without the other, or a file in output's way.
+        UserError: no such model folder or text, an empty text, one text without the other, a number too small, or a
+            file in output's way.
     """
     if (text is None) != (held_out is None):
         given, missing = ("--held-out", "--text") if text is None else ("--text", "--held-out")
         raise UserError(f"{missing}: expected a file, because {given} was given, got none")
+    for name, least in LEAST.items():
+        if others[name] < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {others[name]}")
     if not learning_rate > 0:
         raise UserError(f"--learning-rate: expected more than 0, got {learning_rate}")
     if output.exists() and not output.is_dir():

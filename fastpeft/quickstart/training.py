@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from .loading import autocast
+from .loading import Loaded, autocast
 from .memory import MIB, PeakMemory, bytes_kept_for_backward
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .channel import Channel
+    from .packing import Blocks
 
 UNTIMED_STEPS = 1
 """The first step is not timed: memory is fetched from the system then, and kernels are chosen."""
@@ -45,37 +45,29 @@ class Training:
     threads: int
 
 
-def fine_tune(
-    model: Any,
-    blocks: list[dict[str, Tensor]],
-    held_out: list[dict[str, Tensor]],
-    settings: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-    channel: Channel,
-) -> Training:
+def fine_tune(loaded: Loaded, settings: Settings, channel: Channel) -> Training:
     """Measure, train, measure again; the model is afterwards a trained one."""
     channel.status("held-out perplexity before")
-    before = perplexity(model, held_out, settings.batch_size, device, dtype)
-    clock = StepClock(channel, device)
+    before = perplexity(loaded, settings.batch_size)
+    clock = StepClock(channel, loaded.device)
     trainer = Trainer(
-        model=model,
-        args=training_arguments(settings, device, dtype),
-        train_dataset=blocks,  # type: ignore[arg-type]
+        model=loaded.model,
+        args=training_arguments(settings, loaded.device, loaded.dtype),
+        train_dataset=loaded.blocks,  # type: ignore[arg-type]
         data_collator=default_data_collator,
         callbacks=[clock],
     )
     channel.status("training")
-    with PeakMemory(device) as peak:
+    with PeakMemory(loaded.device) as peak:
         trainer.train()
     channel.status("held-out perplexity after")
-    after = perplexity(model, held_out, settings.batch_size, device, dtype)
+    after = perplexity(loaded, settings.batch_size)
     return Training(
         losses=clock.losses,
         step_seconds=clock.seconds[UNTIMED_STEPS:],
         peak_mib=peak.mib,
         peak_method=peak.method,
-        kept_mib=_kept_mib(model, blocks, settings, device, dtype),
+        kept_mib=kept_mib(loaded, settings.batch_size),
         perplexity_before=before,
         perplexity_after=after,
         threads=torch.get_num_threads(),
@@ -131,34 +123,32 @@ class StepClock(TrainerCallback):
 
 
 @torch.no_grad()
-def perplexity(
-    model: Any, blocks: list[dict[str, Tensor]], batch_size: int, device: torch.device, dtype: torch.dtype
-) -> float:
-    """exp of the mean negative log-likelihood of all tokens but each block's first."""
+def perplexity(loaded: Loaded, batch_size: int) -> float:
+    """exp of the mean negative log-likelihood of all held-out tokens but each block's first."""
+    model, blocks = loaded.model, loaded.held_out
     was_training = model.training
     model.eval()
     total = 0.0
     for start in range(0, len(blocks), batch_size):
-        batch = _batch(blocks[start : start + batch_size], device)
-        with autocast(device, dtype):
+        batch = _batch(blocks[start : start + batch_size], loaded.device)
+        with autocast(loaded.device, loaded.dtype):
             total += model(**batch, use_cache=False).loss.item() * len(batch["input_ids"])
     model.train(was_training)
-    return math.exp(total / len(blocks))
+    return float(torch.tensor(total / len(blocks), dtype=torch.float64).exp())  # infinite rather than an error
 
 
-def _kept_mib(
-    model: Any, blocks: list[dict[str, Tensor]], settings: Settings, device: torch.device, dtype: torch.dtype
-) -> float:
-    batch = _batch((blocks * settings.batch_size)[: settings.batch_size], device)
-    model.train()
+def kept_mib(loaded: Loaded, batch_size: int) -> float:
+    """See bytes_kept_for_backward; of a training step's forward."""
+    batch = _batch((loaded.blocks * batch_size)[:batch_size], loaded.device)
+    loaded.model.train()
 
     def forward() -> Tensor:
-        with autocast(device, dtype):
-            loss: Tensor = model(**batch, use_cache=False).loss
+        with autocast(loaded.device, loaded.dtype):
+            loss: Tensor = loaded.model(**batch, use_cache=False).loss
             return loss
 
-    return bytes_kept_for_backward(model, forward) / MIB
+    return bytes_kept_for_backward(loaded.model, forward) / MIB
 
 
-def _batch(blocks: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+def _batch(blocks: Blocks, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.stack([block[name] for block in blocks]).to(device) for name in blocks[0]}

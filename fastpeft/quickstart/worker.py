@@ -12,12 +12,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpeft.cli.errors import UserError
 
 from .channel import Channel
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .loading import Loaded
 
 VERIFY_ROWS, VERIFY_TOKENS = 2, 64
 
@@ -30,11 +33,9 @@ def verify(settings: Settings, channel: Channel) -> dict[str, Any]:
     from fastpeft.bench.records import environment
 
     from . import loading
-    from .packing import packed_blocks
 
-    device, dtype, model, tokenizer = _load(settings, channel)
-    blocks = packed_blocks(tokenizer, settings.text, settings.sequence_length, "--text")
-    packed_blocks(tokenizer, settings.held_out, settings.sequence_length, "--held-out")
+    loaded = _load(settings, channel)
+    device, dtype, model, blocks = loaded.device, loaded.dtype, loaded.model, loaded.blocks
     fastpeft.accelerate(model)
     channel.status("verifying")
     rows = torch.stack([block["input_ids"][:VERIFY_TOKENS] for block in blocks[:VERIFY_ROWS]]).to(device)
@@ -70,28 +71,26 @@ def accelerated(settings: Settings, channel: Channel) -> dict[str, Any]:
 def _fine_tune(
     settings: Settings, channel: Channel, prepare: Callable[[Any], Any], adapter: Path | None = None
 ) -> dict[str, Any]:
-    from .packing import packed_blocks
     from .training import fine_tune
 
-    device, dtype, model, tokenizer = _load(settings, channel)
-    prepare(model)
-    blocks = packed_blocks(tokenizer, settings.text, settings.sequence_length, "--text")
-    held_out = packed_blocks(tokenizer, settings.held_out, settings.sequence_length, "--held-out")
-    training = fine_tune(model, blocks, held_out, settings, device, dtype, channel)
+    loaded = _load(settings, channel)
+    prepare(loaded.model)
+    training = fine_tune(loaded, settings, channel)
     if adapter is not None:
-        model.save_pretrained(adapter)
+        loaded.model.save_pretrained(adapter)
     return asdict(training)
 
 
-def _load(settings: Settings, channel: Channel) -> tuple[Any, Any, Any, Any]:
+def _load(settings: Settings, channel: Channel) -> Loaded:
     from . import loading
+    from .packing import both_texts
 
     channel.status("loading the model")
+    blocks, held_out = both_texts(loading.load_tokenizer(settings), settings)  # first: it may be too short
     device = loading.pick_device()
     dtype = loading.pick_dtype(settings.dtype, device)
-    tokenizer = loading.load_tokenizer(settings)
     model = loading.attach_adapter(loading.load_base(settings, device, dtype), settings)
-    return device, dtype, model, tokenizer
+    return loading.Loaded(device, dtype, model, blocks, held_out)
 
 
 def _elements(parameter: Any) -> int:

@@ -1,0 +1,73 @@
+"""All commands together, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+from .quickstart import quickstart
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(name="fastpeft", add_completion=False, pretty_exceptions_enable=False)
+app.command()(quickstart)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastpeft import __version__
+
+        print(f"fastpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Parameter-efficient fine-tuning of Transformers, faster and in less memory, with the same numbers."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: what follows `fastpeft`.
+
+    Returns:
+        The exit code: 0; 1 when a check failed; 2 for a wrong command line, said in one line on stderr; 130 for Ctrl-C.
+    """
+    try:
+        code = app(list(arguments), prog_name="fastpeft", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C
+            return _interrupted()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _complain(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except Exception as error:
+        # typer's usage errors; their class is click's or typer's own, as the version has it.
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message())
+        raise
+
+
+def _complain(message: str) -> int:
+    print(f"fastpeft: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _interrupted() -> int:
+    print("fastpeft: interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED

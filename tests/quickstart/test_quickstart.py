@@ -1,0 +1,132 @@
+"""The quickstart as a user runs it, at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpeft.bench.records import Record
+from tests.fresh import ROOT
+
+TINY = ["--steps", "4", "--batch-size", "4", "--sequence-length", "32", "--rank", "4", "--learning-rate", "5e-3"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+def quickstart(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastpeft", "quickstart", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One run with the shipped model on little text."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    text = (ROOT / "fastpeft/quickstart/assets/text/train.txt").read_text()
+    (folder / "train.txt").write_text(text[:6000])
+    (folder / "held_out.txt").write_text(text[6000:7000])
+    return quickstart(*TINY, "--text", "train.txt", "--held-out", "held_out.txt", "--output", "out", cwd=folder), folder
+
+
+def test_it_ends_well(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    process, _ = done
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert not process.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fastpeft verify: passed",
+        "28 of 28 adapter layers accelerated",
+        "plain PEFT: step 4/4, loss",
+        "fastpeft: step 4/4, loss",
+        "fastpeft / plain",
+        "training speed (tokens/s)",
+        "peak memory above the loaded model (MiB)",
+        "kept for backward (MiB)",
+        "held-out perplexity after",
+        "Loss curves agree: largest |difference|",
+        "Held-out perplexity fell by",
+        "reloaded by plain peft in a fresh process",
+        "out/report.json",
+    ],
+)
+def test_it_shows(words: str, done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    assert words in done[0].stdout
+
+
+def test_the_report_holds_valid_records(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    report = json.loads((done[1] / "out/report.json").read_text())
+    records = [Record.from_dict(record) for record in report["records"]]
+    found = {(record.peer, record.metric): record for record in records}
+    metrics = {"throughput", "step_time", "peak_memory", "kept_for_backward", "loss"}
+    metrics |= {"perplexity_before", "perplexity_after"}
+    assert set(found) == {(peer, metric) for peer in ("peft", "fastpeft") for metric in metrics}
+    assert report["passed"] and report["verify_passed"] and report["curves_agree"] and report["perplexity_fell"]
+    for peer in ("peft", "fastpeft"):
+        assert len(found[peer, "loss"].samples) == 4
+        assert len(found[peer, "step_time"].samples) == 3  # the first is not counted
+        assert found[peer, "kept_for_backward"].median > 0
+        assert found[peer, "throughput"].settings["sequence_length"] == 32
+    assert found["peft", "loss"].samples[0] == pytest.approx(found["fastpeft", "loss"].samples[0], rel=1e-5)
+    assert found["peft", "perplexity_before"].median == pytest.approx(found["fastpeft", "perplexity_before"].median)
+
+
+def test_the_picture_and_the_adapter_are_there(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    assert (done[1] / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((done[1] / "out/adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (done[1] / "out/adapter/adapter_model.safetensors").stat().st_size > 0
+
+
+def test_ctrl_c_ends_the_worker_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "fastpeft", "quickstart", *TINY, "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+    assert process.stdout is not None and process.stdout.readline() == "verify: loading the model\n"
+    worker = int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)]).split()[0])
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "fastpeft: interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    process = quickstart("--model", "./no/such/model", "--output", str(tmp_path))
+    message = "--model: expected a model's folder or its ID on the hub, got './no/such/model', which is neither"
+    assert (process.returncode, process.stderr) == (2, f"fastpeft: {message}\n")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    process = quickstart("--model", str(tmp_path))
+    message = f"--model: expected a folder with a config.json, got {tmp_path}"
+    assert (process.returncode, process.stderr) == (2, f"fastpeft: {message}\n")
+
+
+def test_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "some.txt").write_text("some")
+    process = quickstart("--text", "empty.txt", "--held-out", "some.txt", cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (
+        2,
+        "fastpeft: --text: expected some text, got an empty file: empty.txt\n",
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_text_shorter_than_a_block_is_found_by_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("some text")
+    process = quickstart("--text", "some.txt", "--held-out", "some.txt", cwd=tmp_path)
+    message = "--text: expected at least --sequence-length 256 tokens, got "
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"fastpeft: {message}") and process.stderr.count("\n") == 1
