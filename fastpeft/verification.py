@@ -1,14 +1,16 @@
 """Proof on the user's own model: the accelerated layers against PEFT's and against fp64.
 
-Module by module, with the inputs and output gradients of a real step: our error against fp64 may be twice PEFT's own
-(in the same dtype and autocast state) plus one rounding. For the whole model, where no fp64 copy would fit, the
-difference between our gradients and PEFT's is held against what PEFT's own rounding does to them: a twin run of PEFT
-whose layer outputs carry once more the rounding error that was measured for them.
+Module by module, with the inputs and output gradients of a real step: our error against PEFT's layer in fp64 may be
+twice PEFT's own (in the same dtype and autocast state) plus one rounding, and a little more where few numbers leave
+much to chance. For the whole model, where no fp64 copy would fit, the difference between our gradients and PEFT's is
+held against what PEFT's own rounding does to them: a twin run of PEFT whose layer outputs carry once more the rounding
+error that was measured for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
-from fastpeft_kernels.lora.reference import lora_group_reference
-from fastpeft_kernels.weights import DenseWeight
-
 from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
-from .layers.lora import FastLoraLayer, Request
+from .layers.lora import FastLoraLayer, Request, fast_classes
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
@@ -134,8 +132,8 @@ def _step(
     try:
         with torch.enable_grad():
             output, loss = _output_and_loss(model(**inputs))
-            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad and loss.requires_grad}
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else ()
     finally:
         for handle in handles:
             handle.remove()
@@ -190,26 +188,22 @@ def _check_layers(
         if served:
             group = [members[i] for i in served]
             x, dys = inputs[served[0]][0], [inputs[i][1] for i in served]
-            wanted: list[Any] = [requests[i] for i in served]
-            checks += _check_group([paths[id(m)] for m in group], group, wanted, x, dys, rounding)
+            checks += _check_group([paths[id(m)] for m in group], group, x, dys, rounding)
         for member in members:
             traffic.pop(paths[id(member)])
     return checks, rounding
 
 
 def _check_group(
-    paths: list[str],
-    members: list[FastLoraLayer],
-    requests: list[Request],
-    x: Tensor,
-    dys: list[Tensor],
-    rounding: dict[str, float],
+    paths: list[str], members: list[FastLoraLayer], x: Tensor, dys: list[Tensor], rounding: dict[str, float]
 ) -> list[Check]:
-    parameters = [[t for t in r.projection.tensors() if t is not None and t.requires_grad] for r in requests]
-    ours = _differentiate(lambda x: [member(x) for member in members], x, dys, parameters)
+    parameters = [_trained(member) for member in members]
+    ours = _differentiate(members, x, dys, parameters)
     with _suspended(dict(zip(paths, members, strict=True))):
-        peft = _differentiate(lambda x: [member(x) for member in members], x, dys, parameters)
-    exact = _in_fp64(requests, x, dys)
+        peft = _differentiate(members, x, dys, parameters)
+    wide = [_in_fp64(member) for member in members]
+    with torch.autocast(x.device.type, enabled=False):
+        exact = _differentiate(wide, x.double(), [dy.double() for dy in dys], [_trained(layer) for layer in wide])
     checks = []
     for i, path in enumerate(paths):
         rounding[path] = (peft.outputs[i].double() - exact.outputs[i]).square().mean().sqrt().item()
@@ -227,10 +221,12 @@ class _Derived:
     parameters: list[list[Tensor]]
 
 
-def _differentiate(forward: Any, x: Tensor, dys: list[Tensor], parameters: list[list[Tensor]]) -> _Derived:
+def _differentiate(
+    layers: Sequence[nn.Module], x: Tensor, dys: list[Tensor], parameters: list[list[nn.Parameter]]
+) -> _Derived:
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        outputs = forward(x)
+        outputs = [layer(x) for layer in layers]
         flat = [p for group in parameters for p in group]
         gradients = iter(torch.autograd.grad(outputs, [x, *flat], dys, allow_unused=True))
     dx = next(gradients)
@@ -238,49 +234,48 @@ def _differentiate(forward: Any, x: Tensor, dys: list[Tensor], parameters: list[
     return _Derived([y.detach() for y in outputs], _or_zero(dx, x), grouped)
 
 
-def _in_fp64(requests: list[Request], x: Tensor, dys: list[Tensor]) -> _Derived:
-    """The same in fp64: one group's weights at a time."""
-    wide = [_widened(request.projection) for request in requests]
-    parameters = [
-        [w for w, t in zip(p.tensors(), r.projection.tensors(), strict=True) if t is not None and t.requires_grad]
-        for p, r in zip(wide, requests, strict=True)
-    ]
-    dtypes = Dtypes(torch.float64, torch.float64, torch.float64)
-    with torch.autocast(x.device.type, enabled=False):
-        return _differentiate(
-            lambda x: list(lora_group_reference(x, wide, dtypes, [None] * len(wide))),
-            x.double(),
-            [dy.double() for dy in dys],
-            [[p for p in group if p is not None] for group in parameters],
-        )
+def _trained(layer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
-def _widened(projection: LoraProjection) -> LoraProjection:
-    def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-
-    adapters = []
-    for adapter in projection.adapters:
-        a, b = wide(adapter.a), wide(adapter.b)
-        assert a is not None and b is not None
-        adapters.append(LoraAdapter(a, b, adapter.scaling, wide(adapter.bias), 0.0))
-    weight = DenseWeight(projection.weight.decode(dtype=torch.float32).double())  # as the op itself decodes
-    return LoraProjection(weight, wide(projection.bias), tuple(adapters))
+def _in_fp64(layer: FastLoraLayer) -> nn.Module:
+    """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
+    stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
+    wide = stock.__new__(stock)
+    nn.Module.__init__(wide)
+    own = {name for name in layer.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
+    wide.__dict__ |= {n: v for n, v in layer.__dict__.items() if n not in own and n not in wide.__dict__}
+    for name, child in layer._modules.items():
+        assert child is not None
+        if name == "base_layer" and bitsandbytes.is_linear_4bit(child):
+            wide._modules[name] = bitsandbytes.dense_linear(child)
+        else:
+            wide._modules[name] = copy.deepcopy(child)
+    return wide.double().train(layer.training)
 
 
 def _check(path: str, what: str, ours: Tensor, peft: Tensor, exact: Tensor) -> Check:
-    """The larger of the two budgets' uses: largest element, and norm."""
+    """The larger of the two budgets' uses: largest element, and norm.
+
+    Errors of one distribution differ by chance, the more the fewer numbers there are, and their largest element more
+    than their norm.
+    """
     eps = torch.finfo(ours.dtype).eps
+    slack = 2.0 * (1.0 + 4.0 / max(ours.numel(), 1) ** 0.5)
     worst = None
-    for measure in (lambda t: t.abs().max().item() if t.numel() else 0.0, lambda t: t.norm().item()):
+    for measure, allowed in ((lambda t: t.abs().max().item() if t.numel() else 0.0, 2.0 * slack), (_norm, slack)):
         scale = measure(exact) or 1.0
         error = measure(ours.double() - exact) / scale
         reference = measure(peft.double() - exact) / scale
-        check = Check(path, what, error, reference, 2.0 * reference + eps)
+        check = Check(path, what, error, reference, allowed * reference + eps)
         if worst is None or not check.passed or check.error / check.budget > worst.error / worst.budget:
             worst = check
     assert worst is not None
     return worst
+
+
+def _norm(t: Tensor) -> float:
+    return t.norm().item()
 
 
 def _compare_models(ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict[str, Tensor]) -> list[Check]:
@@ -352,7 +347,9 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
     """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    zeros = []
+    zeros, frozen = [], []
+    if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
+        frozen = [p for layer in layers.values() for name, p in layer.named_parameters() if name.startswith("lora_")]
     for layer in layers.values():
         for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
             b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
@@ -362,6 +359,8 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         with torch.no_grad():
             for b in zeros:
                 b.copy_(torch.randn(b.shape, generator=generator) / b.shape[1])
@@ -369,6 +368,8 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
     finally:
         for module in training:
             module.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for base, setting in four_bit:
             bitsandbytes.allow_cpu_packing(base, setting)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 from weakref import ref
@@ -106,6 +107,18 @@ def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     return layer.compute_dtype or x.dtype
+
+
+def dense_linear(layer: Any) -> nn.Linear:
+    """A Linear4bit's values as an fp32 nn.Linear, decoded by bitsandbytes itself: what `frozen_weight` is held against."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(layer.weight.quant_state)
+    state.dtype = torch.float32
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(dequantize_4bit(layer.weight.data, state), requires_grad=False)
+    dense.bias = copy.deepcopy(layer.bias)
+    return dense
 
 
 def forbid_cpu_packing(layer: Any) -> bool | None:

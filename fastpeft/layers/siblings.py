@@ -105,8 +105,8 @@ class SiblingWatch:
     """Waits for the first call that reaches the given layers, runs it once under no_grad, and forms the groups.
 
     Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does
-    not matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off, and
-    given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
+    not matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off,
+    and given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
     `fastpeft_watch`.
     """
 
@@ -161,7 +161,8 @@ class SiblingWatch:
             self._watch(module, inside, args, kwargs)
         except Exception:  # most likely the real call meets the same error, and raises it where the user can see it
             self._failed = module
-            self._after_failing(module, inside)
+            if self._after_forward not in module._forward_hooks.values():
+                self.hooks.append((module, module.register_forward_hook(self._after_forward, always_call=True)))
         else:
             self._unhook(module)
 
@@ -180,16 +181,14 @@ class SiblingWatch:
                 SiblingGroup(self.parents[id(members[0])], members)
         self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
 
-    def _after_failing(self, module: nn.Module, inside: list[Any]) -> None:
-        """Watch again at the next call if the real one fails too, never if it succeeds."""
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            handle.remove()
-            self._failed = None
-            if output is not None:
-                self.forget(inside)
-
-        handle = module.register_forward_hook(after, always_call=True)
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a watch that failed: watch again at the next call if the real one failed too, never if it succeeded."""
+        if self._failed is not module:
+            return
+        self._failed = None
+        if output is not None:
+            self.forget([layer for layer in module.modules() if id(layer) in self.waiting])
+            self._unhook(module)
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self._seen is None or not args or not isinstance(args[0], Tensor):

@@ -70,7 +70,7 @@ class LoraReplacement:
         module.leave()
         fast: type[nn.Module] = type(module)
         stock = next(stock for stock, ours in fast_classes().items() if ours is fast)
-        module.__class__ = stock
+        module.__class__ = stock  # type: ignore[assignment]
         rebind_hooked_forward(module, fast, stock)
         return True
 

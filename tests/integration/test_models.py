@@ -1,0 +1,168 @@
+"""Every architecture: the numbers of plain PEFT, the siblings that belong together, and back again without a trace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fastpeft
+from tests.integration.models import ARCHITECTURES, batch, checkpointed, make, with_lora
+from tests.integration.reports import notes, shape_of, siblings
+from tests.integration.steps import assert_step_close, step, truth
+
+SERVED = [name for name in ARCHITECTURES if name != "gpt2"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_loss_and_gradients_are_those_of_peft(name: str) -> None:
+    model = make(name)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    fastpeft.accelerate(model)
+    for _ in range(2):  # the first step finds the siblings
+        assert_step_close(step(model, inputs), peft, exact)
+    assert not notes(model)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_projections_of_one_input_are_found(name: str) -> None:
+    model = fastpeft.accelerate(make(name))
+    with torch.no_grad():
+        model(**batch(model))
+    assert siblings(model) == {frozenset(names.split()) for names in ARCHITECTURES[name].siblings}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_restore_leaves_no_trace(name: str) -> None:
+    model = make(name)
+    inputs = batch(model)
+    before, shape = step(model, inputs), shape_of(model)
+    fastpeft.accelerate(model)
+    step(model, inputs)
+    assert fastpeft.restore(model) is model
+    assert shape_of(model) == shape
+    assert step(model, inputs).equals(before)
+
+
+def test_restore_before_the_first_forward_leaves_no_trace() -> None:
+    model = make("t5")
+    shape = shape_of(model)
+    assert shape_of(fastpeft.restore(fastpeft.accelerate(model))) == shape
+    assert shape_of(fastpeft.restore(model)) == shape
+
+
+def test_accelerating_again_after_restore() -> None:
+    model = make("llama")
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    for _ in range(2):
+        fastpeft.accelerate(model)
+        assert_step_close(step(model, inputs), peft, exact)
+        fastpeft.restore(model)
+
+
+def test_accelerating_twice_changes_nothing() -> None:
+    model = make("llama")
+    inputs = batch(model)
+    once = step(fastpeft.accelerate(model), inputs)
+    groups = siblings(model)
+    again = step(fastpeft.accelerate(model), inputs)
+    assert again.equals(once) and siblings(model) == groups
+
+
+def test_conv1d_targets_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("gpt2")
+    inputs = batch(model)
+    before, shape = step(model, inputs), shape_of(model)
+    fastpeft.accelerate(model)
+    assert "nothing to replace" in caplog.text
+    report = fastpeft.report(model)
+    assert not report.accelerated and {row.note for row in report.left} == {"no op for a base layer of type Conv1D"}
+    assert step(model, inputs).equals(before)
+    assert shape_of(fastpeft.restore(model)) == shape
+
+
+CHECKPOINTED = [
+    "llama",
+    pytest.param("gemma2", marks=pytest.mark.full),
+    "bert",
+    "t5",
+    pytest.param("bart", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_with_activation_checkpointing(name: str, use_reentrant: bool) -> None:
+    model = checkpointed(make(name), use_reentrant)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    fastpeft.accelerate(model)
+    for _ in range(2):
+        assert_step_close(step(model, inputs), peft, exact)
+    assert siblings(model) == {frozenset(names.split()) for names in ARCHITECTURES[name].siblings}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{"every_n_layers": 2}])
+def test_with_transformers_newer_checkpointing(options: dict[str, Any]) -> None:
+    model = make("llama")
+    model.enable_input_require_grads()
+    model.get_base_model().activation_checkpointing_enable(**options)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    fastpeft.accelerate(model)
+    for _ in range(2):
+        assert_step_close(step(model, inputs), peft, exact)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_checkpointing_repeats_the_dropout_of_the_forward(name: str, use_reentrant: bool) -> None:
+    plain = fastpeft.accelerate(make(name, lora_dropout=0.3))
+    inputs = batch(plain)
+    recomputed = checkpointed(copy.deepcopy(plain), use_reentrant)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = step(plain, inputs)
+        torch.manual_seed(seed)
+        got = step(recomputed, inputs)
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+        for gradient, wanted in zip(got.gradients.values(), expected.gradients.values(), strict=True):
+            assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"], ["k_proj", "o_proj", "down_proj"]])
+def test_any_subset_of_projections(targets: list[str]) -> None:
+    model = make("llama", target_modules=targets)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    assert_step_close(step(fastpeft.accelerate(model), inputs), peft, exact)
+
+
+def test_a_model_of_pictures() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    base = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
+    model = with_lora(base, None).train()
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 2])}
+    peft, exact = step(model, inputs), truth(model, inputs)
+    fastpeft.accelerate(model)
+    assert_step_close(step(model, inputs), peft, exact)
+    assert len(siblings(model)) == 1 and not notes(model)
+    with pytest.raises(ValueError, match="does not take input_ids alone"):
+        fastpeft.verify(model)
+    assert fastpeft.verify(model, inputs).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(dtype: torch.dtype) -> None:
+    """PEFT keeps the adapters of a 16-bit base in fp32 and so do we."""
+    model = make("llama", dtype)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    assert_step_close(step(fastpeft.accelerate(model), inputs), peft, exact)

@@ -1,0 +1,82 @@
+"""`report` says in words what is the case; all public functions say what was wrong with what they got."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import fastpeft
+from tests.integration.blocks import inputs, pair
+from tests.integration.models import batch, make
+from tests.integration.reports import shape_of
+from tests.integration.steps import step
+
+
+class TestErrors:
+    @pytest.mark.parametrize("function", [fastpeft.accelerate, fastpeft.restore, fastpeft.report, fastpeft.verify])
+    def test_not_a_module(self, function: Callable[[Any], Any]) -> None:
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
+            function({})
+
+    def test_not_accelerated(self) -> None:
+        with pytest.raises(ValueError, match=r"no accelerated layer.*accelerate\(model\) first"):
+            fastpeft.verify(make())
+
+    def test_no_batch_to_be_made_up(self) -> None:
+        ours, _ = pair()
+        with pytest.raises(ValueError, match=r"batch: .* pass a batch"):
+            fastpeft.verify(ours)
+
+
+class TestReport:
+    def test_before_accelerating(self) -> None:
+        report = fastpeft.report(make())
+        assert not report.accelerated and {row.note for row in report.left} == {"not accelerated yet"}
+        assert "not accelerated: call fastpeft.accelerate" in str(report)
+
+    def test_before_and_after_the_first_forward(self) -> None:
+        model = fastpeft.accelerate(make())
+        assert "found at the first forward pass" in str(fastpeft.report(model))
+        step(model, batch(model))
+        text = str(fastpeft.report(model))
+        assert "found at the first forward pass" not in text
+        assert text.startswith("fastpeft: 14 of 14 adapter layers accelerated")
+        assert "layers.*.self_attn.q_proj  2      lora_linear  one of 3" in text
+
+    def test_what_was_switched_off(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = fastpeft.accelerate(make(), lora=False, mlp=False, attention=False)
+        report = fastpeft.report(model)
+        assert {row.note for row in report.left} == {"lora=False"} and not report.accelerated
+        assert "attention" not in str(report) and "losses without logits" in str(report)
+        fastpeft.accelerate(model, memory="8GB")
+        assert "memory='8GB' has no effect" in caplog.text
+
+    def test_calls_that_peft_served(self) -> None:
+        ours, _ = pair()
+        ours(inputs())
+        with ours.disable_adapter():
+            ours(inputs())
+        assert {row.note for row in fastpeft.report(ours).rows} == {"1 of 3 calls by PEFT: adapters disabled"}
+
+    def test_an_empty_model(self) -> None:
+        report = fastpeft.report(nn.Linear(2, 2))
+        assert not report.rows and str(report)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_as_json(self, name: str) -> None:
+        model = fastpeft.accelerate(make(name))
+        model(**batch(model))
+        report = fastpeft.report(model)
+        assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+        assert len(report.to_dict()["rows"]) == len(report.accelerated) + len(report.left)
+
+    def test_never_changes_the_model(self) -> None:
+        model = fastpeft.accelerate(make())
+        step(model, batch(model))
+        shape = shape_of(model)
+        str(fastpeft.report(model))
+        assert shape_of(model) == shape
