@@ -110,7 +110,7 @@ def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
 
 
 def dense_linear(layer: Any) -> nn.Linear:
-    """A Linear4bit's values as an fp32 nn.Linear, decoded by bitsandbytes itself: what `frozen_weight` is held against."""
+    """A Linear4bit's values as an fp32 nn.Linear, decoded by bitsandbytes itself, to hold `frozen_weight` against."""
     from bitsandbytes.functional import dequantize_4bit
 
     state = copy.copy(layer.weight.quant_state)
