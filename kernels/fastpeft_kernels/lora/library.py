@@ -1,9 +1,9 @@
 """LoRA projections on the library's matrix products (BLAS, cuBLAS), written out forward and backward.
 
 For n projections of one input with adapters: S = x A^T is one product for all of them and is kept for backward; the
-up projection accumulates into the frozen product's output; in backward every term of dx accumulates into one buffer, and
-dA is one product for all. The frozen weight is decoded twice, once in forward and once in backward, into a buffer that is
-used again. Forward: 1 + 2n products, backward: 3n + 2.
+up projection accumulates into the frozen product's output; in backward every term of dx accumulates into one buffer,
+and dA is one product for all. The frozen weight is decoded twice, once in forward and once in backward, into a buffer
+that is used again. Forward: 1 + 2n products, backward: 3n + 2.
 """
 
 from __future__ import annotations
