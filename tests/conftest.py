@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-settings.register_profile("fastpeft", deadline=None, print_blob=True)
+settings.register_profile("fastpeft", deadline=None, derandomize=True)
 settings.load_profile("fastpeft")
 
 
@@ -44,9 +44,13 @@ def real_models(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seeds torch's generators afresh for each test; a failure shows the number to give to --seed."""
+    """Seeds torch's generators for each test: by its name, the same in every run, or by --seed.
+
+    A budget of twice another computation's error is met by all but about one draw in a thousand, so fresh numbers in
+    every run would fail now and then for nothing; --seed tries others.
+    """
     given: int | None = request.config.getoption("--seed")
-    value = secrets.randbits(32) if given is None else given
+    value = zlib.crc32(request.node.nodeid.encode()) if given is None else given
     torch.manual_seed(value)
     print(f"seed: {value}")
     return value

@@ -14,4 +14,4 @@ def pytest_addoption(parser: Any) -> None:
     group = parser.getgroup("fastpeft")
     help_real = "folder of real checkpoints, one sub-folder each; their tests are skipped without it"
     group.addoption("--real-models", type=Path, metavar="DIR", help=help_real)
-    group.addoption("--seed", type=int, help="seed of every test's random inputs; a fresh one per test by default")
+    group.addoption("--seed", type=int, help="seed of every test's random inputs; by default its name's")
