@@ -35,7 +35,7 @@ def quickstart(
     held_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to measure on; goes with --text.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps; the first is not timed.")] = 120,
+    steps: Annotated[int, typer.Option(help="Training steps; the first is not timed.")] = 80,
     batch_size: Annotated[int, typer.Option(help="Blocks of text a step.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens a block.")] = 256,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,

@@ -126,6 +126,8 @@ def _show(outcome: Outcome, console: Console) -> None:
         f"(step {agreement.step}), {agreement.relative:.1e} of the loss; allowed {agreement.tolerance:.0e}.",
         _perplexity_note(outcome),
     ]
+    if outcome.plain.disturbed or outcome.fast.disturbed:
+        notes.append("Step times vary much: something else is running here. Run again before you believe the speeds.")
     if not outcome.verified["passed"]:
         notes.append("fastpeft verify FAILED: see its table above.")
     _print(console, "\n".join(notes) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -15,6 +15,9 @@ from fastpeft.structured import build
 
 from .curves import Agreement
 from .settings import Settings
+
+ENOUGH_STEPS = 20
+"""For a spread to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Run:
         if not math.isfinite(self.perplexity_after):
             return f"the held-out perplexity afterwards is {self.perplexity_after}"
         return None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether step times vary more than on an idle machine: the middle half by over a fifth of their median."""
+        if len(self.step_seconds) < ENOUGH_STEPS:
+            return False
+        low, middle, high = quantiles(self.step_seconds, n=4)
+        return high - low > 0.2 * middle
 
     @property
     def improved(self) -> bool:

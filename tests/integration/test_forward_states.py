@@ -143,6 +143,33 @@ def test_siblings_called_in_another_order() -> None:
         check(ours, peft)
 
 
+def test_projections_that_share_an_input_only_sometimes_stay_alone() -> None:
+    class Sometimes(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x) + self.q(x + 1) * self.v(x + 1)
+
+    ours, peft = pair(Sometimes())
+    check(ours, peft)
+    assert not siblings(ours) and not notes(ours)
+
+
+def test_siblings_of_different_dtypes() -> None:
+    """k's and v's adapters are wider than q's, which is the first to be called: they may not lose by the company."""
+    ours, peft = pair(Block())
+    outputs: dict[str, list[Tensor]] = {"k": [], "v": []}
+    for block in (*blocks(ours), *blocks(peft)):
+        for adapters in (block.q.lora_A, block.q.lora_B):  # type: ignore[union-attr]
+            adapters.to(torch.bfloat16)  # type: ignore[operator]
+        for name, kept in outputs.items():
+            getattr(block, name).register_forward_hook(lambda layer, args, y, kept=kept: kept.append(y))
+    x = inputs()
+    for model in (ours, ours, peft):
+        model(x)
+    for _, second, expected in outputs.values():
+        torch.testing.assert_close(second, expected)
+    assert siblings(ours) == GROUPED and not notes(ours)
+
+
 def test_outputs_changed_in_place() -> None:
     """As OLMo clamps its queries."""
 

@@ -92,6 +92,13 @@ def test_divergence(run: Run, found: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seconds", "disturbed"), [([0.5, 0.55] * 20, False), ([0.5, 0.9] * 20, True), ([0.5, 0.9], False)]
+)
+def test_a_machine_that_does_something_else_is_noticed(seconds: list[float], disturbed: bool) -> None:
+    assert replace(RUN, step_seconds=seconds).disturbed is disturbed
+
+
+@pytest.mark.parametrize(
     ("fast", "generated_with_fastpeft", "result", "words"),
     [
         (RUN, False, True, "Loss curves agree"),

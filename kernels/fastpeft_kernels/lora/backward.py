@@ -9,7 +9,7 @@ Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/
 |---|---|---|---|---|---|
 | lora_up_bwd (dS and dB) | 2.1 | 67 + 25 | 19 us | 25 us | one read of dY; 12.6 MB of partial sums written and read |
 | lora_down_fwd on dY, then lora_down_bwd_weight | 2.1 | 135 + 4 | 29 us | 36 us | two reads; used above rank 16 |
-| lora_down_bwd_weight (dA) | 1.07 | 67 + 4 | 15 us | 19 us | 8 token splits of 32 column blocks |
+| lora_down_bwd_weight (dA) | 1.07 | 67 + 4 | 15 us | 19 us | 9 token splits of 32 column blocks |
 | the same with dropout | 1.07 | 67 + 4 | 28 us | 34 us | integer instructions of the mask |
 | lora_down_bwd_input (dX += dropout(dS A)) | 1.07 | 135 | 28 us | 40 us | reads and writes dX, mask beside |
 
