@@ -49,8 +49,8 @@ def steps_table(records: Sequence[Record]) -> str:
     rows += [
         "",
         f"Medians of {rounds} interleaved rounds on {where.device}, torch on {threads} of them; {versions}; "
-        f"{where.date[:10]}; `make bench`. PEFT is measured twice a round: how far its time divided by itself is from 1 "
-        "is the noise of the machine. Kept: bytes that a forward keeps for backward.",
+        f"{where.date[:10]}; `make bench`. PEFT is measured twice a round: its time divided by itself, if not 1, "
+        "shows the noise of the machine. Kept: bytes that a forward keeps for backward.",
     ]
     return "\n".join(rows)
 

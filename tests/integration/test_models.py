@@ -132,7 +132,9 @@ def test_checkpointing_repeats_the_dropout_of_the_forward(name: str, use_reentra
         got = step(recomputed, inputs)
         torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
         for gradient, wanted in zip(got.gradients.values(), expected.gradients.values(), strict=True):
-            assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()  # other masks would differ as much as the gradients
+            assert (
+                gradient - wanted
+            ).norm() <= 1e-3 * wanted.norm()  # other masks would differ as much as the gradients
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"], ["k_proj", "o_proj", "down_proj"]])
