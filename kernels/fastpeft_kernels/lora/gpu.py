@@ -123,7 +123,7 @@ def _check_down(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dic
         x, a, seed = rand(tokens, features, dtype=x_dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
         room = torch.full((tokens, rank + 3), torch.nan, dtype=dtype, device=DEVICE)
         for mask in _masks(seed):
-            for rows in (x, x.t().contiguous().t()):
+            for rows in (x,) if mask else (x, x.t().contiguous().t()):  # each layout is another compilation
                 s = lora_down(rows, a, out=room[:, 1:-2], config=config, **mask)
                 same, exact = (dropped(x.to(dtype).to(d), mask) @ a.to(d).t() for d in (dtype, F64))
                 worst = max(worst, within(s, same, exact, f"S of {tokens, features, rank} {bool(mask)}"))
@@ -182,8 +182,8 @@ def _check_weight(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> d
             same = product_in_fp32(ds.t(), dropped(x.to(dtype), mask))
             exact = ds.double().t() @ dropped(x.double(), mask)
             worst = max(worst, within(da.sum(0), same, exact, f"dA of {tokens, features, rank} {bool(mask)}"))
-            turned = lora_down_bwd_weight(x, ds, config=config, features_first=True, **mask)
-            assert torch.equal(turned.transpose(1, 2), da), "another result the second time"
+            turned = lora_down_bwd_weight(x, ds, config=config, features_first=not mask, **mask)
+            assert torch.equal(turned if mask else turned.transpose(1, 2), da), "another result the second time"
     return {"share_of_budget": worst}
 
 
