@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SLACK = 4.0
-"""Whole models: our rounding and PEFT's are independent of each other and grow on the way through the layers, so that
-one may by chance be some times the other. A wrong number is thousands of times."""
+MEDIAN = 2.0
+"""Over all gradients of a model our error is at most twice PEFT's: the budget of every op."""
+
+SLACK = 8.0
+"""One tensor of a whole model: our rounding and PEFT's are independent of each other and grow on the way through the
+layers. On 40 random models of each kind a gradient was by chance up to 5 times further off than PEFT's, with a mean of
+1.0 to 1.2. A wrong number is thousands of times."""
 
 
 @dataclass
@@ -48,14 +53,18 @@ def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
 
 
 def assert_step_close(ours: Step, peft: Step, exact: Step) -> None:
-    """Our error against fp64 is at most SLACK times PEFT's, or of one rounding; the same parameters have gradients."""
+    """Our errors against fp64 are in the median at most MEDIAN times PEFT's, each one at most SLACK times."""
     assert ours.gradients.keys() == peft.gradients.keys() == exact.gradients.keys() != set()
-    pairs = {name: (ours.gradients[name], peft.gradients[name], exact.gradients[name]) for name in exact.gradients}
-    floor = max(_error(p, e) for _, p, e in pairs.values())  # a loss is close by chance
-    _assert_close("loss", ours.loss, peft.loss, exact.loss, floor)
-    for name, (mine, theirs, true) in pairs.items():
+    ours_all = [_error(ours.gradients[name], exact.gradients[name]) for name in exact.gradients]
+    peft_all = [_error(peft.gradients[name], exact.gradients[name]) for name in exact.gradients]
+    usual = median(peft_all)  # one gradient, or the loss, can be close by chance
+    eps = torch.finfo(ours.loss.dtype).eps
+    assert median(ours_all) <= MEDIAN * max(usual, eps), f"median {median(ours_all):.2e}, PEFT's {usual:.2e}"
+    _assert_close("loss", ours.loss, peft.loss, exact.loss, usual)
+    for name, mine in ours.gradients.items():
+        theirs = peft.gradients[name]
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        _assert_close(name, mine, theirs, true)
+        _assert_close(name, mine, theirs, exact.gradients[name], usual)
 
 
 def assert_close(ours: Tensor, peft: Tensor, exact: Tensor) -> None:
