@@ -32,7 +32,8 @@ def bytes_kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     Args:
         model: whose parameters and buffers do not count.
-        forward: returns the loss, which is kept alive while counting. Gradients must be on.
+        forward: returns the loss, which is kept alive while counting and may keep no other output alive. Gradients must
+            be on.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     made = _Made()

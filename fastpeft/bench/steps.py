@@ -162,7 +162,9 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def _to_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
     import bitsandbytes as bnb
 
-    kept_wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # as transformers' own quantizer does: T5's wo
+    kept_wide = tuple(
+        getattr(model, "_keep_in_fp32_modules", None) or ()
+    )  # as transformers' own quantizer does: T5's wo
     for name, module in list(_projections(model)):
         if name.endswith(kept_wide):
             continue

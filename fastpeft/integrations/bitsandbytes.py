@@ -70,8 +70,9 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
         return "a 4-bit weight without quant_state: not quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
         return CPU_PACKED
+    tracing = torch.compiler.is_compiling()
     key = id(state)
-    known = _WEIGHTS.get(key)
+    known = None if tracing else _WEIGHTS.get(key)
     if known is not None and known[0]() is state and _same_storage(known[1].packed, weight, state):
         return known[1]
     if len(state.shape) != 2:
@@ -80,7 +81,8 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
         frozen = BitsAndBytesWeight(_packed(weight, state))
     except (TypeError, ValueError) as error:
         return f"4-bit storage that cannot be read: {error}"
-    _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen)
+    if not tracing:
+        _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen)
     return frozen
 
 

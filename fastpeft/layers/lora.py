@@ -19,7 +19,8 @@ from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
 from .bypass import global_reason, why_not_bypassed
-from .siblings import SiblingGroup, SiblingWatch
+from .siblings import SiblingGroup
+from .watching import SiblingWatch
 
 
 class Request(NamedTuple):
@@ -62,7 +63,7 @@ class FastLoraLayer(nn.Module):
         return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.fastpeft_suspended or torch.compiler.is_compiling():
+        if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:
@@ -120,6 +121,8 @@ class FastLoraLayer(nn.Module):
             increment_version(weight)
 
     def _count(self, outcome: str) -> None:
+        if torch.compiler.is_compiling():
+            return
         calls = self.__dict__.setdefault("fastpeft_calls", {})
         calls[outcome] = calls.get(outcome, 0) + 1
 

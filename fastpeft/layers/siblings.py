@@ -1,34 +1,36 @@
-"""Projections that read the same tensor: found by watching, then computed together by the first that is called.
+"""Projections that read the same tensor, computed together by the first that is called.
 
-The plan (who belongs together) is fixed before the first forward with gradients: `SiblingWatch` runs the outermost call
-once under no_grad and watches. It lives on the layers and is copied and pickled with them. What a group holds for
-members that are yet to be called is transient: it is never copied, and it is gone when the parent's forward ends.
+Who belongs together is found by `watching`; it lives on the layers and is copied and pickled with them. What a group
+holds for members that are yet to be called is transient: it is never copied, and it is gone when the parent's forward
+ends.
+
+torch.compile allows no write to what outlives a checkpointed region, so a traced group holds nothing itself: what it
+computed ahead hangs on the input, of which every traced parent first makes a tensor of its own.
 """
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-from ..integrations.transformers import passes_cache
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer, Request
 
 
+_AHEAD = "fastpeft_ahead"  # attribute of a traced input
+
+
+_Outputs = dict[int, tuple[Tensor, Any]]
+
+
 class _Held:
     """Outputs computed ahead for one input, valid while nothing that went into them has changed."""
 
-    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, Any]]) -> None:
-        self.x, self.version, self.outputs = ref(x), x._version, outputs
+    def __init__(self, x: Tensor, outputs: _Outputs) -> None:
+        self.x, self.version, self.outputs = ref(x), version_of(x), outputs
 
 
 class SiblingGroup:
@@ -37,27 +39,30 @@ class SiblingGroup:
     def __init__(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
         self.parent, self.members = parent, members
         self._held: _Held | None = None
-        self._hook = parent.register_forward_hook(self._forget, always_call=True)
+        self._hooks = (
+            parent.register_forward_pre_hook(_own_inputs, with_kwargs=True),
+            parent.register_forward_hook(self._forget, always_call=True),
+        )
         for member in members:
             member.fastpeft_group = self
 
     def take(self, member: FastLoraLayer, x: Tensor) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
-        held = self._held
-        if held is None or held.x() is not x or held.version != x._version:
+        outputs = self._ahead(x)
+        if outputs is None:
             return None
-        found = held.outputs.pop(id(member), None)
-        if not held.outputs:
-            self._held = None
-        return found[0] if found is not None and found[1] == state_of(member, x) else None
+        found = outputs.pop(id(member), None)
+        if not outputs:
+            self._hold(x, None)
+        return found[0] if found is not None and _same(found[1], state_of(member, x)) else None
 
     def compute(self, member: FastLoraLayer, x: Tensor, request: Request) -> Tensor:
         """The member's output; when it is the group's first, the others' are computed with it and held."""
         from .lora import compute
 
-        if member is not self.members[0] or x.is_inference():
+        if member is not self.members[0] or (not torch.compiler.is_compiling() and x.is_inference()):
             return compute(x, [request])[0]
-        self._held = None
+        self._hold(x, None)
         requests, others = [request], []
         for other in self.members[1:]:
             wanted = other.request(x)
@@ -67,21 +72,55 @@ class SiblingGroup:
         outputs = compute(x, requests)
         if others:
             ahead = zip(others, outputs[1:], strict=True)
-            self._held = _Held(x, {id(other): (y, state_of(other, x)) for other, y in ahead})
+            self._hold(x, {id(other): (y, state_of(other, x)) for other, y in ahead})
         return outputs[0]
 
     def dissolve(self) -> None:
         """The members are on their own again."""
         self._held = None
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for member in self.members:
             member.__dict__.pop("fastpeft_group", None)
 
+    def _ahead(self, x: Tensor) -> _Outputs | None:
+        if torch.compiler.is_compiling():
+            return getattr(x, _AHEAD, None)
+        held = self._held
+        return None if held is None or held.x() is not x or held.version != version_of(x) else held.outputs
+
+    def _hold(self, x: Tensor, outputs: _Outputs | None) -> None:
+        if torch.compiler.is_compiling():
+            setattr(x, _AHEAD, outputs)
+        else:
+            self._held = None if outputs is None else _Held(x, outputs)
+
     def _forget(self, *_: Any) -> None:
-        self._held = None
+        if not torch.compiler.is_compiling():
+            self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
+
+
+def _own_inputs(
+    parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """While torch.compile traces: aliases in place of the tensors that a parent is called with."""
+    if not torch.compiler.is_compiling():
+        return None
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def alias(value: Any) -> Any:
+        if type(value) is not Tensor or not value.is_floating_point():
+            return value
+        for original, own in known:
+            if original is value:
+                return own
+        known.append((value, value.view_as(value)))
+        return known[-1][1]
+
+    return tuple([alias(value) for value in args]), {name: alias(value) for name, value in kwargs.items()}
 
 
 def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
@@ -89,174 +128,25 @@ def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     adapters = layer.active_adapters
-    scaling = [layer.scaling.get(name) for name in adapters]
     return (
         torch.is_grad_enabled(),
         autocast,
         layer._disable_adapters,
+        layer.training,
         tuple(layer.merged_adapters),
         tuple(adapters),
-        tuple(id(s) if isinstance(s, Tensor) else s for s in scaling),
-        layer.training,
+        *[layer.scaling.get(name) for name in adapters],
     )
 
 
-class SiblingWatch:
-    """Waits for the first call that reaches the given layers, runs it once under no_grad, and forms the groups.
-
-    Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does
-    not matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off,
-    and given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
-    `fastpeft_watch`.
-    """
-
-    def __init__(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
-        self.parents: dict[int, nn.Module] = {}
-        self.waiting: dict[int, FastLoraLayer] = {}
-        self.hooks: list[tuple[nn.Module, RemovableHandle]] = []
-        self._seen: dict[int, list[_Run]] | None = None
-        self._failed: nn.Module | None = None
-        above: dict[int, nn.Module] = {}
-        for path, layer in layers.items():
-            parent = root.get_submodule(path.rpartition(".")[0])
-            if parent is layer:
-                continue
-            if layer.fastpeft_watch is not None:
-                layer.fastpeft_watch.forget([layer])
-            layer.fastpeft_watch = self
-            self.waiting[id(layer)] = layer
-            self.parents[id(layer)] = parent
-            names = path.split(".")[:-1]
-            for depth in range(len(names) + 1):
-                module = root.get_submodule(".".join(names[:depth]))
-                above[id(module)] = module
-        for module in above.values():
-            self.hooks.append((module, module.register_forward_pre_hook(self._before_forward, with_kwargs=True)))
-
-    def forget(self, layers: list[Any]) -> None:
-        """Wait no longer for these layers; without any left, be gone."""
-        for layer in layers:
-            if self.waiting.pop(id(layer), None) is not None:
-                layer.__dict__.pop("fastpeft_watch", None)
-        if not self.waiting:
-            for _, hook in self.hooks:
-                hook.remove()
-            self.hooks.clear()
-
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._failed is module:  # a new call; an interrupt ended the last one
-            self._failed = None
-        busy = self._seen is not None or self._failed is not None
-        if busy or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
-            return
-        inside = [layer for layer in module.modules() if id(layer) in self.waiting]
-        if not inside:
-            self._unhook(module)
-            return
-        if passes_cache(args, kwargs):
-            if torch.is_grad_enabled():
-                self.forget(inside)
-            return
-        try:
-            self._watch(module, inside, args, kwargs)
-        except Exception:  # most likely the real call meets the same error, and raises it where the user can see it
-            self._failed = module
-            if self._after_forward not in module._forward_hooks.values():
-                self.hooks.append((module, module.register_forward_hook(self._after_forward, always_call=True)))
-        else:
-            self._unhook(module)
-
-    def _watch(self, module: nn.Module, inside: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen = {}
-        handles = [layer.register_forward_pre_hook(self._record) for layer in inside]
-        try:
-            with torch.no_grad(), _side_effects_undone(module):
-                module.forward(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-            seen, self._seen = self._seen, None
-        for runs in seen.values():
-            for members in _consistent(runs):
-                SiblingGroup(self.parents[id(members[0])], members)
-        self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a watch that failed: watch again at the next call if the real one failed too, never if it succeeded."""
-        if self._failed is not module:
-            return
-        self._failed = None
-        if output is not None:
-            self.forget([layer for layer in module.modules() if id(layer) in self.waiting])
-            self._unhook(module)
-
-    def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._seen is None or not args or not isinstance(args[0], Tensor):
-            return
-        runs = self._seen.setdefault(id(self.parents[id(layer)]), [])
-        for run in runs:
-            if run.x() is args[0]:
-                run.members.append(layer)  # type: ignore[arg-type]
-                return
-        runs.append(_Run(args[0], layer))  # type: ignore[arg-type]
-
-    def _unhook(self, module: nn.Module) -> None:
-        for known, hook in self.hooks:
-            if known is module:
-                hook.remove()
-        self.hooks = [(known, hook) for known, hook in self.hooks if known is not module]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "hooks": self.hooks,
-            "layers": list(self.waiting.values()),
-            "parents": [self.parents[key] for key in self.waiting],
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.hooks, self._seen, self._failed = state["hooks"], None, None
-        self.waiting = {id(layer): layer for layer in state["layers"]}
-        self.parents = {id(layer): p for layer, p in zip(state["layers"], state["parents"], strict=True)}
+def version_of(x: Tensor) -> int:
+    """How often x was written into; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
 
 
-class _Run:
-    """Layers of one parent that were called with the same tensor."""
-
-    def __init__(self, x: Tensor, layer: FastLoraLayer) -> None:
-        self.x, self.members = ref(x), [layer]
-
-
-def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
-    """The sets of two or more layers that were the same each time any of them was called."""
-    sets: dict[tuple[int, ...], list[FastLoraLayer]] = {}
-    places: dict[int, set[tuple[int, ...]]] = {}
-    for run in runs:
-        key = tuple(map(id, run.members))
-        sets[key] = run.members
-        for member in key:
-            places.setdefault(member, set()).add(key)
-    return [
-        members
-        for key, members in sets.items()
-        if len(key) > 1 and len(set(key)) == len(key) and all(places[member] == {key} for member in key)
-    ]
-
-
-@contextmanager
-def _side_effects_undone(module: nn.Module) -> Iterator[None]:
-    """Random-number generators and running statistics as they were before."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    devices = {p.device for p in module.parameters() if p.is_cuda}
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Equal, and the very same tensors where a scaling is one."""
+    if len(before) != len(now):
+        return False
+    pairs = zip(before, now, strict=True)
+    return all([a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b) for a, b in pairs])

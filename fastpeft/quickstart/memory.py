@@ -1,20 +1,14 @@
-"""Memory of a training: its peak, and what one forward keeps for its backward."""
+"""Peak memory of a training."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 METHODS = {
@@ -103,38 +97,3 @@ def _give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # no glibc
         return
-
-
-def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that one forward leaves behind for its backward.
-
-    All storage that was made during the forward and is still alive when it has returned its loss, whoever holds it;
-    parameters and buffers are left out. Nothing else may refer to the forward's outputs.
-
-    Args:
-        model: for its parameters and buffers.
-        forward: one forward with gradients; returns the loss.
-    """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    with _StorageLog() as log:
-        loss = forward()
-        kept = sum(size for key, (ref, size) in log.made.items() if key not in own and not ref.expired())
-    del loss
-    return kept
-
-
-class _StorageLog(TorchDispatchMode):
-    """Weak references to the storage of everything that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(returned):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                # A weak reference keeps the address from being used again, so it can be a key.
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return returned

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from ..bench.kept import bytes_kept
 from .loading import Loaded, autocast
-from .memory import MIB, PeakMemory, bytes_kept_for_backward
+from .memory import MIB, PeakMemory
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def kept_mib(loaded: Loaded, batch_size: int) -> float:
             loss: Tensor = loaded.model(**batch, use_cache=False).loss
             return loss
 
-    return bytes_kept_for_backward(loaded.model, forward) / MIB
+    return bytes_kept(loaded.model, forward) / MIB
 
 
 def _batch(blocks: Blocks, device: torch.device) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.lora import FastLoraLayer, fast_classes
-from ..layers.siblings import SiblingWatch
+from ..layers.watching import SiblingWatch
 from .base import Left, Match
 
 

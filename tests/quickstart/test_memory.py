@@ -1,47 +1,14 @@
-"""The two memory figures, on computations whose memory is known."""
+"""Peak memory, on computations whose memory is known."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from fastpeft.quickstart import memory
-from fastpeft.quickstart.memory import MIB, PeakMemory, bytes_kept_for_backward
+from fastpeft.quickstart.memory import MIB, PeakMemory
 
 CPU = torch.device("cpu")
-
-
-def test_what_a_linear_layer_keeps_is_its_input() -> None:
-    model = nn.Linear(16, 8)
-    source = torch.randn(4, 8)
-
-    def forward() -> Tensor:
-        x = torch.cat([source, source], dim=1)  # 4 x 16 floats, kept
-        return model(x).sum()
-
-    # The loss itself is alive too.
-    assert bytes_kept_for_backward(model, forward) == 4 * 16 * 4 + 4
-
-
-def test_parameters_and_what_is_freed_are_not_counted() -> None:
-    model = nn.Linear(16, 8).requires_grad_(False)
-
-    def forward() -> Tensor:
-        return (model(torch.ones(4, 16)) + 1).sum()
-
-    assert bytes_kept_for_backward(model, forward) == 4
-
-
-def test_views_are_counted_once() -> None:
-    model = nn.Linear(8, 8)
-    source = torch.randn(4, 8)
-
-    def forward() -> Tensor:
-        x = source * 2
-        return (model(x) + model(x.view(2, 2, 8).view(4, 8))).sum()
-
-    assert bytes_kept_for_backward(model, forward) == 4 * 8 * 4 + 4
 
 
 @pytest.mark.parametrize("kernel_helps", [True, False])

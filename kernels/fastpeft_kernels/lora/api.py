@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..common.random import draw_seed
+from ..common.tracing import as_op
 from ..weights import DenseWeight, FrozenWeight
-from . import autograd, library
+from . import autograd, custom_op, library
 from .projection import Dtypes, LoraAdapter, LoraProjection, check_group
-from .reference import lora_group_reference
 
 
 def lora_linear(
@@ -115,15 +115,15 @@ def run_group(
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` for callers that have checked their arguments.
 
-    `torch.compile` sees the plain formula, which it can differentiate and fuse itself.
+    torch.compile and dispatch modes see one op forward and one backward; `implementation` is the library then.
     """
     device = x.device.type
     autocast_off = (
         torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     )
     with autocast_off:
-        if torch.compiler.is_compiling():
-            return lora_group_reference(x, projections, dtypes, seeds)
+        if as_op():
+            return custom_op.apply(x, projections, dtypes, seeds)
         return autograd.apply(x, projections, dtypes, seeds, implementation)
 
 
@@ -145,6 +145,8 @@ def _implementation(
         raise ValueError(f"backend: expected 'auto', 'library' or 'triton', got {backend!r}")
     if not triton_available():
         raise ValueError("backend: 'triton' needs Triton, which cannot be imported here")
+    if as_op():
+        raise ValueError("backend: 'triton' cannot be traced yet, got it under torch.compile or a dispatch mode")
     from . import triton_path
 
     drops = any(seed is not None for seed in seeds)

@@ -15,7 +15,7 @@ from .projection import Dtypes, LoraProjection
 
 
 class LoraGroup(torch.autograd.Function):
-    """Keeps x (once, in the dtype of the products), S = x A^T and the packed adapters; never a decoded weight."""
+    """Keeps x (once, in the dtype of the products) and S = x A^T; no decoded weight, no packed or cast adapter."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -34,12 +34,14 @@ class LoraGroup(torch.autograd.Function):
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-        packed, outputs, s = _compute(implementation, x, projections, dtypes, seeds)
+        outputs, s = _compute(implementation, x, projections, dtypes, seeds)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
-        scalings = [a.scaling for p in projections for a in p.adapters if isinstance(a.scaling, Tensor)]
-        # scalings are kept for torch to notice a write before backward
-        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, packed.a, *packed.b, *scalings)
+        read_again = [
+            t for p in projections for a in p.adapters for t in (a.a, a.b, a.scaling) if isinstance(t, Tensor)
+        ]
+        # saved for torch to notice a write before backward, which reads them through `projections`
+        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *read_again)
         return tuple(outputs)
 
     @staticmethod
@@ -47,18 +49,17 @@ class LoraGroup(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         implementation, projections, dtypes, seeds, needs = ctx.group
         shape, dtype = ctx.input
-        x, s, a, *rest = ctx.saved_tensors
-        b = rest[: len(projections)]
+        x, s, *_ = ctx.saved_tensors
         for projection, stamp in zip(projections, ctx.stamps, strict=True):
             projection.weight.prefetch()
             projection.weight.check_unchanged(stamp)
-        with torch.autocast(a.device.type if a is not None else "cpu", enabled=False):
+        with torch.autocast(projections[0].weight.device.type, enabled=False):
             dx, grads = implementation.backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 s,
                 [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
                 projections,
-                implementation.Packed(a, b, [None] * len(b)),
+                implementation.pack(projections, dtypes.lora),
                 dtypes,
                 seeds,
                 dtype if ctx.needs_input_grad[4] else None,
@@ -85,7 +86,7 @@ def apply(
     tensors = [tensor for projection in projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return LoraGroup.apply(implementation, projections, dtypes, seeds, x, *tensors)  # type: ignore[no-any-return]
-    return tuple(_compute(implementation, x.detach(), projections, dtypes, seeds)[1])
+    return tuple(_compute(implementation, x.detach(), projections, dtypes, seeds)[0])
 
 
 def _compute(
@@ -94,14 +95,13 @@ def _compute(
     projections: Sequence[LoraProjection],
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-) -> tuple[library.Packed, list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], Tensor | None]:
     for projection in projections:
         projection.weight.prefetch()
-    packed = implementation.pack(projections, dtypes.lora)
-    outputs, s = implementation.forward(x, projections, packed, dtypes, seeds)
+    outputs, s = implementation.forward(x, projections, implementation.pack(projections, dtypes.lora), dtypes, seeds)
     for projection in projections:
         projection.weight.release()
-    return packed, outputs, s
+    return outputs, s
 
 
 def _split(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:

@@ -9,7 +9,6 @@ that is used again. Forward: 1 + 2n products, backward: 3n + 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,22 +16,7 @@ from torch import Tensor
 from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .projection import Dtypes, LoraProjection
-
-
-@dataclass(slots=True, eq=False)
-class Packed:
-    """A group's adapters as the products take them, in the adapters' compute dtype.
-
-    Attributes:
-        a: (total rank, in_features), all adapters under each other; None without adapters.
-        b: scaling * B of each projection, (out_features, its rank), or None.
-        bias: summed scaling * bias of each projection's adapters, (out_features,), or None.
-    """
-
-    a: Tensor | None
-    b: list[Tensor | None]
-    bias: list[Tensor | None]
+from .projection import Dtypes, LoraProjection, Packed
 
 
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:

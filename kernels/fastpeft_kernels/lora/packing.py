@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .library import Packed
-from .projection import LoraAdapter, LoraProjection
+from .projection import LoraAdapter, LoraProjection, Packed
 
 _SLOTS = 4
 _BLOCK = 1024

@@ -70,6 +70,21 @@ class Dtypes:
     out: torch.dtype
 
 
+@dataclass(slots=True, eq=False)
+class Packed:
+    """A group's adapters as the products take them, in the adapters' compute dtype.
+
+    Attributes:
+        a: (total rank, in_features), all adapters under each other; None without adapters.
+        b: scaling * B of each projection, (out_features, its rank), or None.
+        bias: summed scaling * bias of each projection's adapters, (out_features,), or None.
+    """
+
+    a: Tensor | None
+    b: list[Tensor | None]
+    bias: list[Tensor | None]
+
+
 def check_group(x: Tensor, projections: Sequence[LoraProjection]) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the projections fit `x` and each other."""
     if not isinstance(x, Tensor) or not x.is_floating_point():

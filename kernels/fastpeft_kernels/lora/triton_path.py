@@ -20,11 +20,10 @@ from ..weights import FrozenWeight
 from .backward import columns_contiguous, lora_down_bwd_input_, lora_down_bwd_weight, lora_sum, lora_up_bwd
 from .configs import UP
 from .forward import lora_down, lora_down_fwd_kernel, lora_linear
-from .library import Packed
 from .packing import pack
-from .projection import Dtypes, LoraProjection
+from .projection import Dtypes, LoraProjection, Packed
 
-__all__ = ["Packed", "backward", "forward", "pack", "refusal"]
+__all__ = ["backward", "forward", "pack", "refusal"]
 
 
 def refusal(x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, drops: bool) -> str | None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..common.device import triton_available
-from .custom_op import as_op, decode_4bit_op, decode_4bit_out_op, decode_into
+from ..common.tracing import as_op
+from .custom_op import decode_4bit_op, decode_4bit_out_op, decode_into
 from .reference import encode_4bit_reference
 from .scales import NESTED_BLOCKSIZE, encode_scales
 from .storage import BLOCKSIZES, DTYPES, QUANT_TYPES, Packed4bit

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .reference import decode_4bit_reference
 from .storage import Packed4bit
@@ -23,11 +22,6 @@ def decode_into(packed: Packed4bit, out: Tensor, first: int, last: int, backend:
     from .forward import decode_4bit_triton
 
     return decode_4bit_triton(packed, out, first, last)
-
-
-def as_op() -> bool:
-    """Whether something watches the ops, so that decoding has to be one."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @torch.library.custom_op("fastpeft::decode_4bit", mutates_args=())

@@ -1,31 +1,212 @@
-"""`torch.compile(fullgraph=True)` through the op."""
+"""The op under torch.compile and under dispatch modes: one node forward, one backward, the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastpeft_kernels.lora import LoraProjection, lora_linear_group
+from fastpeft_kernels.common import scratch
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear, lora_linear_group
+from fastpeft_kernels.lora.custom_op import lora_group_backward_op, lora_group_op
+from fastpeft_kernels.lora.layout import flatten_group, unflatten_group
 from fastpeft_kernels.quant import encode_4bit
-from fastpeft_kernels.weights import FourBitWeight
-from tests.kernels.lora.groups import adapter, parameters, projection, seeds_for
+from fastpeft_kernels.weights import DenseWeight, FourBitWeight
+from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for
+
+F32 = Dtypes(torch.float32, torch.float32, torch.float32)
+BF16 = Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["dense", "dropout", "four_bit"])
-def test_one_graph_same_numbers(kind):
-    if kind == "four_bit":
-        packed = encode_4bit(torch.randn(8, 64))
-        group = [LoraProjection(FourBitWeight(packed), None, (adapter(2, 64, 8, scaling=2.0),)), projection(64, 4, 2)]
-    else:
-        group = [projection(64, 8, 2, bias=True, dropout=0.5 * (kind == "dropout")), projection(64, 4, 2, 3)]
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def four_bit(nested: bool = False) -> list[LoraProjection]:
+    packed = encode_4bit(torch.randn(8, 64), nested=nested)
+    return [LoraProjection(FourBitWeight(packed), None, (adapter(2, 64, 8, scaling=2.0),)), projection(64, 4, 2)]
+
+
+def many_kinds() -> list[LoraProjection]:
+    """Biases, two adapters, a tensor for scaling, dropout, frozen parts, a member without adapters."""
+    group = [
+        projection(64, 8, 2, 3, bias=True, with_bias=True, dropout=0.5),
+        projection(64, 4, 2, scaling=torch.tensor(0.3)),
+        projection(64, 5),
+        projection(64, 6, 1, bias=True),
+    ]
+    group[3].adapters[0].a.requires_grad_(False)
+    group[3].bias.requires_grad_(True)  # type: ignore[union-attr]
+    return group
+
+
+GROUPS = {
+    "dense": lambda: [projection(64, 8, 2), projection(64, 4, 2, 3)],
+    "many kinds": many_kinds,
+    "four_bit": four_bit,
+    "nested": lambda: four_bit(nested=True),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_one_graph_same_numbers(kind: str) -> None:
+    group = GROUPS[kind]()
     seeds = seeds_for(group)
-    x = torch.randn(5, 64, requires_grad=True)
+    x = torch.randn(3, 5, 64, requires_grad=True)
 
-    def step(x):
+    def step(x: Tensor) -> tuple[Tensor, ...]:
         return lora_linear_group(x, group, seeds=seeds)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager, traced = step(x), torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     wanted = [x, *parameters(group)]
-    eager = step(x)
-    traced = compiled(x)
     dys = [torch.randn_like(y) for y in eager]
-    torch.testing.assert_close(traced, eager)
-    torch.testing.assert_close(torch.autograd.grad(traced, wanted, dys), torch.autograd.grad(eager, wanted, dys))
+    torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(traced, wanted, dys), torch.autograd.grad(eager, wanted, dys), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtypes", [F32, BF16, Dtypes(torch.bfloat16, torch.float32, torch.bfloat16)])
+def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = [projection(64, 8, 2, dtype=dtypes.compute, lora_dtype=dtypes.lora, bias=True) for _ in range(2)]
+    compiled = torch.compile(lora_linear_group, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr("tests.kernels.lora.groups.lora_linear_group", compiled)
+    check_group(torch.randn(7, 64).to(dtypes.compute).requires_grad_(), group, dtypes)
+
+
+def test_sizes_may_change() -> None:
+    group = [projection(64, 8, 2), projection(64, 4, 2)]
+    compiled = torch.compile(lambda x: lora_linear_group(x, group), fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((3, 5, 64), (2, 9, 64)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), lora_linear_group(x, group))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_dropout_is_drawn_anew_and_is_the_same_in_backward(backend: str, recomputed: bool) -> None:
+    n = 64
+    b = torch.eye(n).requires_grad_()
+
+    def drop(x: Tensor) -> Tensor:
+        return lora_linear(x, torch.zeros(n, n), torch.eye(n), b, dropout=0.25)
+
+    def run(x: Tensor) -> Any:
+        return checkpoint(drop, x, use_reentrant=False) if recomputed else drop(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    results = []
+    for _ in range(2):
+        x = torch.ones(200, n, requires_grad=True)
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, y.detach())
+        assert 0.72 < (y > 0).float().mean() < 0.78
+        results.append(y > 0)
+    assert not torch.equal(*results)
+
+
+def test_a_seed_drawn_while_compiled_is_the_one_drawn_otherwise() -> None:
+    x, group = torch.randn(9, 64), [projection(64, 8, 2, dropout=0.5)]
+    torch.manual_seed(5)
+    eager = lora_linear_group(x, group)
+    torch.manual_seed(5)
+    compiled = torch.compile(lambda x: lora_linear_group(x, group), backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_what_torch_asks_of_an_op() -> None:
+    group = many_kinds()
+    arguments = flatten_group(group, F32, seeds_for(group))
+    x = torch.randn(5, 64, requires_grad=True)
+    torch.library.opcheck(lora_group_op, (x, *arguments))
+    *ys, s = lora_group_op(x, *arguments)
+    dys = [torch.randn_like(y) for y in ys]
+    without = {id(tensor) for tensor in group[1].tensors()}  # its dy is None
+    wanted = [tensor.requires_grad and id(tensor) not in without for tensor in arguments[0]]
+    backward = ([dys[0], None, *dys[2:]], x.detach(), s.detach(), *arguments, torch.float32, wanted)
+    with torch.no_grad():
+        torch.library.opcheck(lora_group_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_an_output_that_nobody_uses_leaves_no_gradient() -> None:
+    group = [projection(64, 8, 2), projection(64, 4, 2)]
+    first, _, _ = lora_group_op(torch.randn(5, 64), *flatten_group(group, F32, [None, None]))
+    grads = torch.autograd.grad(first.sum(), parameters(group), allow_unused=True)
+    assert [grad is None for grad in grads] == [False, False, True, True]
+
+
+def test_a_group_survives_flattening() -> None:
+    group = [*many_kinds(), *four_bit(nested=True)]
+    seeds = seeds_for(group)
+    dtypes = Dtypes(torch.float16, torch.float32, torch.bfloat16)
+    tensors, numbers, layout = flatten_group(group, dtypes, seeds)
+    back = unflatten_group(tensors, numbers, layout)
+    assert back.dtypes == dtypes and all(a is b for a, b in zip(back.seeds, seeds, strict=True))
+    for theirs, ours, places in zip(group, back.projections, back.tracked, strict=True):
+        assert all(a is b for a, b in zip(theirs.tensors(), ours.tensors(), strict=True))
+        assert [None if place is None else tensors[place] for place in places] == list(ours.tensors())
+        assert torch.equal(theirs.weight.decode(), ours.weight.decode())
+        assert [(a.scaling, a.dropout) for a in theirs.adapters] == [(a.scaling, a.dropout) for a in ours.adapters]
+
+
+@pytest.mark.parametrize("saved", ["mm.default", "addmm_.default"])
+def test_selective_checkpointing(saved: str) -> None:
+    name, overload = saved.split(".")
+    op = getattr(getattr(torch.ops.aten, name), overload)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    w, x = torch.randn(8, 8), torch.randn(3, 8, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return lora_linear(x.relu(), w, a, b).relu()
+
+    def policy(context: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if called is op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    expected = torch.autograd.grad(block(x).sum(), [x, a, b])
+    y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, a, b]), expected)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    scratch.release_scratch()
+    with FakeTensorMode():
+        y = lora_linear(torch.empty(5, 64), torch.empty(8, 64), torch.empty(2, 64), torch.empty(8, 2))
+    assert y.shape == (5, 8)
+    group = four_bit()
+    assert type(lora_linear_group(torch.randn(5, 64), group)[0]) is Tensor
+
+
+def test_operations_are_counted() -> None:
+    m, k, r = 16, 64, 4
+    x = torch.randn(m, k, requires_grad=True)
+    weight = DenseWeight(torch.randn(8, k))
+    group = [
+        LoraProjection(
+            weight, None, (LoraAdapter(*(t.requires_grad_() for t in (torch.randn(r, k), torch.randn(8, r)))),)
+        )
+    ]
+    with FlopCounterMode(display=False) as forward:
+        (y,) = lora_linear_group(x, group)
+    assert forward.get_total_flops() == 2 * m * (k * 8 + r * k + r * 8)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * m * (k * 8 + 2 * r * k + 2 * r * 8)
+
+
+def test_an_explicit_request_is_refused() -> None:
+    pytest.importorskip("triton")
+    compiled = torch.compile(lambda x: lora_linear_group(x, [projection(64, 8, 2)], backend="triton"), backend="eager")
+    with pytest.raises(Exception, match="backend: 'triton' cannot be traced yet"):
+        compiled(torch.randn(5, 64))

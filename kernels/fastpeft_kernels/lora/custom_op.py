@@ -1,0 +1,142 @@
+"""A group of LoRA projections as torch.library ops, for torch.compile.
+
+Seen from outside, forward is one node that keeps x and S = x A^T, and backward is another: no compiler can come to keep
+a decoded weight, a dropout mask or a cast adapter between them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library
+from .layout import FlatGroup, flatten_group, unflatten_group
+from .projection import Dtypes, LoraProjection
+
+
+def apply(
+    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The group's outputs, differentiable. Autocast must be off."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:  # it imports Triton
+        from . import flops  # noqa: F401
+    if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
+        x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
+    tensors, numbers, layout = flatten_group(projections, dtypes, seeds)
+    return tuple(lora_group_op(x, tensors, numbers, layout)[: len(projections)])
+
+
+@torch.library.custom_op("fastpeft::lora_group", mutates_args=())
+def lora_group_op(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
+    """The outputs of `library.forward`, then S (tokens, total rank)."""
+    group = unflatten_group(tensors, numbers, layout)
+    packed = library.pack(group.projections, group.dtypes.lora)
+    outputs, s = library.forward(x, group.projections, packed, group.dtypes, group.seeds)
+    return [*outputs, _no_s(x, group) if s is None else s]
+
+
+@lora_group_op.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
+    group = unflatten_group(tensors, numbers, layout)
+    outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=group.dtypes.out) for p in group.projections]
+    return [*outputs, _no_s(x, group)]
+
+
+@torch.library.custom_op("fastpeft::lora_group_backward", mutates_args=())
+def lora_group_backward_op(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    s: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    dx_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order."""
+    group = unflatten_group(tensors, numbers, layout)
+    dx, grads = library.backward(
+        None if x is None else x.reshape(-1, x.shape[-1]),
+        s,
+        [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
+        group.projections,
+        library.pack(group.projections, group.dtypes.lora),
+        group.dtypes,
+        group.seeds,
+        dx_dtype,
+        group.flags(wanted),
+    )
+    by_place = {
+        place: grad
+        for places, found in zip(group.tracked, grads, strict=True)
+        for place, grad in zip(places, found, strict=True)
+        if place is not None and grad is not None
+    }
+    results = [_own(by_place[place]) for place in sorted(by_place)]
+    if dx is not None and dx_dtype is not None:
+        results.insert(0, dx.view(*_lead(dys), dx.shape[-1]).to(dx_dtype))
+    return results
+
+
+@lora_group_backward_op.register_fake
+def _(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    s: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    dx_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    results = [torch.empty_like(tensor) for tensor, flag in zip(tensors, wanted, strict=True) if flag]
+    if dx_dtype is not None:
+        in_features = unflatten_group(tensors, numbers, layout).projections[0].weight.shape[1]
+        results.insert(0, tensors[0].new_empty((*_lead(dys), in_features), dtype=dx_dtype))
+    return results
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    x, tensors, numbers, layout = inputs
+    ctx.layout, ctx.dtype = (numbers, layout), x.dtype
+    flags = unflatten_group(tensors, *ctx.layout).flags(ctx.needs_input_grad[1:])  # flat here, nested in backward
+    ctx.keeps_x = any(flag for part in flags for flag in part[1::3])
+    ctx.keeps_s = any(flag for part in flags for flag in part[2::3])
+    ctx.save_for_backward(*[x] * ctx.keeps_x, *[output[-1]] * ctx.keeps_s, *tensors)
+
+
+def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    x = tensors.pop(0) if ctx.keeps_x else None
+    s = tensors.pop(0) if ctx.keeps_s else None
+    dys, needs = dys[:-1], ctx.needs_input_grad  # the last output is S
+    group = unflatten_group(tensors, *ctx.layout)
+    given = [place for places, dy in zip(group.tracked, dys, strict=True) if dy is not None for place in places]
+    wanted = [flag and place in given for place, flag in enumerate(needs[1])]
+    dx_dtype = ctx.dtype if needs[0] and given else None
+    found = iter(lora_group_backward_op(dys, x, s, tensors, *ctx.layout, dx_dtype, wanted))
+    dx = None if dx_dtype is None else next(found)
+    return dx, [next(found) if flag else None for flag in wanted], None, None
+
+
+lora_group_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _no_s(x: Tensor, group: FlatGroup) -> Tensor:
+    return x.new_empty((prod(x.shape[:-1]), group.rank), dtype=group.dtypes.lora)
+
+
+def _lead(dys: Sequence[Tensor | None]) -> torch.Size:
+    """The leading sizes that all outputs share."""
+    return next(dy.shape[:-1] for dy in dys if dy is not None)
+
+
+def _own(grad: Tensor) -> Tensor:
+    """Results of an op must not share memory."""
+    return grad if grad.untyped_storage().nbytes() == grad.nbytes else grad.clone()

@@ -1,0 +1,130 @@
+"""A group of projections as flat tensors, numbers and one line of JSON, as a custom op can take it.
+
+`flatten_group` is written so that torch.compile can trace it: no json module, no dataclass introspection; numbers stand
+apart because the compiler may make them symbolic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..weights import unflatten_weight
+from .projection import Dtypes, LoraAdapter, LoraProjection
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FlatGroup:
+    """What an op's tensors and layout say.
+
+    Attributes:
+        projections, dtypes, seeds: the group.
+        tracked: for each projection, parallel to `LoraProjection.tensors()`, the place among the tensors, or None.
+    """
+
+    projections: list[LoraProjection]
+    dtypes: Dtypes
+    seeds: list[Tensor | None]
+    tracked: list[list[int | None]]
+
+    @property
+    def rank(self) -> int:
+        return sum(projection.rank for projection in self.projections)
+
+    def flags(self, by_place: Sequence[bool]) -> list[list[bool]]:
+        """What is said of each tensor's place, parallel to `tracked`; False where there is none."""
+        return [[place is not None and by_place[place] for place in places] for places in self.tracked]
+
+
+def flatten_group(
+    projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[float], str]:
+    """(tensors, numbers, layout) from which `unflatten_group` makes the group again."""
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    parts: list[str] = []
+    for projection, seed in zip(projections, seeds, strict=True):
+        stored, meta = projection.weight.flatten()
+        tensors.extend(stored)
+        for tensor in (seed, projection.bias):
+            if tensor is not None:
+                tensors.append(tensor)
+        adapters = []
+        for adapter in projection.adapters:
+            tensors.extend((adapter.a, adapter.b))
+            if adapter.bias is not None:
+                tensors.append(adapter.bias)
+            if isinstance(adapter.scaling, Tensor):
+                tensors.append(adapter.scaling)
+            else:
+                numbers.append(adapter.scaling)
+            numbers.append(adapter.dropout)
+            adapters.append({"bias": adapter.bias is not None, "tensor_scaling": isinstance(adapter.scaling, Tensor)})
+        described = {
+            "kind": projection.weight.kind,
+            "stored": len(stored),
+            "meta": meta,
+            "seed": seed is not None,
+            "bias": projection.bias is not None,
+            "adapters": adapters,
+        }
+        parts.append(_to_json(described))
+    names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
+    return tensors, numbers, f'{{"dtypes": {_to_json(names)}, "projections": [{", ".join(parts)}]}}'
+
+
+def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> FlatGroup:
+    """The group of `flatten_group`, over the same tensors."""
+    described = _parsed(layout)
+    number = iter(numbers)
+    place = 0
+
+    def take(wanted: bool = True) -> int | None:
+        nonlocal place
+        place += wanted
+        return place - 1 if wanted else None
+
+    def at(index: int | None) -> Tensor | None:
+        return None if index is None else tensors[index]
+
+    group = FlatGroup([], Dtypes(*(getattr(torch, name) for name in described["dtypes"])), [], [])
+    for part in described["projections"]:
+        stored = tuple(tensors[place : place + part["stored"]])
+        place += part["stored"]
+        weight = unflatten_weight(part["kind"], stored, part["meta"])
+        group.seeds.append(at(take(part["seed"])))
+        tracked = [take(part["bias"])]
+        adapters = []
+        for fields in part["adapters"]:
+            tracked += (take(), take(), take(fields["bias"]))
+            a, b, bias = (at(index) for index in tracked[-3:])
+            scaling = at(take()) if fields["tensor_scaling"] else next(number)
+            adapters.append(LoraAdapter(a, b, scaling, bias, next(number)))  # type: ignore[arg-type]
+        group.projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
+        group.tracked.append(tracked)
+    return group
+
+
+@lru_cache(maxsize=4096)
+def _parsed(layout: str) -> Any:
+    return json.loads(layout)
+
+
+def _to_json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join([_to_json(item) for item in value]) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join([f'"{key}": {_to_json(item)}' for key, item in value.items()]) + "}"
+    return str(value)
