@@ -23,6 +23,8 @@ CASES = (
     StepCase("llama", "lora", torch.float32, autocast=True),
     StepCase("llama", "lora", torch.float32, dropout=0.1),
     StepCase("llama", "lora", torch.float32, checkpointing=True),
+    StepCase("llama", "lora", torch.float32, compiled=True),
+    StepCase("llama", "lora", torch.bfloat16, compiled=True),
     StepCase("llama", "qlora", torch.float32),
     StepCase("llama", "qlora", torch.bfloat16),
     StepCase("bert", "lora", torch.float32),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kept import bytes_kept
+from .kept import bytes_kept, bytes_saved
 from .timer import interleaved
 
 
@@ -26,6 +26,7 @@ class StepCase:
         autocast: run the step under bf16 autocast.
         dropout: LoRA's.
         checkpointing: recompute every layer in backward.
+        compiled: by torch.compile, as it comes.
     """
 
     family: str
@@ -39,6 +40,7 @@ class StepCase:
     autocast: bool = False
     dropout: float = 0.0
     checkpointing: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ class StepCase:
             f"{self.rows}x{self.tokens} tokens",
         ]
         parts += [f"r={self.rank}"] + ["autocast"] * self.autocast + [f"dropout {self.dropout}"] * (self.dropout > 0)
-        return " ".join(parts + ["checkpointing"] * self.checkpointing)
+        return " ".join(parts + ["checkpointing"] * self.checkpointing + ["torch.compile"] * self.compiled)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,13 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
     models = {"peft": build(case, device)}
     models["fastpeft"] = fastpeft.accelerate(copy.deepcopy(models["peft"]))
     batch = make_batch(case, device)
-    steps = {name: _step(model, batch, case, device) for name, model in models.items()}
+    models["fastpeft"](**batch)  # finds the siblings
+    called: dict[str, Any] = {name: torch.compile(model) if case.compiled else model for name, model in models.items()}
+    steps = {name: _step(model, batch, case, device) for name, model in called.items()}
     steps["peft again"] = steps["peft"]
     samples = interleaved(steps, rounds, device=device)
-    kept = {name: bytes_kept(model, partial(_loss, model, batch, case, device)) for name, model in models.items()}
+    count = bytes_saved if case.compiled else bytes_kept
+    kept = {name: count(models[name], partial(_loss, model, batch, case, device)) for name, model in called.items()}
     return StepResult(case, samples, kept)
 
 
@@ -105,7 +110,7 @@ def make_batch(case: StepCase, device: str) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _step(model: nn.Module, batch: dict[str, Any], case: StepCase, device: str) -> Any:
+def _step(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> Any:
     def step() -> None:
         _loss(model, batch, case, device).backward()
         model.zero_grad(set_to_none=True)
@@ -113,7 +118,7 @@ def _step(model: nn.Module, batch: dict[str, Any], case: StepCase, device: str) 
     return step
 
 
-def _loss(model: nn.Module, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
+def _loss(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
     with torch.autocast(device, torch.bfloat16, enabled=case.autocast):
         return model(**batch).loss  # type: ignore[no-any-return]
 
