@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastpeft_kernels.common.scratch import release_scratch
+
 from .replacements import NOT_BUILT, REPLACEMENTS, Left
+from .requirements import require_core
 
 logger = logging.getLogger("fastpeft")
 
@@ -58,10 +61,11 @@ def accelerate(
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ImportError: a library is older than what fastpeft supports.
+        ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    require_core()
     switches = Switches(lora, mlp, attention, loss, norms, memory)
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
@@ -102,4 +106,5 @@ def restore(model: Model) -> Model:
         for replacement in reversed(REPLACEMENTS):
             replacement.undo(module)
         module.__dict__.pop(SETTINGS, None)
+    release_scratch()
     return model

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import cache
 from importlib import import_module, metadata
 from types import ModuleType
 
 EXTRAS = ("train", "bench", "dev")
 # As in pyproject.toml, which a tree that is used without being installed does not bring.
-MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "bitsandbytes": "0.48"}
+MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "accelerate": "1.10", "bitsandbytes": "0.48"}
+CORE = ("torch", "transformers", "peft")  # what accelerating a model cannot do without
 
 
 def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
@@ -35,10 +38,18 @@ def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
         raise ImportError(message, name=name) from error
 
 
-def check_versions() -> str | None:
+def check_versions(packages: Iterable[str] = MINIMUM) -> str | None:
     """One sentence about packages that are missing or older than MINIMUM; None when all is well. Imports none."""
-    wrong = [f"{name}>={least} ({have})" for name, least in MINIMUM.items() if (have := _too_old(name, least))]
+    found = ((name, MINIMUM[name], _too_old(name, MINIMUM[name])) for name in packages)
+    wrong = [f"{name}>={least} ({have})" for name, least, have in found if have]
     return f"fastpeft needs {', '.join(wrong)}: pip install --upgrade fastpeft" if wrong else None
+
+
+@cache
+def require_core() -> None:
+    """Raise ImportError, in one sentence, unless CORE is installed and new enough."""
+    if problem := check_versions(CORE):
+        raise ImportError(problem)
 
 
 def _too_old(package: str, least: str) -> str | None:

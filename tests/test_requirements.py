@@ -2,7 +2,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import fastpeft
 from fastpeft import requirements
 from fastpeft.requirements import EXTRAS, MINIMUM, check_versions, require
 from tests.fresh import ROOT
@@ -45,16 +47,26 @@ def test_the_tested_versions_are_supported() -> None:
 
 @pytest.mark.parametrize("torch", ["2.11", "2.11.0+cpu", "2.13.0rc1", "3.0.dev0"])
 def test_new_enough(monkeypatch: pytest.MonkeyPatch, torch: str) -> None:
-    pretend(monkeypatch, torch=torch, transformers="5.100", peft="0.18.0", bitsandbytes="1.0")
+    pretend(monkeypatch, torch=torch, transformers="5.100", peft="0.18.0", accelerate="1.10.0", bitsandbytes="1.0")
     assert check_versions() is None
 
 
 def test_old_and_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, torch="2.9.1+cu128", transformers="5.17.0", peft="0.18.0")
+    pretend(monkeypatch, torch="2.9.1+cu128", transformers="5.17.0", peft="0.18.0", accelerate="1.12")
     assert check_versions() == (
         "fastpeft needs torch>=2.11 (2.9.1+cu128 is installed), bitsandbytes>=0.48 (not installed): "
         "pip install --upgrade fastpeft"
     )
+
+
+def test_accelerating_with_an_old_peft_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, torch="2.13.0", transformers="5.23.0", peft="0.17.1")
+    requirements.require_core.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"fastpeft needs peft>=0.18 \(0.17.1 is installed\)"):
+            fastpeft.accelerate(nn.Linear(2, 2))
+    finally:
+        requirements.require_core.cache_clear()
 
 
 def test_minimums_and_extras_are_those_of_the_package() -> None:

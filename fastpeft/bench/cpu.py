@@ -28,6 +28,7 @@ CASES = (
     StepCase("llama", "lora", torch.bfloat16, hidden=1024, layers=2, tokens=512, compiled=True),
     StepCase("llama", "qlora", torch.float32),
     StepCase("llama", "qlora", torch.bfloat16),
+    StepCase("llama", "qlora", torch.float32, autocast=True),
     StepCase("bert", "lora", torch.float32),
     StepCase("bert", "qlora", torch.float32),
     StepCase("t5", "lora", torch.float32),

@@ -86,6 +86,13 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     return frozen
 
 
+def forget(layer: Any) -> None:
+    """Let go of the storage that `frozen_weight` has read: the layer is about to be moved, or is no longer ours."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if state is not None:
+        _WEIGHTS.pop(id(state), None)
+
+
 def decode_note(layer: Any) -> str:
     """What the user should know of the way in which bitsandbytes reads this layer's weight here; mostly nothing.
 

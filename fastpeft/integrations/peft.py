@@ -10,7 +10,8 @@ from torch import nn
 
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import why_not_bypassed
+from ..layers.bypass import why_not_bypassed, why_not_read
+from ..requirements import require_core
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -47,6 +48,12 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
             p = dropout.p if dropout.training else 0.0
             if p >= 1.0:
                 return f"adapter {name!r}: dropout of {p}"
+        reason = why_not_read(a, ("weight",)) or why_not_read(b, ("weight", "bias"))
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+        scaling = layer.scaling[name]
+        if isinstance(scaling, torch.Tensor) and (scaling.dim() or scaling.requires_grad or scaling.device != device):
+            return f"adapter {name!r}: a scaling that is trained, no single number, or on another device"
         weight_a, weight_b, bias = a._parameters["weight"], b._parameters["weight"], b._parameters["bias"]
         for weight in (weight_a, weight_b, bias):
             reason = why_not_plain(weight, device)
@@ -54,7 +61,7 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
                 return f"adapter {name!r}: {reason}"
         if weight_a.dtype != weight_b.dtype:
             return f"adapter {name!r}: lora_A in {weight_a.dtype}, lora_B in {weight_b.dtype}"
-        found.append(LoraAdapter(weight_a, weight_b, layer.scaling[name], bias, p))
+        found.append(LoraAdapter(weight_a, weight_b, scaling, bias, p))
     return tuple(found)
 
 
@@ -111,9 +118,11 @@ def lora_config(config: LoraConfig) -> LoraConfig:
         The copy. Targets that are neither plain nn.Linear nor bitsandbytes' Linear4bit get PEFT's own layers.
 
     Raises:
+        ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
         TypeError: `config` is no LoraConfig.
         ValueError: `config` targets parameters (`target_parameters`), which PEFT cannot combine with custom layers.
     """
+    require_core()
     from peft import LoraConfig
 
     from ..layers.lora import fast_classes

@@ -20,6 +20,12 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
     return None
 
 
+def why_not_read(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The reason why parameters of these names are not the module's own at present, or None."""
+    missing = [name for name in names if name not in module._parameters]  # FSDP1 keeps views in plain attributes
+    return f"{' and '.join(missing)} of a {type(module).__name__} held elsewhere" if missing else None
+
+
 def global_reason() -> str | None:
     """The reason why no module may be bypassed at present, or None."""
     if (

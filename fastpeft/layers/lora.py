@@ -18,7 +18,7 @@ from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
-from .bypass import global_reason, why_not_bypassed
+from .bypass import global_reason, why_not_bypassed, why_not_read
 from .siblings import SiblingGroup
 from .watching import SiblingWatch
 
@@ -111,8 +111,13 @@ class FastLoraLayer(nn.Module):
         if self.fastpeft_group is not None:
             self.fastpeft_group.dissolve()
         bitsandbytes.allow_cpu_packing(self.get_submodule("base_layer"), self.fastpeft_cpu_packing)
+        bitsandbytes.forget(self.get_submodule("base_layer"))
         for name in ("fastpeft_cpu_packing", "fastpeft_calls"):
             self.__dict__.pop(name, None)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        bitsandbytes.forget(self.get_submodule("base_layer"))  # what was read of it keeps the old device's memory
+        return super()._apply(*args, **kwargs)
 
     def _base_changed(self) -> None:
         """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it."""
@@ -135,7 +140,7 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
     if type(x) not in (Tensor, nn.Parameter):
         return f"an input of type {type(x).__name__}"
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"an input of shape {tuple(x.shape)} and dtype {x.dtype}"
+        return f"an input of {x.dim()} dimensions and dtype {x.dtype}"
     if getattr(layer, "_is_replica", False):
         return "a replica of nn.DataParallel"
     return global_reason()
@@ -153,7 +158,7 @@ def frozen_base(
     """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
     device = x.device
     if bitsandbytes.is_linear_4bit(base):
-        reason = why_not_bypassed(base, type(base), device)
+        reason = why_not_bypassed(base, type(base), device) or why_not_read(base, ("weight", "bias"))
         if reason is not None:
             return reason
         frozen = bitsandbytes.frozen_weight(base)
@@ -163,15 +168,15 @@ def frozen_base(
             return f"a base weight on {frozen.device}, the input on {device}"
         if frozen.shape != (base.out_features, base.in_features):
             return f"a 4-bit weight stored as {frozen.shape}"
-        return frozen, bitsandbytes.compute_dtype(base, x), x.dtype
-    reason = why_not_bypassed(base, nn.Linear, device)
+        return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
+    reason = why_not_bypassed(base, nn.Linear, device) or why_not_read(base, ("weight", "bias"))
     if reason is not None:
         return reason
     weight = base._parameters["weight"]
     reason = peft.why_not_plain(weight, device)
     if reason is not None:
         return f"base layer: {reason}"
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad:  # without gradients too: a checkpointed forward and its recomputation draw the same mask
         return "the base weight is trained"
     if autocast is None and weight.dtype != x.dtype:
         return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"

@@ -13,6 +13,7 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpeft
+from fastpeft.integrations import bitsandbytes
 from tests.integration.models import batch, make_base, trained, with_lora
 from tests.integration.quantised import forbid_packing, four_bit_layers, make_quantised, quantised_truth
 from tests.integration.reports import notes, shape_of
@@ -195,3 +196,36 @@ def rearranged(layer: Any) -> bool:
 def same_bytes(ours: Any, peft: Any) -> None:
     pairs = zip(four_bit_layers(ours), four_bit_layers(peft), strict=True)
     assert all(torch.equal(a.weight, b.weight) and torch.equal(a.weight.absmax, b.weight.absmax) for a, b in pairs)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_products_follow_autocast(compute_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes' own, whatever its compute dtype says."""
+    model = make_quantised(compute_dtype=compute_dtype)
+    given = batch(model)
+    exact = quantised_truth(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        peft = step(model, given)
+        fastpeft.accelerate(model)
+        step(model, given)
+        decoded = []
+        decode = bitsandbytes.BitsAndBytesWeight.decode
+        monkeypatch.setattr(
+            bitsandbytes.BitsAndBytesWeight,
+            "decode",
+            lambda self, out=None, rows=None, dtype=None: decoded.append(dtype) or decode(self, out, rows, dtype),
+        )
+        ours = step(model, given)
+    assert set(decoded) == {torch.bfloat16}
+    assert_step_close(ours, peft, exact)
+
+
+def test_storage_is_let_go_when_the_model_moves_or_is_restored() -> None:
+    model = fastpeft.accelerate(make_quantised())
+    given = batch(model)
+    states = {id(m.weight.quant_state) for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")}
+    for change in (lambda: model.to("cpu"), lambda: fastpeft.restore(model)):
+        step(model, given)
+        assert states <= bitsandbytes._WEIGHTS.keys()
+        change()
+        assert not states & bitsandbytes._WEIGHTS.keys()

@@ -98,6 +98,20 @@ def test_fully_sharded(tmp_path: Any) -> None:
     assert not notes(ours)
 
 
+@pytest.mark.parametrize("taken", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_parameters_that_are_plain_attributes_run_peft(taken: str) -> None:
+    """As FSDP1 leaves them: views of one flat parameter, in no module's `_parameters`."""
+    ours, peft = pair()
+    check(ours, peft)
+    for model in (ours, peft):
+        linear: Any = blocks(model)[0].k.get_submodule(taken)
+        value = linear._parameters.pop("weight")
+        linear.weight = value.detach().clone()
+    x = inputs()
+    assert_same(gradients(ours, x), gradients(peft, x))
+    assert "weight of a Linear held elsewhere" in notes(ours)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
 @pytest.mark.parametrize("when", ["after accelerating", "after the first forward", "before accelerating"])
 def test_compiled(backend: str, when: str) -> None:

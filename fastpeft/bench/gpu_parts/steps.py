@@ -44,8 +44,11 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
     for family in ("llama", "bert", "t5"):
         for method in methods:
             yield _sized(StepCase(family, method, torch.bfloat16), small)
+            yield _sized(StepCase(family, method, torch.float32, autocast=True), small)
+        yield _sized(StepCase(family, "lora", torch.float16), small)
         yield _sized(StepCase(family, "lora", torch.bfloat16, autocast=True, dropout=0.05), small)
         yield _sized(StepCase(family, "lora", torch.float32, autocast=True, checkpointing=True), small)
+    yield _sized(StepCase("llama", "lora", torch.bfloat16, compiled=True), small)
 
 
 def _sized(case: StepCase, small: bool) -> StepCase:

@@ -100,9 +100,7 @@ def lora_linear_group(
     """
     check_group(x, projections)
     dtypes = _resolve_dtypes(x, projections, compute_dtype, lora_dtype, out_dtype)
-    drawn = draw_seeds(x.device, projections, training) if seeds is None else list(seeds)
-    if len(drawn) != len(projections):
-        raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(drawn)}")
+    drawn = draw_seeds(x.device, projections, training) if seeds is None else _given(seeds, x, projections, training)
     return run_group(x, projections, dtypes, drawn, _implementation(backend, x, projections, dtypes, drawn))
 
 
@@ -130,6 +128,27 @@ def run_group(
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:
     """One seed for each projection that drops anything, in order; None for the others."""
     return [draw_seed(device) if training and any(a.dropout for a in p.adapters) else None for p in projections]
+
+
+def _given(
+    seeds: Sequence[Tensor | None], x: Tensor, projections: Sequence[LoraProjection], training: bool
+) -> list[Tensor | None]:
+    """The caller's seeds, checked; None where nothing is dropped."""
+    if len(seeds) != len(projections):
+        raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(seeds)}")
+    if not training:
+        return [None] * len(seeds)
+    drops = [any(adapter.dropout for adapter in projection.adapters) for projection in projections]
+    for i, (seed, wanted) in enumerate(zip(seeds, drops, strict=True)):
+        if not wanted:
+            continue
+        if seed is None:
+            raise ValueError(f"seeds[{i}]: expected an int64 tensor (1,) for a projection with dropout, got None")
+        if seed.dtype != torch.int64 or tuple(seed.shape) != (1,) or seed.device != x.device:
+            raise ValueError(
+                f"seeds[{i}]: expected int64 (1,) on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
+    return [seed if wanted else None for seed, wanted in zip(seeds, drops, strict=True)]
 
 
 def _implementation(
@@ -170,4 +189,8 @@ def _resolve_dtypes(
         )
     compute = compute or autocast or x.dtype
     lora = lora or autocast or (own.pop() if own else compute)
-    return Dtypes(compute, lora, out or compute)
+    resolved = Dtypes(compute, lora, out or compute)
+    for name in ("compute", "lora", "out"):
+        if not getattr(resolved, name).is_floating_point:
+            raise TypeError(f"{name}_dtype: expected a floating dtype, got {getattr(resolved, name)}")
+    return resolved

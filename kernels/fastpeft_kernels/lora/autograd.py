@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -50,10 +51,9 @@ class LoraGroup(torch.autograd.Function):
         implementation, projections, dtypes, seeds, needs = ctx.group
         shape, dtype = ctx.input
         x, s, *_ = ctx.saved_tensors
-        for projection, stamp in zip(projections, ctx.stamps, strict=True):
-            projection.weight.prefetch()
-            projection.weight.check_unchanged(stamp)
-        with torch.autocast(projections[0].weight.device.type, enabled=False):
+        with in_use(projections):
+            for projection, stamp in zip(projections, ctx.stamps, strict=True):
+                projection.weight.check_unchanged(stamp)
             dx, grads = implementation.backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 s,
@@ -65,8 +65,6 @@ class LoraGroup(torch.autograd.Function):
                 dtype if ctx.needs_input_grad[4] else None,
                 needs,
             )
-        for projection in projections:
-            projection.weight.release()
         # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
         flat = [None if dy is None else grad for dy, group in zip(dys, grads, strict=True) for grad in group]
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
@@ -96,12 +94,23 @@ def _compute(
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor | None]:
-    for projection in projections:
-        projection.weight.prefetch()
-    outputs, s = implementation.forward(x, projections, implementation.pack(projections, dtypes.lora), dtypes, seeds)
-    for projection in projections:
-        projection.weight.release()
-    return outputs, s
+    with in_use(projections):
+        return implementation.forward(  # type: ignore[no-any-return]
+            x, projections, implementation.pack(projections, dtypes.lora), dtypes, seeds
+        )
+
+
+@contextmanager
+def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
+    """The weights are brought and let go again; autocast is off, also in a backward that is called under it."""
+    with torch.autocast(projections[0].weight.device.type, enabled=False):
+        try:
+            for projection in projections:
+                projection.weight.prefetch()
+            yield
+        finally:
+            for projection in projections:
+                projection.weight.release()
 
 
 def _split(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:

@@ -6,7 +6,6 @@ a decoded weight, a dropout mask or a cast adapter between them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .autograd import in_use
 from .layout import FlatGroup, flatten_group, unflatten_group
 from .projection import Dtypes, LoraProjection
 
@@ -23,8 +23,6 @@ def apply(
     x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable. Autocast must be off."""
-    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:  # it imports Triton
-        from . import flops  # noqa: F401
     if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
         x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
     tensors, numbers, layout = flatten_group(projections, dtypes, seeds)
@@ -35,8 +33,9 @@ def apply(
 def lora_group_op(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
     """The outputs of `library.forward`, then S (tokens, total rank)."""
     group = unflatten_group(tensors, numbers, layout)
-    packed = library.pack(group.projections, group.dtypes.lora)
-    outputs, s = library.forward(x, group.projections, packed, group.dtypes, group.seeds)
+    with in_use(group.projections):
+        packed = library.pack(group.projections, group.dtypes.lora)
+        outputs, s = library.forward(x, group.projections, packed, group.dtypes, group.seeds)
     return [*outputs, _no_s(x, group) if s is None else s]
 
 
@@ -60,17 +59,18 @@ def lora_group_backward_op(
 ) -> list[Tensor]:
     """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order."""
     group = unflatten_group(tensors, numbers, layout)
-    dx, grads = library.backward(
-        None if x is None else x.reshape(-1, x.shape[-1]),
-        s,
-        [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
-        group.projections,
-        library.pack(group.projections, group.dtypes.lora),
-        group.dtypes,
-        group.seeds,
-        dx_dtype,
-        group.flags(wanted),
-    )
+    with in_use(group.projections):
+        dx, grads = library.backward(
+            None if x is None else x.reshape(-1, x.shape[-1]),
+            s,
+            [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
+            group.projections,
+            library.pack(group.projections, group.dtypes.lora),
+            group.dtypes,
+            group.seeds,
+            dx_dtype,
+            group.flags(wanted),
+        )
     by_place = {
         place: grad
         for places, found in zip(group.tracked, grads, strict=True)

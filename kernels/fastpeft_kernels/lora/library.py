@@ -151,7 +151,7 @@ def _project(
     lora_bias: Tensor | None,
     dtypes: Dtypes,
 ) -> None:
-    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the wider of the two compute dtypes."""
+    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes."""
     base = y if dtypes.compute == dtypes.out else y.new_empty(y.shape, dtype=dtypes.compute)
     own = projection.weight.linear(inputs)
     bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
@@ -162,9 +162,15 @@ def _project(
         torch.mm(inputs, weight, out=base) if bias is None else torch.addmm(bias, inputs, weight, out=base)
     if update is not None:
         wide = torch.promote_types(dtypes.compute, dtypes.lora)
-        base = base.to(wide).addmm_(update[0].to(wide), update[1].to(wide).t())
-        if lora_bias is not None:
-            base.add_(lora_bias)
+        if base is not y:
+            base = y.copy_(base) if torch.promote_types(wide, dtypes.out) == dtypes.out else base.to(wide)
+        s, up = update
+        if s.dtype != base.dtype:
+            base.add_(torch.mm(s, up.t()) if lora_bias is None else torch.addmm(lora_bias, s, up.t()))
+        elif lora_bias is None:
+            torch.addmm(base, s, up.t(), out=base)
+        else:
+            torch.addmm(base, s, up.t(), out=base).add_(lora_bias)
     if base is not y:
         y.copy_(base)
 
@@ -182,7 +188,7 @@ def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeig
     if own is None:
         values = _decoded(weight, dy.dtype)
         if dx is not None and dx.dtype == dy.dtype:
-            return dx.addmm_(dy, values)
+            return torch.addmm(dx, dy, values, out=dx)
         own = torch.mm(dy, values)
     return own.to(torch.promote_types(own.dtype, dx_dtype)) if dx is None else dx.add_(own)
 
@@ -193,7 +199,7 @@ def _add_adapter_input_gradient(
     """dx + dropout(dS A), summed in the wider of the two dtypes."""
     wide = torch.promote_types(dx.dtype, ds.dtype)
     if all(seed is None for seed in seeds):
-        return dx.addmm_(ds, a) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
+        return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
     dx = dx.to(wide)
     for first, last, seed, p, stream in _columns(projections, seeds):
         part = torch.mm(ds[:, first:last], a[first:last])

@@ -116,6 +116,10 @@ def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
             raise TypeError(f"{where}.b: expected the dtype of a, {adapter.a.dtype}, got {adapter.b.dtype}")
         if adapter.bias is not None:
             _check_tensor(f"{where}.bias", adapter.bias.device, x.device, adapter.bias, (out_features,))
+        if isinstance(adapter.scaling, Tensor):
+            _check_tensor(f"{where}.scaling", adapter.scaling.device, x.device, adapter.scaling, ())
+            if adapter.scaling.requires_grad:
+                raise ValueError(f"{where}.scaling: expected a tensor without gradient, got one that requires it")
         if not 0.0 <= adapter.dropout < 1.0:
             raise ValueError(f"{where}.dropout: expected a probability in [0, 1), got {adapter.dropout}")
 

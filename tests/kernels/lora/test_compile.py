@@ -160,10 +160,8 @@ def test_a_group_survives_flattening() -> None:
         assert [(a.scaling, a.dropout) for a in theirs.adapters] == [(a.scaling, a.dropout) for a in ours.adapters]
 
 
-@pytest.mark.parametrize("saved", ["mm.default", "addmm_.default"])
+@pytest.mark.parametrize("saved", ["mm.default", "addmm.out", "everything"])
 def test_selective_checkpointing(saved: str) -> None:
-    name, overload = saved.split(".")
-    op = getattr(getattr(torch.ops.aten, name), overload)
     a, b = torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
     w, x = torch.randn(8, 8), torch.randn(3, 8, requires_grad=True)
 
@@ -171,12 +169,36 @@ def test_selective_checkpointing(saved: str) -> None:
         return lora_linear(x.relu(), w, a, b).relu()
 
     def policy(context: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if called is op else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if saved in (str(called).removeprefix("aten."), "everything")
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     expected = torch.autograd.grad(block(x).sum(), [x, a, b])
     y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, a, b]), expected)
+
+
+def test_a_counter_around_a_checkpointed_forward_only() -> None:
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    w, x = torch.randn(8, 8), torch.randn(3, 8, requires_grad=True)
+    with FlopCounterMode(display=False):
+        y = checkpoint(lambda x: lora_linear(x.relu(), w, a, b), x, use_reentrant=False)
+    expected = torch.autograd.grad(lora_linear(x.relu(), w, a, b).sum(), [x, a, b])
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, a, b]), expected)
+
+
+def test_a_backward_under_autocast_rounds_nothing() -> None:
+    group = [projection(64, 8, 2), projection(64, 4, 2)]
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted = [x, *parameters(group)]
+    expected = torch.autograd.grad([y.sum() for y in lora_linear_group(x, group)], wanted)
+    *ys, _ = lora_group_op(x, *flatten_group(group, F32, [None, None]))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad([y.sum() for y in ys], wanted)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_fake_tensors_leave_nothing_behind() -> None:
@@ -188,7 +210,7 @@ def test_fake_tensors_leave_nothing_behind() -> None:
     assert type(lora_linear_group(torch.randn(5, 64), group)[0]) is Tensor
 
 
-def test_operations_are_counted() -> None:
+def test_counters_see_what_runs() -> None:
     m, k, r = 16, 64, 4
     x = torch.randn(m, k, requires_grad=True)
     weight = DenseWeight(torch.randn(8, k))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from fastpeft_kernels.quant import Packed4bit, decode_4bit, encode_4bit, reference
 from tests.fresh import run_fresh
@@ -208,16 +208,16 @@ def test_compiles_without_graph_breaks(packed: Packed4bit) -> None:
         assert torch.equal(out, want), "out was not written in place"
 
 
-def test_is_one_op_under_a_dispatch_mode(packed: Packed4bit) -> None:
+def test_is_one_op_under_selective_checkpointing(packed: Packed4bit) -> None:
     seen = []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(func.name())
-            return func(*args, **(kwargs or {}))
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        seen.append(op.name())
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     out = torch.empty(13, 75)
-    with Watch():
+    caching, _ = create_selective_checkpoint_contexts(policy)
+    with caching:
         result = decode_4bit(packed)
         decode_4bit(packed, out)
     assert seen == ["fastpeft::decode_4bit", "fastpeft::decode_4bit_out"]
