@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.random import dropout
-from ..common.scratch import scratch
 from ..weights import FrozenWeight
+from .parts import adapter_columns, bias_gradients, decoded, empty_ds
 from .projection import Dtypes, LoraProjection, Packed
 
 
@@ -88,7 +88,7 @@ def backward(
     """
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dx: Tensor | None = None
-    ds = _empty_ds(dys, packed)
+    ds = empty_ds(dys, packed)
     column = 0
     for i, projection in enumerate(projections):
         first, column = column, column + projection.rank
@@ -98,7 +98,7 @@ def backward(
         dy = _rows_contiguous(dy)
         if dx_dtype is not None:
             dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
-        _bias_gradients(dy, projection, needs[i], grads[i])
+        bias_gradients(dy, projection, needs[i], grads[i])
         up = packed.b[i]
         if ds is None or up is None:
             continue
@@ -112,15 +112,6 @@ def backward(
         if dx is not None:
             dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
     return dx, grads
-
-
-def _empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
-    """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
-    given = [dy for dy in dys if dy is not None]
-    if packed.a is None or not given:
-        return None
-    shape = (given[0].shape[0], packed.a.shape[0])
-    return packed.a.new_empty(shape) if len(given) == len(dys) else packed.a.new_zeros(shape)
 
 
 def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +128,7 @@ def _down(
     if all(seed is None for seed in seeds):
         return torch.mm(inputs, packed.a.t())
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
-    for first, last, seed, p, stream in _columns(projections, seeds):
+    for first, last, seed, p, stream in adapter_columns(projections, seeds):
         dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
         torch.mm(dropped, packed.a[first:last].t(), out=s[:, first:last])
     return s
@@ -158,7 +149,7 @@ def _project(
     if own is not None:
         base.copy_(own) if bias is None else torch.add(own, bias, out=base)
     else:
-        weight = _decoded(projection.weight, dtypes.compute).t()
+        weight = decoded(projection.weight, dtypes.compute).t()
         torch.mm(inputs, weight, out=base) if bias is None else torch.addmm(bias, inputs, weight, out=base)
     if update is not None:
         wide = torch.promote_types(dtypes.compute, dtypes.lora)
@@ -175,18 +166,11 @@ def _project(
         y.copy_(base)
 
 
-def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """The dense values for one product, in a warm buffer that the next decode overwrites unless they lie ready."""
-    if not weight.fills or (weight.kind == "dense" and weight.dtype == dtype):
-        return weight.decode(dtype=dtype)
-    return weight.decode(out=scratch(weight.shape, dtype, weight.device))
-
-
 def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dx_dtype: torch.dtype) -> Tensor:
     """dx + dy W, one product; summed apart where x is wider than the products, as autograd would."""
     own = weight.linear_t(dy)
     if own is None:
-        values = _decoded(weight, dy.dtype)
+        values = decoded(weight, dy.dtype)
         if dx is not None and dx.dtype == dy.dtype:
             return torch.addmm(dx, dy, values, out=dx)
         own = torch.mm(dy, values)
@@ -201,24 +185,10 @@ def _add_adapter_input_gradient(
     if all(seed is None for seed in seeds):
         return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
     dx = dx.to(wide)
-    for first, last, seed, p, stream in _columns(projections, seeds):
+    for first, last, seed, p, stream in adapter_columns(projections, seeds):
         part = torch.mm(ds[:, first:last], a[first:last])
         dx.add_(part if seed is None else dropout(part, seed, p, stream))
     return dx
-
-
-def _bias_gradients(dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]) -> None:
-    wanted = [i for i in range(0, len(needs), 3) if needs[i]]  # the bias, then every adapter's
-    if not wanted:
-        return
-    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    for i in wanted:
-        if i == 0 and projection.bias is not None:
-            grads[0] = total.to(projection.bias.dtype)
-        elif i > 0:
-            adapter = projection.adapters[i // 3 - 1]
-            if adapter.bias is not None:
-                grads[i] = (total * adapter.scaling).to(adapter.bias.dtype)
 
 
 def _up_gradients(
@@ -248,7 +218,7 @@ def _down_gradients(
     joint = None
     if all(seed is None for seed in seeds):
         joint = _mm_wide(ds.t(), x, next(a.a.dtype for projection in projections for a in projection.adapters))
-    columns = _columns(projections, seeds)
+    columns = adapter_columns(projections, seeds)
     for i, projection in enumerate(projections):
         for j, adapter in enumerate(projection.adapters):
             first, last, seed, p, stream = next(columns)
@@ -260,15 +230,6 @@ def _down_gradients(
                 dropped = x if seed is None else dropout(x, seed, p, stream)
                 da = _mm_wide(ds[:, first:last].t(), dropped, adapter.a.dtype)
             grads[i][3 * j + 1] = da.to(adapter.a.dtype)
-
-
-def _columns(projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
-    """(first, last, seed or None, p, stream) of every adapter's columns of S."""
-    last = 0
-    for projection, seed in zip(projections, seeds, strict=True):
-        for stream, adapter in enumerate(projection.adapters):
-            first, last = last, last + adapter.rank
-            yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

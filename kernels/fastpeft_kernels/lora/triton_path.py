@@ -7,7 +7,7 @@ the first product of dX, and reads x once for dA. Dropout is applied where value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..common.device import device_capability, hopper_dots_safe
 from ..common.random import TRITON_DTYPES
-from ..common.scratch import scratch
 from ..weights import FrozenWeight
 from .backward import columns_contiguous, lora_down_bwd_input_, lora_down_bwd_weight, lora_sum, lora_up_bwd
 from .configs import UP
 from .forward import lora_down, lora_down_fwd_kernel, lora_linear
 from .packing import pack
+from .parts import adapter_columns, bias_gradients, decoded, empty_ds
 from .projection import Dtypes, LoraProjection, Packed
 
 __all__ = ["backward", "forward", "pack", "refusal"]
@@ -81,14 +81,14 @@ def backward(
     if not given:
         return None, grads
     dys = [None if dy is None else columns_contiguous(dy) for dy in dys]
-    ds = _empty_ds(dys, packed) if dx_dtype is not None or x is not None else None
+    ds = empty_ds(dys, packed) if dx_dtype is not None or x is not None else None
     column = 0
     for i, projection in enumerate(projections):
         first, column = column, column + projection.rank
         dy, up = dys[i], packed.b[i]
         if dy is None:
             continue
-        _bias_gradients(dy, projection, needs[i], grads[i])
+        bias_gradients(dy, projection, needs[i], grads[i])
         if up is not None:
             columns = slice(first, column)
             s_i, ds_i = None if s is None else s[:, columns], None if ds is None else ds[:, columns]
@@ -108,7 +108,7 @@ def _down(
     if all(seed is None for seed in seeds):
         return lora_down(x2, packed.a)
     s = packed.a.new_empty((x2.shape[0], packed.a.shape[0]))
-    for first, last, seed, p, stream in _columns(projections, seeds):
+    for first, last, seed, p, stream in adapter_columns(projections, seeds):
         lora_down(x2, packed.a[first:last], seed=seed, p=p, stream=stream, out=s[:, first:last])
     return s
 
@@ -125,7 +125,7 @@ def _project(
     own = weight.linear(inputs)
     s, b = update
     if own is None:
-        lora_linear(inputs, _decoded(weight, dtypes.compute), s, b, bias, out=y)
+        lora_linear(inputs, decoded(weight, dtypes.compute), s, b, bias, out=y)
         return
     if s is None or b is None:
         y.copy_(own if bias is None else own + bias)
@@ -140,22 +140,6 @@ def _project(
 def _total_bias(bias: Tensor | None, lora_bias: Tensor | None, dtypes: Dtypes) -> Tensor | None:
     base = None if bias is None else bias.detach().to(dtypes.compute)
     return lora_bias if base is None else base if lora_bias is None else base + lora_bias
-
-
-def _decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """The dense values for one product, in a warm buffer that the next decode overwrites unless they lie ready."""
-    if not weight.fills or (weight.kind == "dense" and weight.dtype == dtype):
-        return weight.decode(dtype=dtype)
-    return weight.decode(out=scratch(weight.shape, dtype, weight.device))
-
-
-def _empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
-    """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
-    if packed.a is None:
-        return None
-    tokens = next(dy.shape[0] for dy in dys if dy is not None)
-    make = packed.a.new_zeros if any(dy is None for dy in dys) else packed.a.new_empty
-    return make((tokens, packed.a.shape[0]))
 
 
 def _up_gradients(
@@ -213,14 +197,16 @@ def _input_gradient(
         if own is not None:
             dx = columns_contiguous(own.to(wide)) if dx is None else dx.add_(own)
         else:
-            w = _decoded(weight, dtypes.compute).t()
+            w = decoded(weight, dtypes.compute).t()
             s, b = (ds, packed.a.t()) if inside and ds is not None and packed.a is not None else (None, None)
             out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=wide) if dx is None else dx
             dx = lora_linear(dy, w, s, b, out=out, accumulate=dx is not None)
             ds = None if inside else ds
     if dx is None or ds is None or packed.a is None:
         return dx
-    for first, last, seed, p, stream in [(0, ds.shape[1], None, 0.0, 0)] if inside else _columns(projections, seeds):
+    for first, last, seed, p, stream in (
+        [(0, ds.shape[1], None, 0.0, 0)] if inside else adapter_columns(projections, seeds)
+    ):
         lora_down_bwd_input_(dx, ds[:, first:last], packed.a[first:last], seed=seed, p=p, stream=stream)
     return dx
 
@@ -235,7 +221,7 @@ def _down_gradients(
 ) -> None:
     """dA = dS^T dropout(x), from one read of x for the whole group without dropout."""
     joint = lora_down_bwd_weight(x, ds) if all(seed is None for seed in seeds) else None
-    columns = _columns(projections, seeds)
+    columns = adapter_columns(projections, seeds)
     for i, projection in enumerate(projections):
         for j, adapter in enumerate(projection.adapters):
             first, last, seed, p, stream = next(columns)
@@ -246,23 +232,3 @@ def _down_gradients(
             else:
                 partial = lora_down_bwd_weight(x, ds[:, first:last], seed=seed, p=p, stream=stream)
             grads[i][3 * j + 1] = lora_sum(partial, torch.empty_like(adapter.a, memory_format=torch.contiguous_format))
-
-
-def _bias_gradients(dy: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]) -> None:
-    biases = [(projection.bias, 1.0), *((adapter.bias, adapter.scaling) for adapter in projection.adapters)]
-    total: Tensor | None = None
-    for i, (bias, factor) in enumerate(biases):
-        if needs[3 * i] and bias is not None:
-            total = dy.sum(0, dtype=torch.float32) if total is None else total
-            grads[3 * i] = (total * factor).to(bias.dtype)
-
-
-def _columns(
-    projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
-) -> Iterator[tuple[int, int, Tensor | None, float, int]]:
-    """(first, last, seed or None, p, stream) of every adapter's columns of S."""
-    last = 0
-    for projection, seed in zip(projections, seeds, strict=True):
-        for stream, adapter in enumerate(projection.adapters):
-            first, last = last, last + adapter.rank
-            yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream

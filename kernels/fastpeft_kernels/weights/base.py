@@ -68,6 +68,10 @@ class FrozenWeight(ABC):
     def unflatten(cls, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> FrozenWeight:
         """The weight again; shares storage with `tensors`."""
 
+    def ready(self, dtype: torch.dtype) -> Tensor | None:
+        """The values as they are stored, not to be written into, when that is a dense matrix of `dtype`; else None."""
+        return None
+
     def linear(self, x: Tensor) -> Tensor | None:
         """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here."""
         return None

@@ -53,6 +53,9 @@ class DenseWeight(FrozenWeight):
             return out.copy_(values)
         return values if dtype is None else values.to(dtype)
 
+    def ready(self, dtype: torch.dtype) -> Tensor | None:
+        return self.weight.detach() if self.weight.dtype == dtype else None
+
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return (self.weight,), {}
 

@@ -198,16 +198,32 @@ def test_a_weight_is_brought_and_released_around_every_use():
         def prefetch(self):
             log.append("prefetch")
 
-        def decode(self, *args, **kwargs):
-            log.append("decode")
-            return super().decode(*args, **kwargs)
+        def ready(self, dtype):
+            log.append("read")
+            return super().ready(dtype)
 
         def release(self):
             log.append("release")
 
     p = LoraProjection(Streamed(torch.randn(8, 12)), None, (adapter(2, 12, 8),))
     lora_linear_group(torch.randn(3, 12, requires_grad=True), [p])[0].sum().backward()
-    assert log == ["prefetch", "decode", "release"] * 2
+    assert log == ["prefetch", "read", "release"] * 2
+
+
+def test_a_weight_is_released_when_its_product_fails():
+    log = []
+
+    class Lost(DenseWeight):
+        def ready(self, dtype):
+            raise RuntimeError("the link is down")
+
+        def release(self):
+            log.append("release")
+
+    p = LoraProjection(Lost(torch.randn(8, 12)), None, (adapter(2, 12, 8),))
+    with pytest.raises(RuntimeError, match="the link is down"):
+        lora_linear_group(torch.randn(3, 12), [p])
+    assert log == ["release"]
 
 
 def test_parameters_of_an_output_without_gradient_get_none():
