@@ -1,8 +1,7 @@
 """Projections that read the same tensor, computed together by the first that is called.
 
-Who belongs together is found by `watching`; it lives on the layers and is copied and pickled with them. What a group
-holds for members that are yet to be called is transient: it is never copied, and it is gone when the parent's forward
-ends.
+Who belongs together is found by `watching`, and copied and pickled with the parent. What a group holds for members that
+are yet to be called is transient: it is never copied, and it is gone when the parent's forward ends.
 
 torch.compile allows no write to what outlives a checkpointed region, so a traced group holds nothing itself: what it
 computed ahead hangs on the input, of which every traced parent first makes a tensor of its own.
@@ -15,6 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer, Request
@@ -36,18 +36,25 @@ class _Held:
 class SiblingGroup:
     """Layers under one parent that are called with the same tensor, in calling order."""
 
-    def __init__(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
-        self.parent, self.members = parent, members
+    def __init__(self) -> None:
+        self.members: list[FastLoraLayer] = []
+        self.hooks: list[RemovableHandle] = []
         self._held: _Held | None = None
-        self._hooks = (
+
+    def form(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
+        """These layers under this parent belong together from now on."""
+        self.members = members
+        self.hooks = [
             parent.register_forward_pre_hook(_own_inputs, with_kwargs=True),
-            parent.register_forward_hook(self._forget, always_call=True),
-        )
+            parent.register_forward_hook(_Above(self).after, always_call=True),
+        ]
         for member in members:
             member.fastpeft_group = self
 
     def take(self, member: FastLoraLayer, x: Tensor) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
+        if not self.members and not torch.compiler.is_compiling():  # a layer that was copied without its parent
+            member.__dict__.pop("fastpeft_group", None)
         outputs = self._ahead(x)
         if outputs is None:
             return None
@@ -60,7 +67,11 @@ class SiblingGroup:
         """The member's output; when it is the group's first, the others' are computed with it and held."""
         from .lora import compute
 
-        if member is not self.members[0] or (not torch.compiler.is_compiling() and x.is_inference()):
+        if (
+            not self.members
+            or member is not self.members[0]
+            or (not torch.compiler.is_compiling() and x.is_inference())
+        ):
             return compute(x, [request])[0]
         self._hold(x, None)
         requests, others = [request], []
@@ -78,7 +89,7 @@ class SiblingGroup:
     def dissolve(self) -> None:
         """The members are on their own again."""
         self._held = None
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         for member in self.members:
             member.__dict__.pop("fastpeft_group", None)
@@ -95,12 +106,31 @@ class SiblingGroup:
         else:
             self._held = None if outputs is None else _Held(x, outputs)
 
-    def _forget(self, *_: Any) -> None:
+    def forget(self) -> None:
+        """Hold nothing ahead."""
+        self._held = None
+
+    def __reduce__(self) -> Any:
+        """A copy knows nothing, until the parent's hook that is copied with it tells; a layer's copy has no parent."""
+        return SiblingGroup, ()
+
+
+class _Above:
+    """The parent's end of a group, held by its hook: there the forward ends, and there copies of the group begin."""
+
+    def __init__(self, group: SiblingGroup) -> None:
+        self.group = group
+
+    def after(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._held = None
+            self.group.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {"group": self.group, "members": self.group.members, "hooks": self.group.hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.group = state["group"]
+        self.group.members, self.group.hooks = state["members"], state["hooks"]
 
 
 def _own_inputs(

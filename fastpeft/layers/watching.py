@@ -1,20 +1,25 @@
 """Which projections read the same tensor: found by watching one forward, fixed before the first with gradients.
 
-`SiblingWatch` runs the outermost call once under no_grad and watches. No architecture's names are known here.
+A `SiblingWatch` runs the outermost call once under no_grad and watches. No architecture's names are known here.
+
+Hooks and what they know refer to modules below them only, so that a copy of a part of a model takes that part along
+and nothing else.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..integrations.transformers import passes_cache
 from .siblings import SiblingGroup, version_of
@@ -22,123 +27,178 @@ from .siblings import SiblingGroup, version_of
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
 
+logger = logging.getLogger("fastpeft")
+
 
 class SiblingWatch:
-    """Waits for the first call that reaches the given layers, runs it once under no_grad, and forms the groups.
+    """Waits for the first call that reaches its layers, runs it once under no_grad, and forms the groups.
 
-    Every module above the layers carries a forward pre-hook of ours until its layers have been seen, so that it does
-    not matter which of them is called from outside. A call that passes a cache is not run twice: watching is put off,
-    and given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
-    `fastpeft_watch`.
+    A call that passes a cache is not run twice: watching is put off, and given up for those layers when the call
+    computes gradients. A layer has one watch at a time, its attribute `fastpeft_watch`; where watching failed and the
+    call itself did not, the attribute `fastpeft_watch_error` says why.
     """
 
-    def __init__(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
-        self.parents: dict[int, nn.Module] = {}
-        self.waiting: dict[int, FastLoraLayer] = {}
-        self.hooks: list[tuple[nn.Module, RemovableHandle]] = []
-        self._seen: dict[int, list[_Run]] | None = None
-        self._failed: nn.Module | None = None
-        above: dict[int, nn.Module] = {}
+    def __init__(self) -> None:
+        self._places: WeakSet[_Place] = WeakSet()
+        self._outer: _Place | None = None  # being watched, or in the call that follows: calls inside are left alone
+        self._ran: set[_Place] = set()  # called meanwhile
+        self._seen: dict[int, list[_Run]] | None = None  # while watching: by parent
+        self._error: str | None = None  # of watching `_outer`
+
+    def start(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
+        """Wait for these layers, by path. Every module above one is a place: any of them may be called from outside."""
+        below: dict[str, dict[FastLoraLayer, nn.Module]] = {}
         for path, layer in layers.items():
-            parent = root.get_submodule(path.rpartition(".")[0])
-            if parent is layer:
-                continue
             if layer.fastpeft_watch is not None:
                 layer.fastpeft_watch.forget([layer])
+            layer.__dict__.pop("fastpeft_watch_error", None)
+            if not path:
+                continue
             layer.fastpeft_watch = self
-            self.waiting[id(layer)] = layer
-            self.parents[id(layer)] = parent
             names = path.split(".")[:-1]
+            parent = root.get_submodule(".".join(names))
             for depth in range(len(names) + 1):
-                module = root.get_submodule(".".join(names[:depth]))
-                above[id(module)] = module
-        for module in above.values():
-            self.hooks.append((module, module.register_forward_pre_hook(self._before_forward, with_kwargs=True)))
+                below.setdefault(".".join(names[:depth]), {})[layer] = parent
+        for path, waiting in below.items():
+            _Place(self, root.get_submodule(path), waiting)
+
+    def add(self, place: _Place) -> None:
+        self._places.add(place)
 
     def forget(self, layers: list[Any]) -> None:
-        """Wait no longer for these layers; without any left, be gone."""
+        """Wait no longer for these layers; without any left below a module, be gone from there."""
+        for place in list(self._places):
+            for layer in layers:
+                place.waiting.pop(layer, None)
+            if not place.waiting:
+                place.unhook()
         for layer in layers:
-            if self.waiting.pop(id(layer), None) is not None:
-                layer.__dict__.pop("fastpeft_watch", None)
-        if not self.waiting:
-            for _, hook in self.hooks:
-                hook.remove()
-            self.hooks.clear()
+            layer.__dict__.pop("fastpeft_watch", None)
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._failed is module:  # a new call; an interrupt ended the last one
-            self._failed = None
-        busy = self._seen is not None or self._failed is not None
-        if busy or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
-            return
-        inside = [layer for layer in module.modules() if id(layer) in self.waiting]
-        if not inside:
-            self._unhook(module)
-            return
-        if passes_cache(args, kwargs):
+    def before(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A place is called. Costs next to nothing while a cache is passed, as for every token that is generated."""
+        if self._outer is place and self._seen is None:  # a new call; an interrupt ended the last one
+            self._outer = None
+        if self._outer is not None:
+            self._ran.add(place)
+        elif passes_cache(args, kwargs):
             if torch.is_grad_enabled():
-                self.forget(inside)
-            return
-        try:
-            self._watch(module, inside, args, kwargs)
-        except Exception:  # most likely the real call meets the same error, and raises it where the user can see it
-            self._failed = module
-            if self._after_forward not in module._forward_hooks.values():
-                self.hooks.append((module, module.register_forward_hook(self._after_forward, always_call=True)))
-        else:
-            self._unhook(module)
+                self.forget(list(place.waiting))
+        elif place.waiting:
+            self._outer, self._ran, self._error = place, set(), None
+            try:
+                self._watch(place, module, args, kwargs)
+            except Exception as error:  # most likely the real call meets it too, and raises it where the user sees it
+                self._error = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            except BaseException:
+                self._outer = None
+                raise
+            if place.waiting:
+                place.await_end(module)
+            else:
+                self._outer = None
+        else:  # the layers are no more
+            place.unhook()
 
-    def _watch(self, module: nn.Module, inside: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen = {}
-        handles = [layer.register_forward_pre_hook(self._record) for layer in inside]
+    def after(self, place: _Place, module: nn.Module, output: Any) -> None:
+        """The call that was watched has ended. Whatever ran in it has had its chance, unless it failed both times."""
+        if self._outer is not place:
+            return
+        self._outer, ran = None, self._ran
+        failed = output is None and sys.exc_info()[1] is not None
+        if failed and self._error is not None:
+            return
+        if self._error is not None:
+            layers: list[Any] = list(place.waiting)
+            for layer in layers:
+                layer.fastpeft_watch_error = self._error
+            logger.warning(
+                "%d LoRA layers are computed one by one: running %s once under no_grad, to see which of them read the "
+                "same tensor, failed with %s",
+                *(len(layers), type(module).__name__, self._error),
+            )
+            self.forget(layers)
+            return
+        if not failed:  # else torch goes through this module's hooks just now
+            ran.add(place)
+        unreached = {layer for one in ran for layer in one.waiting}
+        for one in ran:
+            one.waiting.clear()
+        self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
+
+    def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parents = {id(layer): parent for layer, parent in place.living()}
+        seen: dict[int, list[_Run]] = {}
+
+        def record(layer: Any, args: tuple[Any, ...]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                return
+            runs = seen.setdefault(id(parents[id(layer)]), [])
+            for run in runs:
+                if run.x() is args[0] and run.version == version_of(args[0]):
+                    run.members.append(layer)
+                    return
+            runs.append(_Run(args[0], layer))
+
+        self._seen = seen
+        handles = [layer.register_forward_pre_hook(record) for layer, _ in place.living()]
         try:
             with torch.no_grad(), _side_effects_undone(module):
                 module.forward(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-            seen, self._seen = self._seen, None
+            self._seen = None
         for runs in seen.values():
             for members in _consistent(runs):
-                SiblingGroup(self.parents[id(members[0])], members)
+                SiblingGroup().form(parents[id(members[0])], members)
         self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a watch that failed: watch again at the next call if the real one failed too, never if it succeeded."""
-        if self._failed is not module:
-            return
-        self._failed = None
-        if output is not None:
-            self.forget([layer for layer in module.modules() if id(layer) in self.waiting])
-            self._unhook(module)
+    def __reduce__(self) -> Any:
+        """A copy knows nothing, until the places that are copied with it report to it."""
+        return SiblingWatch, ()
 
-    def _record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._seen is None or not args or not isinstance(args[0], Tensor):
-            return
-        runs = self._seen.setdefault(id(self.parents[id(layer)]), [])
-        for run in runs:
-            if run.x() is args[0] and run.version == version_of(args[0]):
-                run.members.append(layer)  # type: ignore[arg-type]
-                return
-        runs.append(_Run(args[0], layer))  # type: ignore[arg-type]
 
-    def _unhook(self, module: nn.Module) -> None:
-        for known, hook in self.hooks:
-            if known is module:
-                hook.remove()
-        self.hooks = [(known, hook) for known, hook in self.hooks if known is not module]
+class _Place:
+    """A module above layers that are waited for, held by its hooks on that module.
+
+    Attributes:
+        waiting: layer -> its parent; both are held by the model alone.
+    """
+
+    def __init__(self, watch: SiblingWatch, module: nn.Module, waiting: dict[FastLoraLayer, nn.Module]) -> None:
+        self.watch, self.waiting = watch, WeakKeyDictionary({layer: ref(parent) for layer, parent in waiting.items()})
+        self.hooks = [module.register_forward_pre_hook(self._before, with_kwargs=True)]
+        watch.add(self)
+
+    def living(self) -> list[tuple[FastLoraLayer, nn.Module]]:
+        found = [(layer, parent()) for layer, parent in self.waiting.items()]
+        return [(layer, parent) for layer, parent in found if parent is not None]
+
+    def await_end(self, module: nn.Module) -> None:
+        if len(self.hooks) == 1:
+            self.hooks.append(module.register_forward_hook(self._after, always_call=True))
+
+    def unhook(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and "_is_replica" not in module.__dict__:
+            self.watch.before(self, module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() and "_is_replica" not in module.__dict__:
+            self.watch.after(self, module, output)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "hooks": self.hooks,
-            "layers": list(self.waiting.values()),
-            "parents": [self.parents[key] for key in self.waiting],
-        }
+        return {"watch": self.watch, "hooks": self.hooks, "waiting": self.living()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.hooks, self._seen, self._failed = state["hooks"], None, None
-        self.waiting = {id(layer): layer for layer in state["layers"]}
-        self.parents = {id(layer): p for layer, p in zip(state["layers"], state["parents"], strict=True)}
+        self.watch, self.hooks = state["watch"], state["hooks"]
+        self.waiting = WeakKeyDictionary({layer: ref(parent) for layer, parent in state["waiting"]})
+        self.watch.add(self)
 
 
 class _Run:
@@ -166,19 +226,70 @@ def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
 
 @contextmanager
 def _side_effects_undone(module: nn.Module) -> Iterator[None]:
-    """Random-number generators and running statistics as they were before."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    devices = {p.device for p in module.parameters() if p.is_cuda}
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    """Random-number generators, buffers, and all attributes of modules whose buffers changed, as they were before.
+
+    Attributes, because they often say what a buffer holds: rotary embeddings note for which length they were extended.
+    """
+    modules = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    values = {id(b): _Value(b) for b in module.buffers() if b.layout is torch.strided and not b.is_meta}
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with _generators_kept(module):
             yield
     finally:
-        random.setstate(python_state)
+        # Copies of trained weights that autocast made under no_grad would keep them from their gradients.
+        torch.clear_autocast_cache()
+        written = {key for key, value in values.items() if value.put_back()}
+        for m, attributes, buffers in modules:
+            replaced = list(map(id, m._buffers.values())) != list(map(id, buffers.values()))
+            if replaced:
+                m._buffers.clear()
+                m._buffers.update(buffers)
+            if replaced or not written.isdisjoint(map(id, buffers.values())):
+                for name in m.__dict__.keys() - attributes.keys():
+                    del m.__dict__[name]
+                m.__dict__.update(attributes)
+
+
+class _Value:
+    """What a buffer holds at present."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.data, self.value, self.version = buffer, buffer.data, buffer.clone(), version_of(buffer)
+        # Fake tensors have no values to compare.
+        self.plain = type(buffer) is Tensor and not is_in_torch_dispatch_mode()
+
+    def put_back(self) -> bool:
+        """True when there was something to put back; versions do not count what was written through `.data`."""
+        buffer = self.buffer
+        moved = self.plain and _place_of(buffer) != _place_of(self.data)
+        if moved:
+            buffer.data = self.data
+        written = version_of(buffer) != self.version or (self.plain and not torch.equal(buffer, self.value))
+        if written:
+            buffer.data.copy_(self.value)
+        return moved or written
+
+
+def _place_of(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+
+
+@contextmanager
+def _generators_kept(module: nn.Module) -> Iterator[None]:
+    """The random-number generators of Python, numpy, torch, and the devices that the module is on."""
+    devices: dict[str, set[torch.device]] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.device.type not in ("cpu", "meta"):
+            devices.setdefault(tensor.device.type, set()).add(tensor.device)
+    numpy = sys.modules.get("numpy")
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
         if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, used in devices.items():
+            if kind == "mps":  # one device, which its functions do not take
+                stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+            elif hasattr(getattr(torch, kind, None), "get_rng_state"):
+                stack.enter_context(torch.random.fork_rng(sorted(used, key=str), device_type=kind))
+        yield

@@ -58,16 +58,20 @@ class LoraReplacement:
         }
         for path, layer in layers.items():
             layer.enter()
-            if layer.fastpeft_group is not None and path.rpartition(".")[0] in fresh:  # may belong to it
-                layer.fastpeft_group.dissolve()
+            group = layer.fastpeft_group
+            if group is not None and (path.rpartition(".")[0] in fresh or not group.members):  # may belong to it
+                group.dissolve()
+                layer.__dict__.pop("fastpeft_group", None)  # left where the layer was copied without its parent
         alone = {path: layer for path, layer in layers.items() if layer.fastpeft_group is None}
         if alone:
-            SiblingWatch(root, alone)
+            SiblingWatch().start(root, alone)
 
     def undo(self, module: nn.Module) -> bool:
         if not isinstance(module, FastLoraLayer):
             return False
         module.leave()
+        for name in ("fastpeft_watch_error", "fastpeft_group"):  # a group is left in a copy without its parent
+            module.__dict__.pop(name, None)
         fast: type[nn.Module] = type(module)
         stock = next(stock for stock, ours in fast_classes().items() if ours is fast)
         module.__class__ = stock  # type: ignore[assignment]
@@ -76,10 +80,12 @@ class LoraReplacement:
 
     def status(self, module: nn.Module) -> tuple[str, str]:
         group = getattr(module, "fastpeft_group", None)
-        partners = "" if group is None else f"one of {len(group.members)}"
+        partners = "" if group is None or not group.members else f"one of {len(group.members)}"
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
         fused = calls.pop("fused", 0)
         notes = [f"{count} of {fused + sum(calls.values())} calls by PEFT: {reason}" for reason, count in calls.items()]
+        if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
+            notes.append(f"siblings not found: {error}")
         base = module.get_submodule("base_layer")
         if bitsandbytes.is_linear_4bit(base) and (note := bitsandbytes.decode_note(base)):
             notes.append(note)

@@ -1,0 +1,367 @@
+"""The forward that is run once more, to see who are siblings: what it costs, leaves behind, and takes along."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastpeft
+from fastpeft.layers import watching
+from tests.integration.blocks import WIDTH, Block, Stack, assert_same, blocks, check, gradients, inputs, pair
+from tests.integration.reports import notes, siblings
+from tests.integration.test_errors_and_leftovers import needs_gradients
+
+GROUPED = {frozenset("qkv")}
+
+
+class TestCost:
+    def test_nothing_is_searched_while_a_cache_is_passed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As for every token that is generated."""
+
+        class Cached(Block):
+            def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+                return super().forward(x)
+
+        ours, peft = pair(Cached())
+        (block,) = blocks(ours)
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(nn.Module, "named_modules", forbidden)
+            patched.setattr(watching.SiblingWatch, "_watch", forbidden)
+            for _ in range(3):
+                block(inputs(), cache=[1])
+        assert not siblings(ours)
+        check(ours, peft)
+        assert siblings(ours) == GROUPED
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_one_more_forward_although_some_layers_are_not_reached(self, fails: bool) -> None:
+        ours, peft = pair(Routed())
+        for model in (ours, peft):
+            routed(model).fails = fails
+        check(ours, peft)
+        assert routed(ours).runs == 3
+        assert siblings(ours) == (set() if fails else GROUPED)
+        for model in (ours, peft):
+            routed(model).fails, routed(model).expert = False, 1
+        check(ours, peft)
+        assert routed(ours).runs == 5
+        last = fastpeft.report(ours).rows[-1]
+        assert last.path.endswith("experts.1.v") and bool(last.partners) is not fails
+        fastpeft.restore(ours)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in ours.modules())
+
+    def test_an_interrupt_between(self) -> None:
+        ours, peft = pair(Routed())
+        hook = ours.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ours(inputs())
+        hook.remove()
+        check(ours, peft)
+        for model in (ours, peft):
+            routed(model).expert = 1
+        check(ours, peft)
+        assert len([row for row in fastpeft.report(ours).rows if row.partners]) == 6
+
+
+class Routed(nn.Module):
+    """One of two blocks is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Block(), Block()])
+        self.expert, self.runs, self.fails = 0, 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.fails:
+            needs_gradients(x)
+        return self.experts[self.expert](x)
+
+
+def routed(model: nn.Module) -> Routed:
+    return next(m for m in model.modules() if isinstance(m, Routed))
+
+
+def forbidden(*_: Any, **__: Any) -> Any:
+    raise AssertionError("called")
+
+
+class Stateful(nn.Module):
+    """A buffer that `change` writes into, or replaces, in each forward."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.change = change
+        self.register_buffer("state", torch.ones(WIDTH), persistent=False)
+        self.register_buffer("still", torch.ones(1).expand(WIDTH))
+        self.register_buffer("nowhere", torch.ones(WIDTH, device="meta"), persistent=False)
+        self.register_buffer("absent", None)
+        self.known = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self)
+        return x * self.state
+
+
+def extended(module: Any) -> None:
+    """As rotary embeddings do: the number says what the buffer holds."""
+    if module.known == 1:
+        module.known = 2
+        module.register_buffer("state", module.state + 1, persistent=False)
+
+
+def added(module: Any) -> None:
+    if not hasattr(module, "more"):
+        module.register_buffer("more", torch.ones(1))
+        module.state.mul_(2)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "written": lambda m: m.state.add_(1),
+    "written through data": lambda m: m.state.data.mul_(2),
+    "data assigned": lambda m: setattr(m.state, "data", m.state.data + 1),
+    "replaced": lambda m: setattr(m, "state", m.state + 1),
+    "replaced by None and back": lambda m: (setattr(m, "absent", m.state), setattr(m, "state", m.state + 1)),
+    "extended": extended,
+    "added": added,
+    "left": lambda m: None,
+}
+
+
+class TestSideEffects:
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+    def test_buffers(self, change: Callable[[Any], Any], mode: Callable[[], Any]) -> None:
+        results = []
+        for model in pair(nn.Sequential(Stateful(change), Block())):
+            stateful = next(m for m in model.modules() if isinstance(m, Stateful))
+            x, still = inputs() if not results else x, stateful.still._version  # noqa: F821
+            with mode():
+                results.append((model(x), stateful.state, stateful.known, sorted(stateful._buffers)))
+            assert stateful.still._version == still
+        (y, state, *others), (expected, expected_state, *expected_others) = results
+        torch.testing.assert_close(y, expected)
+        assert torch.equal(state, expected_state) and others == expected_others
+
+    def test_a_replaced_buffer_is_the_same_object_again(self) -> None:
+        ours, peft = pair(nn.Sequential(Stateful(CHANGES["replaced"]), Block()))
+        found = []
+        for model in (ours, peft):
+            stateful = next(m for m in model.modules() if isinstance(m, Stateful))
+            before, seen = stateful.state, []
+            stateful.register_forward_pre_hook(lambda m, args, b=before, seen=seen: seen.append(m.state is b))
+            model(inputs())
+            found.append(seen)
+        assert found == [[True, True], [True]]
+
+    def test_inference_tensors(self) -> None:
+        results, x = [], inputs()
+        for model in pair(nn.Sequential(Stateful(CHANGES["written"]), Block())):
+            stateful = next(m for m in model.modules() if isinstance(m, Stateful))
+            with torch.inference_mode():
+                stateful.state = torch.ones(WIDTH)
+                results += [model(x), stateful.state]
+        torch.testing.assert_close(results[0], results[2])
+        assert torch.equal(results[1], results[3])
+
+    def test_spectral_norm(self) -> None:
+        x, results = inputs(), []
+        for model in pair(nn.Sequential(spectral_norm(nn.Linear(WIDTH, WIDTH)), Block())):
+            results.append([model(x), *[value for name, value in model.named_buffers() if "parametrizations" in name]])
+        assert len(results[0]) > 1
+        torch.testing.assert_close(*results)
+
+    def test_under_fake_tensors(self) -> None:
+        ours, _ = pair(nn.Sequential(Stateful(CHANGES["written"]), Block()))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ours(inputs())
+        assert siblings(ours) == GROUPED
+
+    def test_generators_of_the_devices_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        used = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "meta", "xpu:1", "xpu:0", "mps", "mps")]
+        module = cast(nn.Module, SimpleNamespace(parameters=lambda: used[:4], buffers=lambda: used[4:]))
+        forked: list[Any] = []
+        original = torch.random.fork_rng
+
+        def fork(devices: Any, device_type: Any = None) -> Any:
+            forked.append((device_type, [str(device) for device in devices]))
+            return original(devices=[])
+
+        monkeypatch.setattr(torch.random, "fork_rng", fork)
+        monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "state")
+        monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: forked.append(("mps", state)))
+        with watching._generators_kept(module):
+            assert forked == [(None, []), ("xpu", ["xpu:0", "xpu:1"])]
+        assert forked[2:] == [("mps", "state")]
+
+
+class TestErrors:
+    def test_the_report_says_why_and_one_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+        ours, peft = pair()
+        for model in (ours, peft):
+            blocks(model)[1].between = needs_gradients
+        shape = {path: sorted(m.__dict__) for path, m in peft.named_modules()}
+        with caplog.at_level(logging.WARNING):
+            check(ours, peft, inputs().requires_grad_())
+        (record,) = [record for record in caplog.records if record.name == "fastpeft"]
+        assert "6 LoRA layers" in record.getMessage() and "RuntimeError: element 0 of" in record.getMessage()
+        found = [row.note for row in fastpeft.report(ours).rows]
+        assert len(found) == 6 and all("siblings not found: RuntimeError: element 0 of" in note for note in found)
+        assert not notes(ours)  # each layer is computed by the op all the same
+        fastpeft.restore(ours)
+        left = {path: set(m.__dict__) - set(shape[path]) for path, m in ours.named_modules()}
+        assert not any(left.values())
+
+    def test_accelerating_again_tries_again(self) -> None:
+        ours, peft = pair()
+        blocks(ours)[1].between = needs_gradients
+        ours(inputs().requires_grad_())
+        blocks(ours)[1].between = lambda x: None
+        fastpeft.accelerate(ours)
+        check(ours, peft)
+        assert siblings(ours) == GROUPED
+        assert not any(row.note for row in fastpeft.report(ours).rows)
+
+    def test_no_warning_when_the_call_itself_fails(self, caplog: pytest.LogCaptureFixture) -> None:
+        ours, _ = pair()
+        with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError):
+            ours(torch.randn(2, WIDTH + 1))
+        assert not caplog.records and not any(row.note for row in fastpeft.report(ours).rows)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["watching", "grouped"])
+class TestCopiesOfAPart:
+    @pytest.mark.parametrize("part", ["layer", "block", "stack"])
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    def test_take_along_nothing_else(self, grouped: bool, part: str, how: str) -> None:
+        ours, peft = pair()
+        if grouped:
+            check(ours, peft)
+        for block in blocks(ours):
+            block.between = nothing  # can be pickled
+        taken, plain = part_of(ours, part), part_of(peft, part)
+        copied, modules = copy_of(taken, how)
+        assert modules <= set(map(id, taken.modules()))
+        everything = [ref(m) for m in ours.modules()]
+        del ours, taken, block
+        gc.collect()
+        assert not any(module() for module in everything)
+        check(copied, plain)
+        if part != "layer":
+            assert siblings(copied) == GROUPED
+        fastpeft.restore(copied)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in copied.modules())
+        assert not any(name.startswith("fastpeft") for m in copied.modules() for name in m.__dict__)
+
+    def test_a_lone_layer_restored_before_its_first_call(self, grouped: bool) -> None:
+        ours, peft = pair()
+        if grouped:
+            check(ours, peft)
+        for action in (fastpeft.report, fastpeft.accelerate, fastpeft.restore):
+            copied = copy.deepcopy(blocks(ours)[0].k)
+            action(copied)
+        assert not any(name.startswith("fastpeft") for m in copied.modules() for name in m.__dict__)
+
+    def test_a_part_does_not_keep_the_rest(self, grouped: bool) -> None:
+        ours, peft = pair()
+        if grouped:
+            check(ours, peft)
+        block, rest = blocks(ours)[1], ref(ours)
+        del ours
+        gc.collect()
+        assert rest() is None
+        check(block, blocks(peft)[1])
+        assert siblings(block) == GROUPED
+
+
+def nothing(_: Tensor) -> None:
+    """Between the projections."""
+
+
+def part_of(model: Any, part: str) -> nn.Module:
+    stack = next(m for m in model.modules() if isinstance(m, Stack))
+    return {"layer": blocks(model)[1].k, "block": blocks(model)[1], "stack": stack}[part]
+
+
+def copy_of(part: nn.Module, how: str) -> tuple[nn.Module, set[int]]:
+    """A copy, and the ids of the modules that went into it."""
+    if how == "deepcopy":
+        memo: dict[int, Any] = {}
+        copied = copy.deepcopy(part, memo)
+        return copied, {key for key, value in memo.items() if isinstance(value, nn.Module)}
+    modules: set[int] = set()
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, thing: Any) -> Any:
+            if isinstance(thing, nn.Module):
+                modules.add(id(thing))
+            return NotImplemented
+
+    file = io.BytesIO()
+    Pickler(file).dump(part)
+    return pickle.loads(file.getvalue()), modules
+
+
+class TestAutocast:
+    def test_a_trained_head_gets_its_gradient_in_the_first_step(self) -> None:
+        ours, peft = pair(nn.Sequential(Block(), nn.Linear(WIDTH, WIDTH)))
+        found = []
+        x = inputs()
+        for model in (ours, peft):
+            next(m for m in model.modules() if isinstance(m, nn.Sequential))[1].requires_grad_(True)
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(gradients(model, x))
+        assert found[0].keys() == found[1].keys()
+        head = [name for name in found[1] if name.endswith("model.1.weight")]
+        torch.testing.assert_close(found[0][head[0]], found[1][head[0]], rtol=0.1, atol=0.1)
+
+    def test_no_cast_of_the_watched_forward_is_used_again(self) -> None:
+        """Up to torch 2.11 such a cast, made under no_grad, cut a trained weight off; later ones tell them apart."""
+        casts: list[bool] = []
+
+        class Casts(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func is torch.ops.aten._to_copy.default and args[0].shape == (WIDTH, WIDTH):
+                    casts.append(torch.is_grad_enabled())
+                return func(*args, **(kwargs or {}))
+
+        class Head(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                with Casts():
+                    return super().forward(x)
+
+        ours, _ = pair(nn.Sequential(Block(), Head(WIDTH, WIDTH)))
+        for module in ours.modules():
+            if isinstance(module, Head):
+                module.requires_grad_(True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                ours(inputs())
+        assert len(casts) == 2  # the watched forward's, and one for both calls
+
+
+def test_a_copy_of_all_is_watched_on_its_own() -> None:
+    ours, peft = pair(Routed())
+    for block in blocks(ours):
+        block.between = nothing
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    check(ours, peft)
+    for copied in copies:
+        assert not siblings(copied)
+        check(copied, peft)
+        assert siblings(copied) == GROUPED
+    assert_same(gradients(copies[0], x := inputs()), gradients(peft, x))
