@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,3 +131,11 @@ def test_a_text_shorter_than_a_block_is_found_by_the_worker(tmp_path: Path) -> N
     message = "--text: expected at least --sequence-length 256 tokens, got "
     assert process.returncode == 2
     assert process.stderr.startswith(f"fastpeft: {message}") and process.stderr.count("\n") == 1
+
+
+@pytest.mark.full
+def test_as_shipped_it_learns(tmp_path: Path) -> None:
+    process = quickstart("--output", str(tmp_path / "out"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    fall = re.search(r"Held-out perplexity fell by (\d+)%", process.stdout)
+    assert fall is not None and int(fall[1]) >= 15
