@@ -36,7 +36,7 @@ def bytes_kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         forward: returns the loss, which is kept alive while counting and may keep no other output alive. Gradients must
             be on.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = _storages(model)
     made = _Made()
     with made:
         loss = forward()
@@ -47,7 +47,7 @@ def bytes_kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def bytes_saved(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """The same for a compiled forward, into which `bytes_kept` cannot look: bytes of what it saves for backward."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = _storages(model)
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -59,3 +59,7 @@ def bytes_saved(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         loss = forward()
     del loss
     return sum(kept.values())
+
+
+def _storages(model: nn.Module) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import why_not_bypassed, why_not_read
+from ..layers.bypass import why_not_bypassed
 from ..requirements import require_core
 
 if TYPE_CHECKING:
@@ -48,9 +48,6 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
             p = dropout.p if dropout.training else 0.0
             if p >= 1.0:
                 return f"adapter {name!r}: dropout of {p}"
-        reason = why_not_read(a, ("weight",)) or why_not_read(b, ("weight", "bias"))
-        if reason is not None:
-            return f"adapter {name!r}: {reason}"
         scaling = layer.scaling[name]
         if isinstance(scaling, torch.Tensor) and (scaling.dim() or scaling.requires_grad or scaling.device != device):
             return f"adapter {name!r}: a scaling that is trained, no single number, or on another device"

@@ -17,13 +17,10 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
         return f"a hook on a bypassed {kind.__name__}"
     if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
+    held = [] if not issubclass(kind, nn.Linear) else [n for n in ("weight", "bias") if n not in module._parameters]
+    if held:  # FSDP1 keeps views in plain attributes
+        return f"{' and '.join(held)} of a {kind.__name__} held elsewhere"
     return None
-
-
-def why_not_read(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The reason why parameters of these names are not the module's own at present, or None."""
-    missing = [name for name in names if name not in module._parameters]  # FSDP1 keeps views in plain attributes
-    return f"{' and '.join(missing)} of a {type(module).__name__} held elsewhere" if missing else None
 
 
 def global_reason() -> str | None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
-from .bypass import global_reason, why_not_bypassed, why_not_read
+from .bypass import global_reason, why_not_bypassed
 from .siblings import SiblingGroup
 from .watching import SiblingWatch
 
@@ -45,7 +46,7 @@ class FastLoraLayer(nn.Module):
     def request(self, x: Tensor) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
         base = self._modules["base_layer"]
-        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        autocast = autocast_dtype(x.device)
         found = frozen_base(base, x, autocast)
         if isinstance(found, str):
             return found
@@ -110,8 +111,9 @@ class FastLoraLayer(nn.Module):
             self.fastpeft_watch.forget([self])
         if self.fastpeft_group is not None:
             self.fastpeft_group.dissolve()
-        bitsandbytes.allow_cpu_packing(self.get_submodule("base_layer"), self.fastpeft_cpu_packing)
-        bitsandbytes.forget(self.get_submodule("base_layer"))
+        base = self.get_submodule("base_layer")
+        bitsandbytes.allow_cpu_packing(base, self.fastpeft_cpu_packing)
+        bitsandbytes.forget(base)
         for name in ("fastpeft_cpu_packing", "fastpeft_calls"):
             self.__dict__.pop(name, None)
 
@@ -158,7 +160,7 @@ def frozen_base(
     """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
     device = x.device
     if bitsandbytes.is_linear_4bit(base):
-        reason = why_not_bypassed(base, type(base), device) or why_not_read(base, ("weight", "bias"))
+        reason = why_not_bypassed(base, type(base), device)
         if reason is not None:
             return reason
         frozen = bitsandbytes.frozen_weight(base)
@@ -169,7 +171,7 @@ def frozen_base(
         if frozen.shape != (base.out_features, base.in_features):
             return f"a 4-bit weight stored as {frozen.shape}"
         return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
-    reason = why_not_bypassed(base, nn.Linear, device) or why_not_read(base, ("weight", "bias"))
+    reason = why_not_bypassed(base, nn.Linear, device)
     if reason is not None:
         return reason
     weight = base._parameters["weight"]

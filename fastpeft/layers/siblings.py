@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastpeft_kernels.common.device import autocast_dtype
+
 if TYPE_CHECKING:
     from .lora import FastLoraLayer, Request
 
@@ -88,7 +90,7 @@ class SiblingGroup:
 
     def dissolve(self) -> None:
         """The members are on their own again."""
-        self._held = None
+        self.forget()
         for hook in self.hooks:
             hook.remove()
         for member in self.members:
@@ -155,12 +157,10 @@ def _own_inputs(
 
 def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
     """What decides, beside parameters and input, what a layer's forward returns."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     adapters = layer.active_adapters
     return (
         torch.is_grad_enabled(),
-        autocast,
+        autocast_dtype(x.device),
         layer._disable_adapters,
         layer.training,
         tuple(layer.merged_adapters),

@@ -133,9 +133,10 @@ def forbid_cpu_packing(model: nn.Module) -> None:
     training afterwards loses the base's input gradients without a word. `fastpeft.accelerate` forbids it by itself;
     plain PEFT needs this to be evaluated before it is trained.
     """
+    from ..integrations import bitsandbytes
+
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        bitsandbytes.forbid_cpu_packing(module)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -22,7 +22,16 @@ ENOUGH_STEPS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning, as the worker's file has it (see training.Training)."""
+    """One fine-tuning, as the worker measures it and its file has it.
+
+    Attributes:
+        losses: of every step.
+        step_seconds: forward, backward and optimizer of every timed step.
+        peak_mib, peak_method: see PeakMemory.
+        kept_mib: see bytes_kept.
+        perplexity_before, perplexity_after: on the held-out text.
+        threads: of torch.
+    """
 
     losses: list[float]
     step_seconds: list[float]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from ..bench.kept import bytes_kept
 from .loading import Loaded, autocast
 from .memory import MIB, PeakMemory
+from .outcome import Run
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -23,30 +23,7 @@ UNTIMED_STEPS = 1
 """The first step is not timed: memory is fetched from the system then, and kernels are chosen."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """One fine-tuning.
-
-    Attributes:
-        losses: of every step.
-        step_seconds: forward, backward and optimizer of every timed step.
-        peak_mib, peak_method: see PeakMemory.
-        kept_mib: see bytes_kept_for_backward.
-        perplexity_before, perplexity_after: on the held-out text.
-        threads: of torch.
-    """
-
-    losses: list[float]
-    step_seconds: list[float]
-    peak_mib: float
-    peak_method: str
-    kept_mib: float
-    perplexity_before: float
-    perplexity_after: float
-    threads: int
-
-
-def fine_tune(loaded: Loaded, settings: Settings, channel: Channel) -> Training:
+def fine_tune(loaded: Loaded, settings: Settings, channel: Channel) -> Run:
     """Measure, train, measure again; the model is afterwards a trained one."""
     channel.status("held-out perplexity before")
     before = perplexity(loaded, settings.batch_size)
@@ -63,7 +40,7 @@ def fine_tune(loaded: Loaded, settings: Settings, channel: Channel) -> Training:
         trainer.train()
     channel.status("held-out perplexity after")
     after = perplexity(loaded, settings.batch_size)
-    return Training(
+    return Run(
         losses=clock.losses,
         step_seconds=clock.seconds[UNTIMED_STEPS:],
         peak_mib=peak.mib,

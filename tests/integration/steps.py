@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastpeft
+
 MEDIAN = 2.0
 """Over all gradients of a model our error is at most twice PEFT's: the budget of every op."""
 
@@ -65,6 +67,14 @@ def assert_step_close(ours: Step, peft: Step, exact: Step) -> None:
         theirs = peft.gradients[name]
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         _assert_close(name, mine, theirs, exact.gradients[name], usual)
+
+
+def assert_accelerated_close(model: nn.Module, inputs: Mapping[str, Any], exact: Step) -> None:
+    """Accelerates; then `assert_step_close` against the model as it was, twice: the first step finds the siblings."""
+    peft = step(model, inputs)
+    fastpeft.accelerate(model)
+    for _ in range(2):
+        assert_step_close(step(model, inputs), peft, exact)
 
 
 def assert_close(ours: Tensor, peft: Tensor, exact: Tensor) -> None:

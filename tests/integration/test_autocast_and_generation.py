@@ -15,7 +15,7 @@ import fastpeft
 from tests.integration.blocks import Block, inputs, pair
 from tests.integration.models import batch, checkpointed, make, with_lora
 from tests.integration.reports import notes, siblings
-from tests.integration.steps import assert_close, assert_step_close, step, truth
+from tests.integration.steps import assert_accelerated_close, assert_close, assert_step_close, step, truth
 
 full = pytest.mark.full
 
@@ -27,10 +27,7 @@ def test_under_autocast(name: str, base: torch.dtype) -> None:
     batched = batch(model)
     exact = truth(model, batched)
     with torch.autocast("cpu", torch.bfloat16):
-        peft = step(model, batched)
-        fastpeft.accelerate(model)
-        for _ in range(2):
-            assert_step_close(step(model, batched), peft, exact)
+        assert_accelerated_close(model, batched, exact)
     assert not notes(model)
 
 
@@ -40,10 +37,7 @@ def test_checkpointing_under_autocast(use_reentrant: bool) -> None:
     batched = batch(model)
     exact = truth(model, batched)
     with torch.autocast("cpu", torch.bfloat16):
-        peft = step(model, batched)
-        fastpeft.accelerate(model)
-        for _ in range(2):
-            assert_step_close(step(model, batched), peft, exact)
+        assert_accelerated_close(model, batched, exact)
 
 
 def test_forward_inside_autocast_and_backward_outside() -> None:

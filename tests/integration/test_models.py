@@ -11,7 +11,7 @@ import torch
 import fastpeft
 from tests.integration.models import ARCHITECTURES, batch, checkpointed, make, with_lora
 from tests.integration.reports import notes, shape_of, siblings
-from tests.integration.steps import assert_step_close, step, truth
+from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
 SERVED = [name for name in ARCHITECTURES if name != "gpt2"]
 
@@ -20,10 +20,7 @@ SERVED = [name for name in ARCHITECTURES if name != "gpt2"]
 def test_loss_and_gradients_are_those_of_peft(name: str) -> None:
     model = make(name)
     inputs = batch(model)
-    peft, exact = step(model, inputs), truth(model, inputs)
-    fastpeft.accelerate(model)
-    for _ in range(2):  # the first step finds the siblings
-        assert_step_close(step(model, inputs), peft, exact)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
     assert not notes(model)
 
 

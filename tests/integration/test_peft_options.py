@@ -13,7 +13,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 import fastpeft
 from tests.integration.models import batch, make, make_base, with_lora
 from tests.integration.reports import notes
-from tests.integration.steps import assert_step_close, step, truth
+from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
 SERVED: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"q_proj": 8, "up_proj": 1}, "alpha_pattern": {"v_proj": 32}},
@@ -45,10 +45,7 @@ def test_served(option: str) -> None:
     name = "qwen2" if option.startswith("bias") else "llama"
     model = make(name, **SERVED[option])
     inputs = batch(model)
-    peft, exact = step(model, inputs), truth(model, inputs)
-    fastpeft.accelerate(model)
-    for _ in range(2):
-        assert_step_close(step(model, inputs), peft, exact)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
     assert not notes(model)
 
 

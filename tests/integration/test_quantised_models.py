@@ -17,7 +17,7 @@ from fastpeft.integrations import bitsandbytes
 from tests.integration.models import batch, make_base, trained, with_lora
 from tests.integration.quantised import forbid_packing, four_bit_layers, make_quantised, quantised_truth
 from tests.integration.reports import notes, shape_of
-from tests.integration.steps import assert_step_close, step
+from tests.integration.steps import assert_accelerated_close, assert_step_close, step
 
 full = pytest.mark.full
 
@@ -175,10 +175,7 @@ class TestRearrangedStorage:
 def check_step(model: Any) -> None:
     """The step of the accelerated model against PEFT's and the truth, twice, every call served."""
     inputs = batch(model)
-    peft, exact = step(model, inputs), quantised_truth(model, inputs)
-    fastpeft.accelerate(model)
-    for _ in range(2):
-        assert_step_close(step(model, inputs), peft, exact)
+    assert_accelerated_close(model, inputs, quantised_truth(model, inputs))
     assert not notes(model)
 
 

@@ -22,6 +22,11 @@ def triton_available() -> bool:
     return True
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast would multiply on `device` at present; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def device_capability(device: torch.device | str) -> int | None:
     """Compute capability of an NVIDIA GPU as one number.
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common.device import triton_available
+from ..common.device import autocast_dtype, triton_available
 from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..weights import DenseWeight, FrozenWeight
@@ -181,7 +181,7 @@ def _resolve_dtypes(
     lora: torch.dtype | None,
     out: torch.dtype | None,
 ) -> Dtypes:
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    autocast = autocast_dtype(x.device)
     own = {adapter.a.dtype for projection in projections for adapter in projection.adapters}
     if lora is None and autocast is None and len(own) > 1:
         raise TypeError(
