@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .errors import UserError
+from fastpeft.errors import UserError
+
 from .quickstart import quickstart
 
 EXIT_USAGE = 2

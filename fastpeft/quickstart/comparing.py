@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 from fastpeft.requirements import check_versions, require
 
+from ..progress import stage
 from . import curves
 from .outcome import Outcome, Run
 from .processes import WorkerError, run_generation, run_worker
-from .progress import stage
 from .settings import Settings
 
 SHIPPED_PROMPT = "An object is"

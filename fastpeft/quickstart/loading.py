@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 
 from .settings import Settings
 

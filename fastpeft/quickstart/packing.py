@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 
 from .settings import Settings
 

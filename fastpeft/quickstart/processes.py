@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fastpeft
 import fastpeft_kernels
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 
+from ..progress import Listener
 from .settings import Settings
 
-Listener = Callable[[dict[str, Any]], None]
 _ROOTS = [str(Path(str(package.__file__)).parents[1]) for package in (fastpeft, fastpeft_kernels)]
 _LAST_LINES = 12
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 from fastpeft.structured import build
 
 ASSETS = Path(__file__).parent / "assets"

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..bench.kept import bytes_kept
+from ..bench.memory import MIB, PeakMemory
 from .loading import Loaded, autocast
-from .memory import MIB, PeakMemory
 from .outcome import Run
 from .settings import Settings
 

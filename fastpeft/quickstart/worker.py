@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 
 from .channel import Channel
 from .settings import Settings

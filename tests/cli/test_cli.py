@@ -9,7 +9,7 @@ import pytest
 
 import fastpeft
 from fastpeft.cli import app
-from fastpeft.cli.errors import UserError
+from fastpeft.errors import UserError
 from tests.fresh import run_fresh
 
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from fastpeft.bench.records import Record, environment
+from fastpeft.progress import stage
 from fastpeft.quickstart import comparing, curves
 from fastpeft.quickstart.outcome import Outcome, Run
 from fastpeft.quickstart.processes import WorkerError, run_worker
-from fastpeft.quickstart.progress import stage
 from fastpeft.quickstart.settings import Settings, checked_settings
 
 RUN = Run([4.0, 3.0, 2.0], [0.5, 0.25], 100.0, "a method", 10.0, 50.0, 20.0, 1)

@@ -1,17 +1,17 @@
-"""How far a quickstart is: bars on a terminal, plain lines elsewhere."""
+"""How far something is: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .processes import Listener
-
+Listener = Callable[[dict[str, Any]], None]
+"""Takes events: {"event": "step", "step", "steps", "loss"} or {"event": "status", "text"}."""
 LINES_A_TRAINING = 10
 
 
@@ -25,7 +25,7 @@ def stage(console: Console, title: str, steps: int | None = None) -> Iterator[Li
         steps: how many are trained; None for stages without.
 
     Yields:
-        What takes a worker's events.
+        What takes the events.
     """
     shown: Any = _bar if console.is_terminal else _lines
     with shown(console, title, steps) as listener:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastpeft.bench.memory import MIB, PeakMemory
 from fastpeft.quickstart import memory
-from fastpeft.quickstart.memory import MIB, PeakMemory
 
 CPU = torch.device("cpu")
 
