@@ -4,10 +4,12 @@ BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 # One torch thread a worker: two workers on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# The variable silences the theme's notice of its successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint aot bench gpu
+.PHONY: help quickstart test test-full lint aot bench docs docs-serve gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +40,12 @@ aot: .venv/.dev ## compile every kernel for every supported GPU; no GPU needed
 bench: .venv/.dev ## benchmarks on this machine's CPU
 	$(BIN)/python -m fastpeft.bench.cpu
 
+docs: .venv/.dev ## build the documentation into site/; a broken link is an error
+	$(MKDOCS) build --strict
+
+docs-serve: .venv/.dev ## show the documentation on this machine while it is written
+	$(MKDOCS) serve
+
 gpu: ## checks and benchmarks on this machine's GPU, with $(PYTHON) as it is; ARGS="--depth quick"
 	PYTHONPATH=.:kernels $(PYTHON) -m fastpeft.bench.gpu $(ARGS)
 
@@ -50,5 +58,5 @@ gpu: ## checks and benchmarks on this machine's GPU, with $(PYTHON) as it is; AR
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) -e '.[train,bench,dev]'
+	$(PIP_INSTALL) -e '.[train,bench,dev,docs]'
 	@touch .venv/.train $@

@@ -1,134 +1,149 @@
-"""A run's configuration: one nested dataclass, for YAML files and for `section.key=value` on a command line."""
+"""A run's configuration: one nested dataclass, for YAML files and for `--section.key value` on a command line."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Hashable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fastpeft.config_keys import nearest_key
 from fastpeft.structured import build, unknown_key
+from fastpeft.yaml_loading import parse_yaml
+
+SHORT = {"model": "name", "data": "path"}
+"""Sections that may be given as one word: `model: NAME` is `model: {name: NAME}`."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a section: its default (`list` or `dict` for an empty one) and what --help says of it."""
+    if default in (list, dict):
+        return field(default_factory=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The base model.
+    """The base model."""
 
-    Attributes:
-        name: checkpoint on the hub, or a folder.
-        task: which Auto class loads it.
-        quantization: storage of the frozen weights (bitsandbytes); `double_quant` is nf4's and fp4's.
-        dtype: of the weights, "auto" as the checkpoint has it.
-        attention: transformers' `attn_implementation`; its default when null.
-    """
-
-    name: str = ""
-    task: Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"] = "causal-lm"
-    revision: str | None = None
-    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    double_quant: bool = True
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: str | None = None
-    trust_remote_code: bool = False
+    name: str = option("", "Folder, or ID on the hub.")
+    task: Literal["auto", "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"] = option(
+        "auto", "What the model is trained to do; auto: by the data's columns and the model."
+    )
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    quantization: Literal["none", "nf4", "fp4", "int8"] | None = option(
+        None, "Storage of the frozen weights (bitsandbytes); null: nf4 for method qlora, none for lora."
+    )
+    double_quant: bool = option(True, "Store the scales of nf4 and fp4 in 8 bits too.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "What is computed with; auto: float32 on a CPU, on a GPU bfloat16, or float16 where it has none."
+    )
+    attention: str | None = option(None, "transformers' attn_implementation; its default when null.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model on the hub.")
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """What is trained on.
+    """What is trained on."""
 
-    Attributes:
-        path: a file (.jsonl, .csv, .txt, .parquet), a folder saved by `datasets`, or a dataset's name on the hub.
-        text, label: columns; `label` for classification, or the target text of an encoder-decoder.
-        max_length: in tokens; longer examples are cut.
-        packing: several examples to a row, where the trainer can.
-    """
-
-    path: str = ""
-    split: str = "train"
-    eval_split: str | None = None
-    text: str = "text"
-    label: str | None = None
-    max_length: int = 1024
-    packing: bool = False
+    path: str = option(
+        "", "File (.jsonl, .json, .csv, .parquet, .txt), folder of such files or of `datasets`, or ID on the hub."
+    )
+    name: str | None = option(None, "Which of a hub data set's configurations.")
+    split: str = option("train", "Which split to train on.")
+    eval_path: str | None = option(None, "File, folder or ID to evaluate on.")
+    eval_split: str | None = option(None, "Which split to evaluate on.")
+    eval_fraction: float = option(0.0, "Share of the training rows held back to evaluate on, drawn by the seed.")
+    columns: dict[str, str] = option(
+        dict, "Names of your columns, such as {text: review, label: stars}; expected names need no entry."
+    )
+    labels: list[str] | None = option(None, "Names of the classes, in the order of their numbers; found when null.")
+    max_length: int | None = option(
+        None, "In tokens; longer rows are cut, text files divided; null: 1024, or the model's last position if before."
+    )
+    packing: bool = option(False, "Several examples to a row (decoders); they do not see each other.")
+    chat_template: str | None = option(
+        None, 'Jinja file, "chatml" or "plain"; null: the tokenizer\'s own, plain if it has none.'
+    )
+    assistant_only: bool = option(True, "Chats: learn the assistant's turns only.")
+    limit: int | None = option(None, "Use at most so many rows.")
 
 
 @dataclass(frozen=True)
 class LoraSection:
-    """As PEFT's LoraConfig; `alpha` and `dropout` are its `lora_alpha` and `lora_dropout`."""
+    """As PEFT's LoraConfig."""
 
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    modules_to_save: list[str] = field(default_factory=list)
-    use_rslora: bool = False
+    r: int = option(16, "Rank of the adapter.")
+    alpha: float = option(32.0, "lora_alpha: the adapter is scaled by alpha / r.")
+    dropout: float = option(0.0, "lora_dropout.")
+    target_modules: str | list[str] = option("all-linear", "Names, a regular expression, or all-linear.")
+    exclude_modules: list[str] = option(list, "Names to leave out.")
+    modules_to_save: list[str] = option(list, "Modules trained and saved whole.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")
+    use_dora: bool = option(False, "DoRA: magnitude and direction apart.")
+    bias: Literal["none", "all", "lora_only"] = option("none", "Which biases are trained.")
+    init_lora_weights: bool | str = option(True, "true, gaussian, pissa, olora, ... as in PEFT.")
+    extra: dict[str, Any] = option(dict, "Any other option of PEFT's LoraConfig.")
 
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """As transformers' TrainingArguments; `extra` passes any other of them through."""
+    """As transformers' TrainingArguments."""
 
-    output_dir: str = "runs/fastpeft"
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "linear"
-    optim: str = "adamw_torch"
-    logging_steps: int = 10
-    seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    output_dir: str = option("runs/fastpeft", "Where everything goes.")
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    num_train_epochs: float = option(1.0, "How often the data is gone through.")
+    max_steps: int = option(-1, "If above 0, so many steps whatever the epochs.")
+    per_device_train_batch_size: int = option(8, "Rows a step and device.")
+    per_device_eval_batch_size: int = option(8, "Rows of an evaluation's forward.")
+    gradient_accumulation_steps: int = option(1, "Forwards a step.")
+    warmup_steps: float = option(0.0, "Steps until the peak; below 1 a share of all steps.")
+    weight_decay: float = option(0.0, "Of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    lr_scheduler_type: str = option("linear", "Schedule: linear, cosine, constant, constant_with_warmup, ...")
+    optim: str = option("adamw_torch", "Optimizer: adamw_torch, adamw_torch_fused, paged_adamw_8bit, adafactor, ...")
+    logging_steps: int = option(10, "Steps between two logged losses.")
+    eval_steps: int | None = option(None, "Steps between two evaluations; null: after each epoch.")
+    save_steps: int | None = option(None, "Steps between two checkpoints; null: after each epoch.")
+    save_total_limit: int | None = option(2, "How many checkpoints are kept; null: all.")
+    seed: int = option(0, "Of the adapter's first values, dropout and the order of the data.")
+    report_to: str | list[str] = option("tensorboard", "tensorboard, wandb, mlflow, ... or none.")
+    push_to_hub: bool = option(False, "Upload adapter and model card at the end.")
+    hub_model_id: str | None = option(None, "Where to; by default the output folder's name under your account.")
+    extra: dict[str, Any] = option(dict, "Any other of transformers' TrainingArguments (TRL's SFTConfig for decoders).")
 
 
 @dataclass(frozen=True)
 class MemorySection:
-    """How much memory a run may take.
+    """How much memory a run may take."""
 
-    Attributes:
-        budget_gib: GPU memory that a run may take; all of it when null.
-        gradient_checkpointing: recompute activations in backward.
-    """
-
-    budget_gib: float | None = None
-    gradient_checkpointing: bool = False
+    budget_gib: float | None = option(None, "GPU memory that a run may take; not built yet.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
 
 
 @dataclass(frozen=True)
 class StrategySection:
-    """How the fine-tuning is done.
+    """How the fine-tuning is done."""
 
-    Attributes:
-        name: the fine-tuning strategy; "task" is plain supervised fine-tuning.
-        options: the strategy's own settings, which it checks.
-    """
-
-    name: str = "task"
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = option("task", 'The strategy; "task" is plain supervised fine-tuning, the only one built so far.')
+    options: dict[str, Any] = option(dict, "The strategy's own settings.")
 
 
 @dataclass(frozen=True)
 class AccelerationSection:
-    """What fastpeft does to the model.
+    """What fastpeft does to the model."""
 
-    Attributes:
-        enabled: whether `fastpeft.accelerate` is called at all; without it the run is plain PEFT.
-    """
-
-    enabled: bool = True
+    enabled: bool = option(True, "Call fastpeft.accelerate; without it the run is plain PEFT.")
 
 
 @dataclass(frozen=True)
 class FastpeftConfig:
     """Everything that defines a run. Immutable: `override` gives a changed copy."""
 
+    method: Literal["lora", "qlora"] = option("lora", "qlora: over a base stored in 4 bits.")
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     lora: LoraSection = field(default_factory=LoraSection)
@@ -145,19 +160,25 @@ class FastpeftConfig:
             ValueError: an unknown key (the nearest right one is named), or a value that is not one of those allowed.
             TypeError: a value of the wrong type; key, expected and got are named.
         """
+        if isinstance(data, dict):
+            data = {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in data.items()}
+            sections = [section.name for section in fields(cls)]
+            for name in data:
+                if name not in sections and "." in (key := nearest_key(str(name)) or ""):
+                    raise ValueError(f"{name}: unknown key, did you mean {key!r}?")
         return build(cls, data)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> FastpeftConfig:
         """From a YAML file; errors as from_dict's, and ValueError for a file that is no YAML or repeats a key."""
-        return cls.from_dict(_parse(Path(path).read_text(), Path(path).name) or {})
+        return cls.from_dict(parse_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name) or {})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain nested dictionaries; `from_dict` gives the same configuration back."""
         return asdict(self)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def override(self, settings: Iterable[str]) -> FastpeftConfig:
         """A copy with some values changed.
@@ -173,7 +194,7 @@ class FastpeftConfig:
             key, equals, text = setting.partition("=")
             if not equals or not key:
                 raise ValueError(f"override: expected section.key=value, got {setting!r}")
-            _set(data, key.strip(), _parse(text, key))
+            _set(data, key.strip(), parse_yaml(text, key))
         return self.from_dict(data)
 
 
@@ -188,29 +209,3 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(unknown_key(path, [".".join([*sections[:depth], known]) for known in data]))
         data = below
     data[last] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-4 as a number, which YAML 1.1 takes for text, and without keys that silently replace each other."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error

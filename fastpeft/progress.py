@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Listener = Callable[[dict[str, Any]], None]
-"""Takes events: {"event": "step", "step", "steps", "loss"} or {"event": "status", "text"}."""
+"""Takes events: {"event": "step", "step", "steps", "loss" (None: not known)} or {"event": "status", "text"}."""
 LINES_A_TRAINING = 10
 
 
@@ -46,7 +46,9 @@ def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "step":
-                progress.update(task, completed=event["step"], note=f"loss {event['loss']:.3f}")
+                progress.update(task, completed=event["step"])
+                if event["loss"] is not None:
+                    progress.update(task, note=f"loss {event['loss']:.3f}")
             else:
                 progress.update(task, note=event["text"])
 
@@ -58,11 +60,14 @@ def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
 def _lines(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
     start = time.monotonic()
     every = max(1, (steps or 0) // LINES_A_TRAINING)
+    due = every
 
     def listen(event: dict[str, Any]) -> None:
+        nonlocal due
         if event["event"] == "status":
             console.print(f"{title}: {event['text']}", highlight=False)
-        elif event["step"] % every == 0:
+        elif event["loss"] is not None and event["step"] >= min(due, event["steps"]):
+            due = event["step"] // every * every + every
             line = f"{title}: step {event['step']}/{event['steps']}, loss {event['loss']:.3f}"
             console.print(f"{line}, {time.monotonic() - start:.0f} s", highlight=False)
 

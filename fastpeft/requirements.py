@@ -8,10 +8,14 @@ from functools import cache
 from importlib import import_module, metadata
 from types import ModuleType
 
-EXTRAS = ("train", "bench", "dev")
+EXTRAS = ("train", "bench", "dev", "docs")
 # As in pyproject.toml, which a tree that is used without being installed does not bring.
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "accelerate": "1.10", "bitsandbytes": "0.48"}
 CORE = ("torch", "transformers", "peft")  # what accelerating a model cannot do without
+
+
+class MissingExtraError(ImportError):
+    """A package that comes with one of EXTRAS is not installed; the message says how to install it."""
 
 
 def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
@@ -23,7 +27,7 @@ def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
         purpose: what needs it, as the subject of a sentence: "the loss curve".
 
     Raises:
-        ImportError: it is not installed; says how to install it. An installed one that fails to import raises its own.
+        MissingExtraError: it is not installed; says how to install it. One that fails to import raises its own error.
         ValueError: another extra.
     """
     if extra not in EXTRAS:
@@ -35,7 +39,7 @@ def require(extra: str, module: str, purpose: str = "this") -> ModuleType:
             raise
         name = error.name
         message = f'{purpose} needs {name}, which is not installed: pip install "fastpeft[{extra}]"'
-        raise ImportError(message, name=name) from error
+        raise MissingExtraError(message, name=name) from error
 
 
 def check_versions(packages: Iterable[str] = MINIMUM) -> str | None:

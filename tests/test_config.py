@@ -67,6 +67,11 @@ def test_overrides_change_a_copy() -> None:
     assert config == FastpeftConfig()
 
 
+def test_a_model_and_data_may_be_one_word(tmp_path: Path) -> None:
+    config = FastpeftConfig.from_yaml(write(tmp_path, "model: some/model\ndata: chats.jsonl"))
+    assert (config.model.name, config.data.path) == ("some/model", "chats.jsonl")
+
+
 def test_overrides_reach_into_free_options() -> None:
     assert FastpeftConfig().override(["strategy.options.temperature=2"]).strategy.options == {"temperature": 2}
 
@@ -79,7 +84,7 @@ def test_overrides_reach_into_free_options() -> None:
         ("lora.r=8.0", TypeError, r"lora\.r: expected int, got 8\.0 \(float\)"),
         ("lora.rr=8", ValueError, r"lora\.rr: unknown key, did you mean 'lora\.r'\?"),
         ("lra.r=8", ValueError, r"lra: unknown key, did you mean 'lora'\?"),
-        ("zzz=8", ValueError, r"zzz: unknown key, expected one of model, data, lora"),
+        ("zzz=8", ValueError, r"zzz: unknown key, expected one of method, model, data, lora"),
         ("lora.r.x=8", ValueError, r"lora\.r\.x: lora\.r has no keys of its own"),
         ("lora.r", ValueError, r"override: expected section\.key=value, got 'lora\.r'"),
         ("=8", ValueError, r"override: expected section\.key=value, got '=8'"),
@@ -95,6 +100,7 @@ def test_overrides_reach_into_free_options() -> None:
         ("model.double_quant=1", TypeError, r"model\.double_quant: expected bool, got 1 \(int\)"),
         ("memory.budget_gib=big", TypeError, r"memory\.budget_gib: expected float or null, got 'big' \(str\)"),
         ("lora.r=[1", ValueError, r"lora\.r: not valid YAML"),
+        ("method=qloar", ValueError, r"method: expected one of 'lora', 'qlora', got 'qloar', did you mean 'qlora'\?"),
     ],
 )
 def test_errors_name_key_expected_and_got(setting: str, error: type[Exception], message: str) -> None:

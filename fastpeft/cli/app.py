@@ -9,14 +9,20 @@ from typing import Annotated
 import typer
 
 from fastpeft.errors import UserError
+from fastpeft.requirements import MissingExtraError
 
+from .config_options import ConfigCommand, with_config_options
+from .doctor import doctor
 from .quickstart import quickstart
+from .train import EPILOG, train
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-app = typer.Typer(name="fastpeft", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
+app.command(cls=ConfigCommand, epilog=EPILOG)(with_config_options(train))
 app.command()(quickstart)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         if code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C
             return _interrupted()
         return code if isinstance(code, int) else 0
-    except UserError as error:
+    except (UserError, MissingExtraError) as error:
         return _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()

@@ -56,7 +56,7 @@ def ptxas_path(capability: int) -> str | None:
         from triton.backends.nvidia.compiler import get_ptxas
 
         return str(get_ptxas(capability).path)
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError, OSError):  # OSError: TRITON_PTXAS_PATH names no program
         return None
 
 

@@ -1,0 +1,103 @@
+"""The configuration's keys as options of a command: `--lora.r 8`, `--r 8` and `--lora.r=8` are the same."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from fastpeft.config_keys import key_of, keys, nearest_key
+from fastpeft.structured import type_name
+
+
+class ConfigCommand(TyperCommand):
+    """A command whose unknown options are keys of the configuration; they come to it as `settings`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)} - _declared()
+        own |= set(ctx.help_option_names)
+        rest: list[str] = []
+        settings: list[str] = []
+        waiting = list(args)
+        while waiting:
+            given = waiting.pop(0)
+            name, equals, value = given.removeprefix("--").partition("=")
+            if not given.startswith("--") or given == "--" or f"--{name}" in own:
+                rest.append(given)
+                continue
+            key = key_of(name) or ctx.fail(_unknown(name, own))
+            settings.append(f"{key}={value if equals else _value(key, waiting, ctx, given)}")
+        ctx.obj = settings
+        return super().parse_args(ctx, rest)
+
+
+def _value(key: str, waiting: list[str], ctx: Any, given: str) -> str:
+    """The next word; "true" for a switch without."""
+    switch = keys()[key][0] is bool if key in keys() else False
+    if waiting and not waiting[0].startswith("--") and not (switch and waiting[0].lower() not in ("true", "false")):
+        return waiting.pop(0)
+    if not switch:
+        ctx.fail(f"{given}: expected a value, got none")
+    return "true"
+
+
+def _unknown(name: str, own: set[str]) -> str:
+    name = name.replace("-", "_")
+    ending = [key for key in keys() if key.rpartition(".")[2] == name]
+    if ending:
+        return f"--{name}: expected one of {', '.join(f'--{key}' for key in ending)}, got their last part alone"
+    words = [option.removeprefix("--") for option in own]
+    near = difflib.get_close_matches(name, words, n=1)
+    likely = near[0] if near else nearest_key(name)
+    return f"--{name}: no such option" + (f", did you mean --{likely}?" if likely else "; --help lists all")
+
+
+@cache
+def _declared() -> set[str]:
+    return {f"--{key}" for key in keys()}
+
+
+def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare an option for every key, for --help and for completion; ConfigCommand reads their values."""
+    parameters = list(inspect.signature(command, eval_str=True).parameters.values())
+    for key, (kind, default, text) in keys().items():
+        section = key.rpartition(".")[0] or "run"
+        option = typer.Option(
+            f"--{key}",
+            help=f"{text} (default {_said(default)})",
+            metavar=_metavar(kind),
+            rich_help_panel=f"{section}: keys of the configuration",
+            show_default=False,
+        )
+        name = key.replace(".", "__")
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+            )
+        )
+
+    def called(**given: Any) -> Any:
+        return command(**{name: given[name] for name in inspect.signature(command).parameters})
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def _metavar(kind: Any) -> str:
+    name = type_name(kind).replace(" or null", "").replace("one of ", "").replace("'", "")
+    return {"dict[str, Any]": "MAPPING", "dict[str, str]": "MAPPING", "bool": "true|false"}.get(
+        name, name.replace(", ", "|").upper() if "," not in name else name.replace(", ", "|")
+    )
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value) if value not in ("", [], {}) else "none"

@@ -1,0 +1,41 @@
+"""What the commands share: how much they say, and where it goes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and the result.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")]
+
+
+def console(quiet: bool = False) -> Console:
+    """For people, on stderr; standard output is for results."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet)
+
+
+def settle_logs(verbose: bool) -> None:
+    """What the libraries log and warn of goes to stderr if `verbose`; without, nothing below an error does.
+
+    Their own progress bars would break ours, so they are off.
+    """
+    import datasets
+    import transformers
+
+    level = logging.INFO if verbose else logging.ERROR
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(level)
+    datasets.disable_progress_bars()
+    for name in ("trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(level)
+    if not verbose:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,99 @@
+"""`fastpeft train`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+
+from .shared import Quiet, Verbose, console, settle_logs
+
+EPILOG = """
+Examples:
+
+  fastpeft train run.yaml
+
+  fastpeft train run.yaml --lora.r 8 --learning-rate 1e-4
+
+  fastpeft train --model meta-llama/Llama-3.2-1B --data chats.jsonl --method qlora --output-dir runs/chat
+
+  fastpeft train run.yaml --resume
+
+Any key may be shortened to its last part where that is the only one: --max-length 512 is --data.max_length 512.
+"""
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration; options change it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check configuration and data, print what would be run, and stop.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a model with LoRA or QLoRA.
+
+    Data: JSON lines, CSV, Parquet or text, a folder of them, or a data set on the hub, with columns messages (chats),
+    prompt and completion, text, or text and label. Decoders are trained by TRL's SFTTrainer, encoders and
+    encoder-decoders by transformers' Trainer. The output folder gets the adapter in PEFT's format, config.yaml,
+    report.md and loss.png. Ctrl-C and SIGTERM save a checkpoint first.
+    """
+    shown = console(quiet)
+    settled = read_config(config, context.obj or [], resume)
+    from fastpeft.training.run import Interrupted, prepare
+    from fastpeft.training.run import train as run
+
+    settle_logs(verbose)
+    if dry_run:
+        from fastpeft.training.arguments import check
+
+        check(settled)
+        prepared = prepare(settled, shown)
+        print(prepared.config.to_yaml(), end="")
+        return
+    try:
+        outcome = run(settled, shown, resume=resume, overwrite=overwrite)
+    except Interrupted as stopped:
+        print(f"fastpeft: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.number) from None
+    folder = settled.training.output_dir
+    print(f"{folder}: {outcome.summary}")
+    shown.print(f"report: {folder}/report.md", markup=False, highlight=False, soft_wrap=True)
+
+
+def read_config(path: Path | None, settings: list[str], resume: bool) -> FastpeftConfig:
+    """The file's configuration with the options' changes; a run's own where one is resumed and no file is named.
+
+    Raises:
+        UserError: no such file, or something in it that cannot be.
+    """
+    try:
+        changed = FastpeftConfig().override(settings)
+        if path is None and resume:
+            path = Path(changed.training.output_dir).expanduser() / "config.yaml"
+        if path is None:
+            return changed
+        if not path.is_file():
+            raise UserError(f"CONFIG: expected a YAML file, got {path}, which is not there{_near(path)}")
+        return FastpeftConfig.from_yaml(path).override(settings)
+    except UnicodeDecodeError:
+        raise UserError(f"CONFIG: expected text in UTF-8, got something else in {path}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _near(path: Path) -> str:
+    names = [file.name for file in path.parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""

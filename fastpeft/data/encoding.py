@@ -1,0 +1,211 @@
+"""Rows to token ids and labels, and what was cut or left out on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.config import DataSection
+from fastpeft.errors import UserError
+
+from .chat import IGNORED, ChatEncoder, messages_of
+from .kinds import Kind
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples for a trainer.
+
+    Attributes:
+        rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
+            number for a class), and attention_mask where the model's encoder wants one.
+        cut: how many were longer than max_length.
+        dropped: how many had nothing left to learn after that.
+        tokens: in all rows.
+    """
+
+    rows: Any
+    cut: int
+    dropped: int
+    tokens: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encode(rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, *, document: bool = False) -> Encoded:
+    """Encode all rows.
+
+    Args:
+        rows: a `datasets.Dataset` with the kind's columns.
+        kind: of the columns.
+        task: what the model is trained to do.
+        tokenizer: of the model, with a chat template where `kind` is a chat.
+        data: lengths and labels.
+        document: rows are whole texts, to be divided into blocks of max_length rather than cut.
+
+    Raises:
+        UserError: a row is not what its column should be (its number is named), or nothing is left to learn.
+    """
+    limit = data.max_length
+    assert limit is not None
+    make = _encoder(kind, task, tokenizer, data)
+    options = {"with_indices": True, "remove_columns": rows.column_names, "load_from_cache_file": False}
+    if document and kind.name == "text":
+        divide = _divide_masked(tokenizer, limit) if task == "masked-lm" else _divide(make, limit)
+        return _counted(rows.map(divide, batched=True, batch_size=1, **options), 0, 0, limit)
+
+    def one(row: Row, number: int) -> Row:
+        encoded = make(row, f"data: row {number + 1}")
+        cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
+        return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}
+
+    examples = rows.map(one, **options)
+    learnable = examples.filter(_learns, load_from_cache_file=False) if task == "causal-lm" else examples
+    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), len(examples) - len(learnable), limit)
+
+
+def _counted(rows: Any, cut: int, dropped: int, limit: int) -> Encoded:
+    if len(rows) == 0:
+        raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
+    return Encoded(rows, cut, dropped, sum(map(len, rows["input_ids"])))
+
+
+def _learns(row: Row) -> bool:
+    return any(label != IGNORED for label in row["labels"])
+
+
+def _encoder(kind: Kind, task: str, tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
+    """From a row and how to call it in messages, to ids and labels of any length."""
+    if kind.name == "chat":
+        chat = ChatEncoder(tokenizer, data.assistant_only)
+
+        def encode_chat(row: Row, where: str) -> Row:
+            ids, labels = chat(messages_of(row, where), where)
+            return {"input_ids": ids, "labels": labels}
+
+        return encode_chat
+    if kind.name == "completion":
+        return _source_and_target(tokenizer, data) if task == "seq2seq-lm" else _prompt_and_completion(tokenizer)
+    if kind.name == "labelled" and task == "sequence-classification":
+        return _labelled(tokenizer, data)
+    return _masked(tokenizer, data) if task == "masked-lm" else _text(tokenizer)
+
+
+def _text(tokenizer: Any) -> Callable[[Row, str], Row]:
+    def encode_text(row: Row, where: str) -> Row:
+        ids = [*_ids(tokenizer, _words(row, "text", where)), tokenizer.eos_token_id]
+        return {"input_ids": ids, "labels": list(ids)}
+
+    return encode_text
+
+
+def _masked(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
+    """No labels: which tokens are masked is drawn anew for each batch."""
+
+    def encode_masked(row: Row, where: str) -> Row:
+        return _whole_or_cut(tokenizer, data, _words(row, "text", where))
+
+    return encode_masked
+
+
+def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
+    """The completion is learned; both may be chats."""
+    chat: list[ChatEncoder] = []
+
+    def encode_completion(row: Row, where: str) -> Row:
+        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+            if not chat:
+                chat.append(ChatEncoder(tokenizer, assistant_only=True))
+            messages = messages_of({"messages": row["prompt"] + row["completion"]}, where)
+            ids, labels = chat[0](messages, where)
+            given = chat[0]._encode(messages[: len(row["prompt"])], where, add_generation_prompt=True)["input_ids"]
+            return {"input_ids": ids, "labels": [IGNORED] * len(given) + labels[len(given) :]}
+        prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
+        encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+        ids = [*_without_eos(tokenizer, encoded["input_ids"]), tokenizer.eos_token_id]
+        starts = [start for start, _ in encoded["offset_mapping"]][: len(ids) - 1]
+        # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
+        ends = [end for _, end in encoded["offset_mapping"]][: len(ids) - 1]
+        learned = [end > len(prompt) and end > start for start, end in zip(starts, ends, strict=True)] + [True]
+        return {
+            "input_ids": ids,
+            "labels": [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)],
+        }
+
+    return encode_completion
+
+
+def _source_and_target(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
+    def encode_pair(row: Row, where: str) -> Row:
+        source = _whole_or_cut(tokenizer, data, _words(row, "prompt", where))
+        target = _whole_or_cut(tokenizer, data, text_target=_words(row, "completion", where))
+        return source | {"labels": target["input_ids"], "cut": source["cut"] or target["cut"]}
+
+    return encode_pair
+
+
+def _labelled(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
+    names = {name: number for number, name in enumerate(data.labels or ())}
+
+    def encode_labelled(row: Row, where: str) -> Row:
+        if str(row["label"]) not in names:
+            raise UserError(f"{where}, column label: expected one of {', '.join(names)}, got {row['label']!r}")
+        pair = _words(row, "text_pair", where) if row.get("text_pair") is not None else None
+        text = _whole_or_cut(tokenizer, data, _words(row, "text", where), pair)
+        return text | {"labels": names[str(row["label"])]}
+
+    return encode_labelled
+
+
+def _whole_or_cut(tokenizer: Any, data: DataSection, *texts: Any, **options: Any) -> Row:
+    """Cut by the tokenizer, which knows where its special tokens belong; `cut` says whether it had to."""
+    encoded = tokenizer(*texts, **options, verbose=False)
+    cut = len(encoded["input_ids"]) > data.max_length  # type: ignore[operator]
+    if cut:
+        encoded = tokenizer(*texts, **options, truncation=True, max_length=data.max_length)
+    return {name: list(encoded[name]) for name in encoded} | {"cut": cut}
+
+
+def _divide(make: Callable[[Row, str], Row], length: int) -> Callable[[dict[str, list[Any]], list[int]], Row]:
+    def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
+        whole = make({name: values[0] for name, values in batch.items()}, f"data: document {numbers[0] + 1}")
+        return {
+            name: [values[start : start + length] for start in range(0, len(values), length)]
+            for name, values in whole.items()
+        }
+
+    return divide
+
+
+def _divide_masked(tokenizer: Any, length: int) -> Callable[[dict[str, list[Any]], list[int]], Row]:
+    """Each block gets special tokens of its own."""
+
+    def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
+        text = _words({"text": batch["text"][0]}, "text", f"data: document {numbers[0] + 1}")
+        blocks = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True, verbose=False)
+        return {name: blocks[name] for name in ("input_ids", "attention_mask")}
+
+    return divide
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """With the special tokens that the tokenizer adds by itself, but not the one that ends a text."""
+    return _without_eos(tokenizer, list(tokenizer(text, verbose=False)["input_ids"]))
+
+
+def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id is not None else ids
+
+
+def _words(row: Row, column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+        raise UserError(f"{where}, column {column}: expected text, got {got}")
+    if not value.strip():
+        raise UserError(f"{where}, column {column}: expected text, got an empty one")
+    return value

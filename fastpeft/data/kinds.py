@@ -1,0 +1,98 @@
+"""Which kind of data the columns make, and which tasks it is for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of row.
+
+    Attributes:
+        name: what it is called.
+        columns: that a row must have.
+        optional: that it may have.
+        tasks: it can be used for; the first fits decoders and plain texts.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    tasks: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " + ".join(self.columns)
+
+
+CHAT = Kind("chat", ("messages",), ("causal-lm",))
+SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",))
+COMPLETION = Kind("completion", ("prompt", "completion"), ("causal-lm", "seq2seq-lm"))
+ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input",))
+LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
+TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
+KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)
+"""In order of precedence; a text with labels is also a text where the task says so."""
+KNOWN = tuple(dict.fromkeys(column for kind in KINDS for column in (*kind.columns, *kind.optional)))
+
+
+def rename(rows: Any, columns: dict[str, str], key: str = "data.columns") -> Any:
+    """Rows with the user's columns under the names that are expected.
+
+    Raises:
+        UserError: a name that nothing expects, or a column that is not there.
+    """
+    for expected, given in columns.items():
+        if expected not in KNOWN:
+            raise UserError(f"{key}.{expected}: expected one of {', '.join(KNOWN)}{_near(expected, KNOWN)}")
+        if given not in rows.column_names:
+            raise UserError(
+                f"{key}.{expected}: expected one of {', '.join(rows.column_names)}, got {given!r}"
+                f"{_near(given, rows.column_names)}"
+            )
+    taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
+    return rows.remove_columns(taken).rename_columns(
+        {given: expected for expected, given in columns.items() if given != expected}
+    )
+
+
+def kind_of(names: Sequence[str], task: str) -> Kind:
+    """The kind of data that columns make.
+
+    Args:
+        names: of the columns.
+        task: "auto" or what the model is to be trained to do.
+
+    Raises:
+        UserError: none that serves the task.
+    """
+    found = [kind for kind in KINDS if set(kind.columns) <= set(names)]
+    fitting = [kind for kind in found if task == "auto" or task in kind.tasks]
+    if fitting:
+        return fitting[0]
+    if found:
+        wanted = " or ".join(str(kind) for kind in KINDS if task in kind.tasks)
+        raise UserError(f"data: expected columns {wanted} for task {task}, got {', '.join(names)}")
+    if {"chosen", "rejected"} <= set(names):
+        raise UserError(
+            "data: expected texts to learn from, got preferences (chosen, rejected): "
+            "those are for TRL's DPOTrainer, after fastpeft.accelerate(model)"
+        )
+    wanted = ", ".join(str(kind) for kind in KINDS)
+    hints = [f"data.columns.{near[0]} {name}" for name in names if (near := _close(name, KNOWN))]
+    hint = f"; did you mean {hints[0]!r}?" if hints else "; data.columns gives yours their names"
+    raise UserError(f"data: expected columns {wanted}; got {', '.join(names)}{hint}")
+
+
+def _close(name: str, names: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower(), names, n=1)
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = _close(name, names)
+    return f", did you mean {near[0]!r}?" if near else ""

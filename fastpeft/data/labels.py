@@ -1,0 +1,39 @@
+"""Classes: their names, in the order of their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastpeft.errors import UserError
+
+MOST = 1000
+"""More than these are hardly classes."""
+
+
+def named_labels(rows: Any) -> Any:
+    """Rows with the column `label` as names, where `datasets` keeps numbers and names apart."""
+    names = getattr(rows.features["label"], "names", None)
+    if names is None:
+        return rows
+    plain = [None if number is None or number < 0 else names[number] for number in rows["label"]]
+    return rows.remove_columns("label").add_column("label", plain)
+
+
+def find_labels(rows: Any) -> list[str]:
+    """All classes in the column `label`, numbers in their order, names in the alphabet's.
+
+    Raises:
+        UserError: a row without, a label that is neither text nor a whole number, fewer than two, or over MOST.
+    """
+    values = set(rows["label"])
+    for value in values:
+        if value is None or not isinstance(value, (str, int)):
+            number = rows["label"].index(value) + 1
+            got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+            raise UserError(f"data: row {number}, column label: expected a class as text or whole number, got {got}")
+    if not 2 <= len(values) <= MOST:
+        got = f"one: {next(iter(values))!r}" if len(values) == 1 else str(len(values))
+        raise UserError(f"data: expected 2 to {MOST} classes in column label, got {got}")
+    if all(isinstance(value, int) for value in values):
+        return [str(value) for value in sorted(values)]
+    return sorted(str(value) for value in values)

@@ -1,0 +1,48 @@
+"""Versions of what fastpeft works with, against what it supports. Imports none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+
+from fastpeft.requirements import CORE, _too_old, check_versions
+
+from .findings import Finding, note, ok, problem, warning
+
+NEEDED = ("transformers", "peft", "accelerate")  # torch and bitsandbytes have checks of their own
+OPTIONAL = {"trl": "1.10", "datasets": ""}  # of the extra `train`, with the oldest supported version
+INSTALL_OPTIONAL = "pip install 'fastpeft[train]'"
+
+
+def packages() -> Iterator[Finding]:
+    for name in NEEDED:
+        yield _needed(name)
+    for name, least in OPTIONAL.items():
+        yield _optional(name, least)
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _needed(name: str) -> Finding:
+    version = installed(name)
+    wrong = check_versions([name])
+    if wrong is None:
+        return ok(name, str(version), version=version)
+    needs, _, command = wrong.partition(": ")
+    kind = problem if name in CORE else warning
+    return kind(name, f"{version or 'not installed'}; {needs}", f"Run {command}.", version=version)
+
+
+def _optional(name: str, least: str) -> Finding:
+    version = installed(name)
+    if version is None:
+        return note(name, "not installed", f"Run {INSTALL_OPTIONAL} if you want it.", version=None)
+    if least and _too_old(name, least):
+        advice = f"Run {INSTALL_OPTIONAL} --upgrade for {name} {least} or newer."
+        return warning(name, f"{version}, older than the {least} that is supported", advice, version=version)
+    return ok(name, version, version=version)

@@ -1,0 +1,80 @@
+"""A fresh adapter on a base model."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from fastpeft.config import LoraSection
+from fastpeft.errors import UserError
+
+from .tasks import PEFT_TASKS
+
+OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
+
+
+def lora_config(section: LoraSection, task: str) -> Any:
+    """PEFT's LoraConfig.
+
+    Raises:
+        UserError: a number out of range, an unknown key of `lora.extra`, or options that PEFT refuses.
+    """
+    from peft import LoraConfig
+
+    if section.r < 1:
+        raise UserError(f"lora.r: expected at least 1, got {section.r}")
+    if not 0 <= section.dropout < 1:
+        raise UserError(f"lora.dropout: expected 0 to below 1, got {section.dropout}")
+    given = {
+        "r": section.r,
+        "lora_alpha": section.alpha,
+        "lora_dropout": section.dropout,
+        "target_modules": section.target_modules,
+        "exclude_modules": section.exclude_modules or None,
+        "modules_to_save": section.modules_to_save or None,
+        "use_rslora": section.use_rslora,
+        "use_dora": section.use_dora,
+        "bias": section.bias,
+        "init_lora_weights": section.init_lora_weights,
+        "task_type": PEFT_TASKS.get(task),
+    }
+    known = [field.name for field in fields(LoraConfig)]
+    for name in section.extra:
+        if name in given:
+            raise UserError(f"lora.extra.{name}: expected {OURS.get(name, f'lora.{name}')} instead")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ", and PEFT's LoraConfig has none of this name"
+            raise UserError(f"lora.extra.{name}: unknown key{hint}")
+    try:
+        return LoraConfig(**given, **section.extra)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora: {error}") from error
+
+
+def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any:
+    """A PEFT model with a fresh adapter; the same for the same seed.
+
+    Raises:
+        UserError: as lora_config, or no module of the model has one of the target names.
+    """
+    import torch
+    from peft import get_peft_model
+
+    config = lora_config(section, task)
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise UserError(f"lora: {error}") from error
+        wanted = section.target_modules if isinstance(section.target_modules, list) else [section.target_modules]
+        names = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if _is_projection(m)})
+        near = [f"did you mean {close[0]!r}?" for name in wanted if (close := difflib.get_close_matches(name, names))]
+        hint = f", {near[0]}" if near else f"; its projections are {', '.join(names)}"
+        raise UserError(f"lora.target_modules: none of {', '.join(wanted)} is in the model{hint}") from error
+
+
+def _is_projection(module: Any) -> bool:
+    return getattr(module, "weight", None) is not None and hasattr(module, "in_features")

@@ -1,0 +1,182 @@
+"""The base model and its tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastpeft.config import FastpeftConfig, ModelSection
+from fastpeft.errors import UserError
+
+from .tasks import auto_class
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+USUAL_LENGTH = 1024
+
+
+def checked_name(name: str, key: str = "model.name", marks: tuple[str, ...] = ("config.json",)) -> str:
+    """A model's name: the whole path of a folder, or an ID on the hub as it is.
+
+    Args:
+        name: as the user gave it.
+        key: what the user calls it.
+        marks: files of which a folder must have one.
+
+    Raises:
+        UserError: it is empty, a folder of something else, or neither a folder nor an ID.
+    """
+    if not name:
+        raise UserError(f"{key}: expected a model's folder or its ID on the hub, got nothing")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / mark).is_file() for mark in marks):
+            if (folder / "adapter_config.json").is_file():
+                raise UserError(f"{key}: expected a base model, got an adapter: {name}")
+            raise UserError(f"{key}: expected a folder with a {' or '.join(marks)}, got {name}")
+        return str(folder.resolve())
+    if folder.exists() or not HUB_ID.fullmatch(name):
+        near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
+        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        raise UserError(f"{key}: expected a model's folder or its ID on the hub, got {name!r}, which is neither{hint}")
+    return name
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def quantization_of(config: FastpeftConfig) -> str:
+    """The storage of the frozen weights, which `method` decides where the model's section does not.
+
+    Raises:
+        UserError: method qlora with weights that are not in 4 bits.
+    """
+    given = config.model.quantization
+    if config.method == "qlora" and given not in (None, "nf4", "fp4"):
+        raise UserError(f"model.quantization: expected 'nf4' or 'fp4' for method qlora, got {given!r}")
+    return given or ("nf4" if config.method == "qlora" else "none")
+
+
+def load_config(model: ModelSection, key: str = "model.name") -> Any:
+    """transformers' configuration of the model. Raises UserError where it cannot be had."""
+    from transformers import AutoConfig
+
+    name = checked_name(model.name, key)
+    try:
+        return AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}: {model.name} could not be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(model: ModelSection, key: str = "model.name") -> Any:
+    """The model's tokenizer, with a padding token. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{key}: no tokenizer could be loaded from {model.name}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never learned, and never attended to
+    return tokenizer
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens the model has positions for; None where there is no such limit."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+        longest -= 2  # their first positions are for padding
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def checked_length(wanted: int | None, config: Any, key: str = "data.max_length") -> int:
+    """Tokens a row. Raises UserError for a number below 2 or beyond the model's last position."""
+    longest = positions(config)
+    if wanted is None:
+        return min(USUAL_LENGTH, longest or USUAL_LENGTH)
+    if wanted < 2:
+        raise UserError(f"{key}: expected at least 2, got {wanted}")
+    if longest is not None and wanted > longest:
+        raise UserError(f"{key}: expected at most {longest}, the model's last position, got {wanted}")
+    return wanted
+
+
+def quantization_config(quantization: str, double_quant: bool, dtype: torch.dtype) -> Any:
+    """bitsandbytes' configuration; None for "none".
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantization: {quantization} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_base(
+    model: ModelSection,
+    task: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    *,
+    key: str = "model.name",
+    **others: Any,
+) -> tuple[Any, list[str]]:
+    """The base model on its device, in evaluation mode.
+
+    Args:
+        model: its section.
+        task: one of tasks.AUTO.
+        device, dtype: where and in what it computes.
+        quantization: storage of the weights; a checkpoint that is stored quantised stays as it is.
+        key: what the user calls the model.
+        others: for `from_pretrained`, such as num_labels.
+
+    Returns:
+        (model, names of the modules that the checkpoint has no values for).
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **others}
+    bits = quantization_config(quantization, model.double_quant, dtype)
+    if bits is not None and getattr(load_config(model, key), "quantization_config", None) is None:
+        options["quantization_config"] = bits
+    if model.attention is not None:
+        options["attn_implementation"] = model.attention
+    if device.type == "cuda":
+        options["device_map"] = {"": device}
+    try:
+        base, info = auto_class(task).from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UserError(f"{key}: {model.name} could not be loaded: {_first_line(error)}") from error
+    return base, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,78 @@
+"""What a model can be trained to do, as far as its configuration tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastpeft.errors import UserError
+
+AUTO = {
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a decoder (causal language model)"),
+    "seq2seq-lm": (
+        "AutoModelForSeq2SeqLM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "an encoder-decoder",
+    ),
+    "masked-lm": (
+        "AutoModelForMaskedLM",
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "an encoder with a masked-language head",
+    ),
+    "sequence-classification": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "a model that transformers has a classifier for",
+    ),
+}
+PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+"""PEFT has no name for masked language models."""
+
+
+def auto_class(task: str) -> Any:
+    """transformers' Auto class for a task."""
+    import transformers
+
+    return getattr(transformers, AUTO[task][0])
+
+
+def fits(config: Any, task: str) -> bool:
+    """Whether a model of this configuration can be loaded for a task, and would then see what it should.
+
+    An encoder loads as a causal model too, but each token would see the next.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if getattr(config, "auto_map", None):  # its own code decides
+        return True
+    wanted = getattr(modeling_auto, AUTO[task][1]).get(config.model_type)
+    if wanted is None:
+        return False
+    if task != "causal-lm":
+        return True
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    saved_as_decoder = bool({*names} & {*(config.architectures or ())}) or getattr(config, "is_decoder", False)
+    return not getattr(config, "is_encoder_decoder", False) and (saved_as_decoder or not encoder)
+
+
+def resolve_task(wanted: str, kind: Any, config: Any, name: str) -> str:
+    """The task for a kind of data and a model.
+
+    Args:
+        wanted: "auto", or one of AUTO.
+        kind: of the data, with the tasks it can serve.
+        config: the model's.
+        name: of the model, for messages.
+
+    Raises:
+        UserError: the model cannot do it.
+    """
+    tasks = kind.tasks if wanted == "auto" else (wanted,)
+    if wanted == "auto" and getattr(config, "is_encoder_decoder", False) and "seq2seq-lm" in tasks:
+        tasks = ("seq2seq-lm",)
+    for task in tasks:
+        if fits(config, task):
+            return str(task)
+    expected = " or ".join(AUTO[task][2] for task in tasks)
+    got = (config.architectures or [config.model_type])[0]
+    raise UserError(f"model.name: expected {expected} for data with columns {kind}, got {name}, which is {got}")

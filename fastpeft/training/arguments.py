@@ -1,0 +1,143 @@
+"""The trainer's arguments, from a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+from fastpeft.requirements import require
+
+if TYPE_CHECKING:
+    import torch
+
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps")
+NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml"}
+"""Packages of the trackers that transformers reports to."""
+OWN = ("eval_steps", "save_steps", "report_to", "extra")
+"""Settings that are not handed on as they are."""
+
+
+def check(config: FastpeftConfig) -> None:
+    """What can be told without loading anything.
+
+    Raises:
+        UserError: a number out of range, a schedule, optimizer or tracker that there is not, or what is not built yet.
+    """
+    training = config.training
+    for name in POSITIVE:
+        _at_least(name, getattr(training, name), 1)
+    for name in NOT_NEGATIVE:
+        _at_least(name, getattr(training, name), 0)
+    for name in ("eval_steps", "save_steps", "save_total_limit"):
+        if (value := getattr(training, name)) is not None:
+            _at_least(name, value, 1)
+    if training.max_steps < 1 and not training.num_train_epochs > 0:
+        raise UserError(f"training.num_train_epochs: expected more than 0, got {training.num_train_epochs}")
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise UserError(f"training.max_steps: expected at least 1, or -1 for no limit, got {training.max_steps}")
+    if config.strategy.name != "task":
+        raise UserError(f"strategy.name: expected 'task', the only one built so far, got {config.strategy.name!r}")
+    if config.memory.budget_gib is not None:
+        raise UserError("memory.budget_gib: expected null, planning memory is not built yet")
+    for tracker in trackers(config):
+        if tracker in TRACKERS and importlib.util.find_spec(TRACKERS[tracker]) is None:
+            raise UserError(f"training.report_to: {tracker} is not installed: pip install {TRACKERS[tracker]}")
+    _known_choices(config)
+
+
+def trackers(config: FastpeftConfig) -> list[str]:
+    """Names of the trackers to report to, without "none"."""
+    given = config.training.report_to
+    return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
+
+
+def _known_choices(config: FastpeftConfig) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    _one_of("lr_scheduler_type", config.training.lr_scheduler_type, [kind.value for kind in SchedulerType])
+    _one_of("optim", config.training.optim, [kind.value for kind in OptimizerNames])
+    for tracker in trackers(config):
+        _one_of("report_to", tracker, ["none", "all", *INTEGRATION_TO_CALLBACK])
+
+
+def _one_of(name: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"training.{name}: expected one of {', '.join(known)}; got {value!r}{hint}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise UserError(f"training.{name}: expected at least {least}, got {value}")
+
+
+def training_arguments(
+    config: FastpeftConfig, task: str, device: torch.device, dtype: torch.dtype, *, evaluates: bool
+) -> Any:
+    """transformers' TrainingArguments; TRL's SFTConfig for decoders.
+
+    Args:
+        config: checked, with data.max_length filled in.
+        task: what the model is trained to do.
+        device, dtype: where and in what it computes; float16 with gradient scaling, as Trainer does it.
+        evaluates: whether there is something to evaluate on.
+
+    Raises:
+        UserError: an unknown key of `training.extra`, or options that the trainer refuses.
+        MissingExtraError: TRL is not installed.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    kind = require("train", "trl", "training decoders").SFTConfig if task == "causal-lm" else TrainingArguments
+    section = config.training
+    given = {name: value for name, value in asdict(section).items() if name not in OWN}
+    given |= {
+        "eval_strategy": _when(section.eval_steps) if evaluates else "no",
+        "save_strategy": _when(section.save_steps),
+        "report_to": trackers(config),
+        "gradient_checkpointing": config.memory.gradient_checkpointing,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "logging_first_step": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+    }
+    if config.memory.gradient_checkpointing:
+        given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    given |= {name: value for name in ("eval_steps", "save_steps") if (value := getattr(section, name)) is not None}
+    if task == "causal-lm":
+        given |= {"max_length": config.data.max_length, "packing": config.data.packing, "eval_packing": False}
+    _check_extra(section.extra, given, [field.name for field in fields(kind) if field.init])
+    try:
+        return kind(**given | section.extra)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
+
+
+def _when(steps: int | None) -> str:
+    return "epoch" if steps is None else "steps"
+
+
+def _check_extra(extra: dict[str, Any], given: dict[str, Any], known: list[str]) -> None:
+    settings = {field.name for field in fields(FastpeftConfig().training)}
+    for name in extra:
+        if name in settings:
+            raise UserError(f"training.extra.{name}: expected training.{name} instead")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*settings, *known], n=1)
+            place = f"training.{near[0]}" if near and near[0] in settings else near[0] if near else ""
+            hint = f", did you mean {place!r}?" if near else ", and the trainer's arguments have none of this name"
+            raise UserError(f"training.extra.{name}: unknown key{hint}")
+        if name in ("use_cpu", "bf16", "fp16", "packing", "max_length", "disable_tqdm", "eval_strategy"):
+            raise UserError(f"training.extra.{name}: expected nothing, other settings decide it")

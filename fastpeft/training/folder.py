@@ -1,0 +1,106 @@
+"""A run's folder: what is in it, whether it may be written, and where to go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+
+CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
+FINGERPRINT = "data.sha256"
+OWN = (CONFIG, RUN, REPORT, LOSS, FINGERPRINT, "README.md", "adapter_config.json", "adapter_model.safetensors")
+"""What a run writes beside checkpoints, tokenizer and trackers."""
+MAY_CHANGE = {
+    "training.output_dir",
+    "training.max_steps",
+    "training.num_train_epochs",
+    "training.per_device_eval_batch_size",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.report_to",
+    "training.push_to_hub",
+    "training.hub_model_id",
+    "acceleration.enabled",
+}
+"""Settings that a resumed run may have others of: they change no step that is done."""
+
+
+def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Whether a run may begin or go on; changes nothing.
+
+    Returns:
+        The checkpoint to go on from; None to begin.
+
+    Raises:
+        UserError: a file is in the way, a run is there that nobody asked to replace, or none to go on with.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"training.output_dir: expected a folder or a new name, got a file: {folder}")
+    if resume and overwrite:
+        raise UserError("--resume: expected it without --overwrite, got both")
+    if resume:
+        if (found := last_checkpoint(folder)) is None:
+            raise UserError(f"--resume: expected a checkpoint in training.output_dir, got none in {folder}")
+        return found
+    if folder.is_dir() and not overwrite and any((folder / name).exists() for name in OWN):
+        raise UserError(
+            f"training.output_dir: {folder} holds a run already: --resume goes on with it, --overwrite replaces it"
+        )
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Delete what a former run left, and nothing else."""
+    for name in OWN:
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state is the last file of each."""
+    for checkpoint in reversed(_checkpoints(folder)):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return checkpoint
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def check_same(config: FastpeftConfig, folder: Path) -> None:
+    """Raise UserError if a resumed run's configuration differs in what its steps so far depend on."""
+    if not (folder / CONFIG).is_file():
+        return
+    saved = FastpeftConfig.from_yaml(folder / CONFIG)
+    before, now = flat(saved.to_dict()), flat(config.to_dict())
+    for key in now:
+        if key not in MAY_CHANGE and before.get(key) != now[key]:
+            raise UserError(
+                f"{key}: expected {_said(before.get(key))}, as the run to resume has it, got {_said(now[key])}"
+            )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"lora": {"r": 8}} as {"lora.r": 8}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
+
+
+def _said(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

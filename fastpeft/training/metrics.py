@@ -1,0 +1,22 @@
+"""How good a classifier is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def classification_metrics(prediction: Any) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that occur.
+
+    Args:
+        prediction: transformers' EvalPrediction: predictions (rows, classes) of logits, label_ids (rows,).
+    """
+    import numpy as np
+
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    guessed, true = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
+    scores = []
+    for label in np.union1d(guessed, true):
+        right = np.sum((guessed == label) & (true == label))
+        scores.append(2 * right / (np.sum(guessed == label) + np.sum(true == label)))
+    return {"accuracy": float(np.mean(guessed == true)), "f1_macro": float(np.mean(scores))}

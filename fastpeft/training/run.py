@@ -1,0 +1,316 @@
+"""One training run, from its configuration to its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastpeft.config import FastpeftConfig, LoraSection
+from fastpeft.data.chat import set_template
+from fastpeft.data.encoding import Encoded, encode
+from fastpeft.data.kinds import Kind, kind_of, rename
+from fastpeft.data.labels import find_labels, named_labels
+from fastpeft.data.rows import is_document, load_rows
+from fastpeft.errors import UserError
+from fastpeft.models import bases
+from fastpeft.models.adapters import attach_adapter, lora_config
+from fastpeft.models.devices import pick_device, pick_dtype
+from fastpeft.models.tasks import resolve_task
+
+from . import folder as run_folder
+from .arguments import check, training_arguments
+from .outcome import Outcome
+from .packing import check_packing
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the message says how to go on."""
+
+    def __init__(self, number: signal.Signals, checkpoint: Path) -> None:
+        super().__init__(f"{number.name}: {checkpoint} was saved; --resume goes on from it")
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is checked and loaded before a model is.
+
+    Attributes:
+        config: as resolved.
+        rows, evaluation: encoded.
+        chat_template: what it is called; empty without chats.
+    """
+
+    config: FastpeftConfig
+    tokenizer: Any
+    rows: Encoded
+    evaluation: Encoded | None
+    chat_template: str
+
+
+def train(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Train an adapter.
+
+    Args:
+        config: what to do.
+        console: for progress; a quiet one shows nothing.
+        resume: go on from the newest checkpoint in the output folder, with the same numbers as without a break.
+        overwrite: replace a run in the output folder.
+
+    Returns:
+        What came of it; it lies in the output folder too, beside the adapter.
+
+    Raises:
+        UserError: something in the configuration cannot be; nothing was written.
+        MissingExtraError: a package is missing.
+        Interrupted: a signal came; a checkpoint was saved.
+    """
+    check(config)
+    target = Path(config.training.output_dir).expanduser()
+    checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
+    prepared = prepare(config, console)
+    if checkpoint is not None:
+        run_folder.check_same(prepared.config, target)
+    return _train(prepared, target, checkpoint, console, overwrite)
+
+
+def prepare(config: FastpeftConfig, console: Console) -> Prepared:
+    """Check model and data against each other, and encode the data.
+
+    Raises:
+        UserError: they cannot be had, do not fit, or cannot be trained on as configured.
+    """
+    name = bases.checked_name(config.model.name)
+    if not config.data.path:
+        raise UserError("data.path: expected a file, a folder or a hub ID, got nothing")
+    _check_evaluation(config)
+    quantization = bases.quantization_of(config)
+    model = replace(config.model, name=name, quantization=quantization)  # type: ignore[arg-type]
+    hf_config = bases.load_config(model)
+    data = replace(config.data, max_length=bases.checked_length(config.data.max_length, hf_config))
+    raw = _rows(config, "path")
+    kind = kind_of(raw.column_names, model.task)
+    task = resolve_task(model.task, kind, hf_config, config.model.name)
+    lora_config(config.lora, task)
+    if data.packing and task != "causal-lm":
+        raise UserError(f"data.packing: expected false for task {task}, got true")
+    tokenizer = bases.load_tokenizer(model)
+    template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
+    if task == "causal-lm" and tokenizer.eos_token_id is None:
+        raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
+    raw_evaluation = _rows(config, "eval_path") if config.data.eval_path or config.data.eval_split else None
+    if task == "sequence-classification":
+        raw = named_labels(raw)
+        raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
+        data = replace(data, labels=data.labels or find_labels(raw))
+    console.print("reading the data", highlight=False)
+    rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path))
+    evaluation = None
+    if raw_evaluation is not None:
+        document = is_document(data.eval_path or data.path)
+        evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document)
+    elif data.eval_fraction:
+        rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
+    resolved = replace(config, model=replace(model, task=task), data=_whole_paths(data))  # type: ignore[arg-type]
+    return Prepared(resolved, tokenizer, rows, evaluation, template)
+
+
+def _check_evaluation(config: FastpeftConfig) -> None:
+    data = config.data
+    given = [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(data, name)]
+    if "eval_fraction" in given and len(given) > 1:
+        raise UserError(f"data.eval_fraction: expected it alone, got data.{given[0]} too")
+    if not 0 <= data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction: expected 0 to below 1, got {data.eval_fraction}")
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit: expected at least 1, got {data.limit}")
+
+
+def _rows(config: FastpeftConfig, which: str) -> Any:
+    data = config.data
+    if which == "path":
+        rows = load_rows(data.path, split=data.split, name=data.name, split_key="data.split")
+    elif data.eval_path:
+        split = data.eval_split or data.split
+        rows = load_rows(data.eval_path, split=split, key="data.eval_path", split_key="data.eval_split")
+    else:
+        rows = load_rows(data.path, split=data.eval_split or "", name=data.name, split_key="data.eval_split")
+    rows = rename(rows, data.columns)
+    return rows.select(range(min(data.limit, len(rows)))) if data.limit is not None else rows
+
+
+def _is_chat(rows: Any, kind: Kind) -> bool:
+    return kind.name == "chat" or (kind.name == "completion" and isinstance(rows[0]["prompt"], list))
+
+
+def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
+    count = max(1, round(len(rows) * fraction))
+    if count >= len(rows):
+        raise UserError(f"data.eval_fraction: expected at least one row on either side, got {len(rows)} in all")
+    parts = rows.rows.train_test_split(test_size=count, seed=seed)
+
+    def part(name: str) -> Encoded:
+        return replace(rows, rows=parts[name], tokens=sum(map(len, parts[name]["input_ids"])))
+
+    return part("train"), part("test")
+
+
+def _whole_paths(data: Any) -> Any:
+    """Local paths from the root, so that config.yaml means the same from anywhere."""
+
+    def whole(path: str | None) -> str | None:
+        local = Path(path).expanduser() if path else None
+        return str(local.resolve()) if local is not None and local.exists() else path
+
+    return replace(
+        data, path=whole(data.path), eval_path=whole(data.eval_path), chat_template=whole(data.chat_template)
+    )
+
+
+def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: Console, overwrite: bool) -> Outcome:
+    from fastpeft.bench.memory import PeakMemory
+    from fastpeft.bench.records import environment
+
+    from .stopping import StopOnSignal
+    from .trainers import build_trainer
+    from .watching import Progress, Speed
+
+    config = prepared.config
+    device = pick_device()
+    dtype = pick_dtype(config.model.dtype, device)
+    task = config.model.task
+    evaluation = None if prepared.evaluation is None else prepared.evaluation.rows
+    arguments = training_arguments(config, task, device, dtype, evaluates=evaluation is not None)
+    console.print("loading the model", highlight=False)
+    model = _model(prepared, device, dtype)
+    if config.data.packing:
+        check_packing(model)
+    fingerprint = _fingerprint(prepared.rows)
+    if checkpoint is not None:
+        _check_fingerprint(target, fingerprint)
+    elif overwrite:
+        run_folder.clear(target)
+    stop, speed, progress = StopOnSignal(), Speed(), Progress(console)
+    trainer = build_trainer(
+        task, model, prepared.tokenizer, arguments, prepared.rows.rows, evaluation, [stop, speed, progress]
+    )
+    first = trainer.is_world_process_zero()
+    if first:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / run_folder.CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (target / run_folder.FINGERPRINT).write_text(fingerprint + "\n")
+    with stop, progress, PeakMemory(device) as peak:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        saved = run_folder.last_checkpoint(target)
+        assert saved is not None
+        raise Interrupted(stop.received, saved)
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    outcome = Outcome(
+        base=config.model.name,
+        task=task,
+        method=config.method,
+        rows=len(prepared.rows),
+        evaluation_rows=0 if prepared.evaluation is None else len(prepared.evaluation),
+        cut=prepared.rows.cut,
+        dropped=prepared.rows.dropped,
+        tokens=prepared.rows.tokens,
+        fingerprint=fingerprint,
+        losses=losses,
+        evaluation=[(log["step"], log["eval_loss"]) for log in trainer.state.log_history if "eval_loss" in log],
+        metrics=_metrics(trainer),
+        steps=trainer.state.global_step,
+        tokens_per_second=speed.tokens_per_second,
+        peak_mib=peak.mib,
+        peak_method=peak.method,
+        accelerated=_accelerated(model) if config.acceleration.enabled else "",
+        chat_template=prepared.chat_template,
+        environment=asdict(environment(device.type)),
+    )
+    trainer.save_model(str(target))
+    if first:
+        outcome.write(target)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+    return outcome
+
+
+def _model(prepared: Prepared, device: Any, dtype: Any) -> Any:
+    """Base and fresh adapter, accelerated; what is trained is in float32."""
+    import fastpeft
+
+    config = prepared.config
+    labels = config.data.labels if config.model.task == "sequence-classification" else None
+    others: dict[str, Any] = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    if labels is not None:
+        others["label2id"] = {label: number for number, label in enumerate(labels)}
+    _seed(config.training.seed)  # a fresh classifier's first values
+    base, fresh = bases.load_base(
+        config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
+    )
+    if base.config.get_text_config().pad_token_id is None:
+        base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
+    model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
+    if config.acceleration.enabled:
+        fastpeft.accelerate(model)
+    return model
+
+
+def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSection:
+    """A classifier's new modules are trained and saved whole; a language model should not have any."""
+    known = (*config.lora.modules_to_save, "classifier", "score")  # PEFT trains the last two by itself
+    added = [name for name in fresh if not any(name == one or name.endswith(f".{one}") for one in known)]
+    if added and config.model.task != "sequence-classification":
+        raise UserError(
+            f"model.name: {config.model.name} has no values for {', '.join(added[:4])}, so its head would be random; "
+            "take a checkpoint with a head, or name these in lora.modules_to_save"
+        )
+    return replace(config.lora, modules_to_save=[*config.lora.modules_to_save, *added])
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _accelerated(model: Any) -> str:
+    import fastpeft
+
+    return str(fastpeft.report(model))
+
+
+def _metrics(trainer: Any) -> dict[str, float]:
+    """Of the last evaluation, without times and counts."""
+    found: dict[str, Any] = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    unwanted = ("per_second", "runtime", "num_tokens")
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in found.items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and not any(u in name for u in unwanted)
+    }
+
+
+def _fingerprint(rows: Encoded) -> str:
+    """Of all token ids, in their order."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for batch in rows.rows.select_columns(["input_ids"]).iter(batch_size=1000):
+        for ids in batch["input_ids"]:
+            digest.update(np.asarray(ids, dtype=np.int32).tobytes() + b";")
+    return digest.hexdigest()
+
+
+def _check_fingerprint(target: Path, fingerprint: str) -> None:
+    saved = target / run_folder.FINGERPRINT
+    if saved.is_file() and saved.read_text().strip() != fingerprint:
+        raise UserError("data.path: expected the rows that the run to resume began with, got others")

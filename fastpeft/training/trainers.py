@@ -1,0 +1,82 @@
+"""The trainer for each task: transformers' Trainer, TRL's SFTTrainer for decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastpeft.errors import UserError
+from fastpeft.requirements import require
+
+from .metrics import classification_metrics
+
+
+def build_trainer(
+    task: str, model: Any, tokenizer: Any, arguments: Any, rows: Any, evaluation: Any, callbacks: list[Any]
+) -> Any:
+    """A trainer that reports through `callbacks` alone.
+
+    Args:
+        task: what the model is trained to do.
+        model: a PEFT model, accelerated or not.
+        arguments: from training_arguments.
+        rows, evaluation: encoded; None for no evaluation.
+
+    Raises:
+        UserError: a model that the task's collator or trainer refuses.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    given = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "eval_dataset": evaluation,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    trainer = _decoder_trainer(given) if task == "causal-lm" else _trainer(task, tokenizer, given)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _decoder_trainer(given: dict[str, Any]) -> Any:
+    trl = require("train", "trl", "training decoders")
+    with _dtypes_kept(given["model"]):
+        try:
+            return trl.SFTTrainer(**given)
+        except ValueError as error:
+            if "lm_head" in str(error):
+                raise UserError("lora.target_modules: expected none of the head's modules, got lm_head") from error
+            raise UserError(f"training: {error}") from error
+
+
+def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
+        Trainer,
+    )
+
+    collator: Any
+    if task == "seq2seq-lm":
+        collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
+    elif task == "masked-lm":
+        if tokenizer.mask_token is None:
+            raise UserError("model.name: expected a tokenizer with a mask token, got one without")
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    else:
+        collator = DataCollatorWithPadding(tokenizer)
+        given["compute_metrics"] = classification_metrics
+    return Trainer(**given, data_collator=collator)
+
+
+@contextmanager
+def _dtypes_kept(model: Any) -> Iterator[None]:
+    """TRL casts what is trained over a quantised base to bfloat16, where small updates are lost; PEFT keeps float32."""
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in trained:
+        parameter.data = data
