@@ -11,16 +11,19 @@ import typer
 from fastpeft.errors import UserError
 from fastpeft.requirements import MissingExtraError
 
+from . import generate, merge, train, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
-from .train import EPILOG, train
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
-app.command(cls=ConfigCommand, epilog=EPILOG)(with_config_options(train))
+app.command(cls=ConfigCommand, epilog=train.EPILOG)(with_config_options(train.train))
+app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=merge.EPILOG)(merge.merge)
+app.command(epilog=verify.EPILOG)(verify.verify)
 app.command()(quickstart)
 app.command()(doctor)
 

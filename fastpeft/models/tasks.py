@@ -76,3 +76,15 @@ def resolve_task(wanted: str, kind: Any, config: Any, name: str) -> str:
     expected = " or ".join(AUTO[task][2] for task in tasks)
     got = (config.architectures or [config.model_type])[0]
     raise UserError(f"model.name: expected {expected} for data with columns {kind}, got {name}, which is {got}")
+
+
+def task_of(config: Any) -> str:
+    """The task that a checkpoint was saved for, else the first that its model can do."""
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    endings = {"ForSequenceClassification": "sequence-classification", "ForMaskedLM": "masked-lm"}
+    for ending, task in endings.items():
+        if saved.endswith(ending):
+            return task
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq-lm"
+    return "causal-lm" if fits(config, "causal-lm") else "sequence-classification"

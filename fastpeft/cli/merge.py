@@ -1,0 +1,73 @@
+"""`fastpeft merge`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .generate import Base, Dtype
+from .shared import Quiet, Verbose, console, settle_logs
+
+EPILOG = """
+Examples:
+
+  fastpeft merge runs/chat merged
+
+  fastpeft merge runs/chat/checkpoint-500 merged --dtype float16
+"""
+
+
+class Into(str, Enum):
+    """What the adapter of a quantised base is added to."""
+
+    decoded = "decoded"
+    original = "original"
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a run or adapter, or an ID on the hub.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder for the merged model.")],
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the merged weights; auto: the base checkpoint's own 16 bits, else bfloat16.")
+    ] = Dtype.auto,
+    into: Annotated[
+        Into, typer.Option(help="A base in 4 or 8 bits: its decoded values, or the checkpoint's original ones.")
+    ] = Into.decoded,
+    base: Base = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge an adapter into its base: a plain model for transformers, vLLM and others.
+
+    The sum is made in float32 and rounded once, on the CPU. An adapter that was trained on a base in 4 bits is added to
+    what these bits stand for, decoded; nothing is quantised again.
+    """
+    import fastpeft.merging as merging
+    from fastpeft.models import tuned
+
+    settle_logs(verbose)
+    output = output.expanduser()
+    merging.check_target(output, overwrite)
+    source = tuned.find(adapter, base=base, key="ADAPTER")
+    chosen = _dtype(dtype, source.config)
+    shown = console(quiet)
+    shown.print("loading and merging", highlight=False)
+    merged = merging.merge(source, chosen, decode=into is Into.decoded)
+    shown.print("saving", highlight=False)
+    merging.save(merged, tuned.load_tokenizer(source), output, overwrite=overwrite)
+    quantization = source.model.quantization or "none"
+    how = f", base decoded from {quantization}" if quantization != "none" and into is Into.decoded else ""
+    print(f"{output}: {source.name} merged into {source.model.name}, {str(chosen).removeprefix('torch.')}{how}")
+
+
+def _dtype(wanted: Dtype, config: Any) -> Any:
+    import torch
+
+    if wanted is not Dtype.auto:
+        return getattr(torch, wanted.value)
+    own = getattr(config, "dtype", None)
+    return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
