@@ -75,10 +75,8 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL") -> Source:
     base_key = "--base" if base is not None else f"{key}: base model of {name}"
     model = replace(model, name=bases.checked_name(model.name, base_key), quantization=model.quantization or "none")
     config = bases.load_config(model, base_key)
-    named = {peft: task for task, peft in PEFT_TASKS.items()}.get(
-        str(getattr(adapter.task_type, "value", adapter.task_type))
-    )
-    task = run.model.task if run else named or task_of(config)
+    named = {peft: task for task, peft in PEFT_TASKS.items()}
+    task = run.model.task if run else named.get(adapter.task_type) or task_of(config)
     labels = run.data.labels if run else None
     path = str(folder.resolve()) if folder.is_dir() else name
     return Source(name, model, path, task, labels if task == "sequence-classification" else None, config)
