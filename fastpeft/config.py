@@ -68,6 +68,7 @@ class DataSection:
     chat_template: str | None = option(
         None, 'Jinja file, "chatml" or "plain"; null: the tokenizer\'s own, plain if it has none.'
     )
+    eos_token: str | None = option(None, "Token that ends a text or an answer; null: the tokenizer's own.")
     assistant_only: bool = option(True, "Chats: learn the assistant's turns only.")
     limit: int | None = option(None, "Use at most so many rows.")
 

@@ -68,6 +68,13 @@ def _prompt(line: str, where: str) -> Any:
     raise UserError(f"{where}: expected messages, prompt or text, got {line[:60]}")
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """What ends an answer: the model's own tokens, and the tokenizer's, which a run may have chosen anew."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*found, tokenizer.eos_token_id) if token is not None})
+
+
 class Generator:
     """Prompts to text.
 
@@ -131,7 +138,11 @@ class Generator:
     def _generate(self, prompts: Sequence[Any], sampling: Sampling, streamer: Any = None) -> list[str]:
         batch = self.encode(prompts)
         ids = self.model.generate(
-            **batch, **sampling.options(), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id
+            **batch,
+            **sampling.options(),
+            streamer=streamer,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
         )
         start = 0 if self.encoder_decoder else batch["input_ids"].shape[1]
         texts: list[str] = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)

@@ -11,19 +11,27 @@ import typer
 from fastpeft.errors import UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import generate, merge, train, verify
+from . import generate, merge, responsible, train, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+LESS_MEMORY = (
+    "Less is needed with --method qlora, --memory.gradient_checkpointing, a smaller --batch-size with more "
+    "--gradient-accumulation-steps, or a smaller --max-length"
+)
 
 app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
 app.command(cls=ConfigCommand, epilog=train.EPILOG)(with_config_options(train.train))
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=merge.EPILOG)(merge.merge)
 app.command(epilog=verify.EPILOG)(verify.verify)
+app.command(epilog=responsible.MEMORIZATION_EPILOG)(responsible.memorization)
+app.command(epilog=responsible.GROUPS_EPILOG)(responsible.groups)
 app.command()(quickstart)
 app.command()(doctor)
 
@@ -67,6 +75,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            _complain(f"out of GPU memory: {str(error).partition('. ')[0]}. {LESS_MEMORY}")
+            return EXIT_FAILED
         # typer's usage errors; their class is click's or typer's own, as the version has it.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())

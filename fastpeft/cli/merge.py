@@ -46,7 +46,8 @@ def merge(
     The sum is made in float32 and rounded once, on the CPU. An adapter that was trained on a base in 4 bits is added to
     what these bits stand for, decoded; nothing is quantised again.
     """
-    import fastpeft.merging as merging
+    from fastpeft import merging
+    from fastpeft.generation import end_tokens
     from fastpeft.models import tuned
 
     settle_logs(verbose)
@@ -58,7 +59,10 @@ def merge(
     shown.print("loading and merging", highlight=False)
     merged = merging.merge(source, chosen, decode=into is Into.decoded)
     shown.print("saving", highlight=False)
-    merging.save(merged, tuned.load_tokenizer(source), output, overwrite=overwrite)
+    tokenizer = tuned.load_tokenizer(source)
+    if getattr(merged, "generation_config", None) is not None:
+        merged.generation_config.eos_token_id = end_tokens(merged, tokenizer)
+    merging.save(merged, tokenizer, output, overwrite=overwrite)
     quantization = source.model.quantization or "none"
     how = f", base decoded from {quantization}" if quantization != "none" and into is Into.decoded else ""
     print(f"{output}: {source.name} merged into {source.model.name}, {str(chosen).removeprefix('torch.')}{how}")

@@ -58,9 +58,7 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL") -> Source:
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / mark).is_file() for mark in ("adapter_config.json", "config.json")):
-        raise UserError(
-            f"{key}: expected a folder with an adapter_config.json or a config.json, got {name}{_runs(folder)}"
-        )
+        raise UserError(f"{key}: expected a folder with adapter_config.json or config.json, got {name}{_runs(folder)}")
     adapter = _adapter_config(name, folder, key)
     run = _run_of(folder)
     if adapter is None:

@@ -26,6 +26,7 @@ class Outcome:
         steps: trained in all, resumed ones included.
         tokens_per_second: median of this process's steps but the first; None if there were too few.
         peak_mib, peak_method: see PeakMemory.
+        notes: what should be looked at.
         accelerated: fastpeft.report as text; empty for plain PEFT.
         chat_template: what it is called; empty without chats.
         environment: of bench.records.
@@ -47,6 +48,7 @@ class Outcome:
     tokens_per_second: float | None
     peak_mib: float
     peak_method: str
+    notes: list[str]
     accelerated: str
     chat_template: str
     environment: dict[str, Any]
@@ -90,6 +92,7 @@ class Outcome:
         ]
         lines += [f"| chat template | {self.chat_template} |"] if self.chat_template else []
         lines += [f"| evaluation: {name} | {value:.4f} |" for name, value in self.metrics.items()]
+        lines += [line for note in self.notes for line in ("", f"Note: {note}.")]
         lines += ["", "## Loss", "", f"![loss]({LOSS})", "", "| step | training | evaluation |", "|---|---|---|"]
         lines += _loss_rows(self.losses, self.evaluation)
         lines += ["", "## What was accelerated", "", "```", self.accelerated or "nothing: plain PEFT", "```"]

@@ -24,6 +24,7 @@ from fastpeft.models.tasks import resolve_task
 
 from . import folder as run_folder
 from .arguments import check, training_arguments
+from .end_token import why_it_cannot_stop
 from .outcome import Outcome
 from .packing import check_packing
 
@@ -100,6 +101,7 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     if data.packing and task != "causal-lm":
         raise UserError(f"data.packing: expected false for task {task}, got true")
     tokenizer = bases.load_tokenizer(model)
+    _set_end(tokenizer, data.eos_token)
     template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
     if task == "causal-lm" and tokenizer.eos_token_id is None:
         raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
@@ -148,6 +150,14 @@ def _is_chat(rows: Any, kind: Kind) -> bool:
     return kind.name == "chat" or (kind.name == "completion" and isinstance(rows[0]["prompt"], list))
 
 
+def _set_end(tokenizer: Any, token: str | None) -> None:
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"data.eos_token: expected a token of the tokenizer's vocabulary, got {token!r}")
+    tokenizer.eos_token = token
+
+
 def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
@@ -190,6 +200,7 @@ def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: C
     model = _model(prepared, device, dtype)
     if config.data.packing:
         check_packing(model)
+    notes = _notes(model, prepared, console)
     fingerprint = _fingerprint(prepared.rows)
     if checkpoint is not None:
         _check_fingerprint(target, fingerprint)
@@ -228,6 +239,7 @@ def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: C
         tokens_per_second=speed.tokens_per_second,
         peak_mib=peak.mib,
         peak_method=peak.method,
+        notes=notes,
         accelerated=_accelerated(model) if config.acceleration.enabled else "",
         chat_template=prepared.chat_template,
         environment=asdict(environment(device.type)),
@@ -274,6 +286,15 @@ def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSec
             "take a checkpoint with a head, or name these in lora.modules_to_save"
         )
     return replace(config.lora, modules_to_save=[*config.lora.modules_to_save, *added])
+
+
+def _notes(model: Any, prepared: Prepared, console: Console) -> list[str]:
+    """What should be looked at, shown at once and kept for the report."""
+    reason = why_it_cannot_stop(model, prepared.tokenizer) if prepared.config.model.task == "causal-lm" else None
+    notes = [reason] if reason else []
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return notes
 
 
 def _seed(seed: int) -> None:

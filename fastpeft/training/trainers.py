@@ -43,6 +43,11 @@ def build_trainer(
 
 def _decoder_trainer(given: dict[str, Any]) -> Any:
     trl = require("train", "trl", "training decoders")
+    if type(given["model"].get_output_embeddings()).__name__ == "TrainableTokensWrapper":
+        raise UserError(
+            "lora.extra.trainable_token_indices: expected none, because the head shares the embeddings' weights "
+            "and TRL cannot read such a head; lora.modules_to_save takes both whole"
+        )
     with _dtypes_kept(given["model"]):
         try:
             return trl.SFTTrainer(**given)

@@ -1,0 +1,122 @@
+"""`fastpeft memorization` and `fastpeft groups`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+
+from .shared import Quiet, Verbose, console, settle_logs
+
+MEMORIZATION_EPILOG = """
+Examples:
+
+  fastpeft memorization runs/chat
+
+  fastpeft memorization runs/chat --prefix 64 --tokens 64 --fail-above 0.05
+"""
+GROUPS_EPILOG = """
+Examples:
+
+  fastpeft groups runs/reviews --data test.jsonl --by dialect
+"""
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of fastpeft train.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def memorization(
+    run: Run,
+    prefix: Annotated[
+        int, typer.Option(min=1, help="Tokens of a training row that the model is given, at least.")
+    ] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that it should not know by heart.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows are tried.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the rows drawn.")] = 0,
+    fail_above: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Exit with 1 if a larger share is repeated.")
+    ] = 1.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Does a tuned decoder repeat its training text word for word?
+
+    Gives the model the beginnings of its own training rows and compares what it goes on with, beside the base model,
+    which tells what the tuning added.
+    """
+    from fastpeft.models import tuned
+    from fastpeft.models.devices import pick_device, pick_dtype
+    from fastpeft.responsible.memorization import passages, probe
+    from fastpeft.training.run import prepare
+
+    settle_logs(verbose)
+    shown = console(quiet)
+    config = run_config(run)
+    if config.model.task != "causal-lm":
+        raise UserError(f"RUN: expected the run of a decoder, got task {config.model.task}")
+    source = tuned.find(str(run), key="RUN")
+    prepared = prepare(config, shown)
+    found = passages(prepared.rows.rows, prefix=prefix, tokens=tokens, most=rows, seed=seed)
+    shown.print("loading the model", highlight=False)
+    device = pick_device()
+    model = tuned.load(source, device, pick_dtype(config.model.dtype, device))
+    result = probe(model, found, pad_token_id=prepared.tokenizer.pad_token_id)
+    print(json.dumps(result.to_dict()) if as_json else result)
+    if result.verbatim > fail_above:
+        raise typer.Exit(1)
+
+
+def groups(
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="FILE_OR_ID", help="Rows with text, label and the group's column.")],
+    by: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names each row's group.")],
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """A tuned classifier's accuracy for each group, where an average hides whom it fails."""
+    from fastpeft.data.kinds import LABELLED, rename
+    from fastpeft.data.labels import named_labels
+    from fastpeft.data.rows import load_rows
+    from fastpeft.generation import classify
+    from fastpeft.models import tuned
+    from fastpeft.models.devices import pick_device, pick_dtype
+    from fastpeft.responsible.groups import by_group
+
+    settle_logs(verbose)
+    config = run_config(run)
+    if config.model.task != "sequence-classification":
+        raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
+    source = tuned.find(str(run), key="RUN")
+    rows = rename(load_rows(data, split=split, key="--data", split_key="--split"), config.data.columns)
+    for column in (*LABELLED.columns, by):
+        if column not in rows.column_names:
+            name = "--by" if column == by else "--data"
+            raise UserError(f"{name}: expected the column {column}, got {', '.join(rows.column_names)}")
+    rows = named_labels(rows)
+    console(quiet).print("loading the model", highlight=False)
+    device = pick_device()
+    model = tuned.load(source, device, pick_dtype(config.model.dtype, device))
+    answers = classify(model, tuned.load_tokenizer(source), rows["text"], batch_size)
+    guessed = [found[0][0] for found in answers]
+    result = by_group([str(name) for name in rows[by]], [str(label) for label in rows["label"]], guessed, by)
+    print(json.dumps(result.to_dict()) if as_json else result)
+
+
+def run_config(run: Path) -> FastpeftConfig:
+    """The run's configuration as it was resolved. Raises UserError where there is none."""
+    path = run.expanduser() / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"RUN: expected an output folder of fastpeft train, got {run}, which has no config.yaml")
+    try:
+        return FastpeftConfig.from_yaml(path)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"RUN: {path}: {error}") from error
