@@ -55,7 +55,7 @@ def fits(config: Any, task: str) -> bool:
     return not getattr(config, "is_encoder_decoder", False) and (saved_as_decoder or not encoder)
 
 
-def resolve_task(wanted: str, kind: Any, config: Any, name: str) -> str:
+def resolve_task(wanted: str, kind: Any, config: Any, name: str, key: str = "model.name") -> str:
     """The task for a kind of data and a model.
 
     Args:
@@ -63,6 +63,7 @@ def resolve_task(wanted: str, kind: Any, config: Any, name: str) -> str:
         kind: of the data, with the tasks it can serve.
         config: the model's.
         name: of the model, for messages.
+        key: what the user calls it.
 
     Raises:
         UserError: the model cannot do it.
@@ -75,7 +76,7 @@ def resolve_task(wanted: str, kind: Any, config: Any, name: str) -> str:
             return str(task)
     expected = " or ".join(AUTO[task][2] for task in tasks)
     got = (config.architectures or [config.model_type])[0]
-    raise UserError(f"model.name: expected {expected} for data with columns {kind}, got {name}, which is {got}")
+    raise UserError(f"{key}: expected {expected} for data with columns {kind}, got {name}, which is {got}")
 
 
 def task_of(config: Any) -> str:

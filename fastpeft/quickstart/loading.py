@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.errors import UserError
+from fastpeft.config import LoraSection, ModelSection
+from fastpeft.models import adapters, bases
+from fastpeft.models.tasks import resolve_task
 
+from ..data.kinds import TEXT
+from ..integrations import bitsandbytes
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .packing import Blocks
+
+TASK = "causal-lm"
 
 
 @dataclass(frozen=True)
@@ -28,44 +33,9 @@ class Loaded:
     held_out: Blocks
 
 
-def pick_device() -> torch.device:
-    """The GPU if torch sees one, else the CPU."""
-    import torch
-
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What is computed with.
-
-    Args:
-        name: "auto", or a floating dtype's name.
-        device: float32 is a CPU's "auto"; a GPU's is bfloat16, or float16 where bfloat16 would be emulated.
-
-    Raises:
-        UserError: float16 on a CPU.
-    """
-    import torch
-
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name == "float16" and device.type == "cpu":
-        raise UserError("--dtype: expected float32 or bfloat16 on a CPU, got float16")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def load_tokenizer(settings: Settings) -> Any:
     """The model's tokenizer. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: no tokenizer could be loaded from {settings.model}: {error}") from error
+    return bases.load_tokenizer(ModelSection(name=settings.model), "--model")
 
 
 def load_base(settings: Settings, device: torch.device, dtype: torch.dtype) -> Any:
@@ -74,35 +44,12 @@ def load_base(settings: Settings, device: torch.device, dtype: torch.dtype) -> A
     Raises:
         UserError: it cannot be loaded, is no decoder, or its positions do not reach --sequence-length.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {settings.model} could not be loaded: {error}") from error
-    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    saved = config.architectures or [wanted]
-    if wanted not in saved or config.is_encoder_decoder:  # an encoder loads too, but each token would see the next
-        raise UserError(f"--model: expected a decoder (causal language model), got {saved[0] or config.model_type}")
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and settings.sequence_length > longest:
-        message = f"expected at most {longest}, the model's last position, got {settings.sequence_length}"
-        raise UserError(f"--sequence-length: {message}")
-    options: dict[str, Any] = {"dtype": dtype}
-    if settings.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    if device.type == "cuda":
-        options["device_map"] = {"": device}
-    try:
-        return AutoModelForCausalLM.from_pretrained(settings.model, **options)
-    except OSError as error:
-        raise UserError(f"--model: {settings.model} could not be loaded: {error}") from error
+    model = ModelSection(name=settings.model)
+    config = bases.load_config(model, "--model")
+    resolve_task(TASK, TEXT, config, settings.model, "--model")
+    bases.checked_length(settings.sequence_length, config, "--sequence-length")
+    base, _ = bases.load_base(model, TASK, device, dtype, settings.quantization, key="--model")
+    return base
 
 
 def attach_adapter(base: Any, settings: Settings) -> Any:
@@ -110,20 +57,8 @@ def attach_adapter(base: Any, settings: Settings) -> Any:
 
     Dropout is 0: PEFT and fastpeft draw it differently, and the two runs are to be compared step by step.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(settings.seed)
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=2 * settings.rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-        ),
-    )
+    section = LoraSection(r=settings.rank, alpha=2 * settings.rank)
+    return adapters.attach_adapter(base, section, TASK, settings.seed)
 
 
 def forbid_cpu_packing(model: nn.Module) -> None:
@@ -133,14 +68,5 @@ def forbid_cpu_packing(model: nn.Module) -> None:
     training afterwards loses the base's input gradients without a word. `fastpeft.accelerate` forbids it by itself;
     plain PEFT needs this to be evaluated before it is trained.
     """
-    from ..integrations import bitsandbytes
-
     for module in model.modules():
         bitsandbytes.forbid_cpu_packing(module)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """As Trainer computes with its `bf16` or `fp16`; nothing for float32."""
-    import torch
-
-    return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fastpeft.errors import UserError
+from fastpeft.models.bases import checked_name
 from fastpeft.structured import build
 
 ASSETS = Path(__file__).parent / "assets"
 LEAST = {"steps": 2, "batch_size": 1, "sequence_length": 8, "rank": 1, "seed": 0}
 """What numbers must be; the first step is not timed, hence two."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -74,26 +73,13 @@ def checked_settings(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output: expected a folder or a new name, got a file: {output}")
     return Settings(
-        model=_checked_model(model),
+        model=checked_name(str(ASSETS / "model") if model is None else model, "--model"),
         text=_checked_text("--text", text or ASSETS / "text" / "train.txt"),
         held_out=_checked_text("--held-out", held_out or ASSETS / "text" / "held_out.txt"),
         output=str(output),
         learning_rate=learning_rate,
         **others,
     )
-
-
-def _checked_model(model: str | None) -> str:
-    if model is None:
-        return str(ASSETS / "model")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--model: expected a folder with a config.json, got {model}")
-        return str(folder.resolve())
-    if folder.exists() or not _HUB_ID.fullmatch(model):
-        raise UserError(f"--model: expected a model's folder or its ID on the hub, got {model!r}, which is neither")
-    return model
 
 
 def _checked_text(option: str, path: Path) -> str:

@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from ..bench.kept import bytes_kept
 from ..bench.memory import MIB, PeakMemory
-from .loading import Loaded, autocast
+from ..models.devices import autocast
+from .loading import Loaded
 from .outcome import Run
 from .settings import Settings
 

@@ -31,15 +31,14 @@ def verify(settings: Settings, channel: Channel) -> dict[str, Any]:
 
     import fastpeft
     from fastpeft.bench.records import environment
-
-    from . import loading
+    from fastpeft.models.devices import autocast
 
     loaded = _load(settings, channel)
     device, dtype, model, blocks = loaded.device, loaded.dtype, loaded.model, loaded.blocks
     fastpeft.accelerate(model)
     channel.status("verifying")
     rows = torch.stack([block["input_ids"][:VERIFY_TOKENS] for block in blocks[:VERIFY_ROWS]]).to(device)
-    with loading.autocast(device, dtype):
+    with autocast(device, dtype):
         verification = fastpeft.verify(model, {"input_ids": rows, "labels": rows})
     return {
         "passed": verification.passed,
@@ -82,13 +81,15 @@ def _fine_tune(
 
 
 def _load(settings: Settings, channel: Channel) -> Loaded:
+    from fastpeft.models.devices import pick_device, pick_dtype
+
     from . import loading
     from .packing import both_texts
 
     channel.status("loading the model")
     blocks, held_out = both_texts(loading.load_tokenizer(settings), settings)  # first: it may be too short
-    device = loading.pick_device()
-    dtype = loading.pick_dtype(settings.dtype, device)
+    device = pick_device()
+    dtype = pick_dtype(settings.dtype, device, "--dtype")
     model = loading.attach_adapter(loading.load_base(settings, device, dtype), settings)
     return loading.Loaded(device, dtype, model, blocks, held_out)
 
