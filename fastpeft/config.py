@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastpeft.config_keys import nearest_key
+from fastpeft.config_keys import key_of, nearest_key
 from fastpeft.structured import build, unknown_key
 from fastpeft.yaml_loading import parse_yaml
 
@@ -164,8 +165,10 @@ class FastpeftConfig:
         if isinstance(data, dict):
             data = {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in data.items()}
             sections = [section.name for section in fields(cls)]
-            for name in data:
-                if name not in sections and "." in (key := nearest_key(str(name)) or ""):
+            for name in map(str, data):
+                near_a_section = difflib.get_close_matches(name, sections, n=1)
+                key = None if name in sections else key_of(name) or (None if near_a_section else nearest_key(name))
+                if key is not None and "." in key:
                     raise ValueError(f"{name}: unknown key, did you mean {key!r}?")
         return build(cls, data)
 

@@ -1,4 +1,4 @@
-"""Mistakes that a user can put right."""
+"""What ends a command without being a fault of the program."""
 
 from __future__ import annotations
 
@@ -8,3 +8,14 @@ class UserError(Exception):
 
     The message names what was given wrongly, what was expected and what came.
     """
+
+
+class Interrupted(Exception):
+    """A signal ended the work in good order; the exit code is 128 and the signal's number, as shells have it.
+
+    The message says what was saved and how to go on.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number

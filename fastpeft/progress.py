@@ -53,7 +53,8 @@ def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
                 progress.update(task, note=event["text"])
 
         yield listen
-        progress.update(task, total=steps or 1, completed=steps or 1, note="")
+        if steps is None:
+            progress.update(task, total=1, completed=1, note="")
 
 
 @contextmanager

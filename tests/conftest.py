@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.checkpoints import Checkpoints
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -20,6 +24,9 @@ settings.load_profile("fastpeft")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    cache = tempfile.TemporaryDirectory()  # `datasets` keeps a copy of all that it reads
+    config.add_cleanup(cache.cleanup)
+    os.environ["HF_DATASETS_CACHE"] = cache.name
     folder = config.getoption("--real-models")
     if folder is not None and not folder.is_dir():
         raise pytest.UsageError(f"--real-models: expected an existing folder, got {str(folder)!r}")
@@ -40,6 +47,14 @@ def real_models(request: pytest.FixtureRequest) -> Path:
     if folder is None:
         pytest.skip("needs --real-models DIR")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Tiny models on disk, each made when it is first asked for."""
+    from tests.checkpoints import Checkpoints
+
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.errors import UserError
+from fastpeft.errors import Interrupted, UserError
 from fastpeft.requirements import MissingExtraError
 
 from . import generate, merge, responsible, train, verify
@@ -63,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments: what follows `fastpeft`.
 
     Returns:
-        The exit code: 0; 1 when a check failed; 2 for a wrong command line, said in one line on stderr; 130 for Ctrl-C.
+        The exit code: 0; 1 when a check failed; 2 for a wrong command line, said in one line on stderr;
+        130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         code = app(list(arguments), prog_name="fastpeft", standalone_mode=False)
@@ -72,6 +73,9 @@ def run(arguments: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except (UserError, MissingExtraError) as error:
         return _complain(str(error))
+    except Interrupted as stopped:
+        _complain(str(stopped))
+        return 128 + stopped.number
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except Exception as error:

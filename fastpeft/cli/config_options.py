@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any
@@ -13,6 +14,9 @@ from typer.core import TyperCommand
 
 from fastpeft.config_keys import key_of, keys, nearest_key
 from fastpeft.structured import type_name
+
+SWITCHED = ("true", "false", "yes", "no", "on", "off")
+"""What YAML takes for true and false."""
 
 
 class ConfigCommand(TyperCommand):
@@ -31,15 +35,25 @@ class ConfigCommand(TyperCommand):
                 rest.append(given)
                 continue
             key = key_of(name) or ctx.fail(_unknown(name, own))
-            settings.append(f"{key}={value if equals else _value(key, waiting, ctx, given)}")
+            text = value if equals else _value(key, waiting, ctx, given)
+            settings.append(f"{key}={_quoted(text) if _is_text(key) and text != 'null' else text}")
         ctx.obj = settings
         return super().parse_args(ctx, rest)
+
+
+def _is_text(key: str) -> bool:
+    """Whether nothing but text (or null) will do: 2024 and [x].txt are names then."""
+    return key in keys() and keys()[key][0] in (str, str | None)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _value(key: str, waiting: list[str], ctx: Any, given: str) -> str:
     """The next word; "true" for a switch without."""
     switch = keys()[key][0] is bool if key in keys() else False
-    if waiting and not waiting[0].startswith("--") and not (switch and waiting[0].lower() not in ("true", "false")):
+    if waiting and not waiting[0].startswith("--") and not (switch and waiting[0].lower() not in SWITCHED):
         return waiting.pop(0)
     if not switch:
         ctx.fail(f"{given}: expected a value, got none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,12 @@ def console(quiet: bool = False) -> Console:
     """For people, on stderr; standard output is for results."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=quiet)
+    return Console(stderr=True, quiet=quiet or not speaks())
+
+
+def speaks() -> bool:
+    """Whether this process is the one that shows things: of several under torchrun or accelerate launch the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def settle_logs(verbose: bool) -> None:
@@ -27,14 +33,18 @@ def settle_logs(verbose: bool) -> None:
 
     Their own progress bars would break ours, so they are off.
     """
-    import datasets
     import transformers
 
     level = logging.INFO if verbose else logging.ERROR
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(level)
-    datasets.disable_progress_bars()
+    try:
+        import datasets
+    except ImportError:  # what needs it says so
+        pass
+    else:
+        datasets.utils.logging.set_verbosity(level if verbose else logging.CRITICAL)  # its errors are raised as well
+        datasets.disable_progress_bars()
     for name in ("trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(level)
     if not verbose:

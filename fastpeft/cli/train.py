@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 
-from .shared import Quiet, Verbose, console, settle_logs
+from .shared import Quiet, Verbose, console, settle_logs, speaks
 
 EPILOG = """
 Examples:
@@ -51,22 +50,16 @@ def train(
     """
     shown = console(quiet)
     settled = read_config(config, context.obj or [], resume)
-    from fastpeft.training.run import Interrupted, prepare
+    from fastpeft.training.run import check_run
     from fastpeft.training.run import train as run
 
     settle_logs(verbose)
     if dry_run:
-        from fastpeft.training.arguments import check
-
-        check(settled)
-        prepared = prepare(settled, shown)
-        print(prepared.config.to_yaml(), end="")
+        print(check_run(settled, shown, resume=resume, overwrite=overwrite).prepared.config.to_yaml(), end="")
         return
-    try:
-        outcome = run(settled, shown, resume=resume, overwrite=overwrite)
-    except Interrupted as stopped:
-        print(f"fastpeft: {stopped}", file=sys.stderr)
-        raise typer.Exit(128 + stopped.number) from None
+    outcome = run(settled, shown, resume=resume, overwrite=overwrite)
+    if not speaks():
+        return
     folder = settled.training.output_dir
     print(f"{folder}: {outcome.summary}")
     shown.print(f"report: {folder}/report.md", markup=False, highlight=False, soft_wrap=True)
@@ -81,7 +74,10 @@ def read_config(path: Path | None, settings: list[str], resume: bool) -> Fastpef
     try:
         changed = FastpeftConfig().override(settings)
         if path is None and resume:
-            path = Path(changed.training.output_dir).expanduser() / "config.yaml"
+            folder = Path(changed.training.output_dir)
+            path = folder.expanduser() / "config.yaml"
+            if not path.is_file():
+                raise UserError(f"--resume: expected a run in training.output_dir, got none in {folder}")
         if path is None:
             return changed
         if not path.is_file():
@@ -89,6 +85,8 @@ def read_config(path: Path | None, settings: list[str], resume: bool) -> Fastpef
         return FastpeftConfig.from_yaml(path).override(settings)
     except UnicodeDecodeError:
         raise UserError(f"CONFIG: expected text in UTF-8, got something else in {path}") from None
+    except OSError as error:
+        raise UserError(f"CONFIG: {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 

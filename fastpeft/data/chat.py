@@ -35,13 +35,17 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
         return "the tokenizer's own"
     wanted = wanted or "plain"
     path = TEMPLATES.get(wanted) or Path(wanted).expanduser()
+    known = ", ".join(sorted(TEMPLATES))
     if not path.is_file():
         near = difflib.get_close_matches(wanted, TEMPLATES, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: expected {', '.join(sorted(TEMPLATES))} or a Jinja file, got {wanted!r}{hint}")
+        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{hint}")
     if tokenizer.eos_token is None:
         raise UserError(f"{key}: expected a tokenizer with an end-of-sequence token, got one without")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted}, which is no text in UTF-8") from None
     return wanted
 
 
@@ -51,29 +55,39 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     Raises:
         UserError: what is there is no chat; `where` begins the message.
     """
-    if "instruction" in row:
-        given = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        turns: Any = [{"role": "user", "content": given}, {"role": "assistant", "content": row["output"]}]
-    else:
+    turns: Any
+    if "messages" in row or "conversations" in row:
         turns = row["messages"] if "messages" in row else row["conversations"]
+    else:
+        given, more = row["instruction"], row.get("input")
+        if isinstance(given, str) and more:
+            given = f"{given}\n\n{more}" if given else more
+        turns = [{"role": "user", "content": given}, {"role": "assistant", "content": row["output"]}]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: expected a list of messages, got {_short(turns)}")
+        raise UserError(f"{where}: expected a list of messages, got {short(turns)}")
     return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)]
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise UserError(f"{where}: expected a mapping with role and content, got {_short(turn)}")
+        raise UserError(f"{where}: expected a mapping with role and content, got {short(turn)}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str):
-        raise UserError(f"{where}: expected a role, got {_short(role)}")
-    if isinstance(content, list):  # as parts; those of text only
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        raise UserError(f"{where}: expected a role, got {short(role)}")
+    if isinstance(content, list):
+        content = "".join(_text_of_part(part, where) for part in content)
     others = {name: value for name, value in turn.items() if name not in ("role", "content", "from", "value")}
     others = {name: value for name, value in others.items() if value is not None}  # Arrow fills in what other rows have
     if not isinstance(content, str) and not others:
-        raise UserError(f"{where}: expected content as text, got {_short(content)}")
-    return {"role": ROLES.get(role.lower(), role), "content": content or "", **others}
+        raise UserError(f"{where}: expected content as text, got {short(content)}")
+    return {"role": ROLES.get(role.lower(), role.lower()), "content": content or "", **others}
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: expected parts of text only, got {short(part)}")
+    return text
 
 
 class ChatEncoder:
@@ -86,8 +100,8 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
-        self.template = tokenizer.chat_template
-        self.marked = assistant_only and bool(_GENERATION.search(_text(self.template)))
+        self.template = _text(tokenizer.chat_template)
+        self.marked = assistant_only and bool(_GENERATION.search(self.template))
         if assistant_only and not self.marked:
             marked = _marked_by_trl(tokenizer)
             self.template, self.marked = marked or self.template, marked is not None
@@ -99,35 +113,50 @@ class ChatEncoder:
             UserError: the template refuses the messages, no turn is the assistant's, or it cannot be told which are.
         """
         if not self.assistant_only:
-            ids = self._encode(messages, where)["input_ids"]
+            ids = self.prompt(messages, where)
             return ids, list(ids)
         if all(message["role"] != "assistant" for message in messages):
             raise UserError(f"{where}: expected a turn of the assistant, got {_roles(messages)}")
-        if self.marked:
-            encoded = self._encode(messages, where, return_assistant_tokens_mask=True)
-            ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        else:
-            ids, mask = self._by_growth(messages, where)
+        text, spans = self._marked(messages, where) if self.marked else self._by_growth(messages, where)
+        ids, mask = tokens_within(self.tokenizer, text, spans, add_special_tokens=False)
         return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
-    def _encode(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
-        return self._apply(messages, where, tokenize=True, return_dict=True, **options)
+    def prompt(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> list[int]:
+        """Ids of messages of which nothing is told apart. Raises UserError if the template refuses them."""
+        text, _ = self._render(messages, where, add_generation_prompt=add_generation_prompt)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _apply(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
+    def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it the template's marks are, if these are asked for.
+
+        transformers' own mask of the assistant's tokens stops at an answer that begins with a space, where tokenizers
+        leave spaces out of their offsets.
+        """
         import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
 
+        if not messages:
+            raise UserError(f"{where}: expected a list of messages, got an empty one")
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
+            texts, spans = render_jinja_template(
+                conversations=[messages], chat_template=self.template, **self.tokenizer.special_tokens_map, **options
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: not valid Jinja: {error.message} in line {error.lineno}") from error
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"{where}: the chat template refuses {_roles(messages)}: {error}") from error
+        return texts[0], spans[0] if spans else []
 
-    def _by_growth(self, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[bool]]:
-        whole = self._apply(messages, where, tokenize=False)
+    def _marked(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
+        return self._render(messages, where, return_assistant_tokens_mask=True)
+
+    def _by_growth(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
+        whole, _ = self._render(messages, where)
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._apply(messages[:i], where, tokenize=False, add_generation_prompt=True) if i else ""
-                after = self._apply(messages[: i + 1], where, tokenize=False)
+                before = self._render(messages[:i], where, add_generation_prompt=True)[0] if i else ""
+                after, _ = self._render(messages[: i + 1], where)
                 if not after.startswith(before) or not whole.startswith(after):
                     raise UserError(
                         "data.assistant_only: the chat template rewrites earlier turns once later ones follow, so the "
@@ -135,9 +164,27 @@ class ChatEncoder:
                         "{% generation %}"
                     )
                 spans.append((len(before), len(after)))
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-        return encoded["input_ids"], mask
+        return whole, spans
+
+
+def tokens_within(
+    tokenizer: Any, text: str, spans: list[tuple[int, int]], **options: Any
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a text, and whether each has a character within one of `spans`.
+
+    Raises:
+        UserError: a tokenizer that does not tell which characters its tokens are of.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"model.name: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+
+    def within(start: int, end: int) -> bool:
+        if start == end:  # spaces, in tokenizers that leave them out of their offsets; or a special token, at 0
+            return any(a < end <= b for a, b in spans)
+        return any(start < b and end > a for a, b in spans)
+
+    return list(encoded["input_ids"]), [within(start, end) for start, end in encoded["offset_mapping"]]
 
 
 def _marked_by_trl(tokenizer: Any) -> str | None:
@@ -159,5 +206,6 @@ def _roles(messages: list[dict[str, Any]]) -> str:
     return "the roles " + ", ".join(message["role"] for message in messages[:8])
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value and its type, for messages."""
     return "null" if value is None else f"{str(value)[:60]!r} ({type(value).__name__})"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.config import DataSection
 from fastpeft.errors import UserError
 
-from .chat import IGNORED, ChatEncoder, messages_of
+from .chat import IGNORED, ChatEncoder, messages_of, short, tokens_within
 from .kinds import Kind
 
 Row = dict[str, Any]
@@ -36,7 +37,9 @@ class Encoded:
         return len(self.rows)
 
 
-def encode(rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, *, document: bool = False) -> Encoded:
+def encode(
+    rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, *, document: bool = False, where: str = "data"
+) -> Encoded:
     """Encode all rows.
 
     Args:
@@ -46,6 +49,7 @@ def encode(rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, 
         tokenizer: of the model, with a chat template where `kind` is a chat.
         data: lengths and labels.
         document: rows are whole texts, to be divided into blocks of max_length rather than cut.
+        where: what messages call the data.
 
     Raises:
         UserError: a row is not what its column should be (its number is named), or nothing is left to learn.
@@ -53,18 +57,21 @@ def encode(rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, 
     limit = data.max_length
     assert limit is not None
     make = _encoder(kind, task, tokenizer, data)
-    options = {"with_indices": True, "remove_columns": rows.column_names, "load_from_cache_file": False}
+    options = {"with_indices": True, "remove_columns": rows.column_names}
+    learns = _learner(task, tokenizer)
     if document and kind.name == "text":
-        divide = _divide_masked(tokenizer, limit) if task == "masked-lm" else _divide(make, limit)
-        return _counted(rows.map(divide, batched=True, batch_size=1, **options), 0, 0, limit)
+        divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
+        with _in_temporary_files():
+            return _counted(rows.map(divide, batched=True, batch_size=1, **options).filter(learns), 0, 0, limit)
 
     def one(row: Row, number: int) -> Row:
-        encoded = make(row, f"data: row {number + 1}")
+        encoded = make(row, f"{where}: row {number + 1}")
         cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
         return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}
 
-    examples = rows.map(one, **options)
-    learnable = examples.filter(_learns, load_from_cache_file=False) if task == "causal-lm" else examples
+    with _in_temporary_files():
+        examples = rows.map(one, **options)
+        learnable = examples.filter(learns)
     return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), len(examples) - len(learnable), limit)
 
 
@@ -74,8 +81,28 @@ def _counted(rows: Any, cut: int, dropped: int, limit: int) -> Encoded:
     return Encoded(rows, cut, dropped, sum(map(len, rows["input_ids"])))
 
 
-def _learns(row: Row) -> bool:
-    return any(label != IGNORED for label in row["labels"])
+@contextmanager
+def _in_temporary_files() -> Iterator[None]:
+    """What `datasets` makes of rows goes away with the process; else it would stay beside the user's data."""
+    import datasets
+
+    cached = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if cached:
+            datasets.enable_caching()
+
+
+def _learner(task: str, tokenizer: Any) -> Callable[[Row], bool]:
+    """Whether a row has something to learn: the loss of nothing is not a number."""
+    if task == "causal-lm":
+        return lambda row: any(label != IGNORED for label in row["labels"][1:])  # nothing comes before the first
+    if task == "masked-lm":
+        special = set(tokenizer.all_special_ids)
+        return lambda row: any(token not in special for token in row["input_ids"])
+    return lambda row: True
 
 
 def _encoder(kind: Kind, task: str, tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
@@ -122,19 +149,15 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
                 chat.append(ChatEncoder(tokenizer, assistant_only=True))
             messages = messages_of({"messages": row["prompt"] + row["completion"]}, where)
             ids, labels = chat[0](messages, where)
-            given = chat[0]._encode(messages[: len(row["prompt"])], where, add_generation_prompt=True)["input_ids"]
+            given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True)
             return {"input_ids": ids, "labels": [IGNORED] * len(given) + labels[len(given) :]}
         prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
-        encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
-        ids = [*_without_eos(tokenizer, encoded["input_ids"]), tokenizer.eos_token_id]
-        starts = [start for start, _ in encoded["offset_mapping"]][: len(ids) - 1]
         # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
-        ends = [end for _, end in encoded["offset_mapping"]][: len(ids) - 1]
-        learned = [end > len(prompt) and end > start for start, end in zip(starts, ends, strict=True)] + [True]
-        return {
-            "input_ids": ids,
-            "labels": [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)],
-        }
+        span = (len(prompt), len(prompt) + len(completion))
+        ids, learned = tokens_within(tokenizer, prompt + completion, [span])
+        ids = _without_eos(tokenizer, ids)
+        labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=False)]
+        return {"input_ids": [*ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
 
     return encode_completion
 
@@ -170,22 +193,26 @@ def _whole_or_cut(tokenizer: Any, data: DataSection, *texts: Any, **options: Any
     return {name: list(encoded[name]) for name in encoded} | {"cut": cut}
 
 
-def _divide(make: Callable[[Row, str], Row], length: int) -> Callable[[dict[str, list[Any]], list[int]], Row]:
+def _divide(
+    make: Callable[[Row, str], Row], length: int, where: str
+) -> Callable[[dict[str, list[Any]], list[int]], Row]:
+    """A last token alone is left out: nothing would come before it."""
+
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
-        whole = make({name: values[0] for name, values in batch.items()}, f"data: document {numbers[0] + 1}")
+        whole = make({name: values[0] for name, values in batch.items()}, f"{where}: document {numbers[0] + 1}")
         return {
-            name: [values[start : start + length] for start in range(0, len(values), length)]
+            name: [values[start : start + length] for start in range(0, len(values) - 1, length)]
             for name, values in whole.items()
         }
 
     return divide
 
 
-def _divide_masked(tokenizer: Any, length: int) -> Callable[[dict[str, list[Any]], list[int]], Row]:
+def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[str, list[Any]], list[int]], Row]:
     """Each block gets special tokens of its own."""
 
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
-        text = _words({"text": batch["text"][0]}, "text", f"data: document {numbers[0] + 1}")
+        text = _words({"text": batch["text"][0]}, "text", f"{where}: document {numbers[0] + 1}")
         blocks = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True, verbose=False)
         return {name: blocks[name] for name in ("input_ids", "attention_mask")}
 
@@ -204,8 +231,7 @@ def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
 def _words(row: Row, column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-        raise UserError(f"{where}, column {column}: expected text, got {got}")
+        raise UserError(f"{where}, column {column}: expected text, got {short(value)}")
     if not value.strip():
         raise UserError(f"{where}, column {column}: expected text, got an empty one")
     return value

@@ -55,6 +55,9 @@ def rename(rows: Any, columns: dict[str, str], key: str = "data.columns") -> Any
                 f"{key}.{expected}: expected one of {', '.join(rows.column_names)}, got {given!r}"
                 f"{_near(given, rows.column_names)}"
             )
+        first = next(name for name, column in columns.items() if column == given)
+        if first != expected:
+            raise UserError(f"{key}.{expected}: expected another column than {key}.{first}, got {given!r} twice")
     taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
     return rows.remove_columns(taken).rename_columns(
         {given: expected for expected, given in columns.items() if given != expected}
@@ -84,9 +87,15 @@ def kind_of(names: Sequence[str], task: str) -> Kind:
             "those are for TRL's DPOTrainer, after fastpeft.accelerate(model)"
         )
     wanted = ", ".join(str(kind) for kind in KINDS)
-    hints = [f"data.columns.{near[0]} {name}" for name in names if (near := _close(name, KNOWN))]
-    hint = f"; did you mean {hints[0]!r}?" if hints else "; data.columns gives yours their names"
+    hints = [f"{{{near[0]}: {name}}}" for name in names if (near := _close(name, KNOWN))]
+    hint = f"; did you mean data.columns {hints[0]}?" if hints else "; data.columns gives yours their names"
     raise UserError(f"data: expected columns {wanted}; got {', '.join(names)}{hint}")
+
+
+def check_columns(names: Sequence[str], kind: Kind, key: str) -> None:
+    """Raise UserError unless the rows to evaluate on have the columns that are trained on."""
+    if not set(kind.columns) <= set(names):
+        raise UserError(f"{key}: expected columns {kind}, as data.path has them, got {', '.join(names)}")
 
 
 def _close(name: str, names: Sequence[str]) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastpeft.errors import UserError
 
+from .chat import short
+
 MOST = 1000
 """More than these are hardly classes."""
 
@@ -25,15 +27,23 @@ def find_labels(rows: Any) -> list[str]:
     Raises:
         UserError: a row without, a label that is neither text nor a whole number, fewer than two, or over MOST.
     """
-    values = set(rows["label"])
-    for value in values:
-        if value is None or not isinstance(value, (str, int)):
-            number = rows["label"].index(value) + 1
-            got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-            raise UserError(f"data: row {number}, column label: expected a class as text or whole number, got {got}")
+    given = rows["label"]
+    for number, value in enumerate(given, 1):
+        if not isinstance(value, (str, int)):
+            where = f"data: row {number}, column label"
+            raise UserError(f"{where}: expected a class as text or whole number, got {short(value)}")
+    values = set(given)
     if not 2 <= len(values) <= MOST:
         got = f"one: {next(iter(values))!r}" if len(values) == 1 else str(len(values))
         raise UserError(f"data: expected 2 to {MOST} classes in column label, got {got}")
     if all(isinstance(value, int) for value in values):
         return [str(value) for value in sorted(values)]
     return sorted(str(value) for value in values)
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raise UserError for fewer than two names of classes, or one that comes twice."""
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if len(labels) < 2 or twice is not None:
+        got = f"{twice!r} twice" if twice is not None else str(labels)
+        raise UserError(f"data.labels: expected at least two names, each once, got {got}")

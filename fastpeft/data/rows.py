@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
 LOADERS = {
@@ -24,12 +25,14 @@ DOCUMENTS = (".txt", ".md")
 """Files that are one text each, of any length."""
 
 
-def load_rows(path: str, *, split: str, name: str | None = None, key: str = "data.path", split_key: str = "") -> Any:
+def load_rows(
+    path: str, *, split: str | None, name: str | None = None, key: str = "data.path", split_key: str = ""
+) -> Any:
     """Rows as `datasets` gives them.
 
     Args:
         path: a file of LOADERS, a folder of such files or saved by `datasets`, or a data set's ID on the hub.
-        split: which split, where there are several.
+        split: which split; None for "train", or for all where there are none.
         name: which of a hub data set's configurations.
         key, split_key: the configuration's names for path and split, for messages.
 
@@ -51,7 +54,9 @@ def load_rows(path: str, *, split: str, name: str | None = None, key: str = "dat
         raise UserError(f"{key}: expected a file, a folder or a hub ID, got {path}, which is not there{_near(local)}")
     else:
         rows = _from_hub(datasets, path, name, key)
-    rows = _one_split(datasets, rows, split, split_key)
+    if name is not None and local.exists():
+        raise UserError(f"data.name: expected null for what is no data set on the hub, got {name!r}")
+    rows = _one_split(datasets, rows, split, split_key, path)
     if len(rows) == 0:
         raise UserError(f"{key}: expected at least one row, got none in {path}")
     return rows
@@ -61,7 +66,7 @@ def is_document(path: str) -> bool:
     """Whether rows of `path` are whole texts, to be divided rather than cut."""
     local = Path(path).expanduser()
     if local.is_dir():
-        found = [file for file in local.iterdir() if file.suffix.lower() in LOADERS]
+        found = _data_files(local)
         return bool(found) and all(file.suffix.lower() in DOCUMENTS for file in found)
     return local.suffix.lower() in DOCUMENTS
 
@@ -77,11 +82,13 @@ def _from_file(datasets: Any, path: Path, key: str) -> Any:
 
 def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path) -> Any:
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
-    if loader == "csv" and path.suffix.lower() == ".tsv":
+    if loader == "csv" and files[0].lower().endswith(".tsv"):
         options["sep"] = "\t"
     try:
         return datasets.load_dataset(loader, data_files=files, split="train", **options)
     except Exception as error:  # pyarrow's, pandas' and datasets' own, by the format
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{key}: expected at least one row, got none in {path}") from error
         reason = next((found for file in files if (found := _wrong_json(file))), None) if loader == "json" else None
         raise UserError(f"{key}: {reason or f'{path} cannot be read as {loader}: {_deepest(error)}'}") from error
 
@@ -92,31 +99,40 @@ def _from_folder(datasets: Any, path: Path, key: str) -> Any:
             return datasets.load_from_disk(str(path))
         except Exception as error:
             raise UserError(f"{key}: {path} cannot be read as saved by datasets: {_deepest(error)}") from error
-    by_loader: dict[str, list[str]] = {}
-    for file in sorted(path.iterdir()):
-        loader = LOADERS.get(file.suffix.lower())
-        if loader and file.name.lower() != "readme.md":
-            by_loader.setdefault(loader, []).append(str(file))
-    if not by_loader:
+    files = _data_files(path)
+    if not files:
         raise UserError(f"{key}: expected a folder with files of {', '.join(LOADERS)}, got none in {path}")
-    if len(by_loader) > 1:
-        raise UserError(f"{key}: expected files of one kind, got {' and '.join(by_loader)} in {path}")
-    [(loader, files)] = by_loader.items()
-    return _load(datasets, loader, files, key, path)
+    kinds = {"tsv" if file.suffix.lower() == ".tsv" else LOADERS[file.suffix.lower()]: None for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"{key}: expected files of one kind, got {' and '.join(kinds)} in {path}")
+    return _load(datasets, LOADERS[files[0].suffix.lower()], [str(file) for file in files], key, path)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in LOADERS and file.is_file())
+    return [file for file in files if file.name.lower() != "readme.md"]
 
 
 def _from_hub(datasets: Any, path: str, name: str | None, key: str) -> Any:
+    offline = unreachable()
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline is not None  # what was fetched earlier will do then
     try:
         return datasets.load_dataset(path, name)
-    except Exception as error:  # not found, no network, a configuration is missing
-        raise UserError(f"{key}: {path} is no local file, and could not be had from the hub: {_deepest(error)}") from (
-            error
-        )
+    except Exception as error:  # not found, a configuration is missing, no network
+        made = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = offline or f"could not be had from the hub: {_deepest(error) if made else _line(error)}"
+        raise UserError(f"{key}: {path} is no local file, and {reason}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
-def _one_split(datasets: Any, rows: Any, split: str, key: str) -> Any:
+def _one_split(datasets: Any, rows: Any, split: str | None, key: str, path: str) -> Any:
     if not isinstance(rows, datasets.DatasetDict):
+        if split not in (None, "train"):
+            raise UserError(f"{key}: expected none, because {path} has no splits, got {split!r}")
         return rows
+    split = split or "train"
     if split not in rows:
         near = difflib.get_close_matches(split, list(rows), n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -141,7 +157,7 @@ def _wrong_json(file: str) -> str | None:
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line.rstrip()) if line.strip() else {}
             except json.JSONDecodeError as error:
                 return f"{file}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
             if not isinstance(row, dict):
@@ -152,4 +168,8 @@ def _wrong_json(file: str) -> str | None:
 def _deepest(error: BaseException) -> str:
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +25,8 @@ def lora_config(section: LoraSection, task: str) -> Any:
 
     if section.r < 1:
         raise UserError(f"lora.r: expected at least 1, got {section.r}")
+    if not section.alpha > 0:
+        raise UserError(f"lora.alpha: expected more than 0, got {section.alpha}")
     if not 0 <= section.dropout < 1:
         raise UserError(f"lora.dropout: expected 0 to below 1, got {section.dropout}")
     given = {
@@ -57,23 +60,36 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
     """A PEFT model with a fresh adapter; the same for the same seed.
 
     Raises:
-        UserError: as lora_config, or no module of the model has one of the target names.
+        UserError: as lora_config, or one of the names is of no module in the model.
     """
     import torch
     from peft import get_peft_model
 
     config = lora_config(section, task)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(names := getattr(section, key), list):
+            _check_names(base, names, f"lora.{key}")
     torch.manual_seed(seed)
     try:
         return get_peft_model(base, config)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, ImportError, re.error) as error:
         if "arget modules" not in str(error):
             raise UserError(f"lora: {error}") from error
-        wanted = section.target_modules if isinstance(section.target_modules, list) else [section.target_modules]
-        names = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if _is_projection(m)})
-        near = [f"did you mean {close[0]!r}?" for name in wanted if (close := difflib.get_close_matches(name, names))]
-        hint = f", {near[0]}" if near else f"; its projections are {', '.join(names)}"
-        raise UserError(f"lora.target_modules: none of {', '.join(wanted)} is in the model{hint}") from error
+        wanted = section.target_modules
+        raise UserError(f"lora.target_modules: no module has the name {wanted!r}{_hint(base, wanted)}") from error
+
+
+def _check_names(base: Any, names: list[str], key: str) -> None:
+    """PEFT leaves out, without a word, what it does not find beside what it does."""
+    for name in names:
+        if not any(module == name or module.endswith(f".{name}") for module, _ in base.named_modules()):
+            raise UserError(f"{key}: no module has the name {name!r}{_hint(base, name)}")
+
+
+def _hint(base: Any, name: str | list[str]) -> str:
+    projections = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if _is_projection(module)})
+    near = difflib.get_close_matches(name, projections, n=1) if isinstance(name, str) else []
+    return f", did you mean {near[0]!r}?" if near else f"; the projections are {', '.join(projections)}"
 
 
 def _is_projection(module: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
+from fastpeft.hub import unreachable
 
 from .tasks import auto_class
 
@@ -68,10 +69,28 @@ def load_config(model: ModelSection, key: str = "model.name") -> Any:
     from transformers import AutoConfig
 
     name = checked_name(model.name, key)
+    if model.revision is not None and Path(name).is_dir():
+        raise UserError(f"model.revision: expected null for a folder, got {model.revision!r}")
     try:
-        return AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: {model.name} could not be loaded: {_first_line(error)}") from error
+        return AutoConfig.from_pretrained(name, **_source(model))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{key}: {_why_not(model, error)}") from error
+
+
+def _source(model: ModelSection) -> dict[str, Any]:
+    """Where `from_pretrained` looks."""
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return options | {"local_files_only": _offline(model) is not None}  # what was fetched earlier will do
+
+
+def _offline(model: ModelSection) -> str | None:
+    return None if Path(model.name).expanduser().is_dir() else unreachable()
+
+
+def _why_not(model: ModelSection, error: BaseException) -> str:
+    if offline := _offline(model):
+        return f"{model.name} is no local folder, and {offline}"
+    return f"{model.name} could not be loaded: {_first_line(error)}"
 
 
 def load_tokenizer(model: ModelSection, key: str = "model.name") -> Any:
@@ -79,13 +98,13 @@ def load_tokenizer(model: ModelSection, key: str = "model.name") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{key}: no tokenizer could be loaded from {model.name}: {_first_line(error)}") from error
+        raise UserError(f"{key}: no tokenizer: {_why_not(model, error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never learned, and never attended to
+    if tokenizer.pad_token is None:
+        raise UserError(f"{key}: expected a tokenizer with a padding or an end-of-sequence token, got one without")
     return tokenizer
 
 
@@ -166,17 +185,19 @@ def load_base(
         options["attn_implementation"] = model.attention
     if device.type == "cuda":
         options["device_map"] = {"": device}
+    from safetensors import SafetensorError
+
     try:
-        base, info = auto_class(task).from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        base, info = auto_class(task).from_pretrained(model.name, **_source(model), **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise UserError(f"{key}: {model.name} could not be loaded: {_first_line(error)}") from error
+        if model.attention is not None and ("attn" in str(error) or "Attention" in str(error)):
+            raise UserError(f"model.attention: {_first_line(error)}") from error
+        raise UserError(f"{key}: {_why_not(model, error)}") from error
     return base, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines) if lines[0].endswith(":") else lines[0])[:300]

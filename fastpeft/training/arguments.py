@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps")
 NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml"}
-"""Packages of the trackers that transformers reports to."""
-OWN = ("eval_steps", "save_steps", "report_to", "extra")
+PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+"""Of trackers whose own name is another."""
+OWN = ("eval_steps", "save_steps", "report_to", "push_to_hub", "hub_model_id", "extra")
 """Settings that are not handed on as they are."""
 
 
@@ -27,7 +27,9 @@ def check(config: FastpeftConfig) -> None:
 
     Raises:
         UserError: a number out of range, a schedule, optimizer or tracker that there is not, or what is not built yet.
+        MissingExtraError: a package is missing that is wanted only at the end.
     """
+    require("train", "matplotlib", "the loss curve")
     training = config.training
     for name in POSITIVE:
         _at_least(name, getattr(training, name), 1)
@@ -40,13 +42,16 @@ def check(config: FastpeftConfig) -> None:
         raise UserError(f"training.num_train_epochs: expected more than 0, got {training.num_train_epochs}")
     if training.max_steps == 0 or training.max_steps < -1:
         raise UserError(f"training.max_steps: expected at least 1, or -1 for no limit, got {training.max_steps}")
+    if training.seed >= 2**32:
+        raise UserError(f"training.seed: expected less than 2^32, got {training.seed}")
+    if not training.output_dir:
+        raise UserError("training.output_dir: expected a folder, got nothing")
+    if training.push_to_hub:
+        _check_hub()
     if config.strategy.name != "task":
         raise UserError(f"strategy.name: expected 'task', the only one built so far, got {config.strategy.name!r}")
     if config.memory.budget_gib is not None:
         raise UserError("memory.budget_gib: expected null, planning memory is not built yet")
-    for tracker in trackers(config):
-        if tracker in TRACKERS and importlib.util.find_spec(TRACKERS[tracker]) is None:
-            raise UserError(f"training.report_to: {tracker} is not installed: pip install {TRACKERS[tracker]}")
     _known_choices(config)
 
 
@@ -56,8 +61,17 @@ def trackers(config: FastpeftConfig) -> list[str]:
     return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 
+def _check_hub() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("training.push_to_hub: expected to be logged in to the hub: run hf auth login")
+    if offline := unreachable():
+        raise UserError(f"training.push_to_hub: {offline}")
+
+
 def _known_choices(config: FastpeftConfig) -> None:
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -65,13 +79,16 @@ def _known_choices(config: FastpeftConfig) -> None:
     _one_of("optim", config.training.optim, [kind.value for kind in OptimizerNames])
     for tracker in trackers(config):
         _one_of("report_to", tracker, ["none", "all", *INTEGRATION_TO_CALLBACK])
+        if tracker != "all" and tracker not in get_available_reporting_integrations():
+            package = PACKAGES.get(tracker, tracker)
+            raise UserError(f"training.report_to: {tracker} is not installed: pip install {package}")
 
 
 def _one_of(name: str, value: str, known: list[str]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"training.{name}: expected one of {', '.join(known)}; got {value!r}{hint}")
+        if near := difflib.get_close_matches(value, known, n=1):
+            raise UserError(f"training.{name}: expected a known name, got {value!r}, did you mean {near[0]!r}?")
+        raise UserError(f"training.{name}: expected one of {', '.join(known)}; got {value!r}")
 
 
 def _at_least(name: str, value: float, least: int) -> None:
@@ -112,6 +129,7 @@ def training_arguments(
         "logging_first_step": True,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
+        "label_names": ["labels"],
     }
     if config.memory.gradient_checkpointing:
         given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -120,9 +138,24 @@ def training_arguments(
         given |= {"max_length": config.data.max_length, "packing": config.data.packing, "eval_packing": False}
     _check_extra(section.extra, given, [field.name for field in fields(kind) if field.init])
     try:
-        return kind(**given | section.extra)
+        arguments = kind(**given | section.extra)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
+    _check_schedule(arguments)
+    return arguments
+
+
+def _check_schedule(arguments: Any) -> None:
+    """Some schedules want settings of their own, and ask for them only once everything is loaded."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    try:
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 10, arguments.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        name = arguments.lr_scheduler_type.value
+        raise UserError(f"training.lr_scheduler_type: {name}: {error} (training.extra.lr_scheduler_kwargs)") from error
 
 
 def _when(steps: int | None) -> str:

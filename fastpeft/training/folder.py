@@ -50,11 +50,24 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         if (found := last_checkpoint(folder)) is None:
             raise UserError(f"--resume: expected a checkpoint in training.output_dir, got none in {folder}")
         return found
-    if folder.is_dir() and not overwrite and any((folder / name).exists() for name in OWN):
+    there = _in_the_way(folder)
+    if there and not _is_run(folder):
+        raise UserError(f"training.output_dir: expected a folder of a run or a new one, got {folder}, with a {there}")
+    if there and not overwrite:
         raise UserError(
             f"training.output_dir: {folder} holds a run already: --resume goes on with it, --overwrite replaces it"
         )
     return None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether what is there may be deleted: other folders have a README.md too."""
+    return any((folder / name).is_file() for name in (FINGERPRINT, RUN, "adapter_config.json"))
+
+
+def _in_the_way(folder: Path) -> str | None:
+    found = [name for name in OWN if (folder / name).exists()] + [path.name for path in _checkpoints(folder)]
+    return found[0] if found else None
 
 
 def clear(folder: Path) -> None:

@@ -140,7 +140,7 @@ def add_to_model_card(folder: Path, outcome: Outcome) -> None:
     text = (
         f"# {folder.name}\n\nA LoRA adapter of `{outcome.base}` for {outcome.task}, trained with "
         f"fastpeft and PEFT: {outcome.summary}.\n\n"
-        "How it was trained is in `config.yaml`, what came of it in `report.md`. "
+        "What came of it is in `report.md`. "
         "What it was not tested for, nobody knows: try it on your own data first.\n"
     )
     card.text = text

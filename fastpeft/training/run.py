@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig, LoraSection
-from fastpeft.data.chat import set_template
+from fastpeft.data.chat import TEMPLATES, set_template
 from fastpeft.data.encoding import Encoded, encode
-from fastpeft.data.kinds import Kind, kind_of, rename
-from fastpeft.data.labels import find_labels, named_labels
+from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
+from fastpeft.data.labels import check_labels, find_labels, named_labels
 from fastpeft.data.rows import is_document, load_rows
-from fastpeft.errors import UserError
+from fastpeft.errors import Interrupted, UserError
 from fastpeft.models import bases
 from fastpeft.models.adapters import attach_adapter, lora_config
 from fastpeft.models.devices import pick_device, pick_dtype
@@ -27,14 +26,6 @@ from .arguments import check, training_arguments
 from .end_token import why_it_cannot_stop
 from .outcome import Outcome
 from .packing import check_packing
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the message says how to go on."""
-
-    def __init__(self, number: signal.Signals, checkpoint: Path) -> None:
-        super().__init__(f"{number.name}: {checkpoint} was saved; --resume goes on from it")
-        self.number = number
 
 
 @dataclass(frozen=True)
@@ -71,13 +62,42 @@ def train(config: FastpeftConfig, console: Console, *, resume: bool = False, ove
         MissingExtraError: a package is missing.
         Interrupted: a signal came; a checkpoint was saved.
     """
+    ready = check_run(config, console, resume=resume, overwrite=overwrite)
+    return _train(ready, console, overwrite)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that may begin.
+
+    Attributes:
+        prepared: model and data.
+        arguments: the trainer's.
+        checkpoint: to go on from; None to begin.
+        fingerprint: of the training rows.
+    """
+
+    prepared: Prepared
+    arguments: Any
+    checkpoint: Path | None
+    fingerprint: str
+
+
+def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Ready:
+    """All that can be told about a run before its model is loaded; writes nothing. Arguments and errors as train's."""
     check(config)
     target = Path(config.training.output_dir).expanduser()
     checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
     prepared = prepare(config, console)
+    fingerprint = _fingerprint(prepared.rows)
     if checkpoint is not None:
         run_folder.check_same(prepared.config, target)
-    return _train(prepared, target, checkpoint, console, overwrite)
+        _check_fingerprint(target, fingerprint)
+    device = pick_device()
+    dtype = pick_dtype(config.model.dtype, device)
+    evaluates = prepared.evaluation is not None
+    arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
+    return Ready(prepared, arguments, checkpoint, fingerprint)
 
 
 def prepare(config: FastpeftConfig, console: Console) -> Prepared:
@@ -105,17 +125,21 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
     if task == "causal-lm" and tokenizer.eos_token_id is None:
         raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
-    raw_evaluation = _rows(config, "eval_path") if config.data.eval_path or config.data.eval_split else None
+    evaluated = "data.eval_path" if data.eval_path else "data.eval_split"
+    raw_evaluation = _rows(config, "eval_path") if data.eval_path or data.eval_split else None
+    if raw_evaluation is not None:
+        check_columns(raw_evaluation.column_names, kind, evaluated)
     if task == "sequence-classification":
         raw = named_labels(raw)
         raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
-        data = replace(data, labels=data.labels or find_labels(raw))
+        data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
+        check_labels(data.labels or [])
     console.print("reading the data", highlight=False)
     rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path))
     evaluation = None
     if raw_evaluation is not None:
         document = is_document(data.eval_path or data.path)
-        evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document)
+        evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
     elif data.eval_fraction:
         rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
     resolved = replace(config, model=replace(model, task=task), data=_whole_paths(data))  # type: ignore[arg-type]
@@ -138,10 +162,10 @@ def _rows(config: FastpeftConfig, which: str) -> Any:
     if which == "path":
         rows = load_rows(data.path, split=data.split, name=data.name, split_key="data.split")
     elif data.eval_path:
-        split = data.eval_split or data.split
+        split = data.eval_split
         rows = load_rows(data.eval_path, split=split, key="data.eval_path", split_key="data.eval_split")
     else:
-        rows = load_rows(data.path, split=data.eval_split or "", name=data.name, split_key="data.eval_split")
+        rows = load_rows(data.path, split=data.eval_split, name=data.name, split_key="data.eval_split")
     rows = rename(rows, data.columns)
     return rows.select(range(min(data.limit, len(rows)))) if data.limit is not None else rows
 
@@ -177,12 +201,11 @@ def _whole_paths(data: Any) -> Any:
         local = Path(path).expanduser() if path else None
         return str(local.resolve()) if local is not None and local.exists() else path
 
-    return replace(
-        data, path=whole(data.path), eval_path=whole(data.eval_path), chat_template=whole(data.chat_template)
-    )
+    template = data.chat_template if data.chat_template in TEMPLATES else whole(data.chat_template)
+    return replace(data, path=whole(data.path), eval_path=whole(data.eval_path), chat_template=template)
 
 
-def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: Console, overwrite: bool) -> Outcome:
+def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
 
@@ -190,37 +213,35 @@ def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: C
     from .trainers import build_trainer
     from .watching import Progress, Speed
 
+    prepared, checkpoint = ready.prepared, ready.checkpoint
     config = prepared.config
+    target = Path(config.training.output_dir).expanduser()
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     task = config.model.task
     evaluation = None if prepared.evaluation is None else prepared.evaluation.rows
-    arguments = training_arguments(config, task, device, dtype, evaluates=evaluation is not None)
     console.print("loading the model", highlight=False)
     model = _model(prepared, device, dtype)
     if config.data.packing:
         check_packing(model)
     notes = _notes(model, prepared, console)
-    fingerprint = _fingerprint(prepared.rows)
-    if checkpoint is not None:
-        _check_fingerprint(target, fingerprint)
-    elif overwrite:
-        run_folder.clear(target)
     stop, speed, progress = StopOnSignal(), Speed(), Progress(console)
     trainer = build_trainer(
-        task, model, prepared.tokenizer, arguments, prepared.rows.rows, evaluation, [stop, speed, progress]
+        task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, [stop, speed, progress]
     )
     first = trainer.is_world_process_zero()
     if first:
+        if overwrite:
+            run_folder.clear(target)
         target.mkdir(parents=True, exist_ok=True)
         (target / run_folder.CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        (target / run_folder.FINGERPRINT).write_text(fingerprint + "\n")
+        (target / run_folder.FINGERPRINT).write_text(ready.fingerprint + "\n")
     with stop, progress, PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = run_folder.last_checkpoint(target)
         assert saved is not None
-        raise Interrupted(stop.received, saved)
+        raise Interrupted(stop.received, f"{stop.received.name}: {saved} was saved; --resume goes on from it")
     losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     outcome = Outcome(
         base=config.model.name,
@@ -231,7 +252,7 @@ def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: C
         cut=prepared.rows.cut,
         dropped=prepared.rows.dropped,
         tokens=prepared.rows.tokens,
-        fingerprint=fingerprint,
+        fingerprint=ready.fingerprint,
         losses=losses,
         evaluation=[(log["step"], log["eval_loss"]) for log in trainer.state.log_history if "eval_loss" in log],
         metrics=_metrics(trainer),
@@ -247,9 +268,22 @@ def _train(prepared: Prepared, target: Path, checkpoint: Path | None, console: C
     trainer.save_model(str(target))
     if first:
         outcome.write(target)
-    if config.training.push_to_hub:
-        trainer.push_to_hub()
+    if first and config.training.push_to_hub:
+        _upload(target, config.training.hub_model_id, ready.arguments)
     return outcome
+
+
+def _upload(folder: Path, name: str | None, arguments: Any) -> None:
+    """Not the trainer's own upload: it writes another model card over ours."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=arguments.hub_token)
+    name = name or folder.resolve().name
+    repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
+    # Not the configuration: it has paths of this machine.
+    own = [run_folder.CONFIG, run_folder.RUN, run_folder.FINGERPRINT, "training_args.bin"]
+    left_out = ["checkpoint-*", "runs/*", *own]
+    api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=left_out)
 
 
 def _model(prepared: Prepared, device: Any, dtype: Any) -> Any:
@@ -321,13 +355,15 @@ def _metrics(trainer: Any) -> dict[str, float]:
 
 
 def _fingerprint(rows: Encoded) -> str:
-    """Of all token ids, in their order."""
+    """Of all token ids and labels, in their order."""
     import numpy as np
 
     digest = hashlib.sha256()
-    for batch in rows.rows.select_columns(["input_ids"]).iter(batch_size=1000):
-        for ids in batch["input_ids"]:
-            digest.update(np.asarray(ids, dtype=np.int32).tobytes() + b";")
+    names = [name for name in ("input_ids", "labels") if name in rows.rows.column_names]
+    for batch in rows.rows.select_columns(names).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            for value in values:
+                digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
     return digest.hexdigest()
 
 

@@ -40,11 +40,25 @@ class StopOnSignal(TrainerCallback):
         self.received = self.received or signal.Signals(number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._agree(args)
         if self.received is not None and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def _agree(self, args: Any) -> None:
+        """Processes that train together stop at the same step, whichever of them the signal reached by then."""
+        if args.world_size == 1:
+            return
+        import torch
+        from torch import distributed
+
+        number = torch.tensor([self.received or 0], device=args.device)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
+        self.received = signal.Signals(int(number)) if number else None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The trainer takes a stop for the end of the epoch; evaluating would draw random numbers that no run without a
         # break draws here, and the checkpoint is there already.
-        if self.received is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
-            control.should_evaluate = control.should_save = False
+        if self.received is not None and state.global_step < state.max_steps:
+            at_the_end = abs(state.epoch - round(state.epoch)) < 1e-6
+            control.should_evaluate = control.should_evaluate and at_the_end
+            control.should_save = at_the_end  # once more after the evaluation that belongs here

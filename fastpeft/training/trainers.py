@@ -24,10 +24,11 @@ def build_trainer(
         rows, evaluation: encoded; None for no evaluation.
 
     Raises:
-        UserError: a model that the task's collator or trainer refuses.
+        UserError: a model that the task's collator or trainer refuses, or an optimizer that is not installed.
     """
     from transformers.trainer_callback import PrinterCallback
 
+    _check_optimizer(arguments, model)
     given = {
         "model": model,
         "args": arguments,
@@ -39,6 +40,16 @@ def build_trainer(
     trainer = _decoder_trainer(given) if task == "causal-lm" else _trainer(task, tokenizer, given)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _check_optimizer(arguments: Any, model: Any) -> None:
+    """Some come with packages of their own, which are asked for only at the first step."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"training.optim: {arguments.optim.value}: {error}") from error
 
 
 def _decoder_trainer(given: dict[str, Any]) -> Any:
@@ -58,20 +69,17 @@ def _decoder_trainer(given: dict[str, Any]) -> Any:
 
 
 def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
-    from transformers import (
-        DataCollatorForLanguageModeling,
-        DataCollatorForSeq2Seq,
-        DataCollatorWithPadding,
-        Trainer,
-    )
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer
+
+    from .masking import MaskingTrainer
 
     collator: Any
-    if task == "seq2seq-lm":
-        collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
-    elif task == "masked-lm":
+    if task == "masked-lm":
         if tokenizer.mask_token is None:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+        return MaskingTrainer(**given)
+    if task == "seq2seq-lm":
+        collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
     else:
         collator = DataCollatorWithPadding(tokenizer)
         given["compute_metrics"] = classification_metrics

@@ -39,6 +39,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._show(state)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps' loss, whatever logging_steps is
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         if self._listen and metrics and "eval_loss" in metrics:

@@ -1,0 +1,181 @@
+"""`fastpeft train` where something is missing, cannot be reached, or is not what the run to resume began with."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpeft import hub
+from fastpeft.cli import app
+from tests.checkpoints import Checkpoints, write_rows
+from tests.commands import Answer, run
+
+from .wrong import contents
+
+ROWS = [{"text": f"some words, and {number} more"} for number in range(6)]
+
+
+def one_line(answer: Answer) -> str:
+    """The message of a wrong command line."""
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1), answer
+    return answer.err.removeprefix("fastpeft: ").removesuffix("\n")
+
+
+@pytest.fixture
+def good(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command line that would train."""
+    monkeypatch.chdir(tmp_path)
+    return ["train", "--quiet", "--model", checkpoints["llama"], "--data", write_rows("texts.jsonl", *ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("datasets", 'reading data needs datasets, which is not installed: pip install "fastpeft[train]"'),
+        ("trl", 'training decoders needs trl, which is not installed: pip install "fastpeft[train]"'),
+        ("matplotlib", 'the loss curve needs matplotlib, which is not installed: pip install "fastpeft[train]"'),
+        ("bitsandbytes", "model.quantization: nf4 needs bitsandbytes: pip install bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_not_installed(
+    module: str,
+    message: str,
+    good: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    before = contents(tmp_path)
+    assert one_line(run(capsys, *good, "--method", "qlora")) == message
+    assert contents(tmp_path) == before
+
+
+class TestHub:
+    """Without a network."""
+
+    @pytest.fixture(autouse=True)
+    def unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub._ask.cache_clear()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (
+                "--model some/model",
+                "model.name: some/model is no local folder, and http://127.0.0.1:9 cannot be reached: ",
+            ),
+            ("--data some/rows", "data.path: some/rows is no local file, and http://127.0.0.1:9 cannot be reached: "),
+            ("--eval-path some/rows", "data.eval_path: some/rows is no local file, and http://127.0.0.1:9 cannot be "),
+        ],
+    )
+    def test_what_is_not_here_is_not_waited_for(
+        self, more: str, message: str, good: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        start = time.monotonic()
+        assert one_line(run(capsys, *good, *more.split())).startswith(message)
+        assert time.monotonic() - start < 5
+
+    def test_what_was_fetched_earlier_will_do(
+        self, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fastpeft.config import ModelSection
+        from fastpeft.models import bases
+
+        snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+        shutil.copytree(checkpoints["llama"], snapshot)
+        (tmp_path / "models--some--model" / "refs").mkdir()
+        (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        model = ModelSection(name="some/model")
+        start = time.monotonic()
+        assert bases.load_config(model).hidden_size == 32
+        assert bases.load_tokenizer(model).eos_token == "<|eos|>"
+        assert time.monotonic() - start < 5
+
+    def test_pushing_is_told_before_training(
+        self, good: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        message = "training.push_to_hub: expected to be logged in to the hub: run hf auth login"
+        assert one_line(run(capsys, *good, "--push-to-hub")) == message
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_some")
+        message = "training.push_to_hub: http://127.0.0.1:9 cannot be reached: "
+        assert one_line(run(capsys, *good, "--push-to-hub")).startswith(message)
+
+
+class TestResume:
+    """Of a run of two steps out of six rows."""
+
+    @pytest.fixture(scope="class")
+    def begun(self, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("begun")
+        rows = write_rows(folder / "texts.jsonl", *ROWS)
+        settings = ["--model", checkpoints["llama"], "--data", rows, "--batch-size", "2", "--max-steps", "2"]
+        assert app.run(["train", "--quiet", *settings, "--output-dir", str(folder / "run")]) == 0
+        return folder
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ("--lora.r 8", "lora.r: expected 16, as the run to resume has it, got 8"),
+            ("--learning-rate 1", "training.learning_rate: expected 0.0002, as the run to resume has it, got 1.0"),
+            ("--batch-size 3", "training.per_device_train_batch_size: expected 2, as the run to resume has it, got 3"),
+            ("--limit 4", "data.limit: expected null, as the run to resume has it, got 4"),
+            (
+                "--target-modules [q_proj]",
+                "lora.target_modules: expected all-linear, as the run to resume has it, got [q_proj]",
+            ),
+            (
+                "--lora.extra.lora_bias true",
+                "lora.extra.lora_bias: expected null, as the run to resume has it, got true",
+            ),
+        ],
+    )
+    def test_other_settings_are_refused(
+        self, more: str, message: str, begun: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = contents(begun)
+        answer = run(capsys, "train", "--quiet", "--resume", "--output-dir", str(begun / "run"), *more.split())
+        assert one_line(answer) == message
+        assert contents(begun) == before
+
+    def test_other_rows_are_refused(self, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        texts = (begun / "texts.jsonl").read_text()
+        try:
+            write_rows(begun / "texts.jsonl", *ROWS[:-1], {"text": "other words"})
+            answer = run(capsys, "train", "--quiet", "--resume", "--output-dir", str(begun / "run"))
+        finally:
+            (begun / "texts.jsonl").write_text(texts)
+        assert one_line(answer) == "data.path: expected the rows that the run to resume began with, got others"
+
+    def test_a_run_is_not_replaced_unasked(self, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = begun / "run"
+        answer = run(capsys, "train", "--quiet", str(folder / "config.yaml"))
+        message = (
+            f"training.output_dir: {folder} holds a run already: --resume goes on with it, --overwrite replaces it"
+        )
+        assert one_line(answer) == message
+
+    @pytest.mark.parametrize("more", ["--optim lomo", "--target-modules [lm_head]"])
+    def test_a_run_is_not_replaced_by_one_that_cannot_begin(
+        self, more: str, begun: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = contents(begun)
+        config = str(begun / "run" / "config.yaml")
+        one_line(run(capsys, "train", "--quiet", config, "--overwrite", *more.split()))
+        assert contents(begun) == before
+
+
+def test_the_message_comes_last_after_what_was_done(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    good.remove("--quiet")
+    answer = run(capsys, *good, "--target-modules", "[q_porj]")
+    message = "fastpeft: lora.target_modules: no module has the name 'q_porj', did you mean 'q_proj'?"
+    assert answer.err == f"reading the data\nloading the model\n{message}\n"

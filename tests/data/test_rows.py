@@ -1,0 +1,152 @@
+"""Rows from every kind of file and folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fastpeft.data.rows import is_document, load_rows
+from fastpeft.errors import UserError
+from tests.checkpoints import write_rows
+
+ROWS = [{"text": "some, words", "label": 1}, {"text": "“others”\tand more", "label": 0}]
+TABLE = datasets.Dataset.from_list(ROWS)
+
+
+def write_csv(path: Path) -> None:
+    TABLE.to_csv(path)
+
+
+def write_tsv(path: Path) -> None:
+    TABLE.to_csv(path, sep="\t")
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "rows.jsonl": lambda path: write_rows(path, *ROWS),
+    "rows.ndjson": lambda path: write_rows(path, *ROWS),
+    "ROWS.JSONL": lambda path: write_rows(path, *ROWS),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "lines.json": lambda path: write_rows(path, *ROWS),
+    "rows.csv": write_csv,
+    "rows.tsv": write_tsv,
+    "rows.parquet": lambda path: TABLE.to_parquet(path),
+    "saved": lambda path: TABLE.save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_come_back(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    assert load_rows(str(tmp_path / name), split="train").to_list() == ROWS
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.parquet"])
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(name: str, tmp_path: Path) -> None:
+    for first in "ba":
+        WRITERS[name](tmp_path / f"{first}-{name}")
+    (tmp_path / "README.md").write_text("What this is.")
+    (tmp_path / "notes.log").write_text("not data")
+    (tmp_path / "sub.csv").mkdir()
+    assert load_rows(str(tmp_path), split="train").to_list() == ROWS * 2
+
+
+def test_a_text_file_is_one_row(tmp_path: Path) -> None:
+    text = "Title\n\n  a line\r\nanother – line\n\n\n"
+    (tmp_path / "one.txt").write_text(text, newline="")
+    (tmp_path / "two.MD").write_text("second")
+    [row] = load_rows(str(tmp_path / "one.txt"), split="train")
+    assert row == {"text": text.replace("\r\n", "\n")}
+    assert load_rows(str(tmp_path), split="train")["text"][:] == [row["text"], "second"]
+
+
+def test_a_long_text_file_is_one_row_too(tmp_path: Path) -> None:
+    text = "many words " * 2_000_000  # more than is read at once
+    (tmp_path / "long.txt").write_text(text)
+    assert load_rows(str(tmp_path / "long.txt"), split="train")["text"][:] == [text]
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"text": "before"})
+    assert load_rows(path, split="train")["text"][:] == ["before"]
+    write_rows(path, {"text": "after!"})
+    assert load_rows(path, split="train")["text"][:] == ["after!"]
+
+
+def test_splits_of_a_saved_dictionary(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=TABLE, test=TABLE.select([0])).save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / "saved")
+    assert load_rows(path, split=None).to_list() == ROWS
+    assert load_rows(path, split="test").to_list() == ROWS[:1]
+    with pytest.raises(
+        UserError, match=r"^data.split: expected one of train, test, got 'tset', did you mean 'test'\?$"
+    ):
+        load_rows(path, split="tset")
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "rows.jsonl", *ROWS)
+    assert load_rows("~/rows.jsonl", split="train").to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["a.txt"], True),
+        (["a.txt", "b.md"], True),
+        (["a.txt", "README.md"], True),
+        (["README.md", "a.jsonl"], False),
+        (["a.csv"], False),
+        ([], False),
+    ],
+)
+def test_which_folders_hold_documents(names: list[str], wanted: bool, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert is_document(str(tmp_path)) is wanted
+
+
+def test_which_files_are_documents() -> None:
+    found = [name for name in ("a.txt", "a.MD", "a.jsonl", "some/rows", "a.txt.csv") if is_document(name)]
+    assert found == ["a.txt", "a.MD"]
+
+
+class TestHub:
+    """With `datasets` answering in its place."""
+
+    @pytest.fixture(autouse=True)
+    def reachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fastpeft.data.rows.unreachable", lambda: None)
+
+    def test_id_configuration_and_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(path: str, name: str | None) -> datasets.DatasetDict:
+            assert (path, name) == ("some/rows", "de")
+            return datasets.DatasetDict(train=TABLE, validation=TABLE.select([1]))
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        assert load_rows("some/rows", split="validation", name="de").to_list() == ROWS[1:]
+
+    def test_what_the_hub_says_is_handed_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(path: str, name: str | None) -> None:
+            try:
+                raise OSError("404 Client Error for url https://...")
+            except OSError as error:
+                raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/rows' doesn't exist") from error
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        message = (
+            "^data.path: some/rows is no local file, and could not be had from the hub: Dataset 'some/rows' doesn't"
+        )
+        with pytest.raises(UserError, match=message):
+            load_rows("some/rows", split="train")
+
+    def test_a_setting_of_datasets_is_put_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fastpeft.data.rows.unreachable", lambda: "it is far away")
+        with pytest.raises(UserError, match="^data.path: some/rows is no local file, and it is far away$"):
+            load_rows("some/rows", split="train")
+        assert not datasets.config.HF_HUB_OFFLINE
