@@ -94,14 +94,14 @@ def characters(*, trim_offsets: bool = False, ends: bool = False) -> PreTrainedT
 def _llama() -> tuple[Any, Any]:
     """The shipped model's tokenizer over two small layers."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=128)), tokenizer
 
 
 def _bert(kind: Callable[[BertConfig], Any] = BertForMaskedLM) -> tuple[Any, Any]:
     tokenizer = wordpieces()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     return kind(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)), tokenizer
 
 

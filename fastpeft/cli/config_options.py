@@ -23,6 +23,8 @@ class ConfigCommand(TyperCommand):
     """A command whose unknown options are keys of the configuration; they come to it as `settings`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell completes: no time to complain
+            return super().parse_args(ctx, args)
         own = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)} - _declared()
         own |= set(ctx.help_option_names)
         rest: list[str] = []

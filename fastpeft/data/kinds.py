@@ -38,6 +38,14 @@ LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("t
 TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
 KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)
 """In order of precedence; a text with labels is also a text where the task says so."""
+USUAL = {
+    "messages": ("chat", "dialog", "dialogue"),
+    "prompt": ("source", "question", "query"),
+    "completion": ("target", "answer", "response", "summary", "translation"),
+    "text": ("sentence", "content", "review", "document", "body", "article"),
+    "label": ("labels", "class", "category", "sentiment", "topic", "stars", "rating"),
+}
+"""Other names of columns, for hints."""
 KNOWN = tuple(dict.fromkeys(column for kind in KINDS for column in (*kind.columns, *kind.optional)))
 
 
@@ -87,9 +95,25 @@ def kind_of(names: Sequence[str], task: str) -> Kind:
             "those are for TRL's DPOTrainer, after fastpeft.accelerate(model)"
         )
     wanted = ", ".join(str(kind) for kind in KINDS)
-    hints = [f"{{{near[0]}: {name}}}" for name in names if (near := _close(name, KNOWN))]
-    hint = f"; did you mean data.columns {hints[0]}?" if hints else "; data.columns gives yours their names"
-    raise UserError(f"data: expected columns {wanted}; got {', '.join(names)}{hint}")
+    likely = _likely_columns(names)
+    hint = f"did you mean data.columns {likely}?" if likely else "data.columns gives yours their names"
+    raise UserError(f"data: expected columns {wanted}; got {', '.join(names)}; {hint}")
+
+
+def _likely_columns(names: Sequence[str]) -> str:
+    """The mapping that makes one of KINDS of all its columns, by what people call them; empty if none does."""
+    for kind in KINDS:
+        found: dict[str, str] = {}
+        for column in kind.columns:
+            free = [name for name in names if name not in found.values()]
+            usual = [name for name in free if name == column or name.lower() in USUAL.get(column, ())]
+            near = usual or difflib.get_close_matches(column, free, n=1, cutoff=0.7)
+            if not near:
+                break
+            found[column] = near[0]
+        else:
+            return "{" + ", ".join(f"{column}: {name}" for column, name in found.items() if column != name) + "}"
+    return ""
 
 
 def check_columns(names: Sequence[str], kind: Kind, key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,7 @@ def load_base(
     quantization: str = "none",
     *,
     key: str = "model.name",
+    whole: Sequence[str] = (),
     **others: Any,
 ) -> tuple[Any, list[str]]:
     """The base model on its device, in evaluation mode.
@@ -169,6 +171,8 @@ def load_base(
         device, dtype: where and in what it computes.
         quantization: storage of the weights; a checkpoint that is stored quantised stays as it is.
         key: what the user calls the model.
+        whole: names of modules that are trained or saved whole. They are not quantised, nor are a classifier's head and
+            what the checkpoint has no values for.
         others: for `from_pretrained`, such as num_labels.
 
     Returns:
@@ -185,6 +189,29 @@ def load_base(
         options["attn_implementation"] = model.attention
     if device.type == "cuda":
         options["device_map"] = {"": device}
+    base, missing = _from_pretrained(model, task, key, options)
+    heads = ("classifier", "score") if task == "sequence-classification" else ()  # as PEFT, which trains them whole
+    if "quantization_config" in options and (names := _quantised(base, [*whole, *heads, *missing])):
+        bits.llm_int8_skip_modules = names + _plain(base)
+        del base
+        base, missing = _from_pretrained(model, task, key, options)
+    return base, missing
+
+
+def _quantised(base: Any, within: list[str]) -> list[str]:
+    """Names of the quantised modules among or within those of these names."""
+    found = [name for name, module in base.named_modules() if type(module).__module__.startswith("bitsandbytes.")]
+    return [name for name in found if any(f".{one}." in f".{name}." for one in within)]
+
+
+def _plain(base: Any) -> list[str]:
+    """Names of the linear modules that transformers left as they are."""
+    from torch.nn import Linear
+
+    return [name for name, module in base.named_modules() if type(module) is Linear]
+
+
+def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
     from safetensors import SafetensorError
 
     try:

@@ -223,8 +223,8 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     console.print("loading the model", highlight=False)
     model = _model(prepared, device, dtype)
     if config.data.packing:
-        check_packing(model)
-    notes = _notes(model, prepared, console)
+        check_packing(model, dtype)
+    notes = _notes(model, prepared, dtype, console)
     stop, speed, progress = StopOnSignal(), Speed(), Progress(console)
     trainer = build_trainer(
         task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, [stop, speed, progress]
@@ -296,6 +296,7 @@ def _model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     if labels is not None:
         others["label2id"] = {label: number for number, label in enumerate(labels)}
     _seed(config.training.seed)  # a fresh classifier's first values
+    others["whole"] = config.lora.modules_to_save
     base, fresh = bases.load_base(
         config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
     )
@@ -322,10 +323,15 @@ def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSec
     return replace(config.lora, modules_to_save=[*config.lora.modules_to_save, *added])
 
 
-def _notes(model: Any, prepared: Prepared, console: Console) -> list[str]:
+def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:
     """What should be looked at, shown at once and kept for the report."""
-    reason = why_it_cannot_stop(model, prepared.tokenizer) if prepared.config.model.task == "causal-lm" else None
-    notes = [reason] if reason else []
+    import torch
+
+    notes = []
+    if prepared.config.model.task == "causal-lm" and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
+        notes.append(reason)
+    if dtype == torch.float16 and "t5" in model.config.model_type:
+        notes.append("T5 models are known to overflow in float16: if the loss becomes NaN, set model.dtype to float32")
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return notes

@@ -96,7 +96,7 @@ class TestHub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         model = ModelSection(name="some/model")
         start = time.monotonic()
-        assert bases.load_config(model).hidden_size == 32
+        assert bases.load_config(model).hidden_size == 64
         assert bases.load_tokenizer(model).eos_token == "<|eos|>"
         assert time.monotonic() - start < 5
 

@@ -116,7 +116,7 @@ class TestTemplates:
 
     def test_one_that_rewrites_earlier_turns_is_refused(self) -> None:
         tokenizer = with_template("{% for m in messages %}{{ m.content if loop.last else '…' }}\n{% endfor %}")
-        with pytest.raises(UserError, match="^data.assistant_only: the chat template rewrites earlier turns"):
+        with pytest.raises(UserError, match=r"^data.assistant_only: the chat template rewrites earlier turns"):
             learned(tokenizer, chat(*CHAT))
         ids, labels = ChatEncoder(tokenizer, assistant_only=False)(chat(*CHAT), "row 1")
         assert ids == labels and tokenizer.decode(ids) == "…\n…\n…\n…\nWelcome.\n"
@@ -192,5 +192,5 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_are() -> None:
     class Slow:
         is_fast, chat_template, special_tokens_map = False, BRACKETS, {"eos_token": "</s>"}
 
-    with pytest.raises(UserError, match="^model.name: expected a fast tokenizer, got Slow$"):
+    with pytest.raises(UserError, match=r"^model.name: expected a fast tokenizer, got Slow$"):
         ChatEncoder(Slow(), assistant_only=True)(chat(*CHAT), "row 1")

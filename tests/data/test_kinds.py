@@ -64,5 +64,5 @@ def test_two_columns_change_places() -> None:
 
 
 def test_one_column_cannot_be_two() -> None:
-    with pytest.raises(UserError, match="^data.columns.completion: expected another column than data.columns.prompt"):
+    with pytest.raises(UserError, match=r"^data.columns.completion: expected another column than data.columns.prompt"):
         renamed({"text": 1}, {"prompt": "text", "completion": "text"})

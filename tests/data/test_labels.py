@@ -40,5 +40,5 @@ def test_names_that_datasets_keeps_apart_from_numbers() -> None:
 
 def test_too_many_classes_are_hardly_classes() -> None:
     assert len(find_labels(labelled(*range(1000)))) == 1000
-    with pytest.raises(UserError, match="^data: expected 2 to 1000 classes in column label, got 1001$"):
+    with pytest.raises(UserError, match=r"^data: expected 2 to 1000 classes in column label, got 1001$"):
         find_labels(labelled(*range(1001)))

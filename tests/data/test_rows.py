@@ -147,6 +147,6 @@ class TestHub:
 
     def test_a_setting_of_datasets_is_put_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fastpeft.data.rows.unreachable", lambda: "it is far away")
-        with pytest.raises(UserError, match="^data.path: some/rows is no local file, and it is far away$"):
+        with pytest.raises(UserError, match=r"^data.path: some/rows is no local file, and it is far away$"):
             load_rows("some/rows", split="train")
         assert not datasets.config.HF_HUB_OFFLINE

@@ -2,15 +2,18 @@
 
 A page is read from top to bottom: fenced blocks, and comments for this test, which no reader sees.
 
-    <!-- test: setup CODE -->                  Python to run here; may span lines
+    <!-- test: setup CODE -->                  Python to run here; may span lines; what it prints counts as printed
     <!-- test: replace "NAME" by "OTHER" -->   in every block from here on; `by shipped`: the shipped model's folder
     <!-- test: skip REASON -->                 do not run the next block
     <!-- test: output -->                      the next block, of text, is what the block before it printed
     <!-- test: output, details vary -->        the same but for numbers, dotted names and the spaces around them
+    <!-- test: exit 2 -->                      the next block's commands end with this code, or with one of `exit 0 or 1`;
+                                               what they print is that on stderr too
 
-The Python blocks of a page share one namespace. A shell block holds commands that begin with `fastpeft`, or is skipped;
-a YAML block is a configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is
-also written to a file of that name, for the blocks after it.
+The Python blocks of a page share one namespace, in which `printed` is what the last block that ran printed, and `shown` the
+text of the last JSON block. A shell block holds commands that begin with `fastpeft`, or is skipped; a YAML block is a
+configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is also written to a file
+of that name, for the blocks after it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ LANGUAGES = ("python", "bash", "console", "yaml", "json", "text")
 _FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _COMMENT = re.compile(r"<!--\s*test:(?P<words>.*?)-->", re.DOTALL)
 _REPLACE = re.compile(r'replace "(?P<old>[^"]+)" by (?:"(?P<new>[^"]*)"|(?P<shipped>shipped))')
+_EXIT = re.compile(r"exit (?P<codes>\d+( or \d+)*)")
 _TITLE = re.compile(r'title="(?P<name>[^"]+)"')
 _DETAIL = re.compile(r"\s*([-+]?\d[\d.,]*(e[-+]?\d+)?|[A-Za-z_]\w*(\.\w+)+)\s*")
 
@@ -71,6 +75,7 @@ class Block:
         title: a file's name, or "".
         skip: why it is not run; None when it is.
         output: None, "exact" or "details vary": how it agrees with what the block before printed.
+        codes: with which its commands may end.
     """
 
     line: int
@@ -79,6 +84,7 @@ class Block:
     title: str = ""
     skip: str | None = None
     output: str | None = None
+    codes: tuple[int, ...] = (0,)
 
 
 Step = Setup | Replace | Block
@@ -143,6 +149,8 @@ def _read_comment(words: str, where: str, number: int, steps: list[Step], pendin
         if len(rest.split()) < 2:
             raise PageError(f"{where}: skip: expected a reason in words, got {rest.strip()!r}")
         pending["skip"] = rest.strip()
+    elif verb == "exit" and (found := _EXIT.fullmatch(words)):
+        pending["codes"] = tuple(int(code) for code in found["codes"].split(" or "))
     elif words in ("output", "output, details vary"):
         pending["output"] = "exact" if words == "output" else "details vary"
     else:
@@ -156,7 +164,7 @@ class Runner:
     Attributes:
         page: its name, for messages and tracebacks.
         namespace: what the page's Python sees.
-        printed: by the last block that ran.
+        printed: by the last block that ran, or the last hidden code that printed.
     """
 
     page: str
@@ -169,7 +177,7 @@ class Runner:
             if isinstance(step, Replace):
                 self.replacements.append(step)
             elif isinstance(step, Setup):
-                self._python(step.code, step.line)
+                self.printed = self._python(step.code, step.line) or self.printed
             elif step.output is not None:
                 self._compare(step)
             elif step.skip is None:
@@ -189,7 +197,7 @@ class Runner:
         if block.language == "python":
             self.printed = self._python(text, block.line)
         elif block.language in ("bash", "console"):
-            self.printed = "".join(self._command(one, block.line) for one in commands(text, block.language))
+            self.printed = "".join(self._command(one, block) for one in commands(text, block.language))
         elif block.language == "yaml":
             from fastpeft.config import FastpeftConfig
 
@@ -200,6 +208,8 @@ class Runner:
                 FastpeftConfig.from_yaml(path)
         elif block.language == "json":
             read_json(text)
+            self.namespace["shown"] = text
+        self.namespace["printed"] = self.printed
 
     def _python(self, code: str, line: int) -> str:
         compiled = compile("\n" * (line - 1) + code, str(ROOT / self.page), "exec")
@@ -207,16 +217,19 @@ class Runner:
             exec(compiled, self.namespace)
         return out.getvalue()
 
-    def _command(self, command: str, line: int) -> str:
+    def _command(self, command: str, block: Block) -> str:
         from fastpeft.cli.app import run
 
+        where = f"{self.page}:{block.line}"
         words = shlex.split(command, comments=True)
         if words[:1] != ["fastpeft"]:
-            raise PageError(f"{self.page}:{line}: expected `fastpeft ...` or a skip with its reason, got {command!r}")
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+            raise PageError(f"{where}: expected `fastpeft ...` or a skip with its reason, got {command!r}")
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.ExitStack() as stack:
+            if block.codes != (0,):
+                stack.enter_context(contextlib.redirect_stderr(out))
             code = run(words[1:])
-        if code != 0:
-            raise PageError(f"{self.page}:{line}: exit code {code} of {command!r}\n{out.getvalue()}")
+        if code not in block.codes:
+            raise PageError(f"{where}: exit code {code} of {command!r}\n{out.getvalue()}")
         return out.getvalue()
 
     def _compare(self, block: Block) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import fastpeft
+
 from .pages import PAGES, README_SETUP, UNNAMED, read
 from .snippets import Block, PageError, Replace, Runner, Setup, commands, read_page
 
@@ -73,6 +75,7 @@ print(a)
             ("<!-- test: skip needs a GPU -->\nwords\n", "expected a block after the comment before, got 'words'"),
             ("<!-- test: skip needs a GPU -->\n", "the end of the page"),
             ("<!-- test: ignore this -->\n", "not a comment that the test knows: 'ignore this'"),
+            ("<!-- test: exit soon -->\n```bash\n```\n", "not a comment that the test knows: 'exit soon'"),
             ("<!-- test: replace a by b -->\n", "not a comment that the test knows"),
             ("<!-- test: setup a = 1\n", "a comment for the test that does not end"),
         ],
@@ -120,6 +123,20 @@ class TestRunning:
     def test_wrong_commands(self, command: str, message: str) -> None:
         with pytest.raises(PageError, match=message):
             run(f"```bash\n{command}\n```\n")
+
+    def test_commands_that_fail_as_the_page_says(self) -> None:
+        text = "<!-- test: exit 2 -->\n```bash\nfastpeft nope\n```\n<!-- test: output -->\n```text\n{}\n```\n"
+        run(text.format("fastpeft: No such command 'nope'."))
+        run("<!-- test: exit 0 or 1 -->\n```bash\nfastpeft --version\n```\n")
+        with pytest.raises(PageError, match="exit code 2"):
+            run("<!-- test: exit 0 or 1 -->\n```bash\nfastpeft nope\n```\n")
+
+    def test_hidden_lines_see_what_was_printed_and_shown(self) -> None:
+        shown = '```bash\nfastpeft --version\n```\n```json\n{"a": 1}\n```\n'
+        assert run(f"{shown}<!-- test: setup found = (printed, shown) -->").namespace["found"] == (
+            f"fastpeft {fastpeft.__version__}\n",
+            '{"a": 1}',
+        )
 
     def test_a_block_with_a_title_is_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

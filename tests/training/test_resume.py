@@ -1,0 +1,187 @@
+"""A run that was broken off and resumed is the same as one that was not: losses, evaluation, adapter."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import SHIPPED, Checkpoints, write_rows
+from tests.commands import run as command
+from tests.fresh import ROOT
+
+from .runs import Run, adapter, chats, classes, completions, interrupted, texts, train
+
+LOGGED = shlex.split("--learning-rate 1e-2 --logging-steps 1 --lora.r 4 --lora.dropout 0.2 --report-to none")
+"""Nine steps, three an epoch: nine rows in batches of two, two batches a step."""
+THREE_EPOCHS = [*LOGGED, *shlex.split("--batch-size 2 --gradient-accumulation-steps 2 --epochs 3 --eval-fraction 0.25")]
+
+
+def assert_same(found: Run, wanted: Run) -> None:
+    assert found.record["losses"] == wanted.record["losses"]
+    assert found.record["evaluation"] == wanted.record["evaluation"]
+    assert found.record["metrics"] == wanted.record["metrics"]
+    ours, theirs = adapter(found.folder), adapter(wanted.folder)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and at which steps it is broken off."""
+
+    id: str
+    model: str
+    rows: list[dict[str, Any]]
+    more: str
+    at: tuple[int, ...]
+
+
+CASES = [
+    Case("chats", "llama", chats(), "", (1, 3, 4, 8)),
+    Case("saved-by-steps", "llama", chats(), "--save-steps 2 --eval-steps 2", (4, 6)),
+    Case("saved-rarely", "llama", chats(), "--save-steps 100", (3, 5)),
+    Case("masked", "bert", texts(), "--save-steps 100", (3, 4, 5)),
+    Case("classes", "bert", classes(), "", (5,)),
+    Case("t5", "t5", completions(), "", (4,)),
+    Case("packing", "llama", chats(40), "--packing --max-length 64", (2,)),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+def whole(
+    request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Case, list[str], Run]:
+    """A run without a break, and its command line."""
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp(case.id)
+    rows = write_rows(folder / "rows.jsonl", *case.rows)
+    arguments = ["--model", checkpoints[case.model], "--data", rows, *THREE_EPOCHS, *case.more.split()]
+    return case, arguments, train(folder / "run", *arguments)
+
+
+def test_it_ends_as_one_without_a_break(whole: tuple[Case, list[str], Run], tmp_path: Path) -> None:
+    case, arguments, wanted = whole
+    for number, at in enumerate(case.at):
+        folder = tmp_path / str(at)
+        interrupted(folder, *arguments, at=at, by=(signal.SIGTERM, signal.SIGINT)[number % 2])
+        assert (folder / f"checkpoint-{at}" / "trainer_state.json").is_file()
+        assert not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
+        assert_same(train(folder, "--resume"), wanted)
+
+
+class TestOneRun:
+    """Of nine steps, with checkpoints after each epoch, all kept."""
+
+    @pytest.fixture(scope="class")
+    def arguments(self, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+        rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", *chats())
+        return ["--model", checkpoints["llama"], "--data", rows, *THREE_EPOCHS, "--save-total-limit", "null"]
+
+    @pytest.fixture(scope="class")
+    def finished(self, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+        return train(tmp_path_factory.mktemp("finished") / "run", *arguments)
+
+    @pytest.fixture
+    def copy(self, finished: Run, tmp_path: Path) -> Path:
+        """Of the finished run, without what is written at its end."""
+        shutil.copytree(finished.folder, tmp_path / "copy")
+        for name in ("run.json", "adapter_model.safetensors"):
+            (tmp_path / "copy" / name).unlink()
+        return tmp_path / "copy"
+
+    @pytest.mark.parametrize("written", [None, "", '{"epoch": 2.0, "global_'], ids=["missing", "empty", "cut off"])
+    def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
+        self, written: str | None, copy: Path, finished: Run
+    ) -> None:
+        shutil.rmtree(copy / "checkpoint-9")
+        state = copy / "checkpoint-6" / "trainer_state.json"
+        state.unlink()
+        if written is not None:
+            state.write_text(written)
+        resumed = train(copy, "--resume")
+        assert_same(resumed, finished)
+
+    def test_a_finished_run_stays_as_it_is(self, copy: Path, finished: Run) -> None:
+        resumed = train(copy, "--resume")
+        assert_same(resumed, finished)
+        assert resumed.record["tokens_per_second"] is None
+
+    def test_a_finished_run_goes_on_with_more_epochs(self, copy: Path, finished: Run) -> None:
+        resumed = train(copy, "--resume", "--epochs", "4")
+        assert resumed.record["steps"] == 12 and resumed.losses[:9] == finished.losses
+        assert resumed.config["training"]["num_train_epochs"] == 4
+
+    def test_resumed_from_another_folder(
+        self, arguments: list[str], finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        interrupted(Path("run"), *arguments, at=5)
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir("other")
+        assert_same(train(tmp_path / "run", "--resume"), finished)
+
+    def test_broken_off_twice(self, arguments: list[str], finished: Run, tmp_path: Path) -> None:
+        interrupted(tmp_path / "run", *arguments, at=2)
+        interrupted(tmp_path / "run", "--resume", at=7)
+        assert_same(train(tmp_path / "run", "--resume"), finished)
+
+    def test_a_second_ctrl_c_does_not_wait(
+        self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def twice(*_: object, **__: object) -> None:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        monkeypatch.setattr("fastpeft.training.watching.Speed.on_step_begin", twice)
+        answer = command(capsys, "train", "--quiet", "--output-dir", str(tmp_path / "run"), *arguments)
+        assert (answer.code, answer.err) == (130, "fastpeft: interrupted\n")
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", *chats(40))
+    arguments = [
+        "--model",
+        SHIPPED,
+        "--data",
+        rows,
+        *LOGGED,
+        "--batch-size",
+        "2",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastpeft", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("training: step 3/12"):
+            process.send_signal(by)
+            break
+    out, more = process.communicate(timeout=60)
+    [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
+    assert 3 <= int(checkpoint.name.partition("-")[2]) < 12
+    assert more.splitlines()[-1] == f"fastpeft: {by.name}: {checkpoint} was saved; --resume goes on from it", seen
+    assert (process.returncode, out) == (128 + by, "")
+    resumed = train(tmp_path / "run", "--resume")
+    assert_same(resumed, train(tmp_path / "whole", "--model", SHIPPED, "--data", rows, *LOGGED, "--batch-size", "2"))

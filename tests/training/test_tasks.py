@@ -1,0 +1,184 @@
+"""`fastpeft train` from end to end, for each task and method, at a tiny size."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from fastpeft.models.tasks import auto_class
+from tests.checkpoints import Checkpoints, write_rows
+
+from .runs import Run, adapter, chats, classes, completions, texts, train
+
+QUICK = shlex.split("--max-steps 10 --batch-size 4 --learning-rate 1e-2 --logging-steps 1 --lora.r 4 --report-to none")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and what should come of it."""
+
+    id: str
+    model: str
+    rows: list[dict[str, Any]]
+    task: str
+    more: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("chat", "llama", chats(), "causal-lm", facts={"chat_template": "plain"}),
+    Case("completion", "llama", completions(), "causal-lm"),
+    Case("text", "llama", texts(), "causal-lm", "--max-length 16"),
+    Case("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
+    Case("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
+    Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
+    Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
+    Case("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
+    Case("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
+    Case(
+        "eval", "llama", chats(), "causal-lm", "--eval-fraction 0.25 --eval-steps 5", {"rows": 9, "evaluation_rows": 3}
+    ),
+    Case("classes", "bert", classes(), "sequence-classification", "--eval-fraction 0.34 --eval-steps 5"),
+    Case(
+        "numbered-classes",
+        "bert",
+        [row | {"label": len(row["label"] + row["text"]) % 3} for row in classes()],
+        "sequence-classification",
+    ),
+    Case("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
+    Case("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
+    Case("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
+    Case("marian", "marian", completions(), "seq2seq-lm"),
+    Case("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+def done(
+    request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Case, Run]:
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp(case.id)
+    rows = write_rows(folder / "rows.jsonl", *case.rows)
+    run = train(folder / "run", "--model", checkpoints[case.model], "--data", rows, *QUICK, *case.more.split())
+    return case, run
+
+
+def test_it_learns_and_says_what_it_did(done: tuple[Case, Run]) -> None:
+    case, run = done
+    record = run.record
+    assert (record["task"], record["steps"], len(run.losses)) == (case.task, 10, 10)
+    assert {name: record[name] for name in case.facts} == case.facts
+    assert min(run.losses[-3:]) < run.losses[0] and torch.tensor(run.losses).isfinite().all()
+
+
+def test_the_folder_holds_what_is_needed_and_no_more(done: tuple[Case, Run]) -> None:
+    _, run = done
+    wanted = (
+        "README.md adapter_config.json adapter_model.safetensors config.yaml data.sha256 loss.png report.md run.json"
+    )
+    wanted += " tokenizer.json tokenizer_config.json training_args.bin"
+    found = {path.name for path in run.folder.iterdir()} - {"chat_template.jinja"}
+    assert {name for name in found if not name.startswith("checkpoint-")} == set(wanted.split())
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    checkpoints = sorted(name for name in found if name.startswith("checkpoint-"))
+    assert "checkpoint-10" in checkpoints and len(checkpoints) <= 2
+
+
+def test_the_report(done: tuple[Case, Run]) -> None:
+    case, run = done
+    record, report = run.record, (run.folder / "report.md").read_text()
+    assert report.startswith(f"# run\n\n{record['method']} of `{record['base']}` for {case.task}.\n")
+    for line in (
+        "| steps | 10 |",
+        f"| training rows | {record['rows']} ({record['tokens']:,} tokens; 0 cut, 0 left out) |",
+        f"| evaluation rows | {record['evaluation_rows']} |",
+        f"| tokens/s | {record['tokens_per_second']:,.0f} |",
+        "![loss](loss.png)",
+        f"| 1 | {run.losses[0]:.4f} |  |",
+    ):
+        assert line in report.splitlines()
+    assert ("nothing: plain PEFT" in report) == (record["accelerated"] == "")
+    assert ("| chat template | plain |" in report) == (record["chat_template"] == "plain")
+    for name, value in record["metrics"].items():
+        assert f"| evaluation: {name} | {value:.4f} |" in report
+
+
+def test_the_model_card_is_for_the_hub(done: tuple[Case, Run]) -> None:
+    from huggingface_hub import ModelCard
+
+    case, run = done
+    card = ModelCard.load(run.folder / "README.md")
+    assert {"fastpeft", "lora"} <= set(card.data.tags) and card.data.base_model == run.record["base"]
+    assert f"for {case.task}" in card.text and "10 steps, loss" in card.text
+
+
+def test_every_layer_was_accelerated(done: tuple[Case, Run]) -> None:
+    case, run = done
+    if case.id in ("plain-peft", "dora"):
+        return
+    words = run.record["accelerated"].split()
+    assert words[:2] == ["fastpeft:", words[3]], run.record["accelerated"]
+
+
+def test_evaluation(done: tuple[Case, Run]) -> None:
+    case, run = done
+    record = run.record
+    steps = [step for step, _ in record["evaluation"]]
+    if "--eval-steps 5" in case.more:
+        assert steps == [5, 10]
+    elif "--eval" in case.more:
+        assert steps and steps[-1] == 10
+    else:
+        assert steps == [] and record["metrics"] == {} and record["evaluation_rows"] == 0
+        return
+    assert record["metrics"]["loss"] == record["evaluation"][-1][1]
+    assert ("accuracy" in record["metrics"]) == (case.task == "sequence-classification")
+
+
+def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Case, Run]) -> None:
+    case, run = done
+    dtype = torch.bfloat16 if case.id == "bfloat16" else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if labels := run.config["data"]["labels"]:
+        options["num_labels"] = len(labels)
+    if "qlora" in case.more:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        if labels:  # what is trained whole is not quantised
+            options["quantization_config"].llm_int8_skip_modules = ["classifier", "pooler.dense"]
+    base = auto_class(case.task).from_pretrained(run.record["base"], **options)
+    plain = PeftModel.from_pretrained(base, run.folder).eval()
+    ids = torch.randint(5, 30, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if case.task == "seq2seq-lm":
+        batch["decoder_input_ids"] = torch.randint(5, 30, (2, 6))
+    with torch.no_grad():
+        expected, found = plain(**batch).logits, run.model.eval()(**batch).logits
+    # A 4-bit layer of bitsandbytes may compute in bfloat16 on a CPU, once it is not trained.
+    tolerance = 2e-2 if case.id == "bfloat16" or "qlora" in case.more else 1e-4
+    torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    with torch.no_grad(), plain.disable_adapter():
+        assert (plain(**batch).logits - expected).abs().max() > 5 * tolerance
+
+
+def test_what_is_trained_is_saved_in_float32(done: tuple[Case, Run]) -> None:
+    _, run = done
+    assert {value.dtype for value in adapter(run.folder).values()} == {torch.float32}
+
+
+def test_the_configuration_trains_the_same_again(done: tuple[Case, Run], tmp_path: Path) -> None:
+    case, run = done
+    if case.id not in ("chat", "masked", "classes"):
+        return
+    again = train(tmp_path / "again", str(run.folder / "config.yaml"))
+    assert again.losses == run.losses
