@@ -67,7 +67,7 @@ class DataSection:
     )
     packing: bool = option(False, "Several examples to a row (decoders); they do not see each other.")
     chat_template: str | None = option(
-        None, 'Jinja file, "chatml" or "plain"; null: the tokenizer\'s own, plain if it has none.'
+        None, 'Jinja file, "chatml", "plain" or "own", the tokenizer\'s; null: own, plain if it has none.'
     )
     eos_token: str | None = option(None, "Token that ends a text or an answer; null: the tokenizer's own.")
     assistant_only: bool = option(True, "Chats: learn the assistant's turns only.")

@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class RunFailed(Exception):
+    """The work cannot come to a good end, though nothing was given wrongly; shown as one line, the exit code is 1."""
+
+
 class Interrupted(Exception):
     """A signal ended the work in good order; the exit code is 128 and the signal's number, as shells have it.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastpeft.data.chat import messages_of
 from fastpeft.errors import UserError
 
 PLAIN = (".txt", ".md")
@@ -90,7 +91,7 @@ class Generator:
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.system = system
         if system is not None and not self.chats:
-            raise UserError("--system: expected a model with a chat template, and no --raw, got one without")
+            raise UserError("--system: expected chats, so a model with a chat template and no --raw, got none")
         tokenizer.padding_side = "right" if self.encoder_decoder else "left"
 
     def encode(self, prompts: Sequence[Any]) -> Any:
@@ -110,15 +111,29 @@ class Generator:
         return {name: tensor.to(self.model.device) for name, tensor in found.items()}
 
     def _templated(self, prompt: Any) -> str:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list):
+            messages = messages_of({"messages": prompt}, "--file")
+            if messages[-1]["role"] == "assistant":
+                raise UserError("--file: expected messages that end before the answer, got a last one of the assistant")
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        import jinja2
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"--prompt: the chat template refuses the roles {roles}: {error}") from error
         return text
 
     def stream(self, prompt: Any, sampling: Sampling, to: TextIO) -> None:
         """One answer, written as it comes."""
         from transformers import TextStreamer
+
+        if (getattr(self.model.generation_config, "num_beams", 1) or 1) > 1:  # nothing is certain before the end
+            to.write(f"{self._generate([prompt], sampling)[0]}\n")
+            return
 
         class Streamer(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -149,12 +164,29 @@ class Generator:
         return [text.strip() for text in texts]
 
 
-def classify(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int) -> Iterator[list[tuple[str, float]]]:
-    """Each text's classes with their probabilities, the likeliest first."""
+def classify(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int,
+    *,
+    pairs: Sequence[str] | None = None,
+    max_length: int | None = None,
+) -> Iterator[list[tuple[str, float]]]:
+    """Each text's classes with their probabilities, the likeliest first.
+
+    Args:
+        pairs: second texts, where the model was trained on two.
+        max_length: in tokens; what is longer is cut, as in training. The tokenizer's own limit when None.
+    """
     import torch
 
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(list(texts[start : start + batch_size]), return_tensors="pt", padding=True, truncation=True)
+        part = slice(start, start + batch_size)
+        second = None if pairs is None else list(pairs[part])
+        batch = tokenizer(
+            list(texts[part]), second, return_tensors="pt", padding=True, truncation=True, max_length=max_length
+        )
         with torch.no_grad():
             scores = model(**batch.to(model.device)).logits.float().softmax(dim=-1)
         for row in scores:

@@ -11,6 +11,9 @@ from typing import Any
 from fastpeft.errors import UserError
 from fastpeft.models import tuned
 
+SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".md")
+"""Endings of what saving a model and its tokenizer writes."""
+
 
 def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
     """Base + adapter as one plain transformers model on the CPU.
@@ -33,10 +36,13 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
     if source.adapter is None:
         raise UserError(f"ADAPTER: expected an adapter's folder or ID, got {source.name}, which is a whole model")
     quantization = source.model.quantization or "none"
-    base = tuned.load_base(source, torch.device("cpu"), dtype, quantization if decode else "none")
+    # The storage's values depend on the dtype that was quantised, so it must be the one of the training.
+    trained = getattr(torch, source.model.dtype, dtype) if decode and quantization != "none" else dtype
+    base = tuned.load_base(source, torch.device("cpu"), trained, quantization if decode else "none")
     if getattr(base, "hf_quantizer", None) is not None:
-        base = base.dequantize(dtype)
+        base = base.dequantize(trained)
     model = tuned.attach(source, base)
+    _untie(model.get_base_model())
     if not hasattr(model, "merge_and_unload"):
         raise UserError(f"ADAPTER: {model.active_peft_config.peft_type.value} adapters cannot be merged")
     for layer in model.modules():
@@ -45,7 +51,10 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
             if weight is None or not weight.is_floating_point():
                 continue
             weight.data = weight.data.float()
-            layer.merge()
+            try:
+                layer.merge()
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                raise UserError(f"ADAPTER: PEFT cannot merge it: {error}") from error
             weight = layer.get_base_layer().weight
             weight.data = weight.data.to(dtype)
     merged = model.merge_and_unload()
@@ -58,12 +67,28 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
     return merged
 
 
+def _untie(base: Any) -> None:
+    """An adapter on the embeddings changes them only, so a head that shares their weight needs its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    tables = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if None in tables or not any(isinstance(table, BaseTunerLayer) for table in tables):
+        return
+    embeddings, head = (t.get_base_layer() if isinstance(t, BaseTunerLayer) else t for t in tables)
+    if embeddings.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def save(model: Any, tokenizer: Any, target: Path, *, overwrite: bool) -> None:
     """All of it or nothing: written beside the target, then renamed.
 
     Raises:
         UserError: the target is there, and `overwrite` is not set.
     """
+    target = target.resolve()
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -71,9 +96,7 @@ def save(model: Any, tokenizer: Any, target: Path, *, overwrite: bool) -> None:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         beside.chmod(0o777 & ~_umask())
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
+        _put_in_place(beside, target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -83,8 +106,29 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raise UserError if something is in the way."""
     if target.exists() and not target.is_dir():
         raise UserError(f"OUTPUT: expected a folder or a new name, got a file: {target}")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"OUTPUT: {target} is not empty; --overwrite replaces it")
+    others = [path.name for path in target.iterdir() if path.is_dir() or path.suffix not in SAVED]
+    if others or not (target / "config.json").is_file() or (target / "adapter_config.json").exists():
+        held = f" holds {sorted(others)[0]}," if others else ""
+        raise UserError(f"OUTPUT: expected a merged model to replace, got {target}, which{held} is none")
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """The old folder is deleted when the new one has its name, and put back if that fails."""
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = new.with_name(f"{new.name}-old")
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
 
 
 def _umask() -> int:

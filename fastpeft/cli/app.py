@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.errors import Interrupted, UserError
+from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
 from . import generate, merge, responsible, train, verify
@@ -73,6 +73,9 @@ def run(arguments: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except (UserError, MissingExtraError) as error:
         return _complain(str(error))
+    except RunFailed as error:
+        _complain(str(error))
+        return EXIT_FAILED
     except Interrupted as stopped:
         _complain(str(stopped))
         return 128 + stopped.number

@@ -46,6 +46,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Base = Annotated[str | None, typer.Option(metavar="ID_OR_DIR", help="Base model, if not the adapter's own.")]
 
 
@@ -55,7 +56,14 @@ def generate(
     file: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts: a line each (.txt), or .jsonl.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON lines there.")] = None,
     system: Annotated[str | None, typer.Option(help="System message of each chat.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Without or with the chat template; by default as in training.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that make up this.")] = 1.0,
@@ -69,6 +77,7 @@ def generate(
         typer.Option(help="Storage of the base; by default as in training.", show_default=False),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What is computed with; auto: as fastpeft train.")] = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -81,9 +90,11 @@ def generate(
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
 
+    if output is not None and (not output.parent.is_dir() or output.is_dir() or output == file):
+        raise UserError(f"--output: expected a new file in a folder that is there, got {output}")
     prompts = _prompts(prompt, file, read_prompts)
     settle_logs(verbose)
-    source = tuned.find(model, base=base)
+    source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     if source.task == "masked-lm":
         raise UserError(f"MODEL: expected a language model or a classifier, got a masked language model: {model}")
     device = pick_device()
@@ -103,7 +114,7 @@ def generate(
 
     torch.manual_seed(seed)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
-    generator = Generator(loaded, tokenizer, system=system, raw=raw)
+    generator = Generator(loaded, tokenizer, system=system, raw=source.chats is False if raw is None else raw)
     if one:
         return generator.stream(prompts[0], sampling, sys.stdout)
     answers = generator.answers(prompts, sampling, batch_size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .generate import Base, Dtype
+from .generate import Base, Dtype, Quantization, TrustRemoteCode
 from .shared import Quiet, Verbose, console, settle_logs
 
 EPILOG = """
@@ -37,6 +38,11 @@ def merge(
         Into, typer.Option(help="A base in 4 or 8 bits: its decoded values, or the checkpoint's original ones.")
     ] = Into.decoded,
     base: Base = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Storage of the base in training, where the adapter does not tell.", show_default=False),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -53,7 +59,9 @@ def merge(
     settle_logs(verbose)
     output = output.expanduser()
     merging.check_target(output, overwrite)
-    source = tuned.find(adapter, base=base, key="ADAPTER")
+    source = tuned.find(adapter, base=base, key="ADAPTER", trust_remote_code=trust_remote_code)
+    if quantization is not None:
+        source = replace(source, model=replace(source.model, quantization=quantization.value))
     chosen = _dtype(dtype, source.config)
     shown = console(quiet)
     shown.print("loading and merging", highlight=False)
@@ -62,9 +70,11 @@ def merge(
     tokenizer = tuned.load_tokenizer(source)
     if getattr(merged, "generation_config", None) is not None:
         merged.generation_config.eos_token_id = end_tokens(merged, tokenizer)
+        if merged.generation_config.temperature not in (None, 1.0) or merged.generation_config.top_p not in (None, 1.0):
+            merged.generation_config.do_sample = True  # else saving refuses these two as without effect
     merging.save(merged, tokenizer, output, overwrite=overwrite)
-    quantization = source.model.quantization or "none"
-    how = f", base decoded from {quantization}" if quantization != "none" and into is Into.decoded else ""
+    stored = source.model.quantization or "none"
+    how = f", base decoded from {stored}" if stored != "none" and into is Into.decoded else ""
     print(f"{output}: {source.name} merged into {source.model.name}, {str(chosen).removeprefix('torch.')}{how}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 
+from .generate import TrustRemoteCode
 from .shared import Quiet, Verbose, console, settle_logs
 
 MEMORIZATION_EPILOG = """
@@ -41,6 +43,7 @@ def memorization(
     fail_above: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Exit with 1 if a larger share is repeated.")
     ] = 1.0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -50,6 +53,7 @@ def memorization(
     Gives the model the beginnings of its own training rows and compares what it goes on with, beside the base model,
     which tells what the tuning added.
     """
+    from fastpeft.generation import end_tokens
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.responsible.memorization import passages, probe
@@ -57,15 +61,16 @@ def memorization(
 
     settle_logs(verbose)
     shown = console(quiet)
-    config = run_config(run)
+    config = run_config(run, trust_remote_code)
     if config.model.task != "causal-lm":
         raise UserError(f"RUN: expected the run of a decoder, got task {config.model.task}")
-    source = tuned.find(str(run), key="RUN")
+    source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     prepared = prepare(config, shown)
-    found = passages(prepared.rows.rows, prefix=prefix, tokens=tokens, most=rows, seed=seed)
     shown.print("loading the model", highlight=False)
     device = pick_device()
-    model = tuned.load(source, device, pick_dtype(config.model.dtype, device))
+    model = tuned.load(source, device, pick_dtype("auto", device))
+    ends = end_tokens(model, prepared.tokenizer)
+    found = passages(prepared.rows.rows, prefix=prefix, tokens=tokens, most=rows, seed=seed, ends=ends)
     result = probe(model, found, pad_token_id=prepared.tokenizer.pad_token_id)
     print(json.dumps(result.to_dict()) if as_json else result)
     if result.verbatim > fail_above:
@@ -78,6 +83,7 @@ def groups(
     by: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names each row's group.")],
     split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -92,31 +98,38 @@ def groups(
     from fastpeft.responsible.groups import by_group
 
     settle_logs(verbose)
-    config = run_config(run)
+    config = run_config(run, trust_remote_code)
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
-    source = tuned.find(str(run), key="RUN")
+    source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     rows = rename(load_rows(data, split=split, key="--data", split_key="--split"), config.data.columns)
     for column in (*LABELLED.columns, by):
         if column not in rows.column_names:
             name = "--by" if column == by else "--data"
             raise UserError(f"{name}: expected the column {column}, got {', '.join(rows.column_names)}")
     rows = named_labels(rows)
+    labels = config.data.labels or []
+    if unknown := sorted({str(label) for label in rows["label"]} - set(labels)):
+        raise UserError(f"--data: expected labels of the run, {', '.join(labels)}, got {unknown[0]}")
     console(quiet).print("loading the model", highlight=False)
     device = pick_device()
-    model = tuned.load(source, device, pick_dtype(config.model.dtype, device))
-    answers = classify(model, tuned.load_tokenizer(source), rows["text"], batch_size)
+    model = tuned.load(source, device, pick_dtype("auto", device))
+    pairs = rows["text_pair"] if "text_pair" in rows.column_names else None
+    answers = classify(
+        model, tuned.load_tokenizer(source), rows["text"], batch_size, pairs=pairs, max_length=config.data.max_length
+    )
     guessed = [found[0][0] for found in answers]
     result = by_group([str(name) for name in rows[by]], [str(label) for label in rows["label"]], guessed, by)
     print(json.dumps(result.to_dict()) if as_json else result)
 
 
-def run_config(run: Path) -> FastpeftConfig:
-    """The run's configuration as it was resolved. Raises UserError where there is none."""
+def run_config(run: Path, trust_remote_code: bool) -> FastpeftConfig:
+    """The run's configuration as it was resolved, but for its trust in code. Raises UserError where there is none."""
     path = run.expanduser() / "config.yaml"
     if not path.is_file():
         raise UserError(f"RUN: expected an output folder of fastpeft train, got {run}, which has no config.yaml")
     try:
-        return FastpeftConfig.from_yaml(path)
+        config = FastpeftConfig.from_yaml(path)
     except (ValueError, TypeError) as error:
         raise UserError(f"RUN: {path}: {error}") from error
+    return replace(config, model=replace(config.model, trust_remote_code=trust_remote_code))

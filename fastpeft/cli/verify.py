@@ -10,7 +10,7 @@ import typer
 
 from fastpeft.errors import UserError
 
-from .generate import Base, Dtype, Quantization
+from .generate import Base, Dtype, Quantization, TrustRemoteCode
 from .shared import Quiet, Verbose, console, settle_logs
 
 EPILOG = """
@@ -33,6 +33,7 @@ def verify(
     dtype: Annotated[Dtype, typer.Option(help="What is computed with; auto: as fastpeft train.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -48,7 +49,7 @@ def verify(
     from fastpeft.models.devices import autocast, pick_device, pick_dtype
 
     settle_logs(verbose)
-    source = tuned.find(model, base=base)
+    source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
     console(quiet).print("loading the model", highlight=False)

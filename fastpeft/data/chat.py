@@ -15,6 +15,8 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 """ShareGPT's names for roles, and ours."""
 IGNORED = -100
 """The label of a token that is read but not learned, as PyTorch's cross entropy has it."""
+OWN = "own"
+"""What the tokenizer's own template is called."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -23,7 +25,7 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
 
     Args:
         tokenizer: of the model; changed in place.
-        wanted: name of a shipped one, a Jinja file, or None for the tokenizer's own, "plain" if it has none.
+        wanted: name of a shipped one, a Jinja file, or None or OWN for the tokenizer's own, "plain" if it has none.
 
     Returns:
         What it is called in reports.
@@ -31,8 +33,8 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
     Raises:
         UserError: neither a shipped name nor a file.
     """
-    if wanted is None and tokenizer.chat_template:
-        return "the tokenizer's own"
+    if wanted in (None, OWN) and tokenizer.chat_template:
+        return OWN
     wanted = wanted or "plain"
     path = TEMPLATES.get(wanted) or Path(wanted).expanduser()
     known = ", ".join(sorted(TEMPLATES))
@@ -106,8 +108,15 @@ class ChatEncoder:
             marked = _marked_by_trl(tokenizer)
             self.template, self.marked = marked or self.template, marked is not None
 
-    def __call__(self, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[int]]:
+    def __call__(
+        self, messages: list[dict[str, Any]], where: str, variables: dict[str, Any] | None = None
+    ) -> tuple[list[int], list[int]]:
         """(ids, labels).
+
+        Args:
+            messages: of one chat.
+            where: how to call it in messages.
+            variables: the template's, such as `tools`.
 
         Raises:
             UserError: the template refuses the messages, no turn is the assistant's, or it cannot be told which are.

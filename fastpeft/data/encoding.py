@@ -150,7 +150,8 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
             messages = messages_of({"messages": row["prompt"] + row["completion"]}, where)
             ids, labels = chat[0](messages, where)
             given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True)
-            return {"input_ids": ids, "labels": [IGNORED] * len(given) + labels[len(given) :]}
+            shared = next((i for i, pair in enumerate(zip(given, ids, strict=False)) if pair[0] != pair[1]), len(given))
+            return {"input_ids": ids, "labels": [IGNORED] * shared + labels[shared:]}
         prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
         # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
         span = (len(prompt), len(prompt) + len(completion))
@@ -221,7 +222,10 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """With the special tokens that the tokenizer adds by itself, but not the one that ends a text."""
-    return _without_eos(tokenizer, list(tokenizer(text, verbose=False)["input_ids"]))
+    if tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip()
+    has_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return _without_eos(tokenizer, list(tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]))
 
 
 def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -187,7 +187,7 @@ def load_base(
         options["quantization_config"] = bits
     if model.attention is not None:
         options["attn_implementation"] = model.attention
-    if device.type == "cuda":
+    if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}
     base, missing = _from_pretrained(model, task, key, options)
     heads = ("classifier", "score") if task == "sequence-classification" else ()  # as PEFT, which trains them whole

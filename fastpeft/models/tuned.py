@@ -27,6 +27,8 @@ class Source:
         model: the base's section, with quantisation as the adapter was trained on.
         adapter: folder or hub ID of the adapter; None for a whole model.
         task: what it does.
+        chats: whether it was trained on chats; None where that is not known.
+        whole: modules that the adapter holds whole.
         labels: of a classifier that `fastpeft train` made; None where they are not known.
         config: transformers', of the base.
     """
@@ -35,23 +37,30 @@ class Source:
     model: ModelSection
     adapter: str | None
     task: str
+    chats: bool | None
+    whole: tuple[str, ...]
     labels: list[str] | None
     config: Any
 
     @property
     def tokenizer_from(self) -> str:
         """The adapter's folder where it holds one: it may have a chat template of its own."""
-        own = self.adapter is not None and (Path(self.adapter) / TOKENIZER).is_file()
-        return str(self.adapter) if own else self.model.name
+        if self.adapter is None:
+            return self.model.name
+        local = Path(self.adapter).is_dir()
+        own = (Path(self.adapter) / TOKENIZER).is_file() if local else _file_of(self.adapter, TOKENIZER) is not None
+        return self.adapter if own else self.model.name
 
 
-def find(name: str, *, base: str | None = None, key: str = "MODEL") -> Source:
+def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote_code: bool = False) -> Source:
     """What `name` stands for.
 
     Args:
         name: an adapter's folder or hub ID, or a whole model's.
         base: another base for an adapter than the one that its configuration names.
         key: what the user calls it.
+        trust_remote_code: run code that comes with the model. What a run's own configuration says does not count: it
+            came with the folder.
 
     Raises:
         UserError: neither an adapter nor a model, or the base cannot be had.
@@ -60,24 +69,30 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL") -> Source:
     if folder.is_dir() and not any((folder / mark).is_file() for mark in ("adapter_config.json", "config.json")):
         raise UserError(f"{key}: expected a folder with adapter_config.json or config.json, got {name}{_runs(folder)}")
     adapter = _adapter_config(name, folder, key)
-    run = _run_of(folder)
+    if adapter is not None and not folder.is_dir() and (config_file := _file_of(name, "config.yaml")) is not None:
+        run = _run_of(config_file.parent)
+    else:
+        run = _run_of(folder)
     if adapter is None:
         if base is not None:
             raise UserError(f"--base: expected none, because {name} is a whole model, got {base}")
-        model = ModelSection(name=bases.checked_name(name, key))
+        model = ModelSection(name=bases.checked_name(name, key), trust_remote_code=trust_remote_code)
         config = bases.load_config(model, key)
-        return Source(name, model, None, task_of(config), _labels(config), config)
+        return Source(name, model, None, task_of(config), None, (), _labels(config), config)
     model = run.model if run else ModelSection(name=adapter.base_model_name_or_path or "", revision=adapter.revision)
     if base is not None:
         model = replace(model, name=base, revision=None)
     base_key = "--base" if base is not None else f"{key}: base model of {name}"
     model = replace(model, name=bases.checked_name(model.name, base_key), quantization=model.quantization or "none")
+    model = replace(model, trust_remote_code=trust_remote_code, attention=None)
     config = bases.load_config(model, base_key)
     named = {peft: task for task, peft in PEFT_TASKS.items()}
     task = run.model.task if run else named.get(adapter.task_type) or task_of(config)
     labels = run.data.labels if run else None
     path = str(folder.resolve()) if folder.is_dir() else name
-    return Source(name, model, path, task, labels if task == "sequence-classification" else None, config)
+    labels = labels if task == "sequence-classification" else None
+    chats = run.data.chat_template is not None if run else None
+    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, config)
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:
@@ -105,7 +120,11 @@ def load_base(source: Source, device: torch.device, dtype: torch.dtype, quantiza
     others: dict[str, Any] = {}
     if source.labels is not None:
         others = {"num_labels": len(source.labels), "id2label": dict(enumerate(source.labels))}
-    base, _ = bases.load_base(source.model, source.task, device, dtype, quantization or kept, key="MODEL", **others)
+    base, _ = bases.load_base(
+        source.model, source.task, device, dtype, quantization or kept, key="MODEL", whole=source.whole, **others
+    )
+    if source.task == "sequence-classification":  # decoders look for the last token that is no padding
+        base.config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
     return base
 
 
@@ -148,6 +167,16 @@ def _run_of(folder: Path) -> FastpeftConfig | None:
         except (OSError, ValueError, TypeError):
             continue
     return None
+
+
+def _file_of(name: str, file: str) -> Path | None:
+    """A file of an adapter on the hub; None where it has none of that name."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError):
+        return None
 
 
 def _labels(config: Any) -> list[str] | None:

@@ -53,7 +53,7 @@ class Memorization:
         )
 
 
-def passages(rows: Any, *, prefix: int, tokens: int, most: int, seed: int) -> list[Passage]:
+def passages(rows: Any, *, prefix: int, tokens: int, most: int, seed: int, ends: Sequence[int] = ()) -> list[Passage]:
     """Passages drawn from encoded rows.
 
     Args:
@@ -62,6 +62,7 @@ def passages(rows: Any, *, prefix: int, tokens: int, most: int, seed: int) -> li
         tokens: how many must follow, all of them learned.
         most: how many passages.
         seed: of the draw.
+        ends: tokens that end an answer; a passage has none, for generating would stop there.
 
     Raises:
         UserError: no row is long enough.
@@ -72,7 +73,7 @@ def passages(rows: Any, *, prefix: int, tokens: int, most: int, seed: int) -> li
         first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
         start = max(prefix, first)
         following = labels[start : start + tokens]
-        if len(following) == tokens and IGNORED not in following:
+        if len(following) == tokens and not {IGNORED, *ends} & set(following):
             found.append(Passage(ids[:start], ids[start : start + tokens]))
         if len(found) == most:
             break
@@ -126,6 +127,9 @@ def _matches(model: Any, found: Sequence[Passage], pad_token_id: int, batch_size
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=pad_token_id,
         )[:, longest:].tolist()
         for passage, guessed in zip(batch, out, strict=True):

@@ -129,6 +129,7 @@ def training_arguments(
         "logging_first_step": True,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would show a loss that is no number as 0
         "label_names": ["labels"],
     }
     if config.memory.gradient_checkpointing:
@@ -141,6 +142,8 @@ def training_arguments(
         arguments = kind(**given | section.extra)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
+    if arguments.n_gpu > 1:  # one process trains on one GPU; torchrun and accelerate launch start one for each
+        arguments._n_gpu = 1
     _check_schedule(arguments)
     return arguments
 
@@ -172,5 +175,5 @@ def _check_extra(extra: dict[str, Any], given: dict[str, Any], known: list[str])
             place = f"training.{near[0]}" if near and near[0] in settings else near[0] if near else ""
             hint = f", did you mean {place!r}?" if near else ", and the trainer's arguments have none of this name"
             raise UserError(f"training.extra.{name}: unknown key{hint}")
-        if name in ("use_cpu", "bf16", "fp16", "packing", "max_length", "disable_tqdm", "eval_strategy"):
+        if name in ("use_cpu", "bf16", "fp16", "packing", "max_length", "disable_tqdm", "eval_strategy", "hub_token"):
             raise UserError(f"training.extra.{name}: expected nothing, other settings decide it")

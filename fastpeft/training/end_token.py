@@ -6,6 +6,8 @@ from typing import Any
 
 SAME = 0.01
 """Rows of the head that differ by less, relative to their norm, are the same: no training told them apart."""
+ROWS = 4096
+"""Rows of the head that are compared at once."""
 
 
 def why_it_cannot_stop(model: Any, tokenizer: Any) -> str | None:
@@ -19,8 +21,9 @@ def why_it_cannot_stop(model: Any, tokenizer: Any) -> str | None:
     end = tokenizer.eos_token_id
     if weight is None or not weight.is_floating_point() or weight.requires_grad or end >= weight.shape[0]:
         return None
-    rows = weight.detach().float()
-    same = int(((rows - rows[end]).norm(dim=1) <= SAME * rows[end].norm()).sum()) - 1
+    row = weight[end].detach().float()
+    parts = weight.detach().split(ROWS)  # a copy of the whole head might not fit
+    same = sum(int(((part.float() - row).norm(dim=1) <= SAME * row.norm()).sum()) for part in parts) - 1
     if same < 1:
         return None
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"training.output_dir: expected a folder or a new name, got a file: {folder}")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"training.output_dir: expected a folder that can be written, got {folder}")
     if resume and overwrite:
         raise UserError("--resume: expected it without --overwrite, got both")
     if resume:
@@ -53,11 +57,17 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     there = _in_the_way(folder)
     if there and not _is_run(folder):
         raise UserError(f"training.output_dir: expected a folder of a run or a new one, got {folder}, with a {there}")
-    if there and not overwrite:
+    if there and not overwrite and _has_something_to_lose(folder):
         raise UserError(
             f"training.output_dir: {folder} holds a run already: --resume goes on with it, --overwrite replaces it"
         )
     return None
+
+
+def _has_something_to_lose(folder: Path) -> bool:
+    """A run that died before its first checkpoint left nothing to go on with."""
+    names = (RUN, REPORT, "adapter_model.safetensors")
+    return bool(_checkpoints(folder)) or any((folder / name).exists() for name in names)
 
 
 def _is_run(folder: Path) -> bool:

@@ -68,8 +68,8 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """report.md, loss.png, run.json, and a section in the model card that PEFT wrote."""
-        (folder / RUN).write_text(json.dumps(asdict(self), indent=1) + "\n")
-        (folder / REPORT).write_text(self.report(folder.name))
+        (folder / RUN).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(self.report(folder.resolve().name), encoding="utf-8")
         plot(self.losses, self.evaluation, folder / LOSS)
         add_to_model_card(folder, self)
 
@@ -138,7 +138,7 @@ def add_to_model_card(folder: Path, outcome: Outcome) -> None:
     tags = set(card.data.tags or ()) | {"fastpeft", "lora"}
     card.data.tags = sorted(tags)
     text = (
-        f"# {folder.name}\n\nA LoRA adapter of `{outcome.base}` for {outcome.task}, trained with "
+        f"# {folder.resolve().name}\n\nA LoRA adapter of `{outcome.base}` for {outcome.task}, trained with "
         f"fastpeft and PEFT: {outcome.summary}.\n\n"
         "What came of it is in `report.md`. "
         "What it was not tested for, nobody knows: try it on your own data first.\n"

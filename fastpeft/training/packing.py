@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 SLACK = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 2e-3, "int8": 2e-2}
-"""Of the logits' largest magnitude. Nearly all models that keep examples apart differ by nothing at all; a mixture of
-experts rounds otherwise when other tokens are routed beside, and 8-bit layers look for outliers in all rows together."""
+"""Of the logits' largest magnitude. Nearly all models that keep examples apart differ by nothing at all; but a mixture
+of experts may round otherwise when other tokens are routed beside, and 8-bit layers look for outliers in all rows."""
 
 
 def check_packing(model: Any, dtype: torch.dtype) -> None:

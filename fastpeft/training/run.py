@@ -12,10 +12,11 @@ from rich.console import Console
 from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.data.chat import TEMPLATES, set_template
 from fastpeft.data.encoding import Encoded, encode
+from fastpeft.data.endings import learned_end
 from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
 from fastpeft.data.labels import check_labels, find_labels, named_labels
 from fastpeft.data.rows import is_document, load_rows
-from fastpeft.errors import Interrupted, UserError
+from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.models import bases
 from fastpeft.models.adapters import attach_adapter, lora_config
 from fastpeft.models.devices import pick_device, pick_dtype
@@ -26,6 +27,7 @@ from .arguments import check, training_arguments
 from .end_token import why_it_cannot_stop
 from .outcome import Outcome
 from .packing import check_packing
+from .uploading import upload
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Prepared:
         config: as resolved.
         rows, evaluation: encoded.
         chat_template: what it is called; empty without chats.
+        notes: what should be looked at.
     """
 
     config: FastpeftConfig
@@ -43,6 +46,7 @@ class Prepared:
     rows: Encoded
     evaluation: Encoded | None
     chat_template: str
+    notes: list[str]
 
 
 def train(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -61,6 +65,7 @@ def train(config: FastpeftConfig, console: Console, *, resume: bool = False, ove
         UserError: something in the configuration cannot be; nothing was written.
         MissingExtraError: a package is missing.
         Interrupted: a signal came; a checkpoint was saved.
+        RunFailed: the loss became NaN.
     """
     ready = check_run(config, console, resume=resume, overwrite=overwrite)
     return _train(ready, console, overwrite)
@@ -88,6 +93,8 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     check(config)
     target = Path(config.training.output_dir).expanduser()
     checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
+    if resume and config.training.extra.get("save_only_model"):
+        raise UserError("--resume: expected checkpoints with the optimizer's state, got save_only_model")
     prepared = prepare(config, console)
     fingerprint = _fingerprint(prepared.rows)
     if checkpoint is not None:
@@ -142,8 +149,30 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
         evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
     elif data.eval_fraction:
         rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
-    resolved = replace(config, model=replace(model, task=task), data=_whole_paths(data))  # type: ignore[arg-type]
-    return Prepared(resolved, tokenizer, rows, evaluation, template)
+    notes = []
+    if template:
+        token, note = _end_of_answers(rows, tokenizer, data.eos_token)
+        data = replace(data, eos_token=token, chat_template=template)
+        notes = [note] if note else []
+    dtype = str(pick_dtype(model.dtype, pick_device())).removeprefix("torch.")
+    model = replace(model, task=task, dtype=dtype)  # type: ignore[arg-type]
+    resolved = replace(config, model=model, data=_whole_paths(data))
+    return Prepared(resolved, tokenizer, rows, evaluation, template, notes)
+
+
+def _end_of_answers(rows: Encoded, tokenizer: Any, wanted: str | None) -> tuple[str | None, str | None]:
+    """(the token that ends answers if it is not the tokenizer's, a note if it is not learned); sets the tokenizer's."""
+    learned, unlearned = learned_end(rows.rows, tokenizer)
+    if learned is None:
+        after = f", {tokenizer.convert_ids_to_tokens(unlearned)!r}," if unlearned is not None else ""
+        return wanted, (
+            f"the model does not learn to stop: the chat template does not mark the token that ends an answer{after} "
+            "as the assistant's; give data.chat_template one that does, or set data.assistant_only to false"
+        )
+    token = tokenizer.convert_ids_to_tokens(learned)
+    if wanted is None and token != tokenizer.eos_token:
+        tokenizer.eos_token = wanted = token
+    return wanted, None
 
 
 def _check_evaluation(config: FastpeftConfig) -> None:
@@ -211,7 +240,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
 
     from .stopping import StopOnSignal
     from .trainers import build_trainer
-    from .watching import Progress, Speed
+    from .watching import Progress, Speed, StopAtNaN
 
     prepared, checkpoint = ready.prepared, ready.checkpoint
     config = prepared.config
@@ -225,9 +254,9 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if config.data.packing:
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console)
-    stop, speed, progress = StopOnSignal(), Speed(), Progress(console)
+    stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     trainer = build_trainer(
-        task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, [stop, speed, progress]
+        task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, [stop, speed, progress, nan]
     )
     first = trainer.is_world_process_zero()
     if first:
@@ -238,6 +267,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         (target / run_folder.FINGERPRINT).write_text(ready.fingerprint + "\n")
     with stop, progress, PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _check_finite(model, nan.step)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = run_folder.last_checkpoint(target)
         assert saved is not None
@@ -269,21 +299,18 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first:
         outcome.write(target)
     if first and config.training.push_to_hub:
-        _upload(target, config.training.hub_model_id, ready.arguments)
+        upload(target, config)
     return outcome
 
 
-def _upload(folder: Path, name: str | None, arguments: Any) -> None:
-    """Not the trainer's own upload: it writes another model card over ours."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=arguments.hub_token)
-    name = name or folder.resolve().name
-    repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
-    # Not the configuration: it has paths of this machine.
-    own = [run_folder.CONFIG, run_folder.RUN, run_folder.FINGERPRINT, "training_args.bin"]
-    left_out = ["checkpoint-*", "runs/*", *own]
-    api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=left_out)
+def _check_finite(model: Any, step: int | None) -> None:
+    """Raise RunFailed if the loss, or what was trained, is no number any more."""
+    if step is None and all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        return
+    where = f"the loss of step {step}" if step is not None else "what was trained"
+    raise RunFailed(
+        f"{where} is no number, so no adapter was saved; try a lower training.learning_rate, or model.dtype float32"
+    )
 
 
 def _model(prepared: Prepared, device: Any, dtype: Any) -> Any:
@@ -300,7 +327,7 @@ def _model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     base, fresh = bases.load_base(
         config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
     )
-    if base.config.get_text_config().pad_token_id is None:
+    if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
         base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
     model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
     for parameter in model.parameters():
@@ -327,7 +354,7 @@ def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list
     """What should be looked at, shown at once and kept for the report."""
     import torch
 
-    notes = []
+    notes = list(prepared.notes)
     if prepared.config.model.task == "causal-lm" and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
         notes.append(reason)
     if dtype == torch.float16 and "t5" in model.config.model_type:

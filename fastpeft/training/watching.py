@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from statistics import median
@@ -54,6 +55,22 @@ class Progress(TrainerCallback):
         if self._listen:
             event = {"event": "step", "step": state.global_step, "steps": state.max_steps, "loss": loss}
             self._listen(event)
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends a training whose loss is no number any more.
+
+    Attributes:
+        step: the first logged step with such a loss; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.step is None and logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            self.step = state.global_step
+            control.should_training_stop = True
 
 
 class Speed(TrainerCallback):

@@ -91,6 +91,7 @@ def test_forms_of_options(given: list[str], line: str, settings: list[str], caps
     assert answer.code == 0 and line in answer.out
 
 
+@pytest.mark.full
 def test_a_process_without_terminal_and_input(settings: list[str]) -> None:
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "fastpeft", *settings, "--max-steps", "2"],

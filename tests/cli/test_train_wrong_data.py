@@ -75,9 +75,9 @@ FILES = [
 COLUMNS = [
     rows(
         "unknown",
-        {"review": "a"},
-        {"review": "b"},
-        f"data: expected columns {_KINDS}; got review; data.columns gives yours their names",
+        {"xyz": "a"},
+        {"xyz": "b"},
+        f"data: expected columns {_KINDS}; got xyz; data.columns gives yours their names",
     ),
     rows(
         "near",

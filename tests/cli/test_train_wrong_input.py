@@ -200,7 +200,7 @@ TRAINING = [
         "holds-a-run",
         "--output-dir done",
         "training.output_dir: done holds a run already: --resume goes on with it, --overwrite replaces it",
-        **{"done/adapter_config.json": "{}"},
+        **{"done/adapter_config.json": "{}", "done/adapter_model.safetensors": ""},
     ),
     option("resume-nothing", "--resume", "--resume: expected a run in training.output_dir, got none in runs/fastpeft"),
     option(

@@ -58,3 +58,24 @@ def kept_a_token(
         forward()  # finds the siblings
         kept.append(bytes_kept(model, forward))
     return (kept[1] - kept[0]) / TOKENS
+
+
+def check_fused_head() -> None:
+    """Fails unless what TRL's head and loss keep is the same for a vocabulary of 512 and of 4096."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    kept = []
+    for vocabulary in (512, 4096):
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).to(torch.bfloat16)
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, adapter).train()
+        ids = torch.zeros((1, TOKENS), dtype=torch.long)
+
+        def forward(model: torch.nn.Module = model, ids: Tensor = ids) -> Tensor:
+            loss: Tensor = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+            return loss
+
+        kept.append(bytes_kept(model, forward))
+    assert kept[0] == kept[1], kept

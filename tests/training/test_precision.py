@@ -83,7 +83,7 @@ def losses_of(model: Any, prepared: Prepared, scaled: bool, steps: int = 25) -> 
     return losses
 
 
-@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize("accelerated", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_float16_with_scaled_gradients_follows_float32(accelerated: bool, prepared: Prepared) -> None:
     half, single = _model(prepared, CPU, torch.float16), _model(prepared, CPU, torch.float32)
     if not accelerated:
@@ -97,7 +97,14 @@ def test_float16_with_scaled_gradients_follows_float32(accelerated: bool, prepar
     assert found[-1] == pytest.approx(wanted[-1], abs=0.3 * fall)
 
 
-@pytest.mark.parametrize("more", ["", "--method qlora", "--packing --max-length 64"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--packing --max-length 64",
+        pytest.param("", marks=pytest.mark.full),
+        pytest.param("--method qlora", marks=pytest.mark.full),
+    ],
+)
 def test_bfloat16_follows_float32(more: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", *chats())
     settings = ["--model", checkpoints["llama"], "--data", rows, "--report-to", "none", "--lora.r", "4"]

@@ -46,17 +46,29 @@ class Case:
 
 
 CASES = [
-    Case("chats", "llama", chats(), "", (1, 3, 4, 8)),
+    Case("chats", "llama", chats(), "", (4,)),
+    Case("saved-rarely", "llama", chats(), "--save-steps 100", (3,)),
+    Case("masked", "bert", texts(), "--save-steps 100", (4,)),
+]
+MORE_CASES = [
+    Case("chats-elsewhere", "llama", chats(), "", (1, 3, 8)),
     Case("saved-by-steps", "llama", chats(), "--save-steps 2 --eval-steps 2", (4, 6)),
-    Case("saved-rarely", "llama", chats(), "--save-steps 100", (3, 5)),
-    Case("masked", "bert", texts(), "--save-steps 100", (3, 4, 5)),
+    Case("saved-rarely-elsewhere", "llama", chats(), "--save-steps 100", (5, 6)),
+    Case("masked-elsewhere", "bert", texts(), "--save-steps 100", (3, 5)),
+    Case("workers", "bert", texts(), "--save-steps 100 --training.extra.dataloader_num_workers 1", (4,)),
     Case("classes", "bert", classes(), "", (5,)),
     Case("t5", "t5", completions(), "", (4,)),
     Case("packing", "llama", chats(40), "--packing --max-length 64", (2,)),
+    Case("qlora", "llama", chats(), "--method qlora", (4,)),
+    Case("bfloat16", "llama", chats(), "--dtype bfloat16", (4,)),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+@pytest.fixture(
+    scope="module",
+    params=[*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CASES)],
+    ids=lambda case: case.id,
+)
 def whole(
     request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Case, list[str], Run]:
@@ -98,7 +110,7 @@ class TestOneRun:
             (tmp_path / "copy" / name).unlink()
         return tmp_path / "copy"
 
-    @pytest.mark.parametrize("written", [None, "", '{"epoch": 2.0, "global_'], ids=["missing", "empty", "cut off"])
+    @pytest.mark.parametrize("written", [None, '{"epoch": 2.0, "global_'], ids=["missing", "cut off"])
     def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
         self, written: str | None, copy: Path, finished: Run
     ) -> None:
@@ -129,6 +141,7 @@ class TestOneRun:
         monkeypatch.chdir("other")
         assert_same(train(tmp_path / "run", "--resume"), finished)
 
+    @pytest.mark.full
     def test_broken_off_twice(self, arguments: list[str], finished: Run, tmp_path: Path) -> None:
         interrupted(tmp_path / "run", *arguments, at=2)
         interrupted(tmp_path / "run", "--resume", at=7)
@@ -149,9 +162,9 @@ class TestOneRun:
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", *chats(40))
+    rows = write_rows(tmp_path / "rows.jsonl", *chats(24))
     arguments = [
         "--model",
         SHIPPED,
@@ -168,8 +181,9 @@ def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
         [sys.executable, "-m", "fastpeft", "train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"},
     )
     assert process.stderr is not None
     seen = []
@@ -183,5 +197,6 @@ def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
     assert 3 <= int(checkpoint.name.partition("-")[2]) < 12
     assert more.splitlines()[-1] == f"fastpeft: {by.name}: {checkpoint} was saved; --resume goes on from it", seen
     assert (process.returncode, out) == (128 + by, "")
+    assert "\x1b" not in "".join(seen) + more  # no colours where there is no terminal
     resumed = train(tmp_path / "run", "--resume")
     assert_same(resumed, train(tmp_path / "whole", "--model", SHIPPED, "--data", rows, *LOGGED, "--batch-size", "2"))

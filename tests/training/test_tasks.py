@@ -121,10 +121,11 @@ def test_the_model_card_is_for_the_hub(done: tuple[Case, Run]) -> None:
 
 def test_every_layer_was_accelerated(done: tuple[Case, Run]) -> None:
     case, run = done
-    if case.id in ("plain-peft", "dora"):
-        return
-    words = run.record["accelerated"].split()
-    assert words[:2] == ["fastpeft:", words[3]], run.record["accelerated"]
+    if case.id == "plain-peft":
+        assert run.record["accelerated"] == ""
+    else:
+        _, count, _, every = run.record["accelerated"].split()[:4]
+        assert int(count) == (0 if case.id == "dora" else int(every)) and int(every) > 0
 
 
 def test_evaluation(done: tuple[Case, Run]) -> None:
@@ -168,7 +169,7 @@ def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Case, Run]) -> No
     tolerance = 2e-2 if case.id == "bfloat16" or "qlora" in case.more else 1e-4
     torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
     with torch.no_grad(), plain.disable_adapter():
-        assert (plain(**batch).logits - expected).abs().max() > 5 * tolerance
+        assert (plain(**batch).logits - expected).abs().max() > 2 * tolerance
 
 
 def test_what_is_trained_is_saved_in_float32(done: tuple[Case, Run]) -> None:
@@ -176,9 +177,24 @@ def test_what_is_trained_is_saved_in_float32(done: tuple[Case, Run]) -> None:
     assert {value.dtype for value in adapter(run.folder).values()} == {torch.float32}
 
 
-def test_the_configuration_trains_the_same_again(done: tuple[Case, Run], tmp_path: Path) -> None:
+def test_the_classes_are_kept_in_the_order_of_their_numbers(done: tuple[Case, Run]) -> None:
     case, run = done
-    if case.id not in ("chat", "masked", "classes"):
-        return
+    wanted = {"sequence-classification": ["0", "1", "2"] if case.id == "numbered-classes" else ["a", "b"]}
+    assert run.config["data"]["labels"] == wanted.get(case.task)
+
+
+@pytest.mark.parametrize("done", [case for case in CASES if case.id in ("chat", "masked")], indirect=True)
+def test_its_configuration_trains_the_same_again(done: tuple[Case, Run], tmp_path: Path) -> None:
+    _, run = done
     again = train(tmp_path / "again", str(run.folder / "config.yaml"))
     assert again.losses == run.losses
+
+
+def test_text_files_are_divided(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("some words, and more of them. " * 40)
+    run = train(
+        tmp_path / "run", "--model", checkpoints["llama"], "--data", str(tmp_path), "--max-length", "32", *QUICK
+    )
+    assert run.record["rows"] > 10 and run.record["cut"] == run.record["dropped"] == 0
+    assert run.losses[-1] < run.losses[0]

@@ -96,7 +96,7 @@ def test_a_classifier_answers_with_its_classes(classifier_run: Path, capsys: pyt
         (["{run}", "--file", "{empty}/y.txt"], "--file: expected a file, got {empty}/y.txt, which is not there"),
         (["{run}", "--file", "{bad}"], "--file: {bad}, line 2: not valid JSON: Expecting value"),
         (["{run}", "--file", "{keys}"], "--file: {keys}, line 1: expected messages, prompt or text, got {{"),
-        (["{run}", "-p", "x", "--system", "s", "--raw"], "--system: expected a model with a chat template"),
+        (["{run}", "-p", "x", "--system", "s", "--raw"], "--system: expected chats, so a model with a chat template"),
         (["{shipped}", "-p", "x", "--base", "y"], "--base: expected none, because {shipped} is a whole model, got y"),
         (["{run}", "-p", "x", "--base", "y/z/a"], f"--base: {NEITHER} 'y/z/a', which is neither"),
         (["{run}", "-p", "x", "--dtype", "float16"], "--dtype: expected float32 or bfloat16 on a CPU, got float16"),

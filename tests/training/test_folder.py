@@ -1,0 +1,129 @@
+"""A run's folder: what is replaced, what is left alone, what goes to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+from fastpeft.training import folder as run_folder
+from tests.checkpoints import Checkpoints, write_rows
+from tests.cli.wrong import contents
+
+from .runs import Run, adapter, chats, train
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", *chats())
+    return ["--model", checkpoints["llama"], "--data", rows, "--batch-size", "4", "--report-to", "none"]
+
+
+def test_a_replaced_run_leaves_nothing_and_takes_nothing_else_along(settings: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, *settings, "--max-steps", "3")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoint-mine").mkdir()
+    before = adapter(folder)
+    train(folder, *settings, "--max-steps", "2", "--overwrite", "--lora.r", "3")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-mine"]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert {tuple(value.shape) for value in adapter(folder).values()} != {
+        tuple(value.shape) for value in before.values()
+    }
+
+
+def test_overwriting_a_new_folder_is_no_mistake(settings: list[str], tmp_path: Path) -> None:
+    assert train(tmp_path / "new", *settings, "--max-steps", "1", "--overwrite").record["steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "checkpoint-5"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_of_something_else_is_left_alone(name: str, overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"^training\.output_dir: expected a folder of a run or a new one, .*{name}$"):
+        run_folder.prepare(tmp_path, resume=False, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"^training\.output_dir: expected a folder that can be written, got .*/file/run$"
+    ):
+        run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert run_folder.last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_a_home_folder_holds_all_of_a_run(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    train(Path("~/run"), *settings, "--max-steps", "1")
+    assert {"checkpoint-1", "run.json", "adapter_config.json"} <= {
+        path.name for path in (tmp_path / "home/run").iterdir()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_checkpoints_without_the_optimizers_state_are_not_resumed(settings: list[str], tmp_path: Path) -> None:
+    arguments = [*settings, "--max-steps", "2", "--training.extra.save_only_model", "true"]
+    train(tmp_path / "run", *arguments)
+    train(tmp_path / "run", "--resume", code=2)
+
+
+class TestUpload:
+    """With the hub answering in its place."""
+
+    @pytest.fixture
+    def uploaded(
+        self, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[Run, list[tuple[str, dict[str, Any]]]]:
+        calls: list[tuple[str, dict[str, Any]]] = []
+
+        class Hub:
+            def __init__(self, token: str | None = None) -> None: ...
+
+            def create_repo(self, name: str, **options: Any) -> Any:
+                calls.append((name, options))
+                return type("Created", (), {"repo_id": f"me/{name}"})
+
+            def upload_folder(self, **options: Any) -> None:
+                files = {path.name: path.read_bytes() for path in options["folder_path"].iterdir()}
+                calls.append((options["repo_id"], files))
+
+        monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_some")
+        monkeypatch.setattr("fastpeft.training.arguments.unreachable", lambda: None)
+        more = ["--push-to-hub", "--max-steps", "2", "--training.extra.hub_private_repo", "true"]
+        return train(tmp_path / "tuned", *settings, *more), calls
+
+    def test_the_adapter_goes_there_once_at_the_end(
+        self, uploaded: tuple[Run, list[tuple[str, dict[str, Any]]]]
+    ) -> None:
+        run, [created, sent] = uploaded
+        assert created == ("tuned", {"private": True, "exist_ok": True})
+        assert sent[0] == "me/tuned" and not [name for name in sent[1] if "checkpoint" in name]
+        assert b"trained with fastpeft and PEFT: 2 steps" in sent[1]["README.md"]
+        assert sent[1]["adapter_model.safetensors"] == (run.folder / "adapter_model.safetensors").read_bytes()
+
+    def test_no_path_of_this_machine_goes_along(self, uploaded: tuple[Run, list[tuple[str, dict[str, Any]]]]) -> None:
+        run, [_, (_, files)] = uploaded
+        local = FastpeftConfig.from_yaml(run.folder / "config.yaml")
+        assert Path(local.model.name).is_absolute()
+        for name, content in files.items():
+            if not name.startswith("tokenizer") and not name.endswith((".png", ".safetensors")):
+                for path in (local.model.name, local.data.path, str(run.folder)):
+                    assert path.encode() not in content, name
+        assert b"base_model" not in files["README.md"]
