@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,22 @@ def _text_of_part(part: Any, where: str) -> str:
     return text
 
 
+def variables_of(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: `tools`, as a list or as JSON, and `chat_template_kwargs`.
+
+    Raises:
+        UserError: tools that are no JSON.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}, column tools: not valid JSON: {error.msg}") from error
+    others = row.get("chat_template_kwargs") or {}
+    return {**others, **({"tools": tools} if tools else {})}
+
+
 class ChatEncoder:
     """Messages to token ids and labels.
 
@@ -121,18 +138,19 @@ class ChatEncoder:
         Raises:
             UserError: the template refuses the messages, no turn is the assistant's, or it cannot be told which are.
         """
+        given = variables or {}
         if not self.assistant_only:
-            ids = self.prompt(messages, where)
+            ids = self.prompt(messages, where, **given)
             return ids, list(ids)
         if all(message["role"] != "assistant" for message in messages):
             raise UserError(f"{where}: expected a turn of the assistant, got {_roles(messages)}")
-        text, spans = self._marked(messages, where) if self.marked else self._by_growth(messages, where)
+        text, spans = self._marked(messages, where, given) if self.marked else self._by_growth(messages, where, given)
         ids, mask = tokens_within(self.tokenizer, text, spans, add_special_tokens=False)
         return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
-    def prompt(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> list[int]:
+    def prompt(self, messages: list[dict[str, Any]], where: str, **options: Any) -> list[int]:
         """Ids of messages of which nothing is told apart. Raises UserError if the template refuses them."""
-        text, _ = self._render(messages, where, add_generation_prompt=add_generation_prompt)
+        text, _ = self._render(messages, where, **options)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -156,16 +174,20 @@ class ChatEncoder:
             raise UserError(f"{where}: the chat template refuses {_roles(messages)}: {error}") from error
         return texts[0], spans[0] if spans else []
 
-    def _marked(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
-        return self._render(messages, where, return_assistant_tokens_mask=True)
+    def _marked(
+        self, messages: list[dict[str, Any]], where: str, given: dict[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        return self._render(messages, where, return_assistant_tokens_mask=True, **given)
 
-    def _by_growth(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
-        whole, _ = self._render(messages, where)
+    def _by_growth(
+        self, messages: list[dict[str, Any]], where: str, given: dict[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        whole, _ = self._render(messages, where, **given)
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:i], where, add_generation_prompt=True)[0] if i else ""
-                after, _ = self._render(messages[: i + 1], where)
+                before = self._render(messages[:i], where, add_generation_prompt=True, **given)[0] if i else ""
+                after, _ = self._render(messages[: i + 1], where, **given)
                 if not after.startswith(before) or not whole.startswith(after):
                     raise UserError(
                         "data.assistant_only: the chat template rewrites earlier turns once later ones follow, so the "

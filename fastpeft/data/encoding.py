@@ -10,7 +10,7 @@ from typing import Any
 from fastpeft.config import DataSection
 from fastpeft.errors import UserError
 
-from .chat import IGNORED, ChatEncoder, messages_of, short, tokens_within
+from .chat import IGNORED, ChatEncoder, messages_of, short, tokens_within, variables_of
 from .kinds import Kind
 
 Row = dict[str, Any]
@@ -111,7 +111,7 @@ def _encoder(kind: Kind, task: str, tokenizer: Any, data: DataSection) -> Callab
         chat = ChatEncoder(tokenizer, data.assistant_only)
 
         def encode_chat(row: Row, where: str) -> Row:
-            ids, labels = chat(messages_of(row, where), where)
+            ids, labels = chat(messages_of(row, where), where, variables_of(row, where))
             return {"input_ids": ids, "labels": labels}
 
         return encode_chat

@@ -194,3 +194,19 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_are() -> None:
 
     with pytest.raises(UserError, match=r"^model.name: expected a fast tokenizer, got Slow$"):
         ChatEncoder(Slow(), assistant_only=True)(chat(*CHAT), "row 1")
+
+
+@pytest.mark.parametrize("assistant_only", [True, False])
+@pytest.mark.parametrize("tools", [[{"name": "lamp"}], '[{"name": "lamp"}]'])
+def test_tools_of_a_row_reach_the_template(tools: object, assistant_only: bool) -> None:
+    from fastpeft.data.chat import variables_of
+
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Light!"}, {"role": "assistant", "content": "On."}]
+    given = variables_of({"tools": tools}, "data: row 1")
+    ids, _ = ChatEncoder(tokenizer, assistant_only)(turns, "data: row 1", given)
+    assert tokenizer.decode(ids).startswith("lamp Light!")

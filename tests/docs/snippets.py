@@ -7,13 +7,13 @@ A page is read from top to bottom: fenced blocks, and comments for this test, wh
     <!-- test: skip REASON -->                 do not run the next block
     <!-- test: output -->                      the next block, of text, is what the block before it printed
     <!-- test: output, details vary -->        the same but for numbers, dotted names and the spaces around them
-    <!-- test: exit 2 -->                      the next block's commands end with this code, or with one of `exit 0 or 1`;
-                                               what they print is that on stderr too
+    <!-- test: exit 2 -->                      the next block's commands end with this code (or `exit 0 or 1`); what
+                                               they say on stderr counts as printed
 
-The Python blocks of a page share one namespace, in which `printed` is what the last block that ran printed, and `shown` the
-text of the last JSON block. A shell block holds commands that begin with `fastpeft`, or is skipped; a YAML block is a
-configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is also written to a file
-of that name, for the blocks after it.
+The Python blocks of a page share one namespace, in which `printed` is what the last block that ran printed, and `shown`
+the text of the last JSON block. A shell block holds commands that begin with `fastpeft`, or is skipped; a YAML block is a
+a configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is also written to a
+file of that name, for the blocks after it.
 """
 
 from __future__ import annotations

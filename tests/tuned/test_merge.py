@@ -93,11 +93,13 @@ def test_a_folder_that_is_in_use_is_replaced_on_request_only(
     chat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "merged").mkdir()
-    (tmp_path / "merged/other").touch()
+    (tmp_path / "merged/config.json").write_text("{}")
+    (tmp_path / "merged/old.safetensors").touch()
     assert merge(chat_run, tmp_path / "merged") == 2
     assert capsys.readouterr().err == f"fastpeft: OUTPUT: {tmp_path}/merged is not empty; --overwrite replaces it\n"
     assert merge(chat_run, tmp_path / "merged", "--overwrite") == 0
-    assert not (tmp_path / "merged/other").exists() and (tmp_path / "merged/config.json").exists()
+    assert not (tmp_path / "merged/old.safetensors").exists() and (tmp_path / "merged/model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
 def test_nothing_is_left_when_saving_fails(chat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
