@@ -94,7 +94,7 @@ def _text_of_part(part: Any, where: str) -> str:
 
 
 def variables_of(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a row gives its chat template beside the messages: `tools`, as a list or as JSON, and `chat_template_kwargs`.
+    """What a row gives its template beside the messages: `tools`, as a list or as JSON, and `chat_template_kwargs`.
 
     Raises:
         UserError: tools that are no JSON.

@@ -115,7 +115,8 @@ class TestResume:
     """Of a run of two steps out of six rows."""
 
     @pytest.fixture(scope="class")
-    def begun(self, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def begun(cls, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("begun")
         rows = write_rows(folder / "texts.jsonl", *ROWS)
         settings = ["--model", checkpoints["llama"], "--data", rows, "--batch-size", "2", "--max-steps", "2"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastpeft.data.chat import IGNORED, TEMPLATES, ChatEncoder, messages_of, set_template
+from fastpeft.data.chat import IGNORED, TEMPLATES, ChatEncoder, messages_of, set_template, variables_of
 from fastpeft.errors import UserError
 from tests.checkpoints import SHIPPED, characters
 
@@ -199,7 +199,7 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_are() -> None:
 @pytest.mark.parametrize("assistant_only", [True, False])
 @pytest.mark.parametrize("tools", [[{"name": "lamp"}], '[{"name": "lamp"}]'])
 def test_tools_of_a_row_reach_the_template(tools: object, assistant_only: bool) -> None:
-    from fastpeft.data.chat import variables_of
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     tokenizer.chat_template = (

@@ -94,12 +94,14 @@ class TestOneRun:
     """Of nine steps, with checkpoints after each epoch, all kept."""
 
     @pytest.fixture(scope="class")
-    def arguments(self, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    @classmethod
+    def arguments(cls, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", *chats())
         return ["--model", checkpoints["llama"], "--data", rows, *THREE_EPOCHS, "--save-total-limit", "null"]
 
     @pytest.fixture(scope="class")
-    def finished(self, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    @classmethod
+    def finished(cls, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
         return train(tmp_path_factory.mktemp("finished") / "run", *arguments)
 
     @pytest.fixture
