@@ -34,6 +34,7 @@ def test_names_that_datasets_keeps_apart_from_numbers() -> None:
     )
     rows = named_labels(labelled(1, 0, None, -1, features=features))
     assert rows["label"][:] == ["high", "low", None, None]
+    assert find_labels(labelled(1, 0, features=features)) == ["low", "high"]
     plain = labelled("a", "b")
     assert named_labels(plain) is plain
 
