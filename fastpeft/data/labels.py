@@ -22,7 +22,7 @@ def named_labels(rows: Any) -> Any:
 
 
 def find_labels(rows: Any) -> list[str]:
-    """All classes in the column `label`, numbers in their order, names in the alphabet's.
+    """All classes in the column `label`: numbers in their order, names in the alphabet's or as `datasets` numbers them.
 
     Raises:
         UserError: a row without, a label that is neither text nor a whole number, fewer than two, or over MOST.
@@ -33,9 +33,12 @@ def find_labels(rows: Any) -> list[str]:
             where = f"data: row {number}, column label"
             raise UserError(f"{where}: expected a class as text or whole number, got {short(value)}")
     values = set(given)
+    names = getattr(rows.features["label"], "names", None)
     if not 2 <= len(values) <= MOST:
         got = f"one: {next(iter(values))!r}" if len(values) == 1 else str(len(values))
         raise UserError(f"data: expected 2 to {MOST} classes in column label, got {got}")
+    if names is not None:
+        return list(names)
     if all(isinstance(value, int) for value in values):
         return [str(value) for value in sorted(values)]
     return sorted(str(value) for value in values)

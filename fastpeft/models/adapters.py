@@ -52,7 +52,7 @@ def lora_config(section: LoraSection, task: str) -> Any:
             raise UserError(f"lora.extra.{name}: unknown key{hint}")
     try:
         return LoraConfig(**given, **section.extra)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"lora: {error}") from error
 
 

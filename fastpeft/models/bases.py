@@ -226,5 +226,9 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"its files have no {error}"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return (" ".join(lines) if lines[0].endswith(":") else lines[0])[:300]

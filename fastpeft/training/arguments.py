@@ -140,7 +140,7 @@ def training_arguments(
     _check_extra(section.extra, given, [field.name for field in fields(kind) if field.init])
     try:
         arguments = kind(**given | section.extra)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from error
     if arguments.n_gpu > 1:  # one process trains on one GPU; torchrun and accelerate launch start one for each
         arguments._n_gpu = 1

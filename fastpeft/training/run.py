@@ -137,9 +137,9 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     if raw_evaluation is not None:
         check_columns(raw_evaluation.column_names, kind, evaluated)
     if task == "sequence-classification":
+        data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
         raw = named_labels(raw)
         raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
-        data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
         check_labels(data.labels or [])
     console.print("reading the data", highlight=False)
     rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path))

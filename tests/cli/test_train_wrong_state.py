@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,47 @@ def test_a_package_that_is_not_installed(
     monkeypatch.setitem(sys.modules, module, None)
     before = contents(tmp_path)
     assert one_line(run(capsys, *good, "--method", "qlora")) == message
+    assert contents(tmp_path) == before
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+
+
+def of_another_width(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
+def with_more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (cut_off, " could not be loaded: Error while deserializing header: "),
+        (lambda folder: (folder / "model.safetensors").unlink(), " could not be loaded: Error no file named "),
+        (of_another_width, " could not be loaded: its weights have other shapes than its config.json says"),
+        (with_more_layers, " has no values for model.layers.2.input_layernorm, "),
+    ],
+    ids=["cut off", "missing", "of another width", "with more layers"],
+)
+def test_weights_that_cannot_be_used(
+    breaks: Callable[[Path], None],
+    message: str,
+    good: list[str],
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints["llama"], broken)
+    breaks(broken)
+    before = contents(tmp_path)
+    assert one_line(run(capsys, *good, "--model", str(broken))).startswith(f"model.name: {broken}{message}")
     assert contents(tmp_path) == before
 
 

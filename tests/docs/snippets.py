@@ -11,9 +11,9 @@ A page is read from top to bottom: fenced blocks, and comments for this test, wh
                                                they say on stderr counts as printed
 
 The Python blocks of a page share one namespace, in which `printed` is what the last block that ran printed, and `shown`
-the text of the last JSON block. A shell block holds commands that begin with `fastpeft`, or is skipped; a YAML block is a
-a configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is also written to a
-file of that name, for the blocks after it.
+the text of the last JSON block. A shell block holds commands that begin with `fastpeft`, or is skipped; a YAML block is
+a configuration of `fastpeft.config`; a JSON block is one value, or one a line. A block with a title is also written to
+a file of that name, for the blocks after it.
 """
 
 from __future__ import annotations

@@ -89,16 +89,14 @@ def test_renamed_columns(tmp_path: Path) -> None:
     assert found.config.model.task == "sequence-classification" and found.config.data.labels == ["a", "b"]
 
 
-def test_paths_are_whole_and_names_stay(path: str, tmp_path: Path, checkpoints: Checkpoints) -> None:
+def test_paths_are_whole_and_names_stay(path: str, tmp_path: Path) -> None:
     write_rows("chats.jsonl", *chats(2))
     Path("plain").touch()  # a file of a shipped template's name
-    found = prepared(
-        "data.path=chats.jsonl", f"data.eval_path={tmp_path}/chats.jsonl", "data.chat_template=plain"
-    ).config
-    assert (found.data.path, found.data.eval_path) == (str(tmp_path / "chats.jsonl"),) * 2
-    assert found.data.chat_template == "plain" and "###" in prepared(
-        "data.path=chats.jsonl", "data.chat_template=plain"
-    ).tokenizer.decode(ids(prepared("data.path=chats.jsonl").rows)[0])
+    settings = ["data.path=chats.jsonl", f"data.eval_path={tmp_path}/chats.jsonl", "data.chat_template=plain"]
+    found = prepared(*settings)
+    assert (found.config.data.path, found.config.data.eval_path) == (str(tmp_path / "chats.jsonl"),) * 2
+    assert found.config.data.chat_template == "plain"
+    assert "### User:" in found.tokenizer.decode(ids(found.rows)[0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,11 @@ CASES = [
     Case("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
     Case("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
     Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
+    Case("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
+    Case(
+        "rslora-and-biases", "llama", chats(), "causal-lm", "--use-rslora --bias lora_only --init-lora-weights gaussian"
+    ),
+    Case("saved-whole", "llama", chats(), "causal-lm", "--method qlora --modules-to-save [down_proj]"),
     Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
     Case("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
     Case("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
@@ -155,8 +161,9 @@ def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Case, Run]) -> No
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         )
-        if labels:  # what is trained whole is not quantised
-            options["quantization_config"].llm_int8_skip_modules = ["classifier", "pooler.dense"]
+        whole = json.loads((run.folder / "adapter_config.json").read_text())["modules_to_save"]
+        if whole:  # what is trained whole is not quantised
+            options["quantization_config"].llm_int8_skip_modules = [*whole, "lm_head"]
     base = auto_class(case.task).from_pretrained(run.record["base"], **options)
     plain = PeftModel.from_pretrained(base, run.folder).eval()
     ids = torch.randint(5, 30, (2, 9))
