@@ -39,11 +39,6 @@ CASES = [
     Case("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
     Case("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
     Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
-    Case("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
-    Case(
-        "rslora-and-biases", "llama", chats(), "causal-lm", "--use-rslora --bias lora_only --init-lora-weights gaussian"
-    ),
-    Case("saved-whole", "llama", chats(), "causal-lm", "--method qlora --modules-to-save [down_proj]"),
     Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
     Case("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
     Case("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
@@ -60,12 +55,23 @@ CASES = [
     Case("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
     Case("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
     Case("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
-    Case("marian", "marian", completions(), "seq2seq-lm"),
     Case("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
+]
+MORE_CASES = [
+    Case("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
+    Case(
+        "rslora-and-biases", "llama", chats(), "causal-lm", "--use-rslora --bias lora_only --init-lora-weights gaussian"
+    ),
+    Case("saved-whole", "llama", chats(), "causal-lm", "--method qlora --modules-to-save [down_proj]"),
+    Case("marian", "marian", completions(), "seq2seq-lm"),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+@pytest.fixture(
+    scope="module",
+    params=[*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CASES)],
+    ids=lambda case: case.id,
+)
 def done(
     request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Case, Run]:
