@@ -95,15 +95,13 @@ def _ptxas(capability: int, gpu: TorchGpu | None) -> Finding:
     from fastpeft_kernels.common.device import hopper_dots_safe, ptxas_path, ptxas_version
 
     name = f"ptxas sm_{capability}"
-    try:
-        path, version = ptxas_path(capability), ptxas_version(capability)
-    except OSError as error:  # a path that Triton was told to take, and cannot execute
-        advice = "Let TRITON_PTXAS_PATH name an assembler that runs here, or unset it."
-        return warning(name, f"cannot be run: {in_short(error)}", advice, path=None, version=None)
+    path, version = ptxas_path(capability), ptxas_version(capability)
     values = {"path": path, "version": dotted(version)}
     if path is None or version is None:
-        advice = "Reinstall triton: without an assembler no kernel can be compiled for this GPU."
-        return (warning if gpu else note)(name, "none found", advice, **values)
+        named = [variable for variable in OVERRIDES if variable in os.environ]
+        remedy = f"Unset {' and '.join(named)}" if named else "Reinstall triton"
+        advice = f"{remedy}: without an assembler no kernel can be compiled for this GPU."
+        return (warning if gpu else note)(name, "none that runs", advice, **values)
     text = f"{dotted(version)}, {_where(path)}"
     if gpu is not None and (reason := hopper_dots_safe(f"cuda:{gpu.index}")):
         text = f"{text}: miscompiles some kernels for this GPU, which are refused ({reason.partition(':')[0]})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastpeft.bench import memory
 from fastpeft.bench.memory import MIB, PeakMemory
-from fastpeft.quickstart import memory
 
 CPU = torch.device("cpu")
 
