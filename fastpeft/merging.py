@@ -18,7 +18,8 @@ SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".md")
 def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
     """Base + adapter as one plain transformers model on the CPU.
 
-    The sum is made in float32, layer by layer, and rounded once. A base in 4 or 8 bits is decoded first and never
+    The sum is made in float32, layer by layer, and every weight is rounded once. Meanwhile the checkpoint is held in
+    its own dtype where that is the result's, else in float32. A base in 4 or 8 bits is decoded first and never
     quantised again.
 
     Args:
@@ -36,27 +37,23 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
     if source.adapter is None:
         raise UserError(f"ADAPTER: expected an adapter's folder or ID, got {source.name}, which is a whole model")
     quantization = source.model.quantization or "none"
-    # The storage's values depend on the dtype that was quantised, so it must be the one of the training.
-    trained = getattr(torch, source.model.dtype, dtype) if decode and quantization != "none" else dtype
-    base = tuned.load_base(source, torch.device("cpu"), trained, quantization if decode else "none")
+    if decode and quantization != "none":
+        # The storage's values depend on the dtype that was quantised, so it must be the one of the training.
+        held = getattr(torch, source.model.dtype, dtype)
+    else:
+        quantization, held = "none", dtype if source.config.dtype is dtype else torch.float32
+    base = tuned.load_base(source, torch.device("cpu"), held, quantization)
     if getattr(base, "hf_quantizer", None) is not None:
-        base = base.dequantize(trained)
+        base = _decoded(base, held)
+    if held is not dtype:
+        base = base.float()  # else what the adapter leaves alone would be rounded to one 16-bit form, then to another
     model = tuned.attach(source, base)
     _untie(model.get_base_model())
     if not hasattr(model, "merge_and_unload"):
         raise UserError(f"ADAPTER: {model.active_peft_config.peft_type.value} adapters cannot be merged")
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            if weight is None or not weight.is_floating_point():
-                continue
-            weight.data = weight.data.float()
-            try:
-                layer.merge()
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                raise UserError(f"ADAPTER: PEFT cannot merge it: {error}") from error
-            weight = layer.get_base_layer().weight
-            weight.data = weight.data.to(dtype)
+            _merge_layer(layer)
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():
         if parameter.is_floating_point():
@@ -65,6 +62,36 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
                 raise UserError(f"--dtype: expected one that holds {name}, got {str(dtype).removeprefix('torch.')}")
     merged.config.dtype = dtype
     return merged
+
+
+def _decoded(base: Any, dtype: Any) -> Any:
+    """A model whose weights are stored in few bits as a plain one."""
+    try:
+        base = base.dequantize(dtype)
+    except NotImplementedError as error:
+        raise UserError(f"ADAPTER: its base cannot be decoded: {error}") from error
+    # Saving would undo what loading did to the weights, and fail at their storage, which cannot be made again.
+    undone = [
+        conversion
+        for conversion in getattr(base, "_weight_conversions", None) or ()
+        if not any(".integrations." in type(step).__module__ for step in getattr(conversion, "operations", ()))
+    ]
+    base._weight_conversions = undone
+    return base
+
+
+def _merge_layer(layer: Any) -> None:
+    """Sum in float32; the layer's own weights come back in the dtype that they had."""
+    weights = {name: weight for name, weight in layer.get_base_layer().named_parameters() if weight.is_floating_point()}
+    before = {name: weight.dtype for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.data = weight.data.float()
+    try:
+        layer.merge()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"ADAPTER: PEFT cannot merge it: {error}") from error
+    for name, weight in layer.get_base_layer().named_parameters():
+        weight.data = weight.data.to(before.get(name, weight.dtype))
 
 
 def _untie(base: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .generate import Base, Dtype, Quantization, TrustRemoteCode
 from .shared import Quiet, Verbose, console, settle_logs
+
+if TYPE_CHECKING:
+    from fastpeft.models.tuned import Source
 
 EPILOG = """
 Examples:
@@ -40,7 +43,9 @@ def merge(
     base: Base = None,
     quantization: Annotated[
         Quantization | None,
-        typer.Option(help="Storage of the base in training, where the adapter does not tell.", show_default=False),
+        typer.Option(
+            help="Storage of the base in training, where no config.yaml beside the adapter tells.", show_default=False
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -73,9 +78,16 @@ def merge(
         if merged.generation_config.temperature not in (None, 1.0) or merged.generation_config.top_p not in (None, 1.0):
             merged.generation_config.do_sample = True  # else saving refuses these two as without effect
     merging.save(merged, tokenizer, output, overwrite=overwrite)
+    print(f"{output}: {source.name} merged into {source.model.name}, {str(chosen).removeprefix('torch.')}", end="")
+    print(_decoded(source, into))
+
+
+def _decoded(source: Source, into: Into) -> str:
+    """What was done to the base's storage, if anything."""
+    if getattr(source.config, "quantization_config", None) is not None:
+        return ", base decoded"  # the checkpoint has no other values
     stored = source.model.quantization or "none"
-    how = f", base decoded from {stored}" if stored != "none" and into is Into.decoded else ""
-    print(f"{output}: {source.name} merged into {source.model.name}, {str(chosen).removeprefix('torch.')}{how}")
+    return f", base decoded from {stored}" if stored != "none" and into is Into.decoded else ""
 
 
 def _dtype(wanted: Dtype, config: Any) -> Any:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
+from fastpeft import merging
 from fastpeft.cli import app
 from fastpeft.models import tuned
 
-from .conftest import SHIPPED
+from .conftest import SHIPPED, train
 
 IDS = torch.arange(40)[None] + 5
 
@@ -45,16 +46,78 @@ def test_in_float32_it_is_the_same_model(run: str, tmp_path: Path, request: pyte
     assert (merged - base).abs().max() > 0.1 * wanted.abs().max()  # the adapter does something
 
 
-def test_weights_are_rounded_once(chat_run: Path, tmp_path: Path) -> None:
-    assert merge(chat_run, tmp_path / "exact", "--dtype", "float32") == 0
-    assert merge(chat_run, tmp_path / "half", "--dtype", "bfloat16") == 0
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Path:
+    """Over a checkpoint in bfloat16."""
+    folder = tmp_path_factory.mktemp("half")
+    AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder / "base")
+    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 2, "--max-length", 64)
+    return train(folder / "run", "--model", folder / "base", *words)
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype"),
+    [
+        ("chat_run", torch.bfloat16),
+        ("half_run", torch.bfloat16),
+        ("half_run", torch.float16),
+        ("qlora_run", torch.bfloat16),
+    ],
+)
+def test_weights_are_rounded_once(run: str, dtype: torch.dtype, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(run)
+    name = str(dtype).removeprefix("torch.")
+    assert merge(folder, tmp_path / "exact", "--dtype", "float32") == 0
+    assert merge(folder, tmp_path / "half", "--dtype", name) == 0
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float32).state_dict()
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half").state_dict()
-    stored = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).state_dict()
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").state_dict()
+    assert exact.keys() == half.keys()
     for name, weight in half.items():
-        assert weight.dtype == torch.bfloat16
-        if (stored[name].bfloat16() == stored[name]).all():  # else the base itself is rounded first
-            assert torch.equal(weight, exact[name].bfloat16()), name
+        assert weight.dtype == dtype
+        assert torch.equal(weight, exact[name].to(dtype)), name
+
+
+def test_a_base_that_is_stored_in_4_bits(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(SHIPPED, quantization_config=bits, device_map={"": "cpu"})
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "base")
+    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 5, "--max-length", 64)
+    run = train(tmp_path / "run", "--model", tmp_path / "base", *words)
+    (run / "config.yaml").unlink()  # as of another tool: the checkpoint itself tells
+    capsys.readouterr()
+    assert merge(run, tmp_path / "merged", "--dtype", "float32") == 0
+    assert capsys.readouterr().out.endswith("float32, base decoded\n")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    wanted = with_adapter(run, torch.float32)
+    assert not hasattr(merged.config, "quantization_config")
+    assert (logits(merged) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_the_storage_of_an_adapter_that_does_not_tell_can_be_said(qlora_run: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((qlora_run / name).read_bytes())
+    assert merge(tmp_path, tmp_path / "merged", "--dtype", "float32", "--quantization", "nf4") == 0
+    wanted = with_adapter(qlora_run, torch.float32)
+    assert (
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - wanted
+    ).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_a_checkpoint_in_the_result_s_16_bits_is_not_held_in_32(
+    half_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[torch.dtype] = []
+    attach = tuned.attach
+
+    def watched(source: tuned.Source, base: Any) -> Any:
+        held.extend({parameter.dtype for parameter in base.parameters()})
+        return attach(source, base)
+
+    monkeypatch.setattr("fastpeft.models.tuned.attach", watched)
+    merging.merge(tuned.find(str(half_run)), torch.bfloat16, decode=True)
+    assert held == [torch.bfloat16]
 
 
 def test_a_quantised_base_is_decoded_or_taken_as_it_was(qlora_run: Path, tmp_path: Path) -> None:
