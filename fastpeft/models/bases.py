@@ -100,8 +100,10 @@ def load_tokenizer(model: ModelSection, key: str = "model.name") -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{key}: no tokenizer: {_why_not(model, error)}") from error
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        # A tokenizer opens the files that it wants without asking whether they were found.
+        cause: Exception = OSError("a file of it is missing") if isinstance(error, TypeError) else error
+        raise UserError(f"{key}: no tokenizer: {_why_not(model, cause)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never learned, and never attended to
     if tokenizer.pad_token is None:
@@ -228,6 +230,8 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
 def _first_line(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"its files have no {error}"
+    if isinstance(error, ImportError) and (needs := re.search(r"requires the (\w+) library", str(error))):
+        return f"it needs {needs[1]}: pip install {needs[1].lower()}"
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -90,7 +90,7 @@ class Outcome:
             f"| tokens/s | {rate} |",
             f"| {peak} | {self.peak_mib:,.0f} MiB ({self.peak_method}) |",
         ]
-        lines += [f"| chat template | {self.chat_template} |"] if self.chat_template else []
+        lines += [f"| chat template | {Path(self.chat_template).name} |"] if self.chat_template else []
         lines += [f"| evaluation: {name} | {value:.4f} |" for name, value in self.metrics.items()]
         lines += [line for note in self.notes for line in ("", f"Note: {note}.")]
         lines += ["", "## Loss", "", f"![loss]({LOSS})", "", "| step | training | evaluation |", "|---|---|---|"]

@@ -299,7 +299,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first:
         outcome.write(target)
     if first and config.training.push_to_hub:
-        upload(target, config)
+        upload(target, config, prepared.tokenizer)
     return outcome
 
 

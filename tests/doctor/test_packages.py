@@ -11,7 +11,11 @@ from fastpeft.doctor.findings import Finding
 from fastpeft.requirements import MINIMUM
 from tests.fresh import ROOT
 
-GOOD = {"transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "trl": "1.16.0", "datasets": "5.2.0"}
+GOOD = {"transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "trl": "1.16.0", "datasets": "5.2.0"} | {
+    "matplotlib": "3.11.2",
+    "tensorboard": "2.21.0",
+    "sentencepiece": "0.2.3",
+}
 
 
 def check(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> dict[str, Finding]:
@@ -41,6 +45,8 @@ def test_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trl", "0.9.0", "warning", "older than the 1.10 that is supported"),
         ("trl", None, "note", "not installed"),
         ("datasets", None, "note", "not installed"),
+        ("matplotlib", None, "note", "not installed"),
+        ("tensorboard", None, "note", "not installed"),
     ],
 )
 def test_missing_and_old(
@@ -58,5 +64,5 @@ def test_what_is_supported_is_what_the_package_asks_for() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = {f"{name}>={least}" if least else name for name, least in packages.OPTIONAL.items()}
-    assert optional <= set(project["optional-dependencies"]["train"])
+    assert optional == set(project["optional-dependencies"]["train"])
     assert set(packages.NEEDED) == set(MINIMUM) - {"torch", "bitsandbytes"}
