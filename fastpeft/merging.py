@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,8 +12,8 @@ from typing import Any
 from fastpeft.errors import UserError
 from fastpeft.models import tuned
 
-SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".md")
-"""Endings of what saving a model and its tokenizer writes."""
+MARK = "fastpeft.json"
+"""Lists what `save` wrote: a folder that holds nothing else may be replaced."""
 
 
 def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
@@ -122,6 +123,7 @@ def save(model: Any, tokenizer: Any, target: Path, *, overwrite: bool) -> None:
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        (beside / MARK).write_text(json.dumps({"files": _files(beside)}, indent=1) + "\n", encoding="utf-8")
         beside.chmod(0o777 & ~_umask())
         _put_in_place(beside, target)
     except BaseException:
@@ -137,10 +139,17 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"OUTPUT: {target} is not empty; --overwrite replaces it")
-    others = [path.name for path in target.iterdir() if path.is_dir() or path.suffix not in SAVED]
-    if others or not (target / "config.json").is_file() or (target / "adapter_config.json").exists():
-        held = f" holds {sorted(others)[0]}," if others else ""
-        raise UserError(f"OUTPUT: expected a merged model to replace, got {target}, which{held} is none")
+    try:
+        others = sorted({*_files(target)} - {MARK, *json.loads((target / MARK).read_text(encoding="utf-8"))["files"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"OUTPUT: expected a merged model to replace, got {target}, which is none") from None
+    if others:
+        raise UserError(f"OUTPUT: expected nothing but a merged model to replace, got {target}, with {others[0]}")
+
+
+def _files(folder: Path) -> list[str]:
+    """All within, by their paths from the folder."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
 
 
 def _put_in_place(new: Path, target: Path) -> None:

@@ -155,14 +155,30 @@ def test_a_classifier_keeps_its_head_and_its_names(classifier_run: Path, tmp_pat
 def test_a_folder_that_is_in_use_is_replaced_on_request_only(
     chat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged/config.json").write_text("{}")
-    (tmp_path / "merged/old.safetensors").touch()
+    assert merge(chat_run, tmp_path / "merged") == 0
+    capsys.readouterr()
     assert merge(chat_run, tmp_path / "merged") == 2
     assert capsys.readouterr().err == f"fastpeft: OUTPUT: {tmp_path}/merged is not empty; --overwrite replaces it\n"
-    assert merge(chat_run, tmp_path / "merged", "--overwrite") == 0
-    assert not (tmp_path / "merged/old.safetensors").exists() and (tmp_path / "merged/model.safetensors").exists()
+    assert merge(chat_run, tmp_path / "merged", "--dtype", "float16", "--overwrite") == 0
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float16"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+
+
+def test_what_is_not_a_merged_model_alone_is_not_deleted(
+    chat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForCausalLM.from_pretrained(SHIPPED).save_pretrained(tmp_path / "model")
+    assert merge(chat_run, tmp_path / "model", "--overwrite") == 2
+    wanted = f"fastpeft: OUTPUT: expected a merged model to replace, got {tmp_path}/model, which is none\n"
+    assert capsys.readouterr().err == wanted
+    assert merge(chat_run, tmp_path / "merged") == 0
+    (tmp_path / "merged/notes").mkdir()
+    (tmp_path / "merged/notes/mine.txt").touch()
+    capsys.readouterr()
+    assert merge(chat_run, tmp_path / "merged", "--overwrite") == 2
+    wanted = f"expected nothing but a merged model to replace, got {tmp_path}/merged, with notes/mine.txt\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert (tmp_path / "model/model.safetensors").exists() and (tmp_path / "merged/notes/mine.txt").exists()
 
 
 def test_nothing_is_left_when_saving_fails(chat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
