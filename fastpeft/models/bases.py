@@ -94,12 +94,12 @@ def _why_not(model: ModelSection, error: BaseException) -> str:
     return f"{model.name} could not be loaded: {_first_line(error)}"
 
 
-def load_tokenizer(model: ModelSection, key: str = "model.name") -> Any:
-    """The model's tokenizer, with a padding token. Raises UserError where there is none."""
+def load_tokenizer(model: ModelSection, key: str = "model.name", **options: Any) -> Any:
+    """The model's tokenizer, with a padding token; `options` for `from_pretrained`. Raises UserError if it has none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model))
+        tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model), **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         # A tokenizer opens the files that it wants without asking whether they were found.
         cause: Exception = OSError("a file of it is missing") if isinstance(error, TypeError) else error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
+from fastpeft.hub import unreachable
 
 from . import bases
 from .tasks import PEFT_TASKS, task_of
@@ -15,7 +16,8 @@ from .tasks import PEFT_TASKS, task_of
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, ADAPTER = "tokenizer_config.json", "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Source:
         chats: whether it was trained on chats; None where that is not known.
         whole: modules that the adapter holds whole.
         labels: of a classifier that `fastpeft train` made; None where they are not known.
+        max_length: in tokens, of the rows that `fastpeft train` trained on; None where it is not known.
         config: transformers', of the base.
     """
 
@@ -40,6 +43,7 @@ class Source:
     chats: bool | None
     whole: tuple[str, ...]
     labels: list[str] | None
+    max_length: int | None
     config: Any
 
     @property
@@ -66,7 +70,7 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
         UserError: neither an adapter nor a model, or the base cannot be had.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / mark).is_file() for mark in ("adapter_config.json", "config.json")):
+    if folder.is_dir() and not any((folder / mark).is_file() for mark in (ADAPTER, "config.json")):
         raise UserError(f"{key}: expected a folder with adapter_config.json or config.json, got {name}{_runs(folder)}")
     adapter = _adapter_config(name, folder, key)
     if adapter is not None and not folder.is_dir() and (config_file := _file_of(name, "config.yaml")) is not None:
@@ -78,7 +82,7 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
             raise UserError(f"--base: expected none, because {name} is a whole model, got {base}")
         model = ModelSection(name=bases.checked_name(name, key), trust_remote_code=trust_remote_code)
         config = bases.load_config(model, key)
-        return Source(name, model, None, task_of(config), None, (), _labels(config), config)
+        return Source(name, model, None, task_of(config), None, (), _labels(config), None, config)
     model = run.model if run else ModelSection(name=adapter.base_model_name_or_path or "", revision=adapter.revision)
     if base is not None:
         model = replace(model, name=base, revision=None)
@@ -92,7 +96,8 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
     path = str(folder.resolve()) if folder.is_dir() else name
     labels = labels if task == "sequence-classification" else None
     chats = run.data.chat_template is not None if run else None
-    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, config)
+    length = run.data.max_length if run else None
+    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, length, config)
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:
@@ -132,8 +137,10 @@ def attach(source: Source, base: Any) -> Any:
     """The adapter on its base, in evaluation mode; errors as `load`."""
     from peft import PeftModel
 
+    assert source.adapter is not None
+    folder = source.adapter if Path(source.adapter).is_dir() else _weights_of(source.adapter)
     try:
-        return PeftModel.from_pretrained(base, source.adapter).eval()
+        return PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if "size mismatch" in line), str(error))
         raise UserError(f"MODEL: {source.name} does not fit {source.model.name}: {reason.splitlines()[0]}") from error
@@ -141,22 +148,28 @@ def attach(source: Source, base: Any) -> Any:
 
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer; errors as `load`."""
-    return bases.load_tokenizer(replace(source.model, name=source.tokenizer_from), "MODEL")
+    where = source.tokenizer_from
+    if where == source.model.name:
+        return bases.load_tokenizer(source.model, "MODEL")
+    # The revision is the base's; an adapter on the hub has no config.json, for which transformers would look.
+    options = {} if Path(where).is_dir() else {"config": source.config}
+    return bases.load_tokenizer(replace(source.model, name=where, revision=None), "MODEL", **options)
 
 
 def _adapter_config(name: str, folder: Path, key: str) -> Any:
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+    if folder.is_dir() and not (folder / ADAPTER).is_file():
         return None
     if not folder.is_dir() and not bases.HUB_ID.fullmatch(name):
         bases.checked_name(name, key)  # says what is wrong
+    file = folder / ADAPTER if folder.is_dir() else _file_of(name, ADAPTER)
+    if file is None:
+        return None  # an ID of something else, or out of reach: what follows says so
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+        return PeftConfig.from_pretrained(str(file.parent))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if folder.is_dir():
-            raise UserError(f"{key}: {name}/adapter_config.json cannot be read: {error}") from error
-        return None  # an ID of something else, or out of reach: what follows says so
+        raise UserError(f"{key}: {name}/adapter_config.json cannot be read: {error}") from error
 
 
 def _run_of(folder: Path) -> FastpeftConfig | None:
@@ -170,13 +183,21 @@ def _run_of(folder: Path) -> FastpeftConfig | None:
 
 
 def _file_of(name: str, file: str) -> Path | None:
-    """A file of an adapter on the hub; None where it has none of that name."""
+    """A file of an adapter on the hub, or as it was fetched earlier; None where there is none of that name."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file, local_files_only=unreachable() is not None))
     except (OSError, ValueError):
         return None
+
+
+def _weights_of(name: str) -> Path:
+    """Folder of an adapter from the hub. PEFT would ask for each file anew, and wait where there is no network."""
+    found = next((path for file in WEIGHTS if (path := _file_of(name, file))), None)
+    if found is None:
+        raise UserError(f"MODEL: {name} has no {WEIGHTS[0]} here, and {unreachable() or 'none on the hub'}")
+    return found.parent
 
 
 def _labels(config: Any) -> list[str] | None:
@@ -185,5 +206,5 @@ def _labels(config: Any) -> list[str] | None:
 
 
 def _runs(folder: Path) -> str:
-    found = sorted(path.name for path in folder.glob("checkpoint-*"))
+    found = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: (len(name), name))
     return f"; an unfinished run has {folder / found[-1]}" if found else ""

@@ -91,7 +91,7 @@ def test_a_classifier_answers_with_its_classes(classifier_run: Path, capsys: pyt
     [
         (["nowhere/at/all", "-p", "x"], f"MODEL: {NEITHER} 'nowhere/at/all', which is neither"),
         (["{empty}", "-p", "x"], f"{NO_MODEL} {{empty}}"),
-        (["{stopped}", "-p", "x"], f"{NO_MODEL} {{stopped}}; an unfinished run has {{stopped}}/checkpoint-3"),
+        (["{stopped}", "-p", "x"], f"{NO_MODEL} {{stopped}}; an unfinished run has {{stopped}}/checkpoint-10"),
         (["{run}", "-p", "x", "--file", "y"], "--file: expected it without --prompt, got both"),
         (["{run}", "--file", "{empty}/y.txt"], "--file: expected a file, got {empty}/y.txt, which is not there"),
         (["{run}", "--file", "{bad}"], "--file: {bad}, line 2: not valid JSON: Expecting value"),
@@ -111,7 +111,8 @@ def test_wrong_input_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "stopped/checkpoint-3").mkdir(parents=True)
+    for step in (1, 9, 10):
+        (tmp_path / f"stopped/checkpoint-{step}").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     (tmp_path / "keys.jsonl").write_text('{"other": 1}\n')
