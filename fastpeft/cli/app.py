@@ -15,15 +15,21 @@ from . import generate, merge, responsible, train, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
+from .shared import complains
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-LESS_MEMORY = (
-    "Less is needed with --method qlora, --memory.gradient_checkpointing, a smaller --batch-size with more "
-    "--gradient-accumulation-steps, or a smaller --max-length"
-)
+LESS_MEMORY = {
+    "train": "--method qlora, --memory.gradient_checkpointing, a smaller --batch-size with more "
+    "--gradient-accumulation-steps, or a smaller --max-length",
+    "generate": "--quantization nf4, a smaller --batch-size, or shorter prompts",
+    "verify": "--quantization nf4",
+    "memorization": "a smaller --prefix and --tokens",
+    "groups": "a smaller --batch-size",
+    "quickstart": "a smaller --batch-size or --sequence-length",
+}
 
 app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
 app.command(cls=ConfigCommand, epilog=train.EPILOG)(with_config_options(train.train))
@@ -83,7 +89,9 @@ def run(arguments: Sequence[str]) -> int:
         return _interrupted()
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            _complain(f"out of GPU memory: {str(error).partition('. ')[0]}. {LESS_MEMORY}")
+            less = [f"Less is needed with {LESS_MEMORY[name]}" for name in arguments[:1] if name in LESS_MEMORY]
+            message = ". ".join([f"out of GPU memory: {str(error).partition('. ')[0]}", *less])
+            _print(message)  # each process has a GPU of its own, so each says it
             return EXIT_FAILED
         # typer's usage errors; their class is click's or typer's own, as the version has it.
         if hasattr(error, "format_message"):
@@ -92,10 +100,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> int:
-    print(f"fastpeft: {' '.join(message.split())}", file=sys.stderr)
+    if complains():
+        _print(message)
     return EXIT_USAGE
 
 
 def _interrupted() -> int:
-    print("fastpeft: interrupted", file=sys.stderr)
+    _complain("interrupted")
     return EXIT_INTERRUPTED
+
+
+def _print(message: str) -> None:
+    print(f"fastpeft: {' '.join(message.split())}", file=sys.stderr)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .generate import Base, Dtype, Quantization, TrustRemoteCode
-from .shared import Quiet, Verbose, console, settle_logs
+from .generate import Base, TrustRemoteCode
+from .shared import Dtype, Quantization, Quiet, Verbose, console, settle_logs
 
 if TYPE_CHECKING:
     from fastpeft.models.tuned import Source

@@ -8,21 +8,14 @@ from typing import Annotated
 
 import typer
 
-
-class Quantization(str, Enum):
-    """How the frozen weights are stored."""
-
-    nf4 = "nf4"
-    none = "none"
+from .shared import Dtype, Quantization
 
 
-class Dtype(str, Enum):
-    """What is computed with."""
+class Storage(str, Enum):
+    """The two kinds of Quantization that are compared here."""
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    nf4 = Quantization.nf4.value
+    none = Quantization.none.value
 
 
 def quickstart(
@@ -40,7 +33,7 @@ def quickstart(
     sequence_length: Annotated[int, typer.Option(help="Tokens a block.")] = 256,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    quantization: Annotated[Quantization, typer.Option(help="Storage of the frozen weights.")] = Quantization.nf4,
+    quantization: Annotated[Storage, typer.Option(help="Storage of the frozen weights.")] = Storage.nf4,
     dtype: Annotated[
         Dtype, typer.Option(help="What is computed with; auto: float32 on a CPU, 16 bits on a GPU.")
     ] = Dtype.auto,

@@ -5,12 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+class Quantization(str, Enum):
+    """How the frozen weights are stored."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+class Dtype(str, Enum):
+    """What is computed with."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and the result.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")]
@@ -26,6 +46,11 @@ def console(quiet: bool = False) -> Console:
 def speaks() -> bool:
     """Whether this process is the one that shows things: of several under torchrun or accelerate launch the first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def complains() -> bool:
+    """Whether this process says what is wrong: the first of each machine, for a file may be missing on one only."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def settle_logs(verbose: bool) -> None:

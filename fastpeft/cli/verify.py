@@ -10,8 +10,8 @@ import typer
 
 from fastpeft.errors import UserError
 
-from .generate import Base, Dtype, Quantization, TrustRemoteCode
-from .shared import Quiet, Verbose, console, settle_logs
+from .generate import Base, TrustRemoteCode
+from .shared import Dtype, Quantization, Quiet, Verbose, console, settle_logs
 
 EPILOG = """
 Examples:
