@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastpeft.data.chat import messages_of
+from fastpeft.data.chat import messages_of, short, variables_of
 from fastpeft.errors import UserError
+from fastpeft.models.bases import positions
 
 PLAIN = (".txt", ".md")
+LONGEST = 10**9
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,24 @@ class Sampling:
         return found | {"repetition_penalty": self.repetition_penalty}
 
 
-def read_prompts(path: Path, key: str = "--file") -> list[Any]:
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered.
+
+    Attributes:
+        given: text, or messages.
+        where: how to call it in messages to the user.
+        pair: a second text, for classifiers of pairs.
+        variables: of the chat template, such as `tools`.
+    """
+
+    given: Any
+    where: str = "--prompt"
+    pair: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: Path, key: str = "--file") -> list[Prompt]:
     """Prompts from a file: a line each of text, or `messages`, `prompt` or `text` of each JSON line.
 
     Raises:
@@ -48,25 +67,30 @@ def read_prompts(path: Path, key: str = "--file") -> list[Any]:
     if not path.is_file():
         raise UserError(f"{key}: expected a file, got {path}, which is not there")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{key}: expected text in UTF-8, got something else in {path}") from None
-    if not lines:
+    numbered = [(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise UserError(f"{key}: expected at least one prompt, got none in {path}")
     if path.suffix.lower() in PLAIN:
-        return lines
-    return [_prompt(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1)]
+        return [Prompt(line, where) for line, where in numbered]
+    return [_prompt(line, where) for line, where in numbered]
 
 
-def _prompt(line: str, where: str) -> Any:
+def _prompt(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg}") from error
-    for name in ("messages", "prompt", "text"):
-        if isinstance(row, dict) and row.get(name):
-            return row[name]
-    raise UserError(f"{where}: expected messages, prompt or text, got {line[:60]}")
+    row = row if isinstance(row, dict) else {}
+    given = next((row[name] for name in ("messages", "prompt", "text") if row.get(name)), None)
+    if not isinstance(given, (str, list)):
+        raise UserError(f"{where}: expected messages, prompt or text, got {line[:60]}")
+    pair = row.get("text_pair")
+    if not isinstance(pair, (str, type(None))):
+        raise UserError(f"{where}: expected text_pair as text, got {short(pair)}")
+    return Prompt(given, where, pair, variables_of(row, where))
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -76,58 +100,76 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in (*found, tokenizer.eos_token_id) if token is not None})
 
 
-class Generator:
-    """Prompts to text.
+class PromptEncoder:
+    """Prompts to token ids, before a model is loaded.
 
     Args:
-        model, tokenizer: from models.tuned.
+        tokenizer: from models.tuned.
+        config: transformers', of the model.
         system: message before each prompt, for chats.
         raw: the prompt as it is, without the chat template.
+
+    Raises:
+        UserError: a system message without chats.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, raw: bool = False) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, tokenizer: Any, config: Any, *, system: str | None = None, raw: bool = False) -> None:
+        self.tokenizer, self.system = tokenizer, system
         self.chats = bool(tokenizer.chat_template) and not raw
-        self.encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.system = system
+        self.encoder_decoder = bool(config.is_encoder_decoder)
+        self.longest = positions(config)
         if system is not None and not self.chats:
             raise UserError("--system: expected chats, so a model with a chat template and no --raw, got none")
-        tokenizer.padding_side = "right" if self.encoder_decoder else "left"
 
-    def encode(self, prompts: Sequence[Any]) -> Any:
-        """input_ids and attention_mask, (prompts, tokens) each, on the model's device."""
-        if self.chats:
-            texts = [self._templated(prompt) for prompt in prompts]
-        elif any(not isinstance(prompt, str) for prompt in prompts):
-            raise UserError("--file: expected prompts as text, because the model has no chat template, got messages")
-        else:
-            texts = list(prompts)
-        special = not self.chats
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
-        found = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Token ids. Raises UserError for a prompt that is none, or leaves the model no position for an answer."""
+        if not self.chats and not isinstance(prompt.given, str):
+            where = prompt.where
+            raise UserError(f"{where}: expected text, because the model has no chat template, got messages")
+        text = self._templated(prompt) if self.chats else prompt.given
+        ids = list(self.tokenizer(text, add_special_tokens=not self.chats, verbose=False)["input_ids"])
         eos = self.tokenizer.eos_token_id
-        if special and not self.encoder_decoder and eos is not None and bool((found["input_ids"][:, -1] == eos).all()):
-            found = {name: tensor[:, :-1] for name, tensor in found.items()}  # the text goes on
-        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+        if not self.chats and not self.encoder_decoder and eos is not None and ids[-1:] == [eos]:
+            ids.pop()  # the text goes on
+        if not ids:
+            raise UserError(f"{prompt.where}: expected a prompt, got an empty one")
+        most = None if self.longest is None else self.longest - (not self.encoder_decoder)
+        if most is not None and len(ids) > most:
+            raise UserError(f"{prompt.where}: expected at most {most} tokens, as the model can take, got {len(ids)}")
+        return ids
 
-    def _templated(self, prompt: Any) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, list):
-            messages = messages_of({"messages": prompt}, "--file")
+    def _templated(self, prompt: Prompt) -> str:
+        messages = [{"role": "user", "content": prompt.given}]
+        if isinstance(prompt.given, list):
+            messages = messages_of({"messages": prompt.given}, prompt.where)
             if messages[-1]["role"] == "assistant":
-                raise UserError("--file: expected messages that end before the answer, got a last one of the assistant")
+                raise UserError(f"{prompt.where}: expected messages that end before the answer, got an answer too")
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
         import jinja2
 
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **prompt.variables
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"--prompt: the chat template refuses the roles {roles}: {error}") from error
+            raise UserError(f"{prompt.where}: the chat template refuses the roles {roles}: {error}") from error
         return text
 
-    def stream(self, prompt: Any, sampling: Sampling, to: TextIO) -> None:
+
+class Generator:
+    """Token ids of prompts to text.
+
+    Args:
+        model, tokenizer: from models.tuned.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    def stream(self, prompt: list[int], sampling: Sampling, to: TextIO) -> None:
         """One answer, written as it comes."""
         from transformers import TextStreamer
 
@@ -145,13 +187,17 @@ class Generator:
         )
         to.write("\n")
 
-    def answers(self, prompts: Sequence[Any], sampling: Sampling, batch_size: int) -> Iterator[str]:
+    def answers(self, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int) -> Iterator[str]:
         """One answer a prompt, in their order."""
         for start in range(0, len(prompts), batch_size):
             yield from self._generate(prompts[start : start + batch_size], sampling)
 
-    def _generate(self, prompts: Sequence[Any], sampling: Sampling, streamer: Any = None) -> list[str]:
-        batch = self.encode(prompts)
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, streamer: Any = None) -> list[str]:
+        batch = self._padded(prompts)
+        start = 0 if self.encoder_decoder else batch["input_ids"].shape[1]
+        longest = positions(self.model.config)
+        if longest is not None:  # beyond them some models fail, and others say anything
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest - start))
         ids = self.model.generate(
             **batch,
             **sampling.options(),
@@ -159,36 +205,49 @@ class Generator:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=end_tokens(self.model, self.tokenizer),
         )
-        start = 0 if self.encoder_decoder else batch["input_ids"].shape[1]
         texts: list[str] = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _padded(self, prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """input_ids and attention_mask, (prompts, tokens) each: decoders go on at the right."""
+        import torch
+
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            place = slice(0, len(prompt)) if self.encoder_decoder else slice(longest - len(prompt), longest)
+            ids[row, place] = torch.tensor(prompt)
+            mask[row, place] = 1
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
 
 def classify(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
+    pairs: Sequence[str | None],
     batch_size: int,
-    *,
-    pairs: Sequence[str] | None = None,
-    max_length: int | None = None,
+    max_length: int | None,
 ) -> Iterator[list[tuple[str, float]]]:
     """Each text's classes with their probabilities, the likeliest first.
 
     Args:
-        pairs: second texts, where the model was trained on two.
-        max_length: in tokens; what is longer is cut, as in training. The tokenizer's own limit when None.
+        pairs: second texts, where there are any.
+        max_length: in tokens; what is longer is cut, as in training. What the model can take when None.
     """
     import torch
 
+    most = min((n for n in (max_length, positions(model.config)) if n is not None), default=tokenizer.model_max_length)
+    cut: dict[str, Any] = {"truncation": True, "max_length": min(most, tokenizer.model_max_length)}
+    if cut["max_length"] > LONGEST:  # how tokenizers say that they do not know
+        cut = {}
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
-        second = None if pairs is None else list(pairs[part])
-        batch = tokenizer(
-            list(texts[part]), second, return_tensors="pt", padding=True, truncation=True, max_length=max_length
-        )
+        rows = [tokenizer(text, pair, **cut) for text, pair in zip(texts[part], pairs[part], strict=True)]
+        batch = tokenizer.pad(rows, return_tensors="pt").to(model.device)
         with torch.no_grad():
-            scores = model(**batch.to(model.device)).logits.float().softmax(dim=-1)
+            scores = model(**batch).logits.float().softmax(dim=-1)
         for row in scores:
             order = row.argsort(descending=True).tolist()
             yield [(model.config.id2label[number], row[number].item()) for number in order]

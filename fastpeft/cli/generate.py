@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +11,10 @@ import typer
 
 from fastpeft.errors import UserError
 
-from .shared import Quiet, Verbose, console, settle_logs
+from .shared import Dtype, Quantization, Quiet, Verbose, console, settle_logs
 
 if TYPE_CHECKING:
+    from fastpeft.generation import Prompt
     from fastpeft.models.tuned import Source
 
 EPILOG = """
@@ -26,25 +26,6 @@ Examples:
 
   echo "What a film!" | fastpeft generate runs/reviews
 """
-
-
-class Quantization(str, Enum):
-    """How the frozen weights are stored."""
-
-    none = "none"
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
-
-
-class Dtype(str, Enum):
-    """What is computed with."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Base = Annotated[str | None, typer.Option(metavar="ID_OR_DIR", help="Base model, if not the adapter's own.")]
@@ -86,54 +67,69 @@ def generate(
     One prompt is answered as it is generated; several, or a file, as JSON lines. Without --prompt and --file the prompt
     is read from standard input.
     """
-    from fastpeft.generation import Generator, Sampling, classify, read_prompts
+    from fastpeft.generation import Generator, PromptEncoder, Sampling, classify
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
 
     if output is not None and (not output.parent.is_dir() or output.is_dir() or output == file):
         raise UserError(f"--output: expected a new file in a folder that is there, got {output}")
-    prompts = _prompts(prompt, file, read_prompts)
+    prompts = _prompts(prompt, file)
     settle_logs(verbose)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     if source.task == "masked-lm":
         raise UserError(f"MODEL: expected a language model or a classifier, got a masked language model: {model}")
     device = pick_device()
+    chosen = pick_dtype(dtype.value, device, "--dtype")
     tokenizer = tuned.load_tokenizer(source)
-    loaded = _loaded(source, device, pick_dtype(dtype.value, device, "--dtype"), quantization, quiet)
     one = len(prompts) == 1 and file is None and output is None
     if source.task == "sequence-classification":
-        if any(not isinstance(text, str) for text in prompts):
-            raise UserError("--file: expected texts for a classifier, got messages")
-        found = classify(loaded, tokenizer, prompts, batch_size)
+        texts = [_text(prompt) for prompt in prompts]
+        loaded = _loaded(source, device, chosen, quantization, quiet)
+        pairs = [prompt.pair for prompt in prompts]
+        found = classify(loaded, tokenizer, texts, pairs, batch_size, source.max_length)
         if one:
             print("\n".join(f"{label}\t{probability:.4f}" for label, probability in next(iter(found))))
             return
-        rows = ({"text": t, "label": f[0][0], "scores": dict(f)} for t, f in zip(prompts, found, strict=True))
-        return _write(rows, output)
+        return _write((_labelled(prompt, scores) for prompt, scores in zip(prompts, found, strict=True)), output)
+    raw = source.chats is False if raw is None else raw
+    encoded = [*map(PromptEncoder(tokenizer, source.config, system=system, raw=raw), prompts)]
+    generator = Generator(_loaded(source, device, chosen, quantization, quiet), tokenizer)
     import torch
 
     torch.manual_seed(seed)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
-    generator = Generator(loaded, tokenizer, system=system, raw=source.chats is False if raw is None else raw)
     if one:
-        return generator.stream(prompts[0], sampling, sys.stdout)
-    answers = generator.answers(prompts, sampling, batch_size)
-    _write(({"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)), output)
+        return generator.stream(encoded[0], sampling, sys.stdout)
+    answers = generator.answers(encoded, sampling, batch_size)
+    _write(({"prompt": p.given, "completion": a} for p, a in zip(prompts, answers, strict=True)), output)
 
 
-def _prompts(prompt: list[str] | None, file: Path | None, read: Any) -> list[Any]:
+def _prompts(prompt: list[str] | None, file: Path | None) -> list[Prompt]:
+    from fastpeft.generation import Prompt, read_prompts
+
     if prompt and file:
         raise UserError("--file: expected it without --prompt, got both")
     if file is not None:
-        return list(read(file))
+        return read_prompts(file)
     if prompt:
-        return prompt
+        return [Prompt(text) for text in prompt]
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("--prompt: expected a prompt, or --file, or text on standard input, got none")
     text = sys.stdin.read().strip()
     if not text:
         raise UserError("--prompt: expected a prompt, or --file, or text on standard input, got none")
-    return [text]
+    return [Prompt(text)]
+
+
+def _text(prompt: Prompt) -> str:
+    if not isinstance(prompt.given, str):
+        raise UserError(f"{prompt.where}: expected a text for a classifier, got messages")
+    return prompt.given
+
+
+def _labelled(prompt: Prompt, scores: list[tuple[str, float]]) -> dict[str, Any]:
+    pair = {} if prompt.pair is None else {"text_pair": prompt.pair}
+    return {"text": prompt.given, **pair, "label": scores[0][0], "scores": dict(scores)}
 
 
 def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization | None, quiet: bool) -> Any:
@@ -144,10 +140,15 @@ def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization 
 
 
 def _write(rows: Any, output: Path | None) -> None:
+    """JSON lines; a file gets its name when it is whole."""
     if output is None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    with output.open("w", encoding="utf-8") as lines:
+    begun = output if output.exists() and not output.is_file() else output.with_name(f"{output.name}.part")
+    with begun.open("w", encoding="utf-8") as lines:
         for row in rows:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+    if begun != output:
+        begun.replace(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fastpeft.config import FastpeftConfig
+from fastpeft.data.chat import short
 from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
@@ -57,7 +59,7 @@ def memorization(
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.responsible.memorization import passages, probe
-    from fastpeft.training.run import prepare
+    from fastpeft.training.run import _fingerprint, prepare
 
     settle_logs(verbose)
     shown = console(quiet)
@@ -66,6 +68,7 @@ def memorization(
         raise UserError(f"RUN: expected the run of a decoder, got task {config.model.task}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     prepared = prepare(config, shown)
+    check_rows(run, config, _fingerprint(prepared.rows))
     shown.print("loading the model", highlight=False)
     device = pick_device()
     model = tuned.load(source, device, pick_dtype("auto", device))
@@ -111,20 +114,26 @@ def groups(
     labels = config.data.labels or []
     if unknown := sorted({str(label) for label in rows["label"]} - set(labels)):
         raise UserError(f"--data: expected labels of the run, {', '.join(labels)}, got {unknown[0]}")
+    texts = words(rows["text"], "text")
+    pairs = [None] * len(texts)
+    if "text_pair" in rows.column_names:  # which may be null
+        words([pair or "" for pair in rows["text_pair"]], "text_pair")
+        pairs = rows["text_pair"]
     console(quiet).print("loading the model", highlight=False)
     device = pick_device()
     model = tuned.load(source, device, pick_dtype("auto", device))
-    pairs = rows["text_pair"] if "text_pair" in rows.column_names else None
-    answers = classify(
-        model, tuned.load_tokenizer(source), rows["text"], batch_size, pairs=pairs, max_length=config.data.max_length
-    )
+    answers = classify(model, tuned.load_tokenizer(source), texts, pairs, batch_size, config.data.max_length)
     guessed = [found[0][0] for found in answers]
     result = by_group([str(name) for name in rows[by]], [str(label) for label in rows["label"]], guessed, by)
     print(json.dumps(result.to_dict()) if as_json else result)
 
 
 def run_config(run: Path, trust_remote_code: bool) -> FastpeftConfig:
-    """The run's configuration as it was resolved, but for its trust in code. Raises UserError where there is none."""
+    """The run's configuration as it was resolved, but for its trust in code and the dtype, which is its machine's.
+
+    Raises:
+        UserError: there is none.
+    """
     path = run.expanduser() / "config.yaml"
     if not path.is_file():
         raise UserError(f"RUN: expected an output folder of fastpeft train, got {run}, which has no config.yaml")
@@ -132,4 +141,22 @@ def run_config(run: Path, trust_remote_code: bool) -> FastpeftConfig:
         config = FastpeftConfig.from_yaml(path)
     except (ValueError, TypeError) as error:
         raise UserError(f"RUN: {path}: {error}") from error
-    return replace(config, model=replace(config.model, trust_remote_code=trust_remote_code))
+    return replace(config, model=replace(config.model, trust_remote_code=trust_remote_code, dtype="auto"))
+
+
+def check_rows(run: Path, config: FastpeftConfig, fingerprint: str) -> None:
+    """Raise UserError if the run was trained on other rows than are there now."""
+    from fastpeft.training.folder import FINGERPRINT
+
+    saved = run.expanduser() / FINGERPRINT
+    if saved.is_file() and saved.read_text().strip() != fingerprint:
+        raise UserError(f"RUN: expected the rows that it was trained on in {config.data.path}, got others")
+
+
+def words(values: Iterable[object], column: str) -> list[str]:
+    """A column's texts. Raises UserError for a row that has something else."""
+    found = list(values)
+    for number, value in enumerate(found, 1):
+        if not isinstance(value, str):
+            raise UserError(f"--data: row {number}, column {column}: expected text, got {short(value)}")
+    return found  # type: ignore[return-value]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fastpeft.cli import app
+from fastpeft.generation import PromptEncoder, read_prompts
 
-from .conftest import SHIPPED, write_rows
+from .conftest import SHIPPED, train, write_rows
 
 NEITHER = "expected a model's folder or its ID on the hub, got"
 NO_MODEL = "MODEL: expected a folder with adapter_config.json or config.json, got"
@@ -86,6 +90,99 @@ def test_a_classifier_answers_with_its_classes(classifier_run: Path, capsys: pyt
     assert [row["label"] for row in rows] == ["bad", "good"]
 
 
+def test_nothing_is_loaded_or_written_where_a_later_prompt_is_wrong(
+    chat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastpeft.models.tuned.load", lambda *_: pytest.fail("loaded"))
+    answer: dict[str, object] = {"messages": [{"role": "assistant", "content": "x"}]}
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say yes."}] * 8 + [answer])
+    (tmp_path / "out.jsonl").write_text("precious")
+    assert run(chat_run, "--file", prompts, "--output", tmp_path / "out.jsonl") == 2
+    wanted = f"fastpeft: --file: {prompts}, line 9: expected messages that end before the answer, got an answer too\n"
+    assert capsys.readouterr().err == wanted
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
+
+
+def test_a_file_gets_its_name_when_it_is_whole(chat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_later(self: object, prompts: object, *_: object) -> Iterator[str]:
+        yield "first"
+        raise RuntimeError("the machine burns")
+
+    words = (chat_run, "-p", "a", "-p", "b", "--output", tmp_path / "out.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("fastpeft.generation.Generator.answers", fails_later)
+        with pytest.raises(RuntimeError, match="burns"):
+            run(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.part"]
+    assert (tmp_path / "out.jsonl.part").read_text() == '{"prompt": "a", "completion": "first"}\n'
+    assert run(*words) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_tools_of_a_row_reach_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ mood }}:{{ messages[-1].content }}"
+    )
+    tools = [{"type": "function", "function": {"name": "lookup", "description": "", "parameters": {}}}]
+    extra: dict[str, object] = {"tools": tools, "chat_template_kwargs": {"mood": "glad"}}
+    rows: list[dict[str, object]] = [{"prompt": "hello", **extra}, {"prompt": "hello", "tools": json.dumps(tools)}]
+    path = write_rows(tmp_path / "prompts.jsonl", [*rows, {"prompt": "hello"}])
+    encode = PromptEncoder(tokenizer, AutoConfig.from_pretrained(SHIPPED))
+    texts = [tokenizer.decode(encode(prompt)) for prompt in read_prompts(path)]
+    assert texts == ["lookup;glad:hello", "lookup;:hello", ":hello"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beyond its 64 positions it has no values."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None, bos_token_id=None)).save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_ends_at_the_model_s_last_position(gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(gpt2), "--raw", "--quiet"]
+    assert app.run([*words, "-p", "hello there " * 4]) == 0
+    assert capsys.readouterr().out.strip()
+    assert app.run([*words, "-p", "hello there " * 4, "-p", "hello", "--batch-size", "2"]) == 0
+    capsys.readouterr()
+    assert app.run([*words, "-p", "hello there " * 64]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("fastpeft: --prompt: expected at most 63 tokens, as the model can take, got ")
+
+
+def test_a_classifier_cuts_long_texts_as_in_training(
+    classifier_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["merge", str(classifier_run), str(tmp_path / "merged"), "--quiet"]) == 0
+    for model in (classifier_run, tmp_path / "merged"):
+        capsys.readouterr()
+        assert run(model, "-p", "it is bad " * 40) == 0
+        assert capsys.readouterr().out.startswith("bad")
+
+
+def test_a_classifier_of_pairs(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [(one, other) for one in ("good", "bad") for other in ("good", "bad")]
+    rows: list[dict[str, object]] = [{"text": "it", "text_pair": one, "label": one} for one, _ in pairs] * 8
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    labels = train(tmp_path / "run", "--model", encoder, "--data", data, "--lr", 1e-2, "--max-steps", 30)
+    asked = write_rows(tmp_path / "asked.jsonl", [rows[0], rows[2], {"text": "it"}])
+    capsys.readouterr()
+    assert run(labels, "--file", asked) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row.get("text_pair"), row["label"]) for row in found[:2]] == [("good", "good"), ("bad", "bad")]
+    assert list(found[0]) == ["text", "text_pair", "label", "scores"] and "text_pair" not in found[2]
+    groups = write_rows(tmp_path / "groups.jsonl", [row | {"of": "a"} for row in (rows[0], rows[2])])
+    groups.write_text(groups.read_text() + '{"text": "it", "text_pair": null, "label": "bad", "of": "b"}\n')
+    assert app.run(["groups", str(labels), "--data", str(groups), "--by", "of", "--quiet"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +193,10 @@ def test_a_classifier_answers_with_its_classes(classifier_run: Path, capsys: pyt
         (["{run}", "--file", "{empty}/y.txt"], "--file: expected a file, got {empty}/y.txt, which is not there"),
         (["{run}", "--file", "{bad}"], "--file: {bad}, line 2: not valid JSON: Expecting value"),
         (["{run}", "--file", "{keys}"], "--file: {keys}, line 1: expected messages, prompt or text, got {{"),
+        (["{run}", "--file", "{pair}"], "--file: {pair}, line 1: expected text_pair as text, got '5' (int)"),
+        (["{run}", "--raw", "-p", ""], "--prompt: expected a prompt, got an empty one"),
+        (["{labels}", "--file", "{chat}"], "--file: {chat}, line 1: expected a text for a classifier, got messages"),
+        (["{run}", "--raw", "--file", "{chat}"], "--file: {chat}, line 1: expected text, because the model has no "),
         (["{run}", "-p", "x", "--system", "s", "--raw"], "--system: expected chats, so a model with a chat template"),
         (["{shipped}", "-p", "x", "--base", "y"], "--base: expected none, because {shipped} is a whole model, got y"),
         (["{run}", "-p", "x", "--base", "y/z/a"], f"--base: {NEITHER} 'y/z/a', which is neither"),
@@ -107,6 +208,7 @@ def test_wrong_input_is_one_line(
     arguments: list[str],
     message: str,
     chat_run: Path,
+    classifier_run: Path,
     encoder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -116,7 +218,12 @@ def test_wrong_input_is_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     (tmp_path / "keys.jsonl").write_text('{"other": 1}\n')
+    (tmp_path / "pair.jsonl").write_text('{"text": "x", "text_pair": 5}\n')
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     names = {
+        "pair": tmp_path / "pair.jsonl",
+        "chat": tmp_path / "chat.jsonl",
+        "labels": classifier_run,
         "run": chat_run,
         "shipped": SHIPPED,
         "encoder": encoder,

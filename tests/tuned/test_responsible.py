@@ -15,6 +15,7 @@ from fastpeft.responsible.memorization import passages
 
 from .conftest import write_rows
 
+NO_TEXT = "expected text, got null"
 NO_RUN = "RUN: expected an output folder of fastpeft train, got"
 NO_CLASSIFIER = "RUN: expected the run of a classifier, got task"
 
@@ -30,6 +31,34 @@ def test_a_run_that_learned_one_answer_by_heart_repeats_it(chat_run: Path, capsy
     assert (found["verbatim"], found["verbatim_base"]) == (1.0, 0.0)
     assert memorization(chat_run, "--prefix", 4, "--tokens", 3, "--fail-above", 0.5) == 1
     assert "repeated word for word               100.0%     0.0%" in capsys.readouterr().out
+
+
+def changed(run: Path, to: Path, old: str, new: str) -> Path:
+    """A copy of a run with other words in its configuration."""
+    to.mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            (to / path.name).write_bytes(path.read_bytes())
+    config = (run / "config.yaml").read_text()
+    assert old in config
+    (to / "config.yaml").write_text(config.replace(old, new))
+    return to
+
+
+def test_a_run_of_another_machine_s_dtype(chat_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = changed(chat_run, tmp_path / "run", "dtype: float32", "dtype: float16")
+    assert memorization(run, "--prefix", 4, "--tokens", 3) == 0
+
+
+def test_other_rows_than_those_of_the_training_are_told(
+    chat_run: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chats.jsonl").write_text(chats.read_text().replace("yes yes yes", "no no no no"))
+    run = changed(chat_run, tmp_path / "run", str(chats), str(tmp_path / "chats.jsonl"))
+    capsys.readouterr()
+    assert memorization(run, "--prefix", 4, "--tokens", 3) == 2
+    wanted = f"RUN: expected the rows that it was trained on in {tmp_path}/chats.jsonl, got others"
+    assert capsys.readouterr().err == f"fastpeft: {wanted}\n"
 
 
 def test_passages_begin_where_something_is_learned() -> None:
@@ -73,6 +102,7 @@ def test_the_interval_is_wilson_s() -> None:
         (["memorization", "{labels}"], "RUN: expected the run of a decoder, got task sequence-classification"),
         (["groups", "{chat}", "--data", "x.csv", "--by", "of"], f"{NO_CLASSIFIER} causal-lm"),
         (["groups", "{labels}", "--data", "{rows}", "--by", "of"], "--by: expected the column of, got text, label"),
+        (["groups", "{labels}", "--data", "{null}", "--by", "of"], f"--data: row 2, column text: {NO_TEXT}"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(
@@ -84,6 +114,8 @@ def test_wrong_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "it", "label": "good"}])
-    names = {"tmp": tmp_path, "chat": chat_run, "labels": classifier_run, "rows": rows}
+    nulls: list[dict[str, object]] = [{"text": text, "label": "good", "of": "a"} for text in ("it", None)]
+    names = {"null": write_rows(tmp_path / "null.jsonl", nulls)}
+    names |= {"tmp": tmp_path, "chat": chat_run, "labels": classifier_run, "rows": rows}
     assert app.run([word.format(**names) for word in arguments]) == 2
     assert capsys.readouterr().err == f"fastpeft: {message.format(**names)}\n"
