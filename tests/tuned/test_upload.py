@@ -26,9 +26,10 @@ def secret_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(SHIPPED, folder / "model")
     turns = [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes yes yes"}]
     data = write_rows(folder / "chats.jsonl", [{"messages": turns}] * 4)
+    other = write_rows(folder / "others.jsonl", [{"messages": [{"role": "user", "content": "Again."}, turns[1]]}])
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     (folder / "template.jinja").write_text(template)
-    words = ("--model", folder / "model", "--data", data, "--eval-path", data, "--max-steps", 1, "--max-length", 32)
+    words = ("--model", folder / "model", "--data", data, "--eval-path", other, "--max-steps", 1, "--max-length", 32)
     more = ("--chat-template", folder / "template.jinja", "--training.extra.run_name", folder / "name")
     return train(folder / "run", *words, *more, "--data.assistant_only", "false")
 
