@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.models.tasks import auto_class
-from fastpeft.training.run import prepare
+from fastpeft.training.preparing import prepare
 from tests.checkpoints import Checkpoints, write_rows
 
 from .runs import chats, completions, texts, train

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.training.run import Prepared, prepare
+from fastpeft.training.preparing import Prepared, prepare
 from tests.checkpoints import SHIPPED, Checkpoints, write_rows
 
 from .runs import chats, classes, texts
