@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import DataSection, FastpeftConfig
 from fastpeft.data.chat import TEMPLATES, set_template
 from fastpeft.data.encoding import Encoded, encode
 from fastpeft.data.endings import learned_end
 from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
 from fastpeft.data.labels import check_labels, find_labels, named_labels
-from fastpeft.data.rows import is_document, load_rows
+from fastpeft.data.rows import is_document, load_rows, sources
 from fastpeft.errors import UserError
 from fastpeft.models import bases
 from fastpeft.models.adapters import lora_config
@@ -70,6 +70,7 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     raw_evaluation = _rows(config, "eval_path") if data.eval_path or data.eval_split else None
     if raw_evaluation is not None:
         check_columns(raw_evaluation.column_names, kind, evaluated)
+        _check_apart(data, evaluated)
     if task == "sequence-classification":
         data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
         raw = named_labels(raw)
@@ -103,6 +104,12 @@ def _check_evaluation(config: FastpeftConfig) -> None:
         raise UserError(f"data.eval_fraction: expected 0 to below 1, got {data.eval_fraction}")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit: expected at least 1, got {data.limit}")
+
+
+def _check_apart(data: DataSection, key: str) -> None:
+    """Raise UserError if what is evaluated on is trained on too."""
+    if both := sources(data.path, data.split) & sources(data.eval_path or data.path, data.eval_split):
+        raise UserError(f"{key}: expected rows that are not trained on, got {min(both)}")
 
 
 def _rows(config: FastpeftConfig, which: str) -> Any:
