@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,12 @@ class ChatEncoder:
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:i], where, add_generation_prompt=True, **given)[0] if i else ""
                 after, _ = self._render(messages[: i + 1], where, **given)
+                if i:
+                    before, _ = self._render(messages[:i], where, add_generation_prompt=True, **given)
+                else:  # templates do not begin an answer to nothing: it begins where another would differ
+                    other = {**message, "content": "b" if message["content"].strip().startswith("a") else "a"}
+                    before = after[: alike(after, self._render([other], where, **given)[0])]
                 if not after.startswith(before) or not whole.startswith(after):
                     raise UserError(
                         "data.assistant_only: the chat template rewrites earlier turns once later ones follow, so the "
@@ -216,6 +221,12 @@ def tokens_within(
         return any(start < b and end > a for a, b in spans)
 
     return list(encoded["input_ids"]), [within(start, end) for start, end in encoded["offset_mapping"]]
+
+
+def alike(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """With how many equal ones two sequences begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _marked_by_trl(tokenizer: Any) -> str | None:

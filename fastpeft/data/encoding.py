@@ -10,7 +10,7 @@ from typing import Any
 from fastpeft.config import DataSection
 from fastpeft.errors import UserError
 
-from .chat import IGNORED, ChatEncoder, messages_of, short, tokens_within, variables_of
+from .chat import IGNORED, ChatEncoder, alike, messages_of, short, tokens_within, variables_of
 from .kinds import Kind
 
 Row = dict[str, Any]
@@ -148,14 +148,16 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
             if not chat:
                 chat.append(ChatEncoder(tokenizer, assistant_only=True))
             messages = messages_of({"messages": row["prompt"] + row["completion"]}, where)
-            ids, labels = chat[0](messages, where)
-            given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True)
-            shared = next((i for i, pair in enumerate(zip(given, ids, strict=False)) if pair[0] != pair[1]), len(given))
+            variables = variables_of(row, where)
+            ids, labels = chat[0](messages, where, variables)
+            given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True, **variables)
+            shared = alike(given, ids)
             return {"input_ids": ids, "labels": [IGNORED] * shared + labels[shared:]}
         prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
         # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
         span = (len(prompt), len(prompt) + len(completion))
-        ids, learned = tokens_within(tokenizer, prompt + completion, [span])
+        text, options = _without_doubles(tokenizer, prompt + completion)
+        ids, learned = tokens_within(tokenizer, text, [span], **options)
         ids = _without_eos(tokenizer, ids)
         labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=False)]
         return {"input_ids": [*ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
@@ -222,10 +224,16 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """With the special tokens that the tokenizer adds by itself, but not the one that ends a text."""
+    text, options = _without_doubles(tokenizer, text)
+    return _without_eos(tokenizer, list(tokenizer(text, verbose=False, **options)["input_ids"]))
+
+
+def _without_doubles(tokenizer: Any, text: str) -> tuple[str, dict[str, bool]]:
+    """The text without what follows its own end token, and options for the tokenizer: no start where it has its own."""
     if tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip()
     has_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return _without_eos(tokenizer, list(tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]))
+    return text, {"add_special_tokens": not has_start}
 
 
 def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -100,6 +100,12 @@ class TestTemplates:
     def test_one_that_is_unknown_is_told_by_its_growth(self) -> None:
         assert learned(with_template(BRACKETS), chat(*CHAT)) == ["Four.</s>\n", "Welcome.</s>\n"]
 
+    @pytest.mark.parametrize("first", ["Hello.", "  a greeting", "b", ""])
+    def test_a_chat_that_begins_with_the_assistant(self, first: str) -> None:
+        template = "{% if messages[0].role != 'system' %}[system]\nBe good.</s>\n{% endif %}" + BRACKETS
+        turns = [(ASSISTANT, first), (USER, "Two and two?"), (ASSISTANT, "Four.")]
+        assert learned(with_template(template), chat(*turns)) == [f"{first}</s>\n", "Four.</s>\n"]
+
     def test_one_that_trl_knows_is_told_by_its_marks(self) -> None:
         from trl.chat_template_utils import qwen3_chat_template
 

@@ -17,6 +17,11 @@ from fastpeft.errors import UserError
 from tests.checkpoints import characters, wordpieces
 
 END = 1  # </s> of characters()
+OPEN = (
+    "{% for m in messages %}{{ m.content if m.role == 'user' else '=' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+"""An answer is between = and </s>."""
 
 
 def encoded(
@@ -100,6 +105,23 @@ class TestCompletion:
         tokenizer = characters(ends=True)
         [row] = encoded(COMPLETION, "causal-lm", tokenizer, {"prompt": "bb", "completion": "c"}).rows
         assert (words(tokenizer, row["input_ids"]), words(tokenizer, row["labels"])) == ("bbc</s>", "c</s>")
+
+    @pytest.mark.parametrize("prompt", ["b", "<s>b"])
+    @pytest.mark.parametrize("completion", ["c", "c</s>", "c</s>\n"])
+    def test_no_start_and_no_end_comes_twice(self, prompt: str, completion: str) -> None:
+        tokenizer = characters(begins=True)
+        [row] = encoded(COMPLETION, "causal-lm", tokenizer, {"prompt": prompt, "completion": completion}).rows
+        assert (words(tokenizer, row["input_ids"]), words(tokenizer, row["labels"])) == ("<s>bc</s>", "c</s>")
+        [text] = encoded(TEXT, "causal-lm", tokenizer, {"text": prompt + completion}).rows
+        assert text["input_ids"] == row["input_ids"]
+
+    def test_tools_reach_the_template_of_chats(self) -> None:
+        tokenizer = characters()
+        tokenizer.chat_template = "{{ tools[0].name if tools else '' }}>" + OPEN
+        chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+        row = {"prompt": chat[:1], "completion": chat[1:], "tools": [{"name": "add"}]}
+        [found] = encoded(COMPLETION, "causal-lm", tokenizer, row).rows
+        assert (words(tokenizer, found["input_ids"]), words(tokenizer, found["labels"])) == ("add>b=c</s>", "c</s>")
 
     def test_of_chats(self) -> None:
         tokenizer = characters()
