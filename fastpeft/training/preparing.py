@@ -86,7 +86,7 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
         rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
     notes = []
     if template:
-        token, note = _end_of_answers(rows, tokenizer, data.eos_token)
+        token, note = _end_of_answers(rows, tokenizer, data)
         data = replace(data, eos_token=token, chat_template=template)
         notes = [note] if note else []
     dtype = str(pick_dtype(model.dtype, pick_device())).removeprefix("torch.")
@@ -137,16 +137,23 @@ def _set_end(tokenizer: Any, token: str | None) -> None:
     tokenizer.eos_token = token
 
 
-def _end_of_answers(rows: Encoded, tokenizer: Any, wanted: str | None) -> tuple[str | None, str | None]:
+def _end_of_answers(rows: Encoded, tokenizer: Any, data: DataSection) -> tuple[str | None, str | None]:
     """(the token that ends answers if it is not the tokenizer's, a note if it is not learned); sets the tokenizer's."""
-    learned, unlearned = learned_end(rows.rows, tokenizer)
-    if learned is None:
-        after = f", {tokenizer.convert_ids_to_tokens(unlearned)!r}," if unlearned is not None else ""
+    wanted = data.eos_token
+    assert data.max_length is not None
+    end = learned_end(rows.rows, tokenizer, data.max_length)
+    if end.cut:
+        return wanted, (
+            f"the model does not learn to stop: all rows were cut before the end of an answer; raise data.max_length, "
+            f"now {data.max_length}"
+        )
+    if end.learned is None:
+        after = f", {tokenizer.convert_ids_to_tokens(end.unlearned)!r}," if end.unlearned is not None else ""
         return wanted, (
             f"the model does not learn to stop: the chat template does not mark the token that ends an answer{after} "
             "as the assistant's; give data.chat_template one that does, or set data.assistant_only to false"
         )
-    token = tokenizer.convert_ids_to_tokens(learned)
+    token = tokenizer.convert_ids_to_tokens(end.learned)
     if wanted is None and token != tokenizer.eos_token:
         tokenizer.eos_token = wanted = token
     return wanted, None

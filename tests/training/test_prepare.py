@@ -120,6 +120,14 @@ def test_columns_that_nobody_asked_for_do_no_harm(tmp_path: Path) -> None:
     assert ids(prepared(f"data.path={path}").rows) == ids(prepared(f"data.path={plain}").rows)
 
 
+def test_answers_that_were_all_cut_are_not_the_templates_fault(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "many words " * 50}]
+    path = write_rows(tmp_path / "rows.jsonl", *[{"messages": turns}] * 4)
+    note = "the model does not learn to stop: all rows were cut before the end of an answer; raise data.max_length, now"
+    assert prepared(f"data.path={path}", "data.max_length=64").notes == [f"{note} 64"]
+    assert prepared(f"data.path={path}").notes == []
+
+
 def test_renamed_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *[{"review": row["text"], "stars": row["label"]} for row in classes()])
     found = prepared(f"data.path={path}", "data.columns={text: review, label: stars}")
