@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.data.encoding import Encoded
-from fastpeft.errors import Interrupted, RunFailed, UserError
+from fastpeft.errors import Interrupted, UserError
 from fastpeft.models.devices import pick_device, pick_dtype
 
 from . import folder as run_folder
@@ -67,6 +67,8 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     """All that can be told about a run before its model is loaded; writes nothing. Arguments and errors as train's."""
     check(config)
     target = Path(config.training.output_dir).expanduser()
+    if config.model.name and Path(config.model.name).expanduser().resolve() == target.resolve():
+        raise UserError(f"training.output_dir: expected another folder than model.name, got {target}")
     checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
     if resume and config.training.extra.get("save_only_model"):
         raise UserError("--resume: expected checkpoints with the optimizer's state, got save_only_model")
@@ -74,11 +76,13 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     fingerprint = _fingerprint(prepared.rows)
     if checkpoint is not None:
         run_folder.check_same(prepared.config, target)
-        _check_fingerprint(target, fingerprint)
+        run_folder.check_data(target, fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     evaluates = prepared.evaluation is not None
     arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
+    if checkpoint is not None:
+        run_folder.check_processes(target, arguments.world_size)
     return Ready(prepared, arguments, checkpoint, fingerprint)
 
 
@@ -110,12 +114,10 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first:
         if overwrite:
             run_folder.clear(target)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / run_folder.CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        (target / run_folder.FINGERPRINT).write_text(ready.fingerprint + "\n")
+        run_folder.begin(target, config, ready.fingerprint, ready.arguments.world_size)
     with stop, progress, PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _check_finite(model, nan.step)
+    nan.check(model)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = run_folder.last_checkpoint(target)
         assert saved is not None
@@ -149,16 +151,6 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first and config.training.push_to_hub:
         upload(target, config)
     return outcome
-
-
-def _check_finite(model: Any, step: int | None) -> None:
-    """Raise RunFailed if the loss, or what was trained, is no number any more."""
-    if step is None and all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        return
-    where = f"the loss of step {step}" if step is not None else "what was trained"
-    raise RunFailed(
-        f"{where} is no number, so no adapter was saved; try a lower training.learning_rate, or model.dtype float32"
-    )
 
 
 def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:
@@ -203,9 +195,3 @@ def _fingerprint(rows: Encoded) -> str:
             for value in values:
                 digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
     return digest.hexdigest()
-
-
-def _check_fingerprint(target: Path, fingerprint: str) -> None:
-    saved = target / run_folder.FINGERPRINT
-    if saved.is_file() and saved.read_text().strip() != fingerprint:
-        raise UserError("data.path: expected the rows that the run to resume began with, got others")

@@ -197,6 +197,18 @@ TRAINING = [
         **{"mine/README.md": "My notes."},
     ),
     option(
+        "folder-of-a-model",
+        "--output-dir mine --overwrite",
+        "training.output_dir: expected a folder of a run or a new one, got a model's: mine",
+        **{"mine/config.json": "{}", "mine/model-00001-of-00002.safetensors": ""},
+    ),
+    option(
+        "folder-of-the-model",
+        "--model ./mine --output-dir more/../mine",
+        "training.output_dir: expected another folder than model.name, got more/../mine",
+        **{"mine/config.json": "{}", "mine/model.bin": "", "more/notes": ""},
+    ),
+    option(
         "holds-a-run",
         "--output-dir done",
         "training.output_dir: done holds a run already: --resume goes on with it, --overwrite replaces it",
