@@ -81,7 +81,9 @@ class LoraSection:
     r: int = option(16, "Rank of the adapter.")
     alpha: float = option(32.0, "lora_alpha: the adapter is scaled by alpha / r.")
     dropout: float = option(0.0, "lora_dropout.")
-    target_modules: str | list[str] = option("all-linear", "Names, a regular expression, or all-linear.")
+    target_modules: str | list[str] = option(
+        "all-linear", "Names (a list, or a,b), a regular expression, or all-linear."
+    )
     exclude_modules: list[str] = option(list, "Names to leave out.")
     modules_to_save: list[str] = option(list, "Modules trained and saved whole.")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")

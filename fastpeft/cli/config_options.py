@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,9 +39,23 @@ class ConfigCommand(TyperCommand):
                 continue
             key = key_of(name) or ctx.fail(_unknown(name, own))
             text = value if equals else _value(key, waiting, ctx, given)
+            if "list" in str(keys()[key].kind if key in keys() else "") and _goes_on(waiting):
+                ctx.fail(
+                    f"{given}: expected one value, got {text} {waiting[0]}; write several as [{text}, {waiting[0]}]"
+                )
             settings.append(f"{key}={_quoted(text) if _is_text(key) and text != 'null' else text}")
         ctx.obj = settings
         return super().parse_args(ctx, rest)
+
+
+def _goes_on(waiting: list[str]) -> bool:
+    """Whether the next word is one more value, as other tools have lists, and no configuration file."""
+    return (
+        bool(waiting)
+        and not waiting[0].startswith("-")
+        and not Path(waiting[0]).suffix
+        and not Path(waiting[0]).exists()
+    )
 
 
 def _is_text(key: str) -> bool:

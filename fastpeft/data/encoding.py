@@ -24,17 +24,31 @@ class Encoded:
         rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
             number for a class), and attention_mask where the model's encoder wants one.
         cut: how many were longer than max_length.
-        dropped: how many had nothing left to learn after that.
+        dropped: how many had nothing left to learn after that, and are not among `rows`.
         tokens: in all rows.
+        were_cut: for each of `rows`, whether it was longer than max_length.
     """
 
     rows: Any
     cut: int
     dropped: int
     tokens: int
+    were_cut: tuple[bool, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
+        """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
+        import datasets
+
+        marks = datasets.Dataset.from_dict({"cut": self.were_cut}).train_test_split(test_size=count, seed=seed)
+        parts = self.rows.train_test_split(test_size=count, seed=seed)  # the same rows, because only the seed draws
+        first, second = (tuple(marks[name]["cut"]) for name in ("train", "test"))
+        return (
+            Encoded(parts["train"], self.cut - sum(second), self.dropped, _tokens(parts["train"]), first),
+            Encoded(parts["test"], sum(second), 0, _tokens(parts["test"]), second),
+        )
 
 
 def encode(
@@ -62,7 +76,8 @@ def encode(
     if document and kind.name == "text":
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
         with _in_temporary_files():
-            return _counted(rows.map(divide, batched=True, batch_size=1, **options).filter(learns), 0, 0, limit)
+            blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
+        return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
 
     def one(row: Row, number: int) -> Row:
         encoded = make(row, f"{where}: row {number + 1}")
@@ -72,13 +87,18 @@ def encode(
     with _in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
-    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), len(examples) - len(learnable), limit)
+    dropped = len(examples) - len(learnable)
+    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, tuple(learnable["cut"]))
 
 
-def _counted(rows: Any, cut: int, dropped: int, limit: int) -> Encoded:
+def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...]) -> Encoded:
     if len(rows) == 0:
         raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
-    return Encoded(rows, cut, dropped, sum(map(len, rows["input_ids"])))
+    return Encoded(rows, cut, dropped, _tokens(rows), were_cut)
+
+
+def _tokens(rows: Any) -> int:
+    return sum(map(len, rows["input_ids"]))
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from fastpeft.errors import UserError
 
 from .tasks import PEFT_TASKS
 
-OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
+OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "task_type": "model.task"}
+COMMAS = re.compile(r"[\w.]+(,\s*[\w.]+)+")
+"""Names with commas between; no regular expression that could match a module is like that."""
 
 
 def lora_config(section: LoraSection, task: str) -> Any:
@@ -33,7 +35,7 @@ def lora_config(section: LoraSection, task: str) -> Any:
         "r": section.r,
         "lora_alpha": section.alpha,
         "lora_dropout": section.dropout,
-        "target_modules": section.target_modules,
+        "target_modules": targets(section),
         "exclude_modules": section.exclude_modules or None,
         "modules_to_save": section.modules_to_save or None,
         "use_rslora": section.use_rslora,
@@ -56,6 +58,14 @@ def lora_config(section: LoraSection, task: str) -> Any:
         raise UserError(f"lora: {error}") from error
 
 
+def targets(section: LoraSection) -> str | list[str]:
+    """The modules that get an adapter: names, `a,b` for two, a regular expression, or all-linear."""
+    given = section.target_modules
+    if isinstance(given, str) and COMMAS.fullmatch(given):
+        return [name.strip() for name in given.split(",")]
+    return given
+
+
 def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any:
     """A PEFT model with a fresh adapter; the same for the same seed.
 
@@ -67,7 +77,7 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
 
     config = lora_config(section, task)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(names := getattr(section, key), list):
+        if isinstance(names := targets(section) if key == "target_modules" else getattr(section, key), list):
             _check_names(base, names, f"lora.{key}")
     torch.manual_seed(seed)
     try:

@@ -63,6 +63,8 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
         raise UserError(f"data.packing: expected false for task {task}, got true")
     tokenizer = bases.load_tokenizer(model)
     _set_end(tokenizer, data.eos_token)
+    if data.chat_template is not None and not _is_chat(raw, kind):
+        raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
     template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
     if task == "causal-lm" and tokenizer.eos_token_id is None:
         raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
@@ -163,12 +165,7 @@ def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Enco
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise UserError(f"data.eval_fraction: expected at least one row on either side, got {len(rows)} in all")
-    parts = rows.rows.train_test_split(test_size=count, seed=seed)
-
-    def part(name: str) -> Encoded:
-        return replace(rows, rows=parts[name], tokens=sum(map(len, parts[name]["input_ids"])))
-
-    return part("train"), part("test")
+    return rows.divided(count, seed)
 
 
 def _whole_paths(data: Any) -> Any:

@@ -121,7 +121,10 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = run_folder.last_checkpoint(target)
         assert saved is not None
-        raise Interrupted(stop.received, f"{stop.received.name}: {saved} was saved; --resume goes on from it")
+        further = "--resume goes on from it"
+        if ready.arguments.save_only_model:
+            further = "--resume cannot go on from it, because save_only_model left the optimizer's state out"
+        raise Interrupted(stop.received, f"{stop.received.name}: {saved} was saved; {further}")
     losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     outcome = Outcome(
         base=config.model.name,

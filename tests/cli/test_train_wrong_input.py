@@ -135,6 +135,18 @@ ADAPTERS = [
         "lora.extra.rank_patern: unknown key, did you mean 'rank_pattern'?",
     ),
     option("extra-of-ours", "--lora.extra.lora_alpha 8", "lora.extra.lora_alpha: expected lora.alpha instead"),
+    option("task-type", "--lora.extra.task_type CAUSAL_LM", "lora.extra.task_type: expected model.task instead"),
+    option(
+        "several-targets",
+        "--lora_target_modules q_proj v_proj",
+        "--lora_target_modules: expected one value, got q_proj v_proj; write several as [q_proj, v_proj]",
+    ),
+    option(
+        "targets-with-commas",
+        "--target-modules q_proj,v_porj",
+        "lora.target_modules: no module has the name 'v_porj', did you mean 'v_proj'?",
+        loads=True,
+    ),
     option(
         "targets",
         "--target-modules [q_porj]",
@@ -282,6 +294,11 @@ TRAINING = [
         "--data chats.jsonl --chat-template chatlm",
         "data.chat_template: expected chatml, plain or a Jinja file, got 'chatlm', did you mean 'chatml'?",
         **CHATS,
+    ),
+    option(
+        "template-without-chats",
+        "--chat-template nonsense",
+        "data.chat_template: expected null for data without chats, got 'nonsense'",
     ),
     option(
         "template-not-there",

@@ -51,6 +51,19 @@ def test_the_held_back_rows_are_drawn_by_the_seed(path: str) -> None:
         assert one.rows.tokens == sum(map(len, trained))
 
 
+def test_what_was_cut_is_counted_where_it_lies(tmp_path: Path) -> None:
+    rows = [{"prompt": "b", "completion": "c" * (90 if number % 2 else 2)} for number in range(19)]
+    path = write_rows(tmp_path / "rows.jsonl", *rows, {"prompt": "b" * 90, "completion": "c"})
+    found = prepared(f"data.path={path}", "data.max_length=16", "data.eval_fraction=0.3")
+    parts = (found.rows, found.evaluation)
+    for part in parts:
+        assert part is not None
+        assert sum(len(row) == 16 for row in ids(part)) == sum(part.were_cut)
+    trained, evaluated = parts
+    assert evaluated is not None and 0 < evaluated.cut == sum(evaluated.were_cut) < 9
+    assert (trained.cut + evaluated.cut, trained.dropped, evaluated.dropped) == (10, 1, 0)
+
+
 def test_evaluation_rows_of_another_kind_of_file(path: str) -> None:
     datasets.Dataset.from_list(texts(3)).to_csv("held.csv")
     found = prepared(f"data.path={path}", "data.eval_path=held.csv")
