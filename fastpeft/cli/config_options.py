@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fastpeft.config_keys import key_of, keys, nearest_key
+from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
 from fastpeft.structured import type_name
 
 SWITCHED = ("true", "false", "yes", "no", "on", "off")
@@ -83,6 +83,8 @@ def _unknown(name: str, own: set[str]) -> str:
     if ending:
         return f"--{name}: expected one of {', '.join(f'--{key}' for key in ending)}, got their last part alone"
     words = [option.removeprefix("--") for option in own]
+    if name in ELSEWHERE:
+        return f"--{name}: no such option, did you mean --{ELSEWHERE[name].removeprefix('--')}?"
     near = difflib.get_close_matches(name, words, n=1)
     likely = near[0] if near else nearest_key(name)
     return f"--{name}: no such option" + (f", did you mean --{likely}?" if likely else "; --help lists all")
