@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
+from fastpeft.hints import nearest
 from fastpeft.structured import build, unknown_key
 from fastpeft.yaml_loading import parse_yaml
 
@@ -168,7 +168,7 @@ class FastpeftConfig:
             data = {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in data.items()}
             sections = [section.name for section in fields(cls)]
             for name in map(str, data):
-                near_a_section = name not in ELSEWHERE and difflib.get_close_matches(name, sections, n=1)
+                near_a_section = name not in ELSEWHERE and nearest(name, sections)
                 key = None if name in sections else key_of(name) or (None if near_a_section else nearest_key(name))
                 if key is not None:
                     raise ValueError(f"{name}: unknown key, did you mean {key!r}?")

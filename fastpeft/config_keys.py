@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
+
+from fastpeft.hints import nearest
 
 OTHER_NAMES = {
     "model": "model.name",
@@ -154,5 +155,5 @@ def nearest_key(name: str) -> str | None:
     """The key, or option, that a user most likely meant; None if none is near."""
     if (key := key_of(name) or ELSEWHERE.get(name.replace("-", "_"))) is not None:
         return key
-    near = difflib.get_close_matches(name, [*keys(), *(key.rpartition(".")[2] for key in keys())], n=1)
-    return key_of(near[0]) or near[0] if near else None
+    near = nearest(name, [*keys(), *(key.rpartition(".")[2] for key in keys())])
+    return key_of(near) or near if near else None

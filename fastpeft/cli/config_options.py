@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
+from fastpeft.hints import nearest
 from fastpeft.structured import type_name
 
 SWITCHED = ("true", "false", "yes", "no", "on", "off")
@@ -85,8 +85,7 @@ def _unknown(name: str, own: set[str]) -> str:
     words = [option.removeprefix("--") for option in own]
     if name in ELSEWHERE:
         return f"--{name}: no such option, did you mean --{ELSEWHERE[name].removeprefix('--')}?"
-    near = difflib.get_close_matches(name, words, n=1)
-    likely = near[0] if near else nearest_key(name)
+    likely = nearest(name, words) or nearest_key(name)
     return f"--{name}: no such option" + (f", did you mean --{likely}?" if likely else "; --help lists all")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean
 
 TEMPLATES = {path.stem: path for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 """Shipped ones by name. Both mark the assistant's words and end them with the tokenizer's end-of-sequence token."""
@@ -41,9 +41,7 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
     path = TEMPLATES.get(wanted) or Path(wanted).expanduser()
     known = ", ".join(sorted(TEMPLATES))
     if not path.is_file():
-        near = difflib.get_close_matches(wanted, TEMPLATES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{hint}")
+        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{did_you_mean(wanted, TEMPLATES)}")
     if tokenizer.eos_token is None:
         raise UserError(f"{key}: expected a tokenizer with an end-of-sequence token, got one without")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean, nearest
 from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
@@ -195,9 +195,7 @@ def _pick(splits: Iterable[str], split: str | None, key: str) -> str:
         return names[0]
     split = split or "train"
     if split not in names:
-        near = difflib.get_close_matches(split, names, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: expected one of {', '.join(names)}, got {split!r}{hint}")
+        raise UserError(f"{key}: expected one of {', '.join(names)}, got {split!r}{did_you_mean(split, names)}")
     return split
 
 
@@ -207,8 +205,8 @@ def _looks_local(path: str) -> bool:
 
 def _near(path: Path) -> str:
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = nearest(path.name, names)
+    return f"; did you mean {path.with_name(near)}?" if near else ""
 
 
 def _wrong_json(file: str) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import fields
 from typing import Any
 
 from fastpeft.config import LoraSection
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean
 
 from .tasks import PEFT_TASKS
 
@@ -49,8 +49,7 @@ def lora_config(section: LoraSection, task: str) -> Any:
         if name in given:
             raise UserError(f"lora.extra.{name}: expected {OURS.get(name, f'lora.{name}')} instead")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ", and PEFT's LoraConfig has none of this name"
+            hint = did_you_mean(name, known) or ", and PEFT's LoraConfig has none of this name"
             raise UserError(f"lora.extra.{name}: unknown key{hint}")
     try:
         return LoraConfig(**given, **section.extra)
@@ -98,8 +97,8 @@ def _check_names(base: Any, names: list[str], key: str) -> None:
 
 def _hint(base: Any, name: str | list[str]) -> str:
     projections = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if _is_projection(module)})
-    near = difflib.get_close_matches(name, projections, n=1) if isinstance(name, str) else []
-    return f", did you mean {near[0]!r}?" if near else f"; the projections are {', '.join(projections)}"
+    near = did_you_mean(name, projections) if isinstance(name, str) else ""
+    return near or f"; the projections are {', '.join(projections)}"
 
 
 def _is_projection(module: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
+from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
 
 from .tasks import auto_class
@@ -44,8 +44,8 @@ def checked_name(name: str, key: str = "model.name", marks: tuple[str, ...] = ("
             raise UserError(f"{key}: expected a folder with a {' or '.join(marks)}, got {name}")
         return str(folder.resolve())
     if folder.exists() or not HUB_ID.fullmatch(name):
-        near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
-        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        near = nearest(folder.name, _names_in(folder.parent))
+        hint = f"; did you mean {folder.with_name(near)}?" if near else ""
         raise UserError(f"{key}: expected a model's folder or its ID on the hub, got {name!r}, which is neither{hint}")
     return name
 
