@@ -30,10 +30,10 @@ class Kind:
         return " + ".join(self.columns)
 
 
-CHAT = Kind("chat", ("messages",), ("causal-lm",))
-SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",))
+CHAT = Kind("chat", ("messages",), ("causal-lm",), ("system",))
+SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",), ("system",))
 COMPLETION = Kind("completion", ("prompt", "completion"), ("causal-lm", "seq2seq-lm"))
-ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input",))
+ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input", "system", "history"))
 LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
 TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
 KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)

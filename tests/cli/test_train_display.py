@@ -24,11 +24,12 @@ ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 def settings(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     rows = write_rows("texts.jsonl", *ROWS)
+    write_rows("held.jsonl", *ROWS)
     return ["train", "--model", checkpoints["llama"], "--data", rows, "--batch-size", "2", "--output-dir", "out"]
 
 
 def test_lines_without_a_terminal(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    answer = run(capsys, *settings, "--epochs", "3", "--logging-steps", "2", "--eval-path", "texts.jsonl")
+    answer = run(capsys, *settings, "--epochs", "3", "--logging-steps", "2", "--eval-path", "held.jsonl")
     assert answer.code == 0 and re.fullmatch(RESULT.format(steps=12), answer.out)
     shown = re.sub(r"\d+\.\d{3}", "0.000", re.sub(r"\d+ s$", "0 s", answer.err, flags=re.MULTILINE))
     steps = [f"training: step {step}/12, loss 0.000, 0 s" for step in (1, 2, 4, 6, 8, 10, 12)]
