@@ -52,7 +52,15 @@ class Encoded:
 
 
 def encode(
-    rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, *, document: bool = False, where: str = "data"
+    rows: Any,
+    kind: Kind,
+    task: str,
+    tokenizer: Any,
+    data: DataSection,
+    *,
+    document: bool = False,
+    where: str = "data",
+    seen: Callable[[int], None] = lambda count: None,
 ) -> Encoded:
     """Encode all rows.
 
@@ -64,6 +72,7 @@ def encode(
         data: lengths and labels.
         document: rows are whole texts, to be divided into blocks of max_length rather than cut.
         where: what messages call the data.
+        seen: told how many rows are done, a hundred times or after each.
 
     Raises:
         UserError: a row is not what its column should be (its number is named), or nothing is left to learn.
@@ -79,7 +88,11 @@ def encode(
             blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
         return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
 
+    every = max(1, len(rows) // 100)
+
     def one(row: Row, number: int) -> Row:
+        if number % every == 0:
+            seen(number)
         encoded = make(row, f"{where}: row {number + 1}")
         cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
         return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}

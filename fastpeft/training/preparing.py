@@ -20,6 +20,7 @@ from fastpeft.models import bases
 from fastpeft.models.adapters import lora_config
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.models.tasks import resolve_task
+from fastpeft.progress import count
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
         raw = named_labels(raw)
         raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
         check_labels(data.labels or [])
-    console.print("reading the data", highlight=False)
-    rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path))
+    with count(console, "reading the data", len(raw)) as seen:
+        rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path), seen=seen)
     evaluation = None
     if raw_evaluation is not None:
         document = is_document(data.eval_path or data.path)

@@ -204,6 +204,13 @@ def test_masked_rows_without_a_known_word_are_left_out() -> None:
     assert found.rows.column_names == ["input_ids", "token_type_ids", "attention_mask"]
 
 
+@pytest.mark.parametrize(("count", "told"), [(3, [0, 1, 2]), (250, [*range(0, 250, 2)])])
+def test_how_far_it_is(count: int, told: list[int]) -> None:
+    rows, seen = datasets.Dataset.from_list([{"text": "some"}] * count), list[int]()
+    encode(rows, TEXT, "causal-lm", characters(), DataSection(max_length=8), seen=seen.append)
+    assert seen == told
+
+
 def test_nothing_is_left_beside_the_data(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"text": "some"}] * 10).save_to_disk(tmp_path / "saved")
     before = sorted(os.listdir(tmp_path / "saved"))
