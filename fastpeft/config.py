@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fastpeft.config_keys import key_of, nearest_key
+from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
+from fastpeft.hints import nearest
 from fastpeft.structured import build, unknown_key
 from fastpeft.yaml_loading import parse_yaml
 
@@ -81,7 +81,9 @@ class LoraSection:
     r: int = option(16, "Rank of the adapter.")
     alpha: float = option(32.0, "lora_alpha: the adapter is scaled by alpha / r.")
     dropout: float = option(0.0, "lora_dropout.")
-    target_modules: str | list[str] = option("all-linear", "Names, a regular expression, or all-linear.")
+    target_modules: str | list[str] = option(
+        "all-linear", "Names (a list, or a,b), a regular expression, or all-linear."
+    )
     exclude_modules: list[str] = option(list, "Names to leave out.")
     modules_to_save: list[str] = option(list, "Modules trained and saved whole.")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")
@@ -166,10 +168,14 @@ class FastpeftConfig:
             data = {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in data.items()}
             sections = [section.name for section in fields(cls)]
             for name in map(str, data):
-                near_a_section = difflib.get_close_matches(name, sections, n=1)
+                near_a_section = name not in ELSEWHERE and nearest(name, sections)
                 key = None if name in sections else key_of(name) or (None if near_a_section else nearest_key(name))
-                if key is not None and "." in key:
+                if key is not None:
                     raise ValueError(f"{name}: unknown key, did you mean {key!r}?")
+            for section, values in data.items():
+                for name in values if section in sections and isinstance(values, dict) else ():
+                    if name in ELSEWHERE and f"{section}.{name}" not in keys():
+                        raise ValueError(f"{section}.{name}: unknown key, did you mean {ELSEWHERE[name]!r}?")
         return build(cls, data)
 
     @classmethod

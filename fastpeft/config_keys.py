@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
+
+from fastpeft.hints import nearest
 
 OTHER_NAMES = {
     "model": "model.name",
@@ -22,6 +23,90 @@ OTHER_NAMES = {
     "lora_target_modules": "lora.target_modules",
 }
 """Short names, and those of TRL's command line. A key's last part alone will do too where no other key has the same."""
+ELSEWHERE = {
+    "datasets": "data.path",
+    "dataset": "data.path",
+    "dataset_dir": "data.path",
+    "dataset_config": "data.name",
+    "dataset_train_split": "data.split",
+    "test_datasets": "data.eval_path",
+    "eval_dataset": "data.eval_path",
+    "dataset_test_split": "data.eval_split",
+    "val_set_size": "data.eval_fraction",
+    "val_size": "data.eval_fraction",
+    "dataset_text_field": "data.columns",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "neat_packing": "data.packing",
+    "template": "data.chat_template",
+    "chat_template_jinja": "data.chat_template",
+    "chat_template_path": "data.chat_template",
+    "special_tokens": "data.eos_token",
+    "train_on_inputs": "data.assistant_only",
+    "train_on_prompt": "data.assistant_only",
+    "assistant_only_loss": "data.assistant_only",
+    "max_samples": "data.limit",
+    "base_model": "model.name",
+    "revision_of_model": "model.revision",
+    "model_revision": "model.revision",
+    "load_in_8bit": "model.quantization",
+    "quantization_type": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "double_quantization": "model.double_quant",
+    "use_bnb_nested_quant": "model.double_quant",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "flash_attn": "model.attention",
+    "adapter": "method",
+    "finetuning_type": "method",
+    "load_in_4bit": "method",
+    "quantization_bit": "method",
+    "quantization_method": "method",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "additional_target": "lora.modules_to_save",
+    "peft_use_dora": "lora.use_dora",
+    "peft_use_rslora": "lora.use_rslora",
+    "peft_init_lora_weights": "lora.init_lora_weights",
+    "pissa_init": "lora.init_lora_weights",
+    "pissa_iter": "lora.init_lora_weights",
+    "lora_rank_pattern": "lora.extra.rank_pattern",
+    "lora_alpha_pattern": "lora.extra.alpha_pattern",
+    "peft_layers_to_transform": "lora.extra.layers_to_transform",
+    "lora_qkv_kernel": "acceleration.enabled",
+    "lora_o_kernel": "acceleration.enabled",
+    "lora_mlp_kernel": "acceleration.enabled",
+    "disable_gradient_checkpointing": "memory.gradient_checkpointing",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "eval_batch_size": "training.per_device_eval_batch_size",
+    "num_epochs": "training.num_train_epochs",
+    "optimizer": "training.optim",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "warmup_ratio": "training.warmup_steps",
+    "evals_per_epoch": "training.eval_steps",
+    "eval_strategy": "training.eval_steps",
+    "saves_per_epoch": "training.save_steps",
+    "wandb_project": "training.report_to",
+    "wandb_name": "training.extra.run_name",
+    "run_name": "training.extra.run_name",
+    "tf32": "training.extra.tf32",
+    "optim_args": "training.extra.optim_args",
+    "neftune_noise_alpha": "training.extra.neftune_noise_alpha",
+    "group_by_length": "training.extra.train_sampling_strategy",
+    "resume_from_checkpoint": "--resume",
+    "auto_resume_from_checkpoints": "--resume",
+    "overwrite_output_dir": "--overwrite",
+}
+"""Names of Axolotl, LLaMA-Factory and TRL, and where to look here instead: values and defaults may differ.
+
+docs/how-to/from-axolotl-llama-factory.md says how.
+"""
 
 
 class Key(NamedTuple):
@@ -67,8 +152,8 @@ def key_of(name: str) -> str | None:
 
 
 def nearest_key(name: str) -> str | None:
-    """The key that a user most likely meant; None if none is near."""
-    if (key := key_of(name)) is not None:
+    """The key, or option, that a user most likely meant; None if none is near."""
+    if (key := key_of(name) or ELSEWHERE.get(name.replace("-", "_"))) is not None:
         return key
-    near = difflib.get_close_matches(name, [*keys(), *(key.rpartition(".")[2] for key in keys())], n=1)
-    return key_of(near[0]) or near[0] if near else None
+    near = nearest(name, [*keys(), *(key.rpartition(".")[2] for key in keys())])
+    return key_of(near) or near if near else None

@@ -33,6 +33,23 @@ def stage(console: Console, title: str, steps: int | None = None) -> Iterator[Li
 
 
 @contextmanager
+def count(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is gone when the body ends; the title alone on a line where there is no terminal.
+
+    Yields:
+        What takes how many are done.
+    """
+    if not console.is_terminal or console.quiet:
+        console.print(title, highlight=False)
+        yield lambda done: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
+    with Progress(*columns, console=console, refresh_per_second=4, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
 def _bar(console: Console, title: str, steps: int | None) -> Iterator[Listener]:
     columns: list[Any] = [SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<12}")]
     if steps is not None:

@@ -5,11 +5,12 @@ Understood as field types: bool, int, float, str, Any, None, Literal, unions, li
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fastpeft.hints import did_you_mean
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def convert(kind: Any, value: Any, key: str) -> Any:
         return _convert_union(arguments, value, key)
     if origin is Literal:
         if value not in arguments or type(value) not in {type(argument) for argument in arguments}:
-            raise ValueError(f"{key}: expected {type_name(kind)}, got {value!r}{_nearest(value, arguments)}")
+            raise ValueError(f"{key}: expected {type_name(kind)}, got {value!r}{did_you_mean(value, arguments)}")
         return value
     if origin is list:
         _require(isinstance(value, list), kind, value, key)
@@ -68,7 +69,7 @@ def convert(kind: Any, value: Any, key: str) -> Any:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """The message for a key that is not one of `known`."""
-    return f"{key}: unknown key{_nearest(key, known) or ', expected one of ' + ', '.join(known)}"
+    return f"{key}: unknown key{did_you_mean(key, known) or ', expected one of ' + ', '.join(known)}"
 
 
 def type_name(kind: Any) -> str:
@@ -106,11 +107,6 @@ def _require(right: bool, kind: Any, value: Any, key: str) -> None:
 
 def _described(value: Any) -> str:
     return "null" if value is None else f"{value!r} ({type(value).__name__})"
-
-
-def _nearest(value: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _join(key: str, name: Any) -> str:

@@ -69,12 +69,13 @@ def wordpieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=inputs, **special)
 
 
-def characters(*, trim_offsets: bool = False, ends: bool = False) -> PreTrainedTokenizerFast:
+def characters(*, trim_offsets: bool = False, ends: bool = False, begins: bool = False) -> PreTrainedTokenizerFast:
     """Bytes, and runs of spaces, newlines and "ing" in one token.
 
     Args:
         trim_offsets: leave spaces out of the tokens' offsets, as GPT-NeoX's tokenizer does.
         ends: put the end-of-sequence token behind every text, as T5's does.
+        begins: put the beginning-of-sequence token before every text, as Llama's does.
     """
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("Ċ", "Ċ"), ("i", "n"), ("in", "g"), ("Ġ", "a")]
@@ -84,6 +85,8 @@ def characters(*, trim_offsets: bool = False, ends: bool = False) -> PreTrainedT
     inner.decoder = ByteLevel()
     if ends:
         inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    elif begins:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     elif trim_offsets:
         inner.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     return PreTrainedTokenizerFast(

@@ -16,7 +16,6 @@ Exit code: 0 when all parts passed, 1 when one did not, 2 when there is no GPU.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from fastpeft.bench.parts import Outcome, Part, Run, discover, run_part, supervise
 from fastpeft.bench.records import source_state
+from fastpeft.hints import nearest
 
 DEPTHS = ("quick", "default", "full")
 _ASK_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -93,8 +93,8 @@ def slug(name: str) -> str:
 def _chosen(parser: argparse.ArgumentParser, parts: dict[str, Part], only: list[str] | None) -> list[Part]:
     for name in only or ():
         if name not in parts:
-            near = difflib.get_close_matches(name, parts, n=1)
-            parser.error(f"--only: expected one of {', '.join(parts)}, got {name}" + (f"; {near[0]}?" if near else ""))
+            near = nearest(name, parts)
+            parser.error(f"--only: expected one of {', '.join(parts)}, got {name}" + (f"; {near}?" if near else ""))
     return [part for name, part in parts.items() if not only or name in only]
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from fastpeft.config_keys import key_of, keys, nearest_key
+from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
+from fastpeft.hints import nearest
 from fastpeft.structured import type_name
 
 SWITCHED = ("true", "false", "yes", "no", "on", "off")
@@ -38,9 +39,23 @@ class ConfigCommand(TyperCommand):
                 continue
             key = key_of(name) or ctx.fail(_unknown(name, own))
             text = value if equals else _value(key, waiting, ctx, given)
+            if "list" in str(keys()[key].kind if key in keys() else "") and _goes_on(waiting):
+                ctx.fail(
+                    f"{given}: expected one value, got {text} {waiting[0]}; write several as [{text}, {waiting[0]}]"
+                )
             settings.append(f"{key}={_quoted(text) if _is_text(key) and text != 'null' else text}")
         ctx.obj = settings
         return super().parse_args(ctx, rest)
+
+
+def _goes_on(waiting: list[str]) -> bool:
+    """Whether the next word is one more value, as other tools have lists, and no configuration file."""
+    return (
+        bool(waiting)
+        and not waiting[0].startswith("-")
+        and not Path(waiting[0]).suffix
+        and not Path(waiting[0]).exists()
+    )
 
 
 def _is_text(key: str) -> bool:
@@ -68,8 +83,9 @@ def _unknown(name: str, own: set[str]) -> str:
     if ending:
         return f"--{name}: expected one of {', '.join(f'--{key}' for key in ending)}, got their last part alone"
     words = [option.removeprefix("--") for option in own]
-    near = difflib.get_close_matches(name, words, n=1)
-    likely = near[0] if near else nearest_key(name)
+    if name in ELSEWHERE:
+        return f"--{name}: no such option, did you mean --{ELSEWHERE[name].removeprefix('--')}?"
+    likely = nearest(name, words) or nearest_key(name)
     return f"--{name}: no such option" + (f", did you mean --{likely}?" if likely else "; --help lists all")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.hints import nearest
 
 from .shared import Quiet, Verbose, console, settle_logs, speaks
 
@@ -93,5 +93,5 @@ def read_config(path: Path | None, settings: list[str], resume: bool) -> Fastpef
 
 def _near(path: Path) -> str:
     names = [file.name for file in path.parent.glob("*.y*ml")]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = nearest(path.name, names)
+    return f"; did you mean {path.with_name(near)}?" if near else ""

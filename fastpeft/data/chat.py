@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean
 
 TEMPLATES = {path.stem: path for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 """Shipped ones by name. Both mark the assistant's words and end them with the tokenizer's end-of-sequence token."""
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
 """ShareGPT's names for roles, and ours."""
 IGNORED = -100
 """The label of a token that is read but not learned, as PyTorch's cross entropy has it."""
@@ -40,9 +49,7 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
     path = TEMPLATES.get(wanted) or Path(wanted).expanduser()
     known = ", ".join(sorted(TEMPLATES))
     if not path.is_file():
-        near = difflib.get_close_matches(wanted, TEMPLATES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{hint}")
+        raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{did_you_mean(wanted, TEMPLATES)}")
     if tokenizer.eos_token is None:
         raise UserError(f"{key}: expected a tokenizer with an end-of-sequence token, got one without")
     try:
@@ -65,10 +72,21 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         given, more = row["instruction"], row.get("input")
         if isinstance(given, str) and more:
             given = f"{given}\n\n{more}" if given else more
-        turns = [{"role": "user", "content": given}, {"role": "assistant", "content": row["output"]}]
+        turns = _exchange(given, row["output"])
+        for pair in reversed(row.get("history") or []):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise UserError(f"{where}, column history: expected pairs of question and answer, got {short(pair)}")
+            turns = _exchange(*pair) + turns
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: expected a list of messages, got {short(turns)}")
-    return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)]
+    messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)]
+    if row.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, _message({"role": "system", "content": row["system"]}, f"{where}, column system"))
+    return messages
+
+
+def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -83,7 +101,20 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     others = {name: value for name, value in others.items() if value is not None}  # Arrow fills in what other rows have
     if not isinstance(content, str) and not others:
         raise UserError(f"{where}: expected content as text, got {short(content)}")
+    if role.lower() == "function_call":
+        content, others = "", {"tool_calls": _calls(content, where), **others}
     return {"role": ROLES.get(role.lower(), role.lower()), "content": content or "", **others}
+
+
+def _calls(text: Any, where: str) -> list[dict[str, Any]]:
+    """ShareGPT's calls of tools, one or a list of them in JSON, in the form that chat templates take."""
+    try:
+        calls = json.loads(text)
+        calls = calls if isinstance(calls, list) else [calls]
+        found = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{where}: expected calls in JSON, with name and arguments, got {short(text)}") from None
+    return [{"type": "function", "function": function} for function in found]
 
 
 def _text_of_part(part: Any, where: str) -> str:
@@ -139,6 +170,8 @@ class ChatEncoder:
             UserError: the template refuses the messages, no turn is the assistant's, or it cannot be told which are.
         """
         given = variables or {}
+        if any(message.get("tool_calls") for message in messages) and "tool_calls" not in self.template:
+            raise UserError(f"{where}: expected a chat template that reads tool_calls, got one that does not")
         if not self.assistant_only:
             ids = self.prompt(messages, where, **given)
             return ids, list(ids)
@@ -186,8 +219,12 @@ class ChatEncoder:
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:i], where, add_generation_prompt=True, **given)[0] if i else ""
                 after, _ = self._render(messages[: i + 1], where, **given)
+                if i:
+                    before, _ = self._render(messages[:i], where, add_generation_prompt=True, **given)
+                else:  # templates do not begin an answer to nothing: it begins where another would differ
+                    other = {**message, "content": "b" if message["content"].strip().startswith("a") else "a"}
+                    before = after[: alike(after, self._render([other], where, **given)[0])]
                 if not after.startswith(before) or not whole.startswith(after):
                     raise UserError(
                         "data.assistant_only: the chat template rewrites earlier turns once later ones follow, so the "
@@ -216,6 +253,12 @@ def tokens_within(
         return any(start < b and end > a for a, b in spans)
 
     return list(encoded["input_ids"]), [within(start, end) for start, end in encoded["offset_mapping"]]
+
+
+def alike(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """With how many equal ones two sequences begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _marked_by_trl(tokenizer: Any) -> str | None:

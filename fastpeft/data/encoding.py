@@ -10,7 +10,7 @@ from typing import Any
 from fastpeft.config import DataSection
 from fastpeft.errors import UserError
 
-from .chat import IGNORED, ChatEncoder, messages_of, short, tokens_within, variables_of
+from .chat import IGNORED, ChatEncoder, alike, messages_of, short, tokens_within, variables_of
 from .kinds import Kind
 
 Row = dict[str, Any]
@@ -24,21 +24,43 @@ class Encoded:
         rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
             number for a class), and attention_mask where the model's encoder wants one.
         cut: how many were longer than max_length.
-        dropped: how many had nothing left to learn after that.
+        dropped: how many had nothing left to learn after that, and are not among `rows`.
         tokens: in all rows.
+        were_cut: for each of `rows`, whether it was longer than max_length.
     """
 
     rows: Any
     cut: int
     dropped: int
     tokens: int
+    were_cut: tuple[bool, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
+        """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
+        import datasets
+
+        marks = datasets.Dataset.from_dict({"cut": self.were_cut}).train_test_split(test_size=count, seed=seed)
+        parts = self.rows.train_test_split(test_size=count, seed=seed)  # the same rows, because only the seed draws
+        first, second = (tuple(marks[name]["cut"]) for name in ("train", "test"))
+        return (
+            Encoded(parts["train"], self.cut - sum(second), self.dropped, _tokens(parts["train"]), first),
+            Encoded(parts["test"], sum(second), 0, _tokens(parts["test"]), second),
+        )
+
 
 def encode(
-    rows: Any, kind: Kind, task: str, tokenizer: Any, data: DataSection, *, document: bool = False, where: str = "data"
+    rows: Any,
+    kind: Kind,
+    task: str,
+    tokenizer: Any,
+    data: DataSection,
+    *,
+    document: bool = False,
+    where: str = "data",
+    seen: Callable[[int], None] = lambda count: None,
 ) -> Encoded:
     """Encode all rows.
 
@@ -50,6 +72,7 @@ def encode(
         data: lengths and labels.
         document: rows are whole texts, to be divided into blocks of max_length rather than cut.
         where: what messages call the data.
+        seen: told how many rows are done, a hundred times or after each.
 
     Raises:
         UserError: a row is not what its column should be (its number is named), or nothing is left to learn.
@@ -62,9 +85,14 @@ def encode(
     if document and kind.name == "text":
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
         with _in_temporary_files():
-            return _counted(rows.map(divide, batched=True, batch_size=1, **options).filter(learns), 0, 0, limit)
+            blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
+        return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
+
+    every = max(1, len(rows) // 100)
 
     def one(row: Row, number: int) -> Row:
+        if number % every == 0:
+            seen(number)
         encoded = make(row, f"{where}: row {number + 1}")
         cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
         return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}
@@ -72,13 +100,18 @@ def encode(
     with _in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
-    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), len(examples) - len(learnable), limit)
+    dropped = len(examples) - len(learnable)
+    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, tuple(learnable["cut"]))
 
 
-def _counted(rows: Any, cut: int, dropped: int, limit: int) -> Encoded:
+def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...]) -> Encoded:
     if len(rows) == 0:
         raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
-    return Encoded(rows, cut, dropped, sum(map(len, rows["input_ids"])))
+    return Encoded(rows, cut, dropped, _tokens(rows), were_cut)
+
+
+def _tokens(rows: Any) -> int:
+    return sum(map(len, rows["input_ids"]))
 
 
 @contextmanager
@@ -148,14 +181,16 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
             if not chat:
                 chat.append(ChatEncoder(tokenizer, assistant_only=True))
             messages = messages_of({"messages": row["prompt"] + row["completion"]}, where)
-            ids, labels = chat[0](messages, where)
-            given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True)
-            shared = next((i for i, pair in enumerate(zip(given, ids, strict=False)) if pair[0] != pair[1]), len(given))
+            variables = variables_of(row, where)
+            ids, labels = chat[0](messages, where, variables)
+            given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True, **variables)
+            shared = alike(given, ids)
             return {"input_ids": ids, "labels": [IGNORED] * shared + labels[shared:]}
         prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
         # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
         span = (len(prompt), len(prompt) + len(completion))
-        ids, learned = tokens_within(tokenizer, prompt + completion, [span])
+        text, options = _without_doubles(tokenizer, prompt + completion)
+        ids, learned = tokens_within(tokenizer, text, [span], **options)
         ids = _without_eos(tokenizer, ids)
         labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=False)]
         return {"input_ids": [*ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
@@ -222,10 +257,16 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """With the special tokens that the tokenizer adds by itself, but not the one that ends a text."""
+    text, options = _without_doubles(tokenizer, text)
+    return _without_eos(tokenizer, list(tokenizer(text, verbose=False, **options)["input_ids"]))
+
+
+def _without_doubles(tokenizer: Any, text: str) -> tuple[str, dict[str, bool]]:
+    """The text without what follows its own end token, and options for the tokenizer: no start where it has its own."""
     if tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip()
     has_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return _without_eos(tokenizer, list(tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]))
+    return text, {"add_special_tokens": not has_start}
 
 
 def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Kind:
         return " + ".join(self.columns)
 
 
-CHAT = Kind("chat", ("messages",), ("causal-lm",))
-SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",))
+CHAT = Kind("chat", ("messages",), ("causal-lm",), ("system",))
+SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",), ("system",))
 COMPLETION = Kind("completion", ("prompt", "completion"), ("causal-lm", "seq2seq-lm"))
-ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input",))
+ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input", "system", "history"))
 LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
 TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
 KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)
@@ -57,11 +57,13 @@ def rename(rows: Any, columns: dict[str, str], key: str = "data.columns") -> Any
     """
     for expected, given in columns.items():
         if expected not in KNOWN:
-            raise UserError(f"{key}.{expected}: expected one of {', '.join(KNOWN)}{_near(expected, KNOWN)}")
+            raise UserError(
+                f"{key}.{expected}: expected one of {', '.join(KNOWN)}{did_you_mean(expected.lower(), KNOWN)}"
+            )
         if given not in rows.column_names:
             raise UserError(
                 f"{key}.{expected}: expected one of {', '.join(rows.column_names)}, got {given!r}"
-                f"{_near(given, rows.column_names)}"
+                f"{did_you_mean(given.lower(), rows.column_names)}"
             )
         first = next(name for name, column in columns.items() if column == given)
         if first != expected:
@@ -107,10 +109,10 @@ def _likely_columns(names: Sequence[str]) -> str:
         for column in kind.columns:
             free = [name for name in names if name not in found.values()]
             usual = [name for name in free if name == column or name.lower() in USUAL.get(column, ())]
-            near = usual or difflib.get_close_matches(column, free, n=1, cutoff=0.7)
-            if not near:
+            near = usual[0] if usual else nearest(column, free, cutoff=0.7)
+            if near is None:
                 break
-            found[column] = near[0]
+            found[column] = near
         else:
             return "{" + ", ".join(f"{column}: {name}" for column, name in found.items() if column != name) + "}"
     return ""
@@ -120,12 +122,3 @@ def check_columns(names: Sequence[str], kind: Kind, key: str) -> None:
     """Raise UserError unless the rows to evaluate on have the columns that are trained on."""
     if not set(kind.columns) <= set(names):
         raise UserError(f"{key}: expected columns {kind}, as data.path has them, got {', '.join(names)}")
-
-
-def _close(name: str, names: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(name.lower(), names, n=1)
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = _close(name, names)
-    return f", did you mean {near[0]!r}?" if near else ""

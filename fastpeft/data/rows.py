@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean, nearest
 from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
@@ -23,6 +25,19 @@ LOADERS = {
 }
 DOCUMENTS = (".txt", ".md")
 """Files that are one text each, of any length."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+"""Words in the names of a folder's files, and the split that each means, as `datasets` has them."""
 
 
 def load_rows(
@@ -32,7 +47,7 @@ def load_rows(
 
     Args:
         path: a file of LOADERS, a folder of such files or saved by `datasets`, or a data set's ID on the hub.
-        split: which split; None for "train", or for all where there are none.
+        split: which split; None for "train", or for all where there are none or only one.
         name: which of a hub data set's configurations.
         key, split_key: the configuration's names for path and split, for messages.
 
@@ -49,7 +64,7 @@ def load_rows(
     if local.is_file():
         rows = _from_file(datasets, local, key)
     elif local.is_dir():
-        rows = _from_folder(datasets, local, key)
+        rows = _from_folder(datasets, local, split, key, split_key)
     elif _looks_local(path):
         raise UserError(f"{key}: expected a file, a folder or a hub ID, got {path}, which is not there{_near(local)}")
     else:
@@ -93,8 +108,27 @@ def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path) ->
         raise UserError(f"{key}: {reason or f'{path} cannot be read as {loader}: {_deepest(error)}'}") from error
 
 
-def _from_folder(datasets: Any, path: Path, key: str) -> Any:
-    if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+def sources(path: str, split: str | None) -> set[str]:
+    """What rows come from, in words that can be compared: files, or a data set and its split."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return {str(local.resolve())}
+    if not local.is_dir():
+        return {f"{path}, {split or 'train'}"}
+    if _saved_by_datasets(local):
+        return {f"{local.resolve()}, {split or 'train'}"}
+    parts = _parts(local, _data_files(local), "")
+    wanted = parts.get(split or "train") or next(iter(parts.values()), [])
+    return {str(file.resolve()) for file in wanted}
+
+
+def _saved_by_datasets(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+
+
+def _from_folder(datasets: Any, path: Path, split: str | None, key: str, split_key: str) -> Any:
+    """A `Dataset`, or a `DatasetDict` with the wanted split."""
+    if _saved_by_datasets(path):
         try:
             return datasets.load_from_disk(str(path))
         except Exception as error:
@@ -105,7 +139,27 @@ def _from_folder(datasets: Any, path: Path, key: str) -> Any:
     kinds = {"tsv" if file.suffix.lower() == ".tsv" else LOADERS[file.suffix.lower()]: None for file in files}
     if len(kinds) > 1:
         raise UserError(f"{key}: expected files of one kind, got {' and '.join(kinds)} in {path}")
-    return _load(datasets, LOADERS[files[0].suffix.lower()], [str(file) for file in files], key, path)
+    parts = _parts(path, files, key)
+    name = _pick(parts, split, split_key) if "" not in parts else ""
+    rows = _load(datasets, LOADERS[files[0].suffix.lower()], [str(file) for file in parts[name]], key, path)
+    return datasets.DatasetDict({name: rows}) if name else rows
+
+
+def _parts(folder: Path, files: list[Path], key: str) -> dict[str, list[Path]]:
+    """A folder's files by split; all of them under "" where none but the training split has a name."""
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.stem.lower())
+        named.setdefault(next((SPLITS[word] for word in words if word in SPLITS), ""), []).append(file)
+    if not named.keys() - {"", "train"}:
+        return {"": files}
+    if "" in named:
+        held = next(files[0] for name, files in named.items() if name not in ("", "train"))
+        raise UserError(
+            f"{key}: expected files that are all named after a split, or none, got {named[''][0].name} beside "
+            f"{held.name} in {folder}"
+        )
+    return named
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -132,12 +186,17 @@ def _one_split(datasets: Any, rows: Any, split: str | None, key: str, path: str)
         if split not in (None, "train"):
             raise UserError(f"{key}: expected none, because {path} has no splits, got {split!r}")
         return rows
+    return rows[_pick(rows, split, key)]
+
+
+def _pick(splits: Iterable[str], split: str | None, key: str) -> str:
+    names = list(splits)
+    if split is None and len(names) == 1:
+        return names[0]
     split = split or "train"
-    if split not in rows:
-        near = difflib.get_close_matches(split, list(rows), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: expected one of {', '.join(rows)}, got {split!r}{hint}")
-    return rows[split]
+    if split not in names:
+        raise UserError(f"{key}: expected one of {', '.join(names)}, got {split!r}{did_you_mean(split, names)}")
+    return split
 
 
 def _looks_local(path: str) -> bool:
@@ -146,8 +205,8 @@ def _looks_local(path: str) -> bool:
 
 def _near(path: Path) -> str:
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = nearest(path.name, names)
+    return f"; did you mean {path.with_name(near)}?" if near else ""
 
 
 def _wrong_json(file: str) -> str | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import fields
 from typing import Any
 
 from fastpeft.config import LoraSection
 from fastpeft.errors import UserError
+from fastpeft.hints import did_you_mean
 
 from .tasks import PEFT_TASKS
 
-OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
+OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "task_type": "model.task"}
+COMMAS = re.compile(r"[\w.]+(,\s*[\w.]+)+")
+"""Names with commas between; no regular expression that could match a module is like that."""
 
 
 def lora_config(section: LoraSection, task: str) -> Any:
@@ -33,7 +35,7 @@ def lora_config(section: LoraSection, task: str) -> Any:
         "r": section.r,
         "lora_alpha": section.alpha,
         "lora_dropout": section.dropout,
-        "target_modules": section.target_modules,
+        "target_modules": targets(section),
         "exclude_modules": section.exclude_modules or None,
         "modules_to_save": section.modules_to_save or None,
         "use_rslora": section.use_rslora,
@@ -47,13 +49,20 @@ def lora_config(section: LoraSection, task: str) -> Any:
         if name in given:
             raise UserError(f"lora.extra.{name}: expected {OURS.get(name, f'lora.{name}')} instead")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ", and PEFT's LoraConfig has none of this name"
+            hint = did_you_mean(name, known) or ", and PEFT's LoraConfig has none of this name"
             raise UserError(f"lora.extra.{name}: unknown key{hint}")
     try:
         return LoraConfig(**given, **section.extra)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"lora: {error}") from error
+
+
+def targets(section: LoraSection) -> str | list[str]:
+    """The modules that get an adapter: names, `a,b` for two, a regular expression, or all-linear."""
+    given = section.target_modules
+    if isinstance(given, str) and COMMAS.fullmatch(given):
+        return [name.strip() for name in given.split(",")]
+    return given
 
 
 def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any:
@@ -67,7 +76,7 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
 
     config = lora_config(section, task)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(names := getattr(section, key), list):
+        if isinstance(names := targets(section) if key == "target_modules" else getattr(section, key), list):
             _check_names(base, names, f"lora.{key}")
     torch.manual_seed(seed)
     try:
@@ -88,8 +97,8 @@ def _check_names(base: Any, names: list[str], key: str) -> None:
 
 def _hint(base: Any, name: str | list[str]) -> str:
     projections = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if _is_projection(module)})
-    near = difflib.get_close_matches(name, projections, n=1) if isinstance(name, str) else []
-    return f", did you mean {near[0]!r}?" if near else f"; the projections are {', '.join(projections)}"
+    near = did_you_mean(name, projections) if isinstance(name, str) else ""
+    return near or f"; the projections are {', '.join(projections)}"
 
 
 def _is_projection(module: Any) -> bool:

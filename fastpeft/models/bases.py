@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
+from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
 
 from .tasks import auto_class
@@ -43,8 +44,8 @@ def checked_name(name: str, key: str = "model.name", marks: tuple[str, ...] = ("
             raise UserError(f"{key}: expected a folder with a {' or '.join(marks)}, got {name}")
         return str(folder.resolve())
     if folder.exists() or not HUB_ID.fullmatch(name):
-        near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
-        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        near = nearest(folder.name, _names_in(folder.parent))
+        hint = f"; did you mean {folder.with_name(near)}?" if near else ""
         raise UserError(f"{key}: expected a model's folder or its ID on the hub, got {name!r}, which is neither{hint}")
     return name
 
@@ -115,9 +116,35 @@ def positions(config: Any) -> int | None:
     """How many tokens the model has positions for; None where there is no such limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        longest -= 2  # their first positions are for padding
-    return longest if isinstance(longest, int) and longest > 0 else None
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    return min([longest, *_positions_behind_padding(config)])
+
+
+def _positions_behind_padding(config: Any) -> list[int]:
+    """For encoders of RoBERTa's kind, whose positions begin behind that of the padding; empty for all others."""
+    import torch
+    from transformers import AutoModel
+    from transformers.models.auto import modeling_auto
+
+    kind = getattr(config, "model_type", "")
+    if getattr(config, "auto_map", None) or kind not in modeling_auto.MODEL_MAPPING_NAMES:
+        return []
+    decoder = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False)
+    if decoder and not encoder:
+        return []
+    try:
+        with torch.device("meta"):  # without any values
+            modules = dict(AutoModel.from_config(copy.deepcopy(config)).named_modules())
+    except Exception:  # of any kind: what is wrong with it is told when it is loaded
+        return []
+    ahead = 1 if "prophetnet" in kind else 0  # how far its decoder looks beyond a token
+    return [
+        module.weight.shape[0] - module.padding_idx - 1 - ahead
+        for name, module in modules.items()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
 
 
 def checked_length(wanted: int | None, config: Any, key: str = "data.max_length") -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastpeft.training.metrics import f1_macro
+
 FEW = 30
 """Fewer rows than this say little about a group."""
 
@@ -85,13 +87,9 @@ def by_group(names: Sequence[str], true: Sequence[str], guessed: Sequence[str], 
 def _group(name: str, pairs: list[tuple[str, str]], labels: list[str]) -> Group:
     count = len(pairs)
     accuracy = sum(true == guessed for true, guessed in pairs) / count
-    scores = []
-    for label in {label for pair in pairs for label in pair}:
-        right = sum(true == guessed == label for true, guessed in pairs)
-        scores.append(2 * right / sum((true == label) + (guessed == label) for true, guessed in pairs))
     low, high = wilson(accuracy, count)
     shares = {label: sum(guessed == label for _, guessed in pairs) / count for label in labels}
-    return Group(name, count, accuracy, low, high, sum(scores) / len(scores), shares)
+    return Group(name, count, accuracy, low, high, f1_macro(*zip(*pairs, strict=True)), shares)
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

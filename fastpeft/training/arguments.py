@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
@@ -86,8 +86,8 @@ def _known_choices(config: FastpeftConfig) -> None:
 
 def _one_of(name: str, value: str, known: list[str]) -> None:
     if value not in known:
-        if near := difflib.get_close_matches(value, known, n=1):
-            raise UserError(f"training.{name}: expected a known name, got {value!r}, did you mean {near[0]!r}?")
+        if near := nearest(value, known):
+            raise UserError(f"training.{name}: expected a known name, got {value!r}, did you mean {near!r}?")
         raise UserError(f"training.{name}: expected one of {', '.join(known)}; got {value!r}")
 
 
@@ -171,8 +171,8 @@ def _check_extra(extra: dict[str, Any], given: dict[str, Any], known: list[str])
         if name in settings:
             raise UserError(f"training.extra.{name}: expected training.{name} instead")
         if name not in known:
-            near = difflib.get_close_matches(name, [*settings, *known], n=1)
-            place = f"training.{near[0]}" if near and near[0] in settings else near[0] if near else ""
+            near = nearest(name, [*settings, *known])
+            place = f"training.{near}" if near in settings else near
             hint = f", did you mean {place!r}?" if near else ", and the trainer's arguments have none of this name"
             raise UserError(f"training.extra.{name}: unknown key{hint}")
         if name in ("use_cpu", "bf16", "fp16", "packing", "max_length", "disable_tqdm", "eval_strategy", "hub_token"):

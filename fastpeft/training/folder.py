@@ -14,8 +14,18 @@ from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
-FINGERPRINT = "data.sha256"
-OWN = (CONFIG, RUN, REPORT, LOSS, FINGERPRINT, "README.md", "adapter_config.json", "adapter_model.safetensors")
+FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
+OWN = (
+    CONFIG,
+    RUN,
+    REPORT,
+    LOSS,
+    FINGERPRINT,
+    PROCESSES,
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
 """What a run writes beside checkpoints, tokenizer and trackers."""
 MAY_CHANGE = {
     "training.output_dir",
@@ -54,6 +64,8 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         if (found := last_checkpoint(folder)) is None:
             raise UserError(f"--resume: expected a checkpoint in training.output_dir, got none in {folder}")
         return found
+    if _holds_a_model(folder):
+        raise UserError(f"training.output_dir: expected a folder of a run or a new one, got a model's: {folder}")
     there = _in_the_way(folder)
     if there and not _is_run(folder):
         raise UserError(f"training.output_dir: expected a folder of a run or a new one, got {folder}, with a {there}")
@@ -62,6 +74,12 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
             f"training.output_dir: {folder} holds a run already: --resume goes on with it, --overwrite replaces it"
         )
     return None
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """A run would change its tokenizer, and put an adapter beside its weights."""
+    weights = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack")
+    return (folder / "config.json").is_file() and any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def _has_something_to_lose(folder: Path) -> bool:
@@ -89,14 +107,29 @@ def clear(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state is the last file of each."""
-    for checkpoint in reversed(_checkpoints(folder)):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None
+    """The newest checkpoint that was written to its end, of numbers only."""
+    found = (checkpoint for checkpoint in reversed(_checkpoints(folder)) if _is_whole(checkpoint))
+    return next((checkpoint for checkpoint in found if _is_finite(checkpoint)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The trainer's state is the last file that is written."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_finite(checkpoint: Path) -> bool:
+    """Older versions saved what a loss that is no number had made of the adapter."""
+    from safetensors import safe_open
+
+    weights = checkpoint / "adapter_model.safetensors"
+    if not weights.is_file():
+        return True
+    with safe_open(weights, "pt") as values:
+        return all(bool(values.get_tensor(name).isfinite().all()) for name in values.keys())  # noqa: SIM118
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -108,20 +141,48 @@ def check_same(config: FastpeftConfig, folder: Path) -> None:
     """Raise UserError if a resumed run's configuration differs in what its steps so far depend on."""
     if not (folder / CONFIG).is_file():
         return
-    saved = FastpeftConfig.from_yaml(folder / CONFIG)
+    try:
+        saved = FastpeftConfig.from_yaml(folder / CONFIG)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: {folder / CONFIG} cannot be read: {error}") from error
     before, now = flat(saved.to_dict()), flat(config.to_dict())
-    for key in now:
-        if key not in MAY_CHANGE and before.get(key) != now[key]:
+    for key in before | now:
+        if key not in MAY_CHANGE and before.get(key) != now.get(key):
             raise UserError(
-                f"{key}: expected {_said(before.get(key))}, as the run to resume has it, got {_said(now[key])}"
+                f"{key}: expected {_said(before.get(key))}, as the run to resume has it, got {_said(now.get(key))}"
             )
 
 
+def begin(folder: Path, config: FastpeftConfig, fingerprint: str, processes: int) -> None:
+    """Write what a run that goes on from here is compared with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    (folder / FINGERPRINT).write_text(f"{fingerprint}\n")
+    (folder / PROCESSES).write_text(f"{processes}\n")
+
+
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Raise UserError if a resumed run's rows are others."""
+    if _written(folder / FINGERPRINT) not in (None, fingerprint):
+        raise UserError("data.path: expected the rows that the run to resume began with, got others")
+
+
+def check_processes(folder: Path, processes: int) -> None:
+    """Raise UserError if a resumed run is trained by more or fewer processes: steps would hold other rows."""
+    if (before := _written(folder / PROCESSES)) not in (None, str(processes)):
+        raise UserError(f"--resume: expected {before} processes, as the run to resume has them, got {processes}")
+
+
+def _written(path: Path) -> str | None:
+    """The line in a file; None if there is no such file, as in runs of older versions."""
+    return path.read_text().strip() if path.is_file() else None
+
+
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"lora": {"r": 8}} as {"lora.r": 8}."""
+    """{"lora": {"r": 8, "extra": {}}} as {"lora.r": 8}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from fastpeft.errors import RunFailed
 from fastpeft.progress import Listener, stage
 
 
@@ -58,19 +59,46 @@ class Progress(TrainerCallback):
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends a training whose loss is no number any more.
+    """Ends a training whose loss, or what it trains, is no number any more; no checkpoint is saved of it.
+
+    It must come after the callbacks that ask for checkpoints.
 
     Attributes:
-        step: the first logged step with such a loss; None if there was none.
+        found: what is no number, in words; None if all is well.
     """
 
     def __init__(self) -> None:
-        self.step: int | None = None
+        self.found: str | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self.step is None and logs and not math.isfinite(float(logs.get("loss", 0.0))):
-            self.step = state.global_step
-            control.should_training_stop = True
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            self._end(control, f"the loss of step {state.global_step}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if control.should_save and not all_finite(model):
+            self._end(control, f"what was trained by step {state.global_step}")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        self.on_step_end(args, state, control, model)
+        if self.found is not None:
+            control.should_save = control.should_evaluate = False
+
+    def check(self, model: Any) -> None:
+        """Raise RunFailed unless all was numbers to the end."""
+        if self.found is not None or not all_finite(model):
+            raise RunFailed(
+                f"{self.found or 'what was trained'} is no number, so no adapter was saved; try a lower "
+                "training.learning_rate, or model.dtype float32"
+            )
+
+    def _end(self, control: Any, found: str) -> None:
+        self.found = self.found or found
+        control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+
+
+def all_finite(model: Any) -> bool:
+    """Whether all that is trained is a number."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Speed(TrainerCallback):

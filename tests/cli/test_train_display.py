@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastpeft.cli import app
+from fastpeft.progress import count
 from tests.checkpoints import Checkpoints, write_rows
 from tests.commands import run
 from tests.fresh import ROOT
@@ -28,13 +31,26 @@ def settings(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.Monke
 
 
 def test_lines_without_a_terminal(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    answer = run(capsys, *settings, "--epochs", "3", "--logging-steps", "2", "--eval-path", "texts.jsonl")
+    held = write_rows("held.jsonl", *ROWS)
+    answer = run(capsys, *settings, "--epochs", "3", "--logging-steps", "2", "--eval-path", held)
     assert answer.code == 0 and re.fullmatch(RESULT.format(steps=12), answer.out)
     shown = re.sub(r"\d+\.\d{3}", "0.000", re.sub(r"\d+ s$", "0 s", answer.err, flags=re.MULTILINE))
     steps = [f"training: step {step}/12, loss 0.000, 0 s" for step in (1, 2, 4, 6, 8, 10, 12)]
     for after, evaluated in ((2, 1), (4, 2), (7, 3)):
         steps.insert(after + evaluated, "training: evaluation loss 0.000")
     assert shown.splitlines() == ["reading the data", "loading the model", *steps, "report: out/report.md"]
+
+
+def test_a_bar_on_a_terminal_is_gone_when_all_is_read() -> None:
+    shown = io.StringIO()
+    with count(Console(file=shown, force_terminal=True, width=80), "reading the data", 8) as seen:
+        seen(4)
+    assert "reading the data" in shown.getvalue() and shown.getvalue().endswith("\x1b[2K")
+    for quiet, text in ((False, "reading the data\n"), (True, "")):
+        shown = io.StringIO()
+        with count(Console(file=shown, quiet=quiet), "reading the data", 8) as seen:
+            seen(4)
+        assert shown.getvalue() == text
 
 
 def test_quiet_shows_nothing_but_the_result(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:

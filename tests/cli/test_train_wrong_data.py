@@ -88,8 +88,8 @@ COLUMNS = [
     option(
         "expected-name",
         "--data.columns.txt text",
-        "data.columns.txt: expected one of messages, conversations, prompt, completion, instruction, output, input, "
-        "text, label, text_pair, did you mean 'text'?",
+        "data.columns.txt: expected one of messages, system, conversations, prompt, completion, instruction, output, "
+        "input, history, text, label, text_pair, did you mean 'text'?",
     ),
     option(
         "given-name",

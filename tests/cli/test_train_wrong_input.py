@@ -135,6 +135,18 @@ ADAPTERS = [
         "lora.extra.rank_patern: unknown key, did you mean 'rank_pattern'?",
     ),
     option("extra-of-ours", "--lora.extra.lora_alpha 8", "lora.extra.lora_alpha: expected lora.alpha instead"),
+    option("task-type", "--lora.extra.task_type CAUSAL_LM", "lora.extra.task_type: expected model.task instead"),
+    option(
+        "several-targets",
+        "--lora_target_modules q_proj v_proj",
+        "--lora_target_modules: expected one value, got q_proj v_proj; write several as [q_proj, v_proj]",
+    ),
+    option(
+        "targets-with-commas",
+        "--target-modules q_proj,v_porj",
+        "lora.target_modules: no module has the name 'v_porj', did you mean 'v_proj'?",
+        loads=True,
+    ),
     option(
         "targets",
         "--target-modules [q_porj]",
@@ -195,6 +207,18 @@ TRAINING = [
         "--output-dir mine --overwrite",
         "training.output_dir: expected a folder of a run or a new one, got mine, with a README.md",
         **{"mine/README.md": "My notes."},
+    ),
+    option(
+        "folder-of-a-model",
+        "--output-dir mine --overwrite",
+        "training.output_dir: expected a folder of a run or a new one, got a model's: mine",
+        **{"mine/config.json": "{}", "mine/model-00001-of-00002.safetensors": ""},
+    ),
+    option(
+        "folder-of-the-model",
+        "--model ./mine --output-dir more/../mine",
+        "training.output_dir: expected another folder than model.name, got more/../mine",
+        **{"mine/config.json": "{}", "mine/model.bin": "", "more/notes": ""},
     ),
     option(
         "holds-a-run",
@@ -270,6 +294,11 @@ TRAINING = [
         "--data chats.jsonl --chat-template chatlm",
         "data.chat_template: expected chatml, plain or a Jinja file, got 'chatlm', did you mean 'chatml'?",
         **CHATS,
+    ),
+    option(
+        "template-without-chats",
+        "--chat-template nonsense",
+        "data.chat_template: expected null for data without chats, got 'nonsense'",
     ),
     option(
         "template-not-there",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -13,6 +14,9 @@ import pytest
 
 from fastpeft import hub
 from fastpeft.cli import app
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+from fastpeft.training.folder import begin, check_same
 from tests.checkpoints import Checkpoints, write_rows
 from tests.commands import Answer, run
 
@@ -190,6 +194,47 @@ class TestResume:
         answer = run(capsys, "train", "--quiet", "--resume", "--output-dir", str(begun / "run"), *more.split())
         assert one_line(answer) == message
         assert contents(begun) == before
+
+    @pytest.mark.parametrize(
+        ("key", "value", "shown"),
+        [
+            ("training.extra", "{adam_beta2: 0.9, neftune_noise_alpha: 5}", "training.extra.neftune_noise_alpha: 5"),
+            ("lora.extra", "{rank_pattern: {q_proj: 4}}", "lora.extra.rank_pattern.q_proj: 4"),
+            ("data.columns", "{text: text}", "data.columns.text: text"),
+        ],
+    )
+    def test_settings_that_were_taken_out_are_missed(self, key: str, value: str, shown: str, tmp_path: Path) -> None:
+        before = FastpeftConfig().override([f"{key}={value}"])
+        begin(tmp_path, before, "0", 1)
+        check_same(before, tmp_path)
+        name, _, was = shown.partition(": ")
+        kept = {"training.extra": "{adam_beta2: 0.9}"}.get(key, "{}")
+        with pytest.raises(
+            UserError, match=f"^{re.escape(name)}: expected {was}, as the run to resume has it, got null$"
+        ):
+            check_same(FastpeftConfig().override([f"{key}={kept}"]), tmp_path)
+
+    def test_a_configuration_that_cannot_be_read(
+        self, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "copy"
+        shutil.copytree(begun / "run", folder)
+        config = shutil.copy(folder / "config.yaml", tmp_path / "own.yaml")
+        (folder / "config.yaml").write_text("lora: [")
+        answer = run(capsys, "train", "--quiet", str(config), "--resume", "--output-dir", str(folder))
+        assert one_line(answer).startswith(
+            f"--resume: {folder}/config.yaml cannot be read: config.yaml: not valid YAML"
+        )
+
+    def test_another_number_of_processes_is_refused(
+        self, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "copy"
+        shutil.copytree(begun / "run", folder)
+        assert (folder / "processes.txt").read_text() == "1\n"
+        (folder / "processes.txt").write_text("2\n")
+        answer = run(capsys, "train", "--quiet", "--resume", "--output-dir", str(folder))
+        assert one_line(answer) == "--resume: expected 2 processes, as the run to resume has them, got 1"
 
     def test_other_rows_are_refused(self, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
         texts = (begun / "texts.jsonl").read_text()

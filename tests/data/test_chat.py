@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,12 @@ class TestTemplates:
     def test_one_that_is_unknown_is_told_by_its_growth(self) -> None:
         assert learned(with_template(BRACKETS), chat(*CHAT)) == ["Four.</s>\n", "Welcome.</s>\n"]
 
+    @pytest.mark.parametrize("first", ["Hello.", "  a greeting", "b", ""])
+    def test_a_chat_that_begins_with_the_assistant(self, first: str) -> None:
+        template = "{% if messages[0].role != 'system' %}[system]\nBe good.</s>\n{% endif %}" + BRACKETS
+        turns = [(ASSISTANT, first), (USER, "Two and two?"), (ASSISTANT, "Four.")]
+        assert learned(with_template(template), chat(*turns)) == [f"{first}</s>\n", "Four.</s>\n"]
+
     def test_one_that_trl_knows_is_told_by_its_marks(self) -> None:
         from trl.chat_template_utils import qwen3_chat_template
 
@@ -113,6 +120,14 @@ class TestTemplates:
         tokenizer = characters()
         tokenizer.chat_template = {"default": BRACKETS, "tool_use": "{{ 1 / 0 }}"}
         assert learned(tokenizer, chat(*CHAT)) == ["Four.</s>\n", "Welcome.</s>\n"]
+
+    def test_calls_that_a_template_would_leave_out_are_refused(self, shipped: Any) -> None:
+        call = {"role": ASSISTANT, "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+        set_template(shipped, "plain")
+        with pytest.raises(UserError, match=r"^row 1: expected a chat template that reads tool_calls, got one that "):
+            learned(shipped, [*chat((USER, "b")), call])
+        reads = BRACKETS.replace("</s>", "{{ m.tool_calls[0].function.name if m.tool_calls else '' }}</s>")
+        assert learned(with_template(reads), [*chat((USER, "b")), call]) == ["add</s>\n"]
 
     def test_one_that_rewrites_earlier_turns_is_refused(self) -> None:
         tokenizer = with_template("{% for m in messages %}{{ m.content if loop.last else '…' }}\n{% endfor %}")
@@ -174,6 +189,44 @@ class TestMessages:
     def test_an_instructions_input_follows_it(self) -> None:
         found = messages_of({"instruction": "Translate.", "input": "Hallo", "output": "Hello"}, "row 1")
         assert found == chat((USER, "Translate.\n\nHallo"), (ASSISTANT, "Hello"))
+
+    def test_a_system_column(self) -> None:
+        turns = [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]
+        system, wanted = "Be brief.", chat((SYSTEM, "Be brief."), (USER, "b"), (ASSISTANT, "c"))
+        assert messages_of({"conversations": turns, "system": system}, "row 1") == wanted
+        assert messages_of({"messages": wanted, "system": "Be long."}, "row 1") == wanted
+        assert messages_of({"messages": turns, "system": None}, "row 1") == wanted[1:]
+        assert messages_of({"instruction": "b", "output": "c", "system": system}, "row 1") == wanted
+        with pytest.raises(UserError, match=r"^row 1, column system: expected content as text, got '3' \(int\)$"):
+            messages_of({"messages": turns, "system": 3}, "row 1")
+
+    def test_a_history(self) -> None:
+        row = {"instruction": "d", "output": "e", "history": [["a", "b"], ["c", ""]]}
+        turns = [(USER, "a"), (ASSISTANT, "b"), (USER, "c"), (ASSISTANT, ""), (USER, "d"), (ASSISTANT, "e")]
+        assert messages_of(row, "row 1") == chat(*turns)
+        assert messages_of(row | {"history": None}, "row 1") == chat(*turns[4:])
+        with pytest.raises(UserError, match=r"^row 1, column history: expected pairs of question and answer, got 'a'"):
+            messages_of(row | {"history": ["a"]}, "row 1")
+
+    def test_calls_and_answers_of_tools(self) -> None:
+        call = {"name": "add", "arguments": {"a": 1}}
+        turns = [
+            {"from": "human", "value": "b"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "Two."},
+        ]
+        found = messages_of({"conversations": turns}, "row 1")
+        assert [message["role"] for message in found] == [USER, ASSISTANT, "tool", ASSISTANT]
+        assert found[1] == {
+            "role": ASSISTANT,
+            "content": "",
+            "tool_calls": [{"type": "function", "function": call}],
+        }
+        turns[1]["value"] = "add 1"
+        message = "^row 1, message 2: expected calls in JSON, with name and arguments, got 'add 1'"
+        with pytest.raises(UserError, match=message):
+            messages_of({"conversations": turns}, "row 1")
 
     def test_calls_of_tools_are_kept(self) -> None:
         call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

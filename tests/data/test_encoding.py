@@ -17,6 +17,11 @@ from fastpeft.errors import UserError
 from tests.checkpoints import characters, wordpieces
 
 END = 1  # </s> of characters()
+OPEN = (
+    "{% for m in messages %}{{ m.content if m.role == 'user' else '=' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+"""An answer is between = and </s>."""
 
 
 def encoded(
@@ -101,6 +106,23 @@ class TestCompletion:
         [row] = encoded(COMPLETION, "causal-lm", tokenizer, {"prompt": "bb", "completion": "c"}).rows
         assert (words(tokenizer, row["input_ids"]), words(tokenizer, row["labels"])) == ("bbc</s>", "c</s>")
 
+    @pytest.mark.parametrize("prompt", ["b", "<s>b"])
+    @pytest.mark.parametrize("completion", ["c", "c</s>", "c</s>\n"])
+    def test_no_start_and_no_end_comes_twice(self, prompt: str, completion: str) -> None:
+        tokenizer = characters(begins=True)
+        [row] = encoded(COMPLETION, "causal-lm", tokenizer, {"prompt": prompt, "completion": completion}).rows
+        assert (words(tokenizer, row["input_ids"]), words(tokenizer, row["labels"])) == ("<s>bc</s>", "c</s>")
+        [text] = encoded(TEXT, "causal-lm", tokenizer, {"text": prompt + completion}).rows
+        assert text["input_ids"] == row["input_ids"]
+
+    def test_tools_reach_the_template_of_chats(self) -> None:
+        tokenizer = characters()
+        tokenizer.chat_template = "{{ tools[0].name if tools else '' }}>" + OPEN
+        chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+        row = {"prompt": chat[:1], "completion": chat[1:], "tools": [{"name": "add"}]}
+        [found] = encoded(COMPLETION, "causal-lm", tokenizer, row).rows
+        assert (words(tokenizer, found["input_ids"]), words(tokenizer, found["labels"])) == ("add>b=c</s>", "c</s>")
+
     def test_of_chats(self) -> None:
         tokenizer = characters()
         set_template(tokenizer, "plain")
@@ -180,6 +202,13 @@ def test_masked_rows_without_a_known_word_are_left_out() -> None:
     found = encoded(TEXT, "masked-lm", wordpieces(), {"text": "☃ ☃"}, {"text": "a ☃"})
     assert (len(found), found.dropped) == (1, 1)
     assert found.rows.column_names == ["input_ids", "token_type_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(("count", "told"), [(3, [0, 1, 2]), (250, [*range(0, 250, 2)])])
+def test_how_far_it_is(count: int, told: list[int]) -> None:
+    rows, seen = datasets.Dataset.from_list([{"text": "some"}] * count), list[int]()
+    encode(rows, TEXT, "causal-lm", characters(), DataSection(max_length=8), seen=seen.append)
+    assert seen == told
 
 
 def test_nothing_is_left_beside_the_data(tmp_path: Path) -> None:

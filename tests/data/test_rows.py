@@ -88,6 +88,41 @@ def test_splits_of_a_saved_dictionary(tmp_path: Path) -> None:
         load_rows(path, split="tset")
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (("train", "test", "validation"), "train", ["train"]),
+        (("train", "test", "validation"), None, ["train"]),
+        (("train", "test", "validation"), "test", ["test"]),
+        (("train-00000", "train-00001", "dev"), "train", ["train-00000", "train-00001"]),
+        (("train", "my_valid"), "validation", ["my_valid"]),
+        (("Train.en", "squad2-TEST"), "test", ["squad2-TEST"]),
+        (("eval",), None, ["eval"]),
+        (("train", "more"), "train", ["more", "train"]),
+        (("trainer", "tests"), "train", ["tests", "trainer"]),
+    ],
+)
+def test_files_named_after_splits(names: tuple[str, ...], split: str | None, found: list[str], tmp_path: Path) -> None:
+    for name in names:
+        write_rows(tmp_path / f"{name}.jsonl", {"text": name})
+    assert load_rows(str(tmp_path), split=split)["text"][:] == found
+
+
+def test_a_split_that_no_file_is_named_after(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.csv", {"text": "a"})
+    write_rows(tmp_path / "test.csv", {"other": "b"})
+    with pytest.raises(UserError, match=r"^data.split: expected one of test, train, got 'tset', did you mean 'test'"):
+        load_rows(str(tmp_path), split="tset")
+
+
+def test_a_file_of_no_split_beside_one_that_is_held_back(tmp_path: Path) -> None:
+    for name in ("train", "test", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", {"text": name})
+    message = "^data.path: expected files that are all named after a split, or none, got more.jsonl beside test.jsonl"
+    with pytest.raises(UserError, match=message):
+        load_rows(str(tmp_path), split="train")
+
+
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_rows(tmp_path / "rows.jsonl", *ROWS)

@@ -51,14 +51,14 @@ class Run:
 def train(folder: Path, *arguments: str, code: int = 0) -> Run:
     """`fastpeft train --quiet --output-dir FOLDER ARGUMENTS`, which should end with `code`."""
     made: list[Any] = []
-    original = training_run._model
+    original = training_run.load_model
 
     def kept(*given: Any) -> Any:
         made.append(original(*given))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training_run, "_model", kept)
+        patched.setattr(training_run, "load_model", kept)
         assert app.run(["train", "--quiet", "--output-dir", str(folder), *arguments]) == code
     return Run(folder, made[-1] if made else None)
 

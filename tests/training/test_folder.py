@@ -13,7 +13,7 @@ from fastpeft.training import folder as run_folder
 from tests.checkpoints import Checkpoints, write_rows
 from tests.cli.wrong import contents
 
-from .runs import Run, adapter, chats, train
+from .runs import Run, adapter, chats, interrupted, train
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,14 @@ def test_checkpoints_without_the_optimizers_state_are_not_resumed(settings: list
     arguments = [*settings, "--max-steps", "2", "--training.extra.save_only_model", "true"]
     train(tmp_path / "run", *arguments)
     train(tmp_path / "run", "--resume", code=2)
+
+
+def test_a_signal_does_not_promise_to_go_on_from_them(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path / "run", *settings, "--training.extra.save_only_model", "true", "--max-steps", "2", at=1)
+    further = "--resume cannot go on from it, because save_only_model left the optimizer's state out"
+    assert capsys.readouterr().err == f"fastpeft: SIGTERM: {tmp_path}/run/checkpoint-1 was saved; {further}\n"
 
 
 class TestUpload:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.models.tasks import auto_class
-from fastpeft.training.run import prepare
+from fastpeft.training.preparing import prepare
 from tests.checkpoints import Checkpoints, write_rows
 
 from .runs import chats, completions, texts, train
@@ -58,9 +58,9 @@ def losses_by_hand(config: FastpeftConfig) -> float:
 def test_training_and_evaluation(
     model: str, rows: list[dict[str, Any]], more: str, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    path, held = (write_rows(tmp_path / f"{name}.jsonl", *rows) for name in ("rows", "held"))
     run = train(
-        tmp_path / "run", "--model", checkpoints[model], "--data", path, "--eval-path", path, *STILL, *more.split()
+        tmp_path / "run", "--model", checkpoints[model], "--data", path, "--eval-path", held, *STILL, *more.split()
     )
     expected = losses_by_hand(FastpeftConfig.from_yaml(run.folder / "config.yaml"))
     assert [loss for _, loss in run.record["evaluation"]][-1] == pytest.approx(expected, rel=1e-5)

@@ -75,8 +75,8 @@ def test_each_epoch_has_its_own_and_evaluations_share_theirs(
         return batch
 
     monkeypatch.setattr(RepeatableMasks, "torch_call", watched)
-    path = write_rows(tmp_path / "rows.jsonl", *texts(4))
-    settings = ["--data", path, "--eval-path", path, "--epochs", "3", "--batch-size", "1", "--learning-rate", "0"]
+    path, held = (write_rows(tmp_path / f"{name}.jsonl", *texts(4)) for name in ("rows", "held"))
+    settings = ["--data", path, "--eval-path", held, "--epochs", "3", "--batch-size", "1", "--learning-rate", "0"]
     run = train(tmp_path / "run", "--model", checkpoints["bert"], *settings, "--report-to", "none")
     evaluation = [loss for _, loss in run.record["evaluation"]]
     assert len(evaluation) == 3 and len(set(evaluation)) == 1

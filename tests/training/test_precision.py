@@ -12,7 +12,8 @@ from rich.console import Console
 import fastpeft
 from fastpeft.config import FastpeftConfig
 from fastpeft.training.arguments import training_arguments
-from fastpeft.training.run import Prepared, _model, prepare
+from fastpeft.training.loading import load_model
+from fastpeft.training.preparing import Prepared, prepare
 from tests.checkpoints import Checkpoints, write_rows
 
 from .runs import chats, train
@@ -48,7 +49,7 @@ def test_the_trainer_is_told(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_what_is_trained_is_float32_over_a_base_in_any(dtype: torch.dtype, prepared: Prepared) -> None:
-    model = _model(prepared, CPU, dtype)
+    model = load_model(prepared, CPU, dtype)
     found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     for parameter in model.parameters():
         found[parameter.requires_grad].add(parameter.dtype)
@@ -85,7 +86,7 @@ def losses_of(model: Any, prepared: Prepared, scaled: bool, steps: int = 25) -> 
 
 @pytest.mark.parametrize("accelerated", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_float16_with_scaled_gradients_follows_float32(accelerated: bool, prepared: Prepared) -> None:
-    half, single = _model(prepared, CPU, torch.float16), _model(prepared, CPU, torch.float32)
+    half, single = load_model(prepared, CPU, torch.float16), load_model(prepared, CPU, torch.float32)
     if not accelerated:
         fastpeft.restore(half)
     found, wanted = losses_of(half.train(), prepared, scaled=True), losses_of(single.train(), prepared, scaled=False)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.training.run import Prepared, prepare
+from fastpeft.errors import UserError
+from fastpeft.training.preparing import Prepared, prepare
 from tests.checkpoints import SHIPPED, Checkpoints, write_rows
 
 from .runs import chats, classes, texts
@@ -50,6 +51,19 @@ def test_the_held_back_rows_are_drawn_by_the_seed(path: str) -> None:
         assert one.rows.tokens == sum(map(len, trained))
 
 
+def test_what_was_cut_is_counted_where_it_lies(tmp_path: Path) -> None:
+    rows = [{"prompt": "b", "completion": "c" * (90 if number % 2 else 2)} for number in range(19)]
+    path = write_rows(tmp_path / "rows.jsonl", *rows, {"prompt": "b" * 90, "completion": "c"})
+    found = prepared(f"data.path={path}", "data.max_length=16", "data.eval_fraction=0.3")
+    parts = (found.rows, found.evaluation)
+    for part in parts:
+        assert part is not None
+        assert sum(len(row) == 16 for row in ids(part)) == sum(part.were_cut)
+    trained, evaluated = parts
+    assert evaluated is not None and 0 < evaluated.cut == sum(evaluated.were_cut) < 9
+    assert (trained.cut + evaluated.cut, trained.dropped, evaluated.dropped) == (10, 1, 0)
+
+
 def test_evaluation_rows_of_another_kind_of_file(path: str) -> None:
     datasets.Dataset.from_list(texts(3)).to_csv("held.csv")
     found = prepared(f"data.path={path}", "data.eval_path=held.csv")
@@ -70,6 +84,42 @@ def test_splits_of_a_saved_dictionary(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found.rows.rows["labels"][:], found.evaluation.rows["labels"][:]) == ([1, 0, 1], [0, 1])
 
 
+class TestWhatIsTrainedOnIsNotEvaluatedOn:
+    @pytest.fixture(autouse=True)
+    def folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two files together, and three of a split each."""
+        monkeypatch.chdir(tmp_path)
+        for name in ("all/a", "all/b", "split/train", "split/test", "split/validation"):
+            Path(name).parent.mkdir(exist_ok=True)
+            write_rows(f"{name}.jsonl", *[{"text": f"{name} {number}"} for number in range(3)])
+        datasets.DatasetDict(train=datasets.Dataset.from_list(texts(2))).save_to_disk("saved")
+
+    @pytest.mark.parametrize(
+        ("path", "held", "key"),
+        [
+            ("all/a.jsonl", "data.eval_path=all/../all/a.jsonl", "eval_path"),
+            ("all", "data.eval_path=all/b.jsonl", "eval_path"),
+            ("all/b.jsonl", "data.eval_path=all", "eval_path"),
+            ("split", "data.eval_path=split/train.jsonl", "eval_path"),
+            ("split", "data.eval_path=split", "eval_path"),
+            ("split", "data.eval_split=train", "eval_split"),
+            ("saved", "data.eval_path=saved", "eval_path"),
+        ],
+    )
+    def test_the_same_rows(self, path: str, held: str, key: str) -> None:
+        with pytest.raises(UserError, match=rf"^data\.{key}: expected rows that are not trained on, got "):
+            prepared(f"data.path={path}", held)
+
+    @pytest.mark.parametrize(
+        "held", ["data.eval_path=split/test.jsonl", "data.eval_split=test", "data.eval_path=all/a.jsonl"]
+    )
+    def test_others(self, held: str) -> None:
+        found = prepared("data.path=split", held)
+        assert found.evaluation is not None
+        trained = {found.tokenizer.decode(row) for row in ids(found.rows)}
+        assert all("split/train" in text for text in trained) and len(trained) == len(found.evaluation) == 3
+
+
 def test_the_order_of_given_labels_is_kept(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *classes(4))
     found = prepared(f"data.path={path}", "data.labels=[b, a, c]")
@@ -83,6 +133,14 @@ def test_columns_that_nobody_asked_for_do_no_harm(tmp_path: Path) -> None:
     assert ids(prepared(f"data.path={path}").rows) == ids(prepared(f"data.path={plain}").rows)
 
 
+def test_answers_that_were_all_cut_are_not_the_templates_fault(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "many words " * 50}]
+    path = write_rows(tmp_path / "rows.jsonl", *[{"messages": turns}] * 4)
+    note = "the model does not learn to stop: all rows were cut before the end of an answer; raise data.max_length, now"
+    assert prepared(f"data.path={path}", "data.max_length=64").notes == [f"{note} 64"]
+    assert prepared(f"data.path={path}").notes == []
+
+
 def test_renamed_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *[{"review": row["text"], "stars": row["label"]} for row in classes()])
     found = prepared(f"data.path={path}", "data.columns={text: review, label: stars}")
@@ -91,10 +149,12 @@ def test_renamed_columns(tmp_path: Path) -> None:
 
 def test_paths_are_whole_and_names_stay(path: str, tmp_path: Path) -> None:
     write_rows("chats.jsonl", *chats(2))
+    write_rows("held.jsonl", *chats(2))
     Path("plain").touch()  # a file of a shipped template's name
-    settings = ["data.path=chats.jsonl", f"data.eval_path={tmp_path}/chats.jsonl", "data.chat_template=plain"]
+    settings = ["data.path=chats.jsonl", f"data.eval_path={tmp_path}/held.jsonl", "data.chat_template=plain"]
     found = prepared(*settings)
-    assert (found.config.data.path, found.config.data.eval_path) == (str(tmp_path / "chats.jsonl"),) * 2
+    wanted = (str(tmp_path / "chats.jsonl"), str(tmp_path / "held.jsonl"))
+    assert (found.config.data.path, found.config.data.eval_path) == wanted
     assert found.config.data.chat_template == "plain"
     assert "### User:" in found.tokenizer.decode(ids(found.rows)[0])
 

@@ -92,10 +92,8 @@ def test_it_learns_and_says_what_it_did(done: tuple[Case, Run]) -> None:
 
 def test_the_folder_holds_what_is_needed_and_no_more(done: tuple[Case, Run]) -> None:
     _, run = done
-    wanted = (
-        "README.md adapter_config.json adapter_model.safetensors config.yaml data.sha256 loss.png report.md run.json"
-    )
-    wanted += " tokenizer.json tokenizer_config.json training_args.bin"
+    wanted = "README.md adapter_config.json adapter_model.safetensors config.yaml data.sha256 loss.png processes.txt"
+    wanted += " report.md run.json tokenizer.json tokenizer_config.json training_args.bin"
     found = {path.name for path in run.folder.iterdir()} - {"chat_template.jinja"}
     assert {name for name in found if not name.startswith("checkpoint-")} == set(wanted.split())
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")

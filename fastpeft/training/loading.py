@@ -1,0 +1,56 @@
+"""The model of a run: base and fresh adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fastpeft.config import FastpeftConfig, LoraSection
+from fastpeft.errors import UserError
+from fastpeft.models import bases
+from fastpeft.models.adapters import attach_adapter
+
+from .preparing import Prepared
+
+
+def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
+    """Base and fresh adapter, accelerated; what is trained is in float32."""
+    import fastpeft
+
+    config = prepared.config
+    labels = config.data.labels if config.model.task == "sequence-classification" else None
+    others: dict[str, Any] = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    if labels is not None:
+        others["label2id"] = {label: number for number, label in enumerate(labels)}
+    _seed(config.training.seed)  # a fresh classifier's first values
+    others["whole"] = config.lora.modules_to_save
+    base, fresh = bases.load_base(
+        config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
+    )
+    if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
+        base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
+    model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
+    if config.acceleration.enabled:
+        fastpeft.accelerate(model)
+    return model
+
+
+def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSection:
+    """A classifier's new modules are trained and saved whole; a language model should not have any."""
+    known = (*config.lora.modules_to_save, "classifier", "score")  # PEFT trains the last two by itself
+    added = [name for name in fresh if not any(name == one or name.endswith(f".{one}") for one in known)]
+    if added and config.model.task != "sequence-classification":
+        raise UserError(
+            f"model.name: {config.model.name} has no values for {', '.join(added[:4])}, so its head would be random; "
+            "take a checkpoint with a head, or name these in lora.modules_to_save"
+        )
+    return replace(config.lora, modules_to_save=[*config.lora.modules_to_save, *added])
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)

@@ -1,0 +1,180 @@
+"""What is checked and read before a model is loaded: its configuration, its tokenizer, the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastpeft.config import DataSection, FastpeftConfig
+from fastpeft.data.chat import TEMPLATES, set_template
+from fastpeft.data.encoding import Encoded, encode
+from fastpeft.data.endings import learned_end
+from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
+from fastpeft.data.labels import check_labels, find_labels, named_labels
+from fastpeft.data.rows import is_document, load_rows, sources
+from fastpeft.errors import UserError
+from fastpeft.models import bases
+from fastpeft.models.adapters import lora_config
+from fastpeft.models.devices import pick_device, pick_dtype
+from fastpeft.models.tasks import resolve_task
+from fastpeft.progress import count
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is checked and loaded before a model is.
+
+    Attributes:
+        config: as resolved.
+        rows, evaluation: encoded.
+        chat_template: what it is called; empty without chats.
+        notes: what should be looked at.
+    """
+
+    config: FastpeftConfig
+    tokenizer: Any
+    rows: Encoded
+    evaluation: Encoded | None
+    chat_template: str
+    notes: list[str]
+
+
+def prepare(config: FastpeftConfig, console: Console) -> Prepared:
+    """Check model and data against each other, and encode the data.
+
+    Raises:
+        UserError: they cannot be had, do not fit, or cannot be trained on as configured.
+    """
+    name = bases.checked_name(config.model.name)
+    if not config.data.path:
+        raise UserError("data.path: expected a file, a folder or a hub ID, got nothing")
+    _check_evaluation(config)
+    quantization = bases.quantization_of(config)
+    model = replace(config.model, name=name, quantization=quantization)  # type: ignore[arg-type]
+    hf_config = bases.load_config(model)
+    data = replace(config.data, max_length=bases.checked_length(config.data.max_length, hf_config))
+    raw = _rows(config, "path")
+    kind = kind_of(raw.column_names, model.task)
+    task = resolve_task(model.task, kind, hf_config, config.model.name)
+    lora_config(config.lora, task)
+    if data.packing and task != "causal-lm":
+        raise UserError(f"data.packing: expected false for task {task}, got true")
+    tokenizer = bases.load_tokenizer(model)
+    _set_end(tokenizer, data.eos_token)
+    if data.chat_template is not None and not _is_chat(raw, kind):
+        raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
+    template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
+    if task == "causal-lm" and tokenizer.eos_token_id is None:
+        raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
+    evaluated = "data.eval_path" if data.eval_path else "data.eval_split"
+    raw_evaluation = _rows(config, "eval_path") if data.eval_path or data.eval_split else None
+    if raw_evaluation is not None:
+        check_columns(raw_evaluation.column_names, kind, evaluated)
+        _check_apart(data, evaluated)
+    if task == "sequence-classification":
+        data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
+        raw = named_labels(raw)
+        raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
+        check_labels(data.labels or [])
+    with count(console, "reading the data", len(raw)) as seen:
+        rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path), seen=seen)
+    evaluation = None
+    if raw_evaluation is not None:
+        document = is_document(data.eval_path or data.path)
+        evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
+    elif data.eval_fraction:
+        rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
+    notes = []
+    if template:
+        token, note = _end_of_answers(rows, tokenizer, data)
+        data = replace(data, eos_token=token, chat_template=template)
+        notes = [note] if note else []
+    dtype = str(pick_dtype(model.dtype, pick_device())).removeprefix("torch.")
+    model = replace(model, task=task, dtype=dtype)  # type: ignore[arg-type]
+    resolved = replace(config, model=model, data=_whole_paths(data))
+    return Prepared(resolved, tokenizer, rows, evaluation, template, notes)
+
+
+def _check_evaluation(config: FastpeftConfig) -> None:
+    data = config.data
+    given = [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(data, name)]
+    if "eval_fraction" in given and len(given) > 1:
+        raise UserError(f"data.eval_fraction: expected it alone, got data.{given[0]} too")
+    if not 0 <= data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction: expected 0 to below 1, got {data.eval_fraction}")
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit: expected at least 1, got {data.limit}")
+
+
+def _check_apart(data: DataSection, key: str) -> None:
+    """Raise UserError if what is evaluated on is trained on too."""
+    if both := sources(data.path, data.split) & sources(data.eval_path or data.path, data.eval_split):
+        raise UserError(f"{key}: expected rows that are not trained on, got {min(both)}")
+
+
+def _rows(config: FastpeftConfig, which: str) -> Any:
+    data = config.data
+    if which == "path":
+        rows = load_rows(data.path, split=data.split, name=data.name, split_key="data.split")
+    elif data.eval_path:
+        split = data.eval_split
+        rows = load_rows(data.eval_path, split=split, key="data.eval_path", split_key="data.eval_split")
+    else:
+        rows = load_rows(data.path, split=data.eval_split, name=data.name, split_key="data.eval_split")
+    rows = rename(rows, data.columns)
+    return rows.select(range(min(data.limit, len(rows)))) if data.limit is not None else rows
+
+
+def _is_chat(rows: Any, kind: Kind) -> bool:
+    return kind.name == "chat" or (kind.name == "completion" and isinstance(rows[0]["prompt"], list))
+
+
+def _set_end(tokenizer: Any, token: str | None) -> None:
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"data.eos_token: expected a token of the tokenizer's vocabulary, got {token!r}")
+    tokenizer.eos_token = token
+
+
+def _end_of_answers(rows: Encoded, tokenizer: Any, data: DataSection) -> tuple[str | None, str | None]:
+    """(the token that ends answers if it is not the tokenizer's, a note if it is not learned); sets the tokenizer's."""
+    wanted = data.eos_token
+    assert data.max_length is not None
+    end = learned_end(rows.rows, tokenizer, data.max_length)
+    if end.cut:
+        return wanted, (
+            f"the model does not learn to stop: all rows were cut before the end of an answer; raise data.max_length, "
+            f"now {data.max_length}"
+        )
+    if end.learned is None:
+        after = f", {tokenizer.convert_ids_to_tokens(end.unlearned)!r}," if end.unlearned is not None else ""
+        return wanted, (
+            f"the model does not learn to stop: the chat template does not mark the token that ends an answer{after} "
+            "as the assistant's; give data.chat_template one that does, or set data.assistant_only to false"
+        )
+    token = tokenizer.convert_ids_to_tokens(end.learned)
+    if wanted is None and token != tokenizer.eos_token:
+        tokenizer.eos_token = wanted = token
+    return wanted, None
+
+
+def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
+    count = max(1, round(len(rows) * fraction))
+    if count >= len(rows):
+        raise UserError(f"data.eval_fraction: expected at least one row on either side, got {len(rows)} in all")
+    return rows.divided(count, seed)
+
+
+def _whole_paths(data: Any) -> Any:
+    """Local paths from the root, so that config.yaml means the same from anywhere."""
+
+    def whole(path: str | None) -> str | None:
+        local = Path(path).expanduser() if path else None
+        return str(local.resolve()) if local is not None and local.exists() else path
+
+    template = data.chat_template if data.chat_template in TEMPLATES else whole(data.chat_template)
+    return replace(data, path=whole(data.path), eval_path=whole(data.eval_path), chat_template=template)
