@@ -45,20 +45,30 @@ def forward(
     Returns:
         (outputs, s): outputs[i] is (..., out_features) and no view; s is (tokens, total rank) or None.
     """
-    x2 = x.reshape(-1, x.shape[-1])
-    inputs = x2.to(dtypes.compute)
-    s = _down(x2, projections, packed, dtypes, seeds)
-    outputs, column = [], 0
+    outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=dtypes.out) for p in projections]
+    rows = [y.view(-1, y.shape[-1]) for y in outputs]
+    return outputs, forward_into(rows, x.reshape(-1, x.shape[-1]), projections, packed, dtypes, seeds)
+
+
+def forward_into(
+    outputs: Sequence[Tensor],
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> Tensor | None:
+    """`forward` into matrices (tokens, out_features) of dtype `dtypes.out`, columns contiguous; returns S."""
+    inputs = x.to(dtypes.compute)
+    s = _down(x, projections, packed, dtypes, seeds)
+    column = 0
     for i, projection in enumerate(projections):
-        y = x.new_empty((*x.shape[:-1], projection.weight.shape[0]), dtype=dtypes.out)
-        y2 = y.view(-1, y.shape[-1])
         update, up = None, packed.b[i]
         if up is not None and s is not None:
             update = (s[:, column : column + projection.rank], up)
             column += projection.rank
-        _project(y2, inputs, projection, update, packed.bias[i], dtypes)
-        outputs.append(y)
-    return outputs, s
+        _project(outputs[i], inputs, projection, update, packed.bias[i], dtypes)
+    return s
 
 
 def backward(
@@ -76,6 +86,31 @@ def backward(
 
     Args:
         x: (tokens, in_features) as kept by forward; None when no adapter's `a` is trained.
+        s, dys, projections, packed, dtypes, seeds, dx_dtype, needs: as `backward_without_input`.
+
+    Returns:
+        (dx, grads): dx (tokens, in_features) in any of the dtypes given, grads in the parameters' dtypes; None where
+        not wanted.
+    """
+    dx, ds, grads = backward_without_input(s, dys, projections, packed, dtypes, seeds, dx_dtype, needs)
+    if ds is not None and x is not None:
+        down_gradients(ds, x.to(dtypes.lora), projections, seeds, needs, grads)
+    return dx, grads
+
+
+def backward_without_input(
+    s: Tensor | None,
+    dys: Sequence[Tensor | None],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    dx_dtype: torch.dtype | None,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
+    """All of `backward` that does not read x.
+
+    Args:
         s: (tokens, total rank) as kept by forward; None when no adapter's `b` is trained.
         dys: gradient of each output, (tokens, out_features) of dtype `dtypes.out`, or None where it is zero.
         dx_dtype: dtype of x, whose gradient is summed in it where it is wider than `dtypes.compute`; None when no
@@ -83,8 +118,7 @@ def backward(
         needs: which other gradients are wanted; needs[i] runs parallel to projections[i].tensors().
 
     Returns:
-        (dx, grads): dx (tokens, in_features) in any of the dtypes above, grads in the parameters' dtypes; None where
-        not wanted.
+        (dx, ds, grads): as `backward`, and dS, (tokens, total rank), for `down_gradients`.
     """
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dx: Tensor | None = None
@@ -106,12 +140,9 @@ def backward(
         torch.mm(dy, up, out=ds[:, first:column])
         if s is not None:
             _up_gradients(dy, s[:, first:column], projection, needs[i], grads[i])
-    if ds is not None and packed.a is not None:
-        if x is not None:
-            _down_gradients(ds, x.to(dtypes.lora), projections, seeds, needs, grads)
-        if dx is not None:
-            dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
-    return dx, grads
+    if dx is not None and ds is not None and packed.a is not None:
+        dx = _add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
+    return dx, ds, grads
 
 
 def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +237,7 @@ def _up_gradients(
             grads[3 * j + 2] = (db[:, first:column] * adapter.scaling).to(adapter.b.dtype)
 
 
-def _down_gradients(
+def down_gradients(
     ds: Tensor,
     x: Tensor,
     projections: Sequence[LoraProjection],
