@@ -119,6 +119,8 @@ def run_group(
     autocast_off = (
         torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     )
+    if implementation is library:
+        dtypes = dtypes.on(x.device)
     with autocast_off:
         if as_op():
             return custom_op.apply(x, projections, dtypes, seeds)

@@ -33,7 +33,7 @@ class LoraGroup(torch.autograd.Function):
         ctx.group = (implementation, projections, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
-        if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
+        if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
         outputs, s = _compute(implementation, x, projections, dtypes, seeds)
         trains_a = any(flag for flags in needs for flag in flags[1::3])

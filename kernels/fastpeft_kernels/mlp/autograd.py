@@ -26,7 +26,7 @@ class LoraMlp(torch.autograd.Function):
         ctx.group = (mlp, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in mlp.projections]
-        if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
+        if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
         x2 = x.reshape(-1, x.shape[-1])
         with in_use(mlp.projections):

@@ -39,14 +39,17 @@ def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     """(pre, s) of x (tokens, in_features); see `Kept`."""
     pre = x.new_empty((x.shape[0], mlp.width), dtype=dtypes.out)
     packed = library.pack(mlp.inner, dtypes.lora)
-    return pre, library.forward_into(mlp.columns(pre), x, mlp.inner, packed, dtypes, seeds[:-1])
+    return pre, library.forward_into(mlp.columns(pre), x, mlp.inner, packed, dtypes, seeds[:-1], whole=pre)
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Kept]:
     """The result (tokens, out_features), and what backward wants, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
-    h = gated_activation(*mlp.halves(pre), mlp.activation)
-    (y,), s_down = library.forward(h, [mlp.down], library.pack([mlp.down], dtypes.lora), dtypes, seeds[-1:])
+    down, packed = [mlp.down], library.pack([mlp.down], dtypes.lora)
+    room = library.input_room(x.shape[0], down, packed, dtypes) if dtypes.out == dtypes.compute else None
+    h = gated_activation(*mlp.halves(pre), mlp.activation, out=None if room is None else room[:, : mlp.features])
+    y = x.new_empty((x.shape[0], mlp.down.weight.shape[0]), dtype=dtypes.out)
+    s_down = library.forward_into([y], h, down, packed, dtypes, seeds[-1:], room=room)
     return y, Kept(s, pre, s_down)
 
 
@@ -96,6 +99,6 @@ def backward(
         return None, [*[[None] * len(flags) for flags in needs[:-1]], *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)
     dx, grads = library.backward(
-        x, kept.s, mlp.columns(dpre), mlp.inner, packed, dtypes, seeds[:-1], dx_dtype, needs[:-1]
+        x, kept.s, mlp.columns(dpre), mlp.inner, packed, dtypes, seeds[:-1], dx_dtype, needs[:-1], whole=dpre
     )
     return dx, [*grads, *grads_down]

@@ -11,12 +11,17 @@ from fastpeft_kernels.mlp import Mlp, lora_mlp
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import FourBitWeight
-from tests.kernels.lora.groups import parameters, projection, seeds_for
+from tests.kernels.lora.groups import WAYS, parameters, projection, seeds_for, take
 from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp, wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request, monkeypatch):
+    take(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("keep", ["preactivations", "input"])
