@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger("fastpeft")
-SOURCES = ("dropout.cpp",)
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SOURCES = ("activation.cpp", "dropout.cpp")
+FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 
 
 @cache
