@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.activation.reference import KINDS, gated_activation_reference
+from fastpeft_kernels.activation import KINDS
+from fastpeft_kernels.activation.reference import gated_activation_reference
 
 from ..integrations import bitsandbytes
 from .lora import FastLoraLayer

@@ -71,12 +71,12 @@ def forward_into(
 ) -> Tensor:
     """As `library.forward_into`; S is a tensor of its own."""
     assert packed.a is not None
-    s = down_projection(x, projections, packed, dtypes, seeds)
-    assert s is not None
     rank, in_features = packed.a.shape
     if room is None:
         room = input_room(x.shape[0], projections, packed, dtypes)
         room[:, :in_features].copy_(x)
+    s = down_projection(room[:, :in_features], projections, packed, dtypes, seeds)
+    assert s is not None
     room[:, in_features : in_features + rank].copy_(s)
     room[:, in_features + rank :].zero_()
     for y, part in _parts(outputs, whole, projections, packed):

@@ -60,7 +60,7 @@ def forward_into(
     Returns:
         S, (tokens, total rank), or None.
     """
-    alone = len(projections) == 1 and room is None  # copying x would cost what is saved
+    alone = len(projections) == 1 and room is None and x.dtype == dtypes.compute  # a copy would cost what it saves
     if alone or not extended.fits(projections, packed, dtypes, x.shape[0]):
         return apart.forward_into(outputs, x, projections, packed, dtypes, seeds)
     return extended.forward_into(outputs, x, projections, packed, dtypes, seeds, whole, room)

@@ -28,8 +28,8 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_every_layout_with_bias_and_dropout(layout, dtype, keep):
-    m = mlp(layout, 24, 40, ranks=((4,), (3, 2), (5,)), dtype=dtype, bias=True, dropout=0.25, with_bias=True)
-    check_mlp(torch.randn(4, 16, 24).to(dtype).requires_grad_(), m, SAME[dtype], keep=keep)
+    m = mlp(layout, 32, 48, ranks=((4,), (3, 2), (5,)), dtype=dtype, bias=True, dropout=0.25, with_bias=True)
+    check_mlp(torch.randn(4, 16, 32).to(dtype).requires_grad_(), m, SAME[dtype], keep=keep)
 
 
 @pytest.mark.parametrize("activation", KINDS)
