@@ -18,7 +18,7 @@ from pathlib import Path
 
 logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "dropout.cpp")
-FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
 @cache
