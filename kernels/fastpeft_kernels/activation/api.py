@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import triton_available
-from ..native import activation_refusal, gated_activation_backward_native, gated_activation_native
+from ..native.activation import activation_refusal, gated_activation_backward_native, gated_activation_native
 from .library import gated_activation_backward_library, gated_activation_library
 
 BACKENDS = ("auto", "torch", "native", "triton")

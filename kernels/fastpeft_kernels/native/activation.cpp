@@ -3,6 +3,9 @@
 // All arithmetic is fp32. 16-bit tensors go through buffers that stay in the first-level cache, so that each activation
 // is compiled once for all dtypes. Loops have no branches; "omp simd" promises the compiler that elements do not depend on
 // each other, which holds for a result that is the very tensor of an input too, so that those are vectorised as well.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")  // nobody reads the flags of floating-point exceptions, and selects need no branch
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -20,7 +20,7 @@ logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp")
 HEADERS = ("decode_lookup.h",)
 # Products and sums are rounded one by one, as PyTorch's are.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.
 THREADS = ("-fopenmp",)
 

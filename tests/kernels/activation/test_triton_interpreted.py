@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bfloat16 wrongly
-SHAPES = ((4, 64), (5, 33), (1, 1), (9, 3), (0, 4), (4, 0))
+SHAPES = ((5, 33), (1, 1), (0, 4), (4, 0))
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -49,10 +49,10 @@ def run(case: Case, config: Any, with_h: bool = True) -> dict[str, torch.Tensor 
 @every_dtype
 @pytest.mark.parametrize("gated", (True, False), ids=("gated", "ungated"))
 def test_within_budget(kind: str, dtype: torch.dtype, gated: bool, small_tiles: Any) -> None:
-    for (rows, columns), config in zip(SHAPES[:4], (*small_tiles, small_tiles[0]), strict=True):
+    # several tiles a row, the last in part; one row in part; rows narrower than the tile
+    for (rows, columns), config in zip(((2, 35), (5, 30), (9, 3)), small_tiles, strict=True):
         case = make_case(kind, rows, columns, dtype, gated)
-        case.hold(**run(case, config))
-        case.hold(**run(case, config, with_h=False))
+        case.hold(**run(case, config, with_h=columns != 30))
 
 
 @every_dtype
