@@ -207,11 +207,12 @@ def test_products_follow_autocast(compute_dtype: torch.dtype | None, monkeypatch
         step(model, given)
         decoded = []
         decode = bitsandbytes.BitsAndBytesWeight.decode
-        monkeypatch.setattr(
-            bitsandbytes.BitsAndBytesWeight,
-            "decode",
-            lambda self, out=None, rows=None, dtype=None: decoded.append(dtype) or decode(self, out, rows, dtype),
-        )
+
+        def watched(self, out=None, rows=None, dtype=None):
+            decoded.append(dtype if out is None else out.dtype)
+            return decode(self, out, rows, dtype)
+
+        monkeypatch.setattr(bitsandbytes.BitsAndBytesWeight, "decode", watched)
         ours = step(model, given)
     assert set(decoded) == {torch.bfloat16}
     assert_step_close(ours, peft, exact)
