@@ -123,7 +123,11 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
     if isinstance(matched, Match):
         refused = replacement.prove(module)
         off = settings is not None and not settings.get(replacement.switch)
-        matched = refused or Left(f"{replacement.switch}=False" if off else "not accelerated yet")
+        matched = (
+            refused if refused is not None else Left(f"{replacement.switch}=False" if off else "not accelerated yet")
+        )
+    if not matched.reason:
+        return None
     return ReportRow(path, name, replacement.switch, "", "", matched.reason)
 
 

@@ -6,7 +6,6 @@ computes. Each forward reads the projections' state anew; what the op does not c
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fastpeft_kernels.mlp import Mlp
 from fastpeft_kernels.mlp.api import run_mlp
 
 from ..integrations import peft
+from ..integrations.accelerate import rebind_hooked_forward
 from .bypass import why_not_bypassed
 from .lora import FastLoraLayer, Request, frozen_base, lora_dtype, why_not_called
 from .mlp_structure import Roles
@@ -59,6 +59,13 @@ class FastMlp(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
             return super().forward(*args, **kwargs)
+        if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
+            if self.fastpeft_roles.adapted:  # PEFT has taken its layers out again
+                stock = stock_class(type(self))
+                self.leave()
+                return stock.forward(self, *args, **kwargs)
+            if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
+                return super().forward(*args, **kwargs)
         x = args[0]
         reason = why_not_called(self, x, (), kwargs)
         if reason is None:
@@ -72,9 +79,12 @@ class FastMlp(nn.Module):
         return super().forward(*args, **kwargs)
 
     def leave(self) -> None:
-        """Forget what was added to the instance."""
+        """This instance as it was before."""
         for name in ("fastpeft_roles", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
+        fast = type(self)
+        self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
+        rebind_hooked_forward(self, fast, stock)
 
     def _watched(self) -> bool:
         """Whether siblings are being looked for, for the calls that this op does not serve."""
@@ -132,10 +142,15 @@ def common_dtypes(requests: list[Request]) -> Dtypes | str:
     return first
 
 
-@cache
+_FAST: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def fast_class(stock: type[nn.Module]) -> type[nn.Module]:
     """`stock` with FastMlp before it."""
-    return type(f"Fast{stock.__name__}", (FastMlp, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+    if stock not in _FAST:
+        members = {"__module__": __name__, "__doc__": stock.__doc__}
+        _FAST[stock] = type(f"Fast{stock.__name__}", (FastMlp, stock), members)
+    return _FAST[stock]
 
 
 def stock_class(fast: type[nn.Module]) -> type[nn.Module]:

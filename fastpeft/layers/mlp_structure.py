@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
@@ -30,12 +30,14 @@ class Roles:
         down: the projection back.
         activation: one of `activation.KINDS`.
         bypassed: activation and dropouts, which are not called any more.
+        adapted: whether any projection has adapters.
     """
 
     inner: tuple[str, ...]
     down: str
     activation: str
     bypassed: tuple[str, ...]
+    adapted: bool
 
 
 def candidates(module: nn.Module) -> list[Roles]:
@@ -43,14 +45,16 @@ def candidates(module: nn.Module) -> list[Roles]:
     children = dict(module.named_children())
     sizes = {name: size for name, child in children.items() if (size := _features(child)) is not None}
     rest = {name: child for name, child in children.items() if name not in sizes}
-    if len(sizes) not in (2, 3) or any(True for _ in module.parameters(recurse=False)):
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if len(sizes) not in (2, 3) or own:
         return []
     if any(next(child.parameters(), None) is not None or any(child.children()) for child in rest.values()):
         return []
-    functions = [child for child in rest.values() if not isinstance(child, (nn.Dropout, nn.Identity))]
+    functions = _functions(rest.values())
     if len(functions) > 1:
         return []
     kinds = KINDS if not functions else [kind for kind in KINDS if _computes(functions[0], kind)]
+    adapted = any(isinstance(child, FastLoraLayer) for child in children.values())
     found = []
     for *inner, down in permutations(sizes):
         width = sum(sizes[name][1] for name in inner)
@@ -58,8 +62,13 @@ def candidates(module: nn.Module) -> list[Roles]:
         even = len(inner) == 1 or sizes[inner[0]][1] == sizes[inner[1]][1]
         factors = (1, 2) if len(inner) == 1 else (2,)
         if same_input and even and width in [factor * sizes[down][0] for factor in factors]:
-            found += [Roles(tuple(inner), down, kind, tuple(rest)) for kind in kinds]
+            found += [Roles(tuple(inner), down, kind, tuple(rest), adapted) for kind in kinds]
     return found
+
+
+def has_activation(module: nn.Module) -> bool:
+    """Whether something among the children could be one: without, the projections may as well be attention's."""
+    return bool(_functions(child for child in module.children() if _features(child) is None))
 
 
 def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
@@ -91,19 +100,27 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
     return fitting[0]
 
 
+def _base(module: Any) -> Any:
+    return module._modules["base_layer"] if isinstance(module, FastLoraLayer) else module
+
+
 def _features(module: Any) -> tuple[int, int] | None:
     """(in, out) of a projection that the op can read, else None."""
-    base = module._modules["base_layer"] if isinstance(module, FastLoraLayer) else module
+    base = _base(module)
     if type(base) is nn.Linear or bitsandbytes.is_linear_4bit(base):
         return base.in_features, base.out_features
     return None
 
 
 def _dtype(inner: Any) -> torch.dtype:
-    base = inner._modules["base_layer"] if isinstance(inner, FastLoraLayer) else inner
+    base = _base(inner)
     if bitsandbytes.is_linear_4bit(base):
         return base.compute_dtype or torch.float32  # type: ignore[no-any-return]
     return base.weight.dtype  # type: ignore[no-any-return]
+
+
+def _functions(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if not isinstance(module, (nn.Dropout, nn.Identity))]
 
 
 def _computes(function: nn.Module, kind: str) -> bool:

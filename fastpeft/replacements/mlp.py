@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
-from ..layers.mlp import FastMlp, fast_class, stock_class
-from ..layers.mlp_structure import candidates, proved
+from ..layers.mlp import FastMlp, fast_class
+from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
 
 OP = "lora_mlp"
@@ -23,8 +23,11 @@ class MlpReplacement:
     def prove(self, module: nn.Module) -> Left | None:
         if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
             return Left("forward was replaced on the instance")
-        roles = proved(module, candidates(module))
-        return Left(roles) if isinstance(roles, str) else None
+        wanted = candidates(module)
+        roles = proved(module, wanted)
+        if not isinstance(roles, str):
+            return None
+        return Left(roles if has_activation(module) else "")  # projections alone may be anything: attention has some
 
     def install(self, module: nn.Module) -> None:
         roles = proved(module, candidates(module))
@@ -44,9 +47,6 @@ class MlpReplacement:
         if not isinstance(module, FastMlp):
             return False
         module.leave()
-        fast = type(module)
-        module.__class__ = stock = stock_class(fast)
-        rebind_hooked_forward(module, fast, stock)
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:

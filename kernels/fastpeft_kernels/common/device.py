@@ -36,13 +36,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and _slow_on_cpu(dtype) else dtype
 
 
-@torch.compiler.assume_constant_result  # dynamo looks through lru_cache, into what it cannot trace
-def _slow_on_cpu(dtype: torch.dtype) -> bool:
-    return _asked_if_slow_on_cpu(dtype)
-
-
 @lru_cache
-def _asked_if_slow_on_cpu(dtype: torch.dtype) -> bool:
+def _slow_on_cpu(dtype: torch.dtype) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
         return not getattr(torch.ops.mkldnn, name)()

@@ -100,7 +100,9 @@ def lora_linear_group(
     """
     check_group(x, projections)
     dtypes = resolve_dtypes(x, projections, compute_dtype, lora_dtype, out_dtype)
-    drawn = draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
+    drawn = (
+        draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
+    )
     return run_group(x, projections, dtypes, drawn, _implementation(backend, x, projections, dtypes, drawn))
 
 
@@ -119,11 +121,11 @@ def run_group(
     autocast_off = (
         torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     )
-    if implementation is library:
-        dtypes = dtypes.on(x.device)
     with autocast_off:
         if as_op():
             return custom_op.apply(x, projections, dtypes, seeds)
+        if implementation is library:
+            dtypes = dtypes.on(x.device)
         return autograd.apply(x, projections, dtypes, seeds, implementation)
 
 

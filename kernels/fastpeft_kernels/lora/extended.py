@@ -139,7 +139,7 @@ def _parts(
 def _operand(projections: Sequence[LoraProjection], part: range, packed: Packed) -> Tensor:
     """[W | sB] of some of the projections below each other, (their out_features, width), in a warm buffer."""
     assert packed.a is not None
-    rank, in_features = packed.a.shape
+    in_features = packed.a.shape[1]
     rows = sum(projections[i].weight.shape[0] for i in part)
     operand = scratch((rows, _width(packed)), packed.a.dtype, packed.a.device)
     column = in_features + sum(projection.rank for projection in projections[: part.start])

@@ -32,7 +32,7 @@ def lora_mlp(
 
     Equivalent PyTorch: `mlp.reference.lora_mlp_reference`. Gradients reach x, every adapter's a, b and bias, and the
     projections' biases, where they require them; the frozen weights never get one. Keeps x, gate(x), up(x) and
-    rank-sized matrices for backward: not the activation, not its product with up(x), no dropout mask, no decoded weight.
+    rank-sized matrices for backward: not the activation, not its product with up(x), no mask, no decoded weight.
 
     Args:
         x: (..., in_features), floating; any number of leading dimensions, also empty.

@@ -52,6 +52,7 @@ class LoraMlp(torch.autograd.Function):
             for projection, stamp in zip(mlp.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
             if pre is None:
+                assert x2 is not None
                 pre, _ = library.inner(x2, mlp, dtypes, seeds)
             dx, grads = library.backward(
                 dy.reshape(-1, dy.shape[-1]),

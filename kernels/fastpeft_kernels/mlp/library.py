@@ -96,7 +96,8 @@ def backward(
         h = gated_activation(*mlp.halves(kept.pre), mlp.activation) if h is None else h
         library.down_gradients(ds, h.to(dtypes.lora), [mlp.down], seeds[-1:], needs[-1:], grads_down)
     if not below:
-        return None, [*[[None] * len(flags) for flags in needs[:-1]], *grads_down]
+        nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
+        return None, [*nothing, *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)
     dx, grads = library.backward(
         x, kept.s, mlp.columns(dpre), mlp.inner, packed, dtypes, seeds[:-1], dx_dtype, needs[:-1], whole=dpre

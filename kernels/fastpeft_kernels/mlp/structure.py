@@ -59,7 +59,6 @@ def check_mlp(x: Tensor, mlp: Mlp) -> None:
     halves = [projection.weight.shape[0] for projection in mlp.inner]
     if len(halves) > 2 or width not in (features, 2 * features) or (len(halves) == 2 and halves[0] != halves[1]):
         raise ValueError(
-            f"down: expected as many inputs as gate and up have outputs each, got {features} inputs and outputs {halves}"
+            f"down: expected as many inputs as gate and up have outputs each, got {features} inputs, outputs {halves}"
         )
     check_group(x.new_empty((0, features)), [mlp.down])
-

@@ -14,7 +14,6 @@ from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
 from tests.budget import assert_within_budget
 
-
 WAYS = ("chosen", "extended")
 """Of the library's path: as it chooses, and within the frozen products wherever that is possible."""
 

@@ -155,7 +155,7 @@ def test_bad_arguments_name_what_is_wrong():
         ),
         (
             ValueError,
-            r"down: expected as many inputs as gate and up have outputs each, got 13 inputs and outputs \[12, 12\]",
+            r"down: expected as many inputs as gate and up have outputs each, got 13 inputs, outputs \[12, 12\]",
             lambda: lora_mlp(x, Mlp(good.inner, projection(13, 8), "silu")),
         ),
         (ValueError, "x: expected last size 8", lambda: lora_mlp(torch.randn(3, 9), good)),
