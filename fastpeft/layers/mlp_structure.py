@@ -17,8 +17,8 @@ from fastpeft_kernels.activation.reference import gated_activation_reference
 from ..integrations import bitsandbytes
 from .lora import FastLoraLayer
 
-TOKENS = 4
-"""Rows of the random input of a proof."""
+SCALES = (0.3, 1.0, 4.0, 30.0)
+"""Of the rows of a proof's input: what their numbers are, about, after a projection."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +75,42 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
     """The one of `wanted` that gives what the module gives, or why there is none; changes nothing.
 
     Tried in the dtype of the weights, with `training` on and off, so that a dropout or any other step between the
-    projections that is no module shows.
+    projections that is no module shows, and with small and large inputs, so that a clamp shows.
     """
     weight = next(module.parameters(), None)
     if weight is None or weight.is_meta:
         return "its weights are not loaded, so that what it computes could not be tried"
-    inner = module.get_submodule(wanted[0].inner[0])
-    size = _features(inner)
-    assert size is not None
-    try:
-        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []), _as_stock(module):
+    fitting: list[Roles] = []
+    errors: list[Exception] = []
+    with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []), _as_stock(module):
+        for first in dict.fromkeys(roles.inner[0] for roles in wanted):
             torch.manual_seed(0)
-            x = torch.randn(1, TOKENS, size[0], device=weight.device, dtype=_dtype(inner))
-            x = x * (2.0 / (inner(x).float().std() + 1e-6)).to(x.dtype)
-            given = []
-            for training in (True, False):
-                module.training = training
-                given.append(module.forward(x))
-            fitting = [roles for roles in wanted if all(_close(_composed(module, roles, x), y) for y in given)]
-    except Exception as error:
-        return f"trying it failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
-    if len(fitting) != 1:
-        return "it computes something else than an MLP" if not fitting else "it computes more than one known MLP alike"
-    return fitting[0]
+            try:
+                x = _random_input(module.get_submodule(first), weight.device)
+                given = []
+                for training in (True, False):
+                    module.training = training
+                    given.append(module.forward(x))
+                alike = [roles for roles in wanted if roles.inner[0] == first]
+                fitting += [r for r in alike if all(_close(_composed(module, r, x), y) for y in given)]
+            except Exception as error:  # an input of a size that the module does not take, most likely
+                errors.append(error)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        return "it computes more than one known MLP alike"
+    if len(errors) == len({roles.inner[0] for roles in wanted}):
+        return f"trying it failed with {type(errors[0]).__name__}: {str(errors[0]).partition(chr(10))[0][:100]}"
+    return "it computes something else than an MLP"
+
+
+def _random_input(projection: nn.Module, device: torch.device) -> Tensor:
+    """(1, rows, in_features), of which the projection makes numbers from small to large."""
+    size = _features(projection)
+    assert size is not None
+    x = torch.randn(1, len(SCALES), size[0], device=device, dtype=_dtype(projection))
+    x = x * (1.0 / (projection(x).float().std() + 1e-6)).to(x.dtype)
+    return x * torch.tensor(SCALES, device=device, dtype=x.dtype)[:, None]
 
 
 def _base(module: Any) -> Any:
@@ -147,11 +160,11 @@ def _composed(module: nn.Module, roles: Roles, x: Tensor) -> Tensor:
 
 
 def _close(ours: Tensor, theirs: Any) -> bool:
-    """Equal within rounding: the chain is short, and wrong structures are off by about their whole size."""
+    """Equal within rounding, row by row: the chain is short, and wrong structures are off by about their whole size."""
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
         return False
-    difference = (ours.double() - theirs.double()).norm()
-    return bool(difference <= 16 * torch.finfo(theirs.dtype).eps * theirs.double().norm()) and bool(theirs.any())
+    difference, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
+    return bool((difference <= 16 * torch.finfo(theirs.dtype).eps * size).all()) and bool(theirs.any())
 
 
 @contextmanager
