@@ -276,7 +276,7 @@ def test_products_and_kept_bytes_of_a_layer(dtype: torch.dtype) -> None:
     found = []
     for depth in (2, 4):
         base = make_base(dtype=dtype, num_hidden_layers=depth, hidden_size=256, intermediate_size=688, head_dim=64)
-        ids = torch.randint(3, 90, (2, 64))
+        ids = torch.randint(3, 90, (4, 64))
         embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
         frozen = kept_a_token(copy.deepcopy(base).requires_grad_(False), inputs_embeds=embedded)
         model = fastpeft.accelerate(with_lora(base, r=8))
