@@ -53,7 +53,9 @@ def accelerate(
     Args:
         model: the module; dense bases in fp32, bf16 or fp16, or bitsandbytes 4-bit ones.
         lora: replace LoRA layers.
-        mlp, attention, loss, norms: replace those too; not built yet, the report says so.
+        mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
+            some is told by their parts, and proved by trying each on random numbers.
+        attention, loss, norms: replace those too; not built yet, the report says so.
         memory: a memory budget; not built yet.
 
     Returns:
@@ -70,6 +72,7 @@ def accelerate(
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
     modules = dict(model.named_modules())
+    found = False
     for replacement in REPLACEMENTS:
         if not getattr(switches, replacement.switch):
             continue
@@ -82,8 +85,9 @@ def accelerate(
                 replacement.install(module)
             mine[path] = module
         replacement.finish(model, mine)
-        if not mine:
-            logger.warning("nothing to replace for %s=True in this %s", replacement.switch, type(model).__name__)
+        found = found or bool(mine)
+    if not found:
+        logger.warning("nothing was replaced in this %s; fastpeft.report(model) says why", type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)
     return model
 

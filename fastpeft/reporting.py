@@ -19,6 +19,7 @@ class ReportRow:
     Attributes:
         path: its name in the model.
         module: its class.
+        kind: what of it is replaced: the switch of `accelerate`.
         op: the op that serves it; empty when it was left alone.
         partners: with how many it is computed, empty when alone.
         note: why it was left alone, or which of its calls so far the op could not serve, and why.
@@ -26,6 +27,7 @@ class ReportRow:
 
     path: str
     module: str
+    kind: str
     op: str
     partners: str
     note: str
@@ -50,16 +52,22 @@ class Report:
     def left(self) -> tuple[ReportRow, ...]:
         return tuple(row for row in self.rows if not row.accelerated)
 
+    def _share(self, kind: str) -> str:
+        rows = [row for row in self.rows if row.kind == kind]
+        return f"{sum(row.accelerated for row in rows)} of {len(rows)}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        lines = [f"fastpeft: {len(self.accelerated)} of {len(self.rows)} adapter layers accelerated"]
+        lines = [f"fastpeft: {self._share('lora')} adapter layers accelerated"]
+        if any(row.kind == "mlp" for row in self.rows):
+            lines[0] += f", {self._share('mlp')} MLPs as one op"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:
-            merged[(_without_numbers(row.path), row.op or "PEFT's own forward", row.partners, row.note)] += 1
+            merged[(_without_numbers(row.path), row.op or "its own forward", row.partners, row.note)] += 1
         cells += [
             (path, str(count), op, partners or "alone", note) for (path, op, partners, note), count in merged.items()
         ]
@@ -108,15 +116,19 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
     name = type(module).__name__
     served = replacement.installed(module)
     if served is not None:
-        return ReportRow(path, name, served.op, *replacement.status(module))
+        return ReportRow(path, name, replacement.switch, served.op, *replacement.status(module))
     matched = replacement.match(module)
     if matched is None:
         return None
     if isinstance(matched, Match):
         refused = replacement.prove(module)
         off = settings is not None and not settings.get(replacement.switch)
-        matched = refused or Left(f"{replacement.switch}=False" if off else "not accelerated yet")
-    return ReportRow(path, name, "", "", matched.reason)
+        matched = (
+            refused if refused is not None else Left(f"{replacement.switch}=False" if off else "not accelerated yet")
+        )
+    if not matched.reason:
+        return None
+    return ReportRow(path, name, replacement.switch, "", "", matched.reason)
 
 
 def _without_numbers(path: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer, Request, fast_classes
+from .layers.mlp import FastMlp, stock_class
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
@@ -106,23 +107,28 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
+    mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
+    replaced: dict[str, nn.Module] = {**layers, **mlps}
     if not layers:
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
-    with _calm(model, layers, seed):
-        ours, traffic = _step(model, layers, inputs, record=True)
-        with _suspended(layers):
+    with _calm(model, replaced, seed):
+        _, traffic = _step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
+        ours, traffic_of_mlps = _step(model, mlps, inputs, record=True)
+        with _suspended(replaced):
             peft, _ = _step(model, layers, inputs)
         checks, rounding = _check_layers(layers, traffic)
-        with _suspended(layers), _noisy(layers, rounding, seed):
+        of_mlps = _check_mlps(mlps, traffic_of_mlps)
+        with _suspended(replaced), _noisy(layers, rounding, seed):
             twin, _ = _step(model, layers, inputs)
-    checks += _compare_models(ours, peft, twin)
-    unserved = tuple(path for path in layers if path not in rounding)
+    checks += of_mlps + _compare_models(ours, peft, twin)
+    checked = {check.path for check in checks}
+    unserved = tuple(path for path in replaced if path not in checked)
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
 
 
 def _step(
-    model: nn.Module, layers: dict[str, FastLoraLayer], inputs: dict[str, Any], record: bool = False
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: dict[str, Any], record: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """(output, loss and gradients of trainable parameters by name, [x, dy] of each layer's first call)."""
     traffic: dict[str, list[Tensor]] = {}
@@ -217,6 +223,28 @@ def _check_group(
     return checks
 
 
+def _check_mlps(mlps: dict[str, FastMlp], traffic: dict[str, list[Tensor]]) -> list[Check]:
+    """Checks of every MLP that the op served, each as a whole."""
+    checks: list[Check] = []
+    for path, mlp in mlps.items():
+        x, *dys = traffic.pop(path, [torch.empty(0)])
+        if len(dys) != 1 or isinstance(mlp.request(x), str):
+            continue
+        trained = [_trained(mlp)]
+        ours = _differentiate([mlp], x, dys, trained)
+        layers = {name: child for name, child in mlp.named_children() if isinstance(child, FastLoraLayer)}
+        with _suspended({**layers, path: mlp}):
+            peft = _differentiate([mlp], x, dys, trained)
+        wide = _mlp_in_fp64(mlp)
+        with torch.autocast(x.device.type, enabled=False):
+            exact = _differentiate([wide], x.double(), [dys[0].double()], [_trained(wide)])
+        checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
+        triples = zip(ours.parameters[0], peft.parameters[0], exact.parameters[0], strict=True)
+        checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
+        checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
+    return checks
+
+
 @dataclass
 class _Derived:
     outputs: list[Tensor]
@@ -244,17 +272,28 @@ def _trained(layer: nn.Module) -> list[nn.Parameter]:
 def _in_fp64(layer: FastLoraLayer) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
     stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
+    return _copied(layer, stock)
+
+
+def _mlp_in_fp64(mlp: FastMlp) -> nn.Module:
+    """The model's own MLP over PEFT's layers, likewise."""
+    return _copied(mlp, stock_class(type(mlp)))
+
+
+def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
+    """The module as one of `stock` in fp64, without hooks and without what is ours."""
     wide = stock.__new__(stock)
     nn.Module.__init__(wide)
-    own = {name for name in layer.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
-    wide.__dict__ |= {n: v for n, v in layer.__dict__.items() if n not in own and n not in wide.__dict__}
-    for name, child in layer._modules.items():
-        assert child is not None
-        if name == "base_layer" and bitsandbytes.is_linear_4bit(child):
+    own = {name for name in module.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
+    wide.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in own and n not in wide.__dict__}
+    for name, child in module.named_children():
+        if isinstance(child, FastLoraLayer):
+            wide._modules[name] = _in_fp64(child)
+        elif bitsandbytes.is_linear_4bit(child):
             wide._modules[name] = bitsandbytes.dense_linear(child)
         else:
             wide._modules[name] = copy.deepcopy(child)
-    return wide.double().train(layer.training)
+    return wide.double().train(module.training)
 
 
 def _check(path: str, what: str, ours: Tensor, peft: Tensor, exact: Tensor) -> Check:
@@ -314,19 +353,19 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _suspended(layers: dict[str, FastLoraLayer]) -> Iterator[None]:
-    """PEFT's own forward in every layer."""
-    for layer in layers.values():
-        layer.fastpeft_suspended = True
+def _suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """PEFT's own forward in every layer, the model's own in every MLP."""
+    for module in modules.values():
+        module.fastpeft_suspended = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer.__dict__.pop("fastpeft_suspended", None)
+        for module in modules.values():
+            module.__dict__.pop("fastpeft_suspended", None)
 
 
 @contextmanager
-def _noisy(layers: dict[str, FastLoraLayer], rounding: dict[str, float], seed: int) -> Iterator[None]:
+def _noisy(layers: Mapping[str, nn.Module], rounding: dict[str, float], seed: int) -> Iterator[None]:
     """Outputs with gaussian noise of the given rms added, and rounded again."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -346,19 +385,20 @@ def _noisy(layers: dict[str, FastLoraLayer], rounding: dict[str, float], seed: i
 
 
 @contextmanager
-def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iterator[None]:
+def _calm(model: nn.Module, replaced: Mapping[str, nn.Module], seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
+    layers = [module for module in replaced.values() if isinstance(module, FastLoraLayer)]
     zeros, frozen = [], []
     if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
-        frozen = [p for layer in layers.values() for name, p in layer.named_parameters() if name.startswith("lora_")]
-    for layer in layers.values():
+        frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
+    for layer in layers:
         for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
             b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
             if b is not None and not b.any():
                 zeros.append(b)
-    calls = {path: dict(layer.__dict__.get("fastpeft_calls", {})) for path, layer in layers.items()}
+    calls = {path: dict(module.__dict__.get("fastpeft_calls", {})) for path, module in replaced.items()}
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -378,5 +418,5 @@ def _calm(model: nn.Module, layers: dict[str, FastLoraLayer], seed: int) -> Iter
         with torch.no_grad():
             for b in zeros:
                 b.zero_()
-        for path, layer in layers.items():
-            layer.__dict__["fastpeft_calls"] = calls[path]
+        for path, module in replaced.items():
+            module.__dict__["fastpeft_calls"] = calls[path]

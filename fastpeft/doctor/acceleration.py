@@ -43,7 +43,7 @@ def _lora(machine: Machine, earlier: Mapping[str, Finding], lacking: list[str], 
             "Compare with plain PyTorch on this device: if it works there, please report this as a bug of fastpeft."
         )
         return problem("lora", f"the op fails on this device: {wrong}", advice, accelerated=False)
-    native = not machine.torch.gpus and _value(earlier, "compiler", "cxx") and sys.platform != "win32"
+    native = _compiles(machine, earlier)
     dropout = "triton" if runs else "c++" if native else "torch"
     library = "cuBLAS" if machine.torch.gpus else "the CPU's library"
     words = {"triton": "our Triton kernel", "c++": "our C++", "torch": "PyTorch"}[dropout]
@@ -59,11 +59,17 @@ def _four_bit(machine: Machine, earlier: Mapping[str, Finding], lacking: list[st
         return _waits(name, lacking)
     values = {"accelerated": True, "products": "library"}
     if not machine.torch.gpus:
-        return ok(name, "accelerated as lora; bitsandbytes decodes", **values, decode="bitsandbytes")
+        who, decode = ("our C++", "c++") if _compiles(machine, earlier) else ("bitsandbytes", "bitsandbytes")
+        return ok(name, f"accelerated as lora; {who} decodes", **values, decode=decode)
     if runs:
         return ok(name, "accelerated as lora; our Triton kernel decodes", **values, decode="triton")
     advice = "Put Triton right for speed: decoding by PyTorch takes several passes over memory."
     return note(name, "accelerated as lora, but PyTorch decodes, slowly", advice, **values, decode="torch")
+
+
+def _compiles(machine: Machine, earlier: Mapping[str, Finding]) -> bool:
+    """Whether our C++ serves: on a CPU, with a compiler."""
+    return not machine.torch.gpus and bool(_value(earlier, "compiler", "cxx")) and sys.platform != "win32"
 
 
 def _kernels(machine: Machine, earlier: Mapping[str, Finding], runs: bool) -> Finding:

@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from fastpeft_kernels.native import native_library
 from fastpeft_kernels.quant import Packed4bit
 from fastpeft_kernels.weights import FourBitWeight
 from fastpeft_kernels.weights.base import Rows
@@ -20,13 +21,15 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BitsAndBytesWeight(FourBitWeight):
-    """FourBitWeight that lets bitsandbytes decode on CPU, where its C++ loop is the fastest there is."""
+    """FourBitWeight that bitsandbytes decodes on CPU where our C++ is missing, or where it misreads the weight."""
 
     kind = "bitsandbytes_4bit"
 
     @property
     def fills(self) -> bool:  # type: ignore[override]
-        return self.device.type != "cpu"
+        if self.device.type != "cpu":
+            return True
+        return not _misread(self.shape[1], self.packed.blocksize) and native_library() is not None
 
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         packed = self.packed
@@ -96,17 +99,14 @@ def forget(layer: Any) -> None:
 def decode_note(layer: Any) -> str:
     """What the user should know of the way in which bitsandbytes reads this layer's weight here; mostly nothing.
 
-    bitsandbytes 0.50's AVX-512 decoder looks scales up by row, its format stores them along the flat matrix; the two
-    differ where a row is no whole number of blocks. We decode as PEFT's forward would, so that numbers agree.
+    We decode as PEFT's forward would, so that numbers agree.
     """
     state = getattr(layer.weight, "quant_state", None)
-    if state is None or layer.weight.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return ""
-    columns = state.shape[-1]
-    if columns % state.blocksize == 0 or columns % 16 or state.blocksize >= 2048:
+    if state is None or layer.weight.device.type != "cpu" or not _misread(state.shape[-1], state.blocksize):
         return ""
     return (
-        f"on this CPU bitsandbytes misreads 4-bit rows of {columns} in blocks of {state.blocksize}; followed as it is"
+        f"on this CPU bitsandbytes misreads 4-bit rows of {state.shape[-1]} in blocks of {state.blocksize}; "
+        "followed as it is"
     )
 
 
@@ -142,6 +142,16 @@ def allow_cpu_packing(layer: Any, before: bool | None) -> None:
     """Undo `forbid_cpu_packing`."""
     if before is not None:
         layer.support_avx512bf16_for_cpu = before
+
+
+def _misread(columns: int, blocksize: int) -> bool:
+    """Whether bitsandbytes reads rows of so many columns wrongly on this CPU.
+
+    The AVX-512 decoder of its version 0.50 looks scales up by row, its format stores them along the flat matrix; the
+    two differ where a row is no whole number of blocks.
+    """
+    wrong = columns % blocksize != 0 and columns % 16 == 0 and blocksize < 2048
+    return wrong and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _packed(weight: Tensor, state: Any) -> Packed4bit:

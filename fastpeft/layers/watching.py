@@ -62,6 +62,11 @@ class SiblingWatch:
         for path, waiting in below.items():
             _Place(self, root.get_submodule(path), waiting)
 
+    @property
+    def watching(self) -> bool:
+        """Whether the run that is watched goes on just now."""
+        return self._seen is not None
+
     def add(self, place: _Place) -> None:
         self._places.add(place)
 

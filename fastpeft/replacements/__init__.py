@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .base import Left, Match, Replacement
 from .lora import LoraReplacement
+from .mlp import MlpReplacement
 
-REPLACEMENTS: tuple[Replacement, ...] = (LoraReplacement(),)
+REPLACEMENTS: tuple[Replacement, ...] = (LoraReplacement(), MlpReplacement())
 
 NOT_BUILT = {
-    "mlp": "the whole MLP as one op",
     "attention": "fused attention",
     "loss": "losses without logits",
     "norms": "norms, activations and rotary embeddings",

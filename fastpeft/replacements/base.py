@@ -14,7 +14,7 @@ class Match(NamedTuple):
 
 
 class Left(NamedTuple):
-    """The module is of this replacement's kind, but stays as it is, for this reason."""
+    """The module is of this replacement's kind, but stays as it is, for this reason; empty: it is not of its kind."""
 
     reason: str
 

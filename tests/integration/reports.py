@@ -7,12 +7,23 @@ from typing import Any
 from torch import nn
 
 import fastpeft
+from fastpeft.reporting import ReportRow
+
+
+def adapter_rows(model: nn.Module) -> list[ReportRow]:
+    """The report's rows of adapter layers."""
+    return [row for row in fastpeft.report(model).rows if row.kind == "lora"]
+
+
+def mlp_rows(model: nn.Module) -> list[ReportRow]:
+    """The report's rows of MLPs."""
+    return [row for row in fastpeft.report(model).rows if row.kind == "mlp"]
 
 
 def siblings(model: nn.Module) -> set[frozenset[str]]:
     """The names, within one parent, of the rows that the report shows as computed together."""
     groups: dict[Any, set[str]] = {}
-    for row in fastpeft.report(model).rows:
+    for row in adapter_rows(model):
         if row.partners:
             parent, _, name = row.path.rpartition(".")
             groups.setdefault((parent, row.partners), set()).add(name)
@@ -22,8 +33,7 @@ def siblings(model: nn.Module) -> set[frozenset[str]]:
 
 def notes(model: nn.Module) -> str:
     """Why PEFT served calls or layers; empty when the ops served every call of every layer."""
-    report = fastpeft.report(model)
-    return "\n".join(row.note for row in report.rows if not row.accelerated or "by PEFT" in row.note)
+    return "\n".join(row.note for row in adapter_rows(model) if not row.accelerated or "by PEFT" in row.note)
 
 
 def shape_of(model: nn.Module) -> dict[str, tuple[Any, ...]]:

@@ -20,6 +20,7 @@ import fastpeft
 from tests.integration.blocks import Stack, assert_same, blocks, check, gradients, inputs, pair
 from tests.integration.models import batch, checkpointed, make
 from tests.integration.quantised import make_quantised
+from tests.integration.reports import adapter_rows
 from tests.integration.steps import assert_step_close, step, truth
 
 
@@ -68,7 +69,7 @@ def group_count(name: str, layers: int = 2) -> int:
     model = fastpeft.accelerate(make(name))
     with torch.no_grad():
         model(**batch(model))
-    rows = [row for row in fastpeft.report(model).rows if row.accelerated]
+    rows = [row for row in adapter_rows(model) if row.accelerated]
     return round(sum(1 / int(row.partners.rpartition(" ")[2]) if row.partners else 1 for row in rows))
 
 

@@ -75,7 +75,7 @@ def test_conv1d_targets_are_left_alone_and_named(caplog: pytest.LogCaptureFixtur
     inputs = batch(model)
     before, shape = step(model, inputs), shape_of(model)
     fastpeft.accelerate(model)
-    assert "nothing to replace" in caplog.text
+    assert "nothing was replaced" in caplog.text
     report = fastpeft.report(model)
     assert not report.accelerated and {row.note for row in report.left} == {"no op for a base layer of type Conv1D"}
     assert step(model, inputs).equals(before)

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastpeft
 from tests.integration.models import batch, make, make_base, trained, with_lora
-from tests.integration.reports import notes, shape_of, siblings
+from tests.integration.reports import adapter_rows, notes, shape_of, siblings
 from tests.integration.steps import assert_step_close, step, truth
 
 
@@ -47,7 +47,7 @@ class TestMerging:
         for model in (ours, peft):
             model.merge_adapter()
         assert torch.equal(ours(**inputs).logits, peft(**inputs).logits)
-        assert all("merged" in row.note for row in fastpeft.report(ours).rows)
+        assert all("merged" in row.note for row in adapter_rows(ours))
         for model in (ours, peft):
             model.unmerge_adapter()
         check(ours, peft, inputs)
@@ -146,7 +146,7 @@ class TestSeveralAdapters:
         names = {"adapter_names": ["default", "second", "__base__"]}
         with torch.no_grad():
             assert torch.equal(ours(**inputs, **names).logits, peft(**inputs, **names).logits)
-        assert all("adapter_names" in row.note for row in fastpeft.report(ours).rows)
+        assert all("adapter_names" in row.note for row in adapter_rows(ours))
         check(ours.train(), peft.train(), inputs)
 
     def test_a_mixed_batch_as_the_very_first_call(self) -> None:
@@ -217,7 +217,7 @@ class TestOtherWaysIn:
         ours.load_state_dict(peft.state_dict())
         inputs = batch(peft)
         check(ours, peft, inputs)
-        assert not fastpeft.report(ours).left and not siblings(ours)
+        assert all(row.accelerated for row in adapter_rows(ours)) and not siblings(ours)
         check(fastpeft.accelerate(ours), peft, inputs)
         assert siblings(ours)
         for model in (ours, peft):

@@ -12,7 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 
 import fastpeft
 from tests.integration.models import batch, make, make_base, with_lora
-from tests.integration.reports import notes
+from tests.integration.reports import adapter_rows, notes
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def test_a_trained_base_weight_runs_peft() -> None:
     peft, exact = step(model, inputs), truth(model, inputs)
     fastpeft.accelerate(model)
     assert_step_close(step(model, inputs), peft, exact)
-    assert {row.path for row in fastpeft.report(model).rows if "base weight is trained" in row.note} == {
+    assert {row.path for row in adapter_rows(model) if "base weight is trained" in row.note} == {
         "base_model.model.model.layers.0.self_attn.k_proj"
     }
 
@@ -95,7 +95,7 @@ def test_variants_run_peft_and_are_named(variant: str) -> None:
     torch.manual_seed(0)
     got = step(ours, inputs)
     torch.testing.assert_close(got.gradients, expected.gradients)
-    left = [row for row in fastpeft.report(ours).rows if not row.op or "variant" in row.note]
+    left = [row for row in adapter_rows(ours) if not row.op or "variant" in row.note]
     assert left and all("variant" in row.note for row in left)
 
 
@@ -106,15 +106,13 @@ def test_a_variant_beside_an_ordinary_adapter_is_left_when_active() -> None:
     fastpeft.accelerate(model)
     inputs = batch(model)
     model(**inputs)
-    served = {
-        row.path.rpartition(".")[2] for row in fastpeft.report(model).rows if row.op and "by PEFT" not in row.note
-    }
+    served = {row.path.rpartition(".")[2] for row in adapter_rows(model) if row.op and "by PEFT" not in row.note}
     assert {"q_proj", "k_proj"} <= served
     model.set_adapter("default")
     plain = copy.deepcopy(model)
     fastpeft.restore(plain)
     torch.testing.assert_close(step(model, inputs).gradients, step(plain, inputs).gradients)
-    assert any("DoraLinearVariant" in row.note for row in fastpeft.report(model).rows)
+    assert any("DoraLinearVariant" in row.note for row in adapter_rows(model))
 
 
 def test_other_methods_of_peft_are_left_and_named() -> None:
@@ -124,7 +122,7 @@ def test_other_methods_of_peft_are_left_and_named() -> None:
     inputs = batch(model)
     before = step(model, inputs)
     assert step(fastpeft.accelerate(model), inputs).equals(before)
-    notes = {row.note for row in fastpeft.report(model).rows}
+    notes = {row.note for row in adapter_rows(model)}
     assert notes and all("ia3" in note for note in notes)
 
 

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpeft
 from fastpeft.integrations import bitsandbytes
+from fastpeft_kernels.common.device import product_dtype
 from tests.integration.models import batch, make_base, trained, with_lora
 from tests.integration.quantised import forbid_packing, four_bit_layers, make_quantised, quantised_truth
-from tests.integration.reports import notes, shape_of
+from tests.integration.reports import adapter_rows, notes, shape_of
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step
 
 full = pytest.mark.full
@@ -27,7 +28,7 @@ full = pytest.mark.full
 def test_nf4_gives_the_numbers_of_peft(name: str, checkpointing: bool) -> None:
     model = make_quantised(name, checkpointing=checkpointing)
     check_step(model)
-    ops = {row.op for row in fastpeft.report(model).rows}
+    ops = {row.op for row in adapter_rows(model)}
     assert ops == {"lora_linear over 4-bit"} | ({"lora_linear"} if name == "t5" else set())
 
 
@@ -159,7 +160,7 @@ class TestRearrangedStorage:
         ours = fastpeft.accelerate(copy.deepcopy(peft))
         with torch.no_grad():
             assert torch.equal(ours(**inputs).logits, peft(**inputs).logits)
-        assert all("packing_format_for_cpu" in row.note for row in fastpeft.report(ours).rows)
+        assert all("packing_format_for_cpu" in row.note for row in adapter_rows(ours))
 
     def test_verify_does_not_rearrange_layers_without_lora(self) -> None:
         model = unguarded(make_quantised(lora={"target_modules": ["q_proj", "v_proj"]}))
@@ -207,13 +208,14 @@ def test_products_follow_autocast(compute_dtype: torch.dtype | None, monkeypatch
         step(model, given)
         decoded = []
         decode = bitsandbytes.BitsAndBytesWeight.decode
-        monkeypatch.setattr(
-            bitsandbytes.BitsAndBytesWeight,
-            "decode",
-            lambda self, out=None, rows=None, dtype=None: decoded.append(dtype) or decode(self, out, rows, dtype),
-        )
+
+        def watched(self, out=None, rows=None, dtype=None):
+            decoded.append(dtype if out is None else out.dtype)
+            return decode(self, out, rows, dtype)
+
+        monkeypatch.setattr(bitsandbytes.BitsAndBytesWeight, "decode", watched)
         ours = step(model, given)
-    assert set(decoded) == {torch.bfloat16}
+    assert set(decoded) == {product_dtype(torch.bfloat16, torch.device("cpu"))}
     assert_step_close(ours, peft, exact)
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 import fastpeft
 from tests.integration.models import trained
-from tests.integration.reports import notes, siblings
+from tests.integration.reports import adapter_rows, notes, siblings
 from tests.integration.steps import assert_step_close, step, truth
 
 TEXT = ["Once upon a time there was a little girl who", "The cat sat.", "One day, he went out to play in the snow and"]
@@ -48,7 +48,7 @@ def test_decoder_with_qlora(real_models: Path, dtype: torch.dtype) -> None:
     check(model)
     assert siblings(model) == LLAMA
     assert every_projection(model, {"embed_tokens", "lm_head"})
-    assert {row.op for row in fastpeft.report(model).rows} == {"lora_linear over 4-bit"}
+    assert {row.op for row in adapter_rows(model)} == {"lora_linear over 4-bit"}
 
 
 def test_encoder_with_lora(real_models: Path) -> None:
@@ -98,7 +98,7 @@ def check(model: nn.Module) -> None:
 
 def every_projection(model: nn.Module, but: set[str]) -> bool:
     """All linear layers but the named are served, and none was ever left to PEFT."""
-    rows = fastpeft.report(model).rows
+    rows = adapter_rows(model)
     base = (path.removesuffix(".base_layer") for path, m in model.named_modules() if isinstance(m, nn.Linear))
     linear = {path for path in base if "lora_" not in path and path.rpartition(".")[2] not in but}
     linear = {path for path in linear if not any(name in path for name in but)}

@@ -12,7 +12,7 @@ from torch import nn
 import fastpeft
 from tests.integration.blocks import inputs, pair
 from tests.integration.models import batch, make
-from tests.integration.reports import shape_of
+from tests.integration.reports import adapter_rows, shape_of
 from tests.integration.steps import step
 
 
@@ -44,7 +44,7 @@ class TestReport:
         step(model, batch(model))
         text = str(fastpeft.report(model))
         assert "found at the first forward pass" not in text
-        assert text.startswith("fastpeft: 14 of 14 adapter layers accelerated")
+        assert text.startswith("fastpeft: 14 of 14 adapter layers accelerated, 2 of 2 MLPs as one op")
         assert "layers.*.self_attn.q_proj  2      lora_linear  one of 3" in text
 
     def test_what_was_switched_off(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,7 +60,7 @@ class TestReport:
         ours(inputs())
         with ours.disable_adapter():
             ours(inputs())
-        assert {row.note for row in fastpeft.report(ours).rows} == {"1 of 3 calls by PEFT: adapters disabled"}
+        assert {row.note for row in adapter_rows(ours)} == {"1 of 3 calls by PEFT: adapters disabled"}
 
     def test_an_empty_model(self) -> None:
         report = fastpeft.report(nn.Linear(2, 2))

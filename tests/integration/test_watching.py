@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpeft
 from fastpeft.layers import watching
 from tests.integration.blocks import WIDTH, Block, blocks, check, gradients, inputs, pair
-from tests.integration.reports import notes, siblings
+from tests.integration.reports import adapter_rows, notes, siblings
 from tests.integration.test_errors_and_leftovers import needs_gradients
 
 GROUPED = {frozenset("qkv")}
@@ -54,7 +54,7 @@ class TestCost:
             routed(model).fails, routed(model).expert = False, 1
         check(ours, peft)
         assert routed(ours).runs == 5
-        last = fastpeft.report(ours).rows[-1]
+        last = adapter_rows(ours)[-1]
         assert last.path.endswith("experts.1.v") and bool(last.partners) is not fails
         fastpeft.restore(ours)
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in ours.modules())
@@ -69,7 +69,7 @@ class TestCost:
         for model in (ours, peft):
             routed(model).expert = 1
         check(ours, peft)
-        assert len([row for row in fastpeft.report(ours).rows if row.partners]) == 6
+        assert len([row for row in adapter_rows(ours) if row.partners]) == 6
 
 
 class Routed(nn.Module):
@@ -214,7 +214,7 @@ class TestErrors:
             check(ours, peft, inputs().requires_grad_())
         (record,) = [record for record in caplog.records if record.name == "fastpeft"]
         assert "6 LoRA layers" in record.getMessage() and "RuntimeError: element 0 of" in record.getMessage()
-        found = [row.note for row in fastpeft.report(ours).rows]
+        found = [row.note for row in adapter_rows(ours)]
         assert len(found) == 6 and all("siblings not found: RuntimeError: element 0 of" in note for note in found)
         assert not notes(ours)  # each layer is computed by the op all the same
         fastpeft.restore(ours)
@@ -229,13 +229,13 @@ class TestErrors:
         fastpeft.accelerate(ours)
         check(ours, peft)
         assert siblings(ours) == GROUPED
-        assert not any(row.note for row in fastpeft.report(ours).rows)
+        assert not any(row.note for row in adapter_rows(ours))
 
     def test_no_warning_when_the_call_itself_fails(self, caplog: pytest.LogCaptureFixture) -> None:
         ours, _ = pair()
         with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError):
             ours(torch.randn(2, WIDTH + 1))
-        assert not caplog.records and not any(row.note for row in fastpeft.report(ours).rows)
+        assert not caplog.records and not any(row.note for row in adapter_rows(ours))
 
 
 class TestAutocast:
@@ -249,7 +249,8 @@ class TestAutocast:
                 found.append(gradients(model, x))
         assert found[0].keys() == found[1].keys()
         head = [name for name in found[1] if name.endswith("model.1.weight")]
-        torch.testing.assert_close(found[0][head[0]], found[1][head[0]], rtol=0.1, atol=0.1)
+        mine, theirs = (gradient[head[0]] for gradient in found)
+        assert (mine - theirs).norm() <= 0.05 * theirs.norm()
 
     def test_no_cast_of_the_watched_forward_is_used_again(self) -> None:
         """Up to torch 2.11 such a cast, made under no_grad, cut a trained weight off; later ones tell them apart."""

@@ -27,6 +27,24 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to multiply matrices of `dtype` on `device`, to be rounded to `dtype` afterwards.
+
+    fp32 in place of 16 bits on a CPU without instructions for those, where torch falls back to loops that run at a
+    tenth of fp32's rate (forward) to a hundredth (backward); else `dtype` itself.
+    """
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and _slow_on_cpu(dtype) else dtype
+
+
+@lru_cache
+def _slow_on_cpu(dtype: torch.dtype) -> bool:
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return not getattr(torch.ops.mkldnn, name)()
+    except (AttributeError, RuntimeError):  # a build without oneDNN: not known, so nothing is changed
+        return False
+
+
 def device_capability(device: torch.device | str) -> int | None:
     """Compute capability of an NVIDIA GPU as one number.
 

@@ -99,8 +99,10 @@ def lora_linear_group(
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
     """
     check_group(x, projections)
-    dtypes = _resolve_dtypes(x, projections, compute_dtype, lora_dtype, out_dtype)
-    drawn = draw_seeds(x.device, projections, training) if seeds is None else _given(seeds, x, projections, training)
+    dtypes = resolve_dtypes(x, projections, compute_dtype, lora_dtype, out_dtype)
+    drawn = (
+        draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
+    )
     return run_group(x, projections, dtypes, drawn, _implementation(backend, x, projections, dtypes, drawn))
 
 
@@ -122,6 +124,8 @@ def run_group(
     with autocast_off:
         if as_op():
             return custom_op.apply(x, projections, dtypes, seeds)
+        if implementation is library:
+            dtypes = dtypes.on(x.device)
         return autograd.apply(x, projections, dtypes, seeds, implementation)
 
 
@@ -130,7 +134,7 @@ def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], trai
     return [draw_seed(device) if training and any(a.dropout for a in p.adapters) else None for p in projections]
 
 
-def _given(
+def given_seeds(
     seeds: Sequence[Tensor | None], x: Tensor, projections: Sequence[LoraProjection], training: bool
 ) -> list[Tensor | None]:
     """The caller's seeds, checked; None where nothing is dropped."""
@@ -174,7 +178,7 @@ def _implementation(
     return triton_path
 
 
-def _resolve_dtypes(
+def resolve_dtypes(
     x: Tensor,
     projections: Sequence[LoraProjection],
     compute: torch.dtype | None,

@@ -29,20 +29,16 @@ class LoraGroup(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        needs = _split(ctx.needs_input_grad[5:], projections)
+        needs = split_flags(ctx.needs_input_grad[5:], projections)
         ctx.group = (implementation, projections, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
-        if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
+        if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
         outputs, s = _compute(implementation, x, projections, dtypes, seeds)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
-        read_again = [
-            t for p in projections for a in p.adapters for t in (a.a, a.b, a.scaling) if isinstance(t, Tensor)
-        ]
-        # saved for torch to notice a write before backward, which reads them through `projections`
-        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *read_again)
+        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *tensors_read_again(projections))
         return tuple(outputs)
 
     @staticmethod
@@ -113,7 +109,13 @@ def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
                 projection.weight.release()
 
 
-def _split(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:
+def tensors_read_again(projections: Sequence[LoraProjection]) -> list[Tensor]:
+    """What backward reads through `projections`; to be saved, for torch to notice a write before it."""
+    return [t for p in projections for a in p.adapters for t in (a.a, a.b, a.scaling) if isinstance(t, Tensor)]
+
+
+def split_flags(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:
+    """One flag for each of all projections' `tensors()`, by projection."""
     parts, last = [], 0
     for projection in projections:
         first, last = last, last + 1 + 3 * len(projection.adapters)

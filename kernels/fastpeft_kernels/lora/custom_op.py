@@ -23,7 +23,7 @@ def apply(
     x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable. Autocast must be off."""
-    if x.dtype != dtypes.compute and dtypes.compute == dtypes.lora:
+    if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
         x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
     tensors, numbers, layout = flatten_group(projections, dtypes, seeds)
     return tuple(lora_group_op(x, tensors, numbers, layout)[: len(projections)])
@@ -79,7 +79,7 @@ def lora_group_backward_op(
     }
     results = [_own(by_place[place]) for place in sorted(by_place)]
     if dx is not None and dx_dtype is not None:
-        results.insert(0, dx.view(*_lead(dys), dx.shape[-1]).to(dx_dtype))
+        results.insert(0, dx.reshape(*_lead(dys), dx.shape[-1]).to(dx_dtype).contiguous())
     return results
 
 

@@ -80,7 +80,7 @@ def flatten_group(
 
 
 def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> FlatGroup:
-    """The group of `flatten_group`, over the same tensors."""
+    """The group of `flatten_group`, over the same tensors, in the dtypes that their device is fast in."""
     described = _parsed(layout)
     number = iter(numbers)
     place = 0
@@ -93,7 +93,8 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
     def at(index: int | None) -> Tensor | None:
         return None if index is None else tensors[index]
 
-    group = FlatGroup([], Dtypes(*(getattr(torch, name) for name in described["dtypes"])), [], [])
+    dtypes = Dtypes(*(getattr(torch, name) for name in described["dtypes"])).on(tensors[0].device)
+    group = FlatGroup([], dtypes, [], [])
     for part in described["projections"]:
         stored = tuple(tensors[place : place + part["stored"]])
         place += part["stored"]

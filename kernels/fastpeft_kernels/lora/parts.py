@@ -1,4 +1,4 @@
-"""What both implementations of a group need beside their products."""
+"""What the implementations of a group share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .projection import LoraProjection, Packed
+from .projection import Dtypes, LoraProjection, Packed
 
 
 def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -51,3 +52,104 @@ def adapter_columns(
         for stream, adapter in enumerate(projection.adapters):
             first, last = last, last + adapter.rank
             yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
+
+
+def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if isinstance(scaling, (int, float)) and scaling == 1.0 else (tensor * scaling).to(dtype)
+
+
+def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
+    """Cast, scale and join the adapters, once for the whole group."""
+    down = [adapter.a.detach() for projection in projections for adapter in projection.adapters]
+    a = None if not down else (down[0] if len(down) == 1 else torch.cat(down)).to(dtype)
+    b: list[Tensor | None] = []
+    bias: list[Tensor | None] = []
+    for projection in projections:
+        up = [_scaled(adapter.b.detach(), adapter.scaling, dtype) for adapter in projection.adapters]
+        b.append(None if not up else up[0] if len(up) == 1 else torch.cat(up, dim=1))
+        offsets = [_scaled(a_.bias.detach(), a_.scaling, dtype) for a_ in projection.adapters if a_.bias is not None]
+        bias.append(None if not offsets else offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0))
+    return Packed(a, b, bias)
+
+
+def down_projection(
+    x2: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
+) -> Tensor | None:
+    """S = dropout(x) A^T: one product without dropout, one for each adapter with it."""
+    if packed.a is None:
+        return None
+    inputs = x2.to(dtypes.lora)
+    if all(seed is None for seed in seeds):
+        return torch.mm(inputs, packed.a.t())
+    s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
+    for first, last, seed, p, stream in adapter_columns(projections, seeds):
+        dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
+        torch.mm(dropped, packed.a[first:last].t(), out=s[:, first:last])
+    return s
+
+
+def add_adapter_input_gradient(
+    dx: Tensor, ds: Tensor, a: Tensor, projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
+) -> Tensor:
+    """dx + dropout(dS A), summed in the wider of the two dtypes."""
+    wide = torch.promote_types(dx.dtype, ds.dtype)
+    if all(seed is None for seed in seeds):
+        return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
+    dx = dx.to(wide)
+    for first, last, seed, p, stream in adapter_columns(projections, seeds):
+        part = torch.mm(ds[:, first:last], a[first:last])
+        dx.add_(part if seed is None else dropout(part, seed, p, stream))
+    return dx
+
+
+def up_gradients(
+    dy: Tensor, s: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]
+) -> None:
+    """dB = scaling * dy^T S, one product for all adapters of the projection."""
+    wanted = [j for j in range(len(projection.adapters)) if needs[3 * j + 2]]
+    if not wanted:
+        return
+    db = _mm_wide(dy.t(), s, projection.adapters[wanted[0]].b.dtype)
+    column = 0
+    for j, adapter in enumerate(projection.adapters):
+        first, column = column, column + adapter.rank
+        if j in wanted:
+            grads[3 * j + 2] = (db[:, first:column] * adapter.scaling).to(adapter.b.dtype)
+
+
+def down_gradients(
+    ds: Tensor,
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    seeds: Sequence[Tensor | None],
+    needs: Sequence[Sequence[bool]],
+    grads: list[list[Tensor | None]],
+) -> None:
+    """dA = dS^T dropout(x), one product for the whole group without dropout."""
+    joint = None
+    if all(seed is None for seed in seeds):
+        joint = _mm_wide(ds.t(), x, next(a.a.dtype for projection in projections for a in projection.adapters))
+    columns = adapter_columns(projections, seeds)
+    for i, projection in enumerate(projections):
+        for j, adapter in enumerate(projection.adapters):
+            first, last, seed, p, stream = next(columns)
+            if not needs[i][3 * j + 1]:
+                continue
+            if joint is not None:
+                da = joint[first:last]
+            else:
+                dropped = x if seed is None else dropout(x, seed, p, stream)
+                da = _mm_wide(ds[:, first:last].t(), dropped, adapter.a.dtype)
+            grads[i][3 * j + 1] = da.to(adapter.a.dtype)
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, kept in fp32 where the product of 16-bit operands can be had so and the result is wanted in fp32."""
+    if a.is_cuda and a.dtype != torch.float32 and dtype == torch.float32 and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def rows_contiguous(dy: Tensor) -> Tensor:
+    """Gradients can be expanded (a sum's is one number): copy once what each product would otherwise copy again."""
+    return dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.device import product_dtype
 from ..weights import FrozenWeight
 
 
@@ -68,6 +69,10 @@ class Dtypes:
     compute: torch.dtype
     lora: torch.dtype
     out: torch.dtype
+
+    def on(self, device: torch.device) -> Dtypes:
+        """The same results from products in the dtypes that `device` is fast in; see `product_dtype`."""
+        return Dtypes(product_dtype(self.compute, device), product_dtype(self.lora, device), self.out)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..common.tracing import as_op
+from ..native import decode_4bit_refusal, native_library
 from .custom_op import decode_4bit_op, decode_4bit_out_op, decode_into
 from .reference import encode_4bit_reference
 from .scales import NESTED_BLOCKSIZE, encode_scales
 from .storage import BLOCKSIZES, DTYPES, QUANT_TYPES, Packed4bit
 from .tables import code_table
 
-BACKENDS = ("auto", "torch", "triton")
+ENCODE_BACKENDS = ("auto", "torch", "triton")
+DECODE_BACKENDS = (*ENCODE_BACKENDS, "native")
 _OUT_DTYPES = (*DTYPES, torch.float64)
 
 
@@ -51,12 +53,12 @@ def encode_4bit(
         raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
-    if _choose(backend, weight.device) == "torch":
-        packed, absmax = encode_4bit_reference(weight, quant_type, blocksize)
-    else:
+    if _choose(backend, ENCODE_BACKENDS, weight.device) == "triton":
         from .forward import encode_4bit_triton
 
         packed, absmax = encode_4bit_triton(weight, quant_type, blocksize)
+    else:
+        packed, absmax = encode_4bit_reference(weight, quant_type, blocksize)
     code = code_table(quant_type, weight.device)
     shape = (weight.shape[0], weight.shape[1])
     if not nested:
@@ -97,7 +99,9 @@ def decode_4bit(
         out: (last - first, K) on the weight's device, fp64, fp32, fp16 or bf16, any strides; filled and returned.
         rows: half-open range (first, last), 0 <= first <= last <= N; all rows when None.
         dtype: dtype of the result when `out` is None; `packed.dtype` by default.
-        backend: "torch", "triton" (CUDA only), or "auto": triton on CUDA where it is installed.
+        backend: "torch", "triton" (CUDA only), "native" (C++ on CPU, on torch's number of threads; to fp32, fp16 or
+            bf16, into columns of stride 1), or "auto": triton on CUDA where it is installed, native on CPU where there
+            is a compiler and it can serve, torch otherwise.
 
     Returns:
         `out`, or a new contiguous tensor (last - first, K).
@@ -105,8 +109,8 @@ def decode_4bit(
     Raises:
         TypeError: `packed` is not a Packed4bit, or `out` or `dtype` not of those dtypes.
         ValueError: `rows` outside the weight; `out` of another shape or device, with elements that share memory, or
-            requiring a gradient; a backend that cannot run on the weight's device.
-        ImportError: backend "triton" without Triton.
+            requiring a gradient; a backend that cannot serve these arguments.
+        ImportError: backend "triton" without Triton, or "native" where the C++ library cannot be built.
 
     Source: QLoRA, Dettmers et al. 2023, arXiv:2305.14314.
     """
@@ -121,7 +125,9 @@ def decode_4bit(
             raise TypeError(f"dtype: expected one of {_OUT_DTYPES}, got {dtype}")
     else:
         _check_out(out, (last - first, packed.shape[1]), packed.device)
-    backend = _choose(backend, packed.device)
+    if backend == "native":
+        _check_native(packed, packed.dtype if dtype is None else dtype, out)
+    backend = _choose(backend, DECODE_BACKENDS, packed.device)
     if as_op():
         weight = (
             packed.tensors,
@@ -141,14 +147,24 @@ def decode_4bit(
     return decode_into(packed, out, first, last, backend)
 
 
-def _choose(backend: str, device: torch.device) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+def _choose(backend: str, backends: tuple[str, ...], device: torch.device) -> str:
+    if backend not in backends:
+        raise ValueError(f"backend: expected one of {backends}, got {backend!r}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and triton_available() else "torch"
+        if device.type == "cuda" and triton_available():
+            return "triton"
+        return "native" if device.type == "cpu" else "torch"
     if backend == "triton" and not triton_available():
         raise ImportError("backend: 'triton' was asked for, but Triton is not installed")
     return backend
+
+
+def _check_native(packed: Packed4bit, dtype: torch.dtype, out: Tensor | None) -> None:
+    """Refuse what was asked of the C++ library and would fall to PyTorch."""
+    if wrong := decode_4bit_refusal(packed, dtype if out is None else out.dtype, out):
+        raise ValueError(f"backend: {wrong}")
+    if not torch.compiler.is_compiling() and native_library() is None:
+        raise ImportError("backend: 'native' was asked for, but the C++ library cannot be built here")
 
 
 def _check_out(out: Tensor, shape: tuple[int, int], device: torch.device) -> None:

@@ -11,13 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..native import decode_4bit_native
 from .reference import decode_4bit_reference
 from .storage import Packed4bit
 
 
 def decode_into(packed: Packed4bit, out: Tensor, first: int, last: int, backend: str) -> Tensor:
-    """Decodes rows first <= n < last into `out` with "torch" or "triton"; arguments are known to be right."""
-    if backend == "torch":
+    """Decodes rows first <= n < last into `out`; arguments are known to be right.
+
+    Args:
+        backend: "torch", "triton", or "native", which leaves to "torch" what the C++ library cannot do.
+    """
+    if backend == "native" and decode_4bit_native(packed, out, first, last):
+        return out
+    if backend != "triton":
         return decode_4bit_reference(packed, out, first, last)
     from .forward import decode_4bit_triton
 

@@ -1,4 +1,4 @@
-"""4-bit encoding and decoding in plain PyTorch: the oracle on every device, and what runs on CPU.
+"""4-bit encoding and decoding in plain PyTorch: the oracle on every device, and what runs where no kernel of ours can.
 
 Encoding gives, bit for bit, what bitsandbytes 0.50 gives on x86 CPUs; decoding, what it gives everywhere, but for:
 

@@ -72,6 +72,10 @@ class FrozenWeight(ABC):
         """The values as they are stored, not to be written into, when that is a dense matrix of `dtype`; else None."""
         return None
 
+    def is_ready(self, dtype: torch.dtype) -> bool:
+        """Whether `ready` gives the values, told without touching them."""
+        return False
+
     def linear(self, x: Tensor) -> Tensor | None:
         """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here."""
         return None

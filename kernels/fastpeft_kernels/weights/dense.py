@@ -54,7 +54,10 @@ class DenseWeight(FrozenWeight):
         return values if dtype is None else values.to(dtype)
 
     def ready(self, dtype: torch.dtype) -> Tensor | None:
-        return self.weight.detach() if self.weight.dtype == dtype else None
+        return self.weight.detach() if self.is_ready(dtype) else None
+
+    def is_ready(self, dtype: torch.dtype) -> bool:
+        return self.weight.dtype == dtype
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return (self.weight,), {}

@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear_group
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, extended, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
 from tests.budget import assert_within_budget
+
+WAYS = ("chosen", "extended")
+"""Of the library's path: as it chooses, and within the frozen products wherever that is possible."""
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "extended":
+        monkeypatch.setattr(extended, "pays", lambda *_: True)
 
 
 @dataclass

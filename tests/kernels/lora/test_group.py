@@ -9,11 +9,16 @@ from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear, lora_line
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight
-from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for, widened
+from tests.kernels.lora.groups import WAYS, adapter, check_group, parameters, projection, seeds_for, take, widened
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request, monkeypatch):
+    take(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -201,6 +206,10 @@ def test_a_weight_is_brought_and_released_around_every_use():
         def ready(self, dtype):
             log.append("read")
             return super().ready(dtype)
+
+        def decode(self, *args, **kwargs):
+            log.append("read")
+            return super().decode(*args, **kwargs)
 
         def release(self):
             log.append("release")

@@ -1,0 +1,163 @@
+"""MLPs of any model with a fused forward: the same module, its projections and activation computed as one op.
+
+A module becomes one of these by a swap of `__class__`, once `mlp_structure` has proved on this instance what it
+computes. Each forward reads the projections' state anew; what the op does not cover runs the module's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.common.device import autocast_dtype
+from fastpeft_kernels.common.tracing import as_op
+from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora.api import draw_seeds
+from fastpeft_kernels.mlp import Mlp
+from fastpeft_kernels.mlp.api import run_mlp
+
+from ..integrations import peft
+from ..integrations.accelerate import rebind_hooked_forward
+from .bypass import why_not_bypassed
+from .lora import FastLoraLayer, Request, frozen_base, lora_dtype, why_not_called
+from .mlp_structure import Roles
+
+
+class FastMlp(nn.Module):
+    """Mixed in before a model's own MLP class; overrides `forward`.
+
+    What else it keeps is in instance attributes of these names; `leave` takes them away again.
+    """
+
+    fastpeft_roles: Roles
+    fastpeft_suspended: bool = False
+    fastpeft_calls: dict[str, int]
+
+    def request(self, x: Tensor) -> tuple[Mlp, Dtypes] | str:
+        """What to compute for x, or why the module's own forward must run."""
+        roles = self.fastpeft_roles
+        for name in roles.bypassed:
+            reason = why_not_idle(self._modules[name], x.device)
+            if reason is not None:
+                return f"{name}: {reason}"
+        wanted: list[Request] = []
+        for name in (*roles.inner, roles.down):
+            if name == roles.down and wanted[0].dtypes.out != x.dtype:
+                x = x.new_empty((0, 0), dtype=wanted[0].dtypes.out)  # stands for what comes out of the activation
+            found = request_of(self._modules[name], x)
+            if isinstance(found, str):
+                return f"{name}: {found}"
+            wanted.append(found)
+        dtypes = common_dtypes(wanted)
+        if isinstance(dtypes, str):
+            return dtypes
+        *inner, down = (request.projection for request in wanted)
+        return Mlp(tuple(inner), down, roles.activation), dtypes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
+            return super().forward(*args, **kwargs)
+        if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
+            if self.fastpeft_roles.adapted:  # PEFT has taken its layers out again
+                stock = stock_class(type(self))
+                self.leave()
+                return stock.forward(self, *args, **kwargs)
+            if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
+                return super().forward(*args, **kwargs)
+        x = args[0]
+        reason = why_not_called(self, x, (), kwargs)
+        if reason is None:
+            request = self.request(x)
+            if not isinstance(request, str):
+                mlp, dtypes = request
+                self._count("fused")
+                return run_mlp(x, mlp, dtypes, draw_seeds(x.device, mlp.projections, training=True))
+            reason = request
+        self._count(reason)
+        return super().forward(*args, **kwargs)
+
+    def leave(self) -> None:
+        """This instance as it was before."""
+        for name in ("fastpeft_roles", "fastpeft_calls", "fastpeft_suspended"):
+            self.__dict__.pop(name, None)
+        fast = type(self)
+        self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
+        rebind_hooked_forward(self, fast, stock)
+
+    def _watched(self) -> bool:
+        """Whether siblings are being looked for, for the calls that this op does not serve."""
+        watches = (getattr(child, "fastpeft_watch", None) for child in self._modules.values())
+        return any(watch is not None and watch.watching for watch in watches)
+
+    def _count(self, outcome: str) -> None:
+        calls = self.__dict__.setdefault("fastpeft_calls", {})
+        calls[outcome] = calls.get(outcome, 0) + 1
+        if outcome == "fused":
+            for name in (*self.fastpeft_roles.inner, self.fastpeft_roles.down):
+                child = self._modules[name]
+                if isinstance(child, FastLoraLayer):
+                    child._count("fused")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the model's own class and this mixture, which has no name to be found by."""
+        return _blank, (stock_class(type(self)),), self.__dict__
+
+
+def request_of(module: Any, x: Tensor) -> Request | str:
+    """What a projection asks of the op for x, with or without adapters, or why it must be called itself."""
+    reason = why_not_bypassed(module, type(module), x.device)
+    if reason is not None:
+        return reason
+    if isinstance(module, FastLoraLayer):
+        return "suspended" if module.fastpeft_suspended else module.request(x)
+    autocast = autocast_dtype(x.device)
+    found = frozen_base(module, x, autocast)
+    if isinstance(found, str):
+        return found
+    weight, compute, out = found
+    bias = module._parameters["bias"]
+    reason = peft.why_not_plain(bias, x.device)
+    if reason is not None:
+        return reason
+    dtype = lora_dtype((), autocast, compute)
+    return dtype if isinstance(dtype, str) else Request(LoraProjection(weight, bias, ()), Dtypes(compute, dtype, out))
+
+
+def why_not_idle(module: Any, device: torch.device) -> str | None:
+    """Why an activation or a dropout must be called itself, or None."""
+    if isinstance(module, nn.Dropout) and module.p > 0.0 and module.training:
+        return "dropout between the projections"
+    return why_not_bypassed(module, type(module), device)
+
+
+def common_dtypes(requests: list[Request]) -> Dtypes | str:
+    """The dtypes of all projections, or the reason why there are none; one without adapters takes any adapters'."""
+    first = next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
+    for request in requests:
+        own = request.dtypes
+        if (own.compute, own.out) != (first.compute, first.out) or (request.projection.adapters and own != first):
+            return "projections of differing dtypes"
+    return first
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fast_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """`stock` with FastMlp before it."""
+    if stock not in _FAST:
+        members = {"__module__": __name__, "__doc__": stock.__doc__}
+        _FAST[stock] = type(f"Fast{stock.__name__}", (FastMlp, stock), members)
+    return _FAST[stock]
+
+
+def stock_class(fast: type[nn.Module]) -> type[nn.Module]:
+    """The class that `fast_class` was given."""
+    return fast.__mro__[2]
+
+
+def _blank(stock: type[nn.Module]) -> nn.Module:
+    made = fast_class(stock)
+    return made.__new__(made)

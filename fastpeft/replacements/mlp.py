@@ -1,0 +1,56 @@
+"""MLPs -> the same modules with a fused forward, by a swap of `__class__`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..layers.mlp import FastMlp, fast_class
+from ..layers.mlp_structure import candidates, has_activation, proved
+from .base import Left, Match
+
+OP = "lora_mlp"
+
+
+class MlpReplacement:
+    """down(act(gate(x)) * up(x)) and down(act(up(x))), over nn.Linear and bitsandbytes' Linear4bit."""
+
+    switch = "mlp"
+
+    def match(self, module: nn.Module) -> Match | Left | None:
+        return Match(OP) if candidates(module) else None
+
+    def prove(self, module: nn.Module) -> Left | None:
+        if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
+            return Left("forward was replaced on the instance")
+        wanted = candidates(module)
+        roles = proved(module, wanted)
+        if not isinstance(roles, str):
+            return None
+        return Left(roles if has_activation(module) else "")  # projections alone may be anything: attention has some
+
+    def install(self, module: nn.Module) -> None:
+        roles = proved(module, candidates(module))
+        assert not isinstance(roles, str)
+        stock = type(module)
+        module.__class__ = fast = fast_class(stock)
+        module.fastpeft_roles = roles  # type: ignore[assignment]
+        rebind_hooked_forward(module, stock, fast)
+
+    def installed(self, module: nn.Module) -> Match | None:
+        return Match(OP) if isinstance(module, FastMlp) else None
+
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
+        pass
+
+    def undo(self, module: nn.Module) -> bool:
+        if not isinstance(module, FastMlp):
+            return False
+        module.leave()
+        return True
+
+    def status(self, module: nn.Module) -> tuple[str, str]:
+        calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
+        fused = calls.pop("fused", 0)
+        total = fused + sum(calls.values())
+        return "", "; ".join(f"{count} of {total} calls part by part: {reason}" for reason, count in calls.items())

@@ -1,0 +1,90 @@
+"""Times on a CUDA GPU: every configuration of the kernels of gated activations, and what they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DEVICE = torch.device("cuda")
+_SHAPE = (8192, 14336)  # tokens and features: that of the plans
+_KINDS = ("silu", "gelu", "gelu_tanh")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Named measurements, in microseconds and GB/s."""
+    from .tiles import CONFIGS
+
+    for config, kind, dtype in product(CONFIGS, _KINDS, _DTYPES):
+        yield f"speed {kind} {dtype} {config}", partial(_measure, config, kind, dtype)
+    for dtype in _DTYPES:
+        yield f"speed of PyTorch's silu {dtype}", partial(_measure_torch, dtype)
+
+
+def _measure(config: Any, kind: str, dtype: str) -> dict[str, Any]:
+    from .backward import gated_activation_backward_triton
+    from .forward import gated_activation_triton
+
+    gate, up, dh, dgate, dup, h = _tensors(dtype)
+    forward = _median_us(lambda: gated_activation_triton(gate, up, kind, h, config))
+    backward = _median_us(lambda: gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h, config))
+    return {
+        "forward_us": forward,
+        "forward_gb_s": 3 * h.nbytes / forward / 1e3,
+        "backward_us": backward,
+        "backward_gb_s": 6 * h.nbytes / backward / 1e3,
+    }
+
+
+def _measure_torch(dtype: str) -> dict[str, Any]:
+    gate, up, dh, dgate, dup, h = _tensors(dtype)
+
+    def backward() -> None:
+        value = F.silu(gate)
+        dgate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
+        torch.mul(dh, value, out=dup)
+        torch.mul(value, up, out=h)
+
+    return {
+        "forward_us": _median_us(lambda: F.silu(gate).mul_(up)),
+        "backward_us": _median_us(backward),
+        "copy_us": _median_us(lambda: h.copy_(dh)),
+    }
+
+
+def _tensors(dtype: str) -> tuple[Tensor, ...]:
+    """gate and up as the halves of one tensor, dh, dgate and dup likewise, h."""
+    rows, columns = _SHAPE
+    both, gradients = (torch.randn((rows, 2 * columns), device=_DEVICE, dtype=_DTYPES[dtype]) for _ in range(2))
+    dh = torch.randn(_SHAPE, device=_DEVICE, dtype=_DTYPES[dtype])
+    return (
+        both[:, :columns],
+        both[:, columns:],
+        dh,
+        gradients[:, :columns],
+        gradients[:, columns:],
+        torch.empty_like(dh),
+    )
+
+
+def _median_us(function: Callable[[], object]) -> float:
+    """Median microseconds of 20 calls, each with the second-level cache emptied and the host ahead of the device."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=_DEVICE)
+    times = []
+    for _ in range(25):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return median(times[5:])

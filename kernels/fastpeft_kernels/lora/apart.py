@@ -1,0 +1,124 @@
+"""Frozen products and adapters' products apart: every weight as it lies, any dtypes.
+
+The up projection accumulates into the frozen product's output; in backward every term of dx accumulates into one
+buffer. Forward: 1 + 2n products for n projections of one input, backward: 3n + 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..weights import FrozenWeight
+from .parts import (
+    add_adapter_input_gradient,
+    bias_gradients,
+    decoded,
+    down_projection,
+    empty_ds,
+    rows_contiguous,
+    up_gradients,
+)
+from .projection import Dtypes, LoraProjection, Packed
+
+
+def forward_into(
+    outputs: Sequence[Tensor],
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> Tensor | None:
+    """As `library.forward_into`."""
+    inputs = x.to(dtypes.compute)
+    s = down_projection(x, projections, packed, dtypes, seeds)
+    column = 0
+    for i, projection in enumerate(projections):
+        update, up = None, packed.b[i]
+        if up is not None and s is not None:
+            update = (s[:, column : column + projection.rank], up)
+            column += projection.rank
+        _project(outputs[i], inputs, projection, update, packed.bias[i], dtypes)
+    return s
+
+
+def backward_without_input(
+    s: Tensor | None,
+    dys: Sequence[Tensor | None],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    dx_dtype: torch.dtype | None,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
+    """As `library.backward_without_input`."""
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
+    dx: Tensor | None = None
+    ds = empty_ds(dys, packed)
+    column = 0
+    for i, projection in enumerate(projections):
+        first, column = column, column + projection.rank
+        dy = dys[i]
+        if dy is None:
+            continue
+        dy = rows_contiguous(dy)
+        if dx_dtype is not None:
+            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
+        bias_gradients(dy, projection, needs[i], grads[i])
+        up = packed.b[i]
+        if ds is None or up is None:
+            continue
+        dy = dy.to(dtypes.lora)
+        torch.mm(dy, up, out=ds[:, first:column])
+        if s is not None:
+            up_gradients(dy, s[:, first:column], projection, needs[i], grads[i])
+    if dx is not None and ds is not None and packed.a is not None:
+        dx = add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
+    return dx, ds, grads
+
+
+def _project(
+    y: Tensor,
+    inputs: Tensor,
+    projection: LoraProjection,
+    update: tuple[Tensor, Tensor] | None,
+    lora_bias: Tensor | None,
+    dtypes: Dtypes,
+) -> None:
+    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes."""
+    base = y if dtypes.compute == dtypes.out else y.new_empty(y.shape, dtype=dtypes.compute)
+    own = projection.weight.linear(inputs)
+    bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
+    if own is not None:
+        base.copy_(own) if bias is None else torch.add(own, bias, out=base)
+    else:
+        weight = decoded(projection.weight, dtypes.compute).t()
+        torch.mm(inputs, weight, out=base) if bias is None else torch.addmm(bias, inputs, weight, out=base)
+    if update is not None:
+        wide = torch.promote_types(dtypes.compute, dtypes.lora)
+        if base is not y:
+            base = y.copy_(base) if torch.promote_types(wide, dtypes.out) == dtypes.out else base.to(wide)
+        s, up = update
+        if s.dtype != base.dtype:
+            base.add_(torch.mm(s, up.t()) if lora_bias is None else torch.addmm(lora_bias, s, up.t()))
+        elif lora_bias is None:
+            torch.addmm(base, s, up.t(), out=base)
+        else:
+            torch.addmm(base, s, up.t(), out=base).add_(lora_bias)
+    if base is not y:
+        y.copy_(base)
+
+
+def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dx_dtype: torch.dtype) -> Tensor:
+    """dx + dy W, one product; summed apart where x is wider than the products, as autograd would."""
+    own = weight.linear_t(dy)
+    if own is None:
+        values = decoded(weight, dy.dtype)
+        if dx is not None and dx.dtype == dy.dtype:
+            return torch.addmm(dx, dy, values, out=dx)
+        own = torch.mm(dy, values)
+    return own.to(torch.promote_types(own.dtype, dx_dtype)) if dx is None else dx.add_(own)

@@ -1,0 +1,175 @@
+"""The adapters within the frozen products, as more columns of both factors.
+
+    [x | S] [W | sB]^T = x W^T + S (sB)^T          the output, written once
+    dy [W | sB] = [dy W | dy sB] = [dx | dS]       dy read once
+
+B lies beside W where W is decoded, which costs nothing for weights that must be decoded anyway. A dense weight is
+copied for it: two passes over W, in place of one more over each output and over each of its gradients. Siblings stand
+below each other, each B in columns of its own and zeros beside it.
+
+For n projections of one input, forward: 1 + n products (1 + 1 where the outputs lie side by side), backward 2n + 2
+(n + 3).
+
+Bytes, in elements, for M tokens, K inputs, N outputs: 4NK + 2MK/n here, 3MN apart. So a dense weight is worth copying
+from about M = 4/3 K on; the products of rank width that are saved, which run far below the machine's rate, move that
+down. A ready weight is therefore extended from M = K on. Measured on a CPU (M = 1024, K = 768): the same within noise.
+Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.scratch import scratch
+from ..weights import FrozenWeight
+from .parts import add_adapter_input_gradient, bias_gradients, down_projection, rows_contiguous, up_gradients
+from .projection import Dtypes, LoraProjection, Packed
+
+ALIGNED = 8
+"""Rows are a multiple of so many elements, for 16-byte loads of 16-bit elements."""
+LARGEST_STACK = 256 << 20
+"""Bytes; siblings that need more are decoded and multiplied one after the other."""
+ROOM_FOR_ZEROS = 8
+"""The zeros beside each sibling's B may widen the products by one part in so many."""
+
+
+def fits(projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, tokens: int) -> bool:
+    """Whether a group can go this way, and should."""
+    if packed.a is None or dtypes.compute != dtypes.lora or packed.a.dtype != dtypes.compute:
+        return False
+    if any(type(projection.weight).linear is not FrozenWeight.linear for projection in projections):
+        return False  # a product of its own
+    return pays(projections, packed.a, tokens)
+
+
+def pays(projections: Sequence[LoraProjection], a: Tensor, tokens: int) -> bool:
+    """Whether this way moves fewer bytes than `apart`; see above."""
+    rank, in_features = a.shape
+    if ROOM_FOR_ZEROS * (rank - min(projection.rank for projection in projections)) > in_features:
+        return False
+    return tokens >= in_features or not all(projection.weight.is_ready(a.dtype) for projection in projections)
+
+
+def input_room(tokens: int, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes) -> Tensor:
+    """Room for [x | S], (tokens, width)."""
+    assert packed.a is not None
+    return packed.a.new_empty((tokens, _width(packed)), dtype=dtypes.compute)
+
+
+def forward_into(
+    outputs: Sequence[Tensor],
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    whole: Tensor | None,
+    room: Tensor | None,
+) -> Tensor:
+    """As `library.forward_into`; S is a tensor of its own."""
+    assert packed.a is not None
+    rank, in_features = packed.a.shape
+    if room is None:
+        room = input_room(x.shape[0], projections, packed, dtypes)
+        room[:, :in_features].copy_(x)
+    s = down_projection(room[:, :in_features], projections, packed, dtypes, seeds)
+    assert s is not None
+    room[:, in_features : in_features + rank].copy_(s)
+    room[:, in_features + rank :].zero_()
+    for y, part in _parts(outputs, whole, projections, packed):
+        operand = _operand(projections, part, packed)
+        bias = _bias(projections, part, packed, dtypes.compute)
+        base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
+        torch.mm(room, operand.t(), out=base) if bias is None else torch.addmm(bias, room, operand.t(), out=base)
+        if base is not y:
+            y.copy_(base)
+    return s
+
+
+def backward_without_input(
+    s: Tensor | None,
+    dys: Sequence[Tensor],
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    needs: Sequence[Sequence[bool]],
+    whole: Tensor | None,
+) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
+    """As `library.backward_without_input`, for a wanted dx and gradients of every output."""
+    assert packed.a is not None
+    rank, in_features = packed.a.shape
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
+    both = packed.a.new_empty((dys[0].shape[0], _width(packed)))
+    for number, (dy, part) in enumerate(_parts(dys, whole, projections, packed)):
+        dy = rows_contiguous(dy).to(dtypes.compute)
+        operand = _operand(projections, part, packed)
+        torch.mm(dy, operand, out=both) if number == 0 else torch.addmm(both, dy, operand, out=both)
+    dx, ds = both[:, :in_features], both[:, in_features : in_features + rank]
+    column = 0
+    for i, projection in enumerate(projections):
+        first, column = column, column + projection.rank
+        dy = rows_contiguous(dys[i])
+        bias_gradients(dy, projection, needs[i], grads[i])
+        if s is not None and projection.rank:
+            up_gradients(dy.to(dtypes.lora), s[:, first:column], projection, needs[i], grads[i])
+    return add_adapter_input_gradient(dx, ds, packed.a, projections, seeds), ds, grads
+
+
+def _width(packed: Packed) -> int:
+    assert packed.a is not None
+    return -(-sum(packed.a.shape) // ALIGNED) * ALIGNED
+
+
+def _parts(
+    matrices: Sequence[Tensor], whole: Tensor | None, projections: Sequence[LoraProjection], packed: Packed
+) -> list[tuple[Tensor, range]]:
+    """Each matrix (tokens, columns) with the projections that it belongs to: all at once, or one by one."""
+    every = range(len(projections))
+    if whole is not None:
+        rows = sum(projection.weight.shape[0] for projection in projections)
+        if rows * _width(packed) * whole.element_size() <= LARGEST_STACK:
+            return [(whole, every)]
+    return [(matrix, range(i, i + 1)) for i, matrix in zip(every, matrices, strict=True)]
+
+
+def _operand(projections: Sequence[LoraProjection], part: range, packed: Packed) -> Tensor:
+    """[W | sB] of some of the projections below each other, (their out_features, width), in a warm buffer."""
+    assert packed.a is not None
+    in_features = packed.a.shape[1]
+    rows = sum(projections[i].weight.shape[0] for i in part)
+    operand = scratch((rows, _width(packed)), packed.a.dtype, packed.a.device)
+    column = in_features + sum(projection.rank for projection in projections[: part.start])
+    row = 0
+    for i in part:
+        weight, up = projections[i].weight, packed.b[i]
+        rows_of_it = operand[row : row + weight.shape[0]]
+        row += weight.shape[0]
+        target = rows_of_it[:, :in_features]
+        if weight.fills:
+            weight.decode(out=target)
+        else:
+            target.copy_(weight.decode(dtype=target.dtype))
+        rows_of_it[:, in_features:].zero_()
+        if up is not None:
+            rows_of_it[:, column : column + up.shape[1]].copy_(up)
+            column += up.shape[1]
+    return operand
+
+
+def _bias(projections: Sequence[LoraProjection], part: range, packed: Packed, dtype: torch.dtype) -> Tensor | None:
+    """All biases of these projections beside each other, or None where there are none."""
+    summed = []
+    for i in part:
+        own, added = projections[i].bias, packed.bias[i]
+        bias = None if own is None else own.detach().to(dtype)
+        summed.append(added if bias is None else bias if added is None else bias + added)
+    if all(bias is None for bias in summed):
+        return None
+    sizes = [projections[i].weight.shape[0] for i in part]
+    assert packed.a is not None
+    filled = [packed.a.new_zeros(n) if b is None else b for n, b in zip(sizes, summed, strict=True)]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)

@@ -1,0 +1,77 @@
+"""An MLP with LoRA as one differentiable operation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.tracing import as_op
+from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
+from ..lora.projection import Dtypes
+from . import autograd
+from .structure import Mlp, check_mlp
+
+KEEP = ("preactivations", "input")
+
+
+def lora_mlp(
+    x: Tensor,
+    mlp: Mlp,
+    *,
+    keep: str = "preactivations",
+    compute_dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    training: bool = True,
+    seeds: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """down(activation(gate(x)) * up(x)), each projection frozen with any number of adapters.
+
+    Equivalent PyTorch: `mlp.reference.lora_mlp_reference`. Gradients reach x, every adapter's a, b and bias, and the
+    projections' biases, where they require them; the frozen weights never get one. Keeps x, gate(x), up(x) and
+    rank-sized matrices for backward: not the activation, not its product with up(x), no mask, no decoded weight.
+
+    Args:
+        x: (..., in_features), floating; any number of leading dimensions, also empty.
+        mlp: its projections, (features, in_features) and (out_features, features), and the activation.
+        keep: "preactivations" keeps gate(x) and up(x); "input" keeps x alone and computes those again in backward,
+            without the down projection.
+        compute_dtype, lora_dtype, out_dtype: as `lora.lora_linear_group`, for every projection.
+        training: False switches dropout of the adapters' inputs off.
+        seeds: dropout seeds, int64 (1,) or None for each of `mlp.projections`; default drawn in their order.
+
+    Returns:
+        A new tensor (..., out_features).
+
+    Raises:
+        TypeError: an argument that is no tensor, not floating, or adapters of differing dtypes.
+        ValueError: sizes or devices that do not fit, an unknown activation or `keep`; under torch.compile or a
+            dispatch mode, where it cannot be traced yet.
+        RuntimeError: in backward, when a frozen weight was changed or moved since forward.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685; gated MLPs, Shazeer 2020, arXiv:2002.05202.
+    """
+    if keep not in KEEP:
+        raise ValueError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
+    if as_op():
+        raise ValueError("lora_mlp: cannot be traced yet, got it under torch.compile or a dispatch mode")
+    check_mlp(x, mlp)
+    dtypes = resolve_dtypes(x, mlp.projections, compute_dtype, lora_dtype, out_dtype)
+    if seeds is None:
+        drawn = draw_seeds(x.device, mlp.projections, training)
+    else:
+        drawn = given_seeds(seeds, x, mlp.projections, training)
+    return run_mlp(x, mlp, dtypes, drawn, keep == "preactivations")
+
+
+def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool = True) -> Tensor:
+    """`lora_mlp` for callers that have checked their arguments."""
+    device = x.device.type
+    autocast_off = (
+        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    )
+    with autocast_off:
+        return autograd.apply(x, mlp, dtypes.on(x.device), seeds, keep)

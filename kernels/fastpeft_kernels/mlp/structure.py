@@ -1,0 +1,64 @@
+"""What the op works on: the projections of an MLP, and what stands between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..activation import KINDS
+from ..lora import LoraProjection
+from ..lora.projection import check_group
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Mlp:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where there is no gate.
+
+    Attributes:
+        inner: the projections of x: (gate, up); one that gives both, the gate in its first half; or (up,).
+        down: the projection back, of `features` inputs.
+        activation: one of `activation.KINDS`.
+    """
+
+    inner: tuple[LoraProjection, ...]
+    down: LoraProjection
+    activation: str
+
+    @property
+    def features(self) -> int:
+        """Size of what the activation gives."""
+        return self.down.weight.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Size of all that `inner` gives: once or twice `features`."""
+        return sum(projection.weight.shape[0] for projection in self.inner)
+
+    @property
+    def projections(self) -> tuple[LoraProjection, ...]:
+        return (*self.inner, self.down)
+
+    def columns(self, pre: Tensor) -> list[Tensor]:
+        """The part of (tokens, width) that each of `inner` fills."""
+        return list(pre.split([projection.weight.shape[0] for projection in self.inner], dim=-1))
+
+    def halves(self, pre: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(gate, up), each (tokens, features), of (tokens, width); None for no gate."""
+        if self.width == self.features:
+            return None, pre
+        return pre[:, : self.features], pre[:, self.features :]
+
+
+def check_mlp(x: Tensor, mlp: Mlp) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the parts fit `x` and each other."""
+    if mlp.activation not in KINDS:
+        raise ValueError(f"activation: expected one of {', '.join(KINDS)}, got {mlp.activation!r}")
+    check_group(x, mlp.inner)
+    features, width = mlp.features, mlp.width
+    halves = [projection.weight.shape[0] for projection in mlp.inner]
+    if len(halves) > 2 or width not in (features, 2 * features) or (len(halves) == 2 and halves[0] != halves[1]):
+        raise ValueError(
+            f"down: expected as many inputs as gate and up have outputs each, got {features} inputs, outputs {halves}"
+        )
+    check_group(x.new_empty((0, features)), [mlp.down])

@@ -1,0 +1,166 @@
+"""The whole MLP against fp64, over layouts, activations, dtypes, adapters and what is trained."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpeft_kernels.activation import KINDS
+from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.mlp import Mlp, lora_mlp
+from fastpeft_kernels.mlp.reference import lora_mlp_reference
+from fastpeft_kernels.quant import encode_4bit
+from fastpeft_kernels.weights import FourBitWeight
+from tests.kernels.lora.groups import WAYS, parameters, projection, seeds_for, take
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp, wide
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request, monkeypatch):
+    take(request.param, monkeypatch)
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_every_layout_with_bias_and_dropout(layout, dtype, keep):
+    m = mlp(layout, 32, 48, ranks=((4,), (3, 2), (5,)), dtype=dtype, bias=True, dropout=0.25, with_bias=True)
+    check_mlp(torch.randn(4, 16, 32).to(dtype).requires_grad_(), m, SAME[dtype], keep=keep)
+
+
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_activation(layout, activation):
+    m = mlp(layout, 16, 24, activation=activation)
+    check_mlp(torch.randn(11, 16).requires_grad_(), m, SAME[F32])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [Dtypes(BF16, F32, BF16), Dtypes(BF16, BF16, F32), Dtypes(F32, BF16, F32), Dtypes(F16, F32, F16)]
+)
+def test_mixed_dtypes(dtypes):
+    x_dtype = F32 if dtypes.out == F32 else dtypes.compute
+    m = mlp("gate and up", 48, 96, dtype=dtypes.compute, lora_dtype=F32, bias=True)
+    check_mlp(torch.randn(64, 48).to(x_dtype).requires_grad_(), m, dtypes)
+
+
+@pytest.mark.parametrize(
+    "ranks", [((), (), ()), ((4,), (), ()), ((), (), (4,)), ((), (4,), (2,))], ids=["none", "gate", "down", "up, down"]
+)
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_projections_without_adapters(ranks, keep):
+    check_mlp(torch.randn(7, 16).requires_grad_(), mlp("gate and up", 16, 24, ranks=ranks), SAME[F32], keep=keep)
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "down", "inner", "bias"])
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_frozen_and_trained_in_every_mix(trained, keep):
+    m = mlp("gate and up", 8, 12, bias=True, with_bias=True)
+    for p in m.projections:
+        for i, t in enumerate(p.tensors()):
+            kind = ("bias", "a", "b", "bias")[0 if i == 0 else 1 + (i - 1) % 3]
+            part = "down" if p is m.down else "inner"
+            t.requires_grad_(trained in (kind, part) and (i > 0 or trained == "bias"))
+    check_mlp(torch.randn(5, 8).requires_grad_(trained == "x"), m, SAME[F32], keep=keep)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(0, 9),
+    in_features=st.integers(1, 33),
+    features=st.integers(1, 40),
+    ranks=st.tuples(*[st.lists(st.integers(1, 12), max_size=2).map(tuple)] * 3),
+    layout=st.sampled_from(LAYOUTS),
+    bias=st.booleans(),
+)
+def test_any_shape(rows, in_features, features, ranks, layout, bias):
+    """In fp64, where a wrong term shows at any size and rounding does not."""
+    m = wide(mlp(layout, in_features, features, ranks=ranks, bias=bias))
+    x = torch.randn(rows, in_features, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *parameters(list(m.projections))]
+    ours, truth = lora_mlp(x, m), lora_mlp_reference(x, m, Dtypes(*[torch.float64] * 3), [None] * len(m.projections))
+    assert torch.allclose(ours, truth, rtol=1e-10, atol=1e-10)
+    dy = torch.randn_like(ours)
+    for mine, true in zip(torch.autograd.grad(ours, wanted, dy), torch.autograd.grad(truth, wanted, dy), strict=True):
+        assert torch.allclose(mine, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_over_4_bit_weights(nested):
+    def quantised(p):
+        weight = FourBitWeight(encode_4bit(p.weight.decode(), nested=nested))
+        return LoraProjection(weight, p.bias, p.adapters)
+
+    m = mlp("gate and up", 64, 96)
+    m = Mlp(tuple(quantised(p) for p in m.inner), quantised(m.down), m.activation)
+    check_mlp(torch.randn(6, 64).requires_grad_(), m, SAME[F32])
+
+
+def test_gradcheck_of_the_reference_and_of_the_op():
+    m = wide(mlp("gate and up", 5, 4, bias=True, dropout=0.3))
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    inputs, dtypes = (x, *parameters(list(m.projections))), Dtypes(*[torch.float64] * 3)
+    seeds = seeds_for(list(m.projections))
+    assert torch.autograd.gradcheck(lambda x, *_: lora_mlp_reference(x, m, dtypes, seeds), inputs)
+
+
+def test_backward_twice_gives_the_same():
+    m = mlp("gate and up", 8, 12)
+    x = torch.randn(5, 8, requires_grad=True)
+    y, wanted = lora_mlp(x, m), [x, *parameters(list(m.projections))]
+    first = torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+    second = torch.autograd.grad(y, wanted, torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_what_is_kept(keep):
+    tokens, features, size = 32, 24, 40
+    m = mlp("gate and up", features, size)
+    x = torch.randn(tokens, features, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        if not t.requires_grad or t.grad_fn is not None:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    own = {t.untyped_storage().data_ptr() for t in parameters(list(m.projections))} | {x.untyped_storage().data_ptr()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lora_mlp(x, m, keep=keep)
+    numbers = sum(size for place, size in kept.items() if place not in own) // 4
+    assert numbers == tokens * ((2 * size if keep == "preactivations" else 0) + 4 + 3 + 5)
+
+
+def test_a_base_that_changed_is_refused():
+    m = mlp("gate and up", 8, 12)
+    y = lora_mlp(torch.randn(3, 8), m)
+    m.down.weight.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed or moved between forward and backward"):
+        y.sum().backward()
+
+
+def test_bad_arguments_name_what_is_wrong():
+    x, good = torch.randn(3, 8), mlp("gate and up", 8, 12)
+    cases = [
+        (ValueError, "keep: expected one of preactivations, input, got 'all'", lambda: lora_mlp(x, good, keep="all")),
+        (
+            ValueError,
+            "activation: expected one of .*, got 'swish'",
+            lambda: lora_mlp(x, Mlp(good.inner, good.down, "swish")),
+        ),
+        (
+            ValueError,
+            r"down: expected as many inputs as gate and up have outputs each, got 13 inputs, outputs \[12, 12\]",
+            lambda: lora_mlp(x, Mlp(good.inner, projection(13, 8), "silu")),
+        ),
+        (ValueError, "x: expected last size 8", lambda: lora_mlp(torch.randn(3, 9), good)),
+        (TypeError, "x: expected a floating tensor", lambda: lora_mlp(torch.ones(3, 8, dtype=torch.int64), good)),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
