@@ -1,0 +1,134 @@
+"""Checks that need a CUDA GPU: the whole MLP against fp64, in every layout, dtype and storage; and its times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.random import draw_seed
+from ..lora import extended
+from ..lora.api import run_group
+from ..lora.gpu_support import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    F64,
+    dtype_name,
+    make_projection,
+    median_us,
+    rand,
+    same_dtypes,
+    widened,
+    within,
+)
+from ..lora.projection import Dtypes
+from .api import run_mlp
+from .reference import lora_mlp_reference
+from .structure import Mlp
+
+LAYOUTS = {"gate and up": (1, 1), "both in one": (2,), "up alone": (1,)}
+"""Sizes of the inner projections, in features."""
+SPEED = (8192, 4096, 14336, 16)
+"""Tokens, inputs, features and rank of the times: a layer of Llama 3.1 8B."""
+
+
+def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 96, 200))) -> Iterator[Any]:
+    """Named checks of (tokens, inputs, features). Each returns figures, or raises AssertionError."""
+    for layout in LAYOUTS:
+        for dtypes in (same_dtypes(BF16), Dtypes(BF16, F32, BF16), same_dtypes(F16), same_dtypes(F32)):
+            for base in ("dense", "nf4"):
+                for p in (0.0, 0.25):
+                    names = f"{layout} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
+                    yield f"mlp {names}", partial(_check, layout, dtypes, base, p, shapes)
+    for base in ("dense", "nf4"):
+        yield f"speed mlp {base}", partial(_measure, base)
+    for base in ("dense", "nf4"):
+        yield f"speed of one way and the other, q/k/v, {base}", partial(_measure_ways, base)
+
+
+def _check(
+    layout: str, dtypes: Dtypes, base: str, p: float, shapes: tuple[tuple[int, int, int], ...]
+) -> dict[str, Any]:
+    worst = 0.0
+    for tokens, size, features in shapes:
+        mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
+        x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
+        seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
+        same = _derive(lora_mlp_reference, x, mlp, dtypes, seeds, dy)
+        wide = Mlp(tuple(widened(q) for q in mlp.inner), widened(mlp.down), mlp.activation)
+        exact = _derive(lora_mlp_reference, x.double(), wide, same_dtypes(F64), seeds, dy.double())
+        for keep in (True, False):
+            ours, again = (_derive(partial(run_mlp, keep=keep), x, mlp, dtypes, seeds, dy) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "another result the second time"
+            for i, triple in enumerate(zip(ours, same, exact, strict=True)):
+                worst = max(worst, within(*triple, f"result {i} of {tokens} tokens, {keep=}"))
+    return {"share_of_budget": worst}
+
+
+def _measure(base: str) -> dict[str, Any]:
+    """The op, the same projections with torch's activation between them, and the frozen products alone."""
+    tokens, size, features, rank = SPEED
+    dtypes = same_dtypes(BF16)
+    mlp = make_mlp("gate and up", size, features, rank, dtypes, base, 0.0)
+    x, dy = (rand(tokens, size, dtype=BF16) for _ in range(2))
+    weights = [projection.weight.decode(dtype=BF16) for projection in mlp.projections]
+
+    def apart(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: list[None]) -> Tensor:
+        gate, up = run_group(x, mlp.inner, dtypes, seeds[:-1])
+        return run_group(torch.nn.functional.silu(gate) * up, [mlp.down], dtypes, seeds[-1:])[0]
+
+    def frozen() -> None:
+        gate, up, down = weights
+        h = x @ gate.t()
+        torch.mm(x, up.t())
+        torch.mm(h, down.t())
+        dh = dy @ down
+        torch.addmm(dh @ gate, dh, up)
+
+    figures = {"frozen_products_us": median_us(frozen)}
+    for name, run in (("op", run_mlp), ("apart", apart)):
+        figures[f"{name}_us"] = median_us(lambda run=run: _derive(run, x, mlp, dtypes, [None] * 3, dy))  # type: ignore[misc]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _derive(run, x, mlp, dtypes, [None] * 3, dy)
+        figures[f"{name}_peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return figures
+
+
+def _measure_ways(base: str) -> dict[str, Any]:
+    """Adapters within the frozen products, or apart from them: what `extended.pays` decides by counting bytes."""
+    tokens, size, _, rank = SPEED
+    dtypes = same_dtypes(BF16)
+    group = [make_projection(size, out, (rank,), dtypes, base, 0.0) for out in (size, size // 4, size // 4)]
+    x = rand(tokens, size, dtype=BF16).requires_grad_()
+    dys = [rand(tokens, projection.weight.shape[0], dtype=BF16) for projection in group]
+
+    def step() -> None:
+        torch.autograd.grad(run_group(x, group, dtypes, [None] * 3), [x], dys)
+
+    figures, chosen = {}, extended.pays
+    try:
+        for name, answer in (("extended_us", True), ("apart_us", False)):
+            extended.pays = lambda *_, answer=answer: answer
+            figures[name] = median_us(step)
+    finally:
+        extended.pays = chosen
+    return figures
+
+
+def make_mlp(layout: str, size: int, features: int, rank: int, dtypes: Dtypes, base: str, p: float) -> Mlp:
+    inner = [make_projection(size, n * features, (rank,), dtypes, base, p, bias=True) for n in LAYOUTS[layout]]
+    return Mlp(tuple(inner), make_projection(features, size, (rank, 8), dtypes, base, p), "silu")
+
+
+def _derive(run: Callable[..., Tensor], x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Any, dy: Tensor) -> list[Tensor]:
+    """The output, dX and the parameters' gradients."""
+    x = x.detach().requires_grad_()
+    y = run(x, mlp, dtypes, seeds)
+    parameters = [t for q in mlp.projections for t in q.tensors() if t is not None and t.requires_grad]
+    return [y, *torch.autograd.grad(y, [x, *parameters], dy)]
