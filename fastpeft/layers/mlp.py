@@ -111,7 +111,7 @@ def request_of(module: Any, x: Tensor) -> Request | str:
     if reason is not None:
         return reason
     if isinstance(module, FastLoraLayer):
-        return "suspended" if module.fastpeft_suspended else module.request(x)
+        return module.request(x)
     autocast = autocast_dtype(x.device)
     found = frozen_base(module, x, autocast)
     if isinstance(found, str):

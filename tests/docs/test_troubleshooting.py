@@ -47,6 +47,9 @@ NOT_FOR_USERS = {
     "rows: expected 0 <= first <= last <= …, got …",
     "out: expected shape …, got …",
     "out: expected a tensor on …, got …",
+    "could not be built here",
+    "takes CPU tensors, got tensors on …",
+    "takes fp32, fp16 and bf16, got …",
     "guessed: expected … labels and more than none, got …",
 }
 
