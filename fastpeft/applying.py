@@ -75,6 +75,8 @@ def accelerate(
     found = False
     for replacement in REPLACEMENTS:
         if not getattr(switches, replacement.switch):
+            for module in modules.values():
+                replacement.undo(module)
             continue
         mine = {}
         for path, module in modules.items():

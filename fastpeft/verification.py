@@ -107,7 +107,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
-    mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
+    mlps = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, FastMlp) and module.fastpeft_roles is not None
+    }
     replaced: dict[str, nn.Module] = {**layers, **mlps}
     if not layers:
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")

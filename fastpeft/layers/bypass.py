@@ -32,6 +32,8 @@ def global_reason() -> str | None:
         or torch_module._global_backward_pre_hooks
     ):
         return "a global module hook"
+    if torch._C._get_tracing_state() is not None:  # it cannot see what our C++ writes
+        return "torch.jit tracing"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -31,15 +31,21 @@ class FastMlp(nn.Module):
     What else it keeps is in instance attributes of these names; `leave` takes them away again.
     """
 
-    fastpeft_roles: Roles
+    fastpeft_roles: Roles | None = None
+    fastpeft_bypassed: tuple[nn.Module, ...]  # of the proof
     fastpeft_suspended: bool = False
     fastpeft_calls: dict[str, int]
 
     def request(self, x: Tensor) -> tuple[Mlp, Dtypes] | str:
         """What to compute for x, or why the module's own forward must run."""
         roles = self.fastpeft_roles
-        for name in roles.bypassed:
-            reason = why_not_idle(self._modules[name], x.device)
+        assert roles is not None
+        if tuple(self._modules) != roles.children:
+            return "other parts than when it was accelerated"
+        for name, module in zip(roles.bypassed, self.fastpeft_bypassed, strict=True):
+            if self._modules[name] is not module:
+                return f"{name}: another one than when it was accelerated"
+            reason = why_not_idle(module, x.device)
             if reason is not None:
                 return f"{name}: {reason}"
         wanted: list[Request] = []
@@ -57,13 +63,14 @@ class FastMlp(nn.Module):
         return Mlp(tuple(inner), down, roles.activation), dtypes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
+        roles = self.fastpeft_roles
+        if roles is None or self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
             return super().forward(*args, **kwargs)
         if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
-            if self.fastpeft_roles.adapted:  # PEFT has taken its layers out again
-                stock = stock_class(type(self))
+            if roles.adapted:  # PEFT has taken its layers out again
+                y = super().forward(*args, **kwargs)
                 self.leave()
-                return stock.forward(self, *args, **kwargs)
+                return y
             if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
                 return super().forward(*args, **kwargs)
         x = args[0]
@@ -80,9 +87,11 @@ class FastMlp(nn.Module):
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_roles", "fastpeft_calls", "fastpeft_suspended"):
+        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
         fast = type(self)
+        if fast not in _FAST.values():  # FSDP2 has put a class of its own before ours, which then does nothing more
+            return
         self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
         rebind_hooked_forward(self, fast, stock)
 
@@ -94,7 +103,7 @@ class FastMlp(nn.Module):
     def _count(self, outcome: str) -> None:
         calls = self.__dict__.setdefault("fastpeft_calls", {})
         calls[outcome] = calls.get(outcome, 0) + 1
-        if outcome == "fused":
+        if outcome == "fused" and self.fastpeft_roles is not None:
             for name in (*self.fastpeft_roles.inner, self.fastpeft_roles.down):
                 child = self._modules[name]
                 if isinstance(child, FastLoraLayer):
@@ -154,8 +163,8 @@ def fast_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def stock_class(fast: type[nn.Module]) -> type[nn.Module]:
-    """The class that `fast_class` was given."""
-    return fast.__mro__[2]
+    """The class that `fast_class` was given, also where others stand before ours."""
+    return next(stock for stock, ours in _FAST.items() if issubclass(fast, ours))
 
 
 def _blank(stock: type[nn.Module]) -> nn.Module:

@@ -73,7 +73,10 @@ class LoraReplacement:
         for name in ("fastpeft_watch_error", "fastpeft_group"):  # a group is left in a copy without its parent
             module.__dict__.pop(name, None)
         fast: type[nn.Module] = type(module)
-        stock = next(stock for stock, ours in fast_classes().items() if ours is fast)
+        stock = next((stock for stock, ours in fast_classes().items() if ours is fast), None)
+        if stock is None:  # FSDP2 has put a class of its own before ours
+            module.fastpeft_suspended = True
+            return True
         module.__class__ = stock  # type: ignore[assignment]
         rebind_hooked_forward(module, fast, stock)
         return True

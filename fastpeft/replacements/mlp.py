@@ -33,18 +33,21 @@ class MlpReplacement:
         roles = proved(module, candidates(module))
         assert not isinstance(roles, str)
         stock = type(module)
-        module.__class__ = fast = fast_class(stock)
+        if not isinstance(module, FastMlp):  # it is where `undo` could not take our class away
+            module.__class__ = fast = fast_class(stock)
+            rebind_hooked_forward(module, stock, fast)
         module.fastpeft_roles = roles  # type: ignore[assignment]
-        rebind_hooked_forward(module, stock, fast)
+        # a tuple, so that torch does not take them for children once more
+        module.fastpeft_bypassed = tuple(module.get_submodule(name) for name in roles.bypassed)  # type: ignore[assignment]
 
     def installed(self, module: nn.Module) -> Match | None:
-        return Match(OP) if isinstance(module, FastMlp) else None
+        return Match(OP) if isinstance(module, FastMlp) and module.fastpeft_roles is not None else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
         pass
 
     def undo(self, module: nn.Module) -> bool:
-        if not isinstance(module, FastMlp):
+        if not isinstance(module, FastMlp) or module.fastpeft_roles is None:
             return False
         module.leave()
         return True

@@ -141,6 +141,28 @@ class TestWhatRunsPartByPart:
         step(model.eval(), batch(model))
         assert "fused" in calls(model)
 
+    def test_a_part_that_is_another_now(self) -> None:
+        model = make()
+        fastpeft.accelerate(model)
+        plain = copy.deepcopy(model)
+        fastpeft.restore(plain)
+        for m in (model, plain):
+            m.get_submodule("base_model.model.model.layers.0.mlp").act_fn = nn.ReLU()  # type: ignore[assignment]
+            m.get_submodule("base_model.model.model.layers.1.mlp").more = nn.Identity()  # type: ignore[assignment]
+        given = batch(model)
+        assert_step_close(step(model, given), step(plain, given), truth(plain, given))
+        assert {row.note.partition(": ")[2] for row in mlp_rows(model)} == {
+            "act_fn: another one than when it was accelerated",
+            "other parts than when it was accelerated",
+        }
+
+    def test_traced_by_torch_jit(self) -> None:
+        model, before = accelerated(Usual().requires_grad_(False))
+        x = torch.randn(5, 16)
+        mlp = model.get_submodule("base_model.model.0")
+        traced = torch.jit.trace(mlp, (x.requires_grad_(),), check_trace=False)
+        torch.testing.assert_close(traced(x), before(x))
+
     def test_a_trained_base_weight(self) -> None:
         model = make(modules_to_save=["up_proj"], target_modules=["gate_proj", "down_proj"])
         given = batch(model)
@@ -164,6 +186,23 @@ class Usual(Parts):
 class Scaled(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.second(x)) * self.first(x) * 1.01)  # type: ignore[no-any-return]
+
+
+class Slightly(Parts):
+    """Hidden by the rounding of bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.second(x)) * self.first(x)) * 1.01  # type: ignore[no-any-return]
+
+
+class Centred(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.act(self.second(x)) * self.first(x))
+        return y - y.mean(0)  # type: ignore[no-any-return]
 
 
 class Residual(Parts):
@@ -192,6 +231,16 @@ class Strange(Parts):
     forward = Usual.forward
 
 
+class KnowsItsSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.last, self.act, self.size = nn.Linear(16, 48), nn.Linear(24, 16), nn.GELU(), 24
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).split(self.size, dim=-1)
+        return self.last(self.act(gate) * up)  # type: ignore[no-any-return]
+
+
 class ByFunction(nn.Module):
     """No activation module: told by numbers alone."""
 
@@ -206,12 +255,12 @@ class ByFunction(nn.Module):
 def accelerated(part: nn.Module) -> tuple[Any, nn.Module]:
     """The part in a model with an adapter elsewhere, accelerated; and as it was."""
     before = copy.deepcopy(part)
-    model = with_lora(nn.Sequential(part, nn.Linear(16, 16)), None, target_modules=["1"])
+    model = with_lora(nn.Sequential(part, nn.Linear(16, 16)), None, target_modules="1")
     return fastpeft.accelerate(model), before
 
 
 class TestProof:
-    @pytest.mark.parametrize("part", [Usual, ByFunction])
+    @pytest.mark.parametrize("part", [Usual, ByFunction, KnowsItsSize])
     def test_what_is_one(self, part: type[nn.Module]) -> None:
         model, before = accelerated(part().requires_grad_(False))
         x = torch.randn(5, 16, requires_grad=True)
@@ -221,7 +270,7 @@ class TestProof:
         torch.testing.assert_close(ours, theirs)
         assert calls(model) == {"fused"}
 
-    @pytest.mark.parametrize("part", [Scaled, Residual, DroppingByHand, Clamped, Strange])
+    @pytest.mark.parametrize("part", [Scaled, Slightly, Residual, DroppingByHand, Clamped, Centred, Strange])
     @pytest.mark.parametrize("training", [False, True])
     def test_what_is_none(self, part: type[nn.Module], training: bool) -> None:
         model, _ = accelerated(part().train(training))
@@ -252,9 +301,39 @@ def test_copies_pickles_and_restore() -> None:
     assert not any(name.startswith("fastpeft") for m in model.modules() for name in m.__dict__)
 
 
+def test_restore_with_a_class_before_ours() -> None:
+    """As FSDP2 makes one for each module that it shards."""
+    model = fastpeft.accelerate(make())
+    plain = fastpeft.restore(copy.deepcopy(model))
+    for path in ("mlp", "self_attn.q_proj"):
+        module = model.get_submodule(f"base_model.model.model.layers.0.{path}")
+        module.__class__ = type("Before", (type(module),), {})  # type: ignore[assignment]
+    given = batch(model)
+    fastpeft.restore(model)
+    assert step(model, given).equals(step(plain, given))
+    fastpeft.accelerate(model)
+    assert_step_close(step(model, given), step(plain, given), truth(plain, given))
+
+
 def test_mlp_false_leaves_them() -> None:
     model = fastpeft.accelerate(make(), mlp=False)
     assert [row.note for row in mlp_rows(model)] == ["mlp=False"] * 2
+    fastpeft.accelerate(fastpeft.accelerate(model), mlp=False)
+    assert [row.note for row in mlp_rows(model)] == ["mlp=False"] * 2
+
+
+def test_sequences_are_left_to_be_sliced() -> None:
+    model, _ = accelerated(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)))
+    assert not mlp_rows(model)
+
+
+def test_accelerating_touches_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("t5")
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    assert len(mlp_rows(fastpeft.accelerate(model))) == 4
+    assert not seeded and torch.equal(torch.get_rng_state(), state)
 
 
 def kept_a_token(model: nn.Module, **given: Any) -> float:

@@ -28,7 +28,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if buffer is None or buffer.numel() < size:
         buffers.pop(dtype, None)
         with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=dtype)
+            buffer = torch.empty(size, dtype=dtype, device=device)
         buffers[dtype] = buffer
     return buffer[:size].view(shape)
 

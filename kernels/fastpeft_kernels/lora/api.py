@@ -125,7 +125,7 @@ def run_group(
         if as_op():
             return custom_op.apply(x, projections, dtypes, seeds)
         if implementation is library:
-            dtypes = dtypes.on(x.device)
+            dtypes = dtypes.for_input(x)
         return autograd.apply(x, projections, dtypes, seeds, implementation)
 
 

@@ -15,9 +15,9 @@ from about M = 4/3 K on; the products of rank width that are saved, which run fa
 down. On a GPU a ready weight is therefore extended from M = K on: not yet measured.
 
 On a CPU products are bound by arithmetic, and the longer rows cost more than the passes that they save. Measured on an
-EPYC with AVX2, one thread, fp32, r = 16, forward and backward, extended / apart, least of 15: dense q/k/v, gate/up and one
-alone 1.08, 1.06, 1.02 (M = 1024, K = 768), 1.04 for q/k/v at M = K = 2048; over NF4 1.06, 1.00, 0.99 and 1.005. So dense
-weights are not extended there.
+EPYC with AVX2, one thread, fp32, r = 16, forward and backward, extended / apart, least of 15: dense q/k/v, gate/up and
+one alone 1.08, 1.06, 1.02 (M = 1024, K = 768), 1.04 for q/k/v at M = K = 2048; over NF4 1.06, 1.00, 0.99 and 1.005. So
+dense weights are not extended there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .projection import Dtypes, LoraProjection, Packed
 ALIGNED = 8
 """Rows are a multiple of so many elements, for 16-byte loads of 16-bit elements."""
 LARGEST_STACK = 256 << 20
-"""Bytes; siblings that need more are decoded and multiplied one after the other."""
+"""Bytes; siblings that need more are decoded and multiplied one after the other, larger dense weights not copied."""
 ROOM_FOR_ZEROS = 16
 """The zeros beside each sibling's B may widen the products by one part in so many."""
 
@@ -56,7 +56,8 @@ def pays(projections: Sequence[LoraProjection], a: Tensor, tokens: int) -> bool:
         return False
     if not all(projection.weight.is_ready(a.dtype) for projection in projections):
         return True
-    return a.device.type != "cpu" and tokens >= in_features
+    copied = max(projection.weight.shape[0] for projection in projections) * in_features * a.element_size()
+    return a.device.type != "cpu" and tokens >= in_features and copied <= LARGEST_STACK
 
 
 def input_room(tokens: int, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes) -> Tensor:
@@ -122,7 +123,10 @@ def backward_without_input(
         bias_gradients(dy, projection, needs[i], grads[i])
         if s is not None and projection.rank:
             up_gradients(dy.to(dtypes.lora), s[:, first:column], projection, needs[i], grads[i])
-    return add_adapter_input_gradient(dx, ds, packed.a, projections, seeds), ds, grads
+    # Contiguous, as autograd's own would be: what comes before may count on it.
+    if all(seed is None for seed in seeds):
+        return torch.addmm(dx, ds, packed.a), ds, grads
+    return add_adapter_input_gradient(dx.contiguous(), ds, packed.a, projections, seeds), ds, grads
 
 
 def _width(packed: Packed) -> int:
@@ -137,7 +141,8 @@ def _parts(
     every = range(len(projections))
     if whole is not None:
         rows = sum(projection.weight.shape[0] for projection in projections)
-        if rows * _width(packed) * whole.element_size() <= LARGEST_STACK:
+        assert packed.a is not None
+        if rows * _width(packed) * packed.a.element_size() <= LARGEST_STACK:
             return [(whole, every)]
     return [(matrix, range(i, i + 1)) for i, matrix in zip(every, matrices, strict=True)]
 

@@ -62,6 +62,10 @@ class LoraProjection:
         return tuple(found)
 
 
+FEW_TOKENS = 8
+"""Measured on an EPYC with AVX2, 5632 x 2048 in bf16, in 16 bits and by fp32: 13.7 and 18.4 ms at 4, 27 and 26 at 8."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dtypes:
     """compute: of the frozen product. lora: of the adapters' products. out: of the result."""
@@ -69,6 +73,11 @@ class Dtypes:
     compute: torch.dtype
     lora: torch.dtype
     out: torch.dtype
+
+    def for_input(self, x: Tensor) -> Dtypes:
+        """`on` x's device, unless x is a few tokens without gradients: casting the weights would cost more."""
+        few = x.numel() <= FEW_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
+        return self if few else self.on(x.device)
 
     def on(self, device: torch.device) -> Dtypes:
         """The same results from products in the dtypes that `device` is fast in; see `product_dtype`."""

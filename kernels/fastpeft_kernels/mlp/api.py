@@ -74,4 +74,4 @@ def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None],
         torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     )
     with autocast_off:
-        return autograd.apply(x, mlp, dtypes.on(x.device), seeds, keep)
+        return autograd.apply(x, mlp, dtypes.for_input(x), seeds, keep)

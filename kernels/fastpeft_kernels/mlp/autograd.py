@@ -32,10 +32,12 @@ class LoraMlp(torch.autograd.Function):
         with in_use(mlp.projections):
             y, kept = library.forward(x2, mlp, dtypes, seeds)
         trains_a = any(flag for flags in needs[:-1] for flag in flags[1::3])
+        inside = ctx.needs_input_grad[4] or any(flag for flags in needs[:-1] for flag in flags) or any(needs[-1][1::3])
+        keep = keep or not inside
         ctx.save_for_backward(
             x if trains_a or not keep else None,
             kept.s if any(flag for flags in needs[:-1] for flag in flags[2::3]) else None,
-            kept.pre if keep else None,
+            kept.pre if keep and inside else None,
             kept.s_down if any(needs[-1][2::3]) else None,
             *tensors_read_again(mlp.projections),
         )
@@ -51,8 +53,7 @@ class LoraMlp(torch.autograd.Function):
         with in_use(mlp.projections):
             for projection, stamp in zip(mlp.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
-            if pre is None:
-                assert x2 is not None
+            if pre is None and x2 is not None:
                 pre, _ = library.inner(x2, mlp, dtypes, seeds)
             dx, grads = library.backward(
                 dy.reshape(-1, dy.shape[-1]),

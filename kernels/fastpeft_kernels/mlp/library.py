@@ -26,12 +26,12 @@ class Kept:
 
     Attributes:
         s: x A^T of the inner projections, (tokens, their total rank), or None.
-        pre: gate and up, (tokens, width).
+        pre: gate and up, (tokens, width); None where backward reads nothing of them.
         s_down: h A^T of the down projection, (tokens, its rank), or None.
     """
 
     s: Tensor | None
-    pre: Tensor
+    pre: Tensor | None
     s_down: Tensor | None
 
 
@@ -86,16 +86,20 @@ def backward(
         dtypes.out if below else None,
         needs[-1:],
     )
-    h: Tensor | None = None
-    dpre = torch.empty_like(kept.pre) if below else kept.pre  # never written without `below`
+    trains_a = ds is not None and any(needs[-1][1::3])
+    pre, dpre, h = kept.pre, None, None
     if dh is not None:
+        assert pre is not None
         h = dh = dh.to(dtypes.out)  # what is made anew takes the place of its gradient
+        dpre = torch.empty_like(pre)
         dgate, dup = mlp.halves(dpre)
-        gated_activation_backward(dh, *mlp.halves(kept.pre), mlp.activation, dgate=dgate, dup=dup, h=h)
-    if ds is not None and any(needs[-1][1::3]):
-        h = gated_activation(*mlp.halves(kept.pre), mlp.activation) if h is None else h
+        gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate=dgate, dup=dup, h=h)
+    elif trains_a:
+        assert pre is not None
+        h = gated_activation(*mlp.halves(pre), mlp.activation)
+    if trains_a and ds is not None and h is not None:
         library.down_gradients(ds, h.to(dtypes.lora), [mlp.down], seeds[-1:], needs[-1:], grads_down)
-    if not below:
+    if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.quant import encode_4bit
@@ -233,6 +234,36 @@ def test_a_weight_is_released_when_its_product_fails():
     with pytest.raises(RuntimeError, match="the link is down"):
         lora_linear_group(torch.randn(3, 12), [p])
     assert log == ["release"]
+
+
+def test_few_tokens_without_gradients_stay_in_16_bits(monkeypatch):
+    """Generation: casting the weights would take longer than the products."""
+    monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: True)
+    for rows, grad, expected in ((1, False, BF16), (8, False, BF16), (9, False, F32), (1, True, F32)):
+        with torch.set_grad_enabled(grad):
+            assert SAME[BF16].for_input(torch.randn(rows, 12)).compute == expected
+
+
+def test_a_default_device_changes_nothing():
+    group = [projection(64, 48, 4)]
+    x = torch.randn(5, 64)
+    (expected,) = lora_linear_group(x, group)
+    release_scratch()
+    torch.set_default_device("meta")
+    try:
+        (found,) = lora_linear_group(x, group)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
+def test_the_gradient_of_x_is_contiguous():
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    seen = []
+    h = x * 1
+    h.register_hook(lambda g: seen.append(g.is_contiguous()))
+    sum(y.sum() for y in lora_linear_group(h, [projection(64, 48, 4), projection(64, 16, 4)])).backward()
+    assert seen == [True]
 
 
 def test_parameters_of_an_output_without_gradient_get_none():

@@ -136,6 +136,19 @@ def test_what_is_kept(keep):
     assert numbers == tokens * ((2 * size if keep == "preactivations" else 0) + 4 + 3 + 5)
 
 
+def test_nothing_is_kept_for_what_is_not_trained():
+    """Only down's b is, as in LoRA-FA: neither x nor the preactivations are read."""
+    m = mlp("gate and up", 24, 40)
+    for t in parameters(list(m.projections)):
+        t.requires_grad_(t is m.down.adapters[0].b)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = lora_mlp(torch.randn(100, 24), m)
+    assert max(sizes) <= 100 * 5
+    y.sum().backward()
+    assert m.down.adapters[0].b.grad is not None
+
+
 def test_a_base_that_changed_is_refused():
     m = mlp("gate and up", 8, 12)
     y = lora_mlp(torch.randn(3, 8), m)
