@@ -105,7 +105,9 @@ def groups(
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
-    rows = rename(load_rows(data, split=split, key="--data", split_key="--split"), config.data.columns)
+    label = config.data.columns.get("label", "label")
+    rows = load_rows(data, split=split, key="--data", split_key="--split", label=label)
+    rows = rename(rows, config.data.columns)
     for column in (*LABELLED.columns, by):
         if column not in rows.column_names:
             name = "--by" if column == by else "--data"
