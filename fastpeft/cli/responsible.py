@@ -15,7 +15,7 @@ from fastpeft.data.chat import short
 from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
-from .shared import Quiet, Verbose, console, settle_logs
+from .shared import LAST_SEED, Quiet, Verbose, console, settle_logs
 
 MEMORIZATION_EPILOG = """
 Examples:
@@ -41,7 +41,7 @@ def memorization(
     ] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that it should not know by heart.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="How many rows are tried.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the rows drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the rows drawn.")] = 0,
     fail_above: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Exit with 1 if a larger share is repeated.")
     ] = 1.0,

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+LAST_SEED = 2**32 - 1
+
+
 class Quantization(str, Enum):
     """How the frozen weights are stored."""
 

@@ -196,6 +196,11 @@ TRAINING = [
     option("epochs", "--epochs 0", "training.num_train_epochs: expected more than 0, got 0.0"),
     option("steps", "--max-steps 0", "training.max_steps: expected at least 1, or -1 for no limit, got 0"),
     option("large-seed", "--seed 4294967296", "training.seed: expected less than 2^32, got 4294967296"),
+    option(
+        "output-nowhere",
+        "--output-dir /proc/out",
+        "training.output_dir: expected a folder that can be written, got /proc/out",
+    ),
     option("no-output", "--output-dir ''", "training.output_dir: expected a folder, got nothing"),
     option(
         "output-is-a-file",
