@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -30,6 +31,9 @@ LESS_MEMORY = {
     "groups": "a smaller --batch-size",
     "quickstart": "a smaller --batch-size or --sequence-length",
 }
+
+USERS_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS}
+"""What is wrong with a path that a user named, wherever it is looked at first."""
 
 app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
 app.command(cls=ConfigCommand, epilog=train.EPILOG)(with_config_options(train.train))
@@ -96,6 +100,8 @@ def run(arguments: Sequence[str]) -> int:
         # typer's usage errors; their class is click's or typer's own, as the version has it.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
+        if isinstance(error, OSError) and error.filename and error.errno in USERS_PATH:
+            return _complain(f"{error.filename}: {error.strerror}")
         raise
 
 
