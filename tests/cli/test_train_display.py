@@ -70,8 +70,11 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = run(capsys, *settings, "--dry-run", "--lora.r", "3")
-    assert (answer.code, answer.err) == (0, "reading the data\n")
+    said = "reading the data\ndata: 8 rows (72 tokens; 0 cut, 0 left out)\n"
+    assert (answer.code, answer.err) == (0, said)
     (tmp_path / "run.yaml").write_text(answer.out)
+    again = run(capsys, "train", "run.yaml", "--dry-run", "--max-length", "3")
+    assert again.err == "reading the data\ndata: 8 rows (24 tokens; 8 cut, 0 left out)\n"
     again = run(capsys, "train", "run.yaml", "--dry-run")
     assert again.out == answer.out and "  r: 3\n" in again.out and "  task: causal-lm\n" in again.out
     assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", "run.yaml"}
