@@ -18,7 +18,7 @@ from . import generate, merge, responsible, train, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
-from .shared import complains
+from .shared import complains, unsettle_logs
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -114,6 +114,8 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.filename and error.errno in USERS_PATH:
             return _complain(f"{error.filename}: {error.strerror}")
         raise
+    finally:
+        unsettle_logs()
 
 
 def _complain(message: str) -> int:

@@ -77,7 +77,7 @@ def generate(
     if output is not None and not _is_special(output) and not can_be_made(output.parent):
         raise UserError(f"--output: expected a new file in a folder that can be written, got {output}")
     prompts = _prompts(prompt, file)
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     if source.task == "masked-lm":
         raise UserError(f"MODEL: expected a language model or a classifier, got a masked language model: {model}")

@@ -61,7 +61,7 @@ def memorization(
     from fastpeft.responsible.memorization import passages, probe
     from fastpeft.training.run import _fingerprint, prepare
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     shown = console(quiet)
     config = run_config(run, trust_remote_code)
     if config.model.task != "causal-lm":
@@ -100,7 +100,7 @@ def groups(
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.responsible.groups import by_group
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     config = run_config(run, trust_remote_code)
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")

@@ -53,7 +53,7 @@ def train(
     from fastpeft.training.run import check_run
     from fastpeft.training.run import train as run
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     if dry_run:
         prepared = check_run(settled, shown, resume=resume, overwrite=overwrite).prepared
         shown.print(f"data: {prepared.rows.summary}", highlight=False, soft_wrap=True)

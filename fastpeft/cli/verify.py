@@ -48,7 +48,7 @@ def verify(
     from fastpeft.models.adapters import attach_adapter
     from fastpeft.models.devices import autocast, pick_device, pick_dtype
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
