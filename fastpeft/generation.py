@@ -57,6 +57,13 @@ class Prompt:
     pair: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for halves of characters, which bytes that are no UTF-8 become, and which have no tokens."""
+        try:
+            json.dumps([self.given, self.pair], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{self.where}: expected text in UTF-8, got something else") from None
+
 
 def read_prompts(path: Path, key: str = "--file") -> list[Prompt]:
     """Prompts from a file: a line each of text, or `messages`, `prompt` or `text` of each JSON line.
@@ -64,10 +71,12 @@ def read_prompts(path: Path, key: str = "--file") -> list[Prompt]:
     Raises:
         UserError: no such file, no JSON, or none of these keys.
     """
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"{key}: expected a file, got a folder: {path}")
+    if not path.exists():
         raise UserError(f"{key}: expected a file, got {path}, which is not there")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would end a line at U+2028, too
     except UnicodeDecodeError:
         raise UserError(f"{key}: expected text in UTF-8, got something else in {path}") from None
     numbered = [(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

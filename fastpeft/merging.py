@@ -11,6 +11,7 @@ from typing import Any
 
 from fastpeft.errors import UserError
 from fastpeft.models import tuned
+from fastpeft.paths import can_be_made
 
 MARK = "fastpeft.json"
 """Lists what `save` wrote: a folder that holds nothing else may be replaced."""
@@ -43,12 +44,13 @@ def merge(source: tuned.Source, dtype: Any, *, decode: bool) -> Any:
         held = getattr(torch, source.model.dtype, dtype)
     else:
         quantization, held = "none", dtype if source.config.dtype is dtype else torch.float32
-    base = tuned.load_base(source, torch.device("cpu"), held, quantization)
+    base, fresh = tuned.load_base(source, torch.device("cpu"), held, quantization)
     if getattr(base, "hf_quantizer", None) is not None:
         base = _decoded(base, held)
     if held is not dtype:
         base = base.float()  # else what the adapter leaves alone would be rounded to one 16-bit form, then to another
     model = tuned.attach(source, base)
+    tuned.check_values(source, fresh)
     _untie(model.get_base_model())
     if not hasattr(model, "merge_and_unload"):
         raise UserError(f"ADAPTER: {model.active_peft_config.peft_type.value} adapters cannot be merged")
@@ -132,9 +134,11 @@ def save(model: Any, tokenizer: Any, target: Path, *, overwrite: bool) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError if something is in the way."""
+    """Raise UserError if something is in the way, or the folder cannot be made."""
     if target.exists() and not target.is_dir():
         raise UserError(f"OUTPUT: expected a folder or a new name, got a file: {target}")
+    if not can_be_made(target.absolute().parent):  # written beside it first
+        raise UserError(f"OUTPUT: expected a folder that can be written, got {target}")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -21,7 +22,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]  # a date is a name here
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -35,9 +37,11 @@ def parse_yaml(text: str, where: str) -> Any:
         where: what the message calls the text: a file or a key.
 
     Raises:
-        ValueError: it is no YAML, or a key comes twice in one mapping.
+        ValueError: it is no YAML, a key comes twice in one mapping, or something holds itself.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)  # refuses what holds itself
+        return value
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
@@ -15,7 +18,7 @@ from . import generate, merge, responsible, train, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
-from .shared import complains
+from .shared import complains, unsettle_logs
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,15 +34,27 @@ LESS_MEMORY = {
     "quickstart": "a smaller --batch-size or --sequence-length",
 }
 
+USERS_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS}
+"""What is wrong with a path that a user named, wherever it is looked at first."""
+
 app = typer.Typer(name="fastpeft", pretty_exceptions_enable=False)
-app.command(cls=ConfigCommand, epilog=train.EPILOG)(with_config_options(train.train))
-app.command(epilog=generate.EPILOG)(generate.generate)
-app.command(epilog=merge.EPILOG)(merge.merge)
-app.command(epilog=verify.EPILOG)(verify.verify)
-app.command(epilog=responsible.MEMORIZATION_EPILOG)(responsible.memorization)
-app.command(epilog=responsible.GROUPS_EPILOG)(responsible.groups)
-app.command()(quickstart)
-app.command()(doctor)
+
+
+def _add(command: Callable[..., Any], epilog: str = "", cls: type[TyperCommand] | None = None) -> None:
+    """A command whose --help breaks the lines of its docstring anew, as the terminal is wide."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(cls=cls, help=text, epilog=epilog)(command)
+
+
+_add(with_config_options(train.train), train.EPILOG, ConfigCommand)
+_add(generate.generate, generate.EPILOG)
+_add(merge.merge, merge.EPILOG)
+_add(verify.verify, verify.EPILOG)
+_add(responsible.memorization, responsible.MEMORIZATION_EPILOG)
+_add(responsible.groups, responsible.GROUPS_EPILOG)
+_add(quickstart)
+_add(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,7 +111,11 @@ def run(arguments: Sequence[str]) -> int:
         # typer's usage errors; their class is click's or typer's own, as the version has it.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
+        if isinstance(error, OSError) and error.filename and error.errno in USERS_PATH:
+            return _complain(f"{error.filename}: {error.strerror}")
         raise
+    finally:
+        unsettle_logs()
 
 
 def _complain(message: str) -> int:

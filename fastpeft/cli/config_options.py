@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,18 @@ SWITCHED = ("true", "false", "yes", "no", "on", "off")
 """What YAML takes for true and false."""
 
 
+WIDE = 110
+"""Columns in which a table of all options has room for their names."""
+
+
 class ConfigCommand(TyperCommand):
     """A command whose unknown options are keys of the configuration; they come to it as `settings`."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if shutil.get_terminal_size().columns < WIDE:
+            super(TyperCommand, self).format_help(ctx, formatter)  # a list: tables would cut the longest names
+        else:
+            super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # a shell completes: no time to complain

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastpeft.errors import UserError
+from fastpeft.paths import can_be_made
 
-from .shared import Dtype, Quantization, Quiet, Verbose, console, settle_logs
+from .shared import LAST_SEED, Dtype, Quantization, Quiet, Verbose, console, settle_logs
 
 if TYPE_CHECKING:
     from fastpeft.generation import Prompt
@@ -50,7 +51,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that make up this.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many; 0 for all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
     base: Base = None,
     quantization: Annotated[
@@ -73,8 +74,10 @@ def generate(
 
     if output is not None and (not output.parent.is_dir() or output.is_dir() or output == file):
         raise UserError(f"--output: expected a new file in a folder that is there, got {output}")
+    if output is not None and not _is_special(output) and not can_be_made(output.parent):
+        raise UserError(f"--output: expected a new file in a folder that can be written, got {output}")
     prompts = _prompts(prompt, file)
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     if source.task == "masked-lm":
         raise UserError(f"MODEL: expected a language model or a classifier, got a masked language model: {model}")
@@ -83,6 +86,8 @@ def generate(
     tokenizer = tuned.load_tokenizer(source)
     one = len(prompts) == 1 and file is None and output is None
     if source.task == "sequence-classification":
+        if system is not None:
+            raise UserError(f"--system: expected none for a classifier, got {system!r}")
         texts = [_text(prompt) for prompt in prompts]
         loaded = _loaded(source, device, chosen, quantization, quiet)
         pairs = [prompt.pair for prompt in prompts]
@@ -115,7 +120,10 @@ def _prompts(prompt: list[str] | None, file: Path | None) -> list[Prompt]:
         return [Prompt(text) for text in prompt]
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("--prompt: expected a prompt, or --file, or text on standard input, got none")
-    text = sys.stdin.read().strip()
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UserError("--prompt: expected text in UTF-8, got something else") from None
     if not text:
         raise UserError("--prompt: expected a prompt, or --file, or text on standard input, got none")
     return [Prompt(text)]
@@ -139,13 +147,18 @@ def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization 
     return tuned.load(source, device, dtype, None if quantization is None else quantization.value)
 
 
+def _is_special(output: Path) -> bool:
+    """Whether it is there and no plain file: a pipe, or /dev/stdout."""
+    return output.exists() and not output.is_file()
+
+
 def _write(rows: Any, output: Path | None) -> None:
     """JSON lines; a file gets its name when it is whole."""
     if output is None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    begun = output if output.exists() and not output.is_file() else output.with_name(f"{output.name}.part")
+    begun = output if _is_special(output) else output.with_name(f"{output.name}.part")
     with begun.open("w", encoding="utf-8") as lines:
         for row in rows:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -61,7 +61,7 @@ def merge(
     from fastpeft.generation import end_tokens
     from fastpeft.models import tuned
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     output = output.expanduser()
     merging.check_target(output, overwrite)
     source = tuned.find(adapter, base=base, key="ADAPTER", trust_remote_code=trust_remote_code)

@@ -15,7 +15,7 @@ from fastpeft.data.chat import short
 from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
-from .shared import Quiet, Verbose, console, settle_logs
+from .shared import LAST_SEED, Quiet, Verbose, console, settle_logs
 
 MEMORIZATION_EPILOG = """
 Examples:
@@ -41,7 +41,7 @@ def memorization(
     ] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that it should not know by heart.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="How many rows are tried.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the rows drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the rows drawn.")] = 0,
     fail_above: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Exit with 1 if a larger share is repeated.")
     ] = 1.0,
@@ -61,7 +61,7 @@ def memorization(
     from fastpeft.responsible.memorization import passages, probe
     from fastpeft.training.run import _fingerprint, prepare
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     shown = console(quiet)
     config = run_config(run, trust_remote_code)
     if config.model.task != "causal-lm":
@@ -100,12 +100,14 @@ def groups(
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.responsible.groups import by_group
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     config = run_config(run, trust_remote_code)
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
-    rows = rename(load_rows(data, split=split, key="--data", split_key="--split"), config.data.columns)
+    label = config.data.columns.get("label", "label")
+    rows = load_rows(data, split=split, key="--data", split_key="--split", label=label)
+    rows = rename(rows, config.data.columns)
     for column in (*LABELLED.columns, by):
         if column not in rows.column_names:
             name = "--by" if column == by else "--data"

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+LAST_SEED = 2**32 - 1
+
+
 class Quantization(str, Enum):
     """How the frozen weights are stored."""
 
@@ -53,10 +56,11 @@ def complains() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def settle_logs(verbose: bool) -> None:
+def settle_logs(verbose: bool, quiet: bool = False) -> None:
     """What the libraries log and warn of goes to stderr if `verbose`; without, nothing below an error does.
 
-    Their own progress bars would break ours, so they are off.
+    What fastpeft itself warns of does, unless `quiet`, until `unsettle_logs`. The libraries' own progress bars would
+    break ours, so they are off.
     """
     import transformers
 
@@ -72,5 +76,12 @@ def settle_logs(verbose: bool) -> None:
         datasets.disable_progress_bars()
     for name in ("trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(level)
+    if quiet:
+        logging.getLogger("fastpeft").setLevel(logging.ERROR)
     if not verbose:
         warnings.simplefilter("ignore")
+
+
+def unsettle_logs() -> None:
+    """fastpeft's own warnings are heard again, in a process that goes on."""
+    logging.getLogger("fastpeft").setLevel(logging.NOTSET)

@@ -24,7 +24,7 @@ Examples:
 
   fastpeft train run.yaml --resume
 
-Any key may be shortened to its last part where that is the only one: --max-length 512 is --data.max_length 512.
+Any key may be shortened to its last part where that is the only one: --r 8 is --lora.r 8.
 """
 
 
@@ -53,9 +53,11 @@ def train(
     from fastpeft.training.run import check_run
     from fastpeft.training.run import train as run
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     if dry_run:
-        print(check_run(settled, shown, resume=resume, overwrite=overwrite).prepared.config.to_yaml(), end="")
+        prepared = check_run(settled, shown, resume=resume, overwrite=overwrite).prepared
+        shown.print(f"data: {prepared.rows.summary}", highlight=False, soft_wrap=True)
+        print(prepared.config.to_yaml(), end="")
         return
     outcome = run(settled, shown, resume=resume, overwrite=overwrite)
     if not speaks():

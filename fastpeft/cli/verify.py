@@ -11,7 +11,7 @@ import typer
 from fastpeft.errors import UserError
 
 from .generate import Base, TrustRemoteCode
-from .shared import Dtype, Quantization, Quiet, Verbose, console, settle_logs
+from .shared import LAST_SEED, Dtype, Quantization, Quiet, Verbose, console, settle_logs
 
 EPILOG = """
 Examples:
@@ -31,7 +31,7 @@ def verify(
         Quantization | None, typer.Option(help="Storage of the frozen weights.", show_default=False)
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What is computed with; auto: as fastpeft train.")] = Dtype.auto,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the random inputs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
@@ -48,12 +48,13 @@ def verify(
     from fastpeft.models.adapters import attach_adapter
     from fastpeft.models.devices import autocast, pick_device, pick_dtype
 
-    settle_logs(verbose)
+    settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
     console(quiet).print("loading the model", highlight=False)
-    loaded = tuned.load_base(source, device, chosen, None if quantization is None else quantization.value)
+    stored = None if quantization is None else quantization.value
+    loaded, _ = tuned.load_base(source, device, chosen, stored)  # a head of random values does as well
     if source.adapter is None:
         targets = target_modules.split(",") if "," in target_modules else target_modules
         loaded = attach_adapter(loaded, LoraSection(r=rank, alpha=2 * rank, target_modules=targets), source.task, seed)

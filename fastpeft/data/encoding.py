@@ -38,6 +38,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def summary(self) -> str:
+        """In words: how many rows and tokens, and what was done to rows that were too long."""
+        return f"{len(self)} rows ({self.tokens:,} tokens; {self.cut} cut, {self.dropped} left out)"
+
     def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
         """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
         import datasets

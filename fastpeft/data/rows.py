@@ -13,6 +13,8 @@ from fastpeft.hints import did_you_mean, nearest
 from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 
+from .tables import csv_options
+
 LOADERS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -41,7 +43,13 @@ SPLITS = {
 
 
 def load_rows(
-    path: str, *, split: str | None, name: str | None = None, key: str = "data.path", split_key: str = ""
+    path: str,
+    *,
+    split: str | None,
+    name: str | None = None,
+    key: str = "data.path",
+    split_key: str = "",
+    label: str = "label",
 ) -> Any:
     """Rows as `datasets` gives them.
 
@@ -50,6 +58,7 @@ def load_rows(
         split: which split; None for "train", or for all where there are none or only one.
         name: which of a hub data set's configurations.
         key, split_key: the configuration's names for path and split, for messages.
+        label: a table's column of classes, which may be numbers; its other columns are text.
 
     Returns:
         A `datasets.Dataset`; a text file is one row with the column `text`.
@@ -62,9 +71,9 @@ def load_rows(
     split_key = split_key or key.replace("path", "split")
     local = Path(path).expanduser()
     if local.is_file():
-        rows = _from_file(datasets, local, key)
+        rows = _from_file(datasets, local, key, label)
     elif local.is_dir():
-        rows = _from_folder(datasets, local, split, key, split_key)
+        rows = _from_folder(datasets, local, split, key, split_key, label)
     elif _looks_local(path):
         raise UserError(f"{key}: expected a file, a folder or a hub ID, got {path}, which is not there{_near(local)}")
     else:
@@ -86,21 +95,23 @@ def is_document(path: str) -> bool:
     return local.suffix.lower() in DOCUMENTS
 
 
-def _from_file(datasets: Any, path: Path, key: str) -> Any:
+def _from_file(datasets: Any, path: Path, key: str, label: str) -> Any:
     loader = LOADERS.get(path.suffix.lower())
     if loader is None:
         raise UserError(f"{key}: expected one of {', '.join(LOADERS)}, got {path.name}")
     if path.stat().st_size == 0:
         raise UserError(f"{key}: expected at least one row, got an empty file: {path}")
-    return _load(datasets, loader, [str(path)], key, path)
+    return _load(datasets, loader, [str(path)], key, path, label)
 
 
-def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path) -> Any:
+def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, label: str) -> Any:
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
-    if loader == "csv" and files[0].lower().endswith(".tsv"):
-        options["sep"] = "\t"
     try:
+        if loader == "csv":
+            options = csv_options(datasets, files, key, label)
         return datasets.load_dataset(loader, data_files=files, split="train", **options)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's, pandas' and datasets' own, by the format
         if "corresponds to no data" in str(error):
             raise UserError(f"{key}: expected at least one row, got none in {path}") from error
@@ -126,7 +137,7 @@ def _saved_by_datasets(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
 
-def _from_folder(datasets: Any, path: Path, split: str | None, key: str, split_key: str) -> Any:
+def _from_folder(datasets: Any, path: Path, split: str | None, key: str, split_key: str, label: str) -> Any:
     """A `Dataset`, or a `DatasetDict` with the wanted split."""
     if _saved_by_datasets(path):
         try:
@@ -141,7 +152,7 @@ def _from_folder(datasets: Any, path: Path, split: str | None, key: str, split_k
         raise UserError(f"{key}: expected files of one kind, got {' and '.join(kinds)} in {path}")
     parts = _parts(path, files, key)
     name = _pick(parts, split, split_key) if "" not in parts else ""
-    rows = _load(datasets, LOADERS[files[0].suffix.lower()], [str(file) for file in parts[name]], key, path)
+    rows = _load(datasets, LOADERS[files[0].suffix.lower()], [str(file) for file in parts[name]], key, path, label)
     return datasets.DatasetDict({name: rows}) if name else rows
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastpeft.config import LoraSection
 from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean
+from fastpeft.structured import convert
 
 from .tasks import PEFT_TASKS
 
 OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "task_type": "model.task"}
+PATTERNS = {"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None}
+"""Types of options of which PEFT says less."""
 COMMAS = re.compile(r"[\w.]+(,\s*[\w.]+)+")
 """Names with commas between; no regular expression that could match a module is like that."""
 
@@ -29,6 +33,8 @@ def lora_config(section: LoraSection, task: str) -> Any:
         raise UserError(f"lora.r: expected at least 1, got {section.r}")
     if not section.alpha > 0:
         raise UserError(f"lora.alpha: expected more than 0, got {section.alpha}")
+    if math.isinf(section.alpha):
+        raise UserError(f"lora.alpha: expected a finite number, got {section.alpha}")
     if not 0 <= section.dropout < 1:
         raise UserError(f"lora.dropout: expected 0 to below 1, got {section.dropout}")
     given = {
@@ -44,13 +50,25 @@ def lora_config(section: LoraSection, task: str) -> Any:
         "init_lora_weights": section.init_lora_weights,
         "task_type": PEFT_TASKS.get(task),
     }
+    if isinstance(expression := given["target_modules"], str):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise UserError(f"lora.target_modules: not a valid regular expression: {error}") from error
     known = [field.name for field in fields(LoraConfig)]
+    hints = get_type_hints(LoraConfig) | PATTERNS
     for name in section.extra:
         if name in given:
             raise UserError(f"lora.extra.{name}: expected {OURS.get(name, f'lora.{name}')} instead")
         if name not in known:
             hint = did_you_mean(name, known) or ", and PEFT's LoraConfig has none of this name"
             raise UserError(f"lora.extra.{name}: unknown key{hint}")
+    try:
+        for name, value in section.extra.items():
+            if "tuple" not in str(hints[name]):  # which YAML has none of
+                convert(hints[name], value, f"lora.extra.{name}")
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
     try:
         return LoraConfig(**given, **section.extra)
     except (TypeError, ValueError, ImportError) as error:
@@ -86,6 +104,10 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
             raise UserError(f"lora: {error}") from error
         wanted = section.target_modules
         raise UserError(f"lora.target_modules: no module has the name {wanted!r}{_hint(base, wanted)}") from error
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or not re.search("allocat|overflow", str(error)):
+            raise
+        raise UserError(f"lora.r: expected an adapter that fits into memory, got {section.r}") from error
 
 
 def _check_names(base: Any, names: list[str], key: str) -> None:

@@ -111,26 +111,42 @@ def load(source: Source, device: torch.device, dtype: torch.dtype, quantization:
     """
     import fastpeft
 
-    base = load_base(source, device, dtype, quantization)
-    if source.adapter is None:
-        return base.eval()
-    model = attach(source, base)
-    fastpeft.accelerate(model)
+    base, fresh = load_base(source, device, dtype, quantization)
+    model = base.eval() if source.adapter is None else attach(source, base)
+    check_values(source, fresh)
+    if source.adapter is not None:
+        fastpeft.accelerate(model)
     return model
 
 
-def load_base(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:
-    """The base alone; errors as `load`."""
+def load_base(
+    source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None
+) -> tuple[Any, list[str]]:
+    """(the base alone, names of the modules that its checkpoint has no values for); errors as `load`."""
     kept = source.model.quantization or "none"
     others: dict[str, Any] = {}
     if source.labels is not None:
         others = {"num_labels": len(source.labels), "id2label": dict(enumerate(source.labels))}
-    base, _ = bases.load_base(
+    base, fresh = bases.load_base(
         source.model, source.task, device, dtype, quantization or kept, key="MODEL", whole=source.whole, **others
     )
     if source.task == "sequence-classification":  # decoders look for the last token that is no padding
         base.config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
-    return base
+    return base, fresh
+
+
+def check_values(source: Source, fresh: list[str]) -> None:
+    """Raise UserError if neither the base's checkpoint nor the adapter has values for a module.
+
+    Args:
+        fresh: what the checkpoint has none for, from load_base.
+    """
+    trained = () if source.adapter is None else (*source.whole, "classifier", "score")
+    lacking = [name for name in fresh if not any(f".{one}." in f".{name}." for one in trained)]
+    if lacking:
+        raise UserError(
+            f"MODEL: {source.model.name} has no values for {', '.join(lacking[:4])}, so its answers would be random"
+        )
 
 
 def attach(source: Source, base: Any) -> Any:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
 from fastpeft.requirements import require
+from fastpeft.structured import convert
 
 if TYPE_CHECKING:
     import torch
 
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps")
 NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+FINITE = ("learning_rate", "warmup_steps", "weight_decay")
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """Of trackers whose own name is another."""
 OWN = ("eval_steps", "save_steps", "report_to", "push_to_hub", "hub_model_id", "extra")
@@ -38,6 +41,9 @@ def check(config: FastpeftConfig) -> None:
     for name in ("eval_steps", "save_steps", "save_total_limit"):
         if (value := getattr(training, name)) is not None:
             _at_least(name, value, 1)
+    for name in ("num_train_epochs", *FINITE):
+        if math.isinf(value := getattr(training, name)):
+            raise UserError(f"training.{name}: expected a finite number, got {value}")
     if training.max_steps < 1 and not training.num_train_epochs > 0:
         raise UserError(f"training.num_train_epochs: expected more than 0, got {training.num_train_epochs}")
     if training.max_steps == 0 or training.max_steps < -1:
@@ -139,13 +145,32 @@ def training_arguments(
         given |= {"max_length": config.data.max_length, "packing": config.data.packing, "eval_packing": False}
     _check_extra(section.extra, given, [field.name for field in fields(kind) if field.init])
     try:
+        hints = get_type_hints(kind)
+        for name, value in section.extra.items():
+            convert(hints[name], value, f"training.extra.{name}")
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    try:
         arguments = kind(**given | section.extra)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from error
     if arguments.n_gpu > 1:  # one process trains on one GPU; torchrun and accelerate launch start one for each
         arguments._n_gpu = 1
     _check_schedule(arguments)
+    _check_loader(arguments)
     return arguments
+
+
+def _check_loader(arguments: Any) -> None:
+    """What reads the rows has settings of its own, and looks at them only once everything is loaded."""
+    from torch.utils.data import DataLoader
+
+    names = ("num_workers", "persistent_workers", "prefetch_factor")
+    settings = {name: getattr(arguments, f"dataloader_{name}") for name in names}
+    try:
+        DataLoader([0], **settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"training.extra.dataloader_num_workers: {error}") from error
 
 
 def _check_schedule(arguments: Any) -> None:

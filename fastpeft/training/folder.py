@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.paths import can_be_made
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
@@ -55,8 +55,7 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"training.output_dir: expected a folder or a new name, got a file: {folder}")
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if not can_be_made(folder):
         raise UserError(f"training.output_dir: expected a folder that can be written, got {folder}")
     if resume and overwrite:
         raise UserError("--resume: expected it without --overwrite, got both")

@@ -117,13 +117,14 @@ def _check_apart(data: DataSection, key: str) -> None:
 
 def _rows(config: FastpeftConfig, which: str) -> Any:
     data = config.data
+    label = data.columns.get("label", "label")
     if which == "path":
-        rows = load_rows(data.path, split=data.split, name=data.name, split_key="data.split")
+        rows = load_rows(data.path, split=data.split, name=data.name, split_key="data.split", label=label)
     elif data.eval_path:
-        split = data.eval_split
-        rows = load_rows(data.eval_path, split=split, key="data.eval_path", split_key="data.eval_split")
+        split, key = data.eval_split, "data.eval_path"
+        rows = load_rows(data.eval_path, split=split, key=key, split_key="data.eval_split", label=label)
     else:
-        rows = load_rows(data.path, split=data.eval_split, name=data.name, split_key="data.eval_split")
+        rows = load_rows(data.path, split=data.eval_split, name=data.name, split_key="data.eval_split", label=label)
     rows = rename(rows, data.columns)
     return rows.select(range(min(data.limit, len(rows)))) if data.limit is not None else rows
 

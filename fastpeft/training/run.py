@@ -90,6 +90,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
 
+    from .saving import SaveAfterEvaluation
     from .stopping import StopOnSignal
     from .trainers import build_trainer
     from .watching import Progress, Speed, StopAtNaN
@@ -107,9 +108,8 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
-    trainer = build_trainer(
-        task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, [stop, speed, progress, nan]
-    )
+    callbacks = [SaveAfterEvaluation(), stop, speed, progress, nan]
+    trainer = build_trainer(task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, callbacks)
     first = trainer.is_world_process_zero()
     if first:
         if overwrite:

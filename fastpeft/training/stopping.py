@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .saving import at_epoch_end
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -59,6 +61,5 @@ class StopOnSignal(TrainerCallback):
         # The trainer takes a stop for the end of the epoch; evaluating would draw random numbers that no run without a
         # break draws here, and the checkpoint is there already.
         if self.received is not None and state.global_step < state.max_steps:
-            at_the_end = abs(state.epoch - round(state.epoch)) < 1e-6
-            control.should_evaluate = control.should_evaluate and at_the_end
-            control.should_save = at_the_end  # once more after the evaluation that belongs here
+            control.should_evaluate = control.should_evaluate and at_epoch_end(state)
+            control.should_save = at_epoch_end(state)  # once more after the evaluation that belongs here

@@ -43,11 +43,14 @@ def build_trainer(
 
 
 def _check_optimizer(arguments: Any, model: Any) -> None:
-    """Some come with packages of their own, which are asked for only at the first step."""
+    """Some come with packages of their own, which are asked for only at the first step, as are their settings."""
+    import torch
     from transformers import Trainer
 
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if kind.__module__.startswith("torch.optim."):  # others want more than a number to train
+            kind([torch.zeros(1, requires_grad=True)], **settings)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"training.optim: {arguments.optim.value}: {error}") from error
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import fastpeft
 from fastpeft.cli import app
+from fastpeft.config_keys import keys
 from fastpeft.errors import UserError
 from tests.fresh import run_fresh
 
@@ -33,6 +35,27 @@ def test_help_of_quickstart_lists_its_options(
     shown = capsys.readouterr().out
     wanted = "model text held-out steps batch-size sequence-length rank learning-rate quantization dtype seed output"
     assert not [name for name in wanted.split() if not re.search(rf"--{name}\b", shown)]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 109, 110, 200])
+def test_help_of_train_cuts_no_name(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert app.run(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and not [key for key in keys() if f" --{key} " not in shown]
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "merge", "verify", "memorization", "groups", "doctor"])
+def test_help_breaks_its_lines_for_the_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run([command, "--help"]) == 0
+    text = re.split(r".*(?:Arguments|Options)\b", capsys.readouterr().out.partition("[OPTIONS]")[2])[0]
+    for line, following in pairwise(line.strip() for line in text.splitlines()):
+        assert not line or not following or len(f"{line} {following.split()[0]}") > 76
 
 
 @pytest.mark.parametrize(

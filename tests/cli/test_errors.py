@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import typer
@@ -10,6 +13,7 @@ import typer
 from fastpeft.cli import app
 from fastpeft.config_keys import key_of
 from fastpeft.errors import Interrupted
+from tests.checkpoints import SHIPPED
 
 
 class OutOfMemoryError(RuntimeError):
@@ -46,6 +50,55 @@ def test_out_of_memory_is_said_with_the_command_s_own_options(
     assert capsys.readouterr().err == f"fastpeft: {wanted}\n"
 
 
+CLOSED = [
+    ["train", "--model", SHIPPED, "--data", "closed/x.jsonl"],
+    ["train", "--model", SHIPPED, "--data", "unreadable.jsonl"],
+    ["train", "--model", "closed/m", "--data", "texts.jsonl"],
+    ["train", "--model", SHIPPED, "--data", "texts.jsonl", "--output-dir", "closed/a/b"],
+    ["train", "closed/run.yaml"],
+    ["train", "--model", SHIPPED, "--data", "n" * 256 + ".jsonl"],
+    ["generate", "closed/m", "-p", "x"],
+    ["generate", SHIPPED, "--file", "closed/x.txt"],
+    ["generate", SHIPPED, "-p", "x", "--output", "closed/x.jsonl"],
+    ["generate", SHIPPED, "-p", "x", "--output", "n" * 256],
+    ["merge", "closed/m", "merged"],
+    ["merge", SHIPPED, "closed/out"],
+    ["verify", "closed/m"],
+    ["memorization", "closed/r"],
+    ["groups", "closed/r", "--data", "closed/x.csv", "--by", "x"],
+]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("words", CLOSED, ids=lambda words: " ".join(word for word in words if word != SHIPPED)[:40])
+def test_paths_that_cannot_be_looked_at(
+    words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        monkeypatch.chdir(folder)
+        Path("closed").mkdir(mode=0o700)
+        Path("texts.jsonl").write_text('{"text": "a b"}\n')
+        Path("unreadable.jsonl").write_text('{"text": "a b"}\n')
+        Path("unreadable.jsonl").chmod(0)
+        Path(folder).chmod(0o777)
+        before = sorted(Path().rglob("*"))
+        os.seteuid(65534)
+        try:
+            code = app.run([*words, "--quiet"])
+        finally:
+            os.seteuid(0)
+        assert sorted(Path().rglob("*")) == before
+    said = capfd.readouterr().err
+    assert (code, said.count("\n")) == (2, 1) and said.startswith("fastpeft: "), said
+    assert "Permission denied" in said or "File name too long" in said or "cannot be read" in said, said
+
+
+def test_the_program_s_own_errors_are_not_hidden(failing: list[BaseException]) -> None:
+    failing.append(FileNotFoundError(2, "No such file or directory", "of our own"))
+    with pytest.raises(FileNotFoundError):
+        app.run(["generate", "x", "-p", "y"])
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -53,6 +106,7 @@ def test_out_of_memory_is_said_with_the_command_s_own_options(
         (Interrupted(15, "SIGTERM: x was saved"), 143, "SIGTERM: x was saved"),
         (app.UserError("MODEL: expected x, got y"), 2, "MODEL: expected x, got y"),
         (app.RunFailed("it failed"), 1, "it failed"),
+        (PermissionError(13, "Permission denied", "closed/m"), 2, "closed/m: Permission denied"),
     ],
     ids=lambda value: type(value).__name__,
 )

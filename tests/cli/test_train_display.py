@@ -41,6 +41,17 @@ def test_lines_without_a_terminal(settings: list[str], capsys: pytest.CaptureFix
     assert shown.splitlines() == ["reading the data", "loading the model", *steps, "report: out/report.md"]
 
 
+def test_a_quiet_run_shows_no_warnings_of_its_own(
+    settings: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings += ["--max-steps", "1", "--lora.use_dora"]
+    answer = run(capsys, *settings, "--quiet")
+    assert (answer.code, answer.err, caplog.text) == (0, "", "")
+    assert "fastpeft: 0 of 14 adapter layers accelerated" in Path("out/report.md").read_text()
+    assert run(capsys, *settings, "--overwrite").code == 0
+    assert "nothing was replaced in this PeftModelForCausalLM" in caplog.text
+
+
 def test_a_bar_on_a_terminal_is_gone_when_all_is_read() -> None:
     shown = io.StringIO()
     with count(Console(file=shown, force_terminal=True, width=80), "reading the data", 8) as seen:
@@ -70,8 +81,11 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = run(capsys, *settings, "--dry-run", "--lora.r", "3")
-    assert (answer.code, answer.err) == (0, "reading the data\n")
+    said = "reading the data\ndata: 8 rows (72 tokens; 0 cut, 0 left out)\n"
+    assert (answer.code, answer.err) == (0, said)
     (tmp_path / "run.yaml").write_text(answer.out)
+    again = run(capsys, "train", "run.yaml", "--dry-run", "--max-length", "3")
+    assert again.err == "reading the data\ndata: 8 rows (24 tokens; 8 cut, 0 left out)\n"
     again = run(capsys, "train", "run.yaml", "--dry-run")
     assert again.out == answer.out and "  r: 3\n" in again.out and "  task: causal-lm\n" in again.out
     assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", "run.yaml"}

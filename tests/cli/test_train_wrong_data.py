@@ -44,7 +44,43 @@ FILES = [
     data("json-text", "some.json", "text", "data.path: some.json cannot be read as json: …"),
     rows("json-types", {"text": "a"}, {"text": 3}, "data: row 2, column text: expected text, got '3' (int)"),
     data("no-parquet", "some.parquet", "PAR0", "data.path: some.parquet cannot be read as parquet: …"),
-    data("csv", "some.csv", "text,label\na,b\nc,d,e,f\n", "data.path: some.csv cannot be read as csv: …"),
+    data(
+        "csv-more",
+        "some.csv",
+        'text,label\n\n"a\nb",c\nit is slow, it is quick,d\n',
+        "data.path: some.csv, line 5: expected 2 fields, as in the header, got 3; a text with the separator in it is "
+        "put in quotes",
+    ),
+    data(
+        "csv-more-in-every-line",
+        "some.csv",
+        "text,label\nit is slow, it is quick,d\n",
+        "data.path: some.csv, line 2: expected 2 fields, as in the header, got 3; a text with the separator in it is "
+        "put in quotes",
+    ),
+    data(
+        "tsv-fewer",
+        "some.tsv",
+        "id\ttext\n1\n",
+        "data.path: some.tsv, line 2: expected 2 fields, as in the header, got 1",
+    ),
+    data("csv-quote", "some.csv", 'text\n"a\n', "data.path: some.csv cannot be read as csv: …"),
+    data("csv-no-utf-8", "some.csv", b"text\ncaf\xe9\n", "data.path: some.csv cannot be read as csv: …"),
+    data(
+        "csv-twice", "some.csv", "text,text\na,b\n", "data.path: some.csv: expected each column once, got 'text' twice"
+    ),
+    data(
+        "csv-empty-label",
+        "some.csv",
+        "text,label\na,1\nb,\nc,2\n",
+        "data: row 2, column label: expected a class as text or whole number, got null",
+    ),
+    Wrong(
+        "csv-other-columns",
+        "--model shipped@ --data folder",
+        "data.path: expected the columns text in folder/b.csv too, got txt",
+        {"folder/a.csv": "text\na\n", "folder/b.csv": "txt\na\n"},
+    ),
     Wrong(
         "mixed-folder",
         "--model shipped@ --data folder",

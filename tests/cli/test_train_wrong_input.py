@@ -29,6 +29,10 @@ CONFIGURATION = [
         "run.yaml: not valid YAML: the key 'r' comes twice in \"<unicode string>\", line 1, column 7: "
         "lora: {r: 8, r: 16} ^",
     ),
+    yaml("date", "lora: {alpha: 2024-13-45}", "lora.alpha: expected float, got '2024-13-45' (str)"),
+    yaml("number", "lora: {r: !!int many}", "run.yaml: not valid YAML: …"),
+    yaml("endless", "lora: &a {extra: *a}", "run.yaml: not valid YAML: Circular reference detected"),
+    yaml("deep", "[" * 2000, "run.yaml: not valid YAML: …"),
     yaml("no-yaml", "lora: [", "run.yaml: not valid YAML: …line 1, column 8: lora: [ ^"),
     Wrong(
         "latin-1", "run.yaml", "CONFIG: expected text in UTF-8, got something else in run.yaml", {"run.yaml": b"\xe9"}
@@ -159,7 +163,28 @@ ADAPTERS = [
         f"lora.target_modules: no module has the name 'query'; the projections are {_PROJECTIONS}",
         loads=True,
     ),
-    option("expression", "--target-modules (q", "lora: missing ), unterminated subpattern at position 0", loads=True),
+    option(
+        "expression",
+        "--target-modules (q",
+        "lora.target_modules: not a valid regular expression: missing ), unterminated subpattern at position 0",
+    ),
+    option("endless-alpha", "--lora.alpha .inf", "lora.alpha: expected a finite number, got inf"),
+    option(
+        "huge-rank",
+        "--lora.r 100000000000",
+        "lora.r: expected an adapter that fits into memory, got 100000000000",
+        loads=True,
+    ),
+    option(
+        "pattern",
+        "--lora.extra '{rank_pattern: 3}'",
+        "lora.extra.rank_pattern: expected dict[str, int], got 3 (int)",
+    ),
+    option(
+        "pattern-value",
+        "--lora.extra.alpha_pattern '{q_proj: many}'",
+        "lora.extra.alpha_pattern.q_proj: expected float, got 'many' (str)",
+    ),
     option(
         "saved",
         "--modules-to-save [head]",
@@ -193,9 +218,34 @@ TRAINING = [
     ]
 ] + [
     option("nan", "--learning-rate .nan", "training.learning_rate: expected at least 0, got nan"),
+    option("endless-rate", "--learning-rate .inf", "training.learning_rate: expected a finite number, got inf"),
+    option("endless-warmup", "--warmup-steps .inf", "training.warmup_steps: expected a finite number, got inf"),
+    option("endless", "--epochs .inf", "training.num_train_epochs: expected a finite number, got inf"),
+    option("beta", "--training.extra.adam_beta1 abc", "training.extra.adam_beta1: expected float, got 'abc' (str)"),
+    option(
+        "large-beta",
+        "--training.extra.adam_beta1 5",
+        "training.optim: adamw_torch: Invalid beta parameter at index 0: 5",
+        loads=True,
+    ),
+    option(
+        "noise",
+        "--training.extra.neftune_noise_alpha abc",
+        "training.extra.neftune_noise_alpha: expected float or null, got 'abc' (str)",
+    ),
+    option(
+        "workers",
+        "--training.extra.dataloader_num_workers -3",
+        "training.extra.dataloader_num_workers: num_workers option should be non-negative; …",
+    ),
     option("epochs", "--epochs 0", "training.num_train_epochs: expected more than 0, got 0.0"),
     option("steps", "--max-steps 0", "training.max_steps: expected at least 1, or -1 for no limit, got 0"),
     option("large-seed", "--seed 4294967296", "training.seed: expected less than 2^32, got 4294967296"),
+    option(
+        "output-nowhere",
+        "--output-dir /proc/out",
+        "training.output_dir: expected a folder that can be written, got /proc/out",
+    ),
     option("no-output", "--output-dir ''", "training.output_dir: expected a folder, got nothing"),
     option(
         "output-is-a-file",

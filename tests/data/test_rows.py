@@ -45,6 +45,18 @@ def test_rows_come_back(name: str, tmp_path: Path) -> None:
     assert load_rows(str(tmp_path / name), split="train").to_list() == ROWS
 
 
+def test_a_tables_cells_are_text_but_for_whole_numbers_as_classes(tmp_path: Path) -> None:
+    long = "a" * 200_000
+    (tmp_path / "some.csv").write_text(f'\ufefftext,label,stars\n\n007,None,2\n"{long}\n""b"",",NA,10\n')
+    wanted = [
+        {"text": "007", "label": "None", "stars": "2"},
+        {"text": f'{long}\n"b",', "label": "NA", "stars": "10"},
+    ]
+    assert load_rows(str(tmp_path / "some.csv"), split=None).to_list() == wanted
+    numbers = load_rows(str(tmp_path / "some.csv"), split=None, label="stars")
+    assert numbers.to_list() == [row | {"stars": int(row["stars"])} for row in wanted]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.parquet"])
 def test_a_folder_of_files_is_read_in_the_order_of_their_names(name: str, tmp_path: Path) -> None:
     for first in "ba":

@@ -143,6 +143,30 @@ class TestOneRun:
         monkeypatch.chdir("other")
         assert_same(train(tmp_path / "run", "--resume"), finished)
 
+    @pytest.mark.parametrize(
+        ("settings", "from_step"),
+        [
+            ("--save-steps 3", 3),
+            ("--save-steps 3 --eval-steps 3", 3),
+            ("--save-steps 2 --eval-steps 4", 4),
+        ],
+        ids=["last-of-an-epoch", "both-by-steps", "elsewhere"],
+    )
+    def test_checkpoints_by_steps_hold_their_evaluation(
+        self, settings: str, from_step: int, arguments: list[str], tmp_path: Path
+    ) -> None:
+        """As a machine that loses its power leaves them."""
+        wanted = train(tmp_path / "whole", *arguments, *settings.split())
+        shutil.copytree(wanted.folder, tmp_path / "cut")
+        for path in (tmp_path / "cut").glob("checkpoint-*"):
+            if int(path.name.partition("-")[2]) > from_step:
+                shutil.rmtree(path)
+        (tmp_path / "cut" / "run.json").unlink()
+        (tmp_path / "cut" / "adapter_model.safetensors").unlink()
+        resumed = train(tmp_path / "cut", "--resume")
+        assert from_step in [step for step, _ in wanted.record["evaluation"]]
+        assert_same(resumed, wanted)
+
     @pytest.mark.full
     def test_broken_off_twice(self, arguments: list[str], finished: Run, tmp_path: Path) -> None:
         interrupted(tmp_path / "run", *arguments, at=2)

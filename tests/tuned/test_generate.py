@@ -67,6 +67,21 @@ def test_prompts_from_files(chat_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert [row["completion"] for row in rows] == ["yes yes yes"] * 2
 
 
+def test_lines_of_a_file_end_with_line_breaks_only(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}', encoding="utf-8", newline="")
+    assert [prompt.given for prompt in read_prompts(path)] == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_must_be_utf_8(
+    errors: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors))
+    assert run(SHIPPED) == 2
+    assert capsys.readouterr().err == "fastpeft: --prompt: expected text in UTF-8, got something else\n"
+
+
 def test_sampling_is_the_same_for_the_same_seed(chat_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for seed in (1, 1, 2):
@@ -201,6 +216,14 @@ def test_a_classifier_of_pairs(encoder: Path, tmp_path: Path, capsys: pytest.Cap
         (["{shipped}", "-p", "x", "--base", "y"], "--base: expected none, because {shipped} is a whole model, got y"),
         (["{run}", "-p", "x", "--base", "y/z/a"], f"--base: {NEITHER} 'y/z/a', which is neither"),
         (["{run}", "-p", "x", "--dtype", "float16"], "--dtype: expected float32 or bfloat16 on a CPU, got float16"),
+        (["{run}", "-p", "\udcff"], "--prompt: expected text in UTF-8, got something else"),
+        (["{run}", "--file", "{half}"], "--file: {half}, line 2: expected text in UTF-8, got something else"),
+        (["{run}", "--file", "{number}"], "--file: {number}, line 3: expected messages, prompt or text, got {{"),
+        (["{run}", "--file", "{empty}"], "--file: expected a file, got a folder: {empty}"),
+        (["{run}", "-p", "x", "--seed", "9" * 23], "Invalid value for '--seed': "),
+        (["{run}", "-p", "x", "--output", "/proc/x.jsonl"], "--output: expected a new file in a folder that can be "),
+        (["{labels}", "-p", "x", "--system", "s"], "--system: expected none for a classifier, got 's'"),
+        (["{encoder}", "-p", "x"], "MODEL: {encoder} has no values for classifier, so its answers would be random"),
         (["{run}", "-p", "x", "--base", "{encoder}"], "MODEL: {run} does not fit {encoder}: Target modules"),
     ],
 )  # fmt: skip
@@ -220,7 +243,11 @@ def test_wrong_input_is_one_line(
     (tmp_path / "keys.jsonl").write_text('{"other": 1}\n')
     (tmp_path / "pair.jsonl").write_text('{"text": "x", "text_pair": 5}\n')
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "x"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "number.jsonl").write_text('\n{"text": "x"}\n{"prompt": 5}\n')
     names = {
+        "half": tmp_path / "half.jsonl",
+        "number": tmp_path / "number.jsonl",
         "pair": tmp_path / "pair.jsonl",
         "chat": tmp_path / "chat.jsonl",
         "labels": classifier_run,

@@ -198,6 +198,8 @@ def test_nothing_is_left_when_saving_fails(chat_run: Path, tmp_path: Path, monke
         (str(SHIPPED), "out", f"ADAPTER: expected an adapter's folder or ID, got {SHIPPED}, which is a whole model"),
         ("nowhere/at/all", "out", "ADAPTER: expected a model's folder or its ID on the hub, got 'nowhere/at/all'"),
         ("nowhere/at/all", "file", "OUTPUT: expected a folder or a new name, got a file: file"),
+        ("nowhere/at/all", "file/below", "OUTPUT: expected a folder that can be written, got file/below"),
+        ("nowhere/at/all", "/proc/out", "OUTPUT: expected a folder that can be written, got /proc/out"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(
