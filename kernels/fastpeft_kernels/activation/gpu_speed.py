@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..common.gpu_clock import median_us
 
 _DEVICE = torch.device("cuda")
 _SHAPE = (8192, 14336)  # tokens and features: that of the plans
@@ -33,8 +34,8 @@ def _measure(config: Any, kind: str, dtype: str) -> dict[str, Any]:
     from .forward import gated_activation_triton
 
     gate, up, dh, dgate, dup, h = _tensors(dtype)
-    forward = _median_us(lambda: gated_activation_triton(gate, up, kind, h, config))
-    backward = _median_us(lambda: gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h, config))
+    forward = median_us(lambda: gated_activation_triton(gate, up, kind, h, config))
+    backward = median_us(lambda: gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h, config))
     return {
         "forward_us": forward,
         "forward_gb_s": 3 * h.nbytes / forward / 1e3,
@@ -53,9 +54,9 @@ def _measure_torch(dtype: str) -> dict[str, Any]:
         torch.mul(value, up, out=h)
 
     return {
-        "forward_us": _median_us(lambda: F.silu(gate).mul_(up)),
-        "backward_us": _median_us(backward),
-        "copy_us": _median_us(lambda: h.copy_(dh)),
+        "forward_us": median_us(lambda: F.silu(gate).mul_(up)),
+        "backward_us": median_us(backward),
+        "copy_us": median_us(lambda: h.copy_(dh)),
     }
 
 
@@ -72,19 +73,3 @@ def _tensors(dtype: str) -> tuple[Tensor, ...]:
         gradients[:, columns:],
         torch.empty_like(dh),
     )
-
-
-def _median_us(function: Callable[[], object]) -> float:
-    """Median microseconds of 20 calls, each with the second-level cache emptied and the host ahead of the device."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=_DEVICE)
-    times = []
-    for _ in range(25):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        flush.zero_()
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return median(times[5:])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..common.gpu_clock import median_us
 from ..common.random import draw_seed, dropout
 from .api import run_group
 from .configs import DOWN, INPUT, LINEAR, LINEAR_TMA, UP, WEIGHT, Config
@@ -20,7 +21,6 @@ from .gpu_support import (
     implementation,
     label,
     make_projection,
-    median_us,
     rand,
     same_dtypes,
 )

@@ -110,19 +110,3 @@ def capability() -> int:
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b as the library accumulates it: the operands as they are, the result in fp32."""
     return torch.mm(a, b, out_dtype=F32) if a.is_cuda and a.dtype != F32 else a.float() @ b.float()
-
-
-def median_us(function: Callable[[], object]) -> float:
-    """Median microseconds of 20 calls, each with the second-level cache emptied and the host ahead of the device."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
-    times = []
-    for _ in range(25):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        flush.zero_()
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return sorted(times[5:])[10]

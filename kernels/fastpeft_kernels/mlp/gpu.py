@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.gpu_clock import median_us
 from ..common.random import draw_seed
 from ..lora import extended
 from ..lora.api import run_group
@@ -20,7 +21,6 @@ from ..lora.gpu_support import (
     F64,
     dtype_name,
     make_projection,
-    median_us,
     rand,
     same_dtypes,
     widened,

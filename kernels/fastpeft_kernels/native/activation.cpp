@@ -11,23 +11,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace {
 
 constexpr int64_t BLOCK = 512;   // elements in a buffer: seven of them fit a first-level cache
 constexpr int64_t PIECE = 4096;  // elements of a row that a thread takes at a time
 
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
-
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

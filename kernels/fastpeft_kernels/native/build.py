@@ -18,7 +18,7 @@ from pathlib import Path
 
 logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp")
-HEADERS = ("decode_lookup.h",)
+HEADERS = ("decode_lookup.h", "half.h")
 # Products and sums are rounded one by one, as PyTorch's are.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.

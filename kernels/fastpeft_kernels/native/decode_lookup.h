@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 #if defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
 #define FASTPEFT_AVX2 1
@@ -17,19 +19,6 @@
 #endif
 
 namespace {
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
-
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 #if FASTPEFT_AVX2
 
