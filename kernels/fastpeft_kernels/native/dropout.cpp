@@ -31,8 +31,9 @@ inline void round_to(float value, uint16_t& out) {  // bfloat16, to nearest even
 
 template <typename T>
 void dropout(const T* x, T* out, int64_t rows, int64_t columns, int64_t x_stride, int64_t out_stride, int64_t seed,
-             int64_t stream, int32_t threshold, float scale) {
+             int64_t stream, int32_t threshold, float scale, int threads) {
     const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
         const uint32_t first = mix(static_cast<uint32_t>(row) * ROW_STEP + low + static_cast<uint32_t>(stream) * STREAM_STEP);
         const uint32_t second = mix(first ^ high ^ mix(static_cast<uint32_t>(row >> 32) + low));
@@ -54,12 +55,14 @@ void dropout(const T* x, T* out, int64_t rows, int64_t columns, int64_t x_stride
 extern "C" {
 
 void fastpeft_dropout_float32(const float* x, float* out, int64_t rows, int64_t columns, int64_t x_stride,
-                              int64_t out_stride, int64_t seed, int64_t stream, int32_t threshold, float scale) {
-    dropout(x, out, rows, columns, x_stride, out_stride, seed, stream, threshold, scale);
+                              int64_t out_stride, int64_t seed, int64_t stream, int32_t threshold, float scale,
+                              int threads) {
+    dropout(x, out, rows, columns, x_stride, out_stride, seed, stream, threshold, scale, threads);
 }
 
 void fastpeft_dropout_bfloat16(const uint16_t* x, uint16_t* out, int64_t rows, int64_t columns, int64_t x_stride,
-                               int64_t out_stride, int64_t seed, int64_t stream, int32_t threshold, float scale) {
-    dropout(x, out, rows, columns, x_stride, out_stride, seed, stream, threshold, scale);
+                               int64_t out_stride, int64_t seed, int64_t stream, int32_t threshold, float scale,
+                              int threads) {
+    dropout(x, out, rows, columns, x_stride, out_stride, seed, stream, threshold, scale, threads);
 }
 }

@@ -11,6 +11,8 @@ from .build import native_library
 
 _FUNCTIONS = {torch.float32: "fastpeft_dropout_float32", torch.bfloat16: "fastpeft_dropout_bfloat16"}
 _INT64 = ctypes.c_int64
+_WORTH_A_THREAD = 1 << 15
+"""Elements."""
 
 
 def dropout_native(x: Tensor, out: Tensor, seed: int, stream: int, threshold: int, scale: float) -> bool:
@@ -34,5 +36,6 @@ def dropout_native(x: Tensor, out: Tensor, seed: int, stream: int, threshold: in
         ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), _INT64(rows), _INT64(columns),
         _INT64(x.stride(0)), _INT64(out.stride(0)), _INT64(seed), _INT64(stream),
         ctypes.c_int32(threshold), ctypes.c_float(scale),
+        ctypes.c_int(torch.get_num_threads() if x.numel() >= _WORTH_A_THREAD else 1),
     )  # fmt: skip
     return True

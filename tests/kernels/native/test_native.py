@@ -75,3 +75,17 @@ def test_without_compiler_pytorch_serves_and_one_line_says_so(monkeypatch, caplo
         ]
     finally:
         native_library.cache_clear()
+
+
+def test_dropout_of_any_number_of_threads_is_the_same() -> None:
+    x = torch.randn(300, 257)  # large enough for threads
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.full_like(x, torch.nan))
+            if not dropout_native(x, results[-1], 7, 1, 0, 1.25):
+                pytest.skip("no C++ compiler")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
