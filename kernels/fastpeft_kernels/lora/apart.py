@@ -21,37 +21,33 @@ from .parts import (
     rows_contiguous,
     up_gradients,
 )
-from .projection import Dtypes, LoraProjection, Packed
+from .projection import Dtypes, Group, LoraProjection, Packed
 
 
 def forward_into(
     outputs: Sequence[Tensor],
     x: Tensor,
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
 ) -> Tensor | None:
     """As `library.forward_into`."""
-    inputs = x.to(dtypes.compute)
-    s = down_projection(x, projections, packed, dtypes, seeds)
+    inputs = x.to(group.dtypes.compute)
+    s = down_projection(x, group, packed)
     column = 0
-    for i, projection in enumerate(projections):
+    for i, projection in enumerate(group.projections):
         update, up = None, packed.b[i]
         if up is not None and s is not None:
             update = (s[:, column : column + projection.rank], up)
             column += projection.rank
-        _project(outputs[i], inputs, projection, update, packed.bias[i], dtypes)
+        _project(outputs[i], inputs, projection, update, packed.bias[i], group.dtypes)
     return s
 
 
 def backward_without_input(
     s: Tensor | None,
     dys: Sequence[Tensor | None],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
@@ -60,24 +56,24 @@ def backward_without_input(
     dx: Tensor | None = None
     ds = empty_ds(dys, packed)
     column = 0
-    for i, projection in enumerate(projections):
+    for i, projection in enumerate(group.projections):
         first, column = column, column + projection.rank
         dy = dys[i]
         if dy is None:
             continue
         dy = rows_contiguous(dy)
         if dx_dtype is not None:
-            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
+            dx = _accumulate_input_gradient(dx, dy.to(group.dtypes.compute), projection.weight, dx_dtype)
         bias_gradients(dy, projection, needs[i], grads[i])
         up = packed.b[i]
         if ds is None or up is None:
             continue
-        dy = dy.to(dtypes.lora)
+        dy = dy.to(group.dtypes.lora)
         torch.mm(dy, up, out=ds[:, first:column])
         if s is not None:
             up_gradients(dy, s[:, first:column], projection, needs[i], grads[i])
     if dx is not None and ds is not None and packed.a is not None:
-        dx = add_adapter_input_gradient(dx, ds, packed.a, projections, seeds)
+        dx = add_adapter_input_gradient(dx, ds, packed.a, group)
     return dx, ds, grads
 
 

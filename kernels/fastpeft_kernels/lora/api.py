@@ -14,7 +14,7 @@ from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op, library
-from .projection import Dtypes, LoraAdapter, LoraProjection, check_group
+from .projection import Dtypes, Group, LoraAdapter, LoraProjection, check_group
 
 
 def lora_linear(
@@ -103,7 +103,7 @@ def lora_linear_group(
     drawn = (
         draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
     )
-    return run_group(x, projections, dtypes, drawn, _implementation(backend, x, projections, dtypes, drawn))
+    return run_group(x, projections, dtypes, drawn, _implementation(backend, x, Group(projections, dtypes, drawn)))
 
 
 def run_group(
@@ -123,10 +123,10 @@ def run_group(
     )
     with autocast_off:
         if as_op():
-            return custom_op.apply(x, projections, dtypes, seeds)
+            return custom_op.apply(x, Group(projections, dtypes, seeds))
         if implementation is library:
             dtypes = dtypes.for_input(x)
-        return autograd.apply(x, projections, dtypes, seeds, implementation)
+        return autograd.apply(x, Group(projections, dtypes, seeds), implementation)
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:
@@ -155,13 +155,7 @@ def given_seeds(
     return [seed if wanted else None for seed, wanted in zip(seeds, drops, strict=True)]
 
 
-def _implementation(
-    backend: str,
-    x: Tensor,
-    projections: Sequence[LoraProjection],
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
-) -> ModuleType:
+def _implementation(backend: str, x: Tensor, group: Group) -> ModuleType:
     if backend in ("auto", "library"):
         return library
     if backend != "triton":
@@ -172,8 +166,7 @@ def _implementation(
         raise ValueError("backend: 'triton' cannot be traced yet, got it under torch.compile or a dispatch mode")
     from . import triton_path
 
-    drops = any(seed is not None for seed in seeds)
-    if reason := triton_path.refusal(x, projections, dtypes, drops):
+    if reason := triton_path.refusal(x, group):
         raise ValueError(f"backend: 'triton' cannot serve this group: {reason}")
     return triton_path
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library
-from .projection import Dtypes, LoraProjection
+from .projection import Group, LoraProjection
 
 
 class LoraGroup(torch.autograd.Function):
@@ -22,20 +22,19 @@ class LoraGroup(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx,
         implementation: ModuleType,
-        projections: Sequence[LoraProjection],
-        dtypes: Dtypes,
-        seeds: Sequence[Tensor | None],
+        group: Group,
         x: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        needs = split_flags(ctx.needs_input_grad[5:], projections)
-        ctx.group = (implementation, projections, dtypes, seeds, needs)
+        projections, dtypes = group.projections, group.dtypes
+        needs = split_flags(ctx.needs_input_grad[3:], projections)
+        ctx.group = (implementation, group, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
             x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-        outputs, s = _compute(implementation, x, projections, dtypes, seeds)
+        outputs, s = _compute(implementation, x, group)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
         ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *tensors_read_again(projections))
@@ -44,56 +43,41 @@ class LoraGroup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        implementation, projections, dtypes, seeds, needs = ctx.group
+        implementation, group, needs = ctx.group
         shape, dtype = ctx.input
         x, s, *_ = ctx.saved_tensors
-        with in_use(projections):
-            for projection, stamp in zip(projections, ctx.stamps, strict=True):
+        with in_use(group.projections):
+            for projection, stamp in zip(group.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
             dx, grads = implementation.backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 s,
                 [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
-                projections,
-                implementation.pack(projections, dtypes.lora),
-                dtypes,
-                seeds,
-                dtype if ctx.needs_input_grad[4] else None,
+                group,
+                implementation.pack(group.projections, group.dtypes.lora),
+                dtype if ctx.needs_input_grad[2] else None,
                 needs,
             )
         # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
-        flat = [None if dy is None else grad for dy, group in zip(dys, grads, strict=True) for grad in group]
-        return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
+        flat = [None if dy is None else grad for dy, found in zip(dys, grads, strict=True) for grad in found]
+        return None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
-def apply(
-    x: Tensor,
-    projections: Sequence[LoraProjection],
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
-    implementation: ModuleType = library,
-) -> tuple[Tensor, ...]:
+def apply(x: Tensor, group: Group, implementation: ModuleType = library) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off.
 
     `implementation`: module with `pack`, `forward` and `backward`; `library` or `triton_path`.
     """
-    tensors = [tensor for projection in projections for tensor in projection.tensors()]
+    tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return LoraGroup.apply(implementation, projections, dtypes, seeds, x, *tensors)  # type: ignore[no-any-return]
-    return tuple(_compute(implementation, x.detach(), projections, dtypes, seeds)[0])
+        return LoraGroup.apply(implementation, group, x, *tensors)  # type: ignore[no-any-return]
+    return tuple(_compute(implementation, x.detach(), group)[0])
 
 
-def _compute(
-    implementation: ModuleType,
-    x: Tensor,
-    projections: Sequence[LoraProjection],
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
-) -> tuple[list[Tensor], Tensor | None]:
-    with in_use(projections):
-        return implementation.forward(  # type: ignore[no-any-return]
-            x, projections, implementation.pack(projections, dtypes.lora), dtypes, seeds
-        )
+def _compute(implementation: ModuleType, x: Tensor, group: Group) -> tuple[list[Tensor], Tensor | None]:
+    with in_use(group.projections):
+        packed = implementation.pack(group.projections, group.dtypes.lora)
+        return implementation.forward(x, group, packed)  # type: ignore[no-any-return]
 
 
 @contextmanager

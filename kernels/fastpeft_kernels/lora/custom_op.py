@@ -15,33 +15,31 @@ from torch import Tensor
 
 from . import library
 from .autograd import in_use
-from .layout import FlatGroup, flatten_group, unflatten_group
-from .projection import Dtypes, LoraProjection
+from .layout import flatten_group, unflatten_group
+from .projection import Group
 
 
-def apply(
-    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable. Autocast must be off."""
+    dtypes = group.dtypes
     if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
         x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-    tensors, numbers, layout = flatten_group(projections, dtypes, seeds)
-    return tuple(lora_group_op(x, tensors, numbers, layout)[: len(projections)])
+    tensors, numbers, layout = flatten_group(group)
+    return tuple(lora_group_op(x, tensors, numbers, layout)[: len(group.projections)])
 
 
 @torch.library.custom_op("fastpeft::lora_group", mutates_args=())
 def lora_group_op(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
     """The outputs of `library.forward`, then S (tokens, total rank)."""
-    group = unflatten_group(tensors, numbers, layout)
+    group = unflatten_group(tensors, numbers, layout).group
     with in_use(group.projections):
-        packed = library.pack(group.projections, group.dtypes.lora)
-        outputs, s = library.forward(x, group.projections, packed, group.dtypes, group.seeds)
+        outputs, s = library.forward(x, group, library.pack(group.projections, group.dtypes.lora))
     return [*outputs, _no_s(x, group) if s is None else s]
 
 
 @lora_group_op.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
-    group = unflatten_group(tensors, numbers, layout)
+    group = unflatten_group(tensors, numbers, layout).group
     outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=group.dtypes.out) for p in group.projections]
     return [*outputs, _no_s(x, group)]
 
@@ -58,22 +56,21 @@ def lora_group_backward_op(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order."""
-    group = unflatten_group(tensors, numbers, layout)
+    flat = unflatten_group(tensors, numbers, layout)
+    group = flat.group
     with in_use(group.projections):
         dx, grads = library.backward(
             None if x is None else x.reshape(-1, x.shape[-1]),
             s,
             [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
-            group.projections,
+            group,
             library.pack(group.projections, group.dtypes.lora),
-            group.dtypes,
-            group.seeds,
             dx_dtype,
-            group.flags(wanted),
+            flat.flags(wanted),
         )
     by_place = {
         place: grad
-        for places, found in zip(group.tracked, grads, strict=True)
+        for places, found in zip(flat.tracked, grads, strict=True)
         for place, grad in zip(places, found, strict=True)
         if place is not None and grad is not None
     }
@@ -96,7 +93,7 @@ def _(
 ) -> list[Tensor]:
     results = [torch.empty_like(tensor) for tensor, flag in zip(tensors, wanted, strict=True) if flag]
     if dx_dtype is not None:
-        in_features = unflatten_group(tensors, numbers, layout).projections[0].weight.shape[1]
+        in_features = unflatten_group(tensors, numbers, layout).group.projections[0].weight.shape[1]
         results.insert(0, tensors[0].new_empty((*_lead(dys), in_features), dtype=dx_dtype))
     return results
 
@@ -116,8 +113,8 @@ def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
     x = tensors.pop(0) if ctx.keeps_x else None
     s = tensors.pop(0) if ctx.keeps_s else None
     dys, needs = dys[:-1], ctx.needs_input_grad  # the last output is S
-    group = unflatten_group(tensors, *ctx.layout)
-    given = [place for places, dy in zip(group.tracked, dys, strict=True) if dy is not None for place in places]
+    tracked = unflatten_group(tensors, *ctx.layout).tracked
+    given = [place for places, dy in zip(tracked, dys, strict=True) if dy is not None for place in places]
     wanted = [flag and place in given for place, flag in enumerate(needs[1])]
     dx_dtype = ctx.dtype if needs[0] and given else None
     found = iter(lora_group_backward_op(dys, x, s, tensors, *ctx.layout, dx_dtype, wanted))
@@ -128,8 +125,9 @@ def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
 lora_group_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _no_s(x: Tensor, group: FlatGroup) -> Tensor:
-    return x.new_empty((prod(x.shape[:-1]), group.rank), dtype=group.dtypes.lora)
+def _no_s(x: Tensor, group: Group) -> Tensor:
+    rank = sum(projection.rank for projection in group.projections)
+    return x.new_empty((prod(x.shape[:-1]), rank), dtype=group.dtypes.lora)
 
 
 def _lead(dys: Sequence[Tensor | None]) -> torch.Size:

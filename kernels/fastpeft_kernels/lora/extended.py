@@ -30,7 +30,7 @@ from torch import Tensor
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
 from .parts import add_adapter_input_gradient, bias_gradients, down_projection, rows_contiguous, up_gradients
-from .projection import Dtypes, LoraProjection, Packed
+from .projection import Group, LoraProjection, Packed
 
 ALIGNED = 8
 """Rows are a multiple of so many elements, for 16-byte loads of 16-bit elements."""
@@ -40,8 +40,9 @@ ROOM_FOR_ZEROS = 16
 """The zeros beside each sibling's B may widen the products by one part in so many."""
 
 
-def fits(projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, tokens: int) -> bool:
+def fits(group: Group, packed: Packed, tokens: int) -> bool:
     """Whether a group can go this way, and should."""
+    projections, dtypes = group.projections, group.dtypes
     if packed.a is None or dtypes.compute != dtypes.lora or packed.a.dtype != dtypes.compute:
         return False
     if any(type(projection.weight).linear is not FrozenWeight.linear for projection in projections):
@@ -60,36 +61,35 @@ def pays(projections: Sequence[LoraProjection], a: Tensor, tokens: int) -> bool:
     return a.device.type != "cpu" and tokens >= in_features and copied <= LARGEST_STACK
 
 
-def input_room(tokens: int, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes) -> Tensor:
+def input_room(tokens: int, group: Group, packed: Packed) -> Tensor:
     """Room for [x | S], (tokens, width)."""
     assert packed.a is not None
-    return packed.a.new_empty((tokens, _width(packed)), dtype=dtypes.compute)
+    return packed.a.new_empty((tokens, _width(packed)), dtype=group.dtypes.compute)
 
 
 def forward_into(
     outputs: Sequence[Tensor],
     x: Tensor,
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     whole: Tensor | None,
     room: Tensor | None,
 ) -> Tensor:
     """As `library.forward_into`; S is a tensor of its own."""
     assert packed.a is not None
+    compute = group.dtypes.compute
     rank, in_features = packed.a.shape
     if room is None:
-        room = input_room(x.shape[0], projections, packed, dtypes)
+        room = input_room(x.shape[0], group, packed)
         room[:, :in_features].copy_(x)
-    s = down_projection(room[:, :in_features], projections, packed, dtypes, seeds)
+    s = down_projection(room[:, :in_features], group, packed)
     assert s is not None
     room[:, in_features : in_features + rank].copy_(s)
     room[:, in_features + rank :].zero_()
-    for y, part in _parts(outputs, whole, projections, packed):
-        operand = _operand(projections, part, packed)
-        bias = _bias(projections, part, packed, dtypes.compute)
-        base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
+    for y, part in _parts(outputs, whole, group.projections, packed):
+        operand = _operand(group.projections, part, packed)
+        bias = _bias(group.projections, part, packed, compute)
+        base = y if y.dtype == compute else y.new_empty(y.shape, dtype=compute)
         torch.mm(room, operand.t(), out=base) if bias is None else torch.addmm(bias, room, operand.t(), out=base)
         if base is not y:
             y.copy_(base)
@@ -99,10 +99,8 @@ def forward_into(
 def backward_without_input(
     s: Tensor | None,
     dys: Sequence[Tensor],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     needs: Sequence[Sequence[bool]],
     whole: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
@@ -111,22 +109,22 @@ def backward_without_input(
     rank, in_features = packed.a.shape
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     both = packed.a.new_empty((dys[0].shape[0], _width(packed)))
-    for number, (dy, part) in enumerate(_parts(dys, whole, projections, packed)):
-        dy = rows_contiguous(dy).to(dtypes.compute)
-        operand = _operand(projections, part, packed)
+    for number, (dy, part) in enumerate(_parts(dys, whole, group.projections, packed)):
+        dy = rows_contiguous(dy).to(group.dtypes.compute)
+        operand = _operand(group.projections, part, packed)
         torch.mm(dy, operand, out=both) if number == 0 else torch.addmm(both, dy, operand, out=both)
     dx, ds = both[:, :in_features], both[:, in_features : in_features + rank]
     column = 0
-    for i, projection in enumerate(projections):
+    for i, projection in enumerate(group.projections):
         first, column = column, column + projection.rank
         dy = rows_contiguous(dys[i])
         bias_gradients(dy, projection, needs[i], grads[i])
         if s is not None and projection.rank:
-            up_gradients(dy.to(dtypes.lora), s[:, first:column], projection, needs[i], grads[i])
+            up_gradients(dy.to(group.dtypes.lora), s[:, first:column], projection, needs[i], grads[i])
     # Contiguous, as autograd's own would be: what comes before may count on it.
-    if all(seed is None for seed in seeds):
+    if not group.drops:
         return torch.addmm(dx, ds, packed.a), ds, grads
-    return add_adapter_input_gradient(dx.contiguous(), ds, packed.a, projections, seeds), ds, grads
+    return add_adapter_input_gradient(dx.contiguous(), ds, packed.a, group), ds, grads
 
 
 def _width(packed: Packed) -> int:

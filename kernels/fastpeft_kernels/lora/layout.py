@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..weights import unflatten_weight
-from .projection import Dtypes, LoraAdapter, LoraProjection
+from .projection import Dtypes, Group, LoraAdapter, LoraProjection
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,32 +24,24 @@ class FlatGroup:
     """What an op's tensors and layout say.
 
     Attributes:
-        projections, dtypes, seeds: the group.
+        group: over those tensors.
         tracked: for each projection, parallel to `LoraProjection.tensors()`, the place among the tensors, or None.
     """
 
-    projections: list[LoraProjection]
-    dtypes: Dtypes
-    seeds: list[Tensor | None]
+    group: Group
     tracked: list[list[int | None]]
-
-    @property
-    def rank(self) -> int:
-        return sum(projection.rank for projection in self.projections)
 
     def flags(self, by_place: Sequence[bool]) -> list[list[bool]]:
         """What is said of each tensor's place, parallel to `tracked`; False where there is none."""
         return [[place is not None and by_place[place] for place in places] for places in self.tracked]
 
 
-def flatten_group(
-    projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[float], str]:
+def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
     """(tensors, numbers, layout) from which `unflatten_group` makes the group again."""
     tensors: list[Tensor] = []
     numbers: list[float] = []
     parts: list[str] = []
-    for projection, seed in zip(projections, seeds, strict=True):
+    for projection, seed in zip(group.projections, group.seeds, strict=True):
         stored, meta = projection.weight.flatten()
         tensors.extend(stored)
         for tensor in (seed, projection.bias):
@@ -75,6 +67,7 @@ def flatten_group(
             "adapters": adapters,
         }
         parts.append(_to_json(described))
+    dtypes = group.dtypes
     names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
     return tensors, numbers, f'{{"dtypes": {_to_json(names)}, "projections": [{", ".join(parts)}]}}'
 
@@ -94,12 +87,14 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
         return None if index is None else tensors[index]
 
     dtypes = Dtypes(*(getattr(torch, name) for name in described["dtypes"])).on(tensors[0].device)
-    group = FlatGroup([], dtypes, [], [])
+    projections: list[LoraProjection] = []
+    seeds: list[Tensor | None] = []
+    all_tracked: list[list[int | None]] = []
     for part in described["projections"]:
         stored = tuple(tensors[place : place + part["stored"]])
         place += part["stored"]
         weight = unflatten_weight(part["kind"], stored, part["meta"])
-        group.seeds.append(at(take(part["seed"])))
+        seeds.append(at(take(part["seed"])))
         tracked = [take(part["bias"])]
         adapters = []
         for fields in part["adapters"]:
@@ -107,9 +102,9 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
             a, b, bias = (at(index) for index in tracked[-3:])
             scaling = at(take()) if fields["tensor_scaling"] else next(number)
             adapters.append(LoraAdapter(a, b, scaling, bias, next(number)))  # type: ignore[arg-type]
-        group.projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
-        group.tracked.append(tracked)
-    return group
+        projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
+        all_tracked.append(tracked)
+    return FlatGroup(Group(projections, dtypes, seeds), all_tracked)
 
 
 @lru_cache(maxsize=4096)

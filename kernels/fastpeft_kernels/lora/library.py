@@ -15,35 +15,31 @@ from torch import Tensor
 
 from . import apart, extended
 from .parts import down_gradients, pack
-from .projection import Dtypes, LoraProjection, Packed
+from .projection import Group, Packed
 
 __all__ = ["backward", "backward_without_input", "down_gradients", "forward", "forward_into", "pack"]
 
 
-def forward(
-    x: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
-) -> tuple[list[Tensor], Tensor | None]:
+def forward(x: Tensor, group: Group, packed: Packed) -> tuple[list[Tensor], Tensor | None]:
     """All outputs and S.
 
     Args:
         x: (..., in_features), any floating dtype.
-        projections, packed, dtypes, seeds: the group; seeds[i] is None where projection i drops nothing.
+        group, packed: the projections, and their adapters from `pack`.
 
     Returns:
         (outputs, s): outputs[i] is (..., out_features) and no view; s is (tokens, total rank) or None.
     """
-    outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=dtypes.out) for p in projections]
+    outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=group.dtypes.out) for p in group.projections]
     rows = [y.view(-1, y.shape[-1]) for y in outputs]
-    return outputs, forward_into(rows, x.reshape(-1, x.shape[-1]), projections, packed, dtypes, seeds)
+    return outputs, forward_into(rows, x.reshape(-1, x.shape[-1]), group, packed)
 
 
 def forward_into(
     outputs: Sequence[Tensor],
     x: Tensor,
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     *,
     whole: Tensor | None = None,
     room: Tensor | None = None,
@@ -51,36 +47,33 @@ def forward_into(
     """`forward` into given memory.
 
     Args:
-        outputs: matrices (tokens, out_features) of dtype `dtypes.out`, columns contiguous.
+        outputs: matrices (tokens, out_features) of dtype `group.dtypes.out`, columns contiguous.
         x: (tokens, in_features).
-        projections, packed, dtypes, seeds: as `forward`.
+        group, packed: as `forward`.
         whole: the buffer whose columns `outputs` are, side by side, if they are.
         room: from `input_room`, if x lies in its first columns.
 
     Returns:
         S, (tokens, total rank), or None.
     """
-    alone = len(projections) == 1 and room is None and x.dtype == dtypes.compute  # a copy would cost what it saves
-    if alone or not extended.fits(projections, packed, dtypes, x.shape[0]):
-        return apart.forward_into(outputs, x, projections, packed, dtypes, seeds)
-    return extended.forward_into(outputs, x, projections, packed, dtypes, seeds, whole, room)
+    # A copy of x would cost what it saves.
+    alone = len(group.projections) == 1 and room is None and x.dtype == group.dtypes.compute
+    if alone or not extended.fits(group, packed, x.shape[0]):
+        return apart.forward_into(outputs, x, group, packed)
+    return extended.forward_into(outputs, x, group, packed, whole, room)
 
 
-def input_room(tokens: int, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes) -> Tensor | None:
-    """A matrix of dtype `dtypes.compute` with room for x in its first columns, where that saves a copy; else None."""
-    if not extended.fits(projections, packed, dtypes, tokens):
-        return None
-    return extended.input_room(tokens, projections, packed, dtypes)
+def input_room(tokens: int, group: Group, packed: Packed) -> Tensor | None:
+    """A matrix with room for x in its first columns, of `group.dtypes.compute`, where that saves a copy; else None."""
+    return extended.input_room(tokens, group, packed) if extended.fits(group, packed, tokens) else None
 
 
 def backward(
     x: Tensor | None,
     s: Tensor | None,
     dys: Sequence[Tensor | None],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
     *,
@@ -90,25 +83,23 @@ def backward(
 
     Args:
         x: (tokens, in_features) as kept by forward; None when no adapter's `a` is trained.
-        s, dys, projections, packed, dtypes, seeds, dx_dtype, needs, whole: as `backward_without_input`.
+        s, dys, group, packed, dx_dtype, needs, whole: as `backward_without_input`.
 
     Returns:
         (dx, grads): dx (tokens, in_features) in any of the dtypes given, rows maybe apart; grads in the parameters'
         dtypes; None where not wanted.
     """
-    dx, ds, grads = backward_without_input(s, dys, projections, packed, dtypes, seeds, dx_dtype, needs, whole=whole)
+    dx, ds, grads = backward_without_input(s, dys, group, packed, dx_dtype, needs, whole=whole)
     if ds is not None and x is not None:
-        down_gradients(ds, x.to(dtypes.lora), projections, seeds, needs, grads)
+        down_gradients(ds, x.to(group.dtypes.lora), group, needs, grads)
     return dx, grads
 
 
 def backward_without_input(
     s: Tensor | None,
     dys: Sequence[Tensor | None],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
     *,
@@ -118,10 +109,10 @@ def backward_without_input(
 
     Args:
         s: (tokens, total rank) as kept by forward; None when no adapter's `b` is trained.
-        dys: gradient of each output, (tokens, out_features) of dtype `dtypes.out`, or None where it is zero.
-        dx_dtype: dtype of x, whose gradient is summed in it where it is wider than `dtypes.compute`; None when no
+        dys: gradient of each output, (tokens, out_features) of dtype `group.dtypes.out`, or None where it is zero.
+        dx_dtype: dtype of x, whose gradient is summed in it where it is wider than `group.dtypes.compute`; None when no
             gradient of x is wanted.
-        needs: which other gradients are wanted; needs[i] runs parallel to projections[i].tensors().
+        needs: which other gradients are wanted; needs[i] runs parallel to `tensors()` of projection i.
         whole: the buffer whose columns `dys` are, side by side, if they are.
 
     Returns:
@@ -131,9 +122,9 @@ def backward_without_input(
     sums_apart = len(given) > 1 and whole is None and dx_dtype is not None
     if (
         dx_dtype is None
-        or len(given) < len(projections)
-        or (sums_apart and torch.promote_types(dx_dtype, dtypes.compute) != dtypes.compute)
-        or not extended.fits(projections, packed, dtypes, given[0].shape[0])
+        or len(given) < len(group.projections)
+        or (sums_apart and torch.promote_types(dx_dtype, group.dtypes.compute) != group.dtypes.compute)
+        or not extended.fits(group, packed, given[0].shape[0])
     ):
-        return apart.backward_without_input(s, dys, projections, packed, dtypes, seeds, dx_dtype, needs)
-    return extended.backward_without_input(s, given, projections, packed, dtypes, seeds, needs, whole)
+        return apart.backward_without_input(s, dys, group, packed, dx_dtype, needs)
+    return extended.backward_without_input(s, given, group, packed, needs, whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .projection import Dtypes, LoraProjection, Packed
+from .projection import Group, LoraProjection, Packed
 
 
 def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -43,17 +43,6 @@ def bias_gradients(dy: Tensor, projection: LoraProjection, needs: Sequence[bool]
             grads[3 * i] = (total * factor).to(bias.dtype)
 
 
-def adapter_columns(
-    projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
-) -> Iterator[tuple[int, int, Tensor | None, float, int]]:
-    """(first, last, seed or None, p, stream) of every adapter's columns of S."""
-    last = 0
-    for projection, seed in zip(projections, seeds, strict=True):
-        for stream, adapter in enumerate(projection.adapters):
-            first, last = last, last + adapter.rank
-            yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
-
-
 def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if isinstance(scaling, (int, float)) and scaling == 1.0 else (tensor * scaling).to(dtype)
 
@@ -72,31 +61,27 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     return Packed(a, b, bias)
 
 
-def down_projection(
-    x2: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
-) -> Tensor | None:
+def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
     """S = dropout(x) A^T: one product without dropout, one for each adapter with it."""
     if packed.a is None:
         return None
-    inputs = x2.to(dtypes.lora)
-    if all(seed is None for seed in seeds):
+    inputs = x2.to(group.dtypes.lora)
+    if not group.drops:
         return torch.mm(inputs, packed.a.t())
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
-    for first, last, seed, p, stream in adapter_columns(projections, seeds):
+    for first, last, seed, p, stream in group.adapter_columns():
         dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
         torch.mm(dropped, packed.a[first:last].t(), out=s[:, first:last])
     return s
 
 
-def add_adapter_input_gradient(
-    dx: Tensor, ds: Tensor, a: Tensor, projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
-) -> Tensor:
+def add_adapter_input_gradient(dx: Tensor, ds: Tensor, a: Tensor, group: Group) -> Tensor:
     """dx + dropout(dS A), summed in the wider of the two dtypes."""
     wide = torch.promote_types(dx.dtype, ds.dtype)
-    if all(seed is None for seed in seeds):
+    if not group.drops:
         return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
     dx = dx.to(wide)
-    for first, last, seed, p, stream in adapter_columns(projections, seeds):
+    for first, last, seed, p, stream in group.adapter_columns():
         part = torch.mm(ds[:, first:last], a[first:last])
         dx.add_(part if seed is None else dropout(part, seed, p, stream))
     return dx
@@ -120,27 +105,24 @@ def up_gradients(
 def down_gradients(
     ds: Tensor,
     x: Tensor,
-    projections: Sequence[LoraProjection],
-    seeds: Sequence[Tensor | None],
+    group: Group,
     needs: Sequence[Sequence[bool]],
     grads: list[list[Tensor | None]],
 ) -> None:
     """dA = dS^T dropout(x), one product for the whole group without dropout."""
-    joint = None
-    if all(seed is None for seed in seeds):
-        joint = _mm_wide(ds.t(), x, next(a.a.dtype for projection in projections for a in projection.adapters))
-    columns = adapter_columns(projections, seeds)
-    for i, projection in enumerate(projections):
+
+    def product(ds: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
+        wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
+        return _mm_wide(ds.t(), x if seed is None else dropout(x, seed, p, stream), wanted)
+
+    joint = None if group.drops else product(ds, None, 0.0, 0)
+    columns = group.adapter_columns()
+    for i, projection in enumerate(group.projections):
         for j, adapter in enumerate(projection.adapters):
             first, last, seed, p, stream = next(columns)
-            if not needs[i][3 * j + 1]:
-                continue
-            if joint is not None:
-                da = joint[first:last]
-            else:
-                dropped = x if seed is None else dropout(x, seed, p, stream)
-                da = _mm_wide(ds[:, first:last].t(), dropped, adapter.a.dtype)
-            grads[i][3 * j + 1] = da.to(adapter.a.dtype)
+            if needs[i][3 * j + 1]:
+                da = product(ds[:, first:last], seed, p, stream) if joint is None else joint[first:last]
+                grads[i][3 * j + 1] = da.to(adapter.a.dtype)
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,34 @@ class Dtypes:
     def on(self, device: torch.device) -> Dtypes:
         """The same results from products in the dtypes that `device` is fast in; see `product_dtype`."""
         return Dtypes(product_dtype(self.compute, device), product_dtype(self.lora, device), self.out)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Group:
+    """Projections of one input, in given dtypes, with one dropout mask each.
+
+    Attributes:
+        projections: in the order of their outputs.
+        dtypes: of all their products.
+        seeds: seeds[i] is int64 (1,), or None where projection i drops nothing.
+    """
+
+    projections: Sequence[LoraProjection]
+    dtypes: Dtypes
+    seeds: Sequence[Tensor | None]
+
+    @property
+    def drops(self) -> bool:
+        """Whether any adapter's input loses elements."""
+        return any(seed is not None for seed in self.seeds)
+
+    def adapter_columns(self) -> Iterator[tuple[int, int, Tensor | None, float, int]]:
+        """(first, last, seed or None, p, stream) of every adapter's columns of S."""
+        last = 0
+        for projection, seed in zip(self.projections, self.seeds, strict=True):
+            for stream, adapter in enumerate(projection.adapters):
+                first, last = last, last + adapter.rank
+                yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
 
 
 @dataclass(slots=True, eq=False)

@@ -20,14 +20,14 @@ from .backward import columns_contiguous, lora_down_bwd_input_, lora_down_bwd_we
 from .configs import UP
 from .forward import lora_down, lora_down_fwd_kernel, lora_linear
 from .packing import pack
-from .parts import adapter_columns, bias_gradients, decoded, empty_ds
-from .projection import Dtypes, LoraProjection, Packed
+from .parts import bias_gradients, decoded, empty_ds
+from .projection import Dtypes, Group, LoraProjection, Packed
 
 __all__ = ["backward", "forward", "pack", "refusal"]
 
 
-def refusal(x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, drops: bool) -> str | None:
-    """Why this path cannot serve the group; None when it can. `drops`: whether any adapter drops elements."""
+def refusal(x: Tensor, group: Group) -> str | None:
+    """Why this path cannot serve the group; None when it can."""
     if x.device.type not in ("cpu", "cuda"):
         return f"expected x on a GPU that Triton serves, got {x.device}"
     if x.device.type == "cpu" and isinstance(lora_down_fwd_kernel, triton.runtime.JITFunction):
@@ -35,24 +35,23 @@ def refusal(x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, dr
     capability = device_capability(x.device)
     if capability is not None and capability < 80:
         return f"expected compute capability 8.0 or later, where Triton has tensor cores, got {capability / 10}"
-    parameters = {a.a.dtype for projection in projections for a in projection.adapters}
+    dtypes, parameters = group.dtypes, {a.a.dtype for projection in group.projections for a in projection.adapters}
     for dtype in {x.dtype, dtypes.compute, dtypes.lora, dtypes.out, *parameters}:
         if dtype not in TRITON_DTYPES:
             return f"expected fp16, bf16 or fp32 throughout, got {dtype}"
         if x.device.type == "cpu" and dtype == torch.bfloat16:
             return f"expected fp32 or fp16 in Triton's interpreter, which computes bf16 wrongly, got {dtype}"
-    return hopper_dots_safe(x.device) if drops else None
+    return hopper_dots_safe(x.device) if group.drops else None
 
 
-def forward(
-    x: Tensor, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes, seeds: Sequence[Tensor | None]
-) -> tuple[list[Tensor], Tensor | None]:
+def forward(x: Tensor, group: Group, packed: Packed) -> tuple[list[Tensor], Tensor | None]:
     """All outputs and S; arguments and results as for `library.forward`."""
+    dtypes = group.dtypes
     x2 = x.reshape(-1, x.shape[-1])
     inputs = x2.to(dtypes.compute)
-    s = _down(x2, projections, packed, seeds)
+    s = _down(x2, group, packed)
     outputs, column = [], 0
-    for i, projection in enumerate(projections):
+    for i, projection in enumerate(group.projections):
         y = x.new_empty((*x.shape[:-1], projection.weight.shape[0]), dtype=dtypes.out)
         update: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
         if (up := packed.b[i]) is not None and s is not None:
@@ -68,10 +67,8 @@ def backward(
     x: Tensor | None,
     s: Tensor | None,
     dys: Sequence[Tensor | None],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
@@ -83,7 +80,7 @@ def backward(
     dys = [None if dy is None else columns_contiguous(dy) for dy in dys]
     ds = empty_ds(dys, packed) if dx_dtype is not None or x is not None else None
     column = 0
-    for i, projection in enumerate(projections):
+    for i, projection in enumerate(group.projections):
         first, column = column, column + projection.rank
         dy, up = dys[i], packed.b[i]
         if dy is None:
@@ -93,22 +90,20 @@ def backward(
             columns = slice(first, column)
             s_i, ds_i = None if s is None else s[:, columns], None if ds is None else ds[:, columns]
             _up_gradients(dy, up, s_i, ds_i, projection, needs[i], grads[i])
-    dx = None if dx_dtype is None else _input_gradient(dys, ds, given, projections, packed, dtypes, seeds, dx_dtype)
+    dx = None if dx_dtype is None else _input_gradient(dys, ds, given, group, packed, dx_dtype)
     if ds is not None and x is not None:
-        _down_gradients(ds, x, projections, seeds, needs, grads)
+        _down_gradients(ds, x, group, needs, grads)
     return dx, grads
 
 
-def _down(
-    x2: Tensor, projections: Sequence[LoraProjection], packed: Packed, seeds: Sequence[Tensor | None]
-) -> Tensor | None:
+def _down(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
     """S: one launch without dropout, one for each adapter with it. The cast to the adapters' dtype is in the kernel."""
     if packed.a is None:
         return None
-    if all(seed is None for seed in seeds):
+    if not group.drops:
         return lora_down(x2, packed.a)
     s = packed.a.new_empty((x2.shape[0], packed.a.shape[0]))
-    for first, last, seed, p, stream in adapter_columns(projections, seeds):
+    for first, last, seed, p, stream in group.adapter_columns():
         lora_down(x2, packed.a[first:last], seed=seed, p=p, stream=stream, out=s[:, first:last])
     return s
 
@@ -174,10 +169,8 @@ def _input_gradient(
     dys: Sequence[Tensor | None],
     ds: Tensor | None,
     given: list[int],
-    projections: Sequence[LoraProjection],
+    group: Group,
     packed: Packed,
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype,
 ) -> Tensor | None:
     """The sum of dY W and dropout(dS A): the latter inside the first product when nothing is dropped.
@@ -185,12 +178,12 @@ def _input_gradient(
     Summed in the widest of the dtypes in which the library would sum it.
     """
     dx: Tensor | None = None
-    inside = ds is not None and all(seed is None for seed in seeds)
+    dtypes, inside = group.dtypes, ds is not None and not group.drops
     wide = torch.promote_types(dtypes.compute, dx_dtype)
     if ds is not None and not inside:
         wide = torch.promote_types(wide, dtypes.lora)
     for i in given:
-        dy, weight = dys[i], projections[i].weight
+        dy, weight = dys[i], group.projections[i].weight
         assert dy is not None
         dy = dy.to(dtypes.compute)
         own = weight.linear_t(dy)
@@ -204,9 +197,7 @@ def _input_gradient(
             ds = None if inside else ds
     if dx is None or ds is None or packed.a is None:
         return dx
-    for first, last, seed, p, stream in (
-        [(0, ds.shape[1], None, 0.0, 0)] if inside else adapter_columns(projections, seeds)
-    ):
+    for first, last, seed, p, stream in [(0, ds.shape[1], None, 0.0, 0)] if inside else group.adapter_columns():
         lora_down_bwd_input_(dx, ds[:, first:last], packed.a[first:last], seed=seed, p=p, stream=stream)
     return dx
 
@@ -214,15 +205,14 @@ def _input_gradient(
 def _down_gradients(
     ds: Tensor,
     x: Tensor,
-    projections: Sequence[LoraProjection],
-    seeds: Sequence[Tensor | None],
+    group: Group,
     needs: Sequence[Sequence[bool]],
     grads: list[list[Tensor | None]],
 ) -> None:
     """dA = dS^T dropout(x), from one read of x for the whole group without dropout."""
-    joint = lora_down_bwd_weight(x, ds) if all(seed is None for seed in seeds) else None
-    columns = adapter_columns(projections, seeds)
-    for i, projection in enumerate(projections):
+    joint = None if group.drops else lora_down_bwd_weight(x, ds)
+    columns = group.adapter_columns()
+    for i, projection in enumerate(group.projections):
         for j, adapter in enumerate(projection.adapters):
             first, last, seed, p, stream = next(columns)
             if not needs[i][3 * j + 1]:

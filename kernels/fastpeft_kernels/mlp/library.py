@@ -38,18 +38,19 @@ class Kept:
 def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """(pre, s) of x (tokens, in_features); see `Kept`."""
     pre = x.new_empty((x.shape[0], mlp.width), dtype=dtypes.out)
-    packed = library.pack(mlp.inner, dtypes.lora)
-    return pre, library.forward_into(mlp.columns(pre), x, mlp.inner, packed, dtypes, seeds[:-1], whole=pre)
+    group, _ = mlp.groups(dtypes, seeds)
+    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(mlp.inner, dtypes.lora), whole=pre)
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Kept]:
     """The result (tokens, out_features), and what backward wants, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
-    down, packed = [mlp.down], library.pack([mlp.down], dtypes.lora)
-    room = library.input_room(x.shape[0], down, packed, dtypes) if dtypes.out == dtypes.compute else None
+    _, down = mlp.groups(dtypes, seeds)
+    packed = library.pack(down.projections, dtypes.lora)
+    room = library.input_room(x.shape[0], down, packed) if dtypes.out == dtypes.compute else None
     h = gated_activation(*mlp.halves(pre), mlp.activation, out=None if room is None else room[:, : mlp.features])
     y = x.new_empty((x.shape[0], mlp.down.weight.shape[0]), dtype=dtypes.out)
-    s_down = library.forward_into([y], h, down, packed, dtypes, seeds[-1:], room=room)
+    s_down = library.forward_into([y], h, down, packed, room=room)
     return y, Kept(s, pre, s_down)
 
 
@@ -76,15 +77,10 @@ def backward(
         (dx, grads), as `lora.library.backward`.
     """
     below = dx_dtype is not None or any(flag for flags in needs[:-1] for flag in flags)
+    group, down = mlp.groups(dtypes, seeds)
+    packed = library.pack(down.projections, dtypes.lora)
     dh, ds, grads_down = library.backward_without_input(
-        kept.s_down,
-        [dy],
-        [mlp.down],
-        library.pack([mlp.down], dtypes.lora),
-        dtypes,
-        seeds[-1:],
-        dtypes.out if below else None,
-        needs[-1:],
+        kept.s_down, [dy], down, packed, dtypes.out if below else None, needs[-1:]
     )
     trains_a = ds is not None and any(needs[-1][1::3])
     pre, dpre, h = kept.pre, None, None
@@ -98,12 +94,10 @@ def backward(
         assert pre is not None
         h = gated_activation(*mlp.halves(pre), mlp.activation)
     if trains_a and ds is not None and h is not None:
-        library.down_gradients(ds, h.to(dtypes.lora), [mlp.down], seeds[-1:], needs[-1:], grads_down)
+        library.down_gradients(ds, h.to(dtypes.lora), down, needs[-1:], grads_down)
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)
-    dx, grads = library.backward(
-        x, kept.s, mlp.columns(dpre), mlp.inner, packed, dtypes, seeds[:-1], dx_dtype, needs[:-1], whole=dpre
-    )
+    dx, grads = library.backward(x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1], whole=dpre)
     return dx, [*grads, *grads_down]

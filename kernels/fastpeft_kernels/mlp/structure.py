@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..activation import KINDS
 from ..lora import LoraProjection
-from ..lora.projection import check_group
+from ..lora.projection import Dtypes, Group, check_group
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,6 +39,10 @@ class Mlp:
     @property
     def projections(self) -> tuple[LoraProjection, ...]:
         return (*self.inner, self.down)
+
+    def groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
+        """The projections of x, and the one back; `seeds` as of `projections`."""
+        return Group(self.inner, dtypes, seeds[:-1]), Group((self.down,), dtypes, seeds[-1:])
 
     def columns(self, pre: Tensor) -> list[Tensor]:
         """The part of (tokens, width) that each of `inner` fills."""

@@ -17,6 +17,7 @@ from fastpeft_kernels.common import scratch
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear, lora_linear_group
 from fastpeft_kernels.lora.custom_op import lora_group_backward_op, lora_group_op
 from fastpeft_kernels.lora.layout import flatten_group, unflatten_group
+from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for
@@ -127,7 +128,7 @@ def test_a_seed_drawn_while_compiled_is_the_one_drawn_otherwise() -> None:
 
 def test_what_torch_asks_of_an_op() -> None:
     group = many_kinds()
-    arguments = flatten_group(group, F32, seeds_for(group))
+    arguments = flatten_group(Group(group, F32, seeds_for(group)))
     x = torch.randn(5, 64, requires_grad=True)
     torch.library.opcheck(lora_group_op, (x, *arguments))
     *ys, s = lora_group_op(x, *arguments)
@@ -141,7 +142,7 @@ def test_what_torch_asks_of_an_op() -> None:
 
 def test_an_output_that_nobody_uses_leaves_no_gradient() -> None:
     group = [projection(64, 8, 2), projection(64, 4, 2)]
-    first, _, _ = lora_group_op(torch.randn(5, 64), *flatten_group(group, F32, [None, None]))
+    first, _, _ = lora_group_op(torch.randn(5, 64), *flatten_group(Group(group, F32, [None, None])))
     grads = torch.autograd.grad(first.sum(), parameters(group), allow_unused=True)
     assert [grad is None for grad in grads] == [False, False, True, True]
 
@@ -150,10 +151,11 @@ def test_a_group_survives_flattening() -> None:
     group = [*many_kinds(), *four_bit(nested=True)]
     seeds = seeds_for(group)
     dtypes = Dtypes(torch.float16, torch.float32, torch.bfloat16)
-    tensors, numbers, layout = flatten_group(group, dtypes, seeds)
-    back = unflatten_group(tensors, numbers, layout)
+    tensors, numbers, layout = flatten_group(Group(group, dtypes, seeds))
+    flat = unflatten_group(tensors, numbers, layout)
+    back = flat.group
     assert back.dtypes == dtypes.on(torch.device("cpu")) and all(a is b for a, b in zip(back.seeds, seeds, strict=True))
-    for theirs, ours, places in zip(group, back.projections, back.tracked, strict=True):
+    for theirs, ours, places in zip(group, back.projections, flat.tracked, strict=True):
         assert all(a is b for a, b in zip(theirs.tensors(), ours.tensors(), strict=True))
         assert [None if place is None else tensors[place] for place in places] == list(ours.tensors())
         assert torch.equal(theirs.weight.decode(), ours.weight.decode())
@@ -195,7 +197,7 @@ def test_a_backward_under_autocast_rounds_nothing() -> None:
     x = torch.randn(5, 64, requires_grad=True)
     wanted = [x, *parameters(group)]
     expected = torch.autograd.grad([y.sum() for y in lora_linear_group(x, group)], wanted)
-    *ys, _ = lora_group_op(x, *flatten_group(group, F32, [None, None]))
+    *ys, _ = lora_group_op(x, *flatten_group(Group(group, F32, [None, None])))
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad([y.sum() for y in ys], wanted)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
