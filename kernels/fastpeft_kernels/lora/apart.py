@@ -69,9 +69,8 @@ def backward_without_input(
         if ds is None or up is None:
             continue
         dy = dy.to(group.dtypes.lora)
-        torch.mm(dy, up, out=ds[:, first:column])
-        if s is not None:
-            up_gradients(dy, s[:, first:column], projection, needs[i], grads[i])
+        of_it = slice(first, column)
+        up_gradients(dy, None if s is None else s[:, of_it], projection, needs[i], grads[i], up=up, ds=ds[:, of_it])
     if dx is not None and ds is not None and packed.a is not None:
         dx = add_adapter_input_gradient(dx, ds, packed.a, group)
     return dx, ds, grads

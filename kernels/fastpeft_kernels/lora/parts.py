@@ -11,6 +11,7 @@ from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
 from .projection import Group, LoraProjection, Packed
+from .rank_products import both_gradients, mm_wide, project_down, up_gradient
 
 
 def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -67,11 +68,11 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
         return None
     inputs = x2.to(group.dtypes.lora)
     if not group.drops:
-        return torch.mm(inputs, packed.a.t())
+        return project_down(inputs, packed.a.t())
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
     for first, last, seed, p, stream in group.adapter_columns():
         dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
-        torch.mm(dropped, packed.a[first:last].t(), out=s[:, first:last])
+        project_down(dropped, packed.a[first:last].t(), out=s[:, first:last])
     return s
 
 
@@ -88,13 +89,26 @@ def add_adapter_input_gradient(dx: Tensor, ds: Tensor, a: Tensor, group: Group) 
 
 
 def up_gradients(
-    dy: Tensor, s: Tensor, projection: LoraProjection, needs: Sequence[bool], grads: list[Tensor | None]
+    dy: Tensor,
+    s: Tensor | None,
+    projection: LoraProjection,
+    needs: Sequence[bool],
+    grads: list[Tensor | None],
+    *,
+    up: Tensor | None = None,
+    ds: Tensor | None = None,
 ) -> None:
-    """dB = scaling * dy^T S, one product for all adapters of the projection."""
+    """dB = scaling * dy^T S, one product for all adapters of the projection; and where `up` is given, ds[:] = dy up."""
     wanted = [j for j in range(len(projection.adapters)) if needs[3 * j + 2]]
-    if not wanted:
+    if s is None or not wanted:
+        if up is not None and ds is not None:
+            project_down(dy, up, out=ds)
         return
-    db = _mm_wide(dy.t(), s, projection.adapters[wanted[0]].b.dtype)
+    dtype = projection.adapters[wanted[0]].b.dtype
+    if up is None or ds is None:
+        db = up_gradient(dy, s, dtype)
+    else:
+        db = both_gradients(dy, up, s, ds, dtype)
     column = 0
     for j, adapter in enumerate(projection.adapters):
         first, column = column, column + adapter.rank
@@ -113,7 +127,7 @@ def down_gradients(
 
     def product(ds: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
         wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
-        return _mm_wide(ds.t(), x if seed is None else dropout(x, seed, p, stream), wanted)
+        return mm_wide(ds.t(), x if seed is None else dropout(x, seed, p, stream), wanted)
 
     joint = None if group.drops else product(ds, None, 0.0, 0)
     columns = group.adapter_columns()
@@ -123,13 +137,6 @@ def down_gradients(
             if needs[i][3 * j + 1]:
                 da = product(ds[:, first:last], seed, p, stream) if joint is None else joint[first:last]
                 grads[i][3 * j + 1] = da.to(adapter.a.dtype)
-
-
-def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, kept in fp32 where the product of 16-bit operands can be had so and the result is wanted in fp32."""
-    if a.is_cuda and a.dtype != torch.float32 and dtype == torch.float32 and a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
 
 
 def rows_contiguous(dy: Tensor) -> Tensor:

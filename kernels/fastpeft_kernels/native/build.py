@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger("fastpeft")
-SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp")
+SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "skinny.cpp")
 HEADERS = ("decode_lookup.h", "half.h")
 # Products and sums are rounded one by one, as PyTorch's are.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")

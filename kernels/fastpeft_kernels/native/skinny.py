@@ -1,0 +1,58 @@
+"""Products of a large matrix with matrices of rank width, in C++: see skinny.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .build import native_library
+
+LARGEST_RANK = 32
+"""Beyond it BLAS is about as fast; see lora/rank_products.py."""
+_SMALLEST = 1 << 14
+"""Elements of y below which a call costs more than it saves."""
+_WORTH_A_THREAD = 1 << 16
+_INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+def skinny_serves(y: Tensor, *others: Tensor) -> bool:
+    """Whether `skinny` takes y (tokens, features) with matrices (any, rank), and is faster than BLAS."""
+    return (
+        y.device.type == "cpu"
+        and y.numel() >= _SMALLEST
+        and y.stride(1) == 1
+        and 1 <= others[0].shape[1] <= LARGEST_RANK
+        and all(t.dtype == torch.float32 for t in (y, *others))
+        and native_library() is not None
+    )
+
+
+def skinny(
+    y: Tensor, *, b: Tensor | None = None, ds: Tensor | None = None, s: Tensor | None = None, db: Tensor | None = None
+) -> None:
+    """Fill ds = y b and db = y^T s, either or both, from one read of y.
+
+    Args:
+        y: (tokens, features) fp32, its columns contiguous.
+        b, db: (features, rank) fp32, any strides.
+        s, ds: (tokens, rank) fp32, any strides.
+    """
+    places: list[int | None] = []
+    for matrix in (b, ds, s, db):
+        places += (None, 0, 0) if matrix is None else (matrix.data_ptr(), *matrix.stride())
+    rank = next(t.shape[1] for t in (b, s) if t is not None)
+    threads = min(torch.get_num_threads(), max(1, y.numel() // _WORTH_A_THREAD))
+    _function()(y.data_ptr(), y.stride(0), *y.shape, rank, *places, threads)
+
+
+@cache
+def _function() -> Callable[..., None]:
+    function = cast(Any, native_library()).fastpeft_skinny
+    function.argtypes = [_POINTER, *[_INT64] * 4, *[_POINTER, _INT64, _INT64] * 4, _INT]
+    function.restype = None
+    return cast(Callable[..., None], function)
