@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import draw_seed, dropout_bits, keep_threshold
+from . import packing, parts
 from .api import run_group
 from .configs import (
     DOWN,
@@ -65,6 +66,8 @@ def checks() -> Iterator[Check]:
     """Named checks. Each returns figures, or raises AssertionError."""
     for dtype in _DTYPES:
         yield f"dropout {dtype_name(dtype)}", partial(_check_dropout, dtype)
+    for dtype in _DTYPES:
+        yield f"packing {dtype_name(dtype)}", partial(_check_packing, dtype)
     for name, check, x_dtype, dtype, config in _kernel_checks():
         what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {label(config)}"
         yield what, partial(check, x_dtype, dtype, config)
@@ -99,6 +102,19 @@ def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch
 
 def _masks(seed: Tensor) -> tuple[dict[str, Any], ...]:
     return {}, {"seed": seed, **MASK}
+
+
+def _check_packing(dtype: torch.dtype) -> dict[str, Any]:
+    """The same bits as PyTorch's casts and products; five adapters take two launches."""
+    group = [
+        make_projection(96, out, ranks, same_dtypes(F32), "dense", 0.0)
+        for out, ranks in ((77, (16, 1)), (40, (3, 8, 5)))
+    ]
+    ours, theirs = packing.pack(group, dtype), parts.pack(group, dtype)
+    assert ours.a is not None and theirs.a is not None and torch.equal(ours.a, theirs.a), "A differs"
+    for i, (mine, other) in enumerate(zip(ours.b, theirs.b, strict=True)):
+        assert mine is not None and other is not None and torch.equal(mine, other), f"B of projection {i} differs"
+    return {}
 
 
 def _check_dropout(dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All adapters of a group cast, scaled and joined by one launch: `library.pack` in Triton.
+"""All adapters of a group cast, scaled and joined by one launch: `parts.pack` in Triton.
 
 Pointers come as arguments, four adapters a launch, which covers the groups of Transformers (q/k/v, gate/up) with an
 adapter each; more take another launch. A table of pointers on the device would serve any number, but filling it is a
@@ -70,7 +70,7 @@ def lora_pack_kernel(
 
 
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
-    """`library.pack`: the same values, in new tensors.
+    """`parts.pack`: the same values, in new tensors.
 
     Args:
         projections: the group; adapters fp16, bf16 or fp32.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.common.random import dropout
-from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, library, lora_linear, lora_linear_group
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear, lora_linear_group, parts
 from fastpeft_kernels.weights import DenseWeight
 from tests.budget import assert_within_budget
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for
@@ -155,7 +155,7 @@ def test_packs_what_the_library_packs(lora: torch.dtype) -> None:
         projection(24, 33, 1, 4, lora_dtype=F16, scaling=torch.tensor(1.7)),
         projection(24, 16, 17, lora_dtype=F32),
     ]
-    ours, theirs = pack(group, lora), library.pack(group, lora)
+    ours, theirs = pack(group, lora), parts.pack(group, lora)
     assert ours.a is not None and theirs.a is not None
     pairs = [(ours.a, theirs.a), *zip(ours.b, theirs.b, strict=True), *zip(ours.bias, theirs.bias, strict=True)]
     for mine, other in pairs:
