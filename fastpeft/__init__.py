@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .applying import accelerate, restore
     from .integrations.peft import lora_config
     from .reporting import report
+    from .tuning import tune
     from .verification import verify
 
 # A module never has the name of a public function: importing it would hide the function.
@@ -22,10 +23,11 @@ _HOME = {
     "restore": "applying",
     "report": "reporting",
     "verify": "verification",
+    "tune": "tuning",
     "lora_config": "integrations.peft",
 }
 
-__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "verify"]
+__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

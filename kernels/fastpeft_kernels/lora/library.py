@@ -2,8 +2,8 @@
 
 For n projections of one input: S = x A^T is one product for all adapters and is kept for backward, and dA is one
 product for all. A frozen weight is decoded twice, once in forward and once in backward, into a buffer that is used
-again. The rest goes one of two ways, whichever moves fewer bytes: `extended` takes the adapters into the frozen
-products, `apart` gives them products of their own.
+again. The rest goes one of two ways: `extended` takes the adapters into the frozen products, `apart` gives them
+products of their own. Which one was measured here decides, else which one moves fewer bytes. Both keep the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..tuning.choosing import choice
 from . import apart, extended
+from .keys import BACKWARD, FORWARD, group_key, ways
 from .parts import down_gradients, pack
 from .projection import Dtypes, LoraProjection, Packed
 
@@ -61,14 +63,21 @@ def forward_into(
         S, (tokens, total rank), or None.
     """
     alone = len(projections) == 1 and room is None and x.dtype == dtypes.compute  # a copy would cost what it saves
-    if alone or not extended.fits(projections, packed, dtypes, x.shape[0]):
+    layout = "room" if room is not None else "" if whole is None else "side by side"
+    if not _extends(FORWARD, projections, packed, dtypes, x.shape[0], seeds, layout, alone):
         return apart.forward_into(outputs, x, projections, packed, dtypes, seeds)
     return extended.forward_into(outputs, x, projections, packed, dtypes, seeds, whole, room)
 
 
-def input_room(tokens: int, projections: Sequence[LoraProjection], packed: Packed, dtypes: Dtypes) -> Tensor | None:
+def input_room(
+    tokens: int,
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+) -> Tensor | None:
     """A matrix of dtype `dtypes.compute` with room for x in its first columns, where that saves a copy; else None."""
-    if not extended.fits(projections, packed, dtypes, tokens):
+    if not _extends(FORWARD, projections, packed, dtypes, tokens, seeds, "room"):
         return None
     return extended.input_room(tokens, projections, packed, dtypes)
 
@@ -133,7 +142,32 @@ def backward_without_input(
         dx_dtype is None
         or len(given) < len(projections)
         or (sums_apart and torch.promote_types(dx_dtype, dtypes.compute) != dtypes.compute)
-        or not extended.fits(projections, packed, dtypes, given[0].shape[0])
+        or not _extends(
+            BACKWARD, projections, packed, dtypes, given[0].shape[0], seeds, "" if whole is None else "side by side"
+        )
     ):
         return apart.backward_without_input(s, dys, projections, packed, dtypes, seeds, dx_dtype, needs)
     return extended.backward_without_input(s, given, projections, packed, dtypes, seeds, needs, whole)
+
+
+def _extends(
+    op: str,
+    projections: Sequence[LoraProjection],
+    packed: Packed,
+    dtypes: Dtypes,
+    tokens: int,
+    seeds: Sequence[Tensor | None],
+    layout: str,
+    alone: bool = False,
+) -> bool:
+    """Whether to go the extended way; `layout` as in GroupKey."""
+    if packed.a is None or not extended.fits(projections, packed, dtypes):
+        return False
+    way = choice(
+        op,
+        packed.a.device,
+        lambda: group_key(projections, dtypes, tokens, seeds, layout),
+        ways,
+        "extended" if not alone and extended.pays(projections, packed.a, tokens) else "apart",
+    )
+    return way == "extended"

@@ -46,7 +46,7 @@ def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None])
     """The result (tokens, out_features), and what backward wants, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
     down, packed = [mlp.down], library.pack([mlp.down], dtypes.lora)
-    room = library.input_room(x.shape[0], down, packed, dtypes) if dtypes.out == dtypes.compute else None
+    room = library.input_room(x.shape[0], down, packed, dtypes, seeds[-1:]) if dtypes.out == dtypes.compute else None
     h = gated_activation(*mlp.halves(pre), mlp.activation, out=None if room is None else room[:, : mlp.features])
     y = x.new_empty((x.shape[0], mlp.down.weight.shape[0]), dtype=dtypes.out)
     s_down = library.forward_into([y], h, down, packed, dtypes, seeds[-1:], room=room)

@@ -1,0 +1,133 @@
+"""One case of an op on this device: every candidate checked against fp64, then timed beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .clock import faster, interleaved_us
+from .records import Winner
+
+SECONDS = 1.0
+"""How long a case is timed, about."""
+
+
+class Key(Protocol):
+    """A case of an op: a NamedTuple of plain values."""
+
+    def at(self, tokens: int, device: torch.device) -> Key:
+        """The case for so many tokens on a device; itself where it knows of neither."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class Problem(Protocol):
+    """A case on random numbers."""
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        """What the candidate computes; the tensors may be written over by the next run."""
+
+    def exact(self) -> Sequence[Tensor]:
+        """The same in fp64."""
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """An op with a choice.
+
+    Attributes:
+        op: name of the choice.
+        key: makes a case from its fields.
+        candidates: by name, for a device; first the plain library, which wins where no other is faster.
+        problem: makes a case on random numbers.
+    """
+
+    op: str
+    key: Callable[..., Key]
+    candidates: Callable[[torch.device], Sequence[str]]
+    problem: Callable[[Any, torch.device], Problem]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcome of one case.
+
+    Attributes:
+        op, key: the case.
+        winner: None where nothing could be measured.
+        library: name of the candidate that is the plain library.
+        dropped: why candidates were not timed, by name.
+        reused: whether it was measured earlier.
+    """
+
+    op: str
+    key: Key
+    winner: Winner | None
+    library: str
+    dropped: dict[str, str] = field(default_factory=dict)
+    reused: bool = False
+
+
+def measure(tunable: Tunable, key: Key, device: torch.device, seconds: float = SECONDS) -> Measured:
+    """Find the fastest candidate of a case whose results are right.
+
+    The library stays unless another is faster by more than the noise; see `clock.faster`. A candidate that raises, or
+    whose error against fp64 is over twice the library's and one rounding, is dropped. torch's generators are afterwards
+    as they were. Where the library itself fails, for want of memory say, there is no winner.
+    """
+    library, *others = tunable.candidates(device)
+    devices = [device] if device.type == "cuda" else []
+    dropped: dict[str, str] = {}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        try:
+            problem = tunable.problem(key, device)
+            exact = problem.exact()
+            errors = _errors(problem.run(library), exact)
+        except Exception as error:
+            return Measured(tunable.op, key, None, library, {library: _reason(error)})
+        sound = [library]
+        for name in others:
+            try:
+                wrong = _over_budget(problem.run(name), exact, errors)
+            except Exception as error:
+                wrong = _reason(error)
+            if wrong:
+                dropped[name] = wrong
+            else:
+                sound.append(name)
+        del exact
+        times = interleaved_us({name: partial(problem.run, name) for name in sound}, device, seconds)
+    us = {name: round(median(samples), 2) for name, samples in times.items()}
+    fastest = min(us, key=us.__getitem__)
+    chosen = fastest if fastest != library and faster(times[fastest], times[library]) else library
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in key._asdict().items()}
+    return Measured(tunable.op, key, Winner(tunable.op, fields, chosen, us), library, dropped)
+
+
+def _errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    return [_largest(y.double() - y64) for y, y64 in zip(results, exact, strict=True)]
+
+
+def _over_budget(results: Sequence[Tensor], exact: Sequence[Tensor], library: list[float]) -> str:
+    """What is wrong with a candidate's results; "" where nothing is."""
+    for i, (y, y64, theirs) in enumerate(zip(results, exact, library, strict=True)):
+        error = _largest(y.double() - y64)
+        budget = 2.0 * theirs + torch.finfo(y.dtype).eps * _largest(y64)
+        if not error <= budget:  # also for NaN
+            return f"wrong: result {i} errs by {error:.2e}, the budget is {budget:.2e}"
+    return ""
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
