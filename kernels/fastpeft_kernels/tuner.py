@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ import torch
 from .tuning import choosing, files
 from .tuning.measuring import SECONDS, Measured, Tunable, measure
 from .tuning.records import UnusableError, Winner
-
-logger = logging.getLogger("fastpeft")
 
 Case = tuple[Tunable, Any]
 """An op with a choice, and a key of it."""
@@ -101,6 +98,5 @@ def tune(
 def _known(path: Path, device: str) -> dict[tuple[str, Any], Winner]:
     try:
         return {(winner.op, winner.case): winner for winner in files.read(path, device)}
-    except UnusableError as error:
-        logger.warning("measured choices in %s are not used: %s; they are replaced", path, error)
+    except UnusableError:  # whoever asks for a choice says so; it is replaced
         return {}
