@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .applying import accelerate, restore
     from .integrations.peft import lora_config
     from .reporting import report
-    from .tuning import tune
+    from .tuning import tune, use_tuned
     from .verification import verify
 
 # A module never has the name of a public function: importing it would hide the function.
@@ -24,10 +24,11 @@ _HOME = {
     "report": "reporting",
     "verify": "verification",
     "tune": "tuning",
+    "use_tuned": "tuning",
     "lora_config": "integrations.peft",
 }
 
-__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "tune", "verify"]
+__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "tune", "use_tuned", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,15 @@ from torch import nn
 
 from fastpeft_kernels import tuner
 from fastpeft_kernels.tuning import choosing, files
+from fastpeft_kernels.tuning.choosing import use_tuned
 from fastpeft_kernels.tuning.measuring import Measured
 
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer
 from .layers.watching import side_effects_undone
 from .verification import output_and_loss
+
+__all__ = ["TOKENS", "Tuning", "cases_of", "measure", "tune", "use_tuned", "winners_file"]
 
 TOKENS = (512, 1024, 2048, 4096)
 """Numbers of tokens that are measured by default: those of one forward pass, rows times length."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.device import triton_available
 from ..native.activation import activation_refusal
 from ..tuning.choosing import choice
-from ..tuning.keys import bucket, dtype_name
+from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 
 FORWARD, BACKWARD = "gated_activation", "gated_activation_backward"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,6 +32,9 @@ class ActivationKey(NamedTuple):
 
     def at(self, tokens: int, device: torch.device) -> ActivationKey:
         return self._replace(tokens=bucket(tokens))
+
+    def smaller(self) -> ActivationKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
 
 
 def activation_backend(op: str, gate: Tensor | None, up: Tensor, activation: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import product_dtype, triton_available
-from ..tuning.keys import bucket, dtype_name
+from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .projection import Dtypes, LoraProjection
 
 FORWARD, BACKWARD, GROUP = "lora_forward", "lora_backward", "lora_group"
@@ -48,6 +48,9 @@ class GroupKey(NamedTuple):
     def at(self, tokens: int, device: torch.device) -> GroupKey:
         compute, lora = (dtype_name(product_dtype(getattr(torch, name), device)) for name in (self.compute, self.lora))
         return self._replace(tokens=bucket(tokens), compute=compute, lora=lora)
+
+    def smaller(self) -> GroupKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
 
 
 def ways(device: torch.device) -> tuple[str, ...]:

@@ -33,6 +33,9 @@ class DecodeKey(NamedTuple):
     def at(self, tokens: int, device: torch.device) -> DecodeKey:
         return self
 
+    def smaller(self) -> DecodeKey:
+        return self
+
 
 def decode_backend(packed: Packed4bit, out: Tensor) -> str:
     """The backend that "auto" stands for."""

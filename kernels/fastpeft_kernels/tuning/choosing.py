@@ -66,7 +66,13 @@ def choice(
 
 
 def use_tuned(enabled: bool) -> None:
-    """Whether measured choices are used in this process; False leaves the analytic defaults, the same everywhere."""
+    """Whether measured choices are used in this process; False leaves the analytic defaults.
+
+    Those depend on shapes, dtypes and the kind of device only, so that two machines of a kind compute the same bits.
+
+    Args:
+        enabled: True, as a process begins, or False.
+    """
     global _enabled
     _enabled = enabled
 

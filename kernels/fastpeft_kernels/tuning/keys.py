@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+CHECKED_TOKENS = 512
+"""At most so many are held against fp64: many GPUs compute it at a fiftieth of fp32's rate, and it takes the memory."""
 _NAMES = {
     dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }

@@ -21,6 +21,9 @@ class Key(NamedTuple):
     def at(self, tokens: int, device: torch.device) -> Key:
         return Key(tokens)
 
+    def smaller(self) -> Key:
+        return Key(min(self.tokens, 4))
+
 
 class Problem:
     """The square of random numbers; candidates are right, off by a share, not a number, or fail."""
@@ -109,3 +112,16 @@ def test_the_clock_calls_in_turn_and_leaves_warm_up_out() -> None:
     assert {name: len(times) for name, times in samples.items()} == {"a": clock.FEWEST, "b": clock.FEWEST}
     assert "".join(calls[:8]) == "abbaabba" and len(calls) == 2 * (clock.FEWEST + clock.WARMUP)
     assert all(time > 0 for times in samples.values() for time in times)
+
+
+def test_the_check_is_on_few_tokens_and_the_clock_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = Problem.run
+
+    def run(self: Problem, candidate: str) -> list[Tensor]:
+        sizes.append(len(self.x))
+        return real(self, candidate)
+
+    monkeypatch.setattr(Problem, "run", run)
+    measure(Tunable("op", Key, lambda _: ("library", "a"), Problem), Key(16), CPU, seconds=0.0)
+    assert sizes[:4] == [4, 16, 4, 16] and set(sizes[4:]) == {16}
