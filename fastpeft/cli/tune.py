@@ -82,7 +82,10 @@ def tune(
         raise UserError(f"MODEL: {error}") from error
     del loaded  # its memory is wanted for the measurements
     with count(shown, "measuring", len(cases)) as progress:
-        found = measure(cases, device, again=again, progress=progress)
+        try:
+            found = measure(cases, device, again=again, progress=progress)
+        except OSError as error:  # it could be a moment ago
+            raise RunFailed(f"the winners cannot be written: {error}") from error
     print(_json(found) if as_json else found)
     if not any(outcome.winner for outcome in found.outcomes):
         raise RunFailed("nothing could be measured")

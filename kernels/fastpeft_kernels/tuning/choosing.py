@@ -147,4 +147,4 @@ def _read(path: Path, device: str, shipped: bool) -> list[Winner]:
 def _warn(reason: str, path: Path) -> None:
     if str(path) not in _warned:
         _warned.add(str(path))
-        logger.warning("measured choices in %s are not used: %s. `fastpeft tune` measures anew", path, reason)
+        logger.warning("measured choices in %s are not used: %s; fastpeft tune measures anew", path, reason)

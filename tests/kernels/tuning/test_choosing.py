@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(
     with caplog.at_level(logging.WARNING, "fastpeft"):
         assert [chosen(), chosen(), chosen(16)] == ["plain"] * 3
     (record,) = caplog.records
-    assert str(path) in record.getMessage() and "`fastpeft tune` measures anew" in record.getMessage()
+    assert str(path) in record.getMessage() and "fastpeft tune measures anew" in record.getMessage()
 
 
 def test_shipped_files_of_another_torch_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
