@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastpeft_kernels import tuner
+from fastpeft_kernels.lora.keys import BACKWARD, FORWARD, ways
 from fastpeft_kernels.tuning import choosing, files
 from fastpeft_kernels.tuning.choosing import use_tuned
 from fastpeft_kernels.tuning.measuring import Measured
@@ -118,9 +119,12 @@ def cases_of(
     with side_effects_undone(model), _in_training(model):
         with torch.no_grad():
             model(**inputs)  # finds siblings, where that was not done yet
-        with choosing.meeting() as met, torch.enable_grad():
-            _, loss = output_and_loss(model(**inputs))
-            torch.autograd.grad(loss, trained, allow_unused=True)
+        met: dict[tuple[str, Any], None] = {}
+        for way in ways(device_of(model)):  # each decodes into memory of another layout
+            with choosing.forced({FORWARD: way, BACKWARD: way}), choosing.meeting() as found, torch.enable_grad():
+                _, loss = output_and_loss(model(**inputs))
+                torch.autograd.grad(loss, trained, allow_unused=True)
+            met |= found
     return tuner.cases_for(met, device_of(model), tokens)
 
 

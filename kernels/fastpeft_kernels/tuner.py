@@ -67,9 +67,12 @@ def tune(
         The outcomes in order, those of earlier runs too.
 
     Raises:
+        ValueError: another kind of device than a CPU or a CUDA GPU.
         RuntimeError: while a CUDA graph is captured.
         OSError: the winners cannot be written; they are in use all the same.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected a CPU or a CUDA GPU, got {device}")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune: cannot measure while a CUDA graph is captured")
     name = choosing.device_name(device)

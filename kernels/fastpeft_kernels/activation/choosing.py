@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ def activation_backend(op: str, gate: Tensor | None, up: Tensor, activation: str
     return choice(op, device, lambda: _key(gate, up, activation), activation_backends, default)
 
 
-@lru_cache
 def activation_backends(device: torch.device) -> Sequence[str]:
     """All that can be chosen on a device, plain PyTorch first."""
     if device.type == "cuda" and triton_available():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -81,14 +82,14 @@ def measure(tunable: Tunable, key: Key, device: torch.device, seconds: float = S
     """Find the fastest candidate of a case whose results are right.
 
     The library stays unless another is faster by more than the noise; see `clock.faster`. A candidate is dropped that
-    raises, or whose error against fp64, on at most 512 tokens, is over twice the library's and one rounding. torch's
-    generators are afterwards as they were. Where the library itself fails, for want of memory say, there is no winner.
+    raises, or whose error against fp64, on at most 512 tokens, is over twice the library's and one rounding. Where the
+    library itself fails, for want of memory say, there is no winner.
+
+    Autocast and modes of the caller do not count, and torch's generators are afterwards as they were.
     """
     library, *others = tunable.candidates(device)
-    devices = [device] if device.type == "cuda" else []
     dropped: dict[str, str] = {}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with _undisturbed(device):
         try:
             checked, problem = tunable.problem(key.smaller(), device), tunable.problem(key, device)
             exact = checked.exact()
@@ -114,6 +115,20 @@ def measure(tunable: Tunable, key: Key, device: torch.device, seconds: float = S
     chosen = fastest if fastest != library and faster(times[fastest], times[library]) else library
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in key._asdict().items()}
     return Measured(tunable.op, key, Winner(tunable.op, fields, chosen, us), library, dropped)
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Random numbers that are always the same, gradients, no autocast, and the device is torch's current one."""
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        torch.manual_seed(0)
+        yield
 
 
 def _errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:

@@ -53,6 +53,17 @@ def test_every_op_is_measured_kept_and_used(measured_choices: Path) -> None:
     assert not any(one.reused for one in tuner.tune(cases[:1], CPU, seconds=0.0, again=True))
 
 
+def test_the_caller_s_autocast_and_modes_do_not_count() -> None:
+    cases = tuner.cases_for(MET, CPU, [8])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert not any(one.dropped for one in tuner.tune(cases, CPU, seconds=0.0))
+
+
+def test_a_device_that_has_no_clock_here() -> None:
+    with pytest.raises(ValueError, match="device: expected a CPU or a CUDA GPU, got meta"):
+        tuner.tune([], torch.device("meta"))
+
+
 def test_an_interrupt_loses_nothing(measured_choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(done: int) -> None:
         if done == 2:
