@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpeft_kernels.lora import LoraProjection, apart, extended, keys, lora_linear_group, tuning
 from fastpeft_kernels.lora.keys import BACKWARD, FORWARD, GROUP, GroupKey
 from fastpeft_kernels.quant import encode_4bit
-from fastpeft_kernels.tuning import choosing
+from fastpeft_kernels.tuning import choosing, measuring
 from fastpeft_kernels.tuning.measuring import measure
 from fastpeft_kernels.tuning.records import Winner
 from fastpeft_kernels.weights import FourBitWeight
@@ -136,18 +136,23 @@ def test_our_kernels_are_no_candidate_on_a_cpu() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dropout", (False, True))
 def test_our_kernels_are_right_and_keep_what_the_library_keeps(dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(tuning, "paths", lambda _: ("library", "triton"))
+    triton_path = pytest.importorskip("fastpeft_kernels.lora.triton_path")
+    ours: list[int] = []
+    forward = triton_path.forward
+    monkeypatch.setattr(triton_path, "forward", lambda *args: ours.append(1) or forward(*args))
+    monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})
     monkeypatch.setattr("fastpeft_kernels.lora.api.paths", lambda _: ("library", "triton"))
-    key = GroupKey(32, 32, (32, 16), (8, 8), ("float32",) * 2, *F32, dropout, "")
+    key = GroupKey(16, 32, (16, 16), (8, 8), ("float32",) * 2, *F32, dropout, "")
     found = measure(replace(PROBLEMS[GROUP], candidates=lambda _: ("library", "triton")), key, CPU, seconds=0.0)
     assert not found.dropped and found.winner is not None and found.winner.us.keys() == {"library", "triton"}
-    group = [projection(32, out, 8, dropout=0.1 * dropout) for out in (32, 16)]
-    x = torch.randn(32, 32, requires_grad=True)
+    group = [projection(32, 16, 8, dropout=0.1 * dropout) for _ in range(2)]
+    x = torch.randn(16, 32, requires_grad=True)
     both = []
     for choice in ("library", "triton"):
+        ours.clear()
         win(key, **{GROUP: choice})
         both.append(kept(lambda: lora_linear_group(x, group)))
+        assert len(ours) == (choice == "triton")
     assert both[0] == both[1] != []
 
 
