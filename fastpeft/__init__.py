@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .applying import accelerate, restore
     from .integrations.peft import lora_config
     from .reporting import report
+    from .tuning import tune, use_tuned
     from .verification import verify
 
 # A module never has the name of a public function: importing it would hide the function.
@@ -22,10 +23,12 @@ _HOME = {
     "restore": "applying",
     "report": "reporting",
     "verify": "verification",
+    "tune": "tuning",
+    "use_tuned": "tuning",
     "lora_config": "integrations.peft",
 }
 
-__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "verify"]
+__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "tune", "use_tuned", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -141,7 +141,7 @@ def _step(
     )
     try:
         with torch.enable_grad():
-            output, loss = _output_and_loss(model(**inputs))
+            output, loss = output_and_loss(model(**inputs))
             named = {name: p for name, p in model.named_parameters() if p.requires_grad and loss.requires_grad}
             gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else ()
     finally:
@@ -164,7 +164,7 @@ def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
     return record
 
 
-def _output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
+def output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
     """The first floating output that is not the loss (logits, say), and the loss.
 
     For models without a loss it is a fixed random projection of that output.

@@ -71,6 +71,23 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture(scope="session")
+def choices_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("choices")
+
+
+@pytest.fixture(autouse=True)
+def measured_choices(choices_root: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the user's cache folder, whose measured choices no test may depend on: a new one, not made yet."""
+    from fastpeft_kernels.tuning import choosing, files
+
+    folder = choices_root / f"{zlib.crc32(request.node.nodeid.encode()):08x}"
+    monkeypatch.setattr(files, "user_folder", lambda: folder)
+    monkeypatch.setattr(files, "SHIPPED", folder.with_suffix(".shipped"))
+    choosing.forget()
+    return folder
+
+
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Uninitialised memory comes filled with NaN, and with the largest value where it holds integers.

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from fastpeft.structured import build
+from fastpeft_kernels.common.host import cpu_name
 
 SCHEMA = 1
 PACKAGES = (
@@ -175,7 +176,7 @@ def environment(device_type: str = "cpu", commit: str | None = None) -> Environm
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         versions=installed_versions(),
-        **(_gpu() if device_type == "cuda" else {"device": _cpu_name()}),
+        **(_gpu() if device_type == "cuda" else {"device": f"{cpu_name()}, {os.cpu_count()} threads"}),
     )
 
 
@@ -215,15 +216,6 @@ def _gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "ptxas": ".".join(map(str, version)) if version else None,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} threads"
 
 
 def _answer(*command: str) -> str | None:

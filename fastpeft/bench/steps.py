@@ -83,10 +83,15 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
 
 def build(case: StepCase, device: str) -> nn.Module:
     """The PEFT model, training mode, adapters not zero."""
+    torch.manual_seed(0)
+    return adapt(_base(case), case, device)
+
+
+def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
+    """`build` over another base than the case's own."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    model = _base(case).to(case.dtype)
+    model = base.to(case.dtype)
     if case.method == "qlora":
         _to_nf4(model, case.dtype)
     config = LoraConfig(

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import generate, merge, responsible, train, verify
+from . import generate, merge, responsible, train, tune, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
@@ -29,6 +29,7 @@ LESS_MEMORY = {
     "--gradient-accumulation-steps, or a smaller --max-length",
     "generate": "--quantization nf4, a smaller --batch-size, or shorter prompts",
     "verify": "--quantization nf4",
+    "tune": "--quantization nf4 or a smaller --tokens",
     "memorization": "a smaller --prefix and --tokens",
     "groups": "a smaller --batch-size",
     "quickstart": "a smaller --batch-size or --sequence-length",
@@ -51,6 +52,7 @@ _add(with_config_options(train.train), train.EPILOG, ConfigCommand)
 _add(generate.generate, generate.EPILOG)
 _add(merge.merge, merge.EPILOG)
 _add(verify.verify, verify.EPILOG)
+_add(tune.tune, tune.EPILOG)
 _add(responsible.memorization, responsible.MEMORIZATION_EPILOG)
 _add(responsible.groups, responsible.GROUPS_EPILOG)
 _add(quickstart)

@@ -45,8 +45,8 @@ def verify(
     import fastpeft
     from fastpeft.config import LoraSection
     from fastpeft.models import tuned
-    from fastpeft.models.adapters import attach_adapter
     from fastpeft.models.devices import autocast, pick_device, pick_dtype
+    from fastpeft.models.trainable import load_trainable
 
     settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
@@ -54,15 +54,8 @@ def verify(
     chosen = pick_dtype(dtype.value, device, "--dtype")
     console(quiet).print("loading the model", highlight=False)
     stored = None if quantization is None else quantization.value
-    loaded, _ = tuned.load_base(source, device, chosen, stored)  # a head of random values does as well
-    if source.adapter is None:
-        targets = target_modules.split(",") if "," in target_modules else target_modules
-        loaded = attach_adapter(loaded, LoraSection(r=rank, alpha=2 * rank, target_modules=targets), source.task, seed)
-    else:
-        loaded = tuned.attach(source, loaded)
-        for name, parameter in loaded.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    fastpeft.accelerate(loaded)
+    section = LoraSection(r=rank, alpha=2 * rank, target_modules=target_modules)
+    loaded = load_trainable(source, device, chosen, stored, section, seed)
     try:
         with autocast(device, chosen):
             found = fastpeft.verify(loaded, seed=seed)

@@ -148,7 +148,7 @@ class SiblingWatch:
         self._seen = seen
         handles = [layer.register_forward_pre_hook(record) for layer, _ in place.living()]
         try:
-            with torch.no_grad(), _side_effects_undone(module):
+            with torch.no_grad(), side_effects_undone(module):
                 module.forward(*args, **kwargs)
         finally:
             for handle in handles:
@@ -230,7 +230,7 @@ def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
 
 
 @contextmanager
-def _side_effects_undone(module: nn.Module) -> Iterator[None]:
+def side_effects_undone(module: nn.Module) -> Iterator[None]:
     """Random-number generators, buffers, and all attributes of modules whose buffers changed, as they were before.
 
     Attributes, because they often say what a buffer holds: rotary embeddings note for which length they were extended.

@@ -23,6 +23,7 @@ COVERED = (
     "fastpeft/reporting.py",
     "fastpeft/requirements.py",
     "fastpeft/structured.py",
+    "fastpeft/tuning.py",
     "fastpeft/verification.py",
     "fastpeft/yaml_loading.py",
     "fastpeft/cli/*.py",

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..native.activation import activation_refusal, gated_activation_backward_native, gated_activation_native
+from .choosing import BACKWARD, DTYPES, FORWARD, activation_backend
 from .library import gated_activation_backward_library, gated_activation_library
 
 BACKENDS = ("auto", "torch", "native", "triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The C++ counts in this order.
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu", "relu2")
 
@@ -31,8 +31,8 @@ def gated_activation(
         kind: "silu"; "gelu", with the error function, and "gelu_tanh", its approximation; "relu"; "quick_gelu", that is
             x * sigmoid(1.702 x); "relu2", the square of relu.
         out: as up; filled and returned. It may be the very tensor `gate` or `up`, or share no memory with them.
-        backend: "torch"; "native" (C++, on CPU, not in fp64); "triton" (on CUDA, not in fp64); or "auto": triton on
-            CUDA, native on CPU where it can be built, else torch.
+        backend: "torch"; "native" (C++, on CPU, not in fp64); "triton" (on CUDA, not in fp64); or "auto": what
+            `fastpeft tune` found to be fastest here, else triton on CUDA, native on CPU where it can be built, torch.
 
     Returns:
         `out`, or a new contiguous tensor (tokens, features).
@@ -53,9 +53,11 @@ def gated_activation(
         out = torch.empty(tuple(up.shape), dtype=up.dtype, device=up.device)
     else:
         _check_results({"gate": gate, "up": up}, {"out": out}, up)
-    backend = _choose(backend, up)
+    _check_backend(backend, up)
     if up.numel() == 0:
         return out
+    if backend == "auto":
+        backend = activation_backend(FORWARD, gate, up, kind)
     if backend == "torch":
         gated_activation_library(gate, up, kind, out)
     elif backend == "native":
@@ -63,8 +65,9 @@ def gated_activation(
         _count_writes(out)
     else:
         from .forward import gated_activation_triton
+        from .tiles import config_of
 
-        gated_activation_triton(gate, up, kind, out)
+        gated_activation_triton(gate, up, kind, out, config_of(backend))
         _count_writes(out)
     return out
 
@@ -111,9 +114,11 @@ def gated_activation_backward(
             f"got {'None' if dgate is None else 'a tensor'}"
         )
     _check_results({"dh": dh, "gate": gate, "up": up}, {"dgate": dgate, "dup": dup, "h": h}, up)
-    backend = _choose(backend, up)
+    _check_backend(backend, up)
     if up.numel() == 0:
         return
+    if backend == "auto":
+        backend = activation_backend(BACKWARD, gate, up, kind)
     if backend == "torch":
         gated_activation_backward_library(dh, gate, up, kind, dgate, dup, h)
     elif backend == "native":
@@ -121,18 +126,15 @@ def gated_activation_backward(
         _count_writes(dgate, dup, h)
     else:
         from .backward import gated_activation_backward_triton
+        from .tiles import config_of
 
-        gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h)
+        gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h, config_of(backend))
         _count_writes(dgate, dup, h)
 
 
-def _choose(backend: str, up: Tensor) -> str:
+def _check_backend(backend: str, up: Tensor) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    if backend == "auto":
-        if up.dtype in DTYPES and up.device.type == "cuda" and triton_available():
-            return "triton"
-        return "torch" if activation_refusal(up.device, up.dtype) else "native"
     if backend == "native" and (reason := activation_refusal(up.device, up.dtype)):
         raise ValueError(f"backend: 'native' was asked for, which {reason}")
     if backend == "triton":
@@ -140,7 +142,6 @@ def _choose(backend: str, up: Tensor) -> str:
             raise ImportError("backend: 'triton' was asked for, but Triton is not installed")
         if up.dtype not in DTYPES:
             raise ValueError(f"backend: 'triton' was asked for, which takes fp32, fp16 and bf16, got {up.dtype}")
-    return backend
 
 
 def _check_kind(kind: str) -> None:

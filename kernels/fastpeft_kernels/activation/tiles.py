@@ -38,6 +38,14 @@ CONFIGS = (
     Config(1, 512, 2),
 )
 
+NAMES = ("triton", *(f"triton {c.block_rows}x{c.block_columns}x{c.num_warps}" for c in CONFIGS[1:]))
+"""Backends that a measurement may choose: each of CONFIGS by a name that files keep."""
+
+
+def config_of(backend: str) -> Config:
+    """The configuration of that name."""
+    return CONFIGS[NAMES.index(backend)]
+
 
 def launch(kernel: Any, like: Tensor, config: Config, launcher: Callable[[Any, dict[str, int]], None]) -> None:
     """Calls `launcher(kernel[grid], tile)` with as many programs as `like` has tiles.

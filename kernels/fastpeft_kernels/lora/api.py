@@ -12,8 +12,10 @@ from torch import Tensor
 from ..common.device import autocast_dtype, triton_available
 from ..common.random import draw_seed
 from ..common.tracing import as_op
+from ..tuning.choosing import choice
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op, library
+from .keys import GROUP, group_key, paths
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection, check_group
 
 
@@ -84,8 +86,8 @@ def lora_linear_group(
         training: False switches dropout off.
         seeds: dropout seeds, int64 (1,) or None for each projection; default drawn from torch's generator of x's
             device, one for each projection with dropout, in order.
-        backend: "library" (BLAS, cuBLAS), "triton" (our kernels; never falls back), or "auto", which is the library
-            until a measurement says otherwise.
+        backend: "library" (BLAS, cuBLAS), "triton" (our kernels; never falls back), or "auto": the library, unless
+            gradients are wanted and `fastpeft tune` measured ours to be faster for such a group on this device.
 
     Returns:
         One new tensor (..., out_features) for each projection.
@@ -111,11 +113,12 @@ def run_group(
     projections: Sequence[LoraProjection],
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-    implementation: ModuleType = library,
+    implementation: ModuleType | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` for callers that have checked their arguments.
 
-    torch.compile and dispatch modes see one op forward and one backward; `implementation` is the library then.
+    torch.compile and dispatch modes see one op forward and one backward; `implementation` is the library then. None:
+    as for backend "auto".
     """
     device = x.device.type
     autocast_off = (
@@ -124,6 +127,7 @@ def run_group(
     with autocast_off:
         if as_op():
             return custom_op.apply(x, Group(projections, dtypes, seeds))
+        implementation = implementation or _measured(x, Group(projections, dtypes, seeds))
         if implementation is library:
             dtypes = dtypes.for_input(x)
         return autograd.apply(x, Group(projections, dtypes, seeds), implementation)
@@ -155,8 +159,10 @@ def given_seeds(
     return [seed if wanted else None for seed, wanted in zip(seeds, drops, strict=True)]
 
 
-def _implementation(backend: str, x: Tensor, group: Group) -> ModuleType:
-    if backend in ("auto", "library"):
+def _implementation(backend: str, x: Tensor, group: Group) -> ModuleType | None:
+    if backend == "auto":
+        return None
+    if backend == "library":
         return library
     if backend != "triton":
         raise ValueError(f"backend: expected 'auto', 'library' or 'triton', got {backend!r}")
@@ -169,6 +175,19 @@ def _implementation(backend: str, x: Tensor, group: Group) -> ModuleType:
     if reason := triton_path.refusal(x, group):
         raise ValueError(f"backend: 'triton' cannot serve this group: {reason}")
     return triton_path
+
+
+def _measured(x: Tensor, group: Group) -> ModuleType:
+    """Both keep the same for backward, so a forward and its recomputation may differ."""
+    if not torch.is_grad_enabled():  # both directions were measured together
+        return library
+    tokens = x.numel() // max(x.shape[-1], 1)
+    chosen = choice(GROUP, x.device, lambda: group_key(group, tokens), paths, "library")
+    if chosen == "library":
+        return library
+    from . import triton_path
+
+    return library if triton_path.refusal(x, group) else triton_path
 
 
 def resolve_dtypes(

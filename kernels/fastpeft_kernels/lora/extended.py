@@ -40,14 +40,15 @@ ROOM_FOR_ZEROS = 16
 """The zeros beside each sibling's B may widen the products by one part in so many."""
 
 
-def fits(group: Group, packed: Packed, tokens: int) -> bool:
-    """Whether a group can go this way, and should."""
+def fits(group: Group, packed: Packed) -> bool:
+    """Whether a group can go this way."""
     projections, dtypes = group.projections, group.dtypes
     if packed.a is None or dtypes.compute != dtypes.lora or packed.a.dtype != dtypes.compute:
         return False
     if any(type(projection.weight).linear is not FrozenWeight.linear for projection in projections):
         return False  # a product of its own
-    return pays(projections, packed.a, tokens)
+    copied = [p.weight.shape[0] for p in projections if p.weight.is_ready(dtypes.compute)]
+    return not copied or max(copied) * packed.a.shape[1] * dtypes.compute.itemsize <= LARGEST_STACK
 
 
 def pays(projections: Sequence[LoraProjection], a: Tensor, tokens: int) -> bool:
@@ -57,8 +58,7 @@ def pays(projections: Sequence[LoraProjection], a: Tensor, tokens: int) -> bool:
         return False
     if not all(projection.weight.is_ready(a.dtype) for projection in projections):
         return True
-    copied = max(projection.weight.shape[0] for projection in projections) * in_features * a.element_size()
-    return a.device.type != "cpu" and tokens >= in_features and copied <= LARGEST_STACK
+    return a.device.type != "cpu" and tokens >= in_features
 
 
 def input_room(tokens: int, group: Group, packed: Packed) -> Tensor:

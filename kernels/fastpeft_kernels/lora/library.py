@@ -2,8 +2,8 @@
 
 For n projections of one input: S = x A^T is one product for all adapters and is kept for backward, and dA is one
 product for all. A frozen weight is decoded twice, once in forward and once in backward, into a buffer that is used
-again. The rest goes one of two ways, whichever moves fewer bytes: `extended` takes the adapters into the frozen
-products, `apart` gives them products of their own.
+again. The rest goes one of two ways: `extended` takes the adapters into the frozen products, `apart` gives them
+products of their own. Which one was measured here decides, else which one moves fewer bytes. Both keep the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..common.random import TRITON_DTYPES
+from ..tuning.choosing import choice
 from . import apart, extended, parts
+from .keys import BACKWARD, FORWARD, group_key, ways
 from .parts import down_gradients
 from .projection import Group, LoraProjection, Packed
 
@@ -72,14 +74,15 @@ def forward_into(
     """
     # A copy of x would cost what it saves.
     alone = len(group.projections) == 1 and room is None and x.dtype == group.dtypes.compute
-    if alone or not extended.fits(group, packed, x.shape[0]):
+    layout = "room" if room is not None else "" if whole is None else "side by side"
+    if not _extends(FORWARD, group, packed, x.shape[0], layout, alone):
         return apart.forward_into(outputs, x, group, packed)
     return extended.forward_into(outputs, x, group, packed, whole, room)
 
 
 def input_room(tokens: int, group: Group, packed: Packed) -> Tensor | None:
     """A matrix with room for x in its first columns, of `group.dtypes.compute`, where that saves a copy; else None."""
-    return extended.input_room(tokens, group, packed) if extended.fits(group, packed, tokens) else None
+    return extended.input_room(tokens, group, packed) if _extends(FORWARD, group, packed, tokens, "room") else None
 
 
 def backward(
@@ -138,7 +141,16 @@ def backward_without_input(
         dx_dtype is None
         or len(given) < len(group.projections)
         or (sums_apart and torch.promote_types(dx_dtype, group.dtypes.compute) != group.dtypes.compute)
-        or not extended.fits(group, packed, given[0].shape[0])
+        or not _extends(BACKWARD, group, packed, given[0].shape[0], "" if whole is None else "side by side")
     ):
         return apart.backward_without_input(s, dys, group, packed, dx_dtype, needs)
     return extended.backward_without_input(s, given, group, packed, needs, whole)
+
+
+def _extends(op: str, group: Group, packed: Packed, tokens: int, layout: str, alone: bool = False) -> bool:
+    """Whether to go the extended way; `layout` as in GroupKey."""
+    if packed.a is None or not extended.fits(group, packed):
+        return False
+    pays = not alone and extended.pays(group.projections, packed.a, tokens)
+    device, default = packed.a.device, "extended" if pays else "apart"
+    return choice(op, device, lambda: group_key(group, tokens, layout), ways, default) == "extended"

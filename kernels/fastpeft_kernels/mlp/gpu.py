@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..common.gpu_clock import median_us
 from ..common.random import draw_seed
-from ..lora import extended
 from ..lora.api import run_group
 from ..lora.gpu_support import (
     BF16,
@@ -26,7 +25,9 @@ from ..lora.gpu_support import (
     widened,
     within,
 )
+from ..lora.keys import BACKWARD, FORWARD
 from ..lora.projection import Dtypes
+from ..tuning.choosing import forced
 from .api import run_mlp
 from .reference import lora_mlp_reference
 from .structure import Mlp
@@ -101,7 +102,7 @@ def _measure(base: str) -> dict[str, Any]:
 
 
 def _measure_ways(base: str) -> dict[str, Any]:
-    """Adapters within the frozen products, or apart from them: what `extended.pays` decides by counting bytes."""
+    """Adapters within the frozen products, or apart from them: what is chosen by counting bytes where nothing was measured."""
     tokens, size, _, rank = SPEED
     dtypes = same_dtypes(BF16)
     group = [make_projection(size, out, (rank,), dtypes, base, 0.0) for out in (size, size // 4, size // 4)]
@@ -111,13 +112,10 @@ def _measure_ways(base: str) -> dict[str, Any]:
     def step() -> None:
         torch.autograd.grad(run_group(x, group, dtypes, [None] * 3), [x], dys)
 
-    figures, chosen = {}, extended.pays
-    try:
-        for name, answer in (("extended_us", True), ("apart_us", False)):
-            extended.pays = lambda *_, answer=answer: answer
-            figures[name] = median_us(step)
-    finally:
-        extended.pays = chosen
+    figures = {}
+    for way in ("extended", "apart"):
+        with forced({FORWARD: way, BACKWARD: way}):
+            figures[f"{way}_us"] = median_us(step)
     return figures
 
 

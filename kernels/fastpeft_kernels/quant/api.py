@@ -8,6 +8,7 @@ from torch import Tensor
 from ..common.device import triton_available
 from ..common.tracing import as_op
 from ..native import decode_4bit_refusal, native_library
+from .choosing import default_backend
 from .custom_op import decode_4bit_op, decode_4bit_out_op, decode_into
 from .reference import encode_4bit_reference
 from .scales import NESTED_BLOCKSIZE, encode_scales
@@ -53,7 +54,8 @@ def encode_4bit(
         raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
-    if _choose(backend, ENCODE_BACKENDS, weight.device) == "triton":
+    _check_backend(backend, ENCODE_BACKENDS)
+    if default_backend(weight.device) == "triton" if backend == "auto" else backend == "triton":
         from .forward import encode_4bit_triton
 
         packed, absmax = encode_4bit_triton(weight, quant_type, blocksize)
@@ -100,8 +102,8 @@ def decode_4bit(
         rows: half-open range (first, last), 0 <= first <= last <= N; all rows when None.
         dtype: dtype of the result when `out` is None; `packed.dtype` by default.
         backend: "torch", "triton" (CUDA only), "native" (C++ on CPU, on torch's number of threads; to fp32, fp16 or
-            bf16, into columns of stride 1), or "auto": triton on CUDA where it is installed, native on CPU where there
-            is a compiler and it can serve, torch otherwise.
+            bf16, into columns of stride 1), or "auto": what `fastpeft tune` found to be fastest here, else triton on
+            CUDA where it is installed, native on CPU where there is a compiler and it can serve, torch otherwise.
 
     Returns:
         `out`, or a new contiguous tensor (last - first, K).
@@ -127,7 +129,7 @@ def decode_4bit(
         _check_out(out, (last - first, packed.shape[1]), packed.device)
     if backend == "native":
         _check_native(packed, packed.dtype if dtype is None else dtype, out)
-    backend = _choose(backend, DECODE_BACKENDS, packed.device)
+    _check_backend(backend, DECODE_BACKENDS)
     if as_op():
         weight = (
             packed.tensors,
@@ -147,16 +149,11 @@ def decode_4bit(
     return decode_into(packed, out, first, last, backend)
 
 
-def _choose(backend: str, backends: tuple[str, ...], device: torch.device) -> str:
+def _check_backend(backend: str, backends: tuple[str, ...]) -> None:
     if backend not in backends:
         raise ValueError(f"backend: expected one of {backends}, got {backend!r}")
-    if backend == "auto":
-        if device.type == "cuda" and triton_available():
-            return "triton"
-        return "native" if device.type == "cpu" else "torch"
     if backend == "triton" and not triton_available():
         raise ImportError("backend: 'triton' was asked for, but Triton is not installed")
-    return backend
 
 
 def _check_native(packed: Packed4bit, dtype: torch.dtype, out: Tensor | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..native import decode_4bit_native
+from .choosing import decode_backend
 from .reference import decode_4bit_reference
 from .storage import Packed4bit
 
@@ -20,15 +21,18 @@ def decode_into(packed: Packed4bit, out: Tensor, first: int, last: int, backend:
     """Decodes rows first <= n < last into `out`; arguments are known to be right.
 
     Args:
-        backend: "torch", "triton", or "native", which leaves to "torch" what the C++ library cannot do.
+        backend: "torch"; one of `forward.DECODE_NAMES`; "native", which leaves to "torch" what the C++ library cannot
+            do; or "auto".
     """
+    if backend == "auto":
+        backend = decode_backend(packed, out)
     if backend == "native" and decode_4bit_native(packed, out, first, last):
         return out
-    if backend != "triton":
+    if not backend.startswith("triton"):
         return decode_4bit_reference(packed, out, first, last)
-    from .forward import decode_4bit_triton
+    from .forward import DECODE_CONFIGS, DECODE_NAMES, decode_4bit_triton
 
-    return decode_4bit_triton(packed, out, first, last)
+    return decode_4bit_triton(packed, out, first, last, DECODE_CONFIGS[DECODE_NAMES.index(backend)])
 
 
 @torch.library.custom_op("fastpeft::decode_4bit", mutates_args=())

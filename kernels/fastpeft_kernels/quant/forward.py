@@ -62,6 +62,11 @@ DECODE_CONFIGS = (
     DecodeConfig(512, 4, shared_table=False),
     DecodeConfig(1024, 8, shared_table=False),
 )
+DECODE_NAMES = (
+    "triton",
+    *(f"triton {c.block_words}x{c.num_warps}{'' if c.shared_table else ' global'}" for c in DECODE_CONFIGS[1:]),
+)
+"""Backends of `decode_4bit` that a measurement may choose: each of DECODE_CONFIGS by a name that files keep."""
 # First the default: 16 elements a thread.
 ENCODE_CONFIGS = (EncodeConfig(2048, 4), EncodeConfig(1024, 4), EncodeConfig(4096, 8))
 CONFIGS = DECODE_CONFIGS

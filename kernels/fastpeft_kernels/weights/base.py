@@ -43,6 +43,11 @@ class FrozenWeight(ABC):
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"FrozenWeight kind {cls.kind!r} is taken by {other.__qualname__}")
 
+    @property
+    def storage(self) -> str:
+        """What decides how much a product over the weight costs, beside its shape; for keys of measured choices."""
+        return self.kind
+
     @abstractmethod
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The values as a dense matrix.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuning.keys import dtype_name
 from .base import FrozenWeight, Rows
 
 
@@ -43,6 +44,10 @@ class DenseWeight(FrozenWeight):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.weight.device
+
+    @property
+    def storage(self) -> str:
+        return dtype_name(self.weight.dtype)
 
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         first, last = self._check_decode(out, rows)

@@ -40,6 +40,10 @@ class FourBitWeight(FrozenWeight):
     def device(self) -> torch.device:  # type: ignore[override]
         return self.packed.device
 
+    @property
+    def storage(self) -> str:
+        return "four_bit"  # also where another class reads it
+
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return decode_4bit(self.packed, out, rows, dtype)
 

@@ -1,0 +1,82 @@
+"""The choices of `fastpeft tune` for layers of well-known sizes: winners in tuned/, to be shipped as defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from fastpeft.bench.recorder import Recorder
+
+order = 50
+time_limit_s = 900
+
+SIZES = {  # one layer of each; Mistral 7B is as Llama 3.1 8B
+    "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "heads": (32, 8)},
+    "Llama 3.1 8B": {"hidden_size": 4096, "intermediate_size": 14336, "heads": (32, 8)},
+    "Qwen2.5 7B": {"hidden_size": 3584, "intermediate_size": 18944, "heads": (28, 4)},
+}
+SMALL = {"a small Llama": {"hidden_size": 64, "intermediate_size": 128, "heads": (2, 1)}}
+TOKENS = {"quick": [4096], "default": [1024, 4096], "full": [512, 1024, 2048, 4096, 8192, 16384]}
+
+
+def run(recorder: Recorder, depth: str) -> None:
+    _run(recorder, SIZES, TOKENS[depth], seconds=0.5)
+
+
+def dry_run(recorder: Recorder, depth: str) -> None:
+    _run(recorder, SMALL, [16], seconds=0.0)
+
+
+def _run(recorder: Recorder, sizes: dict[str, dict[str, Any]], tokens: list[int], seconds: float) -> None:
+    if importlib.util.find_spec("peft") is None:
+        print("peft is not installed: no layer was tuned")
+        return
+    methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
+    recorder.run_checks("tuning", _checks(recorder, sizes, methods, tokens, seconds))
+
+
+def _checks(
+    recorder: Recorder, sizes: dict[str, dict[str, Any]], methods: list[str], tokens: list[int], seconds: float
+) -> Iterator[Any]:
+    for name, size in sizes.items():
+        for method in methods:
+            yield f"{name} {method}", partial(_tune, recorder, size, method, tokens, seconds)
+
+
+def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[int], seconds: float) -> dict[str, float]:
+    import torch
+
+    import fastpeft
+    from fastpeft.bench.steps import StepCase, adapt
+    from fastpeft.tuning import cases_of
+    from fastpeft_kernels import tuner
+
+    device = torch.device(recorder.device, 0) if recorder.device == "cuda" else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = fastpeft.accelerate(adapt(_layer(**size), StepCase("llama", method, dtype), str(device)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):  # as Trainer's bf16
+        cases = cases_of(model, tokens)
+    del model
+    folder = recorder.file.path.parent / "tuned"
+    outcomes = tuner.tune(cases, device, folder=folder, again=True, seconds=seconds)
+    wrong = []
+    for outcome in outcomes:
+        for candidate, us in outcome.winner.us.items() if outcome.winner else ():
+            case = str(outcome.key)
+            recorder.add(case=case, op=outcome.op, peer=candidate, metric="time", unit="us", samples=us)
+        wrong += [f"{outcome.op} {outcome.key}, {name}: {why}" for name, why in outcome.dropped.items()]
+    print("\n".join(wrong))
+    others = [o for o in outcomes if o.winner is not None and o.winner.choice != o.library]
+    return {"cases": len(outcomes), "not_the_library": len(others), "dropped": len(wrong)}
+
+
+def _layer(hidden_size: int, intermediate_size: int, heads: tuple[int, int]) -> Any:
+    """A Llama of one layer and few words, random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=heads[0], num_key_value_heads=heads[1], vocab_size=1000)
+    )

@@ -1,0 +1,80 @@
+"""The cases that the choices of a group of projections distinguish."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..common.device import product_dtype, triton_available
+from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
+from .projection import Group
+
+FORWARD, BACKWARD, GROUP = "lora_forward", "lora_backward", "lora_group"
+_FEWEST_RANKS = 8
+
+
+class GroupKey(NamedTuple):
+    """n projections of one input.
+
+    Attributes:
+        tokens, ranks: rounded up to powers of two; ranks from 8 on, 0 for a projection without adapters.
+        bases: `FrozenWeight.storage` of each.
+        compute, lora, out: dtypes of the products and of the results.
+        dropout: whether anything is dropped.
+        layout: "side by side", when the outputs are columns of one buffer; "room", when the input lies in memory with
+            room for S; "" for tensors of their own.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: tuple[int, ...]
+    bases: tuple[str, ...]
+    compute: str
+    lora: str
+    out: str
+    dropout: bool
+    layout: str
+
+    def __str__(self) -> str:
+        outs = "+".join(map(str, self.out_features))
+        names = dict.fromkeys([*self.bases, self.compute, self.lora, self.out])
+        words = [*names, *["dropout"] * self.dropout, *[self.layout] * bool(self.layout)]
+        return f"{self.tokens}x{self.in_features}x{outs}, r={max(self.ranks)}, {', '.join(words)}"
+
+    def at(self, tokens: int, device: torch.device) -> GroupKey:
+        compute, lora = (dtype_name(product_dtype(getattr(torch, name), device)) for name in (self.compute, self.lora))
+        return self._replace(tokens=bucket(tokens), compute=compute, lora=lora)
+
+    def smaller(self) -> GroupKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
+
+
+def ways(device: torch.device) -> tuple[str, ...]:
+    """Candidates for the library's products, forward and backward each for itself."""
+    return ("apart", "extended")
+
+
+def paths(device: torch.device) -> tuple[str, ...]:
+    """Candidates for a whole group, both directions together."""
+    return ("library", "triton") if device.type == "cuda" and triton_available() else ("library",)
+
+
+def group_key(group: Group, tokens: int, layout: str = "") -> GroupKey:
+    """The case of a group; `layout` as in GroupKey."""
+    projections, dtypes = group.projections, group.dtypes
+    weights = [projection.weight for projection in projections]
+    shapes = [weight.shape for weight in weights]
+    return GroupKey(
+        bucket(tokens),
+        shapes[0][1],
+        tuple([shape[0] for shape in shapes]),
+        tuple([bucket(rank, _FEWEST_RANKS) if (rank := projection.rank) else 0 for projection in projections]),
+        tuple([weight.storage for weight in weights]),
+        dtype_name(dtypes.compute),
+        dtype_name(dtypes.lora),
+        dtype_name(dtypes.out),
+        group.drops,
+        layout,
+    )

@@ -1,0 +1,160 @@
+"""The choices of a group of projections as problems to be timed: the library's two ways, and our own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..common.random import draw_seed
+from ..quant import encode_4bit
+from ..tuning.choosing import forced
+from ..tuning.measuring import Tunable
+from ..weights import DenseWeight, FourBitWeight, FrozenWeight
+from . import extended, library
+from .api import run_group
+from .keys import BACKWARD, FORWARD, GROUP, GroupKey, paths, ways
+from .projection import Dtypes, Group, LoraAdapter, LoraProjection
+from .reference import lora_group_reference
+
+_DROPOUT = 0.05
+_NEEDS = (False, True, True, False)  # of a projection with one adapter: bias, a, b, the adapter's bias
+
+
+class _Group:
+    """A group of the key's sizes on random numbers, scaled to variances of about one. Adapters are fp32, as PEFT's."""
+
+    def __init__(self, key: GroupKey, device: torch.device) -> None:
+        self.key, self.device = key, device
+        self.dtypes = Dtypes(*(getattr(torch, name) for name in (key.compute, key.lora, key.out)))
+        self.projections = [
+            self._projection(*sizes) for sizes in zip(key.out_features, key.ranks, key.bases, strict=True)
+        ]
+        self.seeds = [draw_seed(device) if key.dropout and p.rank else None for p in self.projections]
+        self.group = Group(self.projections, self.dtypes, self.seeds)
+        self.x = self._randn(key.tokens, key.in_features, dtype=self.dtypes.compute)
+        self.dys = [self._randn(key.tokens, n, dtype=self.dtypes.out) for n in key.out_features]
+
+    def exact(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(outputs, gradients of x and of every a and b) in fp64."""
+        wide = [_widened(projection) for projection in self.projections]
+        x = self.x.double().requires_grad_()
+        outputs = lora_group_reference(x, wide, Dtypes(*[torch.float64] * 3), self.seeds)
+        gradients = torch.autograd.grad(outputs, [x, *trained(wide)], [dy.double() for dy in self.dys])
+        return [y.detach() for y in outputs], list(gradients)
+
+    def _projection(self, out_features: int, rank: int, base: str) -> LoraProjection:
+        features = self.key.in_features
+        values = self._randn(out_features, features) / features**0.5
+        weight: FrozenWeight
+        if base == "four_bit":
+            weight = FourBitWeight(encode_4bit(values.to(self.dtypes.compute), nested=True))
+        elif isinstance(dtype := getattr(torch, base, None), torch.dtype):
+            weight = DenseWeight(values.to(dtype))
+        else:
+            raise ValueError(f"bases: expected 'four_bit' or a dtype, got {base!r}")
+        if rank == 0:
+            return LoraProjection(weight)
+        a, b = self._randn(rank, features) / features**0.5, self._randn(out_features, rank) / rank**0.5
+        dropout = _DROPOUT if self.key.dropout else 0.0
+        return LoraProjection(weight, None, (LoraAdapter(a.requires_grad_(), b.requires_grad_(), 2.0, None, dropout),))
+
+    def _randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=self.device).to(dtype)
+
+
+class _Forward(_Group):
+    """`library.forward_into`, each way in the memory that it is given in use."""
+
+    def __init__(self, key: GroupKey, device: torch.device) -> None:
+        super().__init__(key, device)
+        self.packed = library.pack(self.projections, self.dtypes.lora)
+        whole = torch.empty((key.tokens, sum(key.out_features)), dtype=self.dtypes.out, device=device)
+        self.whole = whole if key.layout == "side by side" else None
+        self.outputs = [torch.empty_like(dy) for dy in self.dys]
+        if self.whole is not None:
+            self.outputs = list(self.whole.split(key.out_features, dim=1))
+        self.room: Tensor | None = None
+        if key.layout == "room":
+            self.room = extended.input_room(key.tokens, self.group, self.packed)
+            self.room[:, : key.in_features].copy_(self.x)
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        room = self.room if candidate == "extended" else None  # given by `input_room` to that way alone
+        x = self.x if room is None else room[:, : self.key.in_features]
+        with torch.no_grad(), forced({FORWARD: candidate}):
+            library.forward_into(self.outputs, x, self.group, self.packed, whole=self.whole, room=room)
+        return self.outputs
+
+    def exact(self) -> list[Tensor]:  # type: ignore[override]
+        return super().exact()[0]
+
+
+class _Backward(_Group):
+    """`library.backward_without_input`: dx, and dB of every projection."""
+
+    def __init__(self, key: GroupKey, device: torch.device) -> None:
+        super().__init__(key, device)
+        self.packed = library.pack(self.projections, self.dtypes.lora)
+        with torch.no_grad():
+            self.s = library.forward(self.x, self.group, self.packed)[1]
+        self.whole = torch.cat(self.dys, dim=1) if key.layout == "side by side" else None
+        if self.whole is not None:
+            self.dys = list(self.whole.split(key.out_features, dim=1))
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        needs = [_NEEDS if p.rank else _NEEDS[:1] for p in self.projections]
+        with torch.no_grad(), forced({BACKWARD: candidate}):
+            dx, _, grads = library.backward_without_input(
+                self.s, self.dys, self.group, self.packed, self.dtypes.compute, needs, whole=self.whole
+            )
+        assert dx is not None
+        return [dx, *(grad for found in grads for grad in found if grad is not None)]
+
+    def exact(self) -> list[Tensor]:  # type: ignore[override]
+        dx, *others = super().exact()[1]
+        return [dx, *others[1::2]]
+
+
+class _Both(_Group):
+    """`run_group`, forward and backward; the library's ways are then those measured before."""
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        implementation: ModuleType = library
+        if candidate == "triton":
+            from . import triton_path
+
+            if reason := triton_path.refusal(self.x, self.group):
+                raise ValueError(reason)
+            implementation = triton_path
+        x = self.x.detach().requires_grad_()
+        outputs = run_group(x, self.projections, self.dtypes, self.seeds, implementation)
+        return [*outputs, *torch.autograd.grad(outputs, [x, *trained(self.projections)], self.dys)]
+
+    def exact(self) -> list[Tensor]:  # type: ignore[override]
+        outputs, gradients = super().exact()
+        return [*outputs, *gradients]
+
+
+def trained(projections: Sequence[LoraProjection]) -> list[Tensor]:
+    """a and b of every adapter."""
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
+    return [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+
+
+def _widened(projection: LoraProjection) -> LoraProjection:
+    def wide(parameter: Tensor) -> Tensor:
+        return parameter.detach().double().requires_grad_()
+
+    adapters = tuple(LoraAdapter(wide(a.a), wide(a.b), a.scaling, None, a.dropout) for a in projection.adapters)
+    return LoraProjection(DenseWeight(projection.weight.decode(dtype=torch.float64)), None, adapters)
+
+
+TUNABLES = (
+    Tunable(FORWARD, GroupKey, ways, _Forward),
+    Tunable(BACKWARD, GroupKey, ways, _Backward),
+    Tunable(GROUP, GroupKey, paths, _Both),
+)
+"""In the order in which they must be measured."""

@@ -1,0 +1,74 @@
+"""Where choices are kept: a file for each device in the user's cache folder, and files that come with the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from .records import UnusableError, Winner, from_text, to_text
+
+LARGEST = 4 << 20
+"""Bytes of a file that is read; ten thousand winners take less."""
+LOCK_TIMEOUT_S = 30
+
+SHIPPED = Path(__file__).with_name("defaults")
+
+
+def user_folder() -> Path:
+    """`fastpeft/tuning` in the user's cache folder, as the system has it (`~/.cache` on Linux, or XDG_CACHE_HOME)."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("fastpeft", appauthor=False) / "tuning"
+
+
+def file_of(device: str, folder: Path) -> Path:
+    """The file for a device's name: "NVIDIA H200" is in nvidia-h200.json."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:100] + ".json")
+
+
+def read(path: Path, device: str) -> list[Winner]:
+    """The winners in a file; none where there is no file.
+
+    Raises:
+        StaleError, UnusableError: it cannot be used, for whatever reason.
+    """
+    try:
+        if not path.exists():
+            return []
+        if not path.is_file():
+            raise UnusableError("not a file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise UnusableError(f"expected at most {LARGEST} bytes, got {size}")
+        return from_text(path.read_text(encoding="utf-8"), device)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableError(str(error)) from error
+
+
+def add(path: Path, device: str, winners: Iterable[Winner]) -> None:
+    """Put winners into a file beside those of other cases; what cannot be used of it is replaced.
+
+    Other processes may do the same at the same time: nothing is lost, and whoever reads finds a whole file.
+
+    Raises:
+        OSError: it cannot be written, or another process keeps the lock for half a minute.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
+        try:
+            kept = read(path, device)
+        except UnusableError:
+            kept = []
+        merged = {(winner.op, winner.case): winner for winner in [*kept, *winners]}
+        handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(to_text(device, merged.values()))
+            os.replace(unfinished, path)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise

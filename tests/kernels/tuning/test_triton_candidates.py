@@ -1,0 +1,47 @@
+"""Every tile shape that a measurement may choose, in Triton's interpreter: found by its name, right, and taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastpeft_kernels import tuner
+from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey, activation_backends
+from fastpeft_kernels.quant.choosing import DECODE, DecodeKey, decode_backends
+from fastpeft_kernels.tuning import measuring
+from fastpeft_kernels.tuning.measuring import measure
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+CASES = [
+    (DECODE, DecodeKey(5, 72, 64, True, "float32", False)),
+    (DECODE, DecodeKey(4, 64, 64, False, "float16", True)),
+    (FORWARD, ActivationKey(4, 40, "silu", True, "float32")),
+    (BACKWARD, ActivationKey(4, 40, "gelu", False, "float16")),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op, key", CASES, ids=str)
+def test_all_are_right(op: str, key: DecodeKey | ActivationKey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})
+    tunable = next(one for one in tuner.tunables() if one.op == op)
+    names = tunable.candidates(torch.device("cuda", 0))
+    found = measure(replace(tunable, candidates=lambda _: names), key, CPU, seconds=0.0)
+    assert not found.dropped and found.winner is not None and found.winner.us.keys() == set(names)
+
+
+def test_names_are_those_that_files_keep() -> None:
+    """A name that changes or stands for another shape would make files lie."""
+    gpu = torch.device("cuda", 0)
+    assert decode_backends(gpu) == (
+        *("torch", "triton", "triton 128x4", "triton 256x4", "triton 1024x4", "triton 1024x8", "triton 2048x8"),
+        *("triton 512x4 global", "triton 1024x8 global"),
+    )
+    assert activation_backends(gpu) == (
+        *("torch", "triton", "triton 2x1024x4", "triton 4x1024x8", "triton 1x2048x4", "triton 1x2048x8"),
+        "triton 1x512x2",
+    )
+    assert decode_backends(CPU) == ("torch", "native")

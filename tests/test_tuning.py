@@ -1,0 +1,71 @@
+"""`fastpeft.tune` on a model: it finds what the model computes, and leaves the model alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fastpeft
+from fastpeft.tuning import cases_of
+from fastpeft_kernels.tuning import choosing
+from tests.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def model(checkpoints: Checkpoints) -> nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, init_lora_weights=False)
+    return fastpeft.accelerate(get_peft_model(base, config)).eval()
+
+
+def test_the_groups_of_a_model_are_found(model: nn.Module) -> None:
+    cases = [(tunable.op, key) for tunable, key in cases_of(model, [48])]
+    forward = {(key.out_features, key.layout) for op, key in cases if op == "lora_forward"}
+    assert forward == {((64,) * 3, ""), ((64,), ""), ((128, 128), "side by side"), ((64,), "room")}
+    assert Counter(op for op, _ in cases) == {
+        **{"lora_forward": 5, "lora_backward": 4},  # o and down are of other sizes
+        **{"gated_activation": 1, "gated_activation_backward": 1},
+    }
+    assert {key.tokens for _, key in cases} == {64}
+    assert all(key.dropout for op, key in cases if op.startswith("lora"))
+
+
+def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Module, measured_choices: Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = fastpeft.tune(model, tokens=[16])
+    assert found.file.parent == measured_choices and found.file.exists()
+    assert torch.equal(random, torch.get_rng_state()) and not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(row.note for row in fastpeft.report(model).rows)
+    assert fastpeft.verify(model).passed
+    shown = str(found).splitlines()
+    assert shown[0].split() == ["op", "case", "fastest", "us", "library", "us"]
+    assert shown[-2].endswith(", 0 of them measured earlier") and shown[-1] == f"kept in {found.file}"
+    again = fastpeft.tune(model, tokens=[16])
+    assert [o.winner for o in again.outcomes] == [o.winner for o in found.outcomes]
+    assert all(o.reused for o in again.outcomes)
+
+
+def test_whatever_wins_the_model_computes_the_same(model: nn.Module) -> None:
+    for way in ("apart", "extended"):
+        with choosing.forced({"lora_forward": way, "lora_backward": way, "gated_activation": "torch"}):
+            assert fastpeft.verify(model).passed
+
+
+def test_wrong_arguments(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"tokens: expected one or more numbers from 1 on, got \[8, 0\]"):
+        fastpeft.tune(model, tokens=[8, 0])
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        fastpeft.tune("llama")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no accelerated layer in it"):
+        fastpeft.tune(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected parameters that require gradients"):
+        fastpeft.tune(model.requires_grad_(False))
