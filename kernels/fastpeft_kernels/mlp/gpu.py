@@ -102,7 +102,7 @@ def _measure(base: str) -> dict[str, Any]:
 
 
 def _measure_ways(base: str) -> dict[str, Any]:
-    """Adapters within the frozen products, or apart from them: what is chosen by counting bytes where nothing was measured."""
+    """Adapters within the frozen products, or apart from them: what counted bytes decide where nothing is measured."""
     tokens, size, _, rank = SPEED
     dtypes = same_dtypes(BF16)
     group = [make_projection(size, out, (rank,), dtypes, base, 0.0) for out in (size, size // 4, size // 4)]
