@@ -115,6 +115,13 @@ def test_bad_arguments_name_what_is_wrong():
             r"down: expected as many inputs as gate and up have outputs each, got 13 inputs, outputs \[12, 12\]",
             lambda: lora_mlp(x, Mlp(good.inner, projection(13, 8), "silu")),
         ),
+        (TypeError, "mlp: expected a Mlp, got NoneType", lambda: lora_mlp(x, None)),
+        (
+            TypeError,
+            "mlp.down: expected a LoraProjection, got NoneType",
+            lambda: lora_mlp(x, Mlp(good.inner, None, "silu")),
+        ),
+        (TypeError, "projections: expected a list or tuple", lambda: lora_mlp(x, Mlp(None, good.down, "silu"))),
         (ValueError, "x: expected last size 8", lambda: lora_mlp(torch.randn(3, 9), good)),
         (TypeError, "x: expected a floating tensor", lambda: lora_mlp(torch.ones(3, 8, dtype=torch.int64), good)),
     ]
