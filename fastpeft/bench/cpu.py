@@ -1,4 +1,4 @@
-"""`make bench`: training steps of plain PEFT and of fastpeft beside each other on this CPU.
+"""`make bench`: training steps and generation of plain PEFT and of fastpeft beside each other on this CPU.
 
 Writes one JSON Lines file of records; `python -m fastpeft.bench.tables` makes tables of it.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from . import generation
+from .generation import GenerationCase
 from .records import RecordFile, environment
 from .steps import StepCase, StepResult, measure
 from .timer import ratio
@@ -33,6 +35,11 @@ CASES = (
     StepCase("bert", "qlora", torch.float32),
     StepCase("t5", "lora", torch.float32),
     StepCase("t5", "qlora", torch.float32),
+)
+GENERATION = (
+    *(GenerationCase("llama", method, rows) for method in ("lora", "qlora") for rows in (1, 4)),
+    *(GenerationCase("llama", method, 1, state) for method in ("lora", "qlora") for state in ("merged", "disabled")),
+    *(GenerationCase("t5", "lora", rows) for rows in (1, 4)),
 )
 
 
@@ -59,6 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{case.name:64} time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}", flush=True)
         if ours > 1.0 + abs(spread - 1.0):
             slower.append(case.name)
+    for each in GENERATION:
+        if options.only not in each.name:
+            continue
+        samples = generation.measure(each, options.rounds)
+        keep_generation(file, each, samples, {"threads": options.threads})
+        speed, spread = ratio(samples, "fastpeft", "peft"), ratio(samples, "peft again", "peft")
+        print(f"{each.name:64} tokens/s {speed:.3f} (PEFT beside itself {spread:.3f})", flush=True)
+        if speed < 1.0 - abs(spread - 1.0):
+            slower.append(each.name)
     for name in slower:
         print(f"slower than PEFT: {name}")
     return 1 if slower and options.fail_if_slower else 0
@@ -75,6 +91,17 @@ def keep(file: RecordFile, result: StepResult, settings: dict[str, object]) -> N
         file.add(
             suite=SUITE, case=result.case.name, op="lora", peer=peer, metric="kept for backward", unit="MiB",
             samples=kept / 2**20, settings=settings,
+        )  # fmt: skip
+
+
+def keep_generation(
+    file: RecordFile, case: GenerationCase, samples: dict[str, list[float]], settings: dict[str, object]
+) -> None:
+    """One record a peer."""
+    for peer, speeds in samples.items():
+        file.add(
+            suite="generation", case=case.name, op="lora", peer=peer, metric="speed", unit="tokens/s",
+            samples=speeds, settings=settings,
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def steps_table(records: Sequence[Record]) -> str:
     Raises:
         ValueError: records of more than one environment, or none.
     """
+    records = [record for record in records if record.suite == "step"]
     places = {
         (r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records
     }

@@ -58,6 +58,9 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
                 return f"adapter {name!r}: {reason}"
         if weight_a.dtype != weight_b.dtype:
             return f"adapter {name!r}: lora_A in {weight_a.dtype}, lora_B in {weight_b.dtype}"
+        rank = weight_a.shape[0]
+        if weight_a.shape != (rank, layer.in_features) or weight_b.shape != (layer.out_features, rank):
+            return f"adapter {name!r}: lora_A of {tuple(weight_a.shape)}, lora_B of {tuple(weight_b.shape)}"
         found.append(LoraAdapter(weight_a, weight_b, scaling, bias, p))
     return tuple(found)
 

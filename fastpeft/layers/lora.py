@@ -16,12 +16,16 @@ from torch.autograd.graph import increment_version
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds, run_group
+from fastpeft_kernels.lora.projection import few_without_gradients
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
 from .bypass import global_reason, why_not_bypassed
 from .siblings import SiblingGroup
 from .watching import SiblingWatch
+
+FEW_TOKENS = "a few tokens without gradients"
+"""Under this name calls are counted that are left to PEFT, or to the model's MLP, by choice."""
 
 
 class Request(NamedTuple):
@@ -66,6 +70,9 @@ class FastLoraLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        if is_few(x) and self.leaves_few(x):
+            self._count(FEW_TOKENS)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:
             group = self.fastpeft_group
@@ -82,6 +89,18 @@ class FastLoraLayer(nn.Module):
             reason = request
         self._count(reason)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+
+    def leaves_few(self, x: Tensor) -> bool:
+        """Whether PEFT's own forward is at least as fast for a few tokens; looking at this layer would take longer.
+
+        Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours.
+        """
+        if self._disable_adapters or self.merged_adapters:
+            return True
+        if x.device.type == "cpu" and bitsandbytes.is_linear_4bit(self._modules["base_layer"]):  # type: ignore[arg-type]
+            return False  # our decoding is the faster one
+        dropouts = self._modules["lora_dropout"]._modules.values()  # type: ignore[union-attr]
+        return not any([type(dropout) is not nn.Identity and dropout.training for dropout in dropouts])  # type: ignore[union-attr]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         super().merge(*args, **kwargs)  # type: ignore[misc]
@@ -132,6 +151,11 @@ class FastLoraLayer(nn.Module):
             return
         calls = self.__dict__.setdefault("fastpeft_calls", {})
         calls[outcome] = calls.get(outcome, 0) + 1
+
+
+def is_few(x: Any) -> bool:
+    """As for each token that is generated; never while torch.compile traces, which would fix the size."""
+    return type(x) is Tensor and x.dim() > 1 and few_without_gradients(x) and not torch.compiler.is_compiling()
 
 
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

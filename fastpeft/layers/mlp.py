@@ -21,7 +21,7 @@ from fastpeft_kernels.mlp.api import run_mlp
 from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
 from .bypass import why_not_bypassed
-from .lora import FastLoraLayer, Request, frozen_base, lora_dtype, why_not_called
+from .lora import FEW_TOKENS, FastLoraLayer, Request, frozen_base, is_few, lora_dtype, why_not_called
 from .mlp_structure import Roles
 
 
@@ -74,6 +74,9 @@ class FastMlp(nn.Module):
             if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
                 return super().forward(*args, **kwargs)
         x = args[0]
+        if is_few(x) and all([c.leaves_few(x) for c in self._modules.values() if isinstance(c, FastLoraLayer)]):
+            self._count(FEW_TOKENS)
+            return super().forward(*args, **kwargs)
         reason = why_not_called(self, x, (), kwargs)
         if reason is None:
             request = self.request(x)

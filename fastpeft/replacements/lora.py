@@ -6,7 +6,7 @@ from torch import nn
 
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
-from ..layers.lora import FastLoraLayer, fast_classes
+from ..layers.lora import FEW_TOKENS, FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
 
@@ -85,8 +85,10 @@ class LoraReplacement:
         group = getattr(module, "fastpeft_group", None)
         partners = "" if group is None or not group.members else f"one of {len(group.members)}"
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
-        fused = calls.pop("fused", 0)
-        notes = [f"{count} of {fused + sum(calls.values())} calls by PEFT: {reason}" for reason, count in calls.items()]
+        total, few, _ = sum(calls.values()), calls.pop(FEW_TOKENS, 0), calls.pop("fused", 0)
+        notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
+        if few:
+            notes.append(f"{few} of {total} calls left to PEFT, {FEW_TOKENS}")
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
         base = module.get_submodule("base_layer")

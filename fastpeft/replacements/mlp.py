@@ -54,6 +54,5 @@ class MlpReplacement:
 
     def status(self, module: nn.Module) -> tuple[str, str]:
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
-        fused = calls.pop("fused", 0)
-        total = fused + sum(calls.values())
+        total, _ = sum(calls.values()), calls.pop("fused", 0)
         return "", "; ".join(f"{count} of {total} calls part by part: {reason}" for reason, count in calls.items())

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common.device import autocast_dtype, triton_available
 from ..common.random import draw_seed
 from ..common.tracing import as_op
+from ..common.validation import FLOATING, check_instance
 from ..tuning.choosing import choice
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op, library
@@ -142,6 +143,7 @@ def given_seeds(
     seeds: Sequence[Tensor | None], x: Tensor, projections: Sequence[LoraProjection], training: bool
 ) -> list[Tensor | None]:
     """The caller's seeds, checked; None where nothing is dropped."""
+    check_instance("seeds", seeds, list, tuple)
     if len(seeds) != len(projections):
         raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(seeds)}")
     if not training:
@@ -152,6 +154,7 @@ def given_seeds(
             continue
         if seed is None:
             raise ValueError(f"seeds[{i}]: expected an int64 tensor (1,) for a projection with dropout, got None")
+        check_instance(f"seeds[{i}]", seed, Tensor)
         if seed.dtype != torch.int64 or tuple(seed.shape) != (1,) or seed.device != x.device:
             raise ValueError(
                 f"seeds[{i}]: expected int64 (1,) on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
@@ -207,6 +210,6 @@ def resolve_dtypes(
     lora = lora or autocast or (own.pop() if own else compute)
     resolved = Dtypes(compute, lora, out or compute)
     for name in ("compute", "lora", "out"):
-        if not getattr(resolved, name).is_floating_point:
-            raise TypeError(f"{name}_dtype: expected a floating dtype, got {getattr(resolved, name)}")
+        if getattr(resolved, name) not in FLOATING:
+            raise TypeError(f"{name}_dtype: expected a floating dtype of {FLOATING}, got {getattr(resolved, name)!r}")
     return resolved

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..activation import KINDS
+from ..common.validation import check_instance
 from ..lora import LoraProjection
 from ..lora.projection import Dtypes, Group, check_group
 
@@ -57,6 +58,8 @@ class Mlp:
 
 def check_mlp(x: Tensor, mlp: Mlp) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the parts fit `x` and each other."""
+    check_instance("mlp", mlp, Mlp)
+    check_instance("mlp.down", mlp.down, LoraProjection)
     if mlp.activation not in KINDS:
         raise ValueError(f"activation: expected one of {', '.join(KINDS)}, got {mlp.activation!r}")
     check_group(x, mlp.inner)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..common.tracing import as_op
+from ..common.validation import check_floating, check_rows
 from ..native import decode_4bit_refusal, native_library
 from .choosing import default_backend
 from .custom_op import decode_4bit_op, decode_4bit_out_op, decode_into
@@ -48,11 +49,12 @@ def encode_4bit(
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight: expected a tensor in one of {DTYPES}, got {got}")
+    check_floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
     _check_backend(backend, ENCODE_BACKENDS)
     if default_backend(weight.device) == "triton" if backend == "auto" else backend == "triton":
@@ -118,9 +120,7 @@ def decode_4bit(
     """
     if not isinstance(packed, Packed4bit):
         raise TypeError(f"packed: expected a Packed4bit, got {type(packed).__name__}")
-    first, last = (0, packed.shape[0]) if rows is None else rows
-    if not 0 <= first <= last <= packed.shape[0]:
-        raise ValueError(f"rows: expected 0 <= first <= last <= {packed.shape[0]}, got {rows}")
+    first, last = check_rows(rows, packed.shape[0])
     if out is None:
         dtype = packed.dtype if dtype is None else dtype
         if dtype not in _OUT_DTYPES:

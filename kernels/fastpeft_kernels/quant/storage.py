@@ -142,14 +142,14 @@ class Packed4bit:
 
 
 def _check_description(p: Packed4bit) -> None:
-    if p.blocksize not in BLOCKSIZES:
+    if type(p.blocksize) is not int or p.blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {p.blocksize!r}")
     if p.quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {p.quant_type!r}")
     if p.dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {DTYPES}, got {p.dtype!r}")
-    if len(p.shape) != 2 or min(p.shape) < 0:
-        raise ValueError(f"shape: expected (out_features, in_features), got {tuple(p.shape)}")
+    if not isinstance(p.shape, (tuple, list)) or len(p.shape) != 2 or min(p.shape) < 0:
+        raise ValueError(f"shape: expected (out_features, in_features), got {p.shape!r}")
     p._set("shape", (int(p.shape[0]), int(p.shape[1])))
     nested = {name: getattr(p, name) for name in ("nested_absmax", "nested_code", "nested_offset", "nested_blocksize")}
     missing = [name for name, value in nested.items() if value is None]

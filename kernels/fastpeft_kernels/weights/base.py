@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..common.validation import check_rows
+
 Rows = tuple[int, int]
 Stamp = tuple[tuple[int, ...], ...]
 
@@ -115,9 +117,7 @@ class FrozenWeight(ABC):
             )
 
     def _check_decode(self, out: Tensor | None, rows: Rows | None) -> tuple[int, int]:
-        first, last = (0, self.shape[0]) if rows is None else rows
-        if not 0 <= first <= last <= self.shape[0]:
-            raise ValueError(f"rows: expected 0 <= first <= last <= {self.shape[0]}, got {rows}")
+        first, last = check_rows(rows, self.shape[0])
         if out is not None:
             if tuple(out.shape) != (last - first, self.shape[1]):
                 raise ValueError(f"out: expected shape {(last - first, self.shape[1])}, got {tuple(out.shape)}")

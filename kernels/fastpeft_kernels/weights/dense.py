@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.validation import check_floating
 from ..tuning.keys import dtype_name
 from .base import FrozenWeight, Rows
 
@@ -25,10 +26,7 @@ class DenseWeight(FrozenWeight):
     kind = "dense"
 
     def __init__(self, weight: Tensor) -> None:
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TypeError(
-                f"weight: expected a floating tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
-            )
+        check_floating("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
         self.weight = weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,20 @@ WAYS = ("chosen", "extended")
 """Of the library's path: as it chooses, and within the frozen products wherever that is possible."""
 
 
+ALL_WAYS = (*WAYS, "apart")
+
+
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "extended":
-        monkeypatch.setattr(extended, "pays", lambda *_: True)
+    if way != "chosen":
+        monkeypatch.setattr(extended, "pays", lambda *_: way == "extended")
+
+
+@contextmanager
+def taken(way: str) -> Iterator[None]:
+    """`take` for as long as the block lasts, as a property test needs it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take(way, monkeypatch)
+        yield
 
 
 @dataclass

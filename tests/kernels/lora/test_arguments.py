@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastpeft_kernels.lora import LoraAdapter, LoraProjection, lora_linear, lora_linear_group
-from fastpeft_kernels.weights import DenseWeight
+from fastpeft_kernels.quant import encode_4bit
+from fastpeft_kernels.weights import DenseWeight, FourBitWeight
 
 W = torch.randn(6, 8)
 A, B = torch.randn(2, 8), torch.randn(6, 2)
@@ -39,6 +40,27 @@ def grouped(x=X, **fields):
         (lambda: lora_linear_group(X, [LoraProjection(W)]), TypeError, r"projections\[0\].weight: expected a FrozenWeight, got Tensor"),
         (lambda: lora_linear(X, W[0], A, B), ValueError, r"weight: expected \(out_features, in_features\), got shape \(8,\)"),
         (lambda: lora_linear(X, W.long(), A, B), TypeError, "weight: expected a floating tensor, got torch.int64"),
+        (lambda: lora_linear(X, None, A, B), TypeError, "weight: expected a floating tensor, got NoneType"),
+        (lambda: lora_linear(X, W.to_sparse(), A, B), TypeError, "weight: expected a dense tensor, got layout torch.sparse_coo"),
+        (lambda: grouped(x=X.to_sparse()), TypeError, "x: expected a dense tensor, got layout torch.sparse_coo"),
+        (lambda: grouped(x=X.cfloat()), TypeError, "x: expected a floating tensor, got torch.complex64"),
+        (lambda: grouped(x=X.to(torch.float8_e4m3fn)), TypeError, "x: expected a dtype of .*, got torch.float8_e4m3fn"),
+        (lambda: lora_linear(*(t.to("meta") for t in (X, W, A, B))), ValueError, "x: expected a tensor with values, got one on the meta device"),
+        (lambda: grouped(a=None), TypeError, r"adapters\[0\].a: expected a Tensor, got NoneType"),
+        (lambda: grouped(b=[1.0]), TypeError, r"adapters\[0\].b: expected a Tensor, got list"),
+        (lambda: grouped(b=B.to_sparse()), TypeError, r"adapters\[0\].b: expected a dense tensor, got layout"),
+        (lambda: grouped(bias=[1.0]), TypeError, r"adapters\[0\].bias: expected a Tensor, got list"),
+        (lambda: grouped(scaling=None), TypeError, r"adapters\[0\].scaling: expected a float or int or Tensor, got NoneType"),
+        (lambda: grouped(scaling=torch.tensor(1.0, device="meta")), ValueError, r"adapters\[0\].scaling: expected a tensor on cpu"),
+        (lambda: grouped(dropout="half"), TypeError, r"adapters\[0\].dropout: expected a float or int, got str"),
+        (lambda: grouped(dropout=float("nan")), ValueError, r"adapters\[0\].dropout: expected a probability in \[0, 1\), got nan"),
+        (lambda: lora_linear_group(X, None), TypeError, "projections: expected a list or tuple, got NoneType"),
+        (lambda: lora_linear_group(X, [W]), TypeError, r"projections\[0\]: expected a LoraProjection, got Tensor"),
+        (lambda: lora_linear_group(X, [LoraProjection(DenseWeight(W), None, None)]), TypeError, r"projections\[0\].adapters: expected a tuple or list, got NoneType"),
+        (lambda: lora_linear_group(X, [LoraProjection(DenseWeight(W), None, (A,))]), TypeError, r"adapters\[0\]: expected a LoraAdapter, got Tensor"),
+        (lambda: lora_linear_group(X, [LoraProjection(DenseWeight(W))], compute_dtype="bf16"), TypeError, "compute_dtype: expected a floating dtype of .*, got 'bf16'"),
+        (lambda: lora_linear_group(X, [LoraProjection(DenseWeight(W))], seeds=3), TypeError, "seeds: expected a list or tuple, got int"),
+        (lambda: lora_linear(X, FourBitWeight(encode_4bit(torch.ones(6, 64))), A, B), ValueError, r"x: expected last size 64 for projections\[0\], got shape \(3, 8\)"),
     ],
 )  # fmt: skip
 def test_message(call, error, message):
