@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..integrations.transformers import passes_cache
-from .siblings import SiblingGroup, version_of
+from .siblings import Sibling, SiblingGroup, version_of
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
@@ -132,21 +133,27 @@ class SiblingWatch:
         self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parents = {id(layer): parent for layer, parent in place.living()}
+        from .frozen import can_join, join
+
+        layers = dict(place.living())
+        found = [(child, parent) for parent in dict.fromkeys(layers.values()) for child in parent.children()]
+        times = Counter(child for child, _ in found)
+        frozen = {child: parent for child, parent in found if times[child] == 1 and can_join(child)}
+        parents = {id(module): parent for module, parent in (*layers.items(), *frozen.items())}
         seen: dict[int, list[_Run]] = {}
 
-        def record(layer: Any, args: tuple[Any, ...]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not args or not isinstance(args[0], Tensor):
                 return
-            runs = seen.setdefault(id(parents[id(layer)]), [])
+            runs = seen.setdefault(id(parents[id(module)]), [])
             for run in runs:
                 if run.x() is args[0] and run.version == version_of(args[0]):
-                    run.members.append(layer)
+                    run.members.append(module)
                     return
-            runs.append(_Run(args[0], layer))
+            runs.append(_Run(args[0], module))
 
         self._seen = seen
-        handles = [layer.register_forward_pre_hook(record) for layer, _ in place.living()]
+        handles = [module.register_forward_pre_hook(record) for module in (*layers, *frozen)]
         try:
             with torch.no_grad(), _side_effects_undone(module):
                 module.forward(*args, **kwargs)
@@ -155,9 +162,12 @@ class SiblingWatch:
                 handle.remove()
             self._seen = None
         for runs in seen.values():
-            for members in _consistent(runs):
-                SiblingGroup().form(parents[id(members[0])], members)
-        self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
+            for members in _consistent(runs, set(map(id, layers))):
+                joined = [
+                    member if isinstance(member, Sibling) and member.adapted else join(member) for member in members
+                ]
+                SiblingGroup().form(parents[id(members[0])], joined)
+        self.forget([member for runs in seen.values() for run in runs for member in run.members if member in layers])
 
     def __reduce__(self) -> Any:
         """A copy knows nothing, until the places that are copied with it report to it."""
@@ -209,24 +219,30 @@ class _Place:
 class _Run:
     """Layers of one parent that were called with the same tensor."""
 
-    def __init__(self, x: Tensor, layer: FastLoraLayer) -> None:
-        self.x, self.version, self.members = ref(x), version_of(x), [layer]
+    def __init__(self, x: Tensor, module: nn.Module) -> None:
+        self.x, self.version, self.members = ref(x), version_of(x), [module]
 
 
-def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
-    """The sets of two or more layers that were the same each time any of them was called."""
-    sets: dict[tuple[int, ...], list[FastLoraLayer]] = {}
+def _consistent(runs: list[_Run], adapted: set[int]) -> list[list[nn.Module]]:
+    """The sets of layers that were the same each time any of them was called, two or more with one adapted among them.
+
+    Frozen ones join a set or stay out; they never keep adapted ones from being one.
+    """
+    sets: dict[tuple[int, ...], list[_Run]] = {}
     places: dict[int, set[tuple[int, ...]]] = {}
     for run in runs:
-        key = tuple(map(id, run.members))
-        sets[key] = run.members
+        key = tuple(id(member) for member in run.members if id(member) in adapted)
+        sets.setdefault(key, []).append(run)
         for member in key:
             places.setdefault(member, set()).add(key)
-    return [
-        members
-        for key, members in sets.items()
-        if len(key) > 1 and len(set(key)) == len(key) and all(places[member] == {key} for member in key)
-    ]
+    found = []
+    for key, alike in sets.items():
+        if not key or len(set(key)) < len(key) or any(places[member] != {key} for member in key):
+            continue
+        always = [m for m in alike[-1].members if all(run.members.count(m) == (run in alike) for run in runs)]
+        if len(always) > 1:
+            found.append(always)
+    return found
 
 
 @contextmanager
