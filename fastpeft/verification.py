@@ -194,7 +194,8 @@ def _check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) 
         done.update(map(id, members))
         members = [member for member in members if len(traffic.get(paths[id(member)], ())) == 2]
         inputs = [traffic[paths[id(member)]] for member in members]
-        requests = [m.request(x) for m, (x, _) in zip(members, inputs, strict=True)]
+        with torch.enable_grad():
+            requests = [m.request(x.requires_grad_()) for m, (x, _) in zip(members, inputs, strict=True)]
         served = [i for i, request in enumerate(requests) if isinstance(request, Request)]
         if served:
             group = [members[i] for i in served]
