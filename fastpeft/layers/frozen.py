@@ -54,6 +54,8 @@ class FrozenSibling(Sibling):
         if not group.members:  # copied without its parent
             self.part()
             return type(self).forward(self, input)
+        if not torch.is_grad_enabled() and self is not group.members[0]:
+            return super().forward(input)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, input, (), {}) or why_not_bypassed(self, type(self), input.device)
         if reason is None:
             y = group.take(self, input)
@@ -69,12 +71,15 @@ class FrozenSibling(Sibling):
         return super().forward(input)  # type: ignore[no-any-return, misc]
 
     def leave(self) -> None:
-        """As it was before, and the group dissolved; a copy without its parent has none."""
-        group = self.fastpeft_group
-        if group is None or not group.members:
-            self.part()
+        """As it was before, and the group dissolved."""
+        if self.fastpeft_group is not None and self.is_member():
+            self.fastpeft_group.dissolve()
         else:
-            group.dissolve()
+            self.part()
+
+    def is_member(self) -> bool:
+        """Whether it has siblings: a copy without its parent has none."""
+        return self.fastpeft_group is not None and bool(self.fastpeft_group.members)
 
     def part(self) -> None:
         super().part()

@@ -55,9 +55,7 @@ class LoraReplacement:
         rebind_hooked_forward(module, stock, fast)
 
     def installed(self, module: nn.Module) -> Match | None:
-        frozen = (
-            isinstance(module, FrozenSibling) and module.fastpeft_group is not None
-        )  # comes and goes with its group
+        frozen = isinstance(module, FrozenSibling) and module.is_member()  # comes and goes with its group
         return Match(_op(module)) if frozen or isinstance(module, FastLoraLayer) else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
