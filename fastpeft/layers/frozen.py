@@ -49,12 +49,12 @@ class FrozenSibling(Sibling):
 
     def forward(self, input: Tensor) -> Tensor:
         group = self.fastpeft_group
-        if group is None or self.fastpeft_suspended:
-            return super().forward(input)  # type: ignore[no-any-return, misc]
-        if not group.members:  # copied without its parent
+        if group is not None and not group.members and not torch.compiler.is_compiling():  # copied without its parent
             self.part()
             return type(self).forward(self, input)
-        if not torch.is_grad_enabled() and self is not group.members[0]:
+        if group is None or not group.members or self.fastpeft_suspended:
+            return super().forward(input)  # type: ignore[no-any-return, misc]
+        if not torch.is_grad_enabled() and self is not group.members[0]:  # nothing is held for it, and it leads nobody
             return super().forward(input)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, input, (), {}) or why_not_bypassed(self, type(self), input.device)
         if reason is None:
