@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..integrations.transformers import passes_cache
-from .siblings import Sibling, SiblingGroup, version_of
+from .siblings import SiblingGroup, version_of
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
+    from .seen import Seen
 
 logger = logging.getLogger("fastpeft")
 
@@ -43,7 +43,7 @@ class SiblingWatch:
         self._places: WeakSet[_Place] = WeakSet()
         self._outer: _Place | None = None  # being watched, or in the call that follows: calls inside are left alone
         self._ran: set[_Place] = set()  # called meanwhile
-        self._seen: dict[int, list[_Run]] | None = None  # while watching: by parent
+        self._seen: Seen | None = None  # while watching
         self._error: str | None = None  # of watching `_outer`
 
     def start(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
@@ -133,27 +133,11 @@ class SiblingWatch:
         self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from .frozen import can_join, join
+        from .frozen import join
+        from .seen import Seen
 
-        layers = dict(place.living())
-        found = [(child, parent) for parent in dict.fromkeys(layers.values()) for child in parent.children()]
-        times = Counter(child for child, _ in found)
-        frozen = {child: parent for child, parent in found if times[child] == 1 and can_join(child)}
-        parents = {id(module): parent for module, parent in (*layers.items(), *frozen.items())}
-        seen: dict[int, list[_Run]] = {}
-
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor):
-                return
-            runs = seen.setdefault(id(parents[id(module)]), [])
-            for run in runs:
-                if run.x() is args[0] and run.version == version_of(args[0]):
-                    run.members.append(module)
-                    return
-            runs.append(_Run(args[0], module))
-
-        self._seen = seen
-        handles = [module.register_forward_pre_hook(record) for module in (*layers, *frozen)]
+        self._seen = seen = Seen(dict(place.living()))
+        handles = [module.register_forward_pre_hook(seen.record) for module in (*seen.adapted, *seen.frozen)]
         try:
             with torch.no_grad(), _side_effects_undone(module):
                 module.forward(*args, **kwargs)
@@ -161,13 +145,9 @@ class SiblingWatch:
             for handle in handles:
                 handle.remove()
             self._seen = None
-        for runs in seen.values():
-            for members in _consistent(runs, set(map(id, layers))):
-                joined = [
-                    member if isinstance(member, Sibling) and member.adapted else join(member) for member in members
-                ]
-                SiblingGroup().form(parents[id(members[0])], joined)
-        self.forget([member for runs in seen.values() for run in runs for member in run.members if member in layers])
+        for parent, members in seen.siblings():
+            SiblingGroup().form(parent, [join(m) if m in seen.frozen else m for m in members])
+        self.forget(seen.called())
 
     def __reduce__(self) -> Any:
         """A copy knows nothing, until the places that are copied with it report to it."""
@@ -214,35 +194,6 @@ class _Place:
         self.watch, self.hooks = state["watch"], state["hooks"]
         self.waiting = WeakKeyDictionary({layer: ref(parent) for layer, parent in state["waiting"]})
         self.watch.add(self)
-
-
-class _Run:
-    """Layers of one parent that were called with the same tensor."""
-
-    def __init__(self, x: Tensor, module: nn.Module) -> None:
-        self.x, self.version, self.members = ref(x), version_of(x), [module]
-
-
-def _consistent(runs: list[_Run], adapted: set[int]) -> list[list[nn.Module]]:
-    """The sets of layers that were the same each time any of them was called, two or more with one adapted among them.
-
-    Frozen ones join a set or stay out; they never keep adapted ones from being one.
-    """
-    sets: dict[tuple[int, ...], list[_Run]] = {}
-    places: dict[int, set[tuple[int, ...]]] = {}
-    for run in runs:
-        key = tuple(id(member) for member in run.members if id(member) in adapted)
-        sets.setdefault(key, []).append(run)
-        for member in key:
-            places.setdefault(member, set()).add(key)
-    found = []
-    for key, alike in sets.items():
-        if not key or len(set(key)) < len(key) or any(places[member] != {key} for member in key):
-            continue
-        always = [m for m in alike[-1].members if all(run.members.count(m) == (run in alike) for run in runs)]
-        if len(always) > 1:
-            found.append(always)
-    return found
 
 
 @contextmanager
