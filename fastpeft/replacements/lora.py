@@ -97,8 +97,11 @@ class LoraReplacement:
         partners = "" if group is None or not group.members else f"one of {len(group.members)}"
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
         fused = calls.pop("fused", 0)
-        whose, total = "itself" if isinstance(module, FrozenSibling) else "PEFT", fused + sum(calls.values())
-        notes = [f"{count} of {total} calls by {whose}: {reason}" for reason, count in calls.items()]
+        total = fused + sum(calls.values())
+        if isinstance(module, FrozenSibling):
+            notes = [f"{count} of {total} calls by itself: {reason}" for reason, count in calls.items()]
+        else:
+            notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
         base = _base(module)
