@@ -10,11 +10,12 @@ from torch import nn
 
 from .applying import SETTINGS
 from .replacements import NOT_BUILT, REPLACEMENTS, Left, Match
+from .replacements.lora import FROZEN
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One module.
+    """One module; a projection that has no adapters, but is computed with siblings that have some, is a row too.
 
     Attributes:
         path: its name in the model.
@@ -53,7 +54,7 @@ class Report:
         return tuple(row for row in self.rows if not row.accelerated)
 
     def _share(self, kind: str) -> str:
-        rows = [row for row in self.rows if row.kind == kind]
+        rows = [row for row in self.rows if row.kind == kind and not row.op.startswith(FROZEN)]
         return f"{sum(row.accelerated for row in rows)} of {len(rows)}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +63,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"fastpeft: {self._share('lora')} adapter layers accelerated"]
+        if frozen := sum(row.op.startswith(FROZEN) for row in self.rows):
+            lines[0] += f", {frozen} frozen projections computed with them"
         if any(row.kind == "mlp" for row in self.rows):
             lines[0] += f", {self._share('mlp')} MLPs as one op"
         cells = [("module", "count", "op", "together", "note")]

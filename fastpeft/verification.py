@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
+from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, Request, fast_classes
 from .layers.mlp import FastMlp, stock_class
+from .layers.siblings import Sibling
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
@@ -106,17 +108,17 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
-    mlps = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, FastMlp) and module.fastpeft_roles is not None
-    }
-    replaced: dict[str, nn.Module] = {**layers, **mlps}
-    if not layers:
+    if not any(isinstance(module, FastLoraLayer) for module in model.modules()):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
-    with _calm(model, replaced, seed):
+    with _calm(model, seed):
+        if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):
+            with torch.no_grad():
+                model(**inputs)  # tells which frozen projections are to be checked too
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, Sibling)}
+        mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
+        mlps = {path: mlp for path, mlp in mlps.items() if mlp.fastpeft_roles is not None}
+        replaced: dict[str, nn.Module] = {**layers, **mlps}
         _, traffic = _step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
         ours, traffic_of_mlps = _step(model, mlps, inputs, record=True)
         with _suspended(replaced):
@@ -127,7 +129,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
             twin, _ = _step(model, layers, inputs)
     checks += of_mlps + _compare_models(ours, peft, twin)
     checked = {check.path for check in checks}
-    unserved = tuple(path for path in replaced if path not in checked)
+    # A frozen sibling in front of which nothing is trained is not computed by an op.
+    unserved = tuple(p for p, module in replaced.items() if p not in checked and not isinstance(module, FrozenSibling))
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
 
 
@@ -178,9 +181,7 @@ def output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
     return y, (y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean()
 
 
-def _check_layers(
-    layers: dict[str, FastLoraLayer], traffic: dict[str, list[Tensor]]
-) -> tuple[list[Check], dict[str, float]]:
+def _check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], dict[str, float]]:
     """Checks of every layer, group by group, and the rms error of PEFT's output by path."""
     checks: list[Check] = []
     rounding: dict[str, float] = {}
@@ -193,7 +194,8 @@ def _check_layers(
         done.update(map(id, members))
         members = [member for member in members if len(traffic.get(paths[id(member)], ())) == 2]
         inputs = [traffic[paths[id(member)]] for member in members]
-        requests = [m.request(x) for m, (x, _) in zip(members, inputs, strict=True)]
+        with torch.enable_grad():
+            requests = [m.request(x.requires_grad_()) for m, (x, _) in zip(members, inputs, strict=True)]
         served = [i for i, request in enumerate(requests) if isinstance(request, Request)]
         if served:
             group = [members[i] for i in served]
@@ -205,7 +207,7 @@ def _check_layers(
 
 
 def _check_group(
-    paths: list[str], members: list[FastLoraLayer], x: Tensor, dys: list[Tensor], rounding: dict[str, float]
+    paths: list[str], members: list[Sibling], x: Tensor, dys: list[Tensor], rounding: dict[str, float]
 ) -> list[Check]:
     parameters = [_trained(member) for member in members]
     ours = _differentiate(members, x, dys, parameters)
@@ -273,8 +275,10 @@ def _trained(layer: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
-def _in_fp64(layer: FastLoraLayer) -> nn.Module:
+def _in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
+    if isinstance(layer, FrozenSibling):
+        return _frozen_copy(layer).double()
     stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
     return _copied(layer, stock)
 
@@ -293,11 +297,13 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, FastLoraLayer):
             wide._modules[name] = _in_fp64(child)
-        elif bitsandbytes.is_linear_4bit(child):
-            wide._modules[name] = bitsandbytes.dense_linear(child)
         else:
-            wide._modules[name] = copy.deepcopy(child)
+            wide._modules[name] = _frozen_copy(child)
     return wide.double().train(module.training)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return bitsandbytes.dense_linear(module) if bitsandbytes.is_linear_4bit(module) else copy.deepcopy(module)
 
 
 def _check(path: str, what: str, ours: Tensor, peft: Tensor, exact: Tensor) -> Check:
@@ -389,11 +395,11 @@ def _noisy(layers: Mapping[str, nn.Module], rounding: dict[str, float], seed: in
 
 
 @contextmanager
-def _calm(model: nn.Module, replaced: Mapping[str, nn.Module], seed: int) -> Iterator[None]:
+def _calm(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    layers = [module for module in replaced.values() if isinstance(module, FastLoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, FastLoraLayer)]
     zeros, frozen = [], []
     if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
         frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
@@ -402,7 +408,7 @@ def _calm(model: nn.Module, replaced: Mapping[str, nn.Module], seed: int) -> Ite
             b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
             if b is not None and not b.any():
                 zeros.append(b)
-    calls = {path: dict(module.__dict__.get("fastpeft_calls", {})) for path, module in replaced.items()}
+    calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -422,5 +428,6 @@ def _calm(model: nn.Module, replaced: Mapping[str, nn.Module], seed: int) -> Ite
         with torch.no_grad():
             for b in zeros:
                 b.zero_()
-        for path, module in replaced.items():
-            module.__dict__["fastpeft_calls"] = calls[path]
+        for module in model.modules():
+            if "fastpeft_calls" in module.__dict__:
+                module.__dict__["fastpeft_calls"] = calls[module]

@@ -15,6 +15,8 @@ from fastpeft_kernels.quant import Packed4bit
 from fastpeft_kernels.weights import FourBitWeight
 from fastpeft_kernels.weights.base import Rows
 
+from ..layers.bypass import own_class
+
 CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,9 +60,9 @@ def linear_4bit() -> type[nn.Module] | None:
 
 
 def is_linear_4bit(module: nn.Module) -> bool:
-    """True for bitsandbytes' Linear4bit itself, not its subclasses."""
+    """True for bitsandbytes' Linear4bit itself, also where it is a frozen sibling, not for other subclasses."""
     kind = linear_4bit()
-    return kind is not None and type(module) is kind
+    return kind is not None and own_class(module) is kind
 
 
 def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:

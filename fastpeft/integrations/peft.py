@@ -10,7 +10,7 @@ from torch import nn
 
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import why_not_bypassed
+from ..layers.bypass import own_class, why_not_bypassed
 from ..requirements import require_core
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class _PlainLinear(type):
     """isinstance() means: an nn.Linear with an ordinary weight, no subclass and no quantised tensor in it."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return type(instance) is nn.Linear and type(instance._parameters.get("weight")) is nn.Parameter
+        return own_class(instance) is nn.Linear and type(instance._parameters.get("weight")) is nn.Parameter
 
 
 class PlainLinear(metaclass=_PlainLinear):

@@ -8,10 +8,18 @@ from torch.nn.modules import module as torch_module
 
 from ..integrations.accelerate import forward_is_its_class_s, is_idle_hook
 
+OWN_CLASS: dict[type[nn.Module], type[nn.Module]] = {}
+"""Our classes for frozen siblings -> the classes that they stand for; `layers/frozen.py` enters them."""
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without what `frozen.py` has mixed in: what its parameters mean."""
+    return OWN_CLASS.get(type(module), type(module))
+
 
 def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.device) -> str | None:
     """The reason why calling `module` could do more than `kind.forward` with its own parameters, or None."""
-    if type(module) is not kind:
+    if type(module) is not kind and own_class(module) is not kind:
         return f"{type(module).__name__} in place of {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a bypassed {kind.__name__}"

@@ -21,7 +21,7 @@ from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
 from .bypass import global_reason, why_not_bypassed
-from .siblings import SiblingGroup
+from .siblings import Sibling
 from .watching import SiblingWatch
 
 FEW_TOKENS = "a few tokens without gradients"
@@ -35,17 +35,15 @@ class Request(NamedTuple):
     dtypes: Dtypes
 
 
-class FastLoraLayer(nn.Module):
+class FastLoraLayer(Sibling):
     """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.
     """
 
-    fastpeft_group: SiblingGroup | None = None
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
-    fastpeft_suspended: bool = False
-    fastpeft_calls: dict[str, int]
+    adapted = True
 
     def request(self, x: Tensor) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
@@ -66,6 +64,18 @@ class FastLoraLayer(nn.Module):
         if isinstance(dtype, str):
             return dtype
         return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype))
+
+    def state(self, x: Tensor) -> tuple[Any, ...]:
+        layer: Any = self
+        adapters = layer.active_adapters
+        return (
+            *super().state(x),
+            layer._disable_adapters,
+            layer.training,
+            tuple(layer.merged_adapters),
+            tuple(adapters),
+            *[layer.scaling.get(name) for name in adapters],
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
@@ -146,12 +156,6 @@ class FastLoraLayer(nn.Module):
         if not weight.is_inference():
             increment_version(weight)
 
-    def _count(self, outcome: str) -> None:
-        if torch.compiler.is_compiling():
-            return
-        calls = self.__dict__.setdefault("fastpeft_calls", {})
-        calls[outcome] = calls.get(outcome, 0) + 1
-
 
 def is_few(x: Any) -> bool:
     """As for each token that is generated; never while torch.compile traces, which would fix the size."""
@@ -172,10 +176,28 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
     return global_reason()
 
 
+def together(members: list[tuple[Sibling, Request | str]]) -> list[tuple[Sibling, Request]]:
+    """Those that ask for something, in the dtypes of the first with adapters; one without takes any adapters'."""
+    found = [(member, request) for member, request in members if not isinstance(request, str)]
+    if not found:
+        return []
+    dtypes = _dtypes([request for _, request in found])
+    return [(member, request) for member, request in found if _agrees(request, dtypes)]
+
+
 def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
-    """Run requests of equal dtypes for one input."""
+    """Run requests whose dtypes agree for one input."""
     projections = [request.projection for request in requests]
-    return run_group(x, projections, requests[0].dtypes, draw_seeds(x.device, projections, training=True))
+    return run_group(x, projections, _dtypes(requests), draw_seeds(x.device, projections, training=True))
+
+
+def _dtypes(requests: list[Request]) -> Dtypes:
+    return next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
+
+
+def _agrees(request: Request, dtypes: Dtypes) -> bool:
+    own = request.dtypes
+    return own == dtypes or (not request.projection.adapters and (own.compute, own.out) == (dtypes.compute, dtypes.out))
 
 
 def frozen_base(

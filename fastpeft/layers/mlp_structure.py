@@ -16,6 +16,7 @@ from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.activation.reference import gated_activation_reference
 
 from ..integrations import bitsandbytes
+from .bypass import own_class
 from .lora import FastLoraLayer
 
 SCALES = (0.3, 1.0, 4.0, 30.0)
@@ -148,7 +149,7 @@ def _base(module: Any) -> Any:
 def _size(module: Any) -> tuple[int, int] | None:
     """(in, out) of a projection that the op can read, else None."""
     base = _base(module)
-    if type(base) is nn.Linear or bitsandbytes.is_linear_4bit(base):
+    if own_class(base) is nn.Linear or bitsandbytes.is_linear_4bit(base):
         return base.in_features, base.out_features
     return None
 

@@ -1,5 +1,9 @@
 """Projections that read the same tensor, computed together by the first that is called.
 
+Members have adapters (`lora.py`) or are frozen (`frozen.py`). A frozen one is computed with the others where a gradient
+of the input is wanted, and by itself elsewhere; where it is the first to be called, it leads the others either way, so
+that dropout draws its numbers at the same time in a checkpointed forward, without gradients, and in its recomputation.
+
 Who belongs together is found by `watching`, and copied and pickled with the parent. What a group holds for members that
 are yet to be called is transient: it is never copied, and it is gone when the parent's forward ends.
 
@@ -19,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from fastpeft_kernels.common.device import autocast_dtype
 
 if TYPE_CHECKING:
-    from .lora import FastLoraLayer, Request
+    from .lora import Request
 
 
 _AHEAD = "fastpeft_ahead"  # attribute of a traced input
@@ -35,15 +39,42 @@ class _Held:
         self.x, self.version, self.outputs = ref(x), version_of(x), outputs
 
 
+class Sibling(nn.Module):
+    """What a group asks of its members. All that it keeps is in instance attributes of these names."""
+
+    fastpeft_group: SiblingGroup | None = None
+    fastpeft_suspended: bool = False
+    fastpeft_calls: dict[str, int]
+    adapted: bool  # has adapters, so that its own forward is not good enough
+
+    def request(self, x: Tensor) -> Request | str:
+        """What to compute for x, or why the module's own forward must run."""
+        raise NotImplementedError
+
+    def state(self, x: Tensor) -> tuple[Any, ...]:
+        """What decides, beside parameters and input, what forward returns."""
+        return torch.is_grad_enabled(), autocast_dtype(x.device)
+
+    def part(self) -> None:
+        """Be no member any more."""
+        self.__dict__.pop("fastpeft_group", None)
+
+    def _count(self, outcome: str) -> None:
+        if torch.compiler.is_compiling():
+            return
+        calls = self.__dict__.setdefault("fastpeft_calls", {})
+        calls[outcome] = calls.get(outcome, 0) + 1
+
+
 class SiblingGroup:
     """Layers under one parent that are called with the same tensor, in calling order."""
 
     def __init__(self) -> None:
-        self.members: list[FastLoraLayer] = []
+        self.members: list[Sibling] = []
         self.hooks: list[RemovableHandle] = []
         self._held: _Held | None = None
 
-    def form(self, parent: nn.Module, members: list[FastLoraLayer]) -> None:
+    def form(self, parent: nn.Module, members: list[Sibling]) -> None:
         """These layers under this parent belong together from now on."""
         self.members = members
         self.hooks = [
@@ -53,40 +84,55 @@ class SiblingGroup:
         for member in members:
             member.fastpeft_group = self
 
-    def take(self, member: FastLoraLayer, x: Tensor) -> Tensor | None:
+    def is_below(self, parent: nn.Module) -> bool:
+        """Whether all members are in their places; other libraries wrap some, or copy one without its parent."""
+        children = set(parent.children())
+        return bool(self.members) and children.issuperset(self.members)
+
+    def take(self, member: Sibling, x: Tensor) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
         if not self.members and not torch.compiler.is_compiling():  # a layer that was copied without its parent
-            member.__dict__.pop("fastpeft_group", None)
+            member.part()
         outputs = self._ahead(x)
         if outputs is None:
             return None
         found = outputs.pop(id(member), None)
         if not outputs:
             self._hold(x, None)
-        return found[0] if found is not None and _same(found[1], state_of(member, x)) else None
+        return found[0] if found is not None and _same(found[1], member.state(x)) else None
 
-    def compute(self, member: FastLoraLayer, x: Tensor, request: Request) -> Tensor:
-        """The member's output; when it is the group's first, the others' are computed with it and held."""
+    def compute(self, member: Sibling, x: Tensor, request: Request) -> Tensor:
+        """The member's output; when it leads, the others' are computed with it and held."""
         from .lora import compute
 
-        if (
-            not self.members
-            or member is not self.members[0]
-            or (not torch.compiler.is_compiling() and x.is_inference())
-        ):
-            return compute(x, [request])[0]
+        y = self.lead(member, x, request)
+        return compute(x, [request])[0] if y is None else y
+
+    def lead(self, member: Sibling, x: Tensor, request: Request | str) -> Tensor | None:
+        """When it is this member's turn: all outputs that can be had together, held; its own is returned if among them.
+
+        The first to be called leads. Where that is a frozen one, which some models may pass over or hooks may keep to
+        itself, the first with adapters does so when nothing was computed ahead.
+        """
+        from .lora import compute, together
+
+        if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):
+            return None
+        adapted = [other for other in self.members if other.adapted]
+        first = member is self.members[0] or (member is adapted[0] and self._ahead(x) is None)
+        if not first:
+            return None
         self._hold(x, None)
-        requests, others = [request], []
-        for other in self.members[1:]:
-            wanted = other.request(x)
-            if not isinstance(wanted, str) and wanted.dtypes == request.dtypes:
-                requests.append(wanted)
-                others.append(other)
-        outputs = compute(x, requests)
-        if others:
-            ahead = zip(others, outputs[1:], strict=True)
-            self._hold(x, {id(other): (y, state_of(other, x)) for other, y in ahead})
-        return outputs[0]
+        others = self.members[self.members.index(member) + 1 :]
+        found = together([(member, request), *[(other, other.request(x)) for other in others]])
+        if not any(other.adapted for other, _ in found):
+            return None
+        outputs = compute(x, [wanted for _, wanted in found])
+        ahead = {id(other): (y, other.state(x)) for (other, _), y in zip(found, outputs, strict=True)}
+        own = ahead.pop(id(member), None)
+        if ahead:
+            self._hold(x, ahead)
+        return None if own is None else own[0]
 
     def dissolve(self) -> None:
         """The members are on their own again."""
@@ -94,7 +140,7 @@ class SiblingGroup:
         for hook in self.hooks:
             hook.remove()
         for member in self.members:
-            member.__dict__.pop("fastpeft_group", None)
+            member.part()
 
     def _ahead(self, x: Tensor) -> _Outputs | None:
         if torch.compiler.is_compiling():
@@ -153,20 +199,6 @@ def _own_inputs(
         return known[-1][1]
 
     return tuple([alias(value) for value in args]), {name: alias(value) for name, value in kwargs.items()}
-
-
-def state_of(layer: Any, x: Tensor) -> tuple[Any, ...]:
-    """What decides, beside parameters and input, what a layer's forward returns."""
-    adapters = layer.active_adapters
-    return (
-        torch.is_grad_enabled(),
-        autocast_dtype(x.device),
-        layer._disable_adapters,
-        layer.training,
-        tuple(layer.merged_adapters),
-        tuple(adapters),
-        *[layer.scaling.get(name) for name in adapters],
-    )
 
 
 def version_of(x: Tensor) -> int:

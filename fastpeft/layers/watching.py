@@ -26,6 +26,7 @@ from .siblings import SiblingGroup, version_of
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
+    from .seen import Seen
 
 logger = logging.getLogger("fastpeft")
 
@@ -42,7 +43,7 @@ class SiblingWatch:
         self._places: WeakSet[_Place] = WeakSet()
         self._outer: _Place | None = None  # being watched, or in the call that follows: calls inside are left alone
         self._ran: set[_Place] = set()  # called meanwhile
-        self._seen: dict[int, list[_Run]] | None = None  # while watching: by parent
+        self._seen: Seen | None = None  # while watching
         self._error: str | None = None  # of watching `_outer`
 
     def start(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
@@ -132,21 +133,11 @@ class SiblingWatch:
         self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parents = {id(layer): parent for layer, parent in place.living()}
-        seen: dict[int, list[_Run]] = {}
+        from .frozen import join
+        from .seen import Seen
 
-        def record(layer: Any, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor):
-                return
-            runs = seen.setdefault(id(parents[id(layer)]), [])
-            for run in runs:
-                if run.x() is args[0] and run.version == version_of(args[0]):
-                    run.members.append(layer)
-                    return
-            runs.append(_Run(args[0], layer))
-
-        self._seen = seen
-        handles = [layer.register_forward_pre_hook(record) for layer, _ in place.living()]
+        self._seen = seen = Seen(dict(place.living()))
+        handles = [module.register_forward_pre_hook(seen.record) for module in (*seen.adapted, *seen.frozen)]
         try:
             with torch.no_grad(), side_effects_undone(module):
                 module.forward(*args, **kwargs)
@@ -154,10 +145,9 @@ class SiblingWatch:
             for handle in handles:
                 handle.remove()
             self._seen = None
-        for runs in seen.values():
-            for members in _consistent(runs):
-                SiblingGroup().form(parents[id(members[0])], members)
-        self.forget([layer for runs in seen.values() for run in runs for layer in run.members])
+        for parent, members in seen.siblings():
+            SiblingGroup().form(parent, [join(m) if m in seen.frozen else m for m in members])
+        self.forget(seen.called())
 
     def __reduce__(self) -> Any:
         """A copy knows nothing, until the places that are copied with it report to it."""
@@ -204,29 +194,6 @@ class _Place:
         self.watch, self.hooks = state["watch"], state["hooks"]
         self.waiting = WeakKeyDictionary({layer: ref(parent) for layer, parent in state["waiting"]})
         self.watch.add(self)
-
-
-class _Run:
-    """Layers of one parent that were called with the same tensor."""
-
-    def __init__(self, x: Tensor, layer: FastLoraLayer) -> None:
-        self.x, self.version, self.members = ref(x), version_of(x), [layer]
-
-
-def _consistent(runs: list[_Run]) -> list[list[FastLoraLayer]]:
-    """The sets of two or more layers that were the same each time any of them was called."""
-    sets: dict[tuple[int, ...], list[FastLoraLayer]] = {}
-    places: dict[int, set[tuple[int, ...]]] = {}
-    for run in runs:
-        key = tuple(map(id, run.members))
-        sets[key] = run.members
-        for member in key:
-            places.setdefault(member, set()).add(key)
-    return [
-        members
-        for key, members in sets.items()
-        if len(key) > 1 and len(set(key)) == len(key) and all(places[member] == {key} for member in key)
-    ]
 
 
 @contextmanager

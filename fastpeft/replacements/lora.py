@@ -6,13 +6,17 @@ from torch import nn
 
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..layers.bypass import own_class
+from ..layers.frozen import FrozenSibling
 from ..layers.lora import FEW_TOKENS, FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
 
+FROZEN = "frozen_linear"
+
 
 class LoraReplacement:
-    """LoRA over nn.Linear and bitsandbytes' Linear4bit."""
+    """LoRA over nn.Linear and bitsandbytes' Linear4bit, and what is frozen beside it and reads the same input."""
 
     switch = "lora"
 
@@ -23,7 +27,7 @@ class LoraReplacement:
         if type(module) in fast_classes():
             base = module.get_submodule("base_layer")
             kind = bitsandbytes.linear_4bit() if bitsandbytes.is_linear_4bit(base) else nn.Linear
-            if type(base) is not kind:
+            if own_class(base) is not kind:
                 return Left(f"no op for a base layer of type {type(base).__name__}")
             if getattr(module, "lora_variant", None) and set(module.lora_variant) >= set(module.active_adapters):  # type: ignore[operator,arg-type]
                 names = sorted({type(variant).__name__ for variant in module.lora_variant.values()})  # type: ignore[union-attr,operator]
@@ -43,13 +47,16 @@ class LoraReplacement:
         return None
 
     def install(self, module: nn.Module) -> None:
-        stock = type(module)
+        base, stock = module.get_submodule("base_layer"), type(module)
+        if isinstance(base, FrozenSibling):  # it has got adapters since
+            base.leave()
         fast = fast_classes()[stock]
         module.__class__ = fast
         rebind_hooked_forward(module, stock, fast)
 
     def installed(self, module: nn.Module) -> Match | None:
-        return Match(_op(module)) if isinstance(module, FastLoraLayer) else None
+        frozen = isinstance(module, FrozenSibling) and module.is_member()  # comes and goes with its group
+        return Match(_op(module)) if frozen or isinstance(module, FastLoraLayer) else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
         layers = {path: module for path, module in modules.items() if isinstance(module, FastLoraLayer)}
@@ -59,7 +66,8 @@ class LoraReplacement:
         for path, layer in layers.items():
             layer.enter()
             group = layer.fastpeft_group
-            if group is not None and (path.rpartition(".")[0] in fresh or not group.members):  # may belong to it
+            parent = path.rpartition(".")[0]
+            if group is not None and (parent in fresh or not group.is_below(root.get_submodule(parent))):
                 group.dissolve()
                 layer.__dict__.pop("fastpeft_group", None)  # left where the layer was copied without its parent
         alone = {path: layer for path, layer in layers.items() if layer.fastpeft_group is None}
@@ -67,6 +75,9 @@ class LoraReplacement:
             SiblingWatch().start(root, alone)
 
     def undo(self, module: nn.Module) -> bool:
+        if isinstance(module, FrozenSibling):
+            module.leave()
+            return True
         if not isinstance(module, FastLoraLayer):
             return False
         module.leave()
@@ -86,17 +97,24 @@ class LoraReplacement:
         partners = "" if group is None or not group.members else f"one of {len(group.members)}"
         calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
         total, few, _ = sum(calls.values()), calls.pop(FEW_TOKENS, 0), calls.pop("fused", 0)
-        notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
+        if isinstance(module, FrozenSibling):
+            notes = [f"{count} of {total} calls by itself: {reason}" for reason, count in calls.items()]
+        else:
+            notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
         if few:
             notes.append(f"{few} of {total} calls left to PEFT, {FEW_TOKENS}")
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
-        base = module.get_submodule("base_layer")
+        base = _base(module)
         if bitsandbytes.is_linear_4bit(base) and (note := bitsandbytes.decode_note(base)):
             notes.append(note)
         return partners, "; ".join(notes)
 
 
 def _op(module: nn.Module) -> str:
-    four_bit = bitsandbytes.is_linear_4bit(module.get_submodule("base_layer"))
-    return "lora_linear over 4-bit" if four_bit else "lora_linear"
+    name = FROZEN if isinstance(module, FrozenSibling) else "lora_linear"
+    return f"{name} over 4-bit" if bitsandbytes.is_linear_4bit(_base(module)) else name
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module if isinstance(module, FrozenSibling) else module.get_submodule("base_layer")

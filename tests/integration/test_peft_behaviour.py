@@ -128,7 +128,7 @@ class TestSeveralAdapters:
         fastpeft.accelerate(ours)
         check(ours, peft, inputs)
         assert not notes(ours)
-        assert siblings(ours) == {frozenset({"q_proj", "k_proj", "v_proj"})}
+        assert siblings(ours) == {frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"})}
 
     def test_weighted_combination(self) -> None:
         ours, peft, inputs = pair(target_modules=["q_proj", "v_proj"], r=3)
