@@ -45,7 +45,6 @@ NOT_FOR_USERS = {
     "… is installed",
     "kind: expected one of …, got …",
     "FrozenWeight kind … is taken by …",
-    "rows: expected 0 <= first <= last <= …, got …",
     "out: expected shape …, got …",
     "out: expected a tensor on …, got …",
     "could not be built here",
