@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
@@ -64,7 +63,7 @@ class FastMlp(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
-        if roles is None or self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
+        if roles is None or self.fastpeft_suspended or len(args) != 1 or self._watched():
             return super().forward(*args, **kwargs)
         if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
             if roles.adapted:  # PEFT has taken its layers out again
@@ -101,6 +100,8 @@ class FastMlp(nn.Module):
         return any(watch is not None and watch.watching for watch in watches)
 
     def _count(self, outcome: str) -> None:
+        if torch.compiler.is_compiling():
+            return
         calls = self.__dict__.setdefault("fastpeft_calls", {})
         calls[outcome] = calls.get(outcome, 0) + 1
         if outcome == "fused" and self.fastpeft_roles is not None:

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from . import apart, extended
-from .parts import down_gradients, pack
+from .parts import down_gradients, down_projection, pack
 from .projection import Group, Packed
 
-__all__ = ["backward", "backward_without_input", "down_gradients", "forward", "forward_into", "pack"]
+__all__ = [
+    "backward",
+    "backward_without_input",
+    "down_gradients",
+    "down_projection",
+    "forward",
+    "forward_into",
+    "input_room",
+    "pack",
+]
 
 
 def forward(x: Tensor, group: Group, packed: Packed) -> tuple[list[Tensor], Tensor | None]:
@@ -43,6 +52,7 @@ def forward_into(
     *,
     whole: Tensor | None = None,
     room: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> Tensor | None:
     """`forward` into given memory.
 
@@ -52,6 +62,7 @@ def forward_into(
         group, packed: as `forward`.
         whole: the buffer whose columns `outputs` are, side by side, if they are.
         room: from `input_room`, if x lies in its first columns.
+        s: S, if `down_projection` has made it already.
 
     Returns:
         S, (tokens, total rank), or None.
@@ -59,8 +70,8 @@ def forward_into(
     # A copy of x would cost what it saves.
     alone = len(group.projections) == 1 and room is None and x.dtype == group.dtypes.compute
     if alone or not extended.fits(group, packed, x.shape[0]):
-        return apart.forward_into(outputs, x, group, packed)
-    return extended.forward_into(outputs, x, group, packed, whole, room)
+        return apart.forward_into(outputs, x, group, packed, s)
+    return extended.forward_into(outputs, x, group, packed, whole, room, s)
 
 
 def input_room(tokens: int, group: Group, packed: Packed) -> Tensor | None:
