@@ -32,6 +32,7 @@ class FastMlp(nn.Module):
 
     fastpeft_roles: Roles | None = None
     fastpeft_bypassed: tuple[nn.Module, ...]  # of the proof
+    fastpeft_keep: bool = True  # of gate and up for backward
     fastpeft_suspended: bool = False
     fastpeft_calls: dict[str, int]
 
@@ -79,14 +80,15 @@ class FastMlp(nn.Module):
             if not isinstance(request, str):
                 mlp, dtypes = request
                 self._count("fused")
-                return run_mlp(x, mlp, dtypes, draw_seeds(x.device, mlp.projections, training=True))
+                seeds = draw_seeds(x.device, mlp.projections, training=True)
+                return run_mlp(x, mlp, dtypes, seeds, self.fastpeft_keep)
             reason = request
         self._count(reason)
         return super().forward(*args, **kwargs)
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_calls", "fastpeft_suspended"):
+        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_keep", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
         fast = type(self)
         if fast not in _FAST.values():  # FSDP2 has put a class of its own before ours, which then does nothing more

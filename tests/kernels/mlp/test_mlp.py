@@ -1,13 +1,17 @@
 """The whole MLP against fp64, over layouts, activations, dtypes, adapters and what is trained."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.mlp import Mlp, lora_mlp
+from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import FourBitWeight
@@ -134,6 +138,33 @@ def test_what_is_kept(keep):
         lora_mlp(x, m, keep=keep)
     numbers = sum(size for place, size in kept.items() if place not in own) // 4
     assert numbers == tokens * ((2 * size if keep == "preactivations" else 0) + 4 + 3 + 5)
+
+
+def test_what_goes_to_the_down_projection_does_not_live_on(monkeypatch):
+    seen = []
+    project = Middle.project
+    monkeypatch.setattr(Middle, "project", lambda self: seen.append(weakref.ref(self.h)) or project(self))
+    y = lora_mlp(torch.randn(5, 8, requires_grad=True), mlp("gate and up", 8, 12))
+    assert y.requires_grad and len(seen) == 1 and seen[0]() is None
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_checkpointed_it_stops_before_the_down_projection(keep, monkeypatch):
+    m = mlp("gate and up", 8, 12, dropout=0.25)
+    x = torch.randn(5, 8, requires_grad=True)
+    wanted = [x, *parameters(list(m.projections))]
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(lora_mlp(x, m, keep=keep).sum(), wanted)
+    calls = []
+    project = Middle.project
+    monkeypatch.setattr(Middle, "project", lambda self: calls.append(1) or project(self))
+    torch.manual_seed(3)
+    y = x + checkpoint(lambda x: lora_mlp(x, m, keep=keep), x, use_reentrant=False)
+    found = torch.autograd.grad((y - x).sum(), wanted)
+    assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    y = checkpoint(lambda x: lora_mlp(x, m, keep=keep).sin(), x, use_reentrant=False)  # reads the result
+    torch.autograd.grad(y.sum(), wanted)
+    assert len(calls) == 3
 
 
 def test_nothing_is_kept_for_what_is_not_trained():
