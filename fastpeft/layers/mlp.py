@@ -64,9 +64,10 @@ class FastMlp(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
-        if roles is None or self.fastpeft_suspended or len(args) != 1 or self._watched():
+        adapted = [child for child in self._modules.values() if isinstance(child, FastLoraLayer)]
+        if roles is None or self.fastpeft_suspended or len(args) != 1 or _watched(adapted):
             return super().forward(*args, **kwargs)
-        if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
+        if not adapted:
             if roles.adapted:  # PEFT has taken its layers out again
                 y = super().forward(*args, **kwargs)
                 self.leave()
@@ -96,11 +97,6 @@ class FastMlp(nn.Module):
         self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
         rebind_hooked_forward(self, fast, stock)
 
-    def _watched(self) -> bool:
-        """Whether siblings are being looked for, for the calls that this op does not serve."""
-        watches = (getattr(child, "fastpeft_watch", None) for child in self._modules.values())
-        return any(watch is not None and watch.watching for watch in watches)
-
     def _count(self, outcome: str) -> None:
         if torch.compiler.is_compiling():
             return
@@ -115,6 +111,11 @@ class FastMlp(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the model's own class and this mixture, which has no name to be found by."""
         return _blank, (stock_class(type(self)),), self.__dict__
+
+
+def _watched(layers: list[FastLoraLayer]) -> bool:
+    """Whether siblings are being looked for, for the calls that this op does not serve."""
+    return any([layer.fastpeft_watch is not None and layer.fastpeft_watch.watching for layer in layers])
 
 
 def request_of(module: Any, x: Tensor) -> Request | str:

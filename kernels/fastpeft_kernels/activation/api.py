@@ -53,9 +53,17 @@ def gated_activation(
         out = torch.empty(tuple(up.shape), dtype=up.dtype, device=up.device)
     else:
         _check_results({"gate": gate, "up": up}, {"out": out}, up)
-    backend = _choose(backend, up)
+    fill_gated_activation(gate, up, kind, out, _choose(backend, up))
+    return out
+
+
+def fill_gated_activation(
+    gate: Tensor | None, up: Tensor, kind: str, out: Tensor, backend: str | None = None
+) -> None:
+    """`gated_activation` for callers that have checked their arguments; `backend` "auto" if None, else one of those."""
+    backend = backend or _fastest(up)
     if up.numel() == 0:
-        return out
+        return
     if backend == "torch":
         gated_activation_library(gate, up, kind, out)
     elif backend == "native":
@@ -66,7 +74,6 @@ def gated_activation(
 
         gated_activation_triton(gate, up, kind, out)
         _count_writes(out)
-    return out
 
 
 def gated_activation_backward(
@@ -111,7 +118,21 @@ def gated_activation_backward(
             f"got {'None' if dgate is None else 'a tensor'}"
         )
     _check_results({"dh": dh, "gate": gate, "up": up}, {"dgate": dgate, "dup": dup, "h": h}, up)
-    backend = _choose(backend, up)
+    fill_gated_activation_backward(dh, gate, up, kind, dgate, dup, h, _choose(backend, up))
+
+
+def fill_gated_activation_backward(
+    dh: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    kind: str,
+    dgate: Tensor | None,
+    dup: Tensor,
+    h: Tensor | None,
+    backend: str | None = None,
+) -> None:
+    """`gated_activation_backward` for callers that have checked their arguments; `backend` as `fill_gated_activation`."""
+    backend = backend or _fastest(up)
     if up.numel() == 0:
         return
     if backend == "torch":
@@ -130,9 +151,7 @@ def _choose(backend: str, up: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        if up.dtype in DTYPES and up.device.type == "cuda" and triton_available():
-            return "triton"
-        return "torch" if activation_refusal(up.device, up.dtype) else "native"
+        return _fastest(up)
     if backend == "native" and (reason := activation_refusal(up.device, up.dtype)):
         raise ValueError(f"backend: 'native' was asked for, which {reason}")
     if backend == "triton":
@@ -141,6 +160,12 @@ def _choose(backend: str, up: Tensor) -> str:
         if up.dtype not in DTYPES:
             raise ValueError(f"backend: 'triton' was asked for, which takes fp32, fp16 and bf16, got {up.dtype}")
     return backend
+
+
+def _fastest(up: Tensor) -> str:
+    if up.dtype in DTYPES and up.device.type == "cuda" and triton_available():
+        return "triton"
+    return "torch" if activation_refusal(up.device, up.dtype) else "native"
 
 
 def _check_kind(kind: str) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activation import gated_activation, gated_activation_backward
+from ..activation.api import fill_gated_activation, fill_gated_activation_backward
 from ..lora import library
+from ..lora.parts import rows_contiguous
 from ..lora.projection import Dtypes, Group, Packed
 from .structure import Mlp
 
@@ -93,7 +94,8 @@ def up_to_down(
     _, down = mlp.groups(dtypes, seeds)
     packed = library.pack(down.projections, dtypes.lora)
     room = library.input_room(x.shape[0], down, packed) if with_room and dtypes.out == dtypes.compute else None
-    h = gated_activation(*mlp.halves(pre), mlp.activation, out=None if room is None else room[:, : mlp.features])
+    h = pre.new_empty((x.shape[0], mlp.features)) if room is None else room[:, : mlp.features]
+    fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
     return Middle(h, library.down_projection(h, down, packed), down, packed, room), pre, s
 
 
@@ -134,13 +136,14 @@ def backward(
         pre, _ = inner(kept.x, mlp, dtypes, seeds)
     if dh is not None:
         assert pre is not None
-        h = dh = dh.to(dtypes.out)  # what is made anew takes the place of its gradient
+        h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
         dpre = torch.empty_like(pre)
         dgate, dup = mlp.halves(dpre)
-        gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate=dgate, dup=dup, h=h)
+        fill_gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate, dup, h)
     elif trains_a:
         assert pre is not None
-        h = gated_activation(*mlp.halves(pre), mlp.activation)
+        h = pre.new_empty((pre.shape[0], mlp.features))
+        fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
     if trains_a and ds is not None and h is not None:
         library.down_gradients(ds, h.to(dtypes.lora), down, needs[-1:], grads_down)
     if dpre is None:
