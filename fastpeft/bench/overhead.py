@@ -40,7 +40,10 @@ def measure(rounds: int, adapted: bool) -> dict[str, dict[str, tuple[float, floa
     if adapted:
         models["fastpeft"](torch.zeros((1, TOKENS), dtype=torch.long))  # ends the search for siblings
     parts = PARTS if adapted else {"MLP": PARTS["MLP"]}
-    return {name: _measure({peer: _part(model, path) for peer, model in models.items()}, rounds) for name, path in parts.items()}
+    return {
+        name: _measure({peer: _part(model, path) for peer, model in models.items()}, rounds)
+        for name, path in parts.items()
+    }
 
 
 def _part(model: nn.Module, path: str) -> nn.Module:

@@ -407,7 +407,7 @@ def step_products(model: nn.Module, given: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
 def test_products_of_a_checkpointed_layer(targets: Any) -> None:
-    """The recomputation ends before the MLP's down projection, of which nothing is kept; reentrant, it needs a result."""
+    """The recomputation ends before the MLP's down projection, of which nothing is kept; a reentrant one does not."""
     plain = slope(step_products, target_modules=targets)
     stopped, reentrant = (
         slope(lambda m, given, how=how: step_products(checkpointed(m, how), given), target_modules=targets)

@@ -57,10 +57,8 @@ def gated_activation(
     return out
 
 
-def fill_gated_activation(
-    gate: Tensor | None, up: Tensor, kind: str, out: Tensor, backend: str | None = None
-) -> None:
-    """`gated_activation` for callers that have checked their arguments; `backend` "auto" if None, else one of those."""
+def fill_gated_activation(gate: Tensor | None, up: Tensor, kind: str, out: Tensor, backend: str | None = None) -> None:
+    """`gated_activation` for callers that have checked their arguments; `backend` the fastest if None."""
     backend = backend or _fastest(up)
     if up.numel() == 0:
         return
@@ -131,7 +129,7 @@ def fill_gated_activation_backward(
     h: Tensor | None,
     backend: str | None = None,
 ) -> None:
-    """`gated_activation_backward` for callers that have checked their arguments; `backend` as `fill_gated_activation`."""
+    """`gated_activation_backward` for callers that have checked their arguments; `backend` as there."""
     backend = backend or _fastest(up)
     if up.numel() == 0:
         return

@@ -188,6 +188,19 @@ def test_a_base_that_changed_is_refused():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_the_host_reads_no_number(keep, monkeypatch):
+    """On the meta device there is none to read: what a CUDA graph records must not depend on one."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    with torch.device("meta"):
+        scaling = torch.tensor(0.5)
+        m = mlp("gate and up", 32, 48, ranks=((4,), (3, 2), (5,)), bias=True, dropout=0.25, scaling=scaling)
+        x = torch.randn(4, 16, 32, requires_grad=True)
+        y = lora_mlp(x, m, keep=keep)
+        y.sum().backward()
+    assert y.is_meta and all(t.grad is not None for t in (x, *parameters(list(m.projections))))
+
+
 def test_bad_arguments_name_what_is_wrong():
     x, good = torch.randn(3, 8), mlp("gate and up", 8, 12)
     cases = [
