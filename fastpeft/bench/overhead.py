@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .steps import StepCase, build
 
 HIDDEN, TOKENS, CALLS = 64, 4, 20
-PARTS = {"attention": "self_attn.o_proj", "MLP": "mlp"}
+PARTS = {"projection": "self_attn.o_proj", "MLP": "mlp"}
 
 
 def measure(rounds: int, adapted: bool) -> dict[str, dict[str, tuple[float, float]]]:
