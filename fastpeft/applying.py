@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from fastpeft_kernels.common.scratch import release_scratch
 
-from .replacements import NOT_BUILT, REPLACEMENTS, Left
+from .replacements import NOT_BUILT, REPLACEMENTS, Match
+from .replacements.mlp import RECOMPUTE
 from .requirements import require_core
 
 logger = logging.getLogger("fastpeft")
@@ -24,7 +25,7 @@ class Switches:
     """The keywords of `accelerate`, kept on the model for the report."""
 
     lora: bool = True
-    mlp: bool = True
+    mlp: bool | str = True
     attention: bool = True
     loss: bool = True
     norms: bool = True
@@ -35,7 +36,7 @@ def accelerate(
     model: Model,
     *,
     lora: bool = True,
-    mlp: bool = True,
+    mlp: bool | Literal["recompute"] = True,
     attention: bool = True,
     loss: bool = True,
     norms: bool = True,
@@ -54,7 +55,8 @@ def accelerate(
         model: the module; dense bases in fp32, bf16 or fp16, or bitsandbytes 4-bit ones.
         lora: replace LoRA layers.
         mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
-            some is told by their parts, and proved by trying each on random numbers.
+            some is told by their parts, and proved by trying each on random numbers. "recompute" keeps their input, but
+            neither gate nor up, for backward, which computes these again, but not down: less memory, more time.
         attention, loss, norms: replace those too; not built yet, the report says so.
         memory: a memory budget; not built yet.
 
@@ -63,10 +65,13 @@ def accelerate(
 
     Raises:
         TypeError: `model` is not an nn.Module.
+        ValueError: `mlp` is none of the values above.
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if mlp not in (True, False, RECOMPUTE):
+        raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
     switches = Switches(lora, mlp, attention, loss, norms, memory)
     if memory is not None:
@@ -74,7 +79,8 @@ def accelerate(
     modules = dict(model.named_modules())
     found = False
     for replacement in REPLACEMENTS:
-        if not getattr(switches, replacement.switch):
+        setting = getattr(switches, replacement.switch)
+        if not setting:
             for module in modules.values():
                 replacement.undo(module)
             continue
@@ -82,11 +88,12 @@ def accelerate(
         for path, module in modules.items():
             if not replacement.installed(module):
                 matched = replacement.match(module)
-                if matched is None or isinstance(matched, Left) or replacement.prove(module) is not None:
+                proved = replacement.prove(module, matched) if isinstance(matched, Match) else None
+                if not isinstance(proved, Match):
                     continue
-                replacement.install(module)
+                replacement.install(module, proved)
             mine[path] = module
-        replacement.finish(model, mine)
+        replacement.finish(model, mine, setting)
         found = found or bool(mine)
     if not found:
         logger.warning("nothing was replaced in this %s; fastpeft.report(model) says why", type(model).__name__)

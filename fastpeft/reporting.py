@@ -124,11 +124,10 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
     if matched is None:
         return None
     if isinstance(matched, Match):
-        refused = replacement.prove(module)
+        matched = replacement.prove(module, matched)
+    if isinstance(matched, Match):
         off = settings is not None and not settings.get(replacement.switch)
-        matched = (
-            refused if refused is not None else Left(f"{replacement.switch}=False" if off else "not accelerated yet")
-        )
+        matched = Left(f"{replacement.switch}=False" if off else "not accelerated yet")
     if not matched.reason:
         return None
     return ReportRow(path, name, replacement.switch, "", "", matched.reason)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
@@ -33,6 +32,7 @@ class FastMlp(nn.Module):
 
     fastpeft_roles: Roles | None = None
     fastpeft_bypassed: tuple[nn.Module, ...]  # of the proof
+    fastpeft_keep: bool = True  # of gate and up for backward
     fastpeft_suspended: bool = False
     fastpeft_calls: dict[str, int]
 
@@ -64,9 +64,10 @@ class FastMlp(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
-        if roles is None or self.fastpeft_suspended or len(args) != 1 or as_op() or self._watched():
+        adapted = [child for child in self._modules.values() if isinstance(child, FastLoraLayer)]
+        if roles is None or self.fastpeft_suspended or len(args) != 1 or _watched(adapted):
             return super().forward(*args, **kwargs)
-        if not any(isinstance(child, FastLoraLayer) for child in self._modules.values()):
+        if not adapted:
             if roles.adapted:  # PEFT has taken its layers out again
                 y = super().forward(*args, **kwargs)
                 self.leave()
@@ -83,14 +84,15 @@ class FastMlp(nn.Module):
             if not isinstance(request, str):
                 mlp, dtypes = request
                 self._count("fused")
-                return run_mlp(x, mlp, dtypes, draw_seeds(x.device, mlp.projections, training=True))
+                seeds = draw_seeds(x.device, mlp.projections, training=True)
+                return run_mlp(x, mlp, dtypes, seeds, self.fastpeft_keep)
             reason = request
         self._count(reason)
         return super().forward(*args, **kwargs)
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_calls", "fastpeft_suspended"):
+        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_keep", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
         fast = type(self)
         if fast not in _FAST.values():  # FSDP2 has put a class of its own before ours, which then does nothing more
@@ -98,12 +100,9 @@ class FastMlp(nn.Module):
         self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
         rebind_hooked_forward(self, fast, stock)
 
-    def _watched(self) -> bool:
-        """Whether siblings are being looked for, for the calls that this op does not serve."""
-        watches = (getattr(child, "fastpeft_watch", None) for child in self._modules.values())
-        return any(watch is not None and watch.watching for watch in watches)
-
     def _count(self, outcome: str) -> None:
+        if torch.compiler.is_compiling():
+            return
         calls = self.__dict__.setdefault("fastpeft_calls", {})
         calls[outcome] = calls.get(outcome, 0) + 1
         if outcome == "fused" and self.fastpeft_roles is not None:
@@ -115,6 +114,11 @@ class FastMlp(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the model's own class and this mixture, which has no name to be found by."""
         return _blank, (stock_class(type(self)),), self.__dict__
+
+
+def _watched(layers: list[FastLoraLayer]) -> bool:
+    """Whether siblings are being looked for, for the calls that this op does not serve."""
+    return any([layer.fastpeft_watch is not None and layer.fastpeft_watch.watching for layer in layers])
 
 
 def request_of(module: Any, x: Tensor) -> Request | str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 
 class Match(NamedTuple):
-    """The module can be replaced; `op` is the name under which the report lists it."""
+    """The module can be replaced.
+
+    Attributes:
+        op: the name under which the report lists it.
+        found: what `match` and `prove` have learned, handed on to `prove` and `install`; its type is each kind's own.
+    """
 
     op: str
+    found: Any = None
 
 
 class Left(NamedTuple):
@@ -34,17 +40,17 @@ class Replacement(Protocol):
     def match(self, module: nn.Module) -> Match | Left | None:
         """Can the module be replaced? None when it is none of this replacement's business. Changes nothing."""
 
-    def prove(self, module: nn.Module) -> Left | None:
+    def prove(self, module: nn.Module, matched: Match) -> Match | Left:
         """What must hold on this very instance beyond its structure, tried out where structure cannot tell."""
 
-    def install(self, module: nn.Module) -> None:
-        """Replace, in place, keeping parameters, names and tree."""
+    def install(self, module: nn.Module, proved: Match) -> None:
+        """Replace, in place, keeping parameters, names and tree; `proved` is of `prove`."""
 
     def installed(self, module: nn.Module) -> Match | None:
         """What serves the module when it is replaced already."""
 
-    def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Called once after all were installed, with every module of this kind by path."""
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
+        """Called once after all were installed, with every module of this kind by path, and the switch's value."""
 
     def undo(self, module: nn.Module) -> bool:
         """Put back what `install` changed; True when there was something to put back."""

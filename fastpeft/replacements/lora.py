@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..integrations import bitsandbytes, peft
@@ -39,14 +41,14 @@ class LoraReplacement:
             return Left(f"no op for {type(module).__module__.rpartition('.')[0]}.{type(module).__name__} yet")
         return None
 
-    def prove(self, module: nn.Module) -> Left | None:
+    def prove(self, module: nn.Module, matched: Match) -> Match | Left:
         if not peft.has_stock_forward(type(module)):
             return Left(f"{type(module).__name__}.forward was replaced by another library")
         if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
             return Left("forward was replaced on the instance")
-        return None
+        return matched
 
-    def install(self, module: nn.Module) -> None:
+    def install(self, module: nn.Module, proved: Match) -> None:
         base, stock = module.get_submodule("base_layer"), type(module)
         if isinstance(base, FrozenSibling):  # it has got adapters since
             base.leave()
@@ -58,7 +60,7 @@ class LoraReplacement:
         frozen = isinstance(module, FrozenSibling) and module.is_member()  # comes and goes with its group
         return Match(_op(module)) if frozen or isinstance(module, FastLoraLayer) else None
 
-    def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         layers = {path: module for path, module in modules.items() if isinstance(module, FastLoraLayer)}
         fresh = {
             path.rpartition(".")[0] for path, layer in layers.items() if "fastpeft_cpu_packing" not in layer.__dict__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
@@ -10,6 +12,8 @@ from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
 
 OP = "lora_mlp"
+RECOMPUTE = "recompute"
+"""Value of the switch for which backward computes gate and up again, and nothing of them is kept."""
 
 
 class MlpReplacement:
@@ -18,33 +22,34 @@ class MlpReplacement:
     switch = "mlp"
 
     def match(self, module: nn.Module) -> Match | Left | None:
-        return Match(OP) if candidates(module) else None
+        wanted = candidates(module)
+        return Match(OP, wanted) if wanted else None
 
-    def prove(self, module: nn.Module) -> Left | None:
+    def prove(self, module: nn.Module, matched: Match) -> Match | Left:
         if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
             return Left("forward was replaced on the instance")
-        wanted = candidates(module)
-        roles = proved(module, wanted)
+        roles = proved(module, matched.found)
         if not isinstance(roles, str):
-            return None
+            return Match(matched.op, roles)
         return Left(roles if has_activation(module) else "")  # projections alone may be anything: attention has some
 
-    def install(self, module: nn.Module) -> None:
-        roles = proved(module, candidates(module))
-        assert not isinstance(roles, str)
-        stock = type(module)
+    def install(self, module: nn.Module, proved: Match) -> None:
+        stock, roles = type(module), proved.found
         if not isinstance(module, FastMlp):  # it is where `undo` could not take our class away
             module.__class__ = fast = fast_class(stock)
             rebind_hooked_forward(module, stock, fast)
-        module.fastpeft_roles = roles  # type: ignore[assignment]
+        module.fastpeft_roles = roles
         # a tuple, so that torch does not take them for children once more
         module.fastpeft_bypassed = tuple(module.get_submodule(name) for name in roles.bypassed)  # type: ignore[assignment]
 
     def installed(self, module: nn.Module) -> Match | None:
-        return Match(OP) if isinstance(module, FastMlp) and module.fastpeft_roles is not None else None
+        if not isinstance(module, FastMlp) or module.fastpeft_roles is None:
+            return None
+        return Match(OP if module.fastpeft_keep else f"{OP}, gate and up computed again")
 
-    def finish(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        pass
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
+        for module in modules.values():
+            module.fastpeft_keep = setting != RECOMPUTE  # type: ignore[assignment]
 
     def undo(self, module: nn.Module) -> bool:
         if not isinstance(module, FastMlp) or module.fastpeft_roles is None:

@@ -20,7 +20,7 @@ import fastpeft
 from tests.integration.blocks import Stack, assert_same, blocks, check, gradients, inputs, pair
 from tests.integration.models import batch, checkpointed, make
 from tests.integration.quantised import make_quantised
-from tests.integration.reports import adapter_rows
+from tests.integration.reports import adapter_rows, mlp_rows
 from tests.integration.steps import assert_step_close, step, truth
 
 
@@ -64,13 +64,18 @@ def compiled_step(model: nn.Module, traced: Any, given: dict[str, Tensor]) -> An
     return found
 
 
-def group_count(name: str, layers: int = 2) -> int:
-    """How many groups the report of a planned model shows, those of one included."""
+def nodes(**counts: int) -> Counter[str]:
+    return Counter({name: count for name, count in counts.items() if count})
+
+
+def op_counts(name: str) -> tuple[int, int]:
+    """How many MLPs the report of a planned model shows, and how many groups outside them, those of one included."""
     model = fastpeft.accelerate(make(name))
     with torch.no_grad():
         model(**batch(model))
-    rows = [row for row in adapter_rows(model) if row.accelerated]
-    return round(sum(1 / int(row.partners.rpartition(" ")[2]) if row.partners else 1 for row in rows))
+    mlps = [row.path for row in mlp_rows(model)]
+    rows = [row for row in adapter_rows(model) if row.accelerated and row.path.rpartition(".")[0] not in mlps]
+    return len(mlps), round(sum(1 / int(row.partners.rpartition(" ")[2]) if row.partners else 1 for row in rows))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", pytest.param("gemma2", marks=pytest.mark.full)])
@@ -83,9 +88,9 @@ def test_one_graph_one_node_a_group(name: str, compiled: Compiled) -> None:
     traced = compiled(model, fullgraph=True)
     for _ in range(2):
         assert_step_close(compiled_step(model, traced, given), peft, exact)
-    groups = group_count(name)
-    assert compiled.forward["lora_group"] == compiled.backward["lora_group_backward"] == groups
-    assert compiled.backward["lora_group"] == 0, "nothing is computed again"
+    mlps, groups = op_counts(name)
+    assert compiled.forward == nodes(lora_group=groups, lora_mlp_up_to_down=mlps, lora_mlp_down=mlps)
+    assert compiled.backward == nodes(lora_group_backward=groups, lora_mlp_backward=mlps), "nothing is computed again"
 
 
 def test_without_a_plan_each_layer_is_a_node(compiled: Compiled) -> None:
@@ -94,11 +99,20 @@ def test_without_a_plan_each_layer_is_a_node(compiled: Compiled) -> None:
     peft, exact = step(model, given), truth(model, given)
     traced = compiled(fastpeft.accelerate(model), fullgraph=True)
     assert_step_close(compiled_step(model, traced, given), peft, exact)
-    assert compiled.forward["lora_group"] == 14
+    assert compiled.forward == nodes(lora_group=8, lora_mlp_up_to_down=2, lora_mlp_down=2)
     assert_step_close(step(model, given), peft, exact)  # uncompiled: the plan is learned
     compiled.forward.clear()
     assert_step_close(compiled_step(model, traced, given), peft, exact)
-    assert compiled.forward["lora_group"] == 8
+    assert compiled.forward["lora_group"] == 4
+
+
+def test_frozen_mlps(compiled: Compiled) -> None:
+    model = make("llama", target_modules=["q_proj", "v_proj"])
+    given = batch(model)
+    peft, exact = step(model, given), truth(model, given)
+    traced = compiled(fastpeft.accelerate(model), fullgraph=True)
+    assert_step_close(compiled_step(model, traced, given), peft, exact)
+    assert compiled.forward["lora_mlp_down"] == compiled.backward["lora_mlp_backward"] == 2
 
 
 def test_four_bit(compiled: Compiled) -> None:
@@ -111,7 +125,7 @@ def test_four_bit(compiled: Compiled) -> None:
     assert found.gradients.keys() == peft.gradients.keys()
     for name, grad in found.gradients.items():  # the same products as without compiling
         torch.testing.assert_close(grad, eager.gradients[name], rtol=1e-4, atol=1e-6)
-    assert compiled.forward["lora_group"] == 8
+    assert compiled.forward == nodes(lora_group=4, lora_mlp_up_to_down=2, lora_mlp_down=2)
     assert not [name for name in (compiled.forward | compiled.backward) if "decode" in name], (
         "no decoded weight is kept"
     )
@@ -129,6 +143,8 @@ def test_checkpointed(name: str, compiled: Compiled) -> None:
     for key, grad in found.gradients.items():
         assert (grad - peft.gradients[key]).norm() < 1e-4 * peft.gradients[key].norm()
     assert compiled.backward["lora_group"] > 0, "recomputed"
+    stacks = {"llama": 1, "t5": 2}[name]  # what the last layer gives is read by a norm that is not recomputed
+    assert compiled.backward["lora_mlp_up_to_down"] > compiled.backward["lora_mlp_down"] == stacks
 
 
 def test_checkpointing_whole_blocks_of_one_graph(compiled: Compiled) -> None:

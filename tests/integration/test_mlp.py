@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 import fastpeft
@@ -22,7 +23,7 @@ from tests.integration.quantised import quantise
 from tests.integration.reports import mlp_rows
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 from tests.kernels.lora.groups import take
-from tests.kernels.lora.test_counts import PRODUCTS
+from tests.kernels.lora.test_counts import PRODUCTS, products
 
 WITH_MLPS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2, "phi3": 2, "t5": 4}
 
@@ -404,3 +405,66 @@ def test_products_of_a_layer_over_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
             model(input_ids=ids, labels=ids).loss.backward()
         found.append(count())
     assert (found[1] - found[0]) / 2 <= 32
+
+
+def slope(measured: Callable[[PeftModel, dict[str, Tensor]], float], mlp: bool | str = True, **config: Any) -> float:
+    """Of something a layer, between models of two depths that are accelerated and have run a step."""
+    found = []
+    for depth in (2, 4):
+        base = make_base(num_hidden_layers=depth, hidden_size=64, intermediate_size=128, head_dim=16)
+        model = fastpeft.accelerate(with_lora(base, **config), mlp=mlp)
+        ids = torch.randint(3, 90, (2, 8))
+        given = {"input_ids": ids, "labels": ids}
+        step(model, given)
+        found.append(measured(model, given))
+    return (found[1] - found[0]) / 2
+
+
+def step_products(model: nn.Module, given: dict[str, Tensor]) -> float:
+    count, _ = products(lambda: model(**given, use_cache=False).loss.backward())
+    return float(count)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_products_of_a_checkpointed_layer(targets: Any) -> None:
+    """The recomputation ends before the MLP's down projection, of which nothing is kept; a reentrant one does not."""
+    plain = slope(step_products, target_modules=targets)
+    stopped, reentrant = (
+        slope(lambda m, given, how=how: step_products(checkpointed(m, how), given), target_modules=targets)
+        for how in (False, True)
+    )
+    forward, down = (18, 2) if targets == "all-linear" else (9, 1)
+    assert (stopped - plain, reentrant - plain) == (forward - down, forward)
+
+
+class TestRecompute:
+    def test_less_is_kept_for_gate_and_up_once_more(self) -> None:
+        def kept(model: nn.Module, given: dict[str, Tensor]) -> float:
+            return kept_a_token(model, input_ids=given["input_ids"])
+
+        assert slope(kept) - slope(kept, mlp="recompute") == 2 * 128 * 4
+        assert slope(step_products, mlp="recompute") - slope(step_products) == 1 + 2 * 2
+
+    def test_same_numbers(self) -> None:
+        model = fastpeft.accelerate(make(lora_dropout=0.3))
+        given = batch(model)
+        step(model, given)
+        found = []
+        for mlp in (True, "recompute"):
+            fastpeft.accelerate(model, mlp=mlp)  # type: ignore[arg-type]
+            torch.manual_seed(5)
+            found.append(step(model, given))
+        assert found[0].equals(found[1]) and calls(model) == {"fused"}
+
+    def test_it_can_be_changed_and_is_reported(self) -> None:
+        model = fastpeft.accelerate(make(), mlp="recompute")
+        assert {row.op for row in mlp_rows(model)} == {"lora_mlp, gate and up computed again"}
+        assert {row.op for row in mlp_rows(copy.deepcopy(model))} == {"lora_mlp, gate and up computed again"}
+        assert {row.op for row in mlp_rows(fastpeft.accelerate(model))} == {"lora_mlp"}
+        fastpeft.accelerate(model, mlp="recompute")
+        fastpeft.restore(model)
+        assert not any(name.startswith("fastpeft") for m in model.modules() for name in m.__dict__)
+
+    def test_an_unknown_value(self) -> None:
+        with pytest.raises(ValueError, match="mlp: expected True, False or 'recompute', got 'always'"):
+            fastpeft.accelerate(make(), mlp="always")  # type: ignore[arg-type]

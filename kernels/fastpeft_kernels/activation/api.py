@@ -54,8 +54,14 @@ def gated_activation(
     else:
         _check_results({"gate": gate, "up": up}, {"out": out}, up)
     _check_backend(backend, up)
+    fill_gated_activation(gate, up, kind, out, backend)
+    return out
+
+
+def fill_gated_activation(gate: Tensor | None, up: Tensor, kind: str, out: Tensor, backend: str = "auto") -> None:
+    """`gated_activation` for callers that have checked their arguments."""
     if up.numel() == 0:
-        return out
+        return
     if backend == "auto":
         backend = activation_backend(FORWARD, gate, up, kind)
     if backend == "torch":
@@ -69,7 +75,6 @@ def gated_activation(
 
         gated_activation_triton(gate, up, kind, out, config_of(backend))
         _count_writes(out)
-    return out
 
 
 def gated_activation_backward(
@@ -115,6 +120,20 @@ def gated_activation_backward(
         )
     _check_results({"dh": dh, "gate": gate, "up": up}, {"dgate": dgate, "dup": dup, "h": h}, up)
     _check_backend(backend, up)
+    fill_gated_activation_backward(dh, gate, up, kind, dgate, dup, h, backend)
+
+
+def fill_gated_activation_backward(
+    dh: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    kind: str,
+    dgate: Tensor | None,
+    dup: Tensor,
+    h: Tensor | None,
+    backend: str = "auto",
+) -> None:
+    """`gated_activation_backward` for callers that have checked their arguments."""
     if up.numel() == 0:
         return
     if backend == "auto":

@@ -29,10 +29,11 @@ def forward_into(
     x: Tensor,
     group: Group,
     packed: Packed,
+    s: Tensor | None = None,
 ) -> Tensor | None:
     """As `library.forward_into`."""
     inputs = x.to(group.dtypes.compute)
-    s = down_projection(x, group, packed)
+    s = down_projection(x, group, packed) if s is None else s
     column = 0
     for i, projection in enumerate(group.projections):
         update, up = None, packed.b[i]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -83,7 +83,8 @@ def _compute(implementation: ModuleType, x: Tensor, group: Group) -> tuple[list[
 @contextmanager
 def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
     """The weights are brought and let go again; autocast is off, also in a backward that is called under it."""
-    with torch.autocast(projections[0].weight.device.type, enabled=False):
+    device = projections[0].weight.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         try:
             for projection in projections:
                 projection.weight.prefetch()

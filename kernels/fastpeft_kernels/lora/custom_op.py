@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import library
 from .autograd import in_use
-from .layout import flatten_group, unflatten_group
+from .layout import FlatGroup, flatten_group, unflatten_group
 from .projection import Group
 
 
@@ -68,13 +68,7 @@ def lora_group_backward_op(
             dx_dtype,
             flat.flags(wanted),
         )
-    by_place = {
-        place: grad
-        for places, found in zip(flat.tracked, grads, strict=True)
-        for place, grad in zip(places, found, strict=True)
-        if place is not None and grad is not None
-    }
-    results = [_own(by_place[place]) for place in sorted(by_place)]
+    results = gradients_in_order(flat, grads)
     if dx is not None and dx_dtype is not None:
         results.insert(0, dx.reshape(*_lead(dys), dx.shape[-1]).to(dx_dtype).contiguous())
     return results
@@ -119,7 +113,7 @@ def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
     dx_dtype = ctx.dtype if needs[0] and given else None
     found = iter(lora_group_backward_op(dys, x, s, tensors, *ctx.layout, dx_dtype, wanted))
     dx = None if dx_dtype is None else next(found)
-    return dx, [next(found) if flag else None for flag in wanted], None, None
+    return dx, [next(found) if flag else None for flag in wanted], no_gradients(ctx.layout[0]), None
 
 
 lora_group_op.register_autograd(_backward, setup_context=_setup)
@@ -133,6 +127,22 @@ def _no_s(x: Tensor, group: Group) -> Tensor:
 def _lead(dys: Sequence[Tensor | None]) -> torch.Size:
     """The leading sizes that all outputs share."""
     return next(dy.shape[:-1] for dy in dys if dy is not None)
+
+
+def no_gradients(numbers: Sequence[float]) -> list[None] | None:
+    """What torch wants for an op's list of numbers, which is one of tensors to it when it is empty."""
+    return None if numbers else []
+
+
+def gradients_in_order(flat: FlatGroup, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+    """What of a library's `grads` there is, in the order of the tensors that they belong to."""
+    by_place = {
+        place: grad
+        for places, found in zip(flat.tracked, grads, strict=True)
+        for place, grad in zip(places, found, strict=True)
+        if place is not None and grad is not None
+    }
+    return [_own(by_place[place]) for place in sorted(by_place)]
 
 
 def _own(grad: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def forward_into(
     packed: Packed,
     whole: Tensor | None,
     room: Tensor | None,
+    s: Tensor | None = None,
 ) -> Tensor:
     """As `library.forward_into`; S is a tensor of its own."""
     assert packed.a is not None
@@ -82,7 +83,7 @@ def forward_into(
     if room is None:
         room = input_room(x.shape[0], group, packed)
         room[:, :in_features].copy_(x)
-    s = down_projection(room[:, :in_features], group, packed)
+    s = down_projection(room[:, :in_features], group, packed) if s is None else s
     assert s is not None
     room[:, in_features : in_features + rank].copy_(s)
     room[:, in_features + rank :].zero_()

@@ -29,6 +29,7 @@ from .configs import (
     WEIGHT_FP32,
     Config,
 )
+from .gpu_graph import graph_checks
 from .gpu_speed import speed_checks
 from .gpu_support import (
     BF16,
@@ -80,6 +81,7 @@ def checks() -> Iterator[Check]:
                 for base in ("dense", "nf4"):
                     name = f"group {backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
                     yield name, partial(_check_group, backend, dtypes, base, p)
+    yield from graph_checks()
     yield from speed_checks()
 
 

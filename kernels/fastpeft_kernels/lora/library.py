@@ -18,10 +18,19 @@ from ..common.random import TRITON_DTYPES
 from ..tuning.choosing import choice
 from . import apart, extended, parts
 from .keys import BACKWARD, FORWARD, group_key, ways
-from .parts import down_gradients
+from .parts import down_gradients, down_projection
 from .projection import Group, LoraProjection, Packed
 
-__all__ = ["backward", "backward_without_input", "down_gradients", "forward", "forward_into", "pack"]
+__all__ = [
+    "backward",
+    "backward_without_input",
+    "down_gradients",
+    "down_projection",
+    "forward",
+    "forward_into",
+    "input_room",
+    "pack",
+]
 
 
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
@@ -59,6 +68,7 @@ def forward_into(
     *,
     whole: Tensor | None = None,
     room: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> Tensor | None:
     """`forward` into given memory.
 
@@ -68,6 +78,7 @@ def forward_into(
         group, packed: as `forward`.
         whole: the buffer whose columns `outputs` are, side by side, if they are.
         room: from `input_room`, if x lies in its first columns.
+        s: S, if `down_projection` has made it already.
 
     Returns:
         S, (tokens, total rank), or None.
@@ -76,8 +87,8 @@ def forward_into(
     alone = len(group.projections) == 1 and room is None and x.dtype == group.dtypes.compute
     layout = "room" if room is not None else "" if whole is None else "side by side"
     if not _extends(FORWARD, group, packed, x.shape[0], layout, alone):
-        return apart.forward_into(outputs, x, group, packed)
-    return extended.forward_into(outputs, x, group, packed, whole, room)
+        return apart.forward_into(outputs, x, group, packed, s)
+    return extended.forward_into(outputs, x, group, packed, whole, room, s)
 
 
 def input_room(tokens: int, group: Group, packed: Packed) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.tracing import as_op
 from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
 from ..lora.projection import Dtypes
-from . import autograd
+from . import autograd, custom_op
 from .structure import Mlp, check_mlp
 
 KEEP = ("preactivations", "input")
@@ -48,16 +48,13 @@ def lora_mlp(
 
     Raises:
         TypeError: an argument that is no tensor, not floating, or adapters of differing dtypes.
-        ValueError: sizes or devices that do not fit, an unknown activation or `keep`; under torch.compile or a
-            dispatch mode, where it cannot be traced yet.
+        ValueError: sizes or devices that do not fit, an unknown activation or `keep`.
         RuntimeError: in backward, when a frozen weight was changed or moved since forward.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685; gated MLPs, Shazeer 2020, arXiv:2002.05202.
     """
     if keep not in KEEP:
         raise ValueError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
-    if as_op():
-        raise ValueError("lora_mlp: cannot be traced yet, got it under torch.compile or a dispatch mode")
     check_mlp(x, mlp)
     dtypes = resolve_dtypes(x, mlp.projections, compute_dtype, lora_dtype, out_dtype)
     if seeds is None:
@@ -68,10 +65,15 @@ def lora_mlp(
 
 
 def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool = True) -> Tensor:
-    """`lora_mlp` for callers that have checked their arguments."""
+    """`lora_mlp` for callers that have checked their arguments.
+
+    torch.compile, selective checkpointing and fake tensors see two ops forward and one backward.
+    """
     device = x.device.type
     autocast_off = (
         torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     )
     with autocast_off:
+        if as_op():
+            return custom_op.apply(x, mlp, dtypes, seeds, keep)
         return autograd.apply(x, mlp, dtypes.for_input(x), seeds, keep)

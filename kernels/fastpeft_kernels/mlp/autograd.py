@@ -1,4 +1,9 @@
-"""The MLP as one autograd function."""
+"""The MLP for autograd: one node that keeps and computes all that backward reads, and one that makes the result.
+
+Activation checkpointing that is not reentrant runs a forward again until all is there that it saved, and what a node
+saves is looked at when the node's forward ends. So the down projection, of which backward reads nothing, stands in a
+node of its own that saves nothing: where no later part of the checkpointed layer saves anything, it is not run again.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +17,44 @@ from torch.autograd.function import once_differentiable
 from ..lora.autograd import in_use, split_flags, tensors_read_again
 from ..lora.projection import Dtypes
 from . import library
+from .library import Kept, Middle
 from .structure import Mlp
 
 
-class LoraMlp(torch.autograd.Function):
-    """Keeps x, S of each projection and, if `keep`, gate and up; else those are computed again, but never down."""
+class LoraMlpUpToDown(torch.autograd.Function):
+    """Keeps x, S of each projection and, if `keep`, gate and up; else those are computed again, but never down.
+
+    Its output stands for the result: its gradient is the result's. It has the shape and one number of storage.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool, x: Tensor, *tensors: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Middle]:
         needs = split_flags(ctx.needs_input_grad[5:], mlp.projections)
         ctx.group = (mlp, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in mlp.projections]
-        if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
-            x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
-        x2 = x.reshape(-1, x.shape[-1])
-        with in_use(mlp.projections):
-            y, kept = library.forward(x2, mlp, dtypes, seeds)
-        trains_a = any(flag for flags in needs[:-1] for flag in flags[1::3])
-        inside = ctx.needs_input_grad[4] or any(flag for flags in needs[:-1] for flag in flags) or any(needs[-1][1::3])
-        keep = keep or not inside
-        ctx.save_for_backward(
-            x if trains_a or not keep else None,
-            kept.s if any(flag for flags in needs[:-1] for flag in flags[2::3]) else None,
-            kept.pre if keep and inside else None,
-            kept.s_down if any(needs[-1][2::3]) else None,
-            *tensors_read_again(mlp.projections),
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
+        x = one_cast(x, dtypes)
+        with in_use(mlp.inner):
+            middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds)
+        read = library.read_by_backward(ctx.needs_input_grad[4], needs, keep)
+        kept = [t if wanted else None for t, wanted in zip((x, s, pre, middle.s_down), read, strict=True)]
+        ctx.save_for_backward(*kept, *tensors_read_again(mlp.projections))
+        return stand_in(x, mlp, dtypes), middle
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor, _: None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         mlp, dtypes, seeds, needs = ctx.group
         shape, dtype = ctx.input
-        x, s, pre, s_down, *_ = ctx.saved_tensors
-        x2 = None if x is None else x.reshape(-1, x.shape[-1])
+        x, s, pre, s_down, *_tensors = ctx.saved_tensors
         with in_use(mlp.projections):
             for projection, stamp in zip(mlp.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
-            if pre is None and x2 is not None:
-                pre, _ = library.inner(x2, mlp, dtypes, seeds)
             dx, grads = library.backward(
                 dy.reshape(-1, dy.shape[-1]),
-                x2,
-                library.Kept(s, pre, s_down),
+                Kept(None if x is None else x.reshape(-1, x.shape[-1]), s, pre, s_down),
                 mlp,
                 dtypes,
                 seeds,
@@ -69,11 +65,35 @@ class LoraMlp(torch.autograd.Function):
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
+class LoraMlpDown(torch.autograd.Function):
+    """The result, in place of what stood for it."""
+
+    @staticmethod
+    def forward(ctx, stand_in: Tensor, middle: Middle) -> Tensor:  # type: ignore[no-untyped-def]
+        with in_use(middle.group.projections):
+            return middle.project().view(stand_in.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return dy, None
+
+
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
     """The MLP of x (..., in_features), differentiable where grad mode and inputs ask for it. Autocast must be off."""
     tensors = [tensor for projection in mlp.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return LoraMlp.apply(mlp, dtypes, seeds, keep, x, *tensors)  # type: ignore[no-any-return]
+        result, middle = LoraMlpUpToDown.apply(mlp, dtypes, seeds, keep, x, *tensors)
+        return LoraMlpDown.apply(result, middle)  # type: ignore[no-any-return]
     with in_use(mlp.projections):
-        y, _ = library.forward(x.detach().reshape(-1, x.shape[-1]), mlp, dtypes, seeds)
+        y = library.forward(x.detach().reshape(-1, x.shape[-1]), mlp, dtypes, seeds)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def one_cast(x: Tensor, dtypes: Dtypes) -> Tensor:
+    """x in the dtype of the products, where one cast serves every product, now and in backward."""
+    return x.to(dtypes.compute) if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize else x
+
+
+def stand_in(x: Tensor, mlp: Mlp, dtypes: Dtypes) -> Tensor:
+    """What autograd takes for the result: zeros of its shape and dtype that take one number's storage."""
+    return x.new_zeros((), dtype=dtypes.out).expand(*x.shape[:-1], mlp.down.weight.shape[0])

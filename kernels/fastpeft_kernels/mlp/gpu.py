@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common.gpu_clock import median_us
 from ..common.random import draw_seed
 from ..lora.api import run_group
+from ..lora.gpu_graph import change, check_replay
 from ..lora.gpu_support import (
     BF16,
     DEVICE,
@@ -47,6 +48,8 @@ def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 9
                     names = f"{layout} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
                     yield f"mlp {names}", partial(_check, layout, dtypes, base, p, shapes)
     for base in ("dense", "nf4"):
+        yield f"CUDA graph of an MLP {base}", partial(_check_graph, base)
+    for base in ("dense", "nf4"):
         yield f"speed mlp {base}", partial(_measure, base)
     for base in ("dense", "nf4"):
         yield f"speed of one way and the other, q/k/v, {base}", partial(_measure_ways, base)
@@ -69,6 +72,15 @@ def _check(
             for i, triple in enumerate(zip(ours, same, exact, strict=True)):
                 worst = max(worst, within(*triple, f"result {i} of {tokens} tokens, {keep=}"))
     return {"share_of_budget": worst}
+
+
+def _check_graph(base: str) -> dict[str, Any]:
+    dtypes = same_dtypes(BF16)
+    mlp = make_mlp("gate and up", 768, 1024, 16, dtypes, base, 0.25)
+    x, dy = rand(512, 768, dtype=BF16), rand(512, 768, dtype=BF16)
+    seeds = [draw_seed(DEVICE) for _ in mlp.projections]
+    check_replay(lambda: _derive(run_mlp, x, mlp, dtypes, seeds, dy), lambda: change(x, mlp.projections, seeds))
+    return {}
 
 
 def _measure(base: str) -> dict[str, Any]:

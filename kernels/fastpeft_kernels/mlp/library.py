@@ -8,31 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activation import gated_activation, gated_activation_backward
+from ..activation.api import fill_gated_activation, fill_gated_activation_backward
 from ..lora import library
-from ..lora.projection import Dtypes
+from ..lora.parts import rows_contiguous
+from ..lora.projection import Dtypes, Group, Packed
 from .structure import Mlp
 
 Flags = Sequence[Sequence[bool]]
 
 
-@dataclass(slots=True, eq=False)
-class Kept:
-    """What forward leaves for backward.
+class Kept(NamedTuple):
+    """What forward leaves for backward; None where `read_by_backward` says so.
 
     Attributes:
-        s: x A^T of the inner projections, (tokens, their total rank), or None.
-        pre: gate and up, (tokens, width); None where backward reads nothing of them.
-        s_down: h A^T of the down projection, (tokens, its rank), or None.
+        x: (tokens, in_features).
+        s: x A^T of the inner projections, (tokens, their total rank).
+        pre: gate and up, (tokens, width).
+        s_down: h A^T of the down projection, (tokens, its rank).
     """
 
+    x: Tensor | None
     s: Tensor | None
     pre: Tensor | None
     s_down: Tensor | None
+
+
+def read_by_backward(needs_dx: bool, needs: Flags, keep: bool) -> tuple[bool, bool, bool, bool]:
+    """Which parts of `Kept` backward reads, in order.
+
+    Args:
+        needs_dx: whether a gradient of x is wanted.
+        needs: which of `LoraProjection.tensors()` of each of `mlp.projections` are trained.
+        keep: whether `pre` may be kept; else x is, of which it is made again.
+    """
+    inner_flags, down_flags = [flag for flags in needs[:-1] for flag in flags], needs[-1]
+    inside = needs_dx or any(inner_flags) or any(down_flags[1::3])
+    trains_a, trains_b = any(any(flags[1::3]) for flags in needs[:-1]), any(any(flags[2::3]) for flags in needs[:-1])
+    return trains_a or (inside and not keep), trains_b, inside and keep, any(down_flags[2::3])
+
+
+@dataclass(slots=True, eq=False)
+class Middle:
+    """What the down projection is made of.
+
+    Attributes:
+        h: act(gate) * up, (tokens, features).
+        s_down: as in `Kept`.
+        group, packed: the down projection, and its adapters from `lora.library.pack`.
+        room: from `lora.library.input_room`, if h lies in it.
+    """
+
+    h: Tensor
+    s_down: Tensor | None
+    group: Group
+    packed: Packed
+    room: Tensor | None
+
+    def project(self) -> Tensor:
+        """The MLP's result, (tokens, out_features)."""
+        y = self.h.new_empty((self.h.shape[0], self.group.projections[0].weight.shape[0]), dtype=self.group.dtypes.out)
+        library.forward_into([y], self.h, self.group, self.packed, room=self.room, s=self.s_down)
+        return y
 
 
 def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -42,21 +83,29 @@ def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(mlp.inner, dtypes.lora), whole=pre)
 
 
-def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Kept]:
-    """The result (tokens, out_features), and what backward wants, for x (tokens, in_features)."""
+def up_to_down(
+    x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], with_room: bool = True
+) -> tuple[Middle, Tensor, Tensor | None]:
+    """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features).
+
+    `with_room`: h may lie in a larger matrix, where that saves `Middle.project` a copy.
+    """
     pre, s = inner(x, mlp, dtypes, seeds)
     _, down = mlp.groups(dtypes, seeds)
     packed = library.pack(down.projections, dtypes.lora)
-    room = library.input_room(x.shape[0], down, packed) if dtypes.out == dtypes.compute else None
-    h = gated_activation(*mlp.halves(pre), mlp.activation, out=None if room is None else room[:, : mlp.features])
-    y = x.new_empty((x.shape[0], mlp.down.weight.shape[0]), dtype=dtypes.out)
-    s_down = library.forward_into([y], h, down, packed, room=room)
-    return y, Kept(s, pre, s_down)
+    room = library.input_room(x.shape[0], down, packed) if with_room and dtypes.out == dtypes.compute else None
+    h = pre.new_empty((x.shape[0], mlp.features)) if room is None else room[:, : mlp.features]
+    fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
+    return Middle(h, library.down_projection(h, down, packed), down, packed, room), pre, s
+
+
+def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
+    """The result (tokens, out_features) for x (tokens, in_features), with nothing kept."""
+    return up_to_down(x, mlp, dtypes, seeds)[0].project()
 
 
 def backward(
     dy: Tensor,
-    x: Tensor | None,
     kept: Kept,
     mlp: Mlp,
     dtypes: Dtypes,
@@ -68,8 +117,7 @@ def backward(
 
     Args:
         dy: (tokens, out_features) of dtype `dtypes.out`.
-        x: (tokens, in_features); None when no inner adapter's `a` is trained.
-        kept, mlp, dtypes, seeds: of forward.
+        kept, mlp, dtypes, seeds: of forward; without `pre`, gate and up are made again of x.
         dx_dtype: dtype of x; None when no gradient of it is wanted.
         needs: which other gradients are wanted.
 
@@ -84,20 +132,23 @@ def backward(
     )
     trains_a = ds is not None and any(needs[-1][1::3])
     pre, dpre, h = kept.pre, None, None
+    if pre is None and kept.x is not None and (dh is not None or trains_a):
+        pre, _ = inner(kept.x, mlp, dtypes, seeds)
     if dh is not None:
         assert pre is not None
-        h = dh = dh.to(dtypes.out)  # what is made anew takes the place of its gradient
+        h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
         dpre = torch.empty_like(pre)
         dgate, dup = mlp.halves(dpre)
-        gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate=dgate, dup=dup, h=h)
+        fill_gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate, dup, h)
     elif trains_a:
         assert pre is not None
-        h = gated_activation(*mlp.halves(pre), mlp.activation)
+        h = pre.new_empty((pre.shape[0], mlp.features))
+        fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
     if trains_a and ds is not None and h is not None:
         library.down_gradients(ds, h.to(dtypes.lora), down, needs[-1:], grads_down)
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)
-    dx, grads = library.backward(x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1], whole=dpre)
+    dx, grads = library.backward(kept.x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1], whole=dpre)
     return dx, [*grads, *grads_down]

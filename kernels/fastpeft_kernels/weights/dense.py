@@ -30,10 +30,7 @@ class DenseWeight(FrozenWeight):
         if weight.dim() != 2:
             raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
         self.weight = weight
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.weight.shape[0], self.weight.shape[1]
+        self.shape = (weight.shape[0], weight.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -234,3 +234,11 @@ def test_an_explicit_request_is_refused() -> None:
     compiled = torch.compile(lambda x: lora_linear_group(x, [projection(64, 8, 2)], backend="triton"), backend="eager")
     with pytest.raises(Exception, match="backend: 'triton' cannot be traced yet"):
         compiled(torch.randn(5, 64))
+
+
+def test_a_group_without_adapters() -> None:
+    group = [projection(64, 8), projection(64, 4)]
+    x = torch.randn(5, 64, requires_grad=True)
+    step = torch.compile(lambda x: sum(y.sum() for y in lora_linear_group(x, group)), backend="aot_eager")
+    (found,) = torch.autograd.grad(step(x), x)
+    torch.testing.assert_close(found, sum(p.weight.decode().sum(0) for p in group).expand(5, 64))

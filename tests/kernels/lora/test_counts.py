@@ -63,3 +63,14 @@ def test_kept_for_backward_are_x_and_s_once():
     for parameter in parameters(group):  # no copy of them
         kept.pop(parameter.untyped_storage()._cdata)
     assert sum(kept.values()) == x.nbytes + 4 * 128 * 12
+
+
+def test_the_host_reads_no_number(monkeypatch):
+    """On the meta device there is none to read: what a CUDA graph records must not depend on one."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    with torch.device("meta"):
+        group = [projection(16, 8, 4, 2, dropout=0.25, scaling=torch.tensor(0.5), with_bias=True) for _ in range(2)]
+        x = torch.randn(5, 16, requires_grad=True)
+        ys = lora_linear_group(x, group)
+        sum(y.sum() for y in ys).backward()
+    assert all(y.is_meta for y in ys) and all(t.grad is not None for t in (x, *parameters(group)))

@@ -1,11 +1,15 @@
 """The whole MLP against fp64, over layouts, activations, dtypes, adapters and what is trained."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.lora import Dtypes
 from fastpeft_kernels.mlp import Mlp, lora_mlp
+from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from tests.kernels.lora.groups import WAYS, parameters, projection, seeds_for, take
 from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp, wide
@@ -80,6 +84,33 @@ def test_what_is_kept(keep):
     assert numbers == tokens * ((2 * size if keep == "preactivations" else 0) + 4 + 3 + 5)
 
 
+def test_what_goes_to_the_down_projection_does_not_live_on(monkeypatch):
+    seen = []
+    project = Middle.project
+    monkeypatch.setattr(Middle, "project", lambda self: seen.append(weakref.ref(self.h)) or project(self))
+    y = lora_mlp(torch.randn(5, 8, requires_grad=True), mlp("gate and up", 8, 12))
+    assert y.requires_grad and len(seen) == 1 and seen[0]() is None
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_checkpointed_it_stops_before_the_down_projection(keep, monkeypatch):
+    m = mlp("gate and up", 8, 12, dropout=0.25)
+    x = torch.randn(5, 8, requires_grad=True)
+    wanted = [x, *parameters(list(m.projections))]
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(lora_mlp(x, m, keep=keep).sum(), wanted)
+    calls = []
+    project = Middle.project
+    monkeypatch.setattr(Middle, "project", lambda self: calls.append(1) or project(self))
+    torch.manual_seed(3)
+    y = x + checkpoint(lambda x: lora_mlp(x, m, keep=keep), x, use_reentrant=False)
+    found = torch.autograd.grad((y - x).sum(), wanted)
+    assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    y = checkpoint(lambda x: lora_mlp(x, m, keep=keep).sin(), x, use_reentrant=False)  # reads the result
+    torch.autograd.grad(y.sum(), wanted)
+    assert len(calls) == 3
+
+
 def test_nothing_is_kept_for_what_is_not_trained():
     """Only down's b is, as in LoRA-FA: neither x nor the preactivations are read."""
     m = mlp("gate and up", 24, 40)
@@ -99,6 +130,19 @@ def test_a_base_that_changed_is_refused():
     m.down.weight.weight.add_(1)
     with pytest.raises(RuntimeError, match="changed or moved between forward and backward"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+def test_the_host_reads_no_number(keep, monkeypatch):
+    """On the meta device there is none to read: what a CUDA graph records must not depend on one."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    with torch.device("meta"):
+        scaling = torch.tensor(0.5)
+        m = mlp("gate and up", 32, 48, ranks=((4,), (3, 2), (5,)), bias=True, dropout=0.25, scaling=scaling)
+        x = torch.randn(4, 16, 32, requires_grad=True)
+        y = lora_mlp(x, m, keep=keep)
+        y.sum().backward()
+    assert y.is_meta and all(t.grad is not None for t in (x, *parameters(list(m.projections))))
 
 
 def test_bad_arguments_name_what_is_wrong():
