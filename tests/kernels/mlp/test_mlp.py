@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.lora import Dtypes
+from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp, lora_mlp
+from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from tests.kernels.lora.groups import WAYS, parameters, projection, seeds_for, take
@@ -140,7 +142,8 @@ def test_the_host_reads_no_number(keep, monkeypatch):
         scaling = torch.tensor(0.5)
         m = mlp("gate and up", 32, 48, ranks=((4,), (3, 2), (5,)), bias=True, dropout=0.25, scaling=scaling)
         x = torch.randn(4, 16, 32, requires_grad=True)
-        y = lora_mlp(x, m, keep=keep)
+        seeds = draw_seeds(x.device, m.projections, training=True)
+        y = run_mlp(x, m, Dtypes(*[torch.float32] * 3), seeds, keep == "preactivations")
         y.sum().backward()
     assert y.is_meta and all(t.grad is not None for t in (x, *parameters(list(m.projections))))
 
