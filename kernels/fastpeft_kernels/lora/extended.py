@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .parts import add_adapter_input_gradient, bias_gradients, down_projection, rows_contiguous, up_gradients
+from .parts import adapter_input_gradient, bias_gradients, down_projection, rows_contiguous, up_gradients
 from .projection import Group, LoraProjection, Packed
 
 ALIGNED = 8
@@ -125,7 +125,7 @@ def backward_without_input(
     # Contiguous, as autograd's own would be: what comes before may count on it.
     if not group.drops:
         return torch.addmm(dx, ds, packed.a), ds, grads
-    return add_adapter_input_gradient(dx.contiguous(), ds, packed.a, group), ds, grads
+    return adapter_input_gradient(ds, packed.a, group, dx.contiguous()), ds, grads
 
 
 def _width(packed: Packed) -> int:

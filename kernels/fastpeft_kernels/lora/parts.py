@@ -76,15 +76,18 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
     return s
 
 
-def add_adapter_input_gradient(dx: Tensor, ds: Tensor, a: Tensor, group: Group) -> Tensor:
-    """dx + dropout(dS A), summed in the wider of the two dtypes."""
-    wide = torch.promote_types(dx.dtype, ds.dtype)
+def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor:
+    """dropout(dS A), or added to dx, in the wider of the two dtypes."""
+    wide = ds.dtype if dx is None else torch.promote_types(dx.dtype, ds.dtype)
     if not group.drops:
+        if dx is None:
+            return torch.mm(ds, a)
         return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
-    dx = dx.to(wide)
     for first, last, seed, p, stream in group.adapter_columns():
         part = torch.mm(ds[:, first:last], a[first:last])
-        dx.add_(part if seed is None else dropout(part, seed, p, stream))
+        part = part if seed is None else dropout(part, seed, p, stream)
+        dx = part if dx is None else dx.to(wide).add_(part)
+    assert dx is not None
     return dx
 
 
