@@ -3,8 +3,8 @@
 Where the dtypes agree, the adapters' part is written first and the frozen product accumulates onto it: that one reads
 what it adds to while it multiplies, which costs less than a narrow product that reads and writes a whole output.
 Measured on an EPYC with AVX2, fp32, r = 16, 1024 tokens, least of 25, over the frozen product alone: 768 to 768
-features 1.00 in place of 1.04, 768 to 2048 1.04 for 1.11, backward 1.00 for 1.02 to 1.04. In backward all of dx accumulates in
-one buffer.
+features 1.00 in place of 1.04, 768 to 2048 1.04 for 1.11, backward 1.00 for 1.02 to 1.04. In backward all of dx
+accumulates in one buffer.
 
 Forward: 1 + 2n products for n projections of one input, backward: 3n + 2.
 """

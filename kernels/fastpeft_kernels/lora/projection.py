@@ -153,6 +153,8 @@ def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
     if not isinstance(projection.weight, FrozenWeight):
         raise TypeError(f"{name}.weight: expected a FrozenWeight, got {type(projection.weight).__name__}")
     out_features, in_features = projection.weight.shape
+    if in_features < 1:
+        raise ValueError(f"{name}.weight: expected in_features >= 1, got shape {projection.weight.shape}")
     if x.shape[-1] != in_features:
         raise ValueError(f"x: expected last size {in_features} for {name}, got shape {tuple(x.shape)}")
     _check_device(f"{name}.weight", projection.weight.device, x.device)

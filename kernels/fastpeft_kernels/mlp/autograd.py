@@ -71,7 +71,7 @@ class LoraMlpDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stand_in: Tensor, middle: Middle) -> Tensor:  # type: ignore[no-untyped-def]
         with in_use(middle.group.projections):
-            return middle.project().view(stand_in.shape)
+            return middle.project(stand_in.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
@@ -85,8 +85,7 @@ def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], k
         result, middle = LoraMlpUpToDown.apply(mlp, dtypes, seeds, keep, x, *tensors)
         return LoraMlpDown.apply(result, middle)  # type: ignore[no-any-return]
     with in_use(mlp.projections):
-        y = library.forward(x.detach().reshape(-1, x.shape[-1]), mlp, dtypes, seeds)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return library.forward(x.detach(), mlp, dtypes, seeds)
 
 
 def one_cast(x: Tensor, dtypes: Dtypes) -> Tensor:

@@ -69,7 +69,7 @@ def lora_mlp_down_op(
     group = unflatten_group(tensors, numbers, layout).group
     packed = lora_library.pack(group.projections, group.dtypes.lora)
     with in_use(group.projections):
-        return Middle(h, None if packed.a is None else s_down, group, packed, None).project().view(result.shape)
+        return Middle(h, None if packed.a is None else s_down, group, packed, None).project(result.shape[:-1])
 
 
 @lora_mlp_down_op.register_fake

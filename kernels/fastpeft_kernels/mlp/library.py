@@ -69,10 +69,12 @@ class Middle:
     packed: Packed
     room: Tensor | None
 
-    def project(self) -> Tensor:
-        """The MLP's result, (tokens, out_features)."""
-        y = self.h.new_empty((self.h.shape[0], self.group.projections[0].weight.shape[0]), dtype=self.group.dtypes.out)
-        library.forward_into([y], self.h, self.group, self.packed, room=self.room, s=self.s_down)
+    def project(self, lead: Sequence[int]) -> Tensor:
+        """The MLP's result, (*lead, out_features), and no view: whoever gets it may write into it."""
+        out_features = self.group.projections[0].weight.shape[0]
+        y = self.h.new_empty((*lead, out_features), dtype=self.group.dtypes.out)
+        rows = y.view(self.h.shape[0], out_features)
+        library.forward_into([rows], self.h, self.group, self.packed, room=self.room, s=self.s_down)
         return y
 
 
@@ -100,8 +102,8 @@ def up_to_down(
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
-    """The result (tokens, out_features) for x (tokens, in_features), with nothing kept."""
-    return up_to_down(x, mlp, dtypes, seeds)[0].project()
+    """The result (..., out_features) for x (..., in_features), with nothing kept."""
+    return up_to_down(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds)[0].project(x.shape[:-1])
 
 
 def backward(

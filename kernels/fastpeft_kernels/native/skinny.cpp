@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -107,31 +106,46 @@ void pack(const Matrix& from, int64_t first, int64_t lines, int64_t rank, int64_
                 to[line * width + j] = start + j < rank ? from.at(first + line, start + j) : 0.0f;
 }
 
+// Floats of memory that a call works in: b packed, and for each thread a part of db and what a block of rows needs.
+struct Workspace {
+    int64_t packed, db, block, panel;
+    Workspace(int64_t features, int64_t rank, int64_t width, bool with_b, bool with_s) {
+        const int64_t chunks = (rank + width - 1) / width;
+        packed = with_b ? chunks * features * width : 0;
+        db = with_s ? chunks * features * width : 0;
+        block = chunks * BLOCK * width;
+        panel = PANEL * width;
+    }
+    int64_t each() const { return db + 2 * block + panel + PANEL; }
+};
+
 template <int VECTORS>
 void rows(const Matrix& y, int64_t begin, int64_t end, int64_t features, int64_t rank, const float* b, const Matrix& ds,
-          const Matrix& s, float* db) {
+          const Matrix& s, const Workspace& sizes, float* memory) {
     using T = Tile<VECTORS>;
     const int64_t width = T::WIDTH, chunks = (rank + width - 1) / width;
-    const std::vector<float> zeros(PANEL, 0.0f);
-    std::vector<float> s_block(chunks * BLOCK * width), ds_block(chunks * BLOCK * width), db_panel(PANEL * width);
+    float *db = memory, *s_block = db + sizes.db, *ds_block = s_block + sizes.block, *db_panel = ds_block + sizes.block;
+    float* zeros = db_panel + sizes.panel;
+    std::fill_n(db, sizes.db, 0.0f);
+    std::fill_n(zeros, PANEL, 0.0f);
     for (int64_t block = begin; block < end; block += BLOCK) {
         const int64_t count = std::min(BLOCK, end - block);
         if (s) {
-            std::fill(s_block.begin(), s_block.end(), 0.0f);
-            pack(s, block, count, rank, width, BLOCK * width, s_block.data());
+            std::fill_n(s_block, sizes.block, 0.0f);
+            pack(s, block, count, rank, width, BLOCK * width, s_block);
         }
-        std::fill(ds_block.begin(), ds_block.end(), 0.0f);
+        std::fill_n(ds_block, sizes.block, 0.0f);
         for (int64_t panel = 0; panel < features; panel += PANEL) {
             const int64_t columns = std::min(PANEL, features - panel);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                std::fill(db_panel.begin(), db_panel.end(), 0.0f);
+                std::fill_n(db_panel, sizes.panel, 0.0f);
                 for (int64_t tile = 0; tile < count; tile += T::ROWS) {
                     const float* lines[T::ROWS];
-                    UNROLL for (int m = 0; m < T::ROWS; ++m)
-                        lines[m] = tile + m < count ? &y.at(block + tile + m, panel) : zeros.data();
+                    for (int m = 0; m < T::ROWS; ++m)
+                        lines[m] = tile + m < count ? &y.at(block + tile + m, panel) : zeros;
                     const int64_t place = (chunk * BLOCK + tile) * width;
-                    if (b) T::right(lines, b + (chunk * features + panel) * width, columns, ds_block.data() + place);
-                    if (s) T::left(lines, s_block.data() + place, columns, db_panel.data());
+                    if (b) T::right(lines, b + (chunk * features + panel) * width, columns, ds_block + place);
+                    if (s) T::left(lines, s_block + place, columns, db_panel);
                 }
                 if (s) {
                     float* sums = db + (chunk * features + panel) * width;
@@ -148,35 +162,44 @@ void rows(const Matrix& y, int64_t begin, int64_t end, int64_t features, int64_t
 
 template <int VECTORS>
 void skinny(const Matrix& y, int64_t tokens, int64_t features, int64_t rank, const Matrix& b, const Matrix& ds,
-            const Matrix& s, const Matrix& db, int threads) {
-    const int64_t width = Tile<VECTORS>::WIDTH, chunks = (rank + width - 1) / width, size = chunks * features * width;
-    const int64_t each = (tokens + threads - 1) / threads;
-    std::vector<float> packed(b ? size : 0), sums(s ? size * threads : 0, 0.0f);
-    if (b) pack(b, 0, features, rank, width, features * width, packed.data());
+            const Matrix& s, const Matrix& db, float* memory, int threads) {
+    const int64_t width = Tile<VECTORS>::WIDTH;
+    const int64_t share = (tokens + threads - 1) / threads;
+    const Workspace sizes(features, rank, width, bool(b), bool(s));
+    float *packed = memory, *parts = memory + sizes.packed;
+    if (b) pack(b, 0, features, rank, width, features * width, packed);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread)
-        rows<VECTORS>(y, std::min(tokens, thread * each), std::min(tokens, (thread + 1) * each), features, rank,
-                      b ? packed.data() : nullptr, ds, s, s ? sums.data() + thread * size : nullptr);
+        rows<VECTORS>(y, std::min(tokens, thread * share), std::min(tokens, (thread + 1) * share), features, rank,
+                      b ? packed : nullptr, ds, s, sizes, parts + thread * sizes.each());
     if (!s) return;
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < features; ++n)
         for (int64_t j = 0; j < rank; ++j) {
             float total = 0.0f;
             for (int thread = 0; thread < threads; ++thread)
-                total += sums[thread * size + ((j / width) * features + n) * width + j % width];
+                total += parts[thread * sizes.each() + ((j / width) * features + n) * width + j % width];
             db.at(n, j) = total;
         }
 }
 
+int64_t width_of(int64_t rank) { return rank <= LANES ? Tile<1>::WIDTH : Tile<2>::WIDTH; }
+
 }  // namespace
 
+// Floats of `memory` that a call with these sizes wants.
+extern "C" int64_t fastpeft_skinny_memory(int64_t features, int64_t rank, int with_b, int with_s, int threads) {
+    const Workspace sizes(features, rank, width_of(rank), with_b, with_s);
+    return sizes.packed + threads * sizes.each();
+}
+
 // y (tokens, features), columns contiguous. Either or both of ds = y b and db = y^T s: b (features, rank), ds and
-// s (tokens, rank), db (features, rank), each with any strides; null where not wanted.
+// s (tokens, rank), db (features, rank), each with any strides; null where not wanted. Nothing is allocated here.
 extern "C" void fastpeft_skinny(float* y, int64_t y_row, int64_t tokens, int64_t features, int64_t rank,
                                 float* b, int64_t b_row, int64_t b_column, float* ds, int64_t ds_row, int64_t ds_column,
                                 float* s, int64_t s_row, int64_t s_column, float* db, int64_t db_row, int64_t db_column,
-                                int threads) {
+                                float* memory, int threads) {
     const auto run = rank <= LANES ? skinny<1> : skinny<2>;
     run({y, y_row, 1}, tokens, features, rank, {b, b_row, b_column}, {ds, ds_row, ds_column}, {s, s_row, s_column},
-        {db, db_row, db_column}, threads);
+        {db, db_row, db_column}, memory, threads);
 }

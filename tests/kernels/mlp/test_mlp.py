@@ -89,7 +89,7 @@ def test_what_is_kept(keep):
 def test_what_goes_to_the_down_projection_does_not_live_on(monkeypatch):
     seen = []
     project = Middle.project
-    monkeypatch.setattr(Middle, "project", lambda self: seen.append(weakref.ref(self.h)) or project(self))
+    monkeypatch.setattr(Middle, "project", lambda self, lead: seen.append(weakref.ref(self.h)) or project(self, lead))
     y = lora_mlp(torch.randn(5, 8, requires_grad=True), mlp("gate and up", 8, 12))
     assert y.requires_grad and len(seen) == 1 and seen[0]() is None
 
@@ -103,7 +103,7 @@ def test_checkpointed_it_stops_before_the_down_projection(keep, monkeypatch):
     expected = torch.autograd.grad(lora_mlp(x, m, keep=keep).sum(), wanted)
     calls = []
     project = Middle.project
-    monkeypatch.setattr(Middle, "project", lambda self: calls.append(1) or project(self))
+    monkeypatch.setattr(Middle, "project", lambda self, lead: calls.append(1) or project(self, lead))
     torch.manual_seed(3)
     y = x + checkpoint(lambda x: lora_mlp(x, m, keep=keep), x, use_reentrant=False)
     found = torch.autograd.grad((y - x).sum(), wanted)
@@ -124,6 +124,21 @@ def test_nothing_is_kept_for_what_is_not_trained():
     assert max(sizes) <= 100 * 5
     y.sum().backward()
     assert m.down.adapters[0].b.grad is not None
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_result_may_be_written_into(grad):
+    """A residual that is added in place, or dropout in place, as some models have it."""
+    m, x = mlp("gate and up", 32, 48), torch.randn(2, 3, 32, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        expected = lora_mlp(x, m) + x
+        y = lora_mlp(x, m)
+        y += x
+    assert torch.equal(y, expected)
+    if grad:
+        wanted = [x, *parameters(list(m.projections))]
+        ours, theirs = (torch.autograd.grad(z.sum(), wanted) for z in (y, expected))
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_base_that_changed_is_refused():

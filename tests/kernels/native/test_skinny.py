@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft_kernels.lora import rank_products
 from fastpeft_kernels.native import native_library, skinny, skinny_serves
@@ -66,6 +67,16 @@ def test_nothing_but_large_fp32_of_small_rank_on_a_cpu_goes_there():
     assert not skinny_serves(y.double(), s.double()) and not skinny_serves(y, s.bfloat16())
     assert not skinny_serves(y.t(), s) and not skinny_serves(y[:10], s[:10])
     assert not skinny_serves(y, torch.randn(200, 33)) and not skinny_serves(y.to("meta"), s.to("meta"))
+
+
+def test_what_has_no_memory_of_its_own_does_not_go_there():
+    y, s = torch.randn(200, 200), torch.randn(200, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(y)
+    assert not skinny_serves(fake, s) and not skinny_serves(y, mode.from_tensor(s))
+    found = []
+    torch.vmap(lambda rows: found.append(skinny_serves(rows, s)) or rows)(torch.randn(3, 200, 200))
+    assert found == [False]
 
 
 def test_without_it_the_library_serves(monkeypatch):
