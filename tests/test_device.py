@@ -68,6 +68,26 @@ def test_the_installed_assembler_has_a_version() -> None:
         assert version is not None and version >= (12, 0)
 
 
+def test_a_gpu_that_triton_cannot_serve_is_left_to_pytorch_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = pytest.importorskip("fastpeft_kernels.common.triton_trial")
+
+    def no_compiler(index: int) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(torch.cuda, "device", no_compiler)
+    device._triton_launches.cache_clear()
+    try:
+        assert not any(device.triton_serves(torch.device("cuda", 3)) for _ in range(2))
+    finally:
+        device._triton_launches.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton compiles no kernel on cuda:3, PyTorch serves instead: Please specify one"
+    ]
+    assert not device.triton_serves(torch.device("cpu")) and trial.logger.name == "fastpeft"
+
+
 def test_without_triton_there_is_no_assembler() -> None:
     code = (
         "from fastpeft_kernels.common import device\n"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.device import triton_available
+from ..common.device import triton_serves
 from ..native.activation import activation_refusal
 from ..tuning.choosing import choice
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
@@ -47,7 +47,7 @@ def activation_backend(op: str, gate: Tensor | None, up: Tensor, activation: str
 
 def activation_backends(device: torch.device) -> Sequence[str]:
     """All that can be chosen on a device, plain PyTorch first."""
-    if device.type == "cuda" and triton_available():
+    if triton_serves(device):
         from .tiles import NAMES
 
         return ("torch", *NAMES)
@@ -55,7 +55,7 @@ def activation_backends(device: torch.device) -> Sequence[str]:
 
 
 def _default(device: torch.device, dtype: torch.dtype) -> str:
-    if dtype in DTYPES and device.type == "cuda" and triton_available():
+    if dtype in DTYPES and triton_serves(device):
         return "triton"
     return "torch" if activation_refusal(device, dtype) else "native"
 

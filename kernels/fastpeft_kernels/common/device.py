@@ -22,6 +22,20 @@ def triton_available() -> bool:
     return True
 
 
+def triton_serves(device: torch.device) -> bool:
+    """Whether our Triton kernels can be compiled and launched on `device`; tried once a process and GPU."""
+    if device.type != "cuda" or not triton_available():
+        return False
+    return _triton_launches(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _triton_launches(index: int) -> bool:
+    from .triton_trial import launches
+
+    return launches(index)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast would multiply on `device` at present; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.device import product_dtype, triton_available
+from ..common.device import product_dtype, triton_serves
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .projection import Group
 
@@ -58,7 +58,7 @@ def ways(device: torch.device) -> tuple[str, ...]:
 
 def paths(device: torch.device) -> tuple[str, ...]:
     """Candidates for a whole group, both directions together."""
-    return ("library", "triton") if device.type == "cuda" and triton_available() else ("library",)
+    return ("library", "triton") if triton_serves(device) else ("library",)
 
 
 def group_key(group: Group, tokens: int, layout: str = "") -> GroupKey:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.device import triton_available
+from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
 from ..tuning.choosing import choice
 from . import apart, extended, parts
@@ -38,7 +38,7 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     found = [adapter.a for projection in projections for adapter in projection.adapters]
     if not found or not found[0].is_cuda or not {dtype, *(a.dtype for a in found)}.issubset(TRITON_DTYPES):
         return parts.pack(projections, dtype)
-    if not triton_available():
+    if not triton_serves(found[0].device):
         return parts.pack(projections, dtype)
     from . import packing
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.device import triton_available
+from ..common.device import triton_serves
 from ..tuning.choosing import choice
 from ..tuning.keys import dtype_name
 from .storage import Packed4bit
@@ -50,7 +50,7 @@ def decode_key(packed: Packed4bit, out: Tensor) -> DecodeKey:
 
 def default_backend(device: torch.device) -> str:
     """Where nothing was measured."""
-    if device.type == "cuda" and triton_available():
+    if triton_serves(device):
         return "triton"
     return "native" if device.type == "cpu" else "torch"
 
@@ -58,7 +58,7 @@ def default_backend(device: torch.device) -> str:
 @lru_cache
 def decode_backends(device: torch.device) -> Sequence[str]:
     """All that can be chosen on a device, plain PyTorch first."""
-    if device.type == "cuda" and triton_available():
+    if triton_serves(device):
         from .forward import DECODE_NAMES
 
         return ("torch", *DECODE_NAMES)
