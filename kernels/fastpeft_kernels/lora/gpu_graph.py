@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.random import draw_seed
 from .api import run_group
 from .gpu_support import BF16, DEVICE, derive, implementation, make_projection, rand, same_dtypes
-from .projection import LoraProjection
+from .projection import Group, LoraProjection
 
 WARMUP = 3
 
@@ -33,6 +33,11 @@ def _check_group(backend: str, base: str) -> dict[str, Any]:
     group = [make_projection(768, out, (16, 8), dtypes, base, 0.25) for out in (768, 256, 256)]
     x, seeds = rand(512, 768, dtype=BF16).requires_grad_(), [draw_seed(DEVICE) for _ in group]
     dys = [rand(512, projection.weight.shape[0], dtype=BF16) for projection in group]
+    if backend == "triton":
+        from .triton_path import refusal
+
+        if reason := refusal(x, Group(group, dtypes, seeds)):
+            return {"skipped": reason}
     run = partial(run_group, implementation=implementation(backend))
     check_replay(lambda: derive(run, x, group, dtypes, seeds, dys), lambda: change(x, group, seeds))
     return {}
@@ -55,7 +60,10 @@ def check_replay(step: Callable[[], Sequence[Tensor]], change: Callable[[], None
     graph.replay()
     for i, (was, result, expected) in enumerate(zip(before, results, step(), strict=True)):
         assert not torch.equal(was, result), f"result {i} is the same after the numbers changed"
-        assert torch.equal(result, expected), f"result {i} of the replayed graph is another than without a graph"
+        # cuBLAS may choose another algorithm for the workspace of a graph: one rounding of the largest value.
+        apart, largest = (t.detach().double().abs().max().item() for t in (result.double() - expected, expected))
+        allowed = torch.finfo(result.dtype).eps * largest
+        assert apart <= allowed, f"result {i} of the replayed graph is {apart:.3e} from that without one"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .parts import summed_bias
 from .projection import LoraAdapter, LoraProjection, Packed
 
 _SLOTS = 4
@@ -77,7 +78,7 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
         dtype: of the results, likewise.
     """
     total = sum(projection.rank for projection in projections)
-    bias = [_summed_bias(projection.adapters, dtype) for projection in projections]
+    bias = [summed_bias(projection, dtype) for projection in projections]
     if total == 0:
         return Packed(None, [None] * len(projections), bias)
     first = next(adapter.a for projection in projections for adapter in projection.adapters)
@@ -122,8 +123,3 @@ def _scale(adapter: LoraAdapter, device: torch.device) -> tuple[Tensor | None, f
     if isinstance(adapter.scaling, Tensor) and adapter.scaling.device == device:
         return adapter.scaling.detach(), 1.0
     return None, float(adapter.scaling)
-
-
-def _summed_bias(adapters: Sequence[LoraAdapter], dtype: torch.dtype) -> Tensor | None:
-    offsets = [(a.bias.detach() * a.scaling).to(dtype) for a in adapters if a.bias is not None]
-    return torch.stack(offsets).sum(0) if offsets else None

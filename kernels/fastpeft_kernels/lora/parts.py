@@ -48,6 +48,12 @@ def _scaled(tensor: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tens
     return tensor.to(dtype) if isinstance(scaling, (int, float)) and scaling == 1.0 else (tensor * scaling).to(dtype)
 
 
+def summed_bias(projection: LoraProjection, dtype: torch.dtype) -> Tensor | None:
+    """The sum of its adapters' scaling * bias, or None."""
+    offsets = [_scaled(a.bias.detach(), a.scaling, dtype) for a in projection.adapters if a.bias is not None]
+    return None if not offsets else offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0)
+
+
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     """Cast, scale and join the adapters, once for the whole group."""
     down = [adapter.a.detach() for projection in projections for adapter in projection.adapters]
@@ -57,8 +63,7 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     for projection in projections:
         up = [_scaled(adapter.b.detach(), adapter.scaling, dtype) for adapter in projection.adapters]
         b.append(None if not up else up[0] if len(up) == 1 else torch.cat(up, dim=1))
-        offsets = [_scaled(a_.bias.detach(), a_.scaling, dtype) for a_ in projection.adapters if a_.bias is not None]
-        bias.append(None if not offsets else offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0))
+        bias.append(summed_bias(projection, dtype))
     return Packed(a, b, bias)
 
 
