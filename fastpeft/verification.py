@@ -9,21 +9,19 @@ error that was measured for them.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
 from .layers.frozen import FrozenSibling
-from .layers.lora import FastLoraLayer, Request, fast_classes
-from .layers.mlp import FastMlp, stock_class
+from .layers.lora import FastLoraLayer, Request
+from .layers.mlp import FastMlp
 from .layers.siblings import Sibling
+from .verification_states import calm, in_fp64, mlp_in_fp64, noisy, suspended
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
@@ -111,7 +109,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     if not any(isinstance(module, FastLoraLayer) for module in model.modules()):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
-    with _calm(model, seed):
+    with calm(model, seed):
         if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):
             with torch.no_grad():
                 model(**inputs)  # tells which frozen projections are to be checked too
@@ -121,11 +119,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         replaced: dict[str, nn.Module] = {**layers, **mlps}
         _, traffic = _step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
         ours, traffic_of_mlps = _step(model, mlps, inputs, record=True)
-        with _suspended(replaced):
+        with suspended(replaced):
             peft, _ = _step(model, layers, inputs)
         checks, rounding = _check_layers(layers, traffic)
         of_mlps = _check_mlps(mlps, traffic_of_mlps)
-        with _suspended(replaced), _noisy(layers, rounding, seed):
+        with suspended(replaced), noisy(layers, rounding, seed):
             twin, _ = _step(model, layers, inputs)
     checks += of_mlps + _compare_models(ours, peft, twin)
     checked = {check.path for check in checks}
@@ -211,11 +209,11 @@ def _check_group(
 ) -> list[Check]:
     parameters = [_trained(member) for member in members]
     ours = _differentiate(members, x, dys, parameters)
-    with _suspended(dict(zip(paths, members, strict=True))):
+    with suspended(dict(zip(paths, members, strict=True))):
         peft = _differentiate(members, x, dys, parameters)
     exact = _Derived([], torch.zeros_like(x, dtype=torch.float64), [])
     for member, dy in zip(members, dys, strict=True):  # one fp64 copy at a time
-        wide = _in_fp64(member)
+        wide = in_fp64(member)
         with torch.autocast(x.device.type, enabled=False):
             part = _differentiate([wide], x.double(), [dy.double()], [_trained(wide)])
         exact = _Derived([*exact.outputs, *part.outputs], exact.x + part.x, [*exact.parameters, *part.parameters])
@@ -239,9 +237,9 @@ def _check_mlps(mlps: dict[str, FastMlp], traffic: dict[str, list[Tensor]]) -> l
         trained = [_trained(mlp)]
         ours = _differentiate([mlp], x, dys, trained)
         layers = {name: child for name, child in mlp.named_children() if isinstance(child, FastLoraLayer)}
-        with _suspended({**layers, path: mlp}):
+        with suspended({**layers, path: mlp}):
             peft = _differentiate([mlp], x, dys, trained)
-        wide = _mlp_in_fp64(mlp)
+        wide = mlp_in_fp64(mlp)
         with torch.autocast(x.device.type, enabled=False):
             exact = _differentiate([wide], x.double(), [dys[0].double()], [_trained(wide)])
         checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
@@ -273,37 +271,6 @@ def _differentiate(
 
 def _trained(layer: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-
-def _in_fp64(layer: nn.Module) -> nn.Module:
-    """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
-    if isinstance(layer, FrozenSibling):
-        return _frozen_copy(layer).double()
-    stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
-    return _copied(layer, stock)
-
-
-def _mlp_in_fp64(mlp: FastMlp) -> nn.Module:
-    """The model's own MLP over PEFT's layers, likewise."""
-    return _copied(mlp, stock_class(type(mlp)))
-
-
-def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
-    """The module as one of `stock` in fp64, without hooks and without what is ours."""
-    wide = stock.__new__(stock)
-    nn.Module.__init__(wide)
-    own = {name for name in module.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
-    wide.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in own and n not in wide.__dict__}
-    for name, child in module.named_children():
-        if isinstance(child, FastLoraLayer):
-            wide._modules[name] = _in_fp64(child)
-        else:
-            wide._modules[name] = _frozen_copy(child)
-    return wide.double().train(module.training)
-
-
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    return bitsandbytes.dense_linear(module) if bitsandbytes.is_linear_4bit(module) else copy.deepcopy(module)
 
 
 def _check(path: str, what: str, ours: Tensor, peft: Tensor, exact: Tensor) -> Check:
@@ -360,74 +327,3 @@ def _kind(what: str) -> str:
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-@contextmanager
-def _suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """PEFT's own forward in every layer, the model's own in every MLP."""
-    for module in modules.values():
-        module.fastpeft_suspended = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in modules.values():
-            module.__dict__.pop("fastpeft_suspended", None)
-
-
-@contextmanager
-def _noisy(layers: Mapping[str, nn.Module], rounding: dict[str, float], seed: int) -> Iterator[None]:
-    """Outputs with gaussian noise of the given rms added, and rounded again."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def disturb(rms: float) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            noise = torch.randn(output.shape, generator=generator).to(output.device) * rms
-            return (output + noise).to(output.dtype)
-
-        return hook
-
-    handles = [layers[path].register_forward_hook(disturb(rms)) for path, rms in rounding.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _calm(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    layers = [module for module in model.modules() if isinstance(module, FastLoraLayer)]
-    zeros, frozen = [], []
-    if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
-        frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
-    for layer in layers:
-        for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
-            b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
-            if b is not None and not b.any():
-                zeros.append(b)
-    calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for b in zeros:
-                b.copy_(torch.randn(b.shape, generator=generator) / b.shape[1])
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for base, setting in four_bit:
-            bitsandbytes.allow_cpu_packing(base, setting)
-        with torch.no_grad():
-            for b in zeros:
-                b.zero_()
-        for module in model.modules():
-            if "fastpeft_calls" in module.__dict__:
-                module.__dict__["fastpeft_calls"] = calls[module]

@@ -1,0 +1,118 @@
+"""What an accelerated model is verified against: fp64 copies of its layers, and the model in other states meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .integrations import bitsandbytes
+from .layers.frozen import FrozenSibling
+from .layers.lora import FastLoraLayer, fast_classes
+from .layers.mlp import FastMlp, stock_class
+
+
+def in_fp64(layer: nn.Module) -> nn.Module:
+    """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
+    if isinstance(layer, FrozenSibling):
+        return _frozen_copy(layer).double()
+    stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
+    return _copied(layer, stock)
+
+
+def mlp_in_fp64(mlp: FastMlp) -> nn.Module:
+    """The model's own MLP over PEFT's layers, likewise."""
+    return _copied(mlp, stock_class(type(mlp)))
+
+
+def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
+    """The module as one of `stock` in fp64, without hooks and without what is ours."""
+    wide = stock.__new__(stock)
+    nn.Module.__init__(wide)
+    own = {name for name in module.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
+    wide.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in own and n not in wide.__dict__}
+    for name, child in module.named_children():
+        if isinstance(child, FastLoraLayer):
+            wide._modules[name] = in_fp64(child)
+        else:
+            wide._modules[name] = _frozen_copy(child)
+    return wide.double().train(module.training)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return bitsandbytes.dense_linear(module) if bitsandbytes.is_linear_4bit(module) else copy.deepcopy(module)
+
+
+@contextmanager
+def suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """PEFT's own forward in every layer, the model's own in every MLP."""
+    for module in modules.values():
+        module.fastpeft_suspended = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.__dict__.pop("fastpeft_suspended", None)
+
+
+@contextmanager
+def noisy(layers: Mapping[str, nn.Module], rounding: dict[str, float], seed: int) -> Iterator[None]:
+    """Outputs with gaussian noise of the given rms added, and rounded again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(rms: float) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=generator).to(output.device) * rms
+            return (output + noise).to(output.dtype)
+
+        return hook
+
+    handles = [layers[path].register_forward_hook(disturb(rms)) for path, rms in rounding.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def calm(model: nn.Module, seed: int) -> Iterator[None]:
+    """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
+    layers = [module for module in model.modules() if isinstance(module, FastLoraLayer)]
+    zeros, frozen = [], []
+    if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
+        frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
+    for layer in layers:
+        for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
+            b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
+            if b is not None and not b.any():
+                zeros.append(b)
+    calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for b in zeros:
+                b.copy_(torch.randn(b.shape, generator=generator) / b.shape[1])
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for base, setting in four_bit:
+            bitsandbytes.allow_cpu_packing(base, setting)
+        with torch.no_grad():
+            for b in zeros:
+                b.zero_()
+        for module in model.modules():
+            if "fastpeft_calls" in module.__dict__:
+                module.__dict__["fastpeft_calls"] = calls[module]
