@@ -18,9 +18,9 @@ Case = tuple[Tunable, Any]
 
 def tunables() -> list[Tunable]:
     """Every op with a choice. What others are made of comes first: their measurements use the winners before them."""
-    from .activation import tuning as activation
-    from .lora import tuning as lora
-    from .quant import tuning as quant
+    from .activation import problems as activation
+    from .lora import problems as lora
+    from .quant import problems as quant
 
     return [*quant.TUNABLES, *activation.TUNABLES, *lora.TUNABLES]
 
