@@ -19,7 +19,7 @@ from fastpeft_kernels.tuning.records import Winner
 
 CPU = torch.device("cpu")
 SILU = ActivationKey(16, 24, "silu", True, "float32")
-WEIGHT = DecodeKey(32, 64, 64, True, "float32", True)
+WEIGHT = DecodeKey(32, 64, "nf4", 64, True, "float32", True)
 QV = GroupKey(16, 64, (64, 32), (8, 8), ("bfloat16", "four_bit"), "bfloat16", "bfloat16", "bfloat16", False, "")
 MET = [("lora_backward", QV), ("lora_forward", QV), (GROUP, QV), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU)]
 
