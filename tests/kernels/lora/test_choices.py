@@ -85,6 +85,18 @@ def test_a_winner_that_cannot_be_taken_is_not(ways: list[str]) -> None:
     assert ways == ["apart forward"]
 
 
+def test_an_infinity_of_one_sibling_shows_in_others_one_way_only() -> None:
+    """What docs/how-to/tune.md warns of."""
+    group = [projection(64, out, 8) for out in (64, 32)]
+    with torch.no_grad():
+        group[0].adapters[0].a[0, 0] = float("inf")
+    other = {}
+    for way in keys.ways(CPU):
+        with choosing.forced({FORWARD: way}):
+            other[way] = lora_linear_group(torch.randn(4, 64), group)[1]
+    assert other["apart"].isfinite().all() and other["extended"].isnan().all()
+
+
 def kept(run: Any) -> list[tuple[torch.Size, torch.dtype]]:
     found: list[tuple[torch.Size, torch.dtype]] = []
 
