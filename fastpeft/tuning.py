@@ -68,7 +68,8 @@ def tune(
     caller and in training mode, and leaves the model as it was. Each case is then timed on random numbers. Another
     implementation than the plain library's is chosen where it computes the same within the error budget and is faster
     by more than the noise. Winners are kept for later processes, in a file for each device in the user's cache folder;
-    what is in the file is not measured again. Call it before training, with nothing else running on the device.
+    what is in the file is not measured again. Call it before training, with nothing else running on the device. While
+    it runs, choices are forced in the whole process: no other thread should compute.
 
     Args:
         model: a model that `fastpeft.accelerate` was called on.
@@ -82,11 +83,14 @@ def tune(
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the model holds no accelerated layer, no batch can be made up for it, or a number of tokens is below
-            one.
+        ValueError: the model holds no accelerated layer or has them on several devices, no batch can be made up for it,
+            or a number of tokens is below one.
+        RuntimeError: another thread tunes.
         OSError: the winners cannot be written; they are in use in this process all the same.
     """
-    return measure(cases_of(model, tokens, batch, seed), device_of(model), again=again)
+    with choosing.alone():
+        cases = cases_of(model, tokens, batch, seed)
+        return measure(cases, device_of(model), again=again)
 
 
 def measure(
@@ -109,23 +113,21 @@ def cases_of(
         raise ValueError(f"tokens: expected one or more numbers from 1 on, got {list(tokens)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = [module for module in model.modules() if isinstance(module, FastLoraLayer)]
-    if not layers:
-        raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
+    device = device_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model: expected parameters that require gradients, as in training, got none")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
-    with side_effects_undone(model), _in_training(model):
+    with choosing.alone(), side_effects_undone(model), _in_training(model):
         with torch.no_grad():
             model(**inputs)  # finds siblings, where that was not done yet
         met: dict[tuple[str, Any], None] = {}
-        for way in ways(device_of(model)):  # each decodes into memory of another layout
+        for way in ways(device):  # each decodes into memory of another layout
             with choosing.forced({FORWARD: way, BACKWARD: way}), choosing.meeting() as found, torch.enable_grad():
                 _, loss = output_and_loss(model(**inputs))
                 torch.autograd.grad(loss, trained, allow_unused=True)
             met |= found
-    return tuner.cases_for(met, device_of(model), tokens)
+    return tuner.cases_for(met, device, tokens)
 
 
 @contextmanager
@@ -145,8 +147,19 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: the device of its first accelerated layer."""
-    return next(m.get_submodule("base_layer").weight.device for m in model.modules() if isinstance(m, FastLoraLayer))  # type: ignore[union-attr,return-value]
+    """Where the model's accelerated layers compute.
+
+    Raises:
+        ValueError: there are none, or they are on several devices.
+    """
+    bases = [m.get_submodule("base_layer") for m in model.modules() if isinstance(m, FastLoraLayer)]
+    devices = {str(base.weight.device): base.weight.device for base in bases}
+    if not devices:
+        raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
+    if len(devices) > 1:
+        found = ", ".join(sorted(devices))
+        raise ValueError(f"model: expected accelerated layers on one device, got {found}; tune fewer layers on one")
+    return devices.popitem()[1]  # type: ignore[return-value]
 
 
 def winners_file(device: torch.device) -> Path:

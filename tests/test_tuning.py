@@ -60,6 +60,12 @@ def test_whatever_wins_the_model_computes_the_same(model: nn.Module) -> None:
             assert fastpeft.verify(model).passed
 
 
+def test_layers_on_several_devices(model: nn.Module) -> None:
+    model.get_submodule("base_model.model.model.layers.1").to("meta")
+    with pytest.raises(ValueError, match="model: expected accelerated layers on one device, got cpu, meta"):
+        fastpeft.tune(model, tokens=[16])
+
+
 def test_wrong_arguments(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"tokens: expected one or more numbers from 1 on, got \[8, 0\]"):
         fastpeft.tune(model, tokens=[8, 0])

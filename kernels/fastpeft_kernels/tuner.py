@@ -18,9 +18,9 @@ Case = tuple[Tunable, Any]
 
 def tunables() -> list[Tunable]:
     """Every op with a choice. What others are made of comes first: their measurements use the winners before them."""
-    from .activation import tuning as activation
-    from .lora import tuning as lora
-    from .quant import tuning as quant
+    from .activation import problems as activation
+    from .lora import problems as lora
+    from .quant import problems as quant
 
     return [*quant.TUNABLES, *activation.TUNABLES, *lora.TUNABLES]
 
@@ -57,7 +57,7 @@ def tune(
 
     Args:
         cases: from `cases_for`.
-        device: to measure on; alone, or the times are worth nothing.
+        device: to measure on, "cuda" for the current GPU; alone, or the times are worth nothing.
         folder: where the device's file is; the user's cache folder by default.
         again: also what the file has a winner for.
         seconds: about how long each case is timed.
@@ -68,30 +68,32 @@ def tune(
 
     Raises:
         ValueError: another kind of device than a CPU or a CUDA GPU.
-        RuntimeError: while a CUDA graph is captured.
+        RuntimeError: while a CUDA graph is captured, or another thread tunes.
         OSError: the winners cannot be written; they are in use all the same.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected a CPU or a CUDA GPU, got {device}")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune: cannot measure while a CUDA graph is captured")
+    device = choosing.with_index(device)
     name = choosing.device_name(device)
     path = files.file_of(name, folder or files.user_folder())
-    known = {} if again else _known(path, name)
     outcomes: list[Measured] = []
     try:
-        for tunable, key in cases:
-            candidates = tunable.candidates(device)
-            old = known.get((tunable.op, tuple(key)))
-            if old is not None and old.choice in candidates:
-                outcome = Measured(tunable.op, key, old, candidates[0], reused=True)
-            else:
-                outcome = measure(tunable, key, device, seconds)
-            if outcome.winner is not None:
-                choosing.learn(device, outcome.winner)
-            outcomes.append(outcome)
-            if progress is not None:
-                progress(len(outcomes))
+        with choosing.alone():
+            known = {} if again else _known(path, name)
+            for tunable, key in cases:
+                candidates = tunable.candidates(device)
+                old = known.get((tunable.op, tuple(key)))
+                if old is not None and old.choice in candidates:
+                    outcome = Measured(tunable.op, key, old, candidates[0], reused=True)
+                else:
+                    outcome = measure(tunable, key, device, seconds)
+                if outcome.winner is not None:
+                    choosing.learn(device, outcome.winner)
+                outcomes.append(outcome)
+                if progress is not None:
+                    progress(len(outcomes))
     finally:  # also what was measured before an interrupt
         if fresh := [outcome.winner for outcome in outcomes if outcome.winner is not None and not outcome.reused]:
             files.add(path, name, fresh)

@@ -17,6 +17,9 @@ _FEWEST_RANKS = 8
 class GroupKey(NamedTuple):
     """n projections of one input.
 
+    One mix stands for all: x and the a and b of one adapter a projection are trained, bias and the adapter's own are
+    not there, and "four_bit" is NF4 with nested scales in blocks of 64.
+
     Attributes:
         tokens, ranks: rounded up to powers of two; ranks from 8 on, 0 for a projection without adapters.
         bases: `FrozenWeight.storage` of each.

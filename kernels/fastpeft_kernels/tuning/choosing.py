@@ -1,14 +1,17 @@
 """Which implementation an op takes: the one that was measured to be fastest here, else the op's analytic default.
 
 Nothing is measured in a call. Choices are read once a process and device; a file that cannot be used is ignored, with
-one warning. Candidates compute the same and keep the same for backward, so a choice changes rounding and nothing else.
+one warning. Candidates compute the same and keep the same for backward, so a choice changes rounding of finite numbers;
+where some are NaN or infinite, it may change which others become so.
 
-Backward runs in threads of its own, so the state is the process's, not a thread's.
+Backward runs in threads of its own, so the state is the process's, not a thread's. Who replaces it, to measure or to
+find out what is asked for, holds a lock, which computing threads do not take.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,7 @@ _warned: set[str] = set()
 _enabled = True
 _forced: dict[str, str] = {}
 _met: dict[tuple[str, Case], None] | None = None
+_lock = threading.RLock()
 
 
 def choice(
@@ -98,29 +102,53 @@ def forget() -> None:
 
 
 @contextmanager
-def forced(choices: dict[str, str]) -> Iterator[None]:
-    """These candidates by op, whatever was measured."""
-    global _forced
-    before, _forced = _forced, choices
+def alone() -> Iterator[None]:
+    """No other thread tunes, forces or gathers choices meanwhile; the same thread may.
+
+    Raises:
+        RuntimeError: another thread does.
+    """
+    if not _lock.acquire(blocking=False):
+        raise RuntimeError("tune: another thread of this process is tuning; tune again when it is done")
     try:
         yield
     finally:
-        _forced = before
+        _lock.release()
+
+
+@contextmanager
+def forced(choices: dict[str, str]) -> Iterator[None]:
+    """These candidates by op, whatever was measured, in all threads; errors as `alone`."""
+    global _forced
+    with alone():
+        before, _forced = _forced, choices
+        try:
+            yield
+        finally:
+            _forced = before
 
 
 @contextmanager
 def meeting() -> Iterator[dict[tuple[str, Case], None]]:
-    """Gathers every (op, case) that is asked for meanwhile, as the keys of a dict, in order."""
+    """Gathers every (op, case) that any thread asks for meanwhile, as keys of a dict, in order; errors as `alone`."""
     global _met
-    before, _met = _met, {}
-    try:
-        yield _met
-    finally:
-        _met = before
+    with alone():
+        before, _met = _met, {}
+        try:
+            yield _met
+        finally:
+            _met = before
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device itself; "cuda" without an index as the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _choices(device: torch.device) -> dict[str, dict[Case, str]]:
-    place = torch.get_num_threads() if device.type == "cpu" else device
+    place = torch.get_num_threads() if device.type == "cpu" else with_index(device)
     found = _known.get(place)
     if found is None:
         found = {}

@@ -8,7 +8,7 @@ from statistics import quantiles
 
 import torch
 
-from ..common.gpu_clock import flush_room, once_us
+from ..common.gpu_clock import GpuClock
 
 FEWEST, MOST = 7, 40
 WARMUP = 2
@@ -21,19 +21,19 @@ def interleaved_us(
 ) -> dict[str, list[float]]:
     """Microseconds of each function in every round: in turn, in an order that is reversed every other round.
 
-    A GPU's are its own, with the second-level cache emptied before each call; a CPU's are those of the clock on the
-    wall, because the work is done by several threads.
+    A GPU's are those of `GpuClock`; a CPU's are those of the clock on the wall, because the work is done by several
+    threads.
 
     Args:
         seconds: about how long to measure; between FEWEST and MOST rounds all the same, behind WARMUP others.
     """
-    room = flush_room() if device.type == "cuda" else None
+    once_us = GpuClock().once_us if device.type == "cuda" else _wall_us
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     start, rounds, done = time.perf_counter(), FEWEST, 0
     while done < WARMUP + rounds:
         for name in names if done % 2 == 0 else reversed(names):
-            samples[name].append(_wall_us(functions[name]) if room is None else once_us(functions[name], room))
+            samples[name].append(once_us(functions[name]))
         done += 1
         if done == WARMUP:
             each = (time.perf_counter() - start) / WARMUP

@@ -43,8 +43,10 @@ def read(path: Path, device: str) -> list[Winner]:
         if (size := path.stat().st_size) > LARGEST:
             raise UnusableError(f"expected at most {LARGEST} bytes, got {size}")
         return from_text(path.read_text(encoding="utf-8"), device)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnusableError(str(error)) from error
+    except UnusableError:
+        raise
+    except Exception as error:  # whatever a file holds, it must not end a training step
+        raise UnusableError(f"{type(error).__name__}: {error}") from error
 
 
 def add(path: Path, device: str, winners: Iterable[Winner]) -> None:

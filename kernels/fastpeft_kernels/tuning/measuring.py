@@ -66,7 +66,7 @@ class Measured:
         op, key: the case.
         winner: None where nothing could be measured.
         library: name of the candidate that is the plain library.
-        dropped: why candidates were not timed, by name.
+        dropped: why candidates were not timed, by name; the library's reason stands for all that have none.
         reused: whether it was measured earlier.
     """
 
@@ -82,39 +82,47 @@ def measure(tunable: Tunable, key: Key, device: torch.device, seconds: float = S
     """Find the fastest candidate of a case whose results are right.
 
     The library stays unless another is faster by more than the noise; see `clock.faster`. A candidate is dropped that
-    raises, or whose error against fp64, on at most 512 tokens, is over twice the library's and one rounding. Where the
-    library itself fails, for want of memory say, there is no winner.
+    raises, or whose error against fp64, on the key's smaller case, is over twice the library's and one rounding. Where
+    the library itself fails, for want of memory say, or anything while it is timed, there is no winner.
 
-    Autocast and modes of the caller do not count, and torch's generators are afterwards as they were.
+    Autocast and modes of the caller do not count, and the generators that are used are afterwards as they were.
     """
-    library, *others = tunable.candidates(device)
+    library = tunable.candidates(device)[0]
     dropped: dict[str, str] = {}
-    with _undisturbed(device):
-        try:
-            checked, problem = tunable.problem(key.smaller(), device), tunable.problem(key, device)
-            exact = checked.exact()
-            errors = _errors(checked.run(library), exact)
-            problem.run(library)
-        except Exception as error:
-            return Measured(tunable.op, key, None, library, {library: _reason(error)})
-        sound = [library]
-        for name in others:
-            try:
-                wrong = _over_budget(checked.run(name), exact, errors)
-                problem.run(name)
-            except Exception as error:
-                wrong = _reason(error)
-            if wrong:
-                dropped[name] = wrong
-            else:
-                sound.append(name)
-        del exact, checked
-        times = interleaved_us({name: partial(problem.run, name) for name in sound}, device, seconds)
+    try:
+        with _undisturbed(device):
+            times = _times(tunable, key, device, seconds, dropped)
+    except Exception as error:  # also what a GPU reports late
+        return Measured(tunable.op, key, None, library, {**dropped, library: _reason(error)})
     us = {name: round(median(samples), 2) for name, samples in times.items()}
     fastest = min(us, key=us.__getitem__)
     chosen = fastest if fastest != library and faster(times[fastest], times[library]) else library
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in key._asdict().items()}
     return Measured(tunable.op, key, Winner(tunable.op, fields, chosen, us), library, dropped)
+
+
+def _times(
+    tunable: Tunable, key: Key, device: torch.device, seconds: float, dropped: dict[str, str]
+) -> dict[str, list[float]]:
+    """Microseconds of the library and of every candidate that is right; of the others, why, into `dropped`."""
+    library, *others = tunable.candidates(device)
+    checked, problem = tunable.problem(key.smaller(), device), tunable.problem(key, device)
+    exact = checked.exact()
+    errors = _errors(checked.run(library), exact)
+    problem.run(library)
+    sound = [library]
+    for name in others:
+        try:
+            wrong = _over_budget(checked.run(name), exact, errors)
+            problem.run(name)
+        except Exception as error:
+            wrong = _reason(error)
+        if wrong:
+            dropped[name] = wrong
+        else:
+            sound.append(name)
+    del exact, checked
+    return interleaved_us({name: partial(problem.run, name) for name in sound}, device, seconds)
 
 
 @contextmanager
@@ -127,7 +135,9 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed other devices too, which nobody restores
+        if device.type == "cuda":
+            torch.cuda.manual_seed(0)
         yield
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = 1
+_LONGEST_US = 1e12
 
 
 class UnusableError(ValueError):
@@ -94,7 +94,7 @@ def _winner(number: int, row: Any) -> Winner:
     if not isinstance(key, dict) or not all(_is_value(value) for value in key.values()):
         raise UnusableError(f"winners[{number}].key: expected strings, integers, switches, or lists of those")
     if not isinstance(us, dict) or not all(_is_time(value) for value in us.values()):
-        raise UnusableError(f"winners[{number}].us: expected positive numbers")
+        raise UnusableError(f"winners[{number}].us: expected positive numbers below {_LONGEST_US:.0e}")
     return Winner(op, key, choice, us)
 
 
@@ -103,4 +103,4 @@ def _is_value(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LONGEST_US

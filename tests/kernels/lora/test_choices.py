@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft_kernels.lora import LoraProjection, apart, extended, keys, lora_linear_group, tuning
+from fastpeft_kernels.lora import LoraProjection, apart, extended, keys, lora_linear_group, problems
 from fastpeft_kernels.lora.keys import BACKWARD, FORWARD, GROUP, GroupKey
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.tuning import choosing, measuring
@@ -22,7 +22,7 @@ from tests.kernels.lora.groups import adapter, parameters, projection
 CPU = torch.device("cpu")
 F32 = ("float32", "float32", "float32")
 QKV = GroupKey(32, 64, (64, 32, 32), (8, 0, 16), ("float32",) * 3, *F32, False, "")
-PROBLEMS = {tunable.op: tunable for tunable in tuning.TUNABLES}
+PROBLEMS = {tunable.op: tunable for tunable in problems.TUNABLES}
 
 
 def win(key: GroupKey, **choices: str) -> None:
@@ -83,6 +83,18 @@ def test_a_winner_that_cannot_be_taken_is_not(ways: list[str]) -> None:
     with choosing.forced({FORWARD: "extended"}):
         lora_linear_group(torch.randn(4, 64), group)
     assert ways == ["apart forward"]
+
+
+def test_an_infinity_of_one_sibling_shows_in_others_one_way_only() -> None:
+    """What docs/how-to/tune.md warns of."""
+    group = [projection(64, out, 8) for out in (64, 32)]
+    with torch.no_grad():
+        group[0].adapters[0].a[0, 0] = float("inf")
+    other = {}
+    for way in keys.ways(CPU):
+        with choosing.forced({FORWARD: way}):
+            other[way] = lora_linear_group(torch.randn(4, 64), group)[1]
+    assert other["apart"].isfinite().all() and other["extended"].isnan().all()
 
 
 def kept(run: Any) -> list[tuple[torch.Size, torch.dtype]]:
@@ -159,7 +171,7 @@ def test_our_kernels_are_right_and_keep_what_the_library_keeps(dropout: bool, mo
 def test_a_key_tells_what_decides() -> None:
     base = FourBitWeight(encode_4bit(torch.randn(48, 64)))
     group = [LoraProjection(base, None, (adapter(3, 64, 48), adapter(20, 64, 48))), projection(64, 16)]
-    dtypes, seeds = tuning.Dtypes(*[torch.float32] * 3), [torch.tensor([1]), None]
-    key = keys.group_key(tuning.Group(group, dtypes, seeds), 100, "room")
+    dtypes, seeds = problems.Dtypes(*[torch.float32] * 3), [torch.tensor([1]), None]
+    key = keys.group_key(problems.Group(group, dtypes, seeds), 100, "room")
     assert key == GroupKey(128, 64, (48, 16), (32, 0), ("four_bit", "float32"), *F32, True, "room")
     assert key.at(5, CPU).tokens == 8 and str(key) == "128x64x48+16, r=32, four_bit, float32, dropout, room"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +111,29 @@ def test_what_is_met_is_gathered_once() -> None:
         assert [chosen(), chosen(), chosen(16)] == ["plain"] * 3
     chosen(64)
     assert list(met) == [("op", Key(8, (2, 3))), ("op", Key(16, (2, 3)))]
+
+
+def test_the_current_gpu_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
+    choosing.learn(torch.device("cuda"), winner("quick"))
+    assert [chosen(device=torch.device(name)) for name in ("cuda", "cuda:1", "cuda:0")] == ["quick", "quick", "plain"]
+
+
+def test_one_thread_at_a_time() -> None:
+    """And what it measures may force choices itself."""
+
+    def enter(what: object) -> None:
+        with what:  # type: ignore[attr-defined]
+            pass
+
+    with ThreadPoolExecutor(1) as other, choosing.alone(), choosing.forced({"op": "quick"}), choosing.meeting() as met:
+        for refused in (choosing.alone(), choosing.forced({}), choosing.meeting()):
+            with pytest.raises(RuntimeError, match="tune: another thread of this process is tuning"):
+                other.submit(enter, refused).result()
+        assert other.submit(chosen).result() == "quick" and len(met) == 1
+    with ThreadPoolExecutor(1) as other:
+        other.submit(enter, choosing.alone()).result()
 
 
 def test_forced(measured_choices: Path) -> None:

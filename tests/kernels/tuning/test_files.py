@@ -92,6 +92,8 @@ WRONG = {
     "key": (row(key=["tokens", 1]).encode(), r"winners\[0\].key: expected strings"),
     "value": (row(key={"tokens": {"x": 1}}).encode(), r"winners\[0\].key: expected strings"),
     "time": (row(us={"a": -1}).encode(), r"winners\[0\].us: expected positive"),
+    "beyond floats": (row(us={"a": 10**400}).encode(), r"winners\[0\].us: expected positive numbers below"),
+    "a switch": (row(us={"a": True}).encode(), r"winners\[0\].us: expected positive"),
     "infinite": (row(us={"a": float("inf")}).encode(), r"winners\[0\].us: expected positive"),
     "field": (row(more=1).encode(), r"winners\[0\]: expected op, key, choice and us"),
     "huge": (b" " * (files.LARGEST + 1), "expected at most"),
@@ -107,6 +109,17 @@ def test_what_cannot_be_used_says_why_and_is_replaced(tmp_path: Path, case: str)
         files.read(path, DEVICE)
     files.add(path, DEVICE, [winner(2)])
     assert files.read(path, DEVICE) == [winner(2)]
+
+
+def test_a_failure_that_nobody_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.add(tmp_path / "x.json", DEVICE, [winner(1)])
+
+    def fail(*_: object) -> None:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr(files, "from_text", fail)
+    with pytest.raises(UnusableError, match="OverflowError: too large"):
+        files.read(tmp_path / "x.json", DEVICE)
 
 
 def test_a_folder_in_the_file_s_place(tmp_path: Path) -> None:

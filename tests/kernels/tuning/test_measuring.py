@@ -97,6 +97,31 @@ def test_a_case_whose_library_fails_has_no_winner(monkeypatch: pytest.MonkeyPatc
     assert found.winner is None and found.dropped == {"fails": "RuntimeError: no such"}
 
 
+def test_a_failure_while_timing_is_the_outcome_of_that_case_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def fail_late(self: Problem, candidate: str) -> list[Tensor]:
+        calls.append(candidate)
+        if candidate == "wrong":
+            return [self.x]
+        if len(calls) > 6:  # by then every candidate was found to be right
+            raise torch.OutOfMemoryError("no memory left")
+        return [self.x * self.x]
+
+    monkeypatch.setattr(Problem, "run", fail_late)
+    found = measure(Tunable("op", Key, lambda _: ("library", "wrong", "a"), Problem), Key(16), CPU, seconds=0.0)
+    assert found.winner is None and found.dropped.keys() == {"wrong", "library"}
+    assert found.dropped["library"] == "OutOfMemoryError: no memory left"
+
+
+def test_generators_of_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    run(monkeypatch, {"library": [1.0] * 8})
+    assert not seeded
+
+
 def test_random_numbers_are_the_same_and_the_user_s_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(Problem, "exact", lambda self: seen.append(self.x) or [self.x.double().square()])

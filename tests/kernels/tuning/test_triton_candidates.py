@@ -17,8 +17,8 @@ from fastpeft_kernels.tuning.measuring import measure
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
 CASES = [
-    (DECODE, DecodeKey(5, 72, 64, True, "float32", False)),
-    (DECODE, DecodeKey(4, 64, 64, False, "float16", True)),
+    (DECODE, DecodeKey(5, 72, "nf4", 64, True, "float32", False)),
+    (DECODE, DecodeKey(4, 64, "fp4", 64, False, "float16", True)),
     (FORWARD, ActivationKey(4, 40, "silu", True, "float32")),
     (BACKWARD, ActivationKey(4, 40, "gelu", False, "float16")),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fastpeft_kernels.tuning.records import Winner
 
 CPU = torch.device("cpu")
 SILU = ActivationKey(16, 24, "silu", True, "float32")
-WEIGHT = DecodeKey(32, 64, 64, True, "float32", True)
+WEIGHT = DecodeKey(32, 64, "nf4", 64, True, "float32", True)
 QV = GroupKey(16, 64, (64, 32), (8, 8), ("bfloat16", "four_bit"), "bfloat16", "bfloat16", "bfloat16", False, "")
 MET = [("lora_backward", QV), ("lora_forward", QV), (GROUP, QV), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU)]
 
@@ -62,6 +63,16 @@ def test_the_caller_s_autocast_and_modes_do_not_count() -> None:
 def test_a_device_that_has_no_clock_here() -> None:
     with pytest.raises(ValueError, match="device: expected a CPU or a CUDA GPU, got meta"):
         tuner.tune([], torch.device("meta"))
+
+
+def test_a_second_tune_at_the_same_time_is_refused() -> None:
+    with ThreadPoolExecutor(1) as other:
+
+        def meanwhile(done: int) -> None:
+            with pytest.raises(RuntimeError, match="another thread of this process is tuning"):
+                other.submit(tuner.tune, [], CPU).result()
+
+        assert len(tuner.tune(tuner.cases_for(MET[3:4], CPU, [8]), CPU, seconds=0.0, progress=meanwhile)) == 1
 
 
 def test_an_interrupt_loses_nothing(measured_choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ class _Decode:
     def __init__(self, key: DecodeKey, device: torch.device) -> None:
         dtype = getattr(torch, key.out)
         values = torch.randn((key.rows, key.columns), device=device)
-        self.packed = encode_4bit(values, "nf4", key.blocksize, key.nested)
+        self.packed = encode_4bit(values, key.quant_type, key.blocksize, key.nested)
         beside = 0 if key.contiguous else _BESIDE
         self.out = torch.empty((key.rows, key.columns + beside), dtype=dtype, device=device)[:, : key.columns]
 
