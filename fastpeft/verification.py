@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .integrations import bitsandbytes
 from .integrations.transformers import sample_batch
 from .layers.frozen import FrozenSibling
-from .layers.lora import FastLoraLayer, Request, fast_classes
+from .layers.lora import FastLoraLayer, fast_classes
 from .layers.mlp import FastMlp, stock_class
+from .layers.requests import Request
 from .layers.siblings import Sibling
 
 MODEL_SLACK = 4.0

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.lora import Dtypes, LoraProjection
-
-from ..integrations import bitsandbytes, peft
+from ..integrations import bitsandbytes
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
-from .bypass import OWN_CLASS, own_class, why_not_bypassed
-from .lora import Request, frozen_base, lora_dtype, why_not_called
+from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
+from .requests import Request, plain_request
 from .siblings import Sibling
 
 ALONE = "no gradient of the input is wanted, so nothing is saved"
@@ -33,19 +30,7 @@ class FrozenSibling(Sibling):
     def request(self, x: Tensor) -> Request | str:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return ALONE
-        autocast = autocast_dtype(x.device)
-        found = frozen_base(self, x, autocast)
-        if isinstance(found, str):
-            return found
-        weight, compute, out = found
-        bias = self._parameters["bias"]
-        reason = peft.why_not_plain(bias, x.device)
-        if reason is not None:
-            return reason
-        dtype = lora_dtype((), autocast, compute)
-        return (
-            dtype if isinstance(dtype, str) else Request(LoraProjection(weight, bias, ()), Dtypes(compute, dtype, out))
-        )
+        return plain_request(self, x)
 
     def forward(self, input: Tensor) -> Tensor:
         group = self.fastpeft_group

@@ -13,7 +13,7 @@ computed ahead hangs on the input, of which every traced parent first makes a te
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
@@ -22,9 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastpeft_kernels.common.device import autocast_dtype
 
-if TYPE_CHECKING:
-    from .lora import Request
-
+from .requests import Request, compute, together
 
 _AHEAD = "fastpeft_ahead"  # attribute of a traced input
 
@@ -103,8 +101,6 @@ class SiblingGroup:
 
     def compute(self, member: Sibling, x: Tensor, request: Request) -> Tensor:
         """The member's output; when it leads, the others' are computed with it and held."""
-        from .lora import compute
-
         y = self.lead(member, x, request)
         return compute(x, [request])[0] if y is None else y
 
@@ -114,8 +110,6 @@ class SiblingGroup:
         The first to be called leads. Where that is a frozen one, which some models may pass over or hooks may keep to
         itself, the first with adapters does so when nothing was computed ahead.
         """
-        from .lora import compute, together
-
         if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):
             return None
         adapted = [other for other in self.members if other.adapted]

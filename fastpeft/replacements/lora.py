@@ -9,8 +9,9 @@ from torch import nn
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.bypass import own_class
+from ..layers.few_tokens import FEW_TOKENS
 from ..layers.frozen import FrozenSibling
-from ..layers.lora import FEW_TOKENS, FastLoraLayer, fast_classes
+from ..layers.lora import FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
 
