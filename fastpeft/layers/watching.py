@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..integrations.bitsandbytes import cpu_packing_forbidden
 from ..integrations.transformers import passes_cache
 from .frozen import join
 from .seen import Seen
@@ -137,7 +138,7 @@ class SiblingWatch:
         self._seen = seen = Seen(dict(place.living()))
         handles = [module.register_forward_pre_hook(seen.record) for module in (*seen.adapted, *seen.frozen)]
         try:
-            with torch.no_grad(), side_effects_undone(module):
+            with torch.no_grad(), cpu_packing_forbidden(seen.frozen), side_effects_undone(module):
                 module.forward(*args, **kwargs)
         finally:
             for handle in handles:
