@@ -44,10 +44,10 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
         return f"an input of {x.dim()} dimensions and dtype {x.dtype}"
     if getattr(layer, "_is_replica", False):
         return "a replica of nn.DataParallel"
-    return global_reason()
+    return _global_reason()
 
 
-def global_reason() -> str | None:
+def _global_reason() -> str | None:
     """The reason why no module may be bypassed at present, or None."""
     if (
         torch_module._global_forward_hooks

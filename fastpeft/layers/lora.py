@@ -68,12 +68,12 @@ class FastLoraLayer(Sibling):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
-        if is_few(x) and self.leaves_few(x):
+        group = self.fastpeft_group
+        if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):
             self._count(FEW_TOKENS)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:
-            group = self.fastpeft_group
             held = None if group is None else group.take(self, x)
             if held is not None:
                 self._count("fused")
@@ -89,10 +89,13 @@ class FastLoraLayer(Sibling):
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
 
     def leaves_few(self, x: Tensor) -> bool:
-        """Whether PEFT's own forward is at least as fast for a few tokens; looking at this layer would take longer.
+        """PEFT's own forward; looking at this layer would take longer.
 
-        Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours.
+        Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours. Nor
+        in the run that finds siblings: the report counts it, as served like the forward with gradients that follows.
         """
+        if self.fastpeft_watch is not None and self.fastpeft_watch.watching:
+            return False
         if self._disable_adapters or self.merged_adapters:
             return True
         if x.device.type == "cpu" and bitsandbytes.is_linear_4bit(self._modules["base_layer"]):  # type: ignore[arg-type]
@@ -126,8 +129,7 @@ class FastLoraLayer(Sibling):
         """The modules around this layer and its base, as they were before."""
         if self.fastpeft_watch is not None:
             self.fastpeft_watch.forget([self])
-        if self.fastpeft_group is not None:
-            self.fastpeft_group.dissolve()
+        self.ungroup()
         base = self.get_submodule("base_layer")
         bitsandbytes.allow_cpu_packing(base, self.fastpeft_cpu_packing)
         bitsandbytes.forget(base)

@@ -49,9 +49,24 @@ class Sibling(nn.Module):
         """What to compute for x, or why the module's own forward must run."""
         raise NotImplementedError
 
+    def leaves_few(self, x: Tensor) -> bool:
+        """Whether the module's own forward is at least as fast for an x that `is_few`."""
+        raise NotImplementedError
+
     def state(self, x: Tensor) -> tuple[Any, ...]:
         """What decides, beside parameters and input, what forward returns."""
         return torch.is_grad_enabled(), autocast_dtype(x.device)
+
+    def is_member(self) -> bool:
+        """Whether it has siblings: a copy without its parent has none, even where it still knows the original's."""
+        return self.fastpeft_group is not None and self in self.fastpeft_group.members
+
+    def ungroup(self) -> None:
+        """Its group dissolved; a copy lets go of the original's."""
+        if self.fastpeft_group is not None and self.is_member():
+            self.fastpeft_group.dissolve()
+        else:
+            self.part()
 
     def part(self) -> None:
         """Be no member any more."""
@@ -86,6 +101,10 @@ class SiblingGroup:
         """Whether all members are in their places; other libraries wrap some, or copy one without its parent."""
         children = set(parent.children())
         return bool(self.members) and children.issuperset(self.members)
+
+    def leaves_few(self, x: Tensor) -> bool:
+        """Whether all members do: else all must be computed together, since what one leaves the others compute."""
+        return all([member.leaves_few(x) for member in self.members])
 
     def take(self, member: Sibling, x: Tensor) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
