@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .integrations.transformers import sample_batch
 from .layers.frozen import FrozenSibling
-from .layers.lora import FastLoraLayer, Request
+from .layers.lora import FastLoraLayer
 from .layers.mlp import FastMlp
+from .layers.requests import Request
 from .layers.siblings import Sibling
 from .verification_states import calm, in_fp64, mlp_in_fp64, noisy, suspended
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -144,6 +146,17 @@ def allow_cpu_packing(layer: Any, before: bool | None) -> None:
     """Undo `forbid_cpu_packing`."""
     if before is not None:
         layer.support_avx512bf16_for_cpu = before
+
+
+@contextmanager
+def cpu_packing_forbidden(layers: Iterable[Any]) -> Iterator[None]:
+    """`forbid_cpu_packing` for a while."""
+    before = [(layer, forbid_cpu_packing(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, setting in before:
+            allow_cpu_packing(layer, setting)
 
 
 def _misread(columns: int, blocksize: int) -> bool:

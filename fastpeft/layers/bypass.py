@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..integrations.accelerate import forward_is_its_class_s, is_idle_hook
@@ -31,7 +33,21 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
     return None
 
 
-def global_reason() -> str | None:
+def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The reason, in the call or the process, why PEFT's own forward must run; or None."""
+    if args or any(value is not None for value in kwargs.values()):
+        named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "more arguments"
+        return f"called with {named}"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"an input of type {type(x).__name__}"
+    if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"an input of {x.dim()} dimensions and dtype {x.dtype}"
+    if getattr(layer, "_is_replica", False):
+        return "a replica of nn.DataParallel"
+    return _global_reason()
+
+
+def _global_reason() -> str | None:
     """The reason why no module may be bypassed at present, or None."""
     if (
         torch_module._global_forward_hooks

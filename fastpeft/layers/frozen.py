@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.lora import Dtypes, LoraProjection
-
-from ..integrations import bitsandbytes, peft
+from ..integrations import bitsandbytes
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
-from .bypass import OWN_CLASS, own_class, why_not_bypassed
-from .lora import Request, frozen_base, lora_dtype, why_not_called
-from .siblings import Sibling
+from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
+from .few_tokens import is_few
+from .requests import Request, plain_request
+from .siblings import Sibling, SiblingGroup
 
 ALONE = "no gradient of the input is wanted, so nothing is saved"
 
@@ -33,53 +31,41 @@ class FrozenSibling(Sibling):
     def request(self, x: Tensor) -> Request | str:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return ALONE
-        autocast = autocast_dtype(x.device)
-        found = frozen_base(self, x, autocast)
-        if isinstance(found, str):
-            return found
-        weight, compute, out = found
-        bias = self._parameters["bias"]
-        reason = peft.why_not_plain(bias, x.device)
-        if reason is not None:
-            return reason
-        dtype = lora_dtype((), autocast, compute)
-        return (
-            dtype if isinstance(dtype, str) else Request(LoraProjection(weight, bias, ()), Dtypes(compute, dtype, out))
-        )
+        return plain_request(self, x)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def leaves_few(self, x: Tensor) -> bool:
+        return True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         group = self.fastpeft_group
         if group is not None and not group.members and not torch.compiler.is_compiling():  # copied without its parent
             self.part()
-            return type(self).forward(self, input)
-        if group is None or not group.members or self.fastpeft_suspended:
-            return super().forward(input)  # type: ignore[no-any-return, misc]
+            return type(self).forward(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs and group is not None and group.members and not self.fastpeft_suspended:
+            y = self._forward_with(group, args[0])
+            if y is not None:
+                return y
+        return super().forward(*args, **kwargs)  # type: ignore[no-any-return, misc]
+
+    def _forward_with(self, group: SiblingGroup, x: Any) -> Tensor | None:
+        """The output for x where it is computed with the others'; the others' are in any case, when it leads."""
         if not torch.is_grad_enabled() and self is not group.members[0]:  # nothing is held for it, and it leads nobody
-            return super().forward(input)  # type: ignore[no-any-return, misc]
-        reason = why_not_called(self, input, (), {}) or why_not_bypassed(self, type(self), input.device)
+            return None
+        if is_few(x) and group.leaves_few(x):
+            return None
+        reason = why_not_called(self, x, (), {}) or why_not_bypassed(self, type(self), x.device)
         if reason is None:
-            y = group.take(self, input)
+            y = group.take(self, x)
             if y is None:
-                request = self.request(input)
+                request = self.request(x)
                 reason = request if isinstance(request, str) and request is not ALONE else None
-                y = group.lead(self, input, request)
+                y = group.lead(self, x, request)
             if y is not None:
                 self._count("fused")
                 return y
         if reason is not None:
             self._count(reason)
-        return super().forward(input)  # type: ignore[no-any-return, misc]
-
-    def leave(self) -> None:
-        """As it was before, and the group dissolved."""
-        if self.fastpeft_group is not None and self.is_member():
-            self.fastpeft_group.dissolve()
-        else:
-            self.part()
-
-    def is_member(self) -> bool:
-        """Whether it has siblings: a copy without its parent has none."""
-        return self.fastpeft_group is not None and bool(self.fastpeft_group.members)
+        return None
 
     def part(self) -> None:
         super().part()

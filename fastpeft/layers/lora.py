@@ -7,32 +7,20 @@ not cover runs PEFT's own forward, and the reason is kept for the report.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
-from fastpeft_kernels.lora.api import draw_seeds, run_group
-from fastpeft_kernels.lora.projection import few_without_gradients
-from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft
-from .bypass import global_reason, why_not_bypassed
+from .bypass import why_not_called
+from .few_tokens import FEW_TOKENS, is_few
+from .requests import Request, compute, frozen_base, lora_dtype
 from .siblings import Sibling
 from .watching import SiblingWatch
-
-FEW_TOKENS = "a few tokens without gradients"
-"""Under this name calls are counted that are left to PEFT, or to the model's MLP, by choice."""
-
-
-class Request(NamedTuple):
-    """What a layer asks of the op for one input."""
-
-    projection: LoraProjection
-    dtypes: Dtypes
 
 
 class FastLoraLayer(Sibling):
@@ -80,12 +68,12 @@ class FastLoraLayer(Sibling):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
-        if is_few(x) and self.leaves_few(x):
+        group = self.fastpeft_group
+        if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):
             self._count(FEW_TOKENS)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:
-            group = self.fastpeft_group
             held = None if group is None else group.take(self, x)
             if held is not None:
                 self._count("fused")
@@ -101,10 +89,13 @@ class FastLoraLayer(Sibling):
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
 
     def leaves_few(self, x: Tensor) -> bool:
-        """Whether PEFT's own forward is at least as fast for a few tokens; looking at this layer would take longer.
+        """PEFT's own forward; looking at this layer would take longer.
 
-        Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours.
+        Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours. Nor
+        in the run that finds siblings: the report counts it, as served like the forward with gradients that follows.
         """
+        if self.fastpeft_watch is not None and self.fastpeft_watch.watching:
+            return False
         if self._disable_adapters or self.merged_adapters:
             return True
         if x.device.type == "cpu" and bitsandbytes.is_linear_4bit(self._modules["base_layer"]):  # type: ignore[arg-type]
@@ -138,8 +129,7 @@ class FastLoraLayer(Sibling):
         """The modules around this layer and its base, as they were before."""
         if self.fastpeft_watch is not None:
             self.fastpeft_watch.forget([self])
-        if self.fastpeft_group is not None:
-            self.fastpeft_group.dissolve()
+        self.ungroup()
         base = self.get_submodule("base_layer")
         bitsandbytes.allow_cpu_packing(base, self.fastpeft_cpu_packing)
         bitsandbytes.forget(base)
@@ -155,92 +145,6 @@ class FastLoraLayer(Sibling):
         weight = self.get_base_layer().weight  # type: ignore[operator]
         if not weight.is_inference():
             increment_version(weight)
-
-
-def is_few(x: Any) -> bool:
-    """As for each token that is generated; never while torch.compile traces, which would fix the size."""
-    return type(x) is Tensor and x.dim() > 1 and few_without_gradients(x) and not torch.compiler.is_compiling()
-
-
-def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The reason, in the call or the process, why PEFT's own forward must run; or None."""
-    if args or any(value is not None for value in kwargs.values()):
-        named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "more arguments"
-        return f"called with {named}"
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"an input of type {type(x).__name__}"
-    if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"an input of {x.dim()} dimensions and dtype {x.dtype}"
-    if getattr(layer, "_is_replica", False):
-        return "a replica of nn.DataParallel"
-    return global_reason()
-
-
-def together(members: list[tuple[Sibling, Request | str]]) -> list[tuple[Sibling, Request]]:
-    """Those that ask for something, in the dtypes of the first with adapters; one without takes any adapters'."""
-    found = [(member, request) for member, request in members if not isinstance(request, str)]
-    if not found:
-        return []
-    dtypes = _dtypes([request for _, request in found])
-    return [(member, request) for member, request in found if _agrees(request, dtypes)]
-
-
-def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
-    """Run requests whose dtypes agree for one input."""
-    projections = [request.projection for request in requests]
-    return run_group(x, projections, _dtypes(requests), draw_seeds(x.device, projections, training=True))
-
-
-def _dtypes(requests: list[Request]) -> Dtypes:
-    return next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
-
-
-def _agrees(request: Request, dtypes: Dtypes) -> bool:
-    own = request.dtypes
-    return own == dtypes or (not request.projection.adapters and (own.compute, own.out) == (dtypes.compute, dtypes.out))
-
-
-def frozen_base(
-    base: Any, x: Tensor, autocast: torch.dtype | None
-) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
-    """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
-    device = x.device
-    if bitsandbytes.is_linear_4bit(base):
-        reason = why_not_bypassed(base, type(base), device)
-        if reason is not None:
-            return reason
-        frozen = bitsandbytes.frozen_weight(base)
-        if isinstance(frozen, str):
-            return frozen
-        if frozen.device != device:
-            return f"a base weight on {frozen.device}, the input on {device}"
-        if frozen.shape != (base.out_features, base.in_features):
-            return f"a 4-bit weight stored as {frozen.shape}"
-        return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
-    reason = why_not_bypassed(base, nn.Linear, device)
-    if reason is not None:
-        return reason
-    weight = base._parameters["weight"]
-    reason = peft.why_not_plain(weight, device)
-    if reason is not None:
-        return f"base layer: {reason}"
-    if weight.requires_grad:  # without gradients too: a checkpointed forward and its recomputation draw the same mask
-        return "the base weight is trained"
-    if autocast is None and weight.dtype != x.dtype:
-        return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
-    dtype = autocast or x.dtype
-    return DenseWeight(weight), dtype, dtype
-
-
-def lora_dtype(adapters: tuple[Any, ...], autocast: torch.dtype | None, default: torch.dtype) -> torch.dtype | str:
-    """The dtype in which PEFT would multiply the adapters, or the reason why there is not one."""
-    if autocast is not None:
-        return autocast
-    dtypes = {adapter.a.dtype for adapter in adapters}
-    if len(dtypes) > 1:
-        return f"adapters in {sorted(map(str, dtypes))}"
-    dtype = dtypes.pop() if dtypes else default
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"adapters in {dtype}"
 
 
 @cache

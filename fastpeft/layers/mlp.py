@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora import Dtypes
 from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
 from fastpeft_kernels.mlp.api import run_mlp
 
-from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
-from .bypass import why_not_bypassed
-from .lora import FEW_TOKENS, FastLoraLayer, Request, frozen_base, is_few, lora_dtype, why_not_called
+from .bypass import why_not_bypassed, why_not_called
+from .few_tokens import FEW_TOKENS, is_few
+from .lora import FastLoraLayer
 from .mlp_structure import Roles
+from .requests import Request, plain_request
 
 
 class FastMlp(nn.Module):
@@ -128,17 +128,7 @@ def request_of(module: Any, x: Tensor) -> Request | str:
         return reason
     if isinstance(module, FastLoraLayer):
         return module.request(x)
-    autocast = autocast_dtype(x.device)
-    found = frozen_base(module, x, autocast)
-    if isinstance(found, str):
-        return found
-    weight, compute, out = found
-    bias = module._parameters["bias"]
-    reason = peft.why_not_plain(bias, x.device)
-    if reason is not None:
-        return reason
-    dtype = lora_dtype((), autocast, compute)
-    return dtype if isinstance(dtype, str) else Request(LoraProjection(weight, bias, ()), Dtypes(compute, dtype, out))
+    return plain_request(module, x)
 
 
 def why_not_idle(module: Any, device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ computed ahead hangs on the input, of which every traced parent first makes a te
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
@@ -22,9 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastpeft_kernels.common.device import autocast_dtype
 
-if TYPE_CHECKING:
-    from .lora import Request
-
+from .requests import Request, compute, together
 
 _AHEAD = "fastpeft_ahead"  # attribute of a traced input
 
@@ -51,9 +49,24 @@ class Sibling(nn.Module):
         """What to compute for x, or why the module's own forward must run."""
         raise NotImplementedError
 
+    def leaves_few(self, x: Tensor) -> bool:
+        """Whether the module's own forward is at least as fast for an x that `is_few`."""
+        raise NotImplementedError
+
     def state(self, x: Tensor) -> tuple[Any, ...]:
         """What decides, beside parameters and input, what forward returns."""
         return torch.is_grad_enabled(), autocast_dtype(x.device)
+
+    def is_member(self) -> bool:
+        """Whether it has siblings: a copy without its parent has none, even where it still knows the original's."""
+        return self.fastpeft_group is not None and self in self.fastpeft_group.members
+
+    def ungroup(self) -> None:
+        """Its group dissolved; a copy lets go of the original's."""
+        if self.fastpeft_group is not None and self.is_member():
+            self.fastpeft_group.dissolve()
+        else:
+            self.part()
 
     def part(self) -> None:
         """Be no member any more."""
@@ -89,6 +102,10 @@ class SiblingGroup:
         children = set(parent.children())
         return bool(self.members) and children.issuperset(self.members)
 
+    def leaves_few(self, x: Tensor) -> bool:
+        """Whether all members do: else all must be computed together, since what one leaves the others compute."""
+        return all([member.leaves_few(x) for member in self.members])
+
     def take(self, member: Sibling, x: Tensor) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
         if not self.members and not torch.compiler.is_compiling():  # a layer that was copied without its parent
@@ -103,8 +120,6 @@ class SiblingGroup:
 
     def compute(self, member: Sibling, x: Tensor, request: Request) -> Tensor:
         """The member's output; when it leads, the others' are computed with it and held."""
-        from .lora import compute
-
         y = self.lead(member, x, request)
         return compute(x, [request])[0] if y is None else y
 
@@ -114,8 +129,6 @@ class SiblingGroup:
         The first to be called leads. Where that is a frozen one, which some models may pass over or hooks may keep to
         itself, the first with adapters does so when nothing was computed ahead.
         """
-        from .lora import compute, together
-
         if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):
             return None
         adapted = [other for other in self.members if other.adapted]

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..integrations.bitsandbytes import cpu_packing_forbidden
 from ..integrations.transformers import passes_cache
+from .frozen import join
+from .seen import Seen
 from .siblings import SiblingGroup, version_of
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
-    from .seen import Seen
 
 logger = logging.getLogger("fastpeft")
 
@@ -133,13 +135,10 @@ class SiblingWatch:
         self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from .frozen import join
-        from .seen import Seen
-
         self._seen = seen = Seen(dict(place.living()))
         handles = [module.register_forward_pre_hook(seen.record) for module in (*seen.adapted, *seen.frozen)]
         try:
-            with torch.no_grad(), side_effects_undone(module):
+            with torch.no_grad(), cpu_packing_forbidden(seen.frozen), side_effects_undone(module):
                 module.forward(*args, **kwargs)
         finally:
             for handle in handles:

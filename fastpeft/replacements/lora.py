@@ -9,8 +9,9 @@ from torch import nn
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.bypass import own_class
+from ..layers.few_tokens import FEW_TOKENS
 from ..layers.frozen import FrozenSibling
-from ..layers.lora import FEW_TOKENS, FastLoraLayer, fast_classes
+from ..layers.lora import FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
 
@@ -51,7 +52,7 @@ class LoraReplacement:
     def install(self, module: nn.Module, proved: Match) -> None:
         base, stock = module.get_submodule("base_layer"), type(module)
         if isinstance(base, FrozenSibling):  # it has got adapters since
-            base.leave()
+            base.ungroup()
         fast = fast_classes()[stock]
         module.__class__ = fast
         rebind_hooked_forward(module, stock, fast)
@@ -69,22 +70,22 @@ class LoraReplacement:
             layer.enter()
             group = layer.fastpeft_group
             parent = path.rpartition(".")[0]
-            if group is not None and (parent in fresh or not group.is_below(root.get_submodule(parent))):
-                group.dissolve()
-                layer.__dict__.pop("fastpeft_group", None)  # left where the layer was copied without its parent
+            if group is not None and (
+                parent in fresh or not layer.is_member() or not group.is_below(root.get_submodule(parent))
+            ):
+                layer.ungroup()
         alone = {path: layer for path, layer in layers.items() if layer.fastpeft_group is None}
         if alone:
             SiblingWatch().start(root, alone)
 
     def undo(self, module: nn.Module) -> bool:
         if isinstance(module, FrozenSibling):
-            module.leave()
+            module.ungroup()
             return True
         if not isinstance(module, FastLoraLayer):
             return False
         module.leave()
-        for name in ("fastpeft_watch_error", "fastpeft_group"):  # a group is left in a copy without its parent
-            module.__dict__.pop(name, None)
+        module.__dict__.pop("fastpeft_watch_error", None)
         fast: type[nn.Module] = type(module)
         stock = next((stock for stock, ours in fast_classes().items() if ours is fast), None)
         if stock is None:  # FSDP2 has put a class of its own before ours

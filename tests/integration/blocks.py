@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import fastpeft
+from fastpeft.layers.few_tokens import FEW_ELEMENTS
 from tests.integration.models import with_lora
 
 WIDTH = 16
@@ -62,6 +63,11 @@ def blocks(model: nn.Module) -> list[Block]:
 
 def inputs(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 5)), WIDTH)
+
+
+def many() -> Tensor:
+    """Inputs that without gradients are too many tokens to be left to PEFT."""
+    return inputs(2, FEW_ELEMENTS // WIDTH)
 
 
 def gradients(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:

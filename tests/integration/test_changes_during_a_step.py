@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.blocks import assert_same, blocks, check, gradients, inputs, pair
+from tests.integration.blocks import assert_same, blocks, check, gradients, inputs, many, pair
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -20,7 +20,7 @@ class TestTheInputChangesBetweenSiblings:
         check(ours, peft)
         for block in (*blocks(ours), *blocks(peft)):
             block.between = lambda x: x.mul_(0.5)
-        x = inputs()
+        x = many()
         with torch.no_grad():
             torch.testing.assert_close(ours(x), peft(x))
 

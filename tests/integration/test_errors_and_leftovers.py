@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.blocks import blocks, check, inputs, pair
+from tests.integration.blocks import blocks, check, inputs, many, pair
 from tests.integration.reports import siblings
 
 GROUPED = {frozenset("qkv")}
@@ -56,7 +56,7 @@ class TestErrorsHalfWay:
 class TestNothingIsHeld:
     def test_after_a_forward(self) -> None:
         ours, _ = pair()
-        x = inputs()
+        x = many()
         with torch.no_grad():
             ours(x)
             before = tensors_alive()
@@ -68,7 +68,7 @@ class TestNothingIsHeld:
         check(ours, peft)
         for block in (*blocks(ours), *blocks(peft)):
             block.skip = True
-        x = inputs()
+        x = many()
         with torch.no_grad():
             before = tensors_alive()
             y = ours(x)

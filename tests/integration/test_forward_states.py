@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from tests.integration.blocks import WIDTH, Block, Stack, assert_same, blocks, check, gradients, inputs, pair
+from tests.integration.blocks import WIDTH, Block, Stack, assert_same, blocks, check, gradients, inputs, many, pair
 from tests.integration.reports import notes, siblings
 
 GROUPED = {frozenset("qkv")}
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_and_then_with_them(mode: Callable[[], Any]) -> None:
     ours, peft = pair()
-    x = inputs()
+    x = many()
     for _ in range(2):
         with mode():
             y = ours(x)
@@ -247,7 +247,7 @@ def test_accelerating_a_part_and_then_the_whole() -> None:
 
 def test_threads_share_an_accelerated_model() -> None:
     ours, peft = pair(Stack())
-    batches = [inputs(3, 7) for _ in range(4)]
+    batches = [many() for _ in range(4)]
     with torch.no_grad():
         expected = [peft(x) for x in batches]
     wrong: list[str] = []

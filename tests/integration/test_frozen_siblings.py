@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fastpeft
 from fastpeft.layers.frozen import FrozenSibling
-from tests.integration.blocks import Block, Stack, assert_same, blocks, check, gradients, inputs, pair
+from tests.integration.blocks import Block, Stack, assert_same, blocks, check, gradients, inputs, many, pair
 from tests.integration.models import batch, checkpointed, make
 from tests.integration.quantised import make_quantised, quantised_truth
 from tests.integration.reports import adapter_rows, notes, siblings
@@ -143,7 +143,7 @@ class TestRunByThemselves:
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_without_gradients(self, place: str, mode: Callable[[], Any]) -> None:
         ours, peft = pair(target_modules=TARGETS[place])
-        x = inputs()
+        x = many()
         for _ in range(2):
             with mode():
                 torch.testing.assert_close(ours(x), peft(x))

@@ -1,0 +1,107 @@
+"""What projections ask of the op for one input, read from their modules anew at each call; and what is run of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.common.device import autocast_dtype
+from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora.api import draw_seeds, run_group
+from fastpeft_kernels.weights import DenseWeight, FrozenWeight
+
+from ..integrations import bitsandbytes, peft
+from .bypass import why_not_bypassed
+
+Member = TypeVar("Member")
+
+
+class Request(NamedTuple):
+    """What a layer asks of the op for one input."""
+
+    projection: LoraProjection
+    dtypes: Dtypes
+
+
+def plain_request(module: Any, x: Tensor) -> Request | str:
+    """What a projection without adapters asks of the op for x, or why it must be called itself."""
+    autocast = autocast_dtype(x.device)
+    found = frozen_base(module, x, autocast)
+    if isinstance(found, str):
+        return found
+    weight, product, out = found
+    bias = module._parameters["bias"]
+    reason = peft.why_not_plain(bias, x.device)
+    if reason is not None:
+        return reason
+    dtype = lora_dtype((), autocast, product)
+    return dtype if isinstance(dtype, str) else Request(LoraProjection(weight, bias, ()), Dtypes(product, dtype, out))
+
+
+def frozen_base(
+    base: Any, x: Tensor, autocast: torch.dtype | None
+) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
+    """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
+    device = x.device
+    if bitsandbytes.is_linear_4bit(base):
+        reason = why_not_bypassed(base, type(base), device)
+        if reason is not None:
+            return reason
+        frozen = bitsandbytes.frozen_weight(base)
+        if isinstance(frozen, str):
+            return frozen
+        if frozen.device != device:
+            return f"a base weight on {frozen.device}, the input on {device}"
+        if frozen.shape != (base.out_features, base.in_features):
+            return f"a 4-bit weight stored as {frozen.shape}"
+        return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
+    reason = why_not_bypassed(base, nn.Linear, device)
+    if reason is not None:
+        return reason
+    weight = base._parameters["weight"]
+    reason = peft.why_not_plain(weight, device)
+    if reason is not None:
+        return f"base layer: {reason}"
+    if weight.requires_grad:  # without gradients too: a checkpointed forward and its recomputation draw the same mask
+        return "the base weight is trained"
+    if autocast is None and weight.dtype != x.dtype:
+        return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
+    dtype = autocast or x.dtype
+    return DenseWeight(weight), dtype, dtype
+
+
+def lora_dtype(adapters: tuple[Any, ...], autocast: torch.dtype | None, default: torch.dtype) -> torch.dtype | str:
+    """The dtype in which PEFT would multiply the adapters, or the reason why there is not one."""
+    if autocast is not None:
+        return autocast
+    dtypes = {adapter.a.dtype for adapter in adapters}
+    if len(dtypes) > 1:
+        return f"adapters in {sorted(map(str, dtypes))}"
+    dtype = dtypes.pop() if dtypes else default
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"adapters in {dtype}"
+
+
+def together(members: list[tuple[Member, Request | str]]) -> list[tuple[Member, Request]]:
+    """Those that ask for something, in the dtypes of the first with adapters; one without takes any adapters'."""
+    found = [(member, request) for member, request in members if not isinstance(request, str)]
+    if not found:
+        return []
+    dtypes = _dtypes([request for _, request in found])
+    return [(member, request) for member, request in found if _agrees(request, dtypes)]
+
+
+def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
+    """Run requests whose dtypes agree for one input."""
+    projections = [request.projection for request in requests]
+    return run_group(x, projections, _dtypes(requests), draw_seeds(x.device, projections, training=True))
+
+
+def _dtypes(requests: list[Request]) -> Dtypes:
+    return next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
+
+
+def _agrees(request: Request, dtypes: Dtypes) -> bool:
+    own = request.dtypes
+    return own == dtypes or (not request.projection.adapters and (own.compute, own.out) == (dtypes.compute, dtypes.out))

@@ -1,0 +1,108 @@
+"""A few tokens without gradients, as in generation: PEFT's own forward where that is at least as fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastpeft
+from fastpeft.layers.few_tokens import FEW_ELEMENTS, FEW_TOKENS, is_few
+from fastpeft.layers.lora import FastLoraLayer
+from fastpeft.layers.mlp import FastMlp
+from tests.integration.blocks import blocks, check, inputs, many, pair
+from tests.integration.models import batch, make
+from tests.integration.quantised import make_quantised
+from tests.integration.steps import step
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmv", "aten::mv")
+
+
+def products(model: nn.Module, x: torch.Tensor) -> int:
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(x)
+    return sum(event.count for event in profile.key_averages() if event.key.rstrip("_") in PRODUCTS)
+
+
+@pytest.mark.parametrize("targets", ["q k v", "k v", "v", "q v", "q k"])
+def test_no_product_more_than_peft_s(targets: str) -> None:
+    """Also where a frozen sibling is called first, which would lead the others."""
+    ours, peft = pair(target_modules=targets.split())
+    check(ours, peft)
+    x = inputs(1, 3)
+    assert products(ours, x) == products(peft, x)
+
+
+def test_many_tokens_are_computed_together() -> None:
+    ours, peft = pair(target_modules=["k", "v"])
+    check(ours, peft)
+    before = blocks(ours)[0].v.fastpeft_calls["fused"]
+    x = many()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), peft(x))
+    assert blocks(ours)[0].v.fastpeft_calls == {"fused": before + 1}
+    assert products(ours, x) < products(peft, x)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["frozen first", "frozen between"])
+def test_siblings_decide_together(first: bool) -> None:
+    """One that drops something is computed by the op, without gradients too; then the others are, once."""
+    ours, peft = pair(target_modules=["k", "v"] if first else ["q", "v"])
+    check(ours, peft)
+    block: Any = blocks(ours)[0]
+    adapted = [block.k if first else block.q, block.v]
+    block.v.lora_dropout["default"] = nn.Dropout(0.5)
+    before = [dict(layer.fastpeft_calls) for layer in adapted]
+    with torch.no_grad():
+        block(inputs(1, 3))
+    assert [layer.fastpeft_calls for layer in adapted] == [{"fused": calls["fused"] + 1} for calls in before]
+
+
+class TestIsFew:
+    @pytest.mark.parametrize(
+        ("dtype", "shape", "few"),
+        [
+            (torch.float32, (2, 32, 1024), True),
+            (torch.float32, (2, 33, 1024), False),
+            (torch.float32, (1, 8, 16384), True),
+            (torch.bfloat16, (1, 8, 16), True),
+            (torch.bfloat16, (1, 9, 16), False),
+        ],
+    )
+    def test_by_size_and_dtype(self, dtype: torch.dtype, shape: tuple[int, ...], few: bool) -> None:
+        x = torch.empty(shape, dtype=dtype)
+        assert not is_few(x)
+        with torch.no_grad():
+            assert is_few(x) is few
+
+    def test_autocast_decides_the_dtype_of_the_products(self) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert is_few(torch.empty(1, 8, 16)) and not is_few(torch.empty(1, 9, 16))
+
+    def test_elsewhere_than_on_a_cpu(self) -> None:
+        with torch.no_grad():
+            assert is_few(torch.empty(1, 8, 16, device="meta")) and not is_few(torch.empty(1, 9, 16, device="meta"))
+
+
+def test_an_mlp_of_few_and_of_many_tokens() -> None:
+    model = fastpeft.accelerate(make())
+    step(model, batch(model))
+    mlps: list[Any] = [m for m in model.modules() if isinstance(m, FastMlp)]
+    many_ids = torch.zeros(1, FEW_ELEMENTS // model.config.hidden_size + 1, dtype=torch.long)
+    before = [mlp.fastpeft_calls["fused"] for mlp in mlps]
+    with torch.no_grad():
+        model(input_ids=many_ids[:, :3])
+        model(input_ids=many_ids)
+    assert mlps and [mlp.fastpeft_calls for mlp in mlps] == [{FEW_TOKENS: 1, "fused": calls + 1} for calls in before]
+
+
+def test_over_4_bits_nothing_is_left() -> None:
+    model = fastpeft.accelerate(make_quantised(lora={"target_modules": ["k_proj", "v_proj"]}))
+    ids = torch.randint(3, 90, (1, 3))
+    step(model, {"input_ids": ids, "labels": ids})
+    with torch.no_grad():
+        model(input_ids=ids)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, FastLoraLayer)]
+    assert layers and all(set(layer.fastpeft_calls) == {"fused"} for layer in layers)
