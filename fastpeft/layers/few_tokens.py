@@ -31,9 +31,12 @@ process times; one layer, q/k/v, and an MLP 2.75 times as wide:
 
 def is_few(x: Any) -> bool:
     """Whether x (..., in_features) is so little; never while torch.compile traces, which would fix the size."""
-    if type(x) is not Tensor or torch.is_grad_enabled() or x.dim() < 2 or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling():
         return False
-    if x.numel() <= FEW * x.shape[-1]:
+    shape = x.shape
+    if len(shape) < 2:
+        return False
+    if x.numel() <= FEW * shape[-1]:
         return True
     plain = x.device.type == "cpu" and (autocast_dtype(x.device) or x.dtype) == torch.float32
     return plain and x.numel() <= FEW_ELEMENTS

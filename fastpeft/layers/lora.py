@@ -32,6 +32,7 @@ class FastLoraLayer(Sibling):
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
     adapted = True
+    over_four_bits = False
 
     def request(self, x: Tensor) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
@@ -94,14 +95,18 @@ class FastLoraLayer(Sibling):
         Not where something is dropped: under reentrant checkpointing a forward without gradients must draw as ours. Nor
         in the run that finds siblings: the report counts it, as served like the forward with gradients that follows.
         """
-        if self.fastpeft_watch is not None and self.fastpeft_watch.watching:
+        state = self.__dict__  # nn.Module's own look-up takes longer than the rest of this
+        watch = state.get("fastpeft_watch")
+        if watch is not None and watch.watching:
             return False
-        if self._disable_adapters or self.merged_adapters:
+        if state["_disable_adapters"] or state["merged_adapters"]:
             return True
-        if x.device.type == "cpu" and bitsandbytes.is_linear_4bit(self._modules["base_layer"]):  # type: ignore[arg-type]
+        if self.over_four_bits and x.device.type == "cpu":
             return False  # our decoding is the faster one
-        dropouts = self._modules["lora_dropout"]._modules.values()  # type: ignore[union-attr]
-        return not any([type(dropout) is not nn.Identity and dropout.training for dropout in dropouts])  # type: ignore[union-attr]
+        for dropout in state["_modules"]["lora_dropout"]._modules.values():
+            if dropout.training and type(dropout) is not nn.Identity:
+                return False
+        return True
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         super().merge(*args, **kwargs)  # type: ignore[misc]
@@ -161,7 +166,8 @@ def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
 
 def _make(name: str, stock: type[nn.Module]) -> type[FastLoraLayer]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
-    made = type(name, (FastLoraLayer, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."})
+    members = {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."}
+    made = type(name, (FastLoraLayer, stock), {**members, "over_four_bits": stock.__name__ == "Linear4bit"})
     globals()[name] = made
     return made
 
