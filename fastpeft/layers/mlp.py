@@ -21,7 +21,7 @@ from .bypass import why_not_bypassed, why_not_called
 from .few_tokens import FEW_TOKENS, is_few
 from .lora import FastLoraLayer
 from .mlp_structure import Roles
-from .requests import Request, plain_request
+from .requests import Request, agrees, leading_dtypes, plain_request
 
 
 class FastMlp(nn.Module):
@@ -75,7 +75,7 @@ class FastMlp(nn.Module):
             if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
                 return super().forward(*args, **kwargs)
         x = args[0]
-        if is_few(x) and all([c.leaves_few(x) for c in self._modules.values() if isinstance(c, FastLoraLayer)]):
+        if is_few(x) and all([child.leaves_few(x) for child in adapted]):
             self._count(FEW_TOKENS)
             return super().forward(*args, **kwargs)
         reason = why_not_called(self, x, (), kwargs)
@@ -140,12 +140,9 @@ def why_not_idle(module: Any, device: torch.device) -> str | None:
 
 def common_dtypes(requests: list[Request]) -> Dtypes | str:
     """The dtypes of all projections, or the reason why there are none; one without adapters takes any adapters'."""
-    first = next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
-    for request in requests:
-        own = request.dtypes
-        if (own.compute, own.out) != (first.compute, first.out) or (request.projection.adapters and own != first):
-            return "projections of differing dtypes"
-    return first
+    dtypes = leading_dtypes(requests)
+    agree = all([agrees(request, dtypes) for request in requests])
+    return dtypes if agree else "projections of differing dtypes"
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {}

@@ -88,20 +88,22 @@ def together(members: list[tuple[Member, Request | str]]) -> list[tuple[Member, 
     found = [(member, request) for member, request in members if not isinstance(request, str)]
     if not found:
         return []
-    dtypes = _dtypes([request for _, request in found])
-    return [(member, request) for member, request in found if _agrees(request, dtypes)]
+    dtypes = leading_dtypes([request for _, request in found])
+    return [(member, request) for member, request in found if agrees(request, dtypes)]
 
 
 def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     """Run requests whose dtypes agree for one input."""
     projections = [request.projection for request in requests]
-    return run_group(x, projections, _dtypes(requests), draw_seeds(x.device, projections, training=True))
+    return run_group(x, projections, leading_dtypes(requests), draw_seeds(x.device, projections, training=True))
 
 
-def _dtypes(requests: list[Request]) -> Dtypes:
+def leading_dtypes(requests: list[Request]) -> Dtypes:
+    """Those of the first with adapters."""
     return next((r.dtypes for r in requests if r.projection.adapters), requests[0].dtypes)
 
 
-def _agrees(request: Request, dtypes: Dtypes) -> bool:
+def agrees(request: Request, dtypes: Dtypes) -> bool:
+    """Whether it can be computed in these; one without adapters takes any adapters'."""
     own = request.dtypes
     return own == dtypes or (not request.projection.adapters and (own.compute, own.out) == (dtypes.compute, dtypes.out))

@@ -27,13 +27,12 @@ class LoraGroup(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        projections, dtypes = group.projections, group.dtypes
+        projections = group.projections
         needs = split_flags(ctx.needs_input_grad[3:], projections)
         ctx.group = (implementation, group, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
-        if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
-            x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
+        x = group.dtypes.cast_once(x)
         outputs, s = _compute(implementation, x, group)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])

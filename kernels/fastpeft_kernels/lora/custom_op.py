@@ -21,9 +21,7 @@ from .projection import Group
 
 def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable. Autocast must be off."""
-    dtypes = group.dtypes
-    if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize:
-        x = x.to(dtypes.compute)  # one cast serves every product, now and in backward
+    x = group.dtypes.cast_once(x)
     tensors, numbers, layout = flatten_group(group)
     return tuple(lora_group_op(x, tensors, numbers, layout)[: len(group.projections)])
 
@@ -85,11 +83,7 @@ def _(
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    results = [torch.empty_like(tensor) for tensor, flag in zip(tensors, wanted, strict=True) if flag]
-    if dx_dtype is not None:
-        in_features = unflatten_group(tensors, numbers, layout).group.projections[0].weight.shape[1]
-        results.insert(0, tensors[0].new_empty((*_lead(dys), in_features), dtype=dx_dtype))
-    return results
+    return empty_gradients(_lead(dys), tensors, numbers, layout, dx_dtype, wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -132,6 +126,22 @@ def _lead(dys: Sequence[Tensor | None]) -> torch.Size:
 def no_gradients(numbers: Sequence[float]) -> list[None] | None:
     """What torch wants for an op's list of numbers, which is one of tensors to it when it is empty."""
     return None if numbers else []
+
+
+def empty_gradients(
+    lead: Sequence[int],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    dx_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """What a backward op gives, without values: dx (*lead, in_features) unless dx_dtype is None, then the wanted."""
+    results = [torch.empty_like(tensor) for tensor, flag in zip(tensors, wanted, strict=True) if flag]
+    if dx_dtype is not None:
+        in_features = unflatten_group(tensors, numbers, layout).group.projections[0].weight.shape[1]
+        results.insert(0, tensors[0].new_empty((*lead, in_features), dtype=dx_dtype))
+    return results
 
 
 def gradients_in_order(flat: FlatGroup, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:

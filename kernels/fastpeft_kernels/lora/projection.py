@@ -84,6 +84,10 @@ class Dtypes:
         """`on` x's device, unless x is a few tokens without gradients: casting the weights would cost more."""
         return self if few_without_gradients(x) else self.on(x.device)
 
+    def cast_once(self, x: Tensor) -> Tensor:
+        """x in the dtype of the products, where one cast serves every product, now and in backward."""
+        return x.to(self.compute) if self.compute == self.lora and x.dtype.itemsize >= self.compute.itemsize else x
+
     def on(self, device: torch.device) -> Dtypes:
         """The same results from products in the dtypes that `device` is fast in; see `product_dtype`."""
         return Dtypes(product_dtype(self.compute, device), product_dtype(self.lora, device), self.out)

@@ -35,7 +35,7 @@ class LoraMlpUpToDown(torch.autograd.Function):
         ctx.group = (mlp, dtypes, seeds, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in mlp.projections]
-        x = one_cast(x, dtypes)
+        x = dtypes.cast_once(x)
         with in_use(mlp.inner):
             middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds)
         read = library.read_by_backward(ctx.needs_input_grad[4], needs, keep)
@@ -86,11 +86,6 @@ def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], k
         return LoraMlpDown.apply(result, middle)  # type: ignore[no-any-return]
     with in_use(mlp.projections):
         return library.forward(x.detach(), mlp, dtypes, seeds)
-
-
-def one_cast(x: Tensor, dtypes: Dtypes) -> Tensor:
-    """x in the dtype of the products, where one cast serves every product, now and in backward."""
-    return x.to(dtypes.compute) if dtypes.compute == dtypes.lora and x.dtype.itemsize >= dtypes.compute.itemsize else x
 
 
 def stand_in(x: Tensor, mlp: Mlp, dtypes: Dtypes) -> Tensor:

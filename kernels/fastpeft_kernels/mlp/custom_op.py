@@ -14,18 +14,18 @@ from torch import Tensor
 
 from ..lora import library as lora_library
 from ..lora.autograd import in_use
-from ..lora.custom_op import gradients_in_order, no_gradients
+from ..lora.custom_op import empty_gradients, gradients_in_order, no_gradients
 from ..lora.layout import FlatGroup, flatten_group, unflatten_group
 from ..lora.projection import Dtypes, Group
 from . import library
-from .autograd import one_cast, stand_in
+from .autograd import stand_in
 from .library import Kept, Middle
 from .structure import Mlp
 
 
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
     """The MLP of x (..., in_features), differentiable. Autocast must be off."""
-    x = one_cast(x, dtypes)
+    x = dtypes.cast_once(x)
     whole = flatten_group(Group(mlp.projections, dtypes, seeds))
     result, h, s_down, *_ = lora_mlp_up_to_down_op(x, *whole, mlp.activation, keep)
     down = flatten_group(Group((mlp.down,), dtypes, seeds[-1:]))
@@ -127,11 +127,7 @@ def _(
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    results = [torch.empty_like(tensor) for tensor, flag in zip(tensors, wanted, strict=True) if flag]
-    if dx_dtype is not None:
-        in_features = unflatten_group(tensors, numbers, layout).group.projections[0].weight.shape[1]
-        results.insert(0, dy.new_empty((*dy.shape[:-1], in_features), dtype=dx_dtype))
-    return results
+    return empty_gradients(dy.shape[:-1], tensors, numbers, layout, dx_dtype, wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
