@@ -4,7 +4,9 @@ A part is a module of `fastpeft.bench.gpu_parts`, light to import, with
 
 - `order: int`, parts run by it; `time_limit_s: int`, after which the part is killed;
 - `run(recorder, depth)`, which measures and raises where something is wrong; depth is "quick", "default" or "full";
-- optionally `dry_run(recorder, depth)`: the same on a CPU, on small stand-ins.
+- optionally `dry_run(recorder, depth)`: the same on a CPU, on small stand-ins;
+- optionally `parallel = True`, where no times count and all work is in checks given to the recorder: several processes
+  then share these, as many as --jobs says, because most of their time goes to compiling kernels.
 
 Its name is `name` if it has one, else the module's. Each part runs in a process of its own, so that one that crashes or
 hangs costs only itself. What it measured goes to OUT/<part>.jsonl at once, what it printed to OUT/<part>.log, and what
@@ -16,6 +18,7 @@ Exit code: 0 when all parts passed, 1 when one did not, 2 when there is no GPU.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     parts = discover(options.parts)
     if options.run_part:  # the child process of one part
-        return run_part(parts[options.run_part], options.out, options.depth, options.dry_run, options.commit)
+        part, share = parts[options.run_part], tuple(options.share)
+        return run_part(part, options.out, options.depth, options.dry_run, options.commit, share)
     chosen = _chosen(parser, parts, options.only)
     if options.list:
         print(
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = options.out or (Path("runs/gpu-dry-run") if options.dry_run else Path("benchmarks/results", slug(gpu)))
     commit = source_state()[0] or options.commit
-    run = Run(out, options.depth, options.dry_run, commit, options.parts)
+    run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
     outcomes = [_run_or_skip(run, part, options.resume) for part in chosen]
     print(table(outcomes))
@@ -110,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
     parser.add_argument("--commit", help="recorded where the source tree is no git checkout")
     parser.add_argument("--parts", default="fastpeft.bench.gpu_parts", metavar="PACKAGE", help="package of the parts")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that share checks")
     parser.add_argument("--run-part", metavar="PART", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
 
 

@@ -18,7 +18,7 @@ from pkgutil import iter_modules
 from typing import Any, Literal
 
 from fastpeft.bench.recorder import Recorder
-from fastpeft.bench.records import RecordFile, environment
+from fastpeft.bench.records import RecordFile, environment, load
 from fastpeft.structured import build
 
 Status = Literal["passed", "failed", "timed out", "skipped"]
@@ -27,11 +27,17 @@ _LOG_LINES = 25
 
 @dataclass(frozen=True)
 class Part:
-    """A module of checks or benchmarks. `broken` says why it could not be imported."""
+    """A module of checks or benchmarks.
+
+    Attributes:
+        parallel: made of checks whose times do not count, so that several processes may share them.
+        broken: why it could not be imported.
+    """
 
     name: str
     order: int = 0
     time_limit_s: float = 60
+    parallel: bool = False
     summary: str = ""
     run: Callable[[Recorder, str], None] | None = None
     dry_run: Callable[[Recorder, str], None] | None = None
@@ -63,25 +69,28 @@ def _import_part(package: str, name: str) -> Part:
     try:
         module = import_module(f"{package}.{name}")
         summary = (module.__doc__ or "").strip().partition("\n")[0]
-        dry_run = getattr(module, "dry_run", None)
-        name = getattr(module, "name", name)
-        return Part(name, module.order, module.time_limit_s, summary, module.run, dry_run)
+        name, dry_run = getattr(module, "name", name), getattr(module, "dry_run", None)
+        parallel = getattr(module, "parallel", False)
+        return Part(name, module.order, module.time_limit_s, parallel, summary, module.run, dry_run)
     except Exception as error:  # a broken part must not keep the others from running
         return Part(name, broken=f"{type(error).__name__}: {error}")
 
 
-def run_part(part: Part, out: Path, depth: str, dry_run: bool, commit: str | None) -> int:
-    """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed."""
+def run_part(part: Part, out: Path, depth: str, dry_run: bool, commit: str | None, share: tuple[int, int]) -> int:
+    """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed.
+
+    Args:
+        share: (i, n) for every n-th check from the i-th on.
+    """
     function = part.dry_run if dry_run else part.run
     device = "cpu" if dry_run else "cuda"
     try:
         if function is None:
             raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
-        function(Recorder(file, part.name, device, depth), depth)
+        function(Recorder(file, part.name, device, depth, share), depth)
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
+        print(traceback.format_exc(), flush=True)  # in one write: other processes may share the log
         print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
         return 1
     return 0
@@ -94,10 +103,12 @@ class Run:
         out: the folder, made if it is not there. Outcomes of parts that this run leaves out stay in its run.json.
         depth, dry_run, commit: what a finished part must share to be skipped by a run that resumes.
         package: where child processes find the parts.
+        jobs: processes that share a part that is `parallel`.
     """
 
-    def __init__(self, out: Path, depth: str, dry_run: bool, commit: str | None, package: str) -> None:
+    def __init__(self, out: Path, depth: str, dry_run: bool, commit: str | None, package: str, jobs: int = 1) -> None:
         self.out, self.depth, self.dry_run, self.commit, self.package = out, depth, dry_run, commit, package
+        self.jobs = jobs
         out.mkdir(parents=True, exist_ok=True)
         self._path = out / "run.json"
         rows = json.loads(self._path.read_text()) if self._path.exists() else []
@@ -121,6 +132,13 @@ class Run:
         count = len(records.read_text().splitlines()) if records.exists() else 0
         return Outcome(name, status, round(seconds, 1), count, reason, self.depth, self.dry_run, self.commit)
 
+    def failures(self, name: str) -> list[str]:
+        """Which checks of a part left a record that they failed, and how many, as a line; none where none did."""
+        path = self.out / f"{name}.jsonl"
+        records = load(path) if path.exists() else []
+        failed = [record.case for record in records if record.metric == "passed" and not record.median]
+        return [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
+
     def log(self, name: str) -> Path:
         return self.out / f"{name}.log"
 
@@ -132,7 +150,7 @@ class Run:
 
 
 def supervise(run: Run, part: Part) -> Outcome:
-    """Run `part` in a process of its own and kill it, with all that it started, when its time is up."""
+    """Run `part` in processes of its own and kill them, with all that they started, when its time is up."""
     for old in (run.out / f"{part.name}.jsonl", run.log(part.name)):
         old.unlink(missing_ok=True)
     if part.broken:
@@ -140,28 +158,41 @@ def supervise(run: Run, part: Part) -> Outcome:
     if run.dry_run and part.dry_run is None:
         return run.outcome(part.name, "skipped", 0.0, "needs a GPU")
     start = time.monotonic()
-    with open(run.log(part.name), "wb") as log:
-        child = subprocess.Popen(
-            _command(run, part), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = child.wait(part.time_limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _kill_group(child)
+    codes = _codes(run, part, run.jobs if part.parallel else 1)
     seconds = time.monotonic() - start
-    if code is None:
+    if None in codes:
         return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
-    if code == 0:
+    if not any(codes):
         return run.outcome(part.name, "passed", seconds, "")
+    crashed = [f"ended with code {code}" for code in codes if code not in (0, 1)]
     last = run.end_of_log(part.name).rpartition("\n")[2].strip()
-    return run.outcome(part.name, "failed", seconds, last if code == 1 else f"ended with code {code}")
+    return run.outcome(part.name, "failed", seconds, "; ".join([*crashed, *run.failures(part.name)]) or last)
 
 
-def _command(run: Run, part: Part) -> list[str]:
+def _codes(run: Run, part: Part, count: int) -> list[int | None]:
+    """Exit codes of `count` processes that share the part; None for one that was not done in time."""
+    deadline = time.monotonic() + part.time_limit_s
+    children: list[subprocess.Popen[Any]] = []
+    codes: list[int | None] = []
+    with open(run.log(part.name), "ab") as log:
+        try:
+            for i in range(count):
+                command = _command(run, part, i, count)
+                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                children.append(subprocess.Popen(command, **streams, start_new_session=True))  # type: ignore[call-overload]
+            for child in children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.0, deadline - time.monotonic()))
+                codes.append(child.poll())
+        finally:
+            for child in children:
+                _kill_group(child)
+    return codes
+
+
+def _command(run: Run, part: Part, i: int, count: int) -> list[str]:
     command = [sys.executable, "-u", "-m", "fastpeft.bench.gpu", "--run-part", part.name, "--parts", run.package]
-    command += ["--out", str(run.out), "--depth", run.depth]
+    command += ["--out", str(run.out), "--depth", run.depth, "--share", str(i), str(count)]
     command += ["--dry-run"] if run.dry_run else []
     return command + (["--commit", run.commit] if run.commit else [])
 

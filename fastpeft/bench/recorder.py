@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -32,13 +33,15 @@ class Recorder:
         suite: name of the part.
         device: "cuda", or "cpu" in a dry run.
         depth: "quick", "default" or "full"; kept in every record's settings.
+        share: (i, n): of the checks, run every n-th from the i-th on.
     """
 
-    def __init__(self, file: RecordFile, suite: str, device: str, depth: str) -> None:
+    def __init__(self, file: RecordFile, suite: str, device: str, depth: str, share: tuple[int, int] = (0, 1)) -> None:
         self.file = file
         self.suite = suite
         self.device = device
         self.depth = depth
+        self.share = share
 
     def add(
         self, *, samples: Sequence[float] | float, settings: Mapping[str, Any] | None = None, **fields: Any
@@ -48,7 +51,11 @@ class Recorder:
         return self.file.add(suite=self.suite, samples=samples, settings=settings, **fields)
 
     def run_checks(self, op: str, checks: Iterable[Check]) -> None:
-        """Run each (name, callable) in turn, whatever became of those before, and record what it returns.
+        """`run_suites` of one op."""
+        self.run_suites({op: checks})
+
+    def run_suites(self, suites: Mapping[str, Iterable[Check]]) -> None:
+        """Run each (name, callable) of every op in turn, whatever became of those before, and record what it returns.
 
         A callable returns figures by name, or None; numbers become records, whose unit is read from the name's ending
         ("decode_ms"); other values become settings. Each check leaves a record "passed" of 1 or 0.
@@ -56,24 +63,36 @@ class Recorder:
         Raises:
             AssertionError: at the end, if some raised; names them.
         """
-        failed = []
-        for name, check in checks:
-            print(f"{name} ...", flush=True)
-            try:
-                figures = dict(check() or {})
-            except Exception as error:
-                traceback.print_exc()
-                failed.append(name)
-                self._passed(op, name, 0.0, {"failure": f"{type(error).__name__}: {error}"})
-                continue
-            numbers = {key: float(value) for key, value in figures.items() if isinstance(value, Real)}
-            others = {key: str(value) for key, value in figures.items() if key not in numbers}
-            for key, value in numbers.items():
-                fields = {"case": name, "op": op, "peer": "fastpeft", "metric": key, "unit": unit_of(key)}
-                self.add(**fields, samples=value, settings=others)
-            self._passed(op, name, 1.0, others)
+        everything = ((op, *check) for op, checks in suites.items() for check in checks)
+        shared = islice(everything, self.share[0], None, self.share[1])
+        failed = [name for op, name, check in shared if not self._run(op, name, check)]
         if failed:
             raise AssertionError(f"{len(failed)} failed: {', '.join(failed)}")
+
+    def _run(self, op: str, name: str, check: Callable[[], Mapping[str, Any] | None]) -> bool:
+        print(f"{name} ...", flush=True)
+        try:
+            figures = dict(check() or {})
+        except Exception as error:
+            print(f"{name}: {traceback.format_exc()}", flush=True)  # in one write: other processes may share the log
+            self._passed(op, name, 0.0, {"failure": f"{type(error).__name__}: {error}"})
+            return False
+        finally:
+            self._free_memory()
+        numbers = {key: float(value) for key, value in figures.items() if isinstance(value, Real)}
+        others = {key: str(value) for key, value in figures.items() if key not in numbers}
+        for key, value in numbers.items():
+            fields = {"case": name, "op": op, "peer": "fastpeft", "metric": key, "unit": unit_of(key)}
+            self.add(**fields, samples=value, settings=others)
+        self._passed(op, name, 1.0, others)
+        return True
+
+    def _free_memory(self) -> None:
+        """Give back what torch holds on to: other processes may share the GPU."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _passed(self, op: str, case: str, value: float, settings: Mapping[str, Any]) -> None:
         self.add(case=case, op=op, peer="fastpeft", metric="passed", unit="1", samples=value, settings=settings)

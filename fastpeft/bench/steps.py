@@ -84,14 +84,16 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
 def build(case: StepCase, device: str) -> nn.Module:
     """The PEFT model, training mode, adapters not zero."""
     torch.manual_seed(0)
-    return adapt(_base(case), case, device)
+    with torch.device(device):  # random numbers are drawn faster on a GPU
+        base = _base(case)
+    return adapt(base, case, device)
 
 
 def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
     """`build` over another base than the case's own."""
     from peft import LoraConfig, get_peft_model
 
-    model = base.to(case.dtype)
+    model = base.to(device, case.dtype)
     if case.method == "qlora":
         _to_nf4(model, case.dtype)
     config = LoraConfig(
@@ -101,7 +103,7 @@ def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
         target_modules=_targets(model),
         init_lora_weights=False,
     )
-    peft_model = get_peft_model(model.to(device), config).train()
+    peft_model = get_peft_model(model, config).train()
     if case.checkpointing:
         peft_model.enable_input_require_grads()
         peft_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -192,4 +194,4 @@ def _to_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
         new.bias = module.bias
         new.support_avx512bf16_for_cpu = False  # else an eval forward on such a CPU rearranges the weights in place
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new.to("cpu"))
+        setattr(model.get_submodule(parent), leaf, new.to(module.weight.device))

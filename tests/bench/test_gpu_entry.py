@@ -143,6 +143,40 @@ def test_resuming_runs_what_has_not_passed(runner: Runner, capsys: pytest.Captur
     assert "done before" not in capsys.readouterr().out
 
 
+SHARED = """
+parallel = True
+def dry_run(recorder, depth):
+    recorder.run_suites({"one": checks("a", "b"), "two": checks("c", "d", "e")})
+
+def checks(*names):
+    import os, time
+    for name in names:
+        yield name, lambda name=name: {a}
+"""
+
+
+def test_processes_share_the_checks_of_a_parallel_part(runner: Runner) -> None:
+    runner.add("shared", SHARED.replace("{a}", "{'pid': os.getpid()}"))
+    assert runner("--dry-run", "--jobs", "2") == 0
+    pids = {r.case: r.median for r in load(runner.out / "shared.jsonl") if r.metric == "pid"}
+    assert pids["a"] == pids["c"] == pids["e"] != pids["b"] == pids["d"]
+    assert {r.case: r.op for r in load(runner.out / "shared.jsonl")}["d"] == "two"
+    assert runner.states() == {"shared": "passed"}
+
+
+def test_what_fails_crashes_or_hangs_in_one_of_several_processes(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.add("failing", SHARED.replace("{a}", "1 / 0 if name in 'bc' else None"), order=1)
+    runner.add("crashing", SHARED.replace("{a}", "os.abort() if name == 'd' else None"), order=2)
+    runner.add("hanging", SHARED.replace("{a}", "time.sleep(60) if name == 'd' else None"), order=3, limit=6)
+    assert runner("--dry-run", "--jobs", "2") == 1
+    assert runner.states() == {"failing": "failed", "crashing": "failed", "hanging": "timed out"}
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].endswith(("2 failed: b, c", "2 failed: c, b")) and table[1].endswith("ended with code -6")
+    assert {r.case for r in load(runner.out / "hanging.jsonl")} == {"a", "b", "c", "e"}
+
+
 def test_only_runs_one_and_keeps_the_others_outcomes(runner: Runner) -> None:
     runner.add("one", PASSING, order=1)
     runner.add("two", FAILING, order=2)

@@ -54,7 +54,9 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
 def _sized(case: StepCase, small: bool) -> StepCase:
     if small:
         return replace(case, hidden=64, layers=2, tokens=16)
-    return replace(case, hidden=2048, layers=4, rows=4, tokens=1024)
+    if case.family == "llama":  # the width of 8 billion parameters
+        return replace(case, hidden=4096, layers=2, rows=4, tokens=2048)
+    return replace(case, hidden=1024, layers=4, rows=16, tokens=512)
 
 
 def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
@@ -68,7 +70,7 @@ def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
     with torch.autocast(recorder.device, torch.bfloat16, enabled=case.autocast):
         verified = fastpeft.verify(model, make_batch(case, recorder.device))
     assert verified.passed, str(verified)
-    rounds = 2 if recorder.device == "cpu" else {"quick": 5, "default": 15, "full": 40}[depth]
+    rounds = 2 if recorder.device == "cpu" else {"quick": 7, "default": 15, "full": 40}[depth]
     result = measure(case, rounds, recorder.device)
     for peer, samples in result.samples.items():
         recorder.add(case=case.name, op="lora", peer=peer, metric="step time", unit="ms", samples=samples)

@@ -22,7 +22,7 @@ TOKENS = {"quick": [4096], "default": [1024, 4096], "full": [512, 1024, 2048, 40
 
 
 def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, SIZES, TOKENS[depth], seconds=0.5)
+    _run(recorder, SIZES, TOKENS[depth], seconds=0.2 if depth == "quick" else 0.5)
 
 
 def dry_run(recorder: Recorder, depth: str) -> None:
@@ -55,7 +55,10 @@ def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[in
 
     device = torch.device(recorder.device, 0) if recorder.device == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = fastpeft.accelerate(adapt(_layer(**size), StepCase("llama", method, dtype), str(device)))
+    with device:  # random numbers are drawn faster on a GPU
+        base = _layer(**size)
+    model = fastpeft.accelerate(adapt(base, StepCase("llama", method, dtype), str(device)))
+    del base
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):  # as Trainer's bf16
         cases = cases_of(model, tokens)
     del model

@@ -124,3 +124,8 @@ def hopper_dots_safe(device: torch.device | str) -> str | None:
     return (
         f"on sm_90 chained dots need ptxas {needed} or newer, and {found}: a newer one is chosen by TRITON_PTXAS_PATH"
     )
+
+
+def holds_huge_tensors() -> bool:
+    """Whether the current GPU has room for checks on tensors of more than 2**31 elements, several at a time."""
+    return torch.cuda.get_device_properties().total_memory >= 40 * 2**30

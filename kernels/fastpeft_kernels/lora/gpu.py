@@ -1,4 +1,4 @@
-"""Checks that need a CUDA GPU: every kernel, configuration and dtype, and whole groups, against fp64; and their times.
+"""Checks that need a CUDA GPU: every kernel, configuration and dtype, and whole groups, against fp64.
 
 The kernels are called below the gate of `triton_path.refusal`: whether dropout may run on a Hopper with an old
 assembler is decided by what is found here. Needs neither peft nor bitsandbytes.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.device import holds_huge_tensors
 from ..common.random import draw_seed, dropout_bits, keep_threshold
 from . import packing, parts
 from .api import run_group
@@ -30,7 +31,6 @@ from .configs import (
     Config,
 )
 from .gpu_graph import graph_checks
-from .gpu_speed import speed_checks
 from .gpu_support import (
     BF16,
     DEVICE,
@@ -72,9 +72,10 @@ def checks() -> Iterator[Check]:
     for name, check, x_dtype, dtype, config in _kernel_checks():
         what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {label(config)}"
         yield what, partial(check, x_dtype, dtype, config)
-    yield "more than 2**31 elements: dropout and down", _check_many_down
-    yield "more than 2**31 elements: weight and input gradients", _check_many_backward
-    yield "more than 2**31 elements: linear", _check_many_linear
+    if holds_huge_tensors():
+        yield "more than 2**31 elements: dropout and down", _check_many_down
+        yield "more than 2**31 elements: weight and input gradients", _check_many_backward
+        yield "more than 2**31 elements: linear", _check_many_linear
     for backend in ("library", "triton"):
         for dtypes in (Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16), Dtypes(F16, F16, F16), same_dtypes(F32)):
             for p in (0.0, 0.25):
@@ -82,7 +83,6 @@ def checks() -> Iterator[Check]:
                     name = f"group {backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
                     yield name, partial(_check_group, backend, dtypes, base, p)
     yield from graph_checks()
-    yield from speed_checks()
 
 
 def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch.dtype, torch.dtype, Config]]:

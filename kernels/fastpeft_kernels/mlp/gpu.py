@@ -1,4 +1,4 @@
-"""Checks that need a CUDA GPU: the whole MLP against fp64, in every layout, dtype and storage; and its times."""
+"""Checks that need a CUDA GPU: the whole MLP against fp64, in every layout, dtype and storage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.gpu_clock import median_us
 from ..common.random import draw_seed
-from ..lora.api import run_group
 from ..lora.gpu_graph import change, check_replay
 from ..lora.gpu_support import (
     BF16,
@@ -26,17 +24,13 @@ from ..lora.gpu_support import (
     widened,
     within,
 )
-from ..lora.keys import BACKWARD, FORWARD
 from ..lora.projection import Dtypes
-from ..tuning.choosing import forced
 from .api import run_mlp
 from .reference import lora_mlp_reference
 from .structure import Mlp
 
 LAYOUTS = {"gate and up": (1, 1), "both in one": (2,), "up alone": (1,)}
 """Sizes of the inner projections, in features."""
-SPEED = (8192, 4096, 14336, 16)
-"""Tokens, inputs, features and rank of the times: a layer of Llama 3.1 8B."""
 
 
 def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 96, 200))) -> Iterator[Any]:
@@ -49,10 +43,6 @@ def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 9
                     yield f"mlp {names}", partial(_check, layout, dtypes, base, p, shapes)
     for base in ("dense", "nf4"):
         yield f"CUDA graph of an MLP {base}", partial(_check_graph, base)
-    for base in ("dense", "nf4"):
-        yield f"speed mlp {base}", partial(_measure, base)
-    for base in ("dense", "nf4"):
-        yield f"speed of one way and the other, q/k/v, {base}", partial(_measure_ways, base)
 
 
 def _check(
@@ -63,11 +53,11 @@ def _check(
         mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
         x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
         seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
-        same = _derive(lora_mlp_reference, x, mlp, dtypes, seeds, dy)
+        same = derive(lora_mlp_reference, x, mlp, dtypes, seeds, dy)
         wide = Mlp(tuple(widened(q) for q in mlp.inner), widened(mlp.down), mlp.activation)
-        exact = _derive(lora_mlp_reference, x.double(), wide, same_dtypes(F64), seeds, dy.double())
+        exact = derive(lora_mlp_reference, x.double(), wide, same_dtypes(F64), seeds, dy.double())
         for keep in (True, False):
-            ours, again = (_derive(partial(run_mlp, keep=keep), x, mlp, dtypes, seeds, dy) for _ in range(2))
+            ours, again = (derive(partial(run_mlp, keep=keep), x, mlp, dtypes, seeds, dy) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "another result the second time"
             for i, triple in enumerate(zip(ours, same, exact, strict=True)):
                 worst = max(worst, within(*triple, f"result {i} of {tokens} tokens, {keep=}"))
@@ -79,56 +69,8 @@ def _check_graph(base: str) -> dict[str, Any]:
     mlp = make_mlp("gate and up", 768, 1024, 16, dtypes, base, 0.25)
     x, dy = rand(512, 768, dtype=BF16), rand(512, 768, dtype=BF16)
     seeds = [draw_seed(DEVICE) for _ in mlp.projections]
-    check_replay(lambda: _derive(run_mlp, x, mlp, dtypes, seeds, dy), lambda: change(x, mlp.projections, seeds))
+    check_replay(lambda: derive(run_mlp, x, mlp, dtypes, seeds, dy), lambda: change(x, mlp.projections, seeds))
     return {}
-
-
-def _measure(base: str) -> dict[str, Any]:
-    """The op, the same projections with torch's activation between them, and the frozen products alone."""
-    tokens, size, features, rank = SPEED
-    dtypes = same_dtypes(BF16)
-    mlp = make_mlp("gate and up", size, features, rank, dtypes, base, 0.0)
-    x, dy = (rand(tokens, size, dtype=BF16) for _ in range(2))
-    weights = [projection.weight.decode(dtype=BF16) for projection in mlp.projections]
-
-    def apart(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: list[None]) -> Tensor:
-        gate, up = run_group(x, mlp.inner, dtypes, seeds[:-1])
-        return run_group(torch.nn.functional.silu(gate) * up, [mlp.down], dtypes, seeds[-1:])[0]
-
-    def frozen() -> None:
-        gate, up, down = weights
-        h = x @ gate.t()
-        torch.mm(x, up.t())
-        torch.mm(h, down.t())
-        dh = dy @ down
-        torch.addmm(dh @ gate, dh, up)
-
-    figures = {"frozen_products_us": median_us(frozen)}
-    for name, run in (("op", run_mlp), ("apart", apart)):
-        figures[f"{name}_us"] = median_us(lambda run=run: _derive(run, x, mlp, dtypes, [None] * 3, dy))  # type: ignore[misc]
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _derive(run, x, mlp, dtypes, [None] * 3, dy)
-        figures[f"{name}_peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return figures
-
-
-def _measure_ways(base: str) -> dict[str, Any]:
-    """Adapters within the frozen products, or apart from them: what counted bytes decide where nothing is measured."""
-    tokens, size, _, rank = SPEED
-    dtypes = same_dtypes(BF16)
-    group = [make_projection(size, out, (rank,), dtypes, base, 0.0) for out in (size, size // 4, size // 4)]
-    x = rand(tokens, size, dtype=BF16).requires_grad_()
-    dys = [rand(tokens, projection.weight.shape[0], dtype=BF16) for projection in group]
-
-    def step() -> None:
-        torch.autograd.grad(run_group(x, group, dtypes, [None] * 3), [x], dys)
-
-    figures = {}
-    for way in ("extended", "apart"):
-        with forced({FORWARD: way, BACKWARD: way}):
-            figures[f"{way}_us"] = median_us(step)
-    return figures
 
 
 def make_mlp(layout: str, size: int, features: int, rank: int, dtypes: Dtypes, base: str, p: float) -> Mlp:
@@ -136,7 +78,7 @@ def make_mlp(layout: str, size: int, features: int, rank: int, dtypes: Dtypes, b
     return Mlp(tuple(inner), make_projection(features, size, (rank, 8), dtypes, base, p), "silu")
 
 
-def _derive(run: Callable[..., Tensor], x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Any, dy: Tensor) -> list[Tensor]:
+def derive(run: Callable[..., Tensor], x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Any, dy: Tensor) -> list[Tensor]:
     """The output, dX and the parameters' gradients."""
     x = x.detach().requires_grad_()
     y = run(x, mlp, dtypes, seeds)

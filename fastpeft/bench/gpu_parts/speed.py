@@ -1,0 +1,15 @@
+"""Times of the kernels by themselves, beside what they replace."""
+
+from fastpeft.bench.recorder import Recorder
+
+order = 30
+time_limit_s = 300
+
+
+def run(recorder: Recorder, depth: str) -> None:
+    from fastpeft_kernels.activation import gpu_speed as activation
+    from fastpeft_kernels.lora import gpu_speed as lora
+    from fastpeft_kernels.mlp import gpu_speed as mlp
+
+    families = {"activation": activation, "lora": lora, "mlp": mlp}
+    recorder.run_suites({op: family.speed_checks() for op, family in families.items()})
