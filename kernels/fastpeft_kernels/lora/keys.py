@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common.device import product_dtype, triton_serves
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .projection import Group
 
-FORWARD, BACKWARD, GROUP = "lora_forward", "lora_backward", "lora_group"
+FORWARD, BACKWARD, GROUP, RANK = "lora_forward", "lora_backward", "lora_group", "lora_rank_products"
 _FEWEST_RANKS = 8
 
 
@@ -52,6 +53,37 @@ class GroupKey(NamedTuple):
 
     def smaller(self) -> GroupKey:
         return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
+
+
+class RankKey(NamedTuple):
+    """Products of a matrix (tokens, features) with matrices of rank width; all of one dtype.
+
+    Tokens are rounded up to a power of two, ranks likewise from 8 on.
+    """
+
+    tokens: int
+    features: int
+    rank: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.features}, r={self.rank}, {self.dtype}"
+
+    def at(self, tokens: int, device: torch.device) -> RankKey:
+        return self._replace(tokens=bucket(tokens))
+
+    def smaller(self) -> RankKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
+
+
+def rank_key(y: Tensor, rank: int) -> RankKey:
+    """The case of y (tokens, features)."""
+    return RankKey(bucket(y.shape[0]), y.shape[1], bucket(rank, _FEWEST_RANKS), dtype_name(y.dtype))
+
+
+def rank_backends(device: torch.device) -> tuple[str, ...]:
+    """Candidates for the products of rank width."""
+    return ("library", "triton") if triton_serves(device) else ("library",)
 
 
 def ways(device: torch.device) -> tuple[str, ...]:

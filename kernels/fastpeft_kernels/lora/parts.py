@@ -11,7 +11,7 @@ from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
 from .projection import Group, LoraProjection, Packed
-from .rank_products import both_gradients, mm_wide, project_down, up_gradient
+from .rank_products import both_gradients, down_gradient, project_down, up_gradient
 
 
 def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -135,7 +135,7 @@ def down_gradients(
 
     def product(ds: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
         wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
-        return mm_wide(ds.t(), x if seed is None else dropout(x, seed, p, stream), wanted)
+        return down_gradient(ds, x if seed is None else dropout(x, seed, p, stream), wanted)
 
     joint = None if group.drops else product(ds, None, 0.0, 0)
     columns = group.adapter_columns()

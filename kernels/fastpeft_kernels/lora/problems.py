@@ -15,8 +15,9 @@ from ..tuning.measuring import Tunable
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
 from . import extended, library
 from .api import run_group
-from .keys import BACKWARD, FORWARD, GROUP, GroupKey, paths, ways
+from .keys import BACKWARD, FORWARD, GROUP, RANK, GroupKey, RankKey, paths, rank_backends, ways
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection
+from .rank_products import both_gradients, down_gradient, project_down
 from .reference import lora_group_reference
 
 _DROPOUT = 0.05
@@ -138,6 +139,26 @@ class _Both(_Group):
         return [*outputs, *gradients]
 
 
+class _RankProducts:
+    """S = X A^T, dA = dS^T X, dS = dY B and dB = dY^T S of one projection as wide as it is high."""
+
+    def __init__(self, key: RankKey, device: torch.device) -> None:
+        self.dtype = getattr(torch, key.dtype)
+        shapes = ((key.tokens, key.features), (key.features, key.rank), (key.tokens, key.rank))
+        self.y, factor, self.s = (torch.randn(shape, device=device).to(self.dtype) for shape in shapes)
+        self.factor = factor / key.features**0.5
+        self.out = torch.empty_like(self.s)
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        with torch.no_grad(), forced({RANK: candidate}):
+            db = both_gradients(self.y, self.factor, self.s, self.out, torch.float32)
+            return [project_down(self.y, self.factor), self.out, db, down_gradient(self.s, self.y, torch.float32)]
+
+    def exact(self) -> Sequence[Tensor]:
+        y, factor, s = (t.double() for t in (self.y, self.factor, self.s))
+        return [y @ factor, y @ factor, y.t() @ s, s.t() @ y]
+
+
 def trained(projections: Sequence[LoraProjection]) -> list[Tensor]:
     """a and b of every adapter."""
     adapters = [adapter for projection in projections for adapter in projection.adapters]
@@ -153,6 +174,7 @@ def _widened(projection: LoraProjection) -> LoraProjection:
 
 
 TUNABLES = (
+    Tunable(RANK, RankKey, rank_backends, _RankProducts),
     Tunable(FORWARD, GroupKey, ways, _Forward),
     Tunable(BACKWARD, GroupKey, ways, _Backward),
     Tunable(GROUP, GroupKey, paths, _Both),

@@ -292,3 +292,20 @@ def test_refuses_what_it_would_compute_wrongly() -> None:
     x = torch.randn(4, 4)
     with pytest.raises(ValueError, match="expected fp16, bf16 or fp32 throughout, got"):
         lora_linear_group(x, [projection(4, 4, 2, lora_dtype=F64)], lora_dtype=F32, backend="triton")
+
+
+@pytest.mark.parametrize("rank", (1, 16, 40))
+def test_products_of_rank_width_for_the_librarys_path(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpeft_kernels.lora import rank_products
+
+    monkeypatch.setattr(rank_products, "_triton_serves", lambda *_: True)
+    y, b, s = matrix(LONG, FEATURES, F16), matrix(FEATURES, rank, F16), matrix(LONG, rank, F16)
+    room = torch.full((LONG, rank + 2), torch.nan, dtype=F16)
+    ds = room[:, 1:-1]
+    check(rank_products.project_down(y, b), lambda y, b: y @ b, y, b)
+    db = rank_products.both_gradients(y, b, s, ds, F32)
+    assert room[:, [0, -1]].isnan().all()
+    check(ds, lambda y, b: y @ b, y, b)
+    for ours in (db, rank_products.up_gradient(y, s, F32), rank_products.down_gradient(s, y, F32).t()):
+        assert ours.dtype == F32
+        check(ours, lambda y, s: y.t().float() @ s.float() if y.dtype == F16 else y.t() @ s, y, s)
