@@ -74,7 +74,7 @@ def measure(case: Case, device: str, rounds: int, wall_rounds: int, clock: Calla
     for name, step in steps.items():
         if device == "cuda":
             result.peak_mib[name], result.kept_mib[name] = _memory_mib(step)
-    result.ms = interleaved(steps, rounds, warmup=2, clock=clock)
+    result.ms = interleaved(steps, rounds, warmup=1, clock=clock)
     if wall_rounds:
         result.wall_ms = interleaved(steps, wall_rounds, warmup=0, device=device)
     return result

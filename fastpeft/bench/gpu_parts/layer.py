@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -64,10 +63,10 @@ def _run(recorder: Recorder, wanted: list[Case], weights: list[tuple[int, int]],
     decoded: list[DecodeResult] = []
 
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
-        for case in wanted:
-            yield case.name, partial(_case, recorder, case, rounds, clock, results)
         for shape in weights:
             yield f"decode {shape[0]}x{shape[1]}", partial(_decode, recorder, shape, rounds, clock, decoded)
+        for case in wanted:
+            yield case.name, partial(_case, recorder, case, rounds, clock, results)
 
     try:
         recorder.run_checks("layer", checks())
@@ -84,9 +83,13 @@ def _case(
     wall_rounds = min(rounds, 5) if case.work == "layer" and case.rank == 16 else 0
     result = layer.measure(case, recorder.device, rounds, wall_rounds, clock)
     results.append(result)
-    gc.collect()
     add = partial(recorder.add, case=case.name, op="layer")
-    settings = {"tokens": case.size.all_tokens, "hidden": case.size.hidden, "intermediate": case.size.intermediate}
+    settings = {
+        "rank": case.rank,
+        "tokens": case.size.all_tokens,
+        "hidden": case.size.hidden,
+        "intermediate": case.size.intermediate,
+    }
     for peer, samples in result.ms.items():
         error = result.error.get(peer)
         fields = {} if error is None else {"error": error, "budget": layer.TOLERANCE}
