@@ -176,26 +176,30 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _to_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    import bitsandbytes as bnb
-
     kept_wide = tuple(
         getattr(model, "_keep_in_fp32_modules", None) or ()
     )  # as transformers' own quantizer does: T5's wo
     for name, module in list(_projections(model)):
         if name.endswith(kept_wide):
             continue
-        new = bnb.nn.Linear4bit(
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            compute_dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        new.weight = bnb.nn.Params4bit(
-            module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-        )
-        new.bias = module.bias
-        new.support_avx512bf16_for_cpu = False  # else an eval forward on such a CPU rearranges the weights in place
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new.to(module.weight.device))
+        setattr(model.get_submodule(parent), leaf, nf4_linear(module, compute_dtype))
+
+
+def nf4_linear(module: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' Linear4bit of the same values, frozen: NF4 with nested scales, on the same device."""
+    import bitsandbytes as bnb
+
+    new = bnb.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        module.bias is not None,
+        compute_dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    new.bias = module.bias
+    new.support_avx512bf16_for_cpu = False  # else an eval forward on such a CPU rearranges the weights in place
+    return new.to(module.weight.device)

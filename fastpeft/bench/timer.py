@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -12,7 +13,13 @@ import torch
 Step = Callable[[], object]
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2, device: str = "cpu") -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Step],
+    rounds: int,
+    warmup: int = 2,
+    device: str = "cpu",
+    clock: Callable[[Step], float] | None = None,
+) -> dict[str, list[float]]:
     """Milliseconds of every step in every round.
 
     Args:
@@ -20,21 +27,29 @@ def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2, device:
         rounds: how many samples of each.
         warmup: rounds before, not counted.
         device: "cuda" waits for the GPU before each reading of the clock.
+        clock: gives the milliseconds of one call; the wall's by default.
 
     Returns:
         `rounds` samples for each name, in order, so that index i belongs to round i everywhere.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = clock or partial(wall_ms, device=device)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + rounds):
         for name in list(steps) if index % 2 == 0 else reversed(list(steps)):
-            wait()
-            start = time.perf_counter()
-            steps[name]()
-            wait()
+            milliseconds = clock(steps[name])
             if index >= warmup:
-                samples[name].append((time.perf_counter() - start) * 1e3)
+                samples[name].append(milliseconds)
     return samples
+
+
+def wall_ms(step: Step, device: str = "cpu") -> float:
+    """Milliseconds of one call, with the host's time; "cuda" waits for the GPU before each reading of the clock."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return (time.perf_counter() - start) * 1e3
 
 
 def ratio(samples: Mapping[str, list[float]], of: str, to: str) -> float:
