@@ -24,11 +24,11 @@ from .configs import (
     INPUT_FP32,
     LINEAR,
     LINEAR_FP32,
-    LINEAR_TMA,
     UP,
     WEIGHT,
     WEIGHT_FP32,
     Config,
+    linear_tiles,
 )
 from .gpu_graph import graph_checks
 from .gpu_support import (
@@ -92,7 +92,7 @@ def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch
         for name, check, choices in (
             ("down", _check_down, DOWN_FP32 if fp32 else DOWN),
             ("linear", _check_linear, LINEAR_FP32 if x_dtype == F32 else LINEAR),
-            ("linear, descriptors", _check_linear, () if fp32 or capability() < 90 else LINEAR_TMA),
+            ("linear, descriptors", _check_linear, () if fp32 else _descriptor_tiles()),
             ("up backward", _check_up, () if fp32 else UP),
             ("weight gradient", _check_weight, WEIGHT_FP32 if fp32 else WEIGHT),
             ("input gradient", _check_input, INPUT_FP32 if fp32 else INPUT),
@@ -100,6 +100,10 @@ def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch
             for config in choices:
                 if not (name == "linear" and config.block_n > 128 and capability() not in (80, 90, 100)):
                     yield name, check, x_dtype, dtype, config
+
+
+def _descriptor_tiles() -> list[Config]:
+    return [config for config in linear_tiles(DEVICE).values() if config.tma]
 
 
 def _masks(seed: Tensor) -> tuple[dict[str, Any], ...]:
@@ -289,8 +293,8 @@ def _check_many_linear() -> dict[str, Any]:
     rows = _MANY // columns + 300
     x, w = rand(rows, 64, dtype=BF16), rand(columns, 64, dtype=BF16)
     s, b = rand(rows, 16, dtype=BF16), rand(columns, 16, dtype=BF16)
-    one_of_a_kind = [next(c for c in LINEAR_TMA if c.persistent is kind) for kind in (True, False)]
-    for config in (LINEAR[0], *(one_of_a_kind if capability() >= 90 else ())):
+    one_of_a_kind = {config.persistent: config for config in _descriptor_tiles()}
+    for config in (LINEAR[0], *one_of_a_kind.values()):
         y = lora_linear(x, w, s, b, config=config)
         for first in (0, _MANY // columns - 150, rows - 300):
             part = slice(first, first + 300)

@@ -11,12 +11,11 @@ import torch
 from ..common.gpu_clock import median_us
 from ..common.random import draw_seed, dropout
 from .api import run_group
-from .configs import DOWN, INPUT, LINEAR, LINEAR_TMA, UP, WEIGHT, Config
+from .configs import DOWN, INPUT, LINEAR, UP, WEIGHT, Config, linear_tiles
 from .gpu_support import (
     BF16,
     DEVICE,
     F32,
-    capability,
     derive,
     implementation,
     make_projection,
@@ -49,11 +48,11 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def _linear_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every tile at the shape of the plans, the first ones at an MLP's, each beside cuBLAS without the update."""
-    tiles = LINEAR_TMA if capability() >= 90 else LINEAR
+    tiles = tuple(linear_tiles(DEVICE).values())
     for shape in (_SHAPE, *_MLP_SHAPES):
         sizes = "x".join(map(str, shape[:3]))
         yield f"speed linear {sizes} cuBLAS", partial(_measure_cublas, shape)
-        for config in (*tiles, *LINEAR[:1]) if shape == _SHAPE else tiles[:_LEADING]:
+        for config in dict.fromkeys((*tiles, LINEAR[0])) if shape == _SHAPE else tiles[:_LEADING]:
             yield f"speed linear {sizes} {config.label}", partial(_measure_linear, shape, config)
 
 
