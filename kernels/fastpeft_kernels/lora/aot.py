@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..common.aot import AotCase
@@ -71,18 +72,28 @@ def _linear() -> Iterator[AotCase]:
 
 
 def _linear_tma() -> Iterator[AotCase]:
+    """`forward` and `dx` as above; `mixed`: only B is transposed, as for a base that stores W^T; `wide`: dx in fp32."""
     for default, config in _tuned(configs.LINEAR_TMA):
-        for dx in (False, True):
-            m, n, k, r = config.block_m, config.block_n, config.block_k, config.ranks(16)
-            blocks = {"x_desc": (m, k), "w_desc": (k, n) if dx else (n, k), "s_desc": (m, r)}
-            blocks |= {"b_desc": (r, n) if dx else (n, r), "y_desc": (m, n)}
-            descriptors = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in blocks.items()}
-            constants: dict[str, Any] = {"W_TRANSPOSED": dx, "B_TRANSPOSED": dx, "HAS_LORA": True, "HAS_BIAS": not dx}
-            constants |= {"ACCUMULATE": dx, "GROUP_M": 8, **_blocks(config), "BLOCK_R": r}
+        for variant in ("forward", "dx", "mixed", "wide") if default else ("forward", "dx", "wide"):
+            dx, out = variant in ("dx", "wide"), "fp32" if variant == "wide" else "bf16"
+            turned = {"W_TRANSPOSED": dx, "B_TRANSPOSED": variant != "forward"}
+            m, n, k = config.block_m, config.block_n, config.block_k
+            blocks: dict[str, tuple[int, int]] = {"x_desc": (m, k), "s_desc": (m, k), "y_desc": (m, n // config.parts)}
+            for name, transposed in zip(("w_desc", "b_desc"), turned.values(), strict=True):
+                blocks[name] = (k, n) if transposed else (n, k)
+            types = {
+                name: f"tensordesc<{out if name == 'y_desc' else 'bf16'}[{rows},{columns}]>"
+                for name, (rows, columns) in blocks.items()
+            }
+            types |= dict.fromkeys(("out_features", "in_features", "rank"), "i32")  # not specialised
+            constants: dict[str, Any] = {**turned, "HAS_LORA": True, "HAS_BIAS": not dx, "ACCUMULATE": dx}
+            constants |= {**_blocks(config), "GROUP_M": config.group_m}
+            constants |= {"PARTS": config.parts, "PERSISTENT": config.persistent}
+            staged = replace(config, num_stages=configs.tma_stages(config, 4 if out == "fp32" else 2))
             yield _case(
-                f"linear_tma_bf16_{'dx' if dx else 'forward'}_{_label(config)}",
-                forward_tma.lora_linear_tma_fwd_kernel, {"bias_ptr": "bf16"}, constants, config, default,
-                matrix=True, targets=_DESCRIPTORS, types=descriptors,
+                f"linear_tma_bf16_{variant}_{config.label.replace(' ', '_')}",
+                forward_tma.lora_linear_tma_fwd_kernel, {"bias_ptr": "bf16"}, constants, staged, default,
+                matrix=True, targets=_DESCRIPTORS, types=types,
             )  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 """The large product of forward and of dX through Hopper's and Blackwell's tensor descriptors (TMA).
 
-Same result and same plan as `lora_linear_fwd_kernel`: the copy engine computes the addresses, so that the loop keeps no
-pointers (154 registers instead of 186 on sm_90), four stages of 48 KiB fit, and ragged edges need no masks. Such
-kernels reach 92 to 102 % of cuBLAS in the Gluon tutorial on Hopper, pointer kernels about 85 %: only this variant can
-save more than the 28 us that the fused update is worth. Not yet measured on a GPU.
+Same result as `lora_linear_fwd_kernel`: the copy engine computes the addresses, so that the loop keeps no pointers,
+four stages of 48 KiB fit, and ragged edges need no masks. S and B are further steps of the one loop over features: a
+step reads [X | S] and [W | B] through the descriptors that it is at, so that the update has no loop of its own whose
+loads nothing would hide. A rank up to BLOCK_K costs one step of that width, 1.6 % of 4096 features.
+
+A persistent program takes one tile after the other in a fused loop (`flatten`): while it stores a tile, the loads of
+the next are under way. Such kernels reach 92 to 102 % of cuBLAS in the Gluon tutorial on Hopper, pointer kernels about
+85 %: only this variant can save more than the 28 us that the fused update is worth. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -13,47 +17,99 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
+from .configs import Config, multiprocessors, tma_stages
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "out_features", "in_features", "rank"])
 def lora_linear_tma_fwd_kernel(
     x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr,
     tokens, out_features, in_features, rank,
     W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """Y = (Y) + X W^T + S B^T + bias; descriptors fill with zeros past the ends and write nothing there."""
+    """Y = (Y) + X W^T + S B^T + bias; descriptors fill with zeros past the ends and write nothing there.
+
+    x_desc: blocks (BLOCK_M, BLOCK_K) of X (tokens, in_features). w_desc: (BLOCK_N, BLOCK_K) of W (out_features,
+    in_features), or (BLOCK_K, BLOCK_N) of W^T. s_desc, b_desc: likewise with ranks in place of features. y_desc:
+    (BLOCK_M, BLOCK_N / PARTS) of Y. One program a tile, or, PERSISTENT, as many as there are multiprocessors.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(tokens, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _one_tile(
+                tile, x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
+                W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+            )  # fmt: skip
+    else:
+        _one_tile(
+            tl.program_id(0), x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
+            W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_tile(
+    tile, x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
+    W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Tiles go in groups of GROUP_M row blocks, for the second-level cache."""
     down, across = tl.cdiv(tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * across)
+    group = tile // (GROUP_M * across)
     size = tl.minimum(down - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * across)
+    within = tile % (GROUP_M * across)
     m = (group * GROUP_M + within % size) * BLOCK_M
     n = (within // size) * BLOCK_N
-    if ACCUMULATE:
-        acc = y_desc.load([m, n]).to(tl.float32)
+    IN_LOOP: tl.constexpr = HAS_LORA and W_TRANSPOSED == B_TRANSPOSED
+    features = tl.cdiv(in_features, BLOCK_K)
+    steps = features
+    if IN_LOOP:
+        steps += tl.cdiv(rank, BLOCK_K)
+    tl.assume(steps > 0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(steps):
+        left, right, k = x_desc, w_desc, step * BLOCK_K
+        if IN_LOOP:  # noqa: SIM102 (known when compiled)
+            if step >= features:
+                left, right, k = s_desc, b_desc, (step - features) * BLOCK_K
+        acc = _add_product(acc, left, right, m, n, k, W_TRANSPOSED)
+    if HAS_LORA and not IN_LOOP:  # blocks of W and B have different shapes
+        for r in tl.range(0, rank, BLOCK_K, num_stages=1):
+            acc = _add_product(acc, s_desc, b_desc, m, n, r, B_TRANSPOSED)
+    _store(y_desc, acc, bias_ptr, m, n, out_features, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, PARTS)
+
+
+@triton.jit
+def _add_product(acc, left_desc, right_desc, m, n, k, TRANSPOSED: tl.constexpr):
+    left = left_desc.load([m, k])
+    if TRANSPOSED:
+        right = right_desc.load([k, n])
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, in_features, BLOCK_K):
-        x = x_desc.load([m, k])
-        if W_TRANSPOSED:
-            w = w_desc.load([k, n])
-        else:
-            w = w_desc.load([n, k]).T
-        acc = tl.dot(x, w, acc)
-    if HAS_LORA:
-        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-            s = s_desc.load([m, r])
-            if B_TRANSPOSED:
-                b = b_desc.load([r, n])
-            else:
-                b = b_desc.load([n, r]).T
-            acc = tl.dot(s, b, acc)
-    if HAS_BIAS:
-        at = n + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias_ptr + at, mask=at < out_features, other=0.0).to(tl.float32)[None, :]
-    y_desc.store([m, n], acc.to(y_desc.dtype))
+        right = right_desc.load([n, k]).T
+    return tl.dot(left, right, acc)
+
+
+@triton.jit
+def _store(
+    y_desc, acc, bias_ptr, m, n, out_features,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """In PARTS of the columns, one after the other: the less is the shared memory that the loop cannot have."""
+    if PARTS == 1:
+        if HAS_BIAS:
+            at = n + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + at, mask=at < out_features, other=0.0).to(tl.float32)[None, :]
+        if ACCUMULATE:
+            acc += y_desc.load([m, n]).to(tl.float32)
+        y_desc.store([m, n], acc.to(y_desc.dtype))
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        one, two = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
+        _store(y_desc, one, bias_ptr, m, n, out_features, HAS_BIAS, ACCUMULATE, BLOCK_M, HALF, PARTS // 2)
+        _store(y_desc, two, bias_ptr, m, n + HALF, out_features, HAS_BIAS, ACCUMULATE, BLOCK_M, HALF, PARTS // 2)
 
 
 def describable(x: Tensor, w: Tensor, out: Tensor, s: Tensor | None = None, b: Tensor | None = None) -> bool:
@@ -84,7 +140,7 @@ def lora_linear_tma(
     if not describable(x, w, out, s, b):
         raise ValueError("operands: expected one 16-bit dtype, rows at multiples of 16 bytes and contiguous columns")
     rank = 0 if s is None or b is None else s.shape[1]
-    block_r = config.ranks(rank) if rank else 16
+    width = config.block_n // config.parts
 
     def describe(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
         if tensor is None:
@@ -93,16 +149,19 @@ def lora_linear_tma(
         return TensorDescriptor.from_tensor(_rows_view(tensor), block)
 
     programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(w.shape[0], config.block_n)
+    if config.persistent:
+        programs = min(programs, multiprocessors(x.device))
     with torch.cuda.device_of(x):
         lora_linear_tma_fwd_kernel[(programs,)](
             describe(x, config.block_m, config.block_k), describe(w, config.block_n, config.block_k),
-            describe(s, config.block_m, block_r), describe(b, config.block_n, block_r),
-            describe(out, config.block_m, config.block_n), None if bias is None else bias.contiguous(),
+            describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k),
+            describe(out, config.block_m, width), None if bias is None else bias.contiguous(),
             x.shape[0], w.shape[0], x.shape[1], rank,
             W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
             HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=8,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+            PARTS=config.parts, PERSISTENT=config.persistent,
+            num_warps=config.num_warps, num_stages=tma_stages(config, out.dtype.itemsize),
         )  # fmt: skip
     return out
 

@@ -24,11 +24,11 @@ from .configs import (
     INPUT_FP32,
     LINEAR,
     LINEAR_FP32,
-    LINEAR_TMA,
     UP,
     WEIGHT,
     WEIGHT_FP32,
     Config,
+    linear_tiles,
 )
 from .gpu_graph import graph_checks
 from .gpu_support import (
@@ -43,7 +43,6 @@ from .gpu_support import (
     dropped,
     dtype_name,
     implementation,
-    label,
     make_projection,
     product_in_fp32,
     rand,
@@ -59,6 +58,7 @@ _DTYPES = (BF16, F16, F32)
 # Tokens, features in, features out, rank: all aligned; nothing aligned; nearly nothing.
 _SHAPES = ((1024, 1536, 1280, 64), (333, 1001, 777, 19), (3, 5, 7, 1))
 _ALIGNED = (1024, 1528, 1288, 24)  # aligned rows that no tile divides: what descriptors must get right
+_MANY_TILES = (4100, 264, 4104, 24)  # several for each program that takes one after the other
 _GROUP_SHAPES = ((512, 768), (77, 96))  # tokens, features in
 _MANY = 2**31
 
@@ -70,7 +70,7 @@ def checks() -> Iterator[Check]:
     for dtype in _DTYPES:
         yield f"packing {dtype_name(dtype)}", partial(_check_packing, dtype)
     for name, check, x_dtype, dtype, config in _kernel_checks():
-        what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {label(config)}"
+        what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {config.label}"
         yield what, partial(check, x_dtype, dtype, config)
     if holds_huge_tensors():
         yield "more than 2**31 elements: dropout and down", _check_many_down
@@ -92,7 +92,7 @@ def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch
         for name, check, choices in (
             ("down", _check_down, DOWN_FP32 if fp32 else DOWN),
             ("linear", _check_linear, LINEAR_FP32 if x_dtype == F32 else LINEAR),
-            ("linear, descriptors", _check_linear, () if fp32 or capability() < 90 else LINEAR_TMA),
+            ("linear, descriptors", _check_linear, () if fp32 else _descriptor_tiles()),
             ("up backward", _check_up, () if fp32 else UP),
             ("weight gradient", _check_weight, WEIGHT_FP32 if fp32 else WEIGHT),
             ("input gradient", _check_input, INPUT_FP32 if fp32 else INPUT),
@@ -100,6 +100,10 @@ def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch
             for config in choices:
                 if not (name == "linear" and config.block_n > 128 and capability() not in (80, 90, 100)):
                     yield name, check, x_dtype, dtype, config
+
+
+def _descriptor_tiles() -> list[Config]:
+    return [config for config in linear_tiles(DEVICE).values() if config.tma]
 
 
 def _masks(seed: Tensor) -> tuple[dict[str, Any], ...]:
@@ -169,7 +173,26 @@ def _check_linear(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> d
         exact = before.double() + x.double() @ w.double().t() + s.double() @ b.double().t()
         worst = max(worst, within(y, same, exact, f"Y + ... of {tokens, features, out_features, rank}"))
         worst = max(worst, within(lora_linear(x, w, config=config), x @ w.t(), x.double() @ w.double().t(), "X W^T"))
+    if config.tma and x_dtype == BF16:
+        worst = max(worst, _check_descriptors(config))
     return {"share_of_budget": worst}
+
+
+def _check_descriptors(config: Config) -> float:
+    """What is other code of the kernel's: W and B in every order, and dX in fp32. The first two are what is timed."""
+    from .forward import lora_linear
+
+    worst, (tokens, features, out_features, rank) = 0.0, _MANY_TILES
+    x, w = rand(tokens, features, dtype=BF16), rand(out_features, features, dtype=BF16)
+    s, b, before = rand(tokens, rank, dtype=BF16), rand(out_features, rank, dtype=BF16), rand(tokens, out_features)
+    turned_w, turned_b = w.t().contiguous().t(), b.t().contiguous().t()
+    same = (x @ w.t()).addmm(s, b.t())
+    exact = x.double() @ w.double().t() + s.double() @ b.double().t()
+    for weights in ((w, b), (turned_w, turned_b), (w, turned_b), (turned_w, b)):
+        y = lora_linear(x, weights[0], s, weights[1], config=config)
+        worst = max(worst, within(y, same, exact, f"Y, strides {[t.stride() for t in weights]}"))
+    y = lora_linear(x, turned_w, s, turned_b, out=before.clone(), accumulate=True, config=config)
+    return max(worst, within(y, before + same, before.double() + exact, "Y + ... in fp32"))
 
 
 def _check_up(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
@@ -270,7 +293,8 @@ def _check_many_linear() -> dict[str, Any]:
     rows = _MANY // columns + 300
     x, w = rand(rows, 64, dtype=BF16), rand(columns, 64, dtype=BF16)
     s, b = rand(rows, 16, dtype=BF16), rand(columns, 16, dtype=BF16)
-    for config in (LINEAR[0], *(LINEAR_TMA if capability() >= 90 else ())):
+    one_of_a_kind = {config.persistent: config for config in _descriptor_tiles()}
+    for config in (LINEAR[0], *one_of_a_kind.values()):
         y = lora_linear(x, w, s, b, config=config)
         for first in (0, _MANY // columns - 150, rows - 300):
             part = slice(first, first + 300)

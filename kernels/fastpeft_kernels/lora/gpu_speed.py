@@ -11,55 +11,90 @@ import torch
 from ..common.gpu_clock import median_us
 from ..common.random import draw_seed, dropout
 from .api import run_group
-from .configs import DOWN, INPUT, LINEAR, LINEAR_TMA, UP, WEIGHT, Config
+from .configs import DOWN, INPUT, LINEAR, UP, WEIGHT, Config, linear_tiles
 from .gpu_support import (
     BF16,
     DEVICE,
     F32,
-    capability,
     derive,
     implementation,
-    label,
     make_projection,
     rand,
     same_dtypes,
 )
 
 _SHAPE = (8192, 4096, 4096, 16)  # tokens, features in, features out, rank: that of the plans
+_MLP_SHAPES = ((8192, 4096, 14336, 16), (8192, 14336, 4096, 16))  # of a layer of 8 billion parameters
+_LEADING = 3
 
 
 def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Named measurements, in microseconds."""
-    for config in (*LINEAR_TMA, *LINEAR):
-        yield f"speed linear {label(config)}", partial(_measure_linear, config)
+    yield from _linear_checks()
     for p in (0.0, 0.05):
         for config in DOWN:
-            yield f"speed down {p=} {label(config)}", partial(_measure_down, p, config)
+            yield f"speed down {p=} {config.label}", partial(_measure_down, p, config)
         for config in WEIGHT:
-            yield f"speed weight gradient {p=} {label(config)}", partial(_measure_weight, p, config)
+            yield f"speed weight gradient {p=} {config.label}", partial(_measure_weight, p, config)
         for config in INPUT:
-            yield f"speed input gradient {p=} {label(config)}", partial(_measure_input, p, config)
+            yield f"speed input gradient {p=} {config.label}", partial(_measure_input, p, config)
     for config in UP:
-        yield f"speed up backward {label(config)}", partial(_measure_up, config)
+        yield f"speed up backward {config.label}", partial(_measure_up, config)
     yield "speed of what the kernels replace", _measure_library
     for backend in ("library", "triton"):
         for p in (0.0, 0.05):
             yield f"speed group of 3, {backend} {p=}", partial(_measure_group, backend, p)
 
 
-def _measure_linear(config: Config) -> dict[str, Any]:
+def _linear_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every tile at the shape of the plans, the first ones at an MLP's, each beside cuBLAS without the update."""
+    tiles = tuple(linear_tiles(DEVICE).values())
+    for shape in (_SHAPE, *_MLP_SHAPES):
+        sizes = "x".join(map(str, shape[:3]))
+        yield f"speed linear {sizes} cuBLAS", partial(_measure_cublas, shape)
+        for config in dict.fromkeys((*tiles, LINEAR[0])) if shape == _SHAPE else tiles[:_LEADING]:
+            yield f"speed linear {sizes} {config.label}", partial(_measure_linear, shape, config)
+
+
+def _measure_linear(shape: tuple[int, int, int, int], config: Config) -> dict[str, Any]:
     from .forward import lora_linear
 
-    tokens, features, out_features, rank = _SHAPE
-    if config.tma and capability() < 90:
-        return {}
-    x, w = rand(tokens, features, dtype=BF16), rand(out_features, features, dtype=BF16)
-    s, b = rand(tokens, rank, dtype=BF16), rand(out_features, rank, dtype=BF16)
-    y = torch.empty((tokens, out_features), dtype=BF16, device=DEVICE)
+    x, w, s, a, b, y = _linear_operands(shape)
     forward = median_us(lambda: lora_linear(x, w, s, b, out=y, config=config))
-    dx = median_us(lambda: lora_linear(y, w.t(), s, b.t(), out=x, config=config))
-    flops = 2 * tokens * out_features * (features + rank)
-    return {"forward_us": forward, "dx_us": dx, "forward_tflops": flops / forward / 1e6, "dx_tflops": flops / dx / 1e6}
+    dx = median_us(lambda: lora_linear(y, w.t(), s, a.t(), out=x, config=config))
+    return _linear_figures(shape, forward, dx)
+
+
+def _measure_cublas(shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """The frozen products alone, and with the update as an addmm of its own."""
+    x, w, s, _, b, y = _linear_operands(shape)
+
+    def updated() -> None:
+        torch.mm(x, w.t(), out=y).addmm_(s, b.t())
+
+    forward, dx = median_us(lambda: torch.mm(x, w.t(), out=y)), median_us(lambda: torch.mm(y, w, out=x))
+    return {**_linear_figures(shape, forward, dx), "forward_and_update_us": median_us(updated)}
+
+
+def _linear_operands(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, ...]:
+    """x, w, s, a, b, and room for y."""
+    tokens, features, out_features, rank = shape
+    x, s = rand(tokens, features, dtype=BF16), rand(tokens, rank, dtype=BF16)
+    w = rand(out_features, features, dtype=BF16) / features**0.5
+    a, b = rand(rank, features, dtype=BF16), rand(out_features, rank, dtype=BF16)
+    return x, w, s, a, b, torch.empty((tokens, out_features), dtype=BF16, device=DEVICE)
+
+
+def _linear_figures(shape: tuple[int, int, int, int], forward_us: float, dx_us: float) -> dict[str, Any]:
+    """Times, and the rate of the frozen product's arithmetic alone: what tiles and cuBLAS are compared by."""
+    tokens, features, out_features, _ = shape
+    tflop = 2 * tokens * out_features * features / 1e12
+    return {
+        "forward_us": forward_us,
+        "dx_us": dx_us,
+        "forward_tflops": 1e6 * tflop / forward_us,
+        "dx_tflops": 1e6 * tflop / dx_us,
+    }
 
 
 def _measure_down(p: float, config: Config) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
 from . import library
-from .configs import Config
 from .projection import Dtypes, LoraAdapter, LoraProjection
 
 DEVICE = torch.device("cuda")
@@ -95,11 +94,6 @@ def same_dtypes(dtype: torch.dtype) -> Dtypes:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return {BF16: "bf16", F16: "fp16", F32: "fp32", F64: "fp64"}[dtype]
-
-
-def label(config: Config) -> str:
-    blocks = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
-    return f"{blocks} {config.num_warps}w{config.num_stages}s"
 
 
 def capability() -> int:

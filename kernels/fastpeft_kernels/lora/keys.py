@@ -1,4 +1,4 @@
-"""The cases that the choices of a group of projections distinguish."""
+"""The cases that the choices of a group of projections, and of one large product, distinguish."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..common.device import product_dtype, triton_serves
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
+from .configs import linear_tiles
 from .projection import Group
 
-FORWARD, BACKWARD, GROUP, RANK = "lora_forward", "lora_backward", "lora_group", "lora_rank_products"
+FORWARD, BACKWARD, GROUP = "lora_forward", "lora_backward", "lora_group"
+LINEAR, RANK = "lora_linear", "lora_rank_products"
 _FEWEST_RANKS = 8
 
 
@@ -86,6 +88,35 @@ def rank_backends(device: torch.device) -> tuple[str, ...]:
     return ("library", "triton") if triton_serves(device) else ("library",)
 
 
+class LinearKey(NamedTuple):
+    """One large product of our own kernels, in a 16-bit dtype: X W^T forward, dY W for dX.
+
+    One mix stands for all: rank 16, no bias, and nothing that is added to. A rank up to 64 costs the same, and neither
+    bias nor sums change what a tile waits for.
+
+    Attributes:
+        tokens: rounded up to a power of two.
+        in_features: those that are summed over.
+        transposed: whether W's rows are not contiguous, as for dX.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    dtype: str
+    transposed: bool
+
+    def __str__(self) -> str:
+        turned = ", W transposed" * self.transposed
+        return f"{self.tokens}x{self.in_features}x{self.out_features}, {self.dtype}{turned}"
+
+    def at(self, tokens: int, device: torch.device) -> LinearKey:
+        return self._replace(tokens=bucket(tokens))
+
+    def smaller(self) -> LinearKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
+
+
 def ways(device: torch.device) -> tuple[str, ...]:
     """Candidates for the library's products, forward and backward each for itself."""
     return ("apart", "extended")
@@ -94,6 +125,26 @@ def ways(device: torch.device) -> tuple[str, ...]:
 def paths(device: torch.device) -> tuple[str, ...]:
     """Candidates for a whole group, both directions together."""
     return ("library", "triton") if triton_serves(device) else ("library",)
+
+
+def linear_candidates(device: torch.device) -> tuple[str, ...]:
+    """Candidates for one large product of our own path: the library's, and our kernels' tiles."""
+    return ("torch", *linear_tiles(device)) if triton_serves(device) else ("torch",)
+
+
+def linear_cases(key: GroupKey) -> list[tuple[str, LinearKey]]:
+    """The large products of a group on our own path, forward and for dX.
+
+    Those of projections of at most a quarter of the widest one's size, as k and v are beside q, are left out: what they
+    cost does not pay for their measurement.
+    """
+    if key.compute not in ("bfloat16", "float16") or key.lora != key.compute:
+        return []
+    widest = max(key.out_features)
+    large = dict.fromkeys(out for out in key.out_features if 4 * out > widest)
+    forward = [LinearKey(key.tokens, key.in_features, out, key.compute, False) for out in large]
+    dx = [LinearKey(key.tokens, out, key.in_features, key.compute, True) for out in large]
+    return [(LINEAR, case) for case in (*forward, *dx)]
 
 
 def group_key(group: Group, tokens: int, layout: str = "") -> GroupKey:

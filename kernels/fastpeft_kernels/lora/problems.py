@@ -1,4 +1,4 @@
-"""The choices of a group of projections as problems to be timed: the library's two ways, and our own kernels."""
+"""The choices of a group of projections as problems to be timed: the library's ways, our kernels and their tiles."""
 
 from __future__ import annotations
 
@@ -15,12 +15,28 @@ from ..tuning.measuring import Tunable
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
 from . import extended, library
 from .api import run_group
-from .keys import BACKWARD, FORWARD, GROUP, RANK, GroupKey, RankKey, paths, rank_backends, ways
+from .configs import linear_tiles
+from .keys import (
+    BACKWARD,
+    FORWARD,
+    GROUP,
+    LINEAR,
+    RANK,
+    GroupKey,
+    LinearKey,
+    RankKey,
+    linear_candidates,
+    linear_cases,
+    paths,
+    rank_backends,
+    ways,
+)
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection
 from .rank_products import both_gradients, down_gradient, project_down
 from .reference import lora_group_reference
 
 _DROPOUT = 0.05
+_RANK = 16  # of a product alone
 _NEEDS = (False, True, True, False)  # of a projection with one adapter: bias, a, b, the adapter's bias
 
 
@@ -119,8 +135,38 @@ class _Backward(_Group):
         return [dx, *others[1::2]]
 
 
+class _Linear:
+    """One large product with its update, by a tile or by the library."""
+
+    def __init__(self, key: LinearKey, device: torch.device) -> None:
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device).to(getattr(torch, key.dtype))
+
+        def laid_out(t: Tensor) -> Tensor:
+            return t.t().contiguous().t() if key.transposed else t
+
+        w, b = rand(key.out_features, key.in_features) / key.in_features**0.5, rand(key.out_features, _RANK)
+        x, s = rand(key.tokens, key.in_features), rand(key.tokens, _RANK)
+        self.operands = (x, laid_out(w), s, laid_out(b))
+        self.out = torch.empty((key.tokens, key.out_features), dtype=x.dtype, device=device)
+        self.tiles = linear_tiles(device)
+
+    def run(self, candidate: str) -> Sequence[Tensor]:
+        from .forward import lora_linear
+        from .linear import library_linear
+
+        with torch.no_grad():
+            if candidate == "torch":
+                return [library_linear(*self.operands, out=self.out)]
+            return [lora_linear(*self.operands, out=self.out, config=self.tiles[candidate])]
+
+    def exact(self) -> Sequence[Tensor]:
+        x, w, s, b = (t.double() for t in self.operands)
+        return [x @ w.t() + s @ b.t()]
+
+
 class _Both(_Group):
-    """`run_group`, forward and backward; the library's ways are then those measured before."""
+    """`run_group`, forward and backward; the library's ways, and the tiles, are then those measured before."""
 
     def run(self, candidate: str) -> Sequence[Tensor]:
         implementation: ModuleType = library
@@ -177,6 +223,7 @@ TUNABLES = (
     Tunable(RANK, RankKey, rank_backends, _RankProducts),
     Tunable(FORWARD, GroupKey, ways, _Forward),
     Tunable(BACKWARD, GroupKey, ways, _Backward),
-    Tunable(GROUP, GroupKey, paths, _Both),
+    Tunable(LINEAR, LinearKey, linear_candidates, _Linear),
+    Tunable(GROUP, GroupKey, paths, _Both, within=linear_cases),
 )
 """In the order in which they must be measured."""

@@ -1,9 +1,9 @@
 """Products with one side of rank width, bound by reading the other: by BLAS, in C++ on a CPU, or in Triton on a GPU.
 
 On CPUs BLAS runs them far below its rate. Measured on an EPYC with AVX2, one thread, fp32, 1024 tokens, C++ / MKL,
-least of 40 interleaved: dY B and dY^T S at rank 8 together 0.22 and 0.15 (768 and 2048 features), at rank 16 0.75 and 0.43,
-at 32 0.88 and 0.66, at 64 1.01 and 0.73; X A^T at rank 16 0.82 and 0.65. For dA = dS^T X MKL was as fast up to 768
-features, so it stays there.
+least of 40 interleaved: dY B and dY^T S at rank 8 together 0.22 and 0.15 (768 and 2048 features), at rank 16 0.75 and
+0.43, at 32 0.88 and 0.66, at 64 1.01 and 0.73; X A^T at rank 16 0.82 and 0.65. For dA = dS^T X MKL was as fast up to
+768 features, so it stays there.
 """
 
 from __future__ import annotations

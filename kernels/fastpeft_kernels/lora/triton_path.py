@@ -19,6 +19,7 @@ from ..weights import FrozenWeight
 from .backward import columns_contiguous, lora_down_bwd_input_, lora_down_bwd_weight, lora_sum, lora_up_bwd
 from .configs import UP
 from .forward import lora_down, lora_down_fwd_kernel, lora_linear
+from .linear import chosen_linear
 from .packing import pack
 from .parts import bias_gradients, decoded, empty_ds
 from .projection import Dtypes, Group, LoraProjection, Packed
@@ -120,7 +121,7 @@ def _project(
     own = weight.linear(inputs)
     s, b = update
     if own is None:
-        lora_linear(inputs, decoded(weight, dtypes.compute), s, b, bias, out=y)
+        chosen_linear(inputs, decoded(weight, dtypes.compute), s, b, bias, out=y)
         return
     if s is None or b is None:
         y.copy_(own if bias is None else own + bias)
@@ -193,7 +194,7 @@ def _input_gradient(
             w = decoded(weight, dtypes.compute).t()
             s, b = (ds, packed.a.t()) if inside and ds is not None and packed.a is not None else (None, None)
             out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=wide) if dx is None else dx
-            dx = lora_linear(dy, w, s, b, out=out, accumulate=dx is not None)
+            dx = chosen_linear(dy, w, s, b, out=out, accumulate=dx is not None)
             ds = None if inside else ds
     if dx is None or ds is None or packed.a is None:
         return dx

@@ -59,6 +59,17 @@ def test_dropout_feeds_shared_memory_or_the_synchronous_mma() -> None:
         assert ("wgmma.mma_async" in text) == wgmma and not FROM_REGISTERS.search(text)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", [case for case in cases() if "linear_tma" in case.name], ids=lambda case: case.name)
+def test_the_large_product_waits_for_the_one_before_the_last(case: AotCase) -> None:
+    """In its loop; no product is in flight only when a tile is stored. S and X arrive by the same loads."""
+    compiled = aot._compile(aot._source(case, 90), case, 90)
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", str(compiled.asm["ptx"]))
+    assert waits[0] == "1" and set(waits[1:]) == {"0"}
+    x, w, s, b, _ = compiled.metadata.tensordesc_meta  # what Triton makes the descriptors of
+    assert x == s and (w == b) == ("mixed" not in case.name)
+
+
 def test_case_names_are_unique() -> None:
     names = [case.name for case in cases()]
     assert len(names) == len(set(names))

@@ -74,22 +74,29 @@ def test_linear_in_every_configuration(dtype: torch.dtype) -> None:
         check(y, lambda x, w, s, b, y: y + x @ w.t() + s @ b.t(), x, w, s, b, before)
 
 
-@pytest.mark.parametrize("transposed", (False, True), ids=("w", "wt"))
-def test_linear_through_descriptors(transposed: bool) -> None:
+def through_descriptors() -> list[Any]:
+    """Every configuration, and a small one of which each of the interpreter's four programs takes several tiles."""
+    from fastpeft_kernels.lora.configs import LINEAR_TMA, Config
+
+    return [*LINEAR_TMA, Config(16, 32, 16, 16, tma=True, group_m=2, persistent=True, parts=4)]
+
+
+@pytest.mark.parametrize("turned", ("neither", "w", "b", "both"))
+def test_linear_through_descriptors(turned: str) -> None:
     from fastpeft_kernels.lora.forward import lora_linear
 
-    def laid_out(t: Tensor) -> Tensor:
-        return t.t().contiguous().t() if transposed else t
+    def laid_out(name: str, t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if turned in (name, "both") else t
 
-    x, w, bias = matrix(37, 40, F16), laid_out(matrix(72, 40, F16)), torch.randn(72).to(F16)
-    s, b = matrix(37, 32, F16)[:, 8:32], laid_out(matrix(72, 24, F16))
-    before = matrix(37, 72, F16)
-    for config in (c for c in configs("LINEAR_TMA") if c.tma):
+    x, w, bias = matrix(37, 40, F16), laid_out("w", matrix(72, 40, F16)), torch.randn(72).to(F16)
+    s, b = matrix(37, 32, F16)[:, 8:32], laid_out("b", matrix(72, 24, F16))
+    for config in through_descriptors():
         y = lora_linear(x, w, s, b, bias, config=config)
         check(y, lambda x, w, s, b, bias: x @ w.t() + s @ b.t() + bias, x, w, s, b, bias)
         check(lora_linear(x, w, config=config), lambda x, w: x @ w.t(), x, w)
-        y = lora_linear(x, w, s, b, out=before.clone(), accumulate=True, config=config)
-        check(y, lambda x, w, s, b, y: y + x @ w.t() + s @ b.t(), x, w, s, b, before)
+        for before in (matrix(37, 72, F16), matrix(37, 72, F32)):
+            y = lora_linear(x, w, s, b, out=before.clone(), accumulate=True, config=config)
+            check(y, lambda x, w, s, b, y: y + (x @ w.t() + s @ b.t()).to(y.dtype), x, w, s, b, before)
         with pytest.raises(ValueError, match="operands: expected one 16-bit dtype, rows at multiples of 16 bytes"):
             lora_linear(x[:, 1:], w[:, 1:], config=config)
 

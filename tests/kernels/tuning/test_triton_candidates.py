@@ -10,6 +10,7 @@ import torch
 from fastpeft_kernels import tuner
 from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey, activation_backends
 from fastpeft_kernels.common import device
+from fastpeft_kernels.lora.keys import LINEAR, LinearKey, linear_candidates
 from fastpeft_kernels.quant.choosing import DECODE, DecodeKey, decode_backends
 from fastpeft_kernels.tuning import measuring
 from fastpeft_kernels.tuning.measuring import measure
@@ -21,18 +22,20 @@ CASES = [
     (DECODE, DecodeKey(4, 64, "fp4", 64, False, "float16", True)),
     (FORWARD, ActivationKey(4, 40, "silu", True, "float32")),
     (BACKWARD, ActivationKey(4, 40, "gelu", False, "float16")),
+    *((LINEAR, LinearKey(16, 24, 40, "float16", transposed)) for transposed in (False, True)),
 ]
 
 
 @pytest.fixture(autouse=True)
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU for which Triton compiles."""
+    """A Hopper for which Triton compiles."""
     monkeypatch.setattr(device, "_triton_launches", lambda index: True)
+    monkeypatch.setattr("fastpeft_kernels.lora.configs.device_capability", lambda device: 90)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("op, key", CASES, ids=str)
-def test_all_are_right(op: str, key: DecodeKey | ActivationKey, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_right(op: str, key: DecodeKey | ActivationKey | LinearKey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})
     tunable = next(one for one in tuner.tunables() if one.op == op)
     names = tunable.candidates(torch.device("cuda", 0))
@@ -51,4 +54,14 @@ def test_names_are_those_that_files_keep() -> None:
         *("torch", "triton", "triton 2x1024x4", "triton 4x1024x8", "triton 1x2048x4", "triton 1x2048x8"),
         "triton 1x512x2",
     )
-    assert decode_backends(CPU) == ("torch", "native")
+    assert linear_candidates(gpu) == (
+        *("torch", "triton", "triton 128x256x64 8w 3s tma g16 persistent"),
+        *("triton 256x128x64 8w 4s tma g8 persistent", "triton 128x128x64 8w 4s tma g16 persistent"),
+        *("triton 128x256x64 8w 4s tma g16", "triton 256x128x64 8w 3s tma g8", "triton 128x128x64 4w 3s tma g8"),
+    )
+    assert decode_backends(CPU) == ("torch", "native") and linear_candidates(CPU) == ("torch",)
+
+
+def test_tiles_before_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpeft_kernels.lora.configs.device_capability", lambda device: 80)
+    assert linear_candidates(torch.device("cuda", 0)) == ("torch", "triton", "triton 128x256x64 8w 3s")
