@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastpeft.bench.parts import Outcome, Part, Run, discover, run_part, supervise
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commit = source_state()[0] or options.commit
     run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
-    outcomes = [_run_or_skip(run, part, options.resume) for part in chosen]
+    limited = [replace(part, time_limit_s=min(part.time_limit_s, options.limit)) for part in chosen]
+    outcomes = [_run_or_skip(run, part, options.resume) for part in limited]
     print(table(outcomes))
     return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
 
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="recorded where the source tree is no git checkout")
     parser.add_argument("--parts", default="fastpeft.bench.gpu_parts", metavar="PACKAGE", help="package of the parts")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that share checks")
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="at most S seconds a part")
     parser.add_argument("--run-part", metavar="PART", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser

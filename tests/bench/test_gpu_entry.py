@@ -100,10 +100,10 @@ def test_a_failing_part_is_recorded_and_the_next_one_runs(runner: Runner, capsys
 
 
 def test_a_hanging_part_is_killed_with_its_children(runner: Runner) -> None:
-    runner.add("hanging", HANGING, order=1, limit=4)
+    runner.add("hanging", HANGING, order=1, limit=60)
     runner.add("passing", PASSING, order=2)
     start = time.monotonic()
-    assert runner("--dry-run") == 1
+    assert runner("--dry-run", "--limit", "4") == 1
     assert time.monotonic() - start < 40
     assert runner.states() == {"hanging": "timed out", "passing": "passed"}
     assert [r.case for r in load(runner.out / "hanging.jsonl")] == ["first"]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.device import device_capability, triton_serves
 from ..weights import FrozenWeight
 from .parts import (
     adapter_input_gradient,
@@ -23,6 +24,7 @@ from .parts import (
     decoded,
     down_projection,
     empty_ds,
+    multiplies_dense,
     rows_contiguous,
     up_gradients,
 )
@@ -91,6 +93,11 @@ def _project(
     if own is None and update is not None and dtypes.compute == dtypes.lora == dtypes.out:
         s, up = update[0], update[1].t()
         bias = lora_bias if bias is None else bias if lora_bias is None else bias + lora_bias
+        if _may_fuse(inputs):
+            from .linear import chosen_linear
+
+            chosen_linear(inputs, decoded(projection.weight, dtypes.compute), *update, bias, out=y, default="torch")
+            return
         torch.mm(s, up, out=y) if bias is None else torch.addmm(bias, s, up, out=y)
         torch.addmm(y, inputs, decoded(projection.weight, dtypes.compute).t(), out=y)
         return
@@ -122,11 +129,32 @@ def _input_gradient(
     dtypes, a = group.dtypes, packed.a
     dx: Tensor | None = None
     if ds is not None and a is not None and dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dx_dtype):
+        if _may_fuse(ds) and not group.drops and dtypes.out == dtypes.compute and multiplies_dense(group):
+            return _fused_input_gradient(dys, ds, group, a)
         dx, ds = adapter_input_gradient(ds, a, group), None
     for dy, projection in zip(dys, group.projections, strict=True):
         if dy is not None:
             dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
     return dx if ds is None or a is None else adapter_input_gradient(ds, a, group, dx)
+
+
+def _fused_input_gradient(dys: Sequence[Tensor | None], ds: Tensor, group: Group, a: Tensor) -> Tensor:
+    """The same in one dtype, without dropout: dS A goes into the first of the large products."""
+    from .linear import chosen_linear
+
+    dx = ds.new_empty((ds.shape[0], a.shape[1]))
+    update: tuple[Tensor, Tensor] | tuple[None, None] = (ds, a.t())
+    for dy, projection in zip(dys, group.projections, strict=True):
+        if dy is not None:
+            w = decoded(projection.weight, ds.dtype).t()
+            chosen_linear(dy, w, *update, out=dx, accumulate=update[0] is None, default="torch")
+            update = (None, None)
+    return dx
+
+
+def _may_fuse(x: Tensor) -> bool:
+    """Whether our kernels could compute an update within the large product, where a measurement says so."""
+    return x.is_cuda and x.dtype.itemsize == 2 and (device_capability(x.device) or 0) >= 80 and triton_serves(x.device)
 
 
 def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dx_dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,14 @@ import torch
 from torch import Tensor
 
 from ..common.scratch import scratch
-from ..weights import FrozenWeight
-from .parts import adapter_input_gradient, bias_gradients, down_projection, rows_contiguous, up_gradients
+from .parts import (
+    adapter_input_gradient,
+    bias_gradients,
+    down_projection,
+    multiplies_dense,
+    rows_contiguous,
+    up_gradients,
+)
 from .projection import Group, LoraProjection, Packed
 
 ALIGNED = 8
@@ -45,8 +51,8 @@ def fits(group: Group, packed: Packed) -> bool:
     projections, dtypes = group.projections, group.dtypes
     if packed.a is None or dtypes.compute != dtypes.lora or packed.a.dtype != dtypes.compute:
         return False
-    if any(type(projection.weight).linear is not FrozenWeight.linear for projection in projections):
-        return False  # a product of its own
+    if not multiplies_dense(group):
+        return False
     copied = [p.weight.shape[0] for p in projections if p.weight.is_ready(dtypes.compute)]
     return not copied or max(copied) * packed.a.shape[1] * dtypes.compute.itemsize <= LARGEST_STACK
 

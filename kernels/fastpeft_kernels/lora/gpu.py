@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.device import holds_huge_tensors
 from ..common.random import draw_seed, dropout_bits, keep_threshold
+from ..tuning.choosing import forced
 from . import packing, parts
 from .api import run_group
 from .configs import (
@@ -33,6 +34,7 @@ from .configs import (
 from .gpu_graph import graph_checks
 from .gpu_support import (
     BF16,
+    CHOICES,
     DEVICE,
     F16,
     F32,
@@ -76,7 +78,7 @@ def checks() -> Iterator[Check]:
         yield "more than 2**31 elements: dropout and down", _check_many_down
         yield "more than 2**31 elements: weight and input gradients", _check_many_backward
         yield "more than 2**31 elements: linear", _check_many_linear
-    for backend in ("library", "triton"):
+    for backend in (*CHOICES, "triton"):
         for dtypes in (Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16), Dtypes(F16, F16, F16), same_dtypes(F32)):
             for p in (0.0, 0.25):
                 for base in ("dense", "nf4"):
@@ -318,7 +320,8 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
         run = partial(run_group, implementation=implementation(backend))
-        ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
+        with forced(CHOICES.get(backend, {})):
+            ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "another result the second time"
         same = derive(lora_group_reference, x, group, dtypes, seeds, dys)
         wide = [widened(projection) for projection in group]

@@ -72,8 +72,12 @@ def _measure_cublas(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     def updated() -> None:
         torch.mm(x, w.t(), out=y).addmm_(s, b.t())
 
+    def update_first() -> None:
+        torch.mm(s, b.t(), out=y).addmm_(x, w.t())
+
     forward, dx = median_us(lambda: torch.mm(x, w.t(), out=y)), median_us(lambda: torch.mm(y, w, out=x))
-    return {**_linear_figures(shape, forward, dx), "forward_and_update_us": median_us(updated)}
+    times = {"forward_then_update_us": median_us(updated), "update_then_forward_us": median_us(update_first)}
+    return {**_linear_figures(shape, forward, dx), **times}
 
 
 def _linear_operands(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, ...]:

@@ -22,8 +22,9 @@ def chosen_linear(
     *,
     out: Tensor,
     accumulate: bool = False,
+    default: str = "triton",
 ) -> Tensor:
-    """`lora_linear`, arguments and result as there; the analytic default where nothing was measured or can be chosen.
+    """`lora_linear`, arguments and result as there, by `default` where nothing was measured.
 
     A choice is for operands of one 16-bit dtype; one that cannot serve (descriptors for unaligned rows, the library for
     results in another dtype) is not taken.
@@ -31,12 +32,12 @@ def chosen_linear(
     operands = (x, w) if s is None or b is None else (x, w, s, b)
     if x.dtype.itemsize != 2 or any(t.dtype != x.dtype for t in operands):
         return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
-    name = choice(LINEAR, x.device, lambda: _key(x, w), linear_candidates, "triton")
-    if name == "torch" and out.dtype == x.dtype:
-        return library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
+    name = choice(LINEAR, x.device, lambda: _key(x, w), linear_candidates, default)
     config = None if name in ("torch", "triton") else linear_tiles(x.device)[name]
     if config is not None and config.tma and not describable(x, w, out, *operands[2:]):
-        config = None
+        name, config = default, None
+    if name == "torch" and out.dtype == x.dtype:
+        return library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
     return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate, config=config)
 
 
@@ -50,14 +51,25 @@ def library_linear(
     out: Tensor,
     accumulate: bool = False,
 ) -> Tensor:
-    """The same by PyTorch's products, each rounded to the dtype of all operands; gradients must be off."""
+    """The same by PyTorch's products, each rounded to the dtype of all operands; gradients must be off.
+
+    The update comes first: the large product reads what it adds to while it multiplies.
+    """
+    if s is None or b is None:
+        if accumulate:
+            out.addmm_(x, w.t())
+        else:
+            torch.mm(x, w.t(), out=out)
+        return out if bias is None else out.add_(bias)
     if accumulate:
-        out.addmm_(x, w.t())
+        out.addmm_(s, b.t())
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None:
+        torch.mm(s, b.t(), out=out)
     else:
-        torch.mm(x, w.t(), out=out)
-    if bias is not None:
-        out.add_(bias)
-    return out if s is None or b is None else out.addmm_(s, b.t())
+        torch.addmm(bias, s, b.t(), out=out)
+    return out.addmm_(x, w.t())
 
 
 def _key(x: Tensor, w: Tensor) -> LinearKey:

@@ -24,6 +24,11 @@ def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
 
 
+def multiplies_dense(group: Group) -> bool:
+    """Whether every weight is multiplied as a dense matrix: none has a product of its own."""
+    return all(type(projection.weight).linear is FrozenWeight.linear for projection in group.projections)
+
+
 def empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
     """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
     given = [dy for dy in dys if dy is not None]
