@@ -194,7 +194,12 @@ def _check_descriptors(config: Config) -> float:
         y = lora_linear(x, weights[0], s, weights[1], config=config)
         worst = max(worst, within(y, same, exact, f"Y, strides {[t.stride() for t in weights]}"))
     y = lora_linear(x, turned_w, s, turned_b, out=before.clone(), accumulate=True, config=config)
-    return max(worst, within(y, before + same, before.double() + exact, "Y + ... in fp32"))
+    worst = max(worst, within(y, before + same, before.double() + exact, "Y + ... in fp32"))
+    more = [(rand(tokens, n, dtype=BF16), rand(n, out_features, dtype=BF16).t()) for n in (1000, 72)]
+    y = lora_linear(x, turned_w, s, turned_b, more=more, config=config)
+    for x, w in more:
+        same, exact = same.addmm(x, w.t()), exact + x.double() @ w.double().t()
+    return max(worst, within(y, same, exact, "the sum of three products"))
 
 
 def _check_up(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def chosen_linear(
         return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
     name = choice(LINEAR, x.device, lambda: _key(x, w), linear_candidates, default)
     config = None if name in ("torch", "triton") else linear_tiles(x.device)[name]
-    if config is not None and config.tma and not describable(x, w, out, *operands[2:]):
+    if config is not None and config.tma and not describable([(x, w)], out, *operands[2:]):
         name, config = default, None
     if name == "torch" and out.dtype == x.dtype:
         return library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
