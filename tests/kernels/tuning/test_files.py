@@ -114,7 +114,7 @@ def test_what_cannot_be_used_says_why_and_is_replaced(tmp_path: Path, case: str)
 def test_a_failure_that_nobody_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files.add(tmp_path / "x.json", DEVICE, [winner(1)])
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OverflowError("too large")
 
     monkeypatch.setattr(files, "from_text", fail)
