@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fastpeft_kernels import tuner
-from fastpeft_kernels.lora.keys import BACKWARD, FORWARD, ways
 from fastpeft_kernels.tuning import choosing, files
 from fastpeft_kernels.tuning.choosing import use_tuned
 from fastpeft_kernels.tuning.measuring import Measured
@@ -43,6 +42,8 @@ class Tuning:
     outcomes: tuple[Measured, ...]
 
     def __str__(self) -> str:
+        if not self.outcomes:
+            return f"nothing to choose on {self.device}: each op of this model has one implementation here"
         rows: list[tuple[str, ...]] = [("op", "case", "fastest", "us", "library us", "")]
         rows += [_row(outcome) for outcome in self.outcomes]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
@@ -121,12 +122,9 @@ def cases_of(
     with choosing.alone(), side_effects_undone(model), _in_training(model):
         with torch.no_grad():
             model(**inputs)  # finds siblings, where that was not done yet
-        met: dict[tuple[str, Any], None] = {}
-        for way in ways(device):  # each decodes into memory of another layout
-            with choosing.forced({FORWARD: way, BACKWARD: way}), choosing.meeting() as found, torch.enable_grad():
-                _, loss = output_and_loss(model(**inputs))
-                torch.autograd.grad(loss, trained, allow_unused=True)
-            met |= found
+        with choosing.meeting() as met, torch.enable_grad():
+            _, loss = output_and_loss(model(**inputs))
+            torch.autograd.grad(loss, trained, allow_unused=True)
     return tuner.cases_for(met, device, tokens)
 
 

@@ -26,14 +26,8 @@ def model(checkpoints: Checkpoints) -> nn.Module:
 
 def test_the_groups_of_a_model_are_found(model: nn.Module) -> None:
     cases = [(tunable.op, key) for tunable, key in cases_of(model, [48])]
-    forward = {(key.out_features, key.layout) for op, key in cases if op == "lora_forward"}
-    assert forward == {((64,) * 3, ""), ((64,), ""), ((128, 128), "side by side"), ((64,), "room")}
-    assert Counter(op for op, _ in cases) == {
-        **{"lora_forward": 5, "lora_backward": 4},  # o and down are of other sizes
-        **{"gated_activation": 1, "gated_activation_backward": 1},
-    }
+    assert Counter(op for op, _ in cases) == {"gated_activation": 1, "gated_activation_backward": 1}
     assert {key.tokens for _, key in cases} == {64}
-    assert all(key.dropout for op, key in cases if op.startswith("lora"))
 
 
 def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Module, measured_choices: Path) -> None:
@@ -55,8 +49,8 @@ def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Modul
 
 
 def test_whatever_wins_the_model_computes_the_same(model: nn.Module) -> None:
-    for way in ("apart", "extended"):
-        with choosing.forced({"lora_forward": way, "lora_backward": way, "gated_activation": "torch"}):
+    for backend in ("torch", "native"):
+        with choosing.forced({"gated_activation": backend, "gated_activation_backward": backend}):
             assert fastpeft.verify(model).passed
 
 

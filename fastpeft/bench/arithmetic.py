@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reader:
-    """Projections of one input of `inputs` features; `made_here`: by the op before, which can make room for S."""
+    """Projections of one input of `inputs` features."""
 
     inputs: int
     outputs: tuple[int, ...]
-    made_here: bool = False
 
     @property
     def total(self) -> int:
@@ -34,7 +33,7 @@ LLAMA_8B = (
     Reader(4096, (4096, 1024, 1024)),
     Reader(4096, (4096,)),
     Reader(4096, (14336, 14336)),
-    Reader(14336, (4096,), made_here=True),
+    Reader(14336, (4096,)),
 )
 TOKENS, BYTES, FLOPS, BANDWIDTH = 8192, 2, 700e12, 4e12
 
@@ -54,16 +53,10 @@ def rival(of: Reader, tokens: int) -> tuple[float, float]:
     return of.count * x + 2 * y, 2 * y + 4 * of.count * x
 
 
-def apart(of: Reader, tokens: int) -> tuple[float, float]:
+def library(of: Reader, tokens: int) -> tuple[float, float]:
     """x read once; each output read and written once more; dY read for dS and for dB; dS A added to dX; x for dA."""
     x, y = tokens * of.inputs, tokens * of.total
     return x + 2 * y, 2 * y + 3 * x
-
-
-def extended(of: Reader, tokens: int) -> tuple[float, float]:
-    """x copied beside S unless it was made there; dY read for dB; dX read from beside dS; x for dA."""
-    x, y = tokens * of.inputs, tokens * of.total
-    return (x if of.made_here else 3 * x), y + 3 * x
 
 
 def kernels(of: Reader, tokens: int) -> tuple[float, float]:
@@ -75,8 +68,7 @@ def kernels(of: Reader, tokens: int) -> tuple[float, float]:
 WAYS: dict[str, Elements] = {
     "PEFT": peft,
     "Unsloth's addmm form": rival,
-    "fastpeft, apart": apart,
-    "fastpeft, extended (4-bit bases)": extended,
+    "fastpeft, library": library,
     "fastpeft, Triton": kernels,
 }
 

@@ -11,24 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.lora.keys import BACKWARD, FORWARD, GROUP, LINEAR, RANK
+from fastpeft_kernels.lora.keys import GROUP, LINEAR, RANK
 from fastpeft_kernels.tuning.choosing import forced
 
 from . import unsloth_functions
 from .layer_work import SIBLINGS, Work, sharing
 from .left_out import NotHereError
 
-_APART, _EXTENDED = {FORWARD: "apart", BACKWARD: "apart"}, {FORWARD: "extended", BACKWARD: "extended"}
 _CUBLAS = {GROUP: "library", LINEAR: "torch", RANK: "library"}
-_NARROW = {GROUP: "library", LINEAR: "torch", RANK: "triton"}
 VARIANTS: dict[str, dict[str, str]] = {
     "fastpeft": {},  # as a user gets it
-    "fastpeft apart, cuBLAS": {**_APART, **_CUBLAS},
-    "fastpeft apart, our narrow products": {**_APART, **_NARROW},
-    "fastpeft apart, all ours": {**_APART, **_NARROW, LINEAR: "triton"},
-    "fastpeft extended, cuBLAS": {**_EXTENDED, **_CUBLAS},
-    "fastpeft extended, our narrow products": {**_EXTENDED, **_NARROW},
-    "fastpeft triton": {**_APART, GROUP: "triton", RANK: "triton"},  # the MLP stays with the library
+    "fastpeft, cuBLAS": _CUBLAS,
+    "fastpeft, our narrow products": {**_CUBLAS, RANK: "triton"},
+    "fastpeft, our kernels": {**_CUBLAS, RANK: "triton", LINEAR: "triton"},
+    "fastpeft triton": {GROUP: "triton", RANK: "triton"},  # the MLP stays with the library
 }
 PRODUCTS, REFERENCE = "frozen products", "peft"
 

@@ -87,7 +87,7 @@ def tune(
         except OSError as error:  # it could be a moment ago
             raise RunFailed(f"the winners cannot be written: {error}") from error
     print(_json(found) if as_json else found)
-    if not any(outcome.winner for outcome in found.outcomes):
+    if found.outcomes and not any(outcome.winner for outcome in found.outcomes):
         raise RunFailed("nothing could be measured")
 
 

@@ -56,7 +56,7 @@ def test_a_wrong_result_of_ours_is_left_out_and_fails(tmp_path: Path, monkeypatc
     case = Case("linear", "dense", 8, True, SMALL)
 
     def some(peer: layer_peers.Peer) -> list[Tensor]:
-        return wrong(peer) if peer.choices.get("lora_forward") == "apart" else right(peer)
+        return wrong(peer) if peer.choices.get("lora_rank_products") == "library" else right(peer)
 
     monkeypatch.setattr(layer_peers.Peer, "__call__", some)
     recorder = Recorder(RecordFile(tmp_path / "layer.jsonl", environment("cpu")), "layer", "cpu", "quick")
@@ -64,8 +64,8 @@ def test_a_wrong_result_of_ours_is_left_out_and_fails(tmp_path: Path, monkeypatc
         part._run(recorder, [case], [], 1)
     records = load(tmp_path / "layer.jsonl")
     left = {r.peer: r.settings["reason"] for r in records if r.metric == "left out"}
-    assert "deviates from PEFT's by 1.0e-01" in left["fastpeft apart, cuBLAS"]
-    assert "fastpeft extended, cuBLAS" in {r.peer for r in records if r.metric == "forward and backward"}
+    assert "deviates from PEFT's by 1.0e-01" in left["fastpeft, cuBLAS"]
+    assert "fastpeft, our kernels" in {r.peer for r in records if r.metric == "forward and backward"}
 
 
 @pytest.mark.parametrize("work", ["layer", "linears"])

@@ -12,20 +12,24 @@ from tests.checkpoints import Checkpoints
 from tests.commands import run
 
 
-@pytest.mark.parametrize("name", ("llama", "bert"))
-def test_it_measures_once(
-    name: str, checkpoints: Checkpoints, measured_choices: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["tune", checkpoints[name], "--tokens", "16", "--rank", "4"]
+def test_it_measures_once(checkpoints: Checkpoints, measured_choices: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", checkpoints["llama"], "--tokens", "16", "--rank", "4"]
     first = run(capsys, *words)
     (path,) = measured_choices.glob("*.json")
     assert first.code == 0 and first.out.splitlines()[-1] == f"kept in {path}"
     assert first.err == "loading the model\nmeasuring\n"
-    assert "lora_forward" in first.out and ", 0 of them measured earlier" in first.out
+    assert "gated_activation" in first.out and ", 0 of them measured earlier" in first.out
     second = run(capsys, *words, "--json", "--quiet")
     found = json.loads(second.out)
     assert second.err == "" and found["file"] == str(path)
     assert found["outcomes"] and all(one["reused"] and one["choice"] in one["us"] for one in found["outcomes"])
+
+
+def test_a_model_with_nothing_to_choose(
+    checkpoints: Checkpoints, measured_choices: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = run(capsys, "tune", checkpoints["bert"], "--tokens", "16")
+    assert answer.code == 0 and answer.out.startswith("nothing to choose on ") and not list(measured_choices.glob("*"))
 
 
 def test_a_corrupt_file_is_replaced_with_one_warning(
@@ -34,7 +38,7 @@ def test_a_corrupt_file_is_replaced_with_one_warning(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    words = ["tune", checkpoints["bert"], "--tokens", "16", "--quiet", "--json"]
+    words = ["tune", checkpoints["llama"], "--tokens", "16", "--quiet", "--json"]
     whole = json.loads(run(capsys, *words).out)
     Path(whole["file"]).write_text("{")
     choosing.forget()

@@ -21,7 +21,6 @@ from tests.integration.quantised import quantise
 from tests.integration.reports import mlp_rows
 from tests.integration.steps import step
 from tests.integration.test_mlp import calls
-from tests.kernels.lora.groups import take
 from tests.kernels.lora.test_counts import PRODUCTS, products
 
 
@@ -50,19 +49,10 @@ def every_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]
             yield lambda: len(ours) + sum(e.count for e in profile.key_averages() if e.key in PRODUCTS)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "way", "most"),
-    [
-        (torch.float32, "chosen", 40 if native_library() else 47),
-        (torch.float32, "extended", 34),
-        (torch.bfloat16, "chosen", 34),
-    ],
-)
-def test_products_and_kept_bytes_of_a_layer(
-    dtype: torch.dtype, way: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_kept_bytes_of_a_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slope between two depths: products of a dense layer, and what it keeps, which the frozen layer keeps too."""
-    take(way, monkeypatch)
+    monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: True)  # in fp32 on any machine
     found = []
     for depth in (2, 4):
         base = make_base(dtype=dtype, num_hidden_layers=depth, hidden_size=256, intermediate_size=688, head_dim=64)
@@ -75,7 +65,7 @@ def test_products_and_kept_bytes_of_a_layer(
             model(input_ids=ids, labels=ids).loss.backward()
         found.append((count(), kept_a_token(model, input_ids=ids), frozen))
     gemms, ours, frozen = ((deep - shallow) / 2 for shallow, deep in zip(*found, strict=True))
-    assert gemms <= most and ours <= frozen
+    assert gemms == (40 if native_library() else 47) and ours <= frozen
 
 
 def test_products_of_a_layer_over_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +73,12 @@ def test_products_of_a_layer_over_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (2, 4):
         base = make_base(num_hidden_layers=depth, hidden_size=256, intermediate_size=512, head_dim=64)
         model = fastpeft.accelerate(with_lora(quantise(base), r=8))
-        ids = torch.randint(3, 90, (2, 8))
+        ids = torch.randint(3, 90, (4, 64))
         step(model, {"input_ids": ids, "labels": ids})
         with every_product(monkeypatch) as count:
             model(input_ids=ids, labels=ids).loss.backward()
         found.append(count())
-    assert (found[1] - found[0]) / 2 <= 32
+    assert (found[1] - found[0]) / 2 == (40 if native_library() else 47)
 
 
 def slope(measured: Callable[[PeftModel, dict[str, Tensor]], float], mlp: bool | str = True, **config: Any) -> float:

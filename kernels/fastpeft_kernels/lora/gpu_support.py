@@ -14,7 +14,7 @@ from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
 from . import library
-from .keys import BACKWARD, FORWARD, LINEAR, RANK
+from .keys import LINEAR, RANK
 from .projection import Dtypes, LoraAdapter, LoraProjection
 
 DEVICE = torch.device("cuda")
@@ -62,12 +62,9 @@ def widened(projection: LoraProjection) -> LoraProjection:
     return LoraProjection(DenseWeight(projection.weight.decode(dtype=F64)), bias, adapters)
 
 
-_APART = {FORWARD: "apart", BACKWARD: "apart"}
 CHOICES: dict[str, dict[str, str]] = {
-    "apart": {**_APART, RANK: "library", LINEAR: "torch"},
-    "apart, our kernels": {**_APART, RANK: "triton", LINEAR: "triton"},
-    "extended": {FORWARD: "extended", BACKWARD: "extended", RANK: "library"},
-    "extended, our kernels": {FORWARD: "extended", BACKWARD: "extended", RANK: "triton"},
+    "library": {RANK: "library", LINEAR: "torch"},
+    "our kernels": {RANK: "triton", LINEAR: "triton"},
 }
 """What the library's path can be told to take."""
 

@@ -12,8 +12,7 @@ from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .configs import linear_tiles
 from .projection import Group
 
-FORWARD, BACKWARD, GROUP = "lora_forward", "lora_backward", "lora_group"
-LINEAR, RANK = "lora_linear", "lora_rank_products"
+GROUP, LINEAR, RANK = "lora_group", "lora_linear", "lora_rank_products"
 _FEWEST_RANKS = 8
 
 
@@ -28,8 +27,6 @@ class GroupKey(NamedTuple):
         bases: `FrozenWeight.storage` of each.
         compute, lora, out: dtypes of the products and of the results.
         dropout: whether anything is dropped.
-        layout: "side by side", when the outputs are columns of one buffer; "room", when the input lies in memory with
-            room for S; "" for tensors of their own.
     """
 
     tokens: int
@@ -41,12 +38,11 @@ class GroupKey(NamedTuple):
     lora: str
     out: str
     dropout: bool
-    layout: str
 
     def __str__(self) -> str:
         outs = "+".join(map(str, self.out_features))
         names = dict.fromkeys([*self.bases, self.compute, self.lora, self.out])
-        words = [*names, *["dropout"] * self.dropout, *[self.layout] * bool(self.layout)]
+        words = [*names, *["dropout"] * self.dropout]
         return f"{self.tokens}x{self.in_features}x{outs}, r={max(self.ranks)}, {', '.join(words)}"
 
     def at(self, tokens: int, device: torch.device) -> GroupKey:
@@ -117,11 +113,6 @@ class LinearKey(NamedTuple):
         return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
 
 
-def ways(device: torch.device) -> tuple[str, ...]:
-    """Candidates for the library's products, forward and backward each for itself."""
-    return ("apart", "extended")
-
-
 def paths(device: torch.device) -> tuple[str, ...]:
     """Candidates for a whole group, both directions together."""
     return ("library", "triton") if triton_serves(device) else ("library",)
@@ -147,8 +138,8 @@ def linear_cases(key: GroupKey) -> list[tuple[str, LinearKey]]:
     return [(LINEAR, case) for case in (*forward, *dx)]
 
 
-def group_key(group: Group, tokens: int, layout: str = "") -> GroupKey:
-    """The case of a group; `layout` as in GroupKey."""
+def group_key(group: Group, tokens: int) -> GroupKey:
+    """The case of a group."""
     projections, dtypes = group.projections, group.dtypes
     weights = [projection.weight for projection in projections]
     shapes = [weight.shape for weight in weights]
@@ -162,5 +153,4 @@ def group_key(group: Group, tokens: int, layout: str = "") -> GroupKey:
         dtype_name(dtypes.lora),
         dtype_name(dtypes.out),
         group.drops,
-        layout,
     )

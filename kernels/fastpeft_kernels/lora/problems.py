@@ -1,4 +1,4 @@
-"""The choices of a group of projections as problems to be timed: the library's ways, our kernels and their tiles."""
+"""The choices of a group of projections as problems to be timed: products of rank width, tiles, and whole groups."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from ..quant import encode_4bit
 from ..tuning.choosing import forced
 from ..tuning.measuring import Tunable
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
-from . import extended, library
+from . import library
 from .api import run_group
 from .configs import linear_tiles
 from .keys import (
-    BACKWARD,
-    FORWARD,
     GROUP,
     LINEAR,
     RANK,
@@ -29,7 +27,6 @@ from .keys import (
     linear_cases,
     paths,
     rank_backends,
-    ways,
 )
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection
 from .rank_products import both_gradients, down_gradient, project_down
@@ -37,7 +34,6 @@ from .reference import lora_group_reference
 
 _DROPOUT = 0.05
 _RANK = 16  # of a product alone
-_NEEDS = (False, True, True, False)  # of a projection with one adapter: bias, a, b, the adapter's bias
 
 
 class _Group:
@@ -82,59 +78,6 @@ class _Group:
         return torch.randn(shape, device=self.device).to(dtype)
 
 
-class _Forward(_Group):
-    """`library.forward_into`, each way in the memory that it is given in use."""
-
-    def __init__(self, key: GroupKey, device: torch.device) -> None:
-        super().__init__(key, device)
-        self.packed = library.pack(self.projections, self.dtypes.lora)
-        whole = torch.empty((key.tokens, sum(key.out_features)), dtype=self.dtypes.out, device=device)
-        self.whole = whole if key.layout == "side by side" else None
-        self.outputs = [torch.empty_like(dy) for dy in self.dys]
-        if self.whole is not None:
-            self.outputs = list(self.whole.split(key.out_features, dim=1))
-        self.room: Tensor | None = None
-        if key.layout == "room":
-            self.room = extended.input_room(key.tokens, self.group, self.packed)
-            self.room[:, : key.in_features].copy_(self.x)
-
-    def run(self, candidate: str) -> Sequence[Tensor]:
-        room = self.room if candidate == "extended" else None  # given by `input_room` to that way alone
-        x = self.x if room is None else room[:, : self.key.in_features]
-        with torch.no_grad(), forced({FORWARD: candidate}):
-            library.forward_into(self.outputs, x, self.group, self.packed, whole=self.whole, room=room)
-        return self.outputs
-
-    def exact(self) -> list[Tensor]:  # type: ignore[override]
-        return super().exact()[0]
-
-
-class _Backward(_Group):
-    """`library.backward_without_input`: dx, and dB of every projection."""
-
-    def __init__(self, key: GroupKey, device: torch.device) -> None:
-        super().__init__(key, device)
-        self.packed = library.pack(self.projections, self.dtypes.lora)
-        with torch.no_grad():
-            self.s = library.forward(self.x, self.group, self.packed)[1]
-        self.whole = torch.cat(self.dys, dim=1) if key.layout == "side by side" else None
-        if self.whole is not None:
-            self.dys = list(self.whole.split(key.out_features, dim=1))
-
-    def run(self, candidate: str) -> Sequence[Tensor]:
-        needs = [_NEEDS if p.rank else _NEEDS[:1] for p in self.projections]
-        with torch.no_grad(), forced({BACKWARD: candidate}):
-            dx, _, grads = library.backward_without_input(
-                self.s, self.dys, self.group, self.packed, self.dtypes.compute, needs, whole=self.whole
-            )
-        assert dx is not None
-        return [dx, *(grad for found in grads for grad in found if grad is not None)]
-
-    def exact(self) -> list[Tensor]:  # type: ignore[override]
-        dx, *others = super().exact()[1]
-        return [dx, *others[1::2]]
-
-
 class _Linear:
     """One large product with its update, by a tile or by the library."""
 
@@ -166,7 +109,7 @@ class _Linear:
 
 
 class _Both(_Group):
-    """`run_group`, forward and backward; the library's ways, and the tiles, are then those measured before."""
+    """`run_group`, forward and backward; the products of rank width, and the tiles, are then those measured before."""
 
     def run(self, candidate: str) -> Sequence[Tensor]:
         implementation: ModuleType = library
@@ -221,8 +164,6 @@ def _widened(projection: LoraProjection) -> LoraProjection:
 
 TUNABLES = (
     Tunable(RANK, RankKey, rank_backends, _RankProducts),
-    Tunable(FORWARD, GroupKey, ways, _Forward),
-    Tunable(BACKWARD, GroupKey, ways, _Backward),
     Tunable(LINEAR, LinearKey, linear_candidates, _Linear),
     Tunable(GROUP, GroupKey, paths, _Both, within=linear_cases),
 )

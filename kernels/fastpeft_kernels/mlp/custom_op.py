@@ -47,9 +47,7 @@ def lora_mlp_up_to_down_op(
     flat = unflatten_group(tensors, numbers, layout)
     mlp = _mlp(flat, activation)
     with in_use(mlp.inner):
-        middle, pre, s = library.up_to_down(
-            x.reshape(-1, x.shape[-1]), mlp, flat.group.dtypes, flat.group.seeds, with_room=False
-        )
+        middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, flat.group.dtypes, flat.group.seeds)
     result, _, s_down, _, no_s = _empty(x, flat, activation)
     return [result, middle.h, s_down if middle.s_down is None else middle.s_down, pre, no_s if s is None else s]
 
@@ -69,7 +67,7 @@ def lora_mlp_down_op(
     group = unflatten_group(tensors, numbers, layout).group
     packed = lora_library.pack(group.projections, group.dtypes.lora)
     with in_use(group.projections):
-        return Middle(h, None if packed.a is None else s_down, group, packed, None).project(result.shape[:-1])
+        return Middle(h, None if packed.a is None else s_down, group, packed).project(result.shape[:-1])
 
 
 @lora_mlp_down_op.register_fake

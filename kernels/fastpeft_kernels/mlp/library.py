@@ -60,21 +60,19 @@ class Middle:
         h: act(gate) * up, (tokens, features).
         s_down: as in `Kept`.
         group, packed: the down projection, and its adapters from `lora.library.pack`.
-        room: from `lora.library.input_room`, if h lies in it.
     """
 
     h: Tensor
     s_down: Tensor | None
     group: Group
     packed: Packed
-    room: Tensor | None
 
     def project(self, lead: Sequence[int]) -> Tensor:
         """The MLP's result, (*lead, out_features), and no view: whoever gets it may write into it."""
         out_features = self.group.projections[0].weight.shape[0]
         y = self.h.new_empty((*lead, out_features), dtype=self.group.dtypes.out)
         rows = y.view(self.h.shape[0], out_features)
-        library.forward_into([rows], self.h, self.group, self.packed, room=self.room, s=self.s_down)
+        library.forward_into([rows], self.h, self.group, self.packed, self.s_down)
         return y
 
 
@@ -82,23 +80,19 @@ def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     """(pre, s) of x (tokens, in_features); see `Kept`."""
     pre = x.new_empty((x.shape[0], mlp.width), dtype=dtypes.out)
     group, _ = mlp.groups(dtypes, seeds)
-    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(mlp.inner, dtypes.lora), whole=pre)
+    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(mlp.inner, dtypes.lora))
 
 
 def up_to_down(
-    x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], with_room: bool = True
+    x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]
 ) -> tuple[Middle, Tensor, Tensor | None]:
-    """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features).
-
-    `with_room`: h may lie in a larger matrix, where that saves `Middle.project` a copy.
-    """
+    """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
     _, down = mlp.groups(dtypes, seeds)
     packed = library.pack(down.projections, dtypes.lora)
-    room = library.input_room(x.shape[0], down, packed) if with_room and dtypes.out == dtypes.compute else None
-    h = pre.new_empty((x.shape[0], mlp.features)) if room is None else room[:, : mlp.features]
+    h = pre.new_empty((x.shape[0], mlp.features))
     fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
-    return Middle(h, library.down_projection(h, down, packed), down, packed, room), pre, s
+    return Middle(h, library.down_projection(h, down, packed), down, packed), pre, s
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
@@ -152,5 +146,5 @@ def backward(
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
     packed = library.pack(mlp.inner, dtypes.lora)
-    dx, grads = library.backward(kept.x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1], whole=dpre)
+    dx, grads = library.backward(kept.x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1])
     return dx, [*grads, *grads_down]

@@ -1,8 +1,7 @@
 """Which implementation an op takes: the one that was measured to be fastest here, else the op's analytic default.
 
 Nothing is measured in a call. Choices are read once a process and device; a file that cannot be used is ignored, with
-one warning. Candidates compute the same and keep the same for backward, so a choice changes rounding of finite numbers;
-where some are NaN or infinite, it may change which others become so.
+one warning. Candidates compute the same and keep the same for backward, so a choice changes rounding.
 
 Backward runs in threads of its own, so the state is the process's, not a thread's. Who replaces it, to measure or to
 find out what is asked for, holds a lock, which computing threads do not take.

@@ -20,7 +20,7 @@ class Winner:
     """What was fastest in one case.
 
     Attributes:
-        op: name of the choice, such as "lora_forward".
+        op: name of the choice, such as "decode_4bit".
         key: the case, by the names of the fields of the op's key; strings, integers, switches and lists of those.
         choice: the candidate that won.
         us: median microseconds of every candidate that gave right results.

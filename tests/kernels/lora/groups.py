@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, extended, lora_linear_group
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
 from tests.budget import assert_within_budget
-
-WAYS = ("chosen", "extended")
-"""Of the library's path: as it chooses, and within the frozen products wherever that is possible."""
-
-
-ALL_WAYS = (*WAYS, "apart")
-
-
-def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way != "chosen":
-        monkeypatch.setattr(extended, "pays", lambda *_: way == "extended")
-
-
-@contextmanager
-def taken(way: str) -> Iterator[None]:
-    """`take` for as long as the block lasts, as a property test needs it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take(way, monkeypatch)
-        yield
 
 
 @dataclass

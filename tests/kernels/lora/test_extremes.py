@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
-from tests.kernels.lora.groups import check_group, parameters, projection, take
+from tests.kernels.lora.groups import check_group, parameters, projection
 
 F32, F16 = torch.float32, torch.float16
 Found = list[Tensor]
@@ -38,20 +38,9 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_pytorch(value: float, whe
         assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
-@pytest.mark.parametrize("where", ["x", "a", "b"])
-def test_within_the_frozen_products_it_reaches_siblings_too(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where S of one stands beside zeros for the other, an infinity makes NaN of them: never less than in PyTorch."""
-    take("extended", monkeypatch)
-    for ours, theirs in zip(*beside_pytorch(*spoiled(where, float("inf"))), strict=True):
-        assert not ours[~theirs.isfinite()].isfinite().any()
-
-
-@pytest.mark.parametrize("way", ["apart", "extended"])
-def test_s_beyond_fp16(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s_beyond_fp16() -> None:
     """x A^T past 65504 for one token: an infinity only where PyTorch or the oracle has one."""
-    take(way, monkeypatch)
-    sizes = [(8, 4)] if way == "extended" else [(8, 4), (6, 2)]
-    group = [projection(16, out, rank, dtype=F16) for out, rank in sizes]
+    group = [projection(16, out, rank, dtype=F16) for out, rank in ((8, 4), (6, 2))]
     x = torch.randn(9, 16)
     x[3] *= 3e4
     check_group(x.to(F16).requires_grad_(), group, Dtypes(F16, F16, F16))

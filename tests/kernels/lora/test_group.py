@@ -7,16 +7,11 @@ from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.reference import lora_group_reference
 from fastpeft_kernels.weights import DenseWeight
-from tests.kernels.lora.groups import WAYS, adapter, check_group, parameters, projection, seeds_for, take, widened
+from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for, widened
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
-
-
-@pytest.fixture(params=WAYS, autouse=True)
-def way(request, monkeypatch):
-    take(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

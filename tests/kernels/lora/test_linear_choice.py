@@ -19,7 +19,7 @@ from tests.kernels.lora.groups import check_group, projection
 CPU = torch.device("cpu")
 F16 = torch.float16
 HALF = Dtypes(F16, F16, F16)
-QKV = GroupKey(64, 64, (64, 16, 16), (8, 8, 0), ("four_bit",) * 3, *("bfloat16",) * 3, False, "")
+QKV = GroupKey(64, 64, (64, 16, 16), (8, 8, 0), ("four_bit",) * 3, *("bfloat16",) * 3, False)
 TILE = "triton 256x128x64 8w 4s tma g8 persistent"
 
 

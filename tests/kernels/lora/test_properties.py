@@ -29,7 +29,7 @@ from tests.kernels.lora.drawn import (
     projections,
     whole,
 )
-from tests.kernels.lora.groups import ALL_WAYS, parameters, seeds_for, taken, widened
+from tests.kernels.lora.groups import parameters, seeds_for, widened
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -51,7 +51,6 @@ class Group:
     used: list[bool]  # outputs with a gradient
     x_trained: bool
     layouts: tuple[str, str]  # of x and of the outputs' gradients
-    way: str
     seed: int
 
 
@@ -70,7 +69,6 @@ def groups(
         used=st.lists(st.booleans(), min_size=3, max_size=3),
         x_trained=st.booleans(),
         layouts=LAYOUTS,
-        way=st.sampled_from(ALL_WAYS),
         seed=st.integers(0, 2**31),
     )
 
@@ -105,8 +103,7 @@ def triples(case: Group, numbers: Numbers, dtypes: Dtypes, **options: object) ->
     before = [None if t is None else t.detach().clone() for t in (x, *dys)]
     seeds = seeds_for(group)
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}
-    with taken(case.way):
-        ours = results(lambda x: lora_linear_group(x, group, **named, **options), x, group, dys)
+    ours = results(lambda x: lora_linear_group(x, group, **named, **options), x, group, dys)
     assert all(t is None or torch.equal(t, kept) for t, kept in zip((x, *dys), before, strict=True) if kept is not None)
     same = results(lambda x: lora_group_reference(x, group, dtypes, seeds), x, group, dys)
     wide, x64 = [widened(p) for p in group], x.detach().double().requires_grad_(case.x_trained)

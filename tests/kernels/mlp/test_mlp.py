@@ -13,17 +13,12 @@ from fastpeft_kernels.mlp import Mlp, lora_mlp
 from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
-from tests.kernels.lora.groups import WAYS, parameters, projection, seeds_for, take
+from tests.kernels.lora.groups import parameters, projection, seeds_for
 from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp, wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
-
-
-@pytest.fixture(params=WAYS, autouse=True)
-def way(request, monkeypatch):
-    take(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("keep", ["preactivations", "input"])

@@ -26,7 +26,7 @@ from tests.kernels.lora.drawn import (
     normal,
     projections,
 )
-from tests.kernels.lora.groups import ALL_WAYS, parameters, seeds_for, taken
+from tests.kernels.lora.groups import parameters, seeds_for
 from tests.kernels.mlp.mlps import wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -45,7 +45,6 @@ class Drawn:
     activation: str
     x_trained: bool
     layouts: tuple[str, str]
-    way: str
     keep: str
     seed: int
 
@@ -63,7 +62,6 @@ def mlps(least: int = 1, lead: st.SearchStrategy[tuple[int, ...]] = LEADING_SIZE
         activation=st.sampled_from(KINDS),
         x_trained=st.booleans(),
         layouts=LAYOUTS,
-        way=st.sampled_from(ALL_WAYS),
         keep=st.sampled_from(["preactivations", "input"]),
         seed=st.integers(0, 2**31),
     )
@@ -98,8 +96,7 @@ def triples(case: Drawn, numbers: Numbers, dtypes: Dtypes) -> list[tuple[Tensor 
     dy = laid_out(numbers(*case.lead, case.sizes[2]).to(dtypes.out), case.layouts[1])
     before, seeds = (x.detach().clone(), dy.clone()), seeds_for(list(m.projections))
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}
-    with taken(case.way):
-        ours = results(lambda x: lora_mlp(x, m, keep=case.keep, **named), x, m, dy)
+    ours = results(lambda x: lora_mlp(x, m, keep=case.keep, **named), x, m, dy)
     assert torch.equal(before[0], x) and torch.equal(before[1], dy)
     same = results(lambda x: lora_mlp_reference(x, m, dtypes, seeds), x, m, dy)
     m64, x64 = wide(m), x.detach().double().requires_grad_(case.x_trained)
