@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from fastpeft.bench.records import load
-from fastpeft.bench.tables import insert, steps_table
+from fastpeft.bench.tables import TABLES, insert
 from tests.fresh import ROOT
 
 from .pages import DOCS, PAGES, read
@@ -112,13 +112,18 @@ def test_what_a_path_of_a_machine_is(text: str, found: bool) -> None:
     assert bool(MACHINE_PATHS.search(text)) == found
 
 
-def test_the_measurements_are_those_of_the_records() -> None:
-    table = steps_table(load(ROOT / "benchmarks" / "results" / "cpu" / "steps.jsonl"))
-    assert insert(read("docs/measured.md"), table) == read("docs/measured.md")
+@pytest.mark.parametrize(
+    "name, records",
+    [("", "cpu/steps"), ("layer", "nvidia-h200/layer"), ("decode", "nvidia-h200/layer"), ("steps", "nvidia-h200/steps")],
+)
+def test_the_measurements_are_those_of_the_records(name: str, records: str) -> None:
+    table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
+    assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")
 
 
 def test_the_figures_in_words_are_those_of_the_table() -> None:
-    cells = [line.split(" | ") for line in read("docs/measured.md").splitlines() if " r=16" in line]
+    on_a_cpu = read("docs/measured.md").partition("## Training steps on a CPU")[2]
+    cells = [line.split(" | ") for line in on_a_cpu.splitlines() if " r=16" in line]
     times = {row[0]: float(row[3]) for row in cells}
     kept = sorted(float(row[5].rstrip(" |")) for row in cells)
     others = sorted(time for case, time in times.items() if "dropout" not in case)
