@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -71,6 +72,7 @@ class Recorder:
 
     def _run(self, op: str, name: str, check: Callable[[], Mapping[str, Any] | None]) -> bool:
         print(f"{name} ...", flush=True)
+        start = time.perf_counter()
         try:
             figures = dict(check() or {})
         except Exception as error:
@@ -78,6 +80,7 @@ class Recorder:
             self._passed(op, name, 0.0, {"failure": f"{type(error).__name__}: {error}"})
             return False
         finally:
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
             self._free_memory()
         numbers = {key: float(value) for key, value in figures.items() if isinstance(value, Real)}
         others = {key: str(value) for key, value in figures.items() if key not in numbers}

@@ -1,18 +1,40 @@
 """Markdown tables made from records, and put between two markers of a document.
 
 python -m fastpeft.bench.tables benchmarks/results/cpu/steps.jsonl --into README.md
+python -m fastpeft.bench.tables benchmarks/results/nvidia-h200/layer.jsonl --as layer --into docs/measured.md
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from .records import Record, load
+from .records import Environment, Record, load
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+def place(records: Sequence[Record]) -> Environment:
+    """Where all the records were measured.
+
+    Raises:
+        ValueError: in more than one place, with more than one set of versions, or there are none.
+    """
+    places = {
+        (r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records
+    }
+    if len(places) != 1:
+        raise ValueError(f"records: expected one run on one machine, got {len(places)}")
+    return records[0].environment
+
+
+def versions(where: Environment, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {where.versions[name]}" for name in names if name in where.versions)
+
+
+def time_ratio(ours: Record, theirs: Record) -> float:
+    """The median over rounds of the two times of one round."""
+    return median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
 
 
 def steps_table(records: Sequence[Record]) -> str:
@@ -25,12 +47,8 @@ def steps_table(records: Sequence[Record]) -> str:
     Raises:
         ValueError: records of more than one environment, or none.
     """
-    records = [record for record in records if record.suite == "step"]
-    places = {
-        (r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records
-    }
-    if len(places) != 1:
-        raise ValueError(f"records: expected one run on one machine, got {len(places)}")
+    records = [record for record in records if record.suite in ("step", "steps")]
+    where = place(records)
     by_key = {(r.case, r.metric, r.peer): r for r in records}
     rows = [
         "| training step | PEFT, ms | fastpeft, ms | time, fastpeft / PEFT | PEFT / itself | kept, fastpeft / PEFT |",
@@ -39,45 +57,124 @@ def steps_table(records: Sequence[Record]) -> str:
     for case in dict.fromkeys(r.case for r in records):
         ours, theirs = by_key[case, "step time", "fastpeft"], by_key[case, "step time", "peft"]
         again = by_key[case, "step time", "peft again"]
-        time, spread = (median(a / b for a, b in zip(r.samples, theirs.samples, strict=True)) for r in (ours, again))
         kept = by_key[case, "kept for backward", "fastpeft"].median / by_key[case, "kept for backward", "peft"].median
-        rows.append(f"| {case} | {theirs.median:.0f} | {ours.median:.0f} | {time:.2f} | {spread:.2f} | {kept:.2f} |")
-    first = records[0]
-    where = first.environment
-    versions = ", ".join(f"{name} {where.versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+        ms = [f"{r.median:.{0 if theirs.median >= 100 else 1}f}" for r in (theirs, ours)]
+        ratios = f"{time_ratio(ours, theirs):.2f} | {time_ratio(again, theirs):.2f} | {kept:.2f}"
+        rows.append(f"| {case} | {ms[0]} | {ms[1]} | {ratios} |")
     rounds = len(next(r for r in records if r.metric == "step time").samples)
-    threads = first.settings.get("threads")
+    threads, command = records[0].settings.get("threads"), "make gpu" if where.device_type == "cuda" else "make bench"
+    on = where.device if threads is None else f"{where.device}, torch on {threads} of them"
     rows += [
         "",
-        f"Medians of {rounds} interleaved rounds on {where.device}, torch on {threads} of them; {versions}; "
-        f"{where.date[:10]}; `make bench`. PEFT is measured twice a round: its time divided by itself, if not 1, "
+        f"Medians of {rounds} interleaved rounds on {on}; "
+        f"{versions(where, ('torch', 'transformers', 'peft', 'bitsandbytes'))}; "
+        f"{where.date[:10]}; `{command}`. PEFT is measured twice a round: its time divided by itself, if not 1, "
         "shows the noise of the machine. Kept: bytes that a forward keeps for backward.",
     ]
     return "\n".join(rows)
 
 
-def insert(text: str, table: str) -> str:
-    """The document with the table between the markers.
+PEERS = {
+    "peft": "PEFT",
+    "peft + liger": "PEFT + Liger",
+    "unsloth functions": "Unsloth's functions",
+    "fastpeft": "fastpeft",
+}
+WORKS = {
+    "layer": "seven projections and the MLP's activation",
+    "linears": "seven projections alone",
+    "linear": "one of 4096 x 4096",
+}
+
+
+def layer_table(records: Sequence[Record]) -> str:
+    """Forward and backward of a decoder layer's projections: everyone's time over that of the bare frozen products.
+
+    Raises:
+        ValueError: records of more than one environment, or none.
+    """
+    records = [record for record in records if record.op == "layer"]
+    where = place(records)
+    times = {(r.case, r.peer): r for r in records if r.metric == "forward and backward"}
+    peaks = {(r.case, r.peer): r.median for r in records if r.metric == "peak memory"}
+    rows = [
+        f"| | frozen products, ms | {' | '.join(PEERS.values())} | peak MiB: {', '.join(PEERS.values())} |",
+        "|---" * (len(PEERS) + 3) + "|",
+    ]
+    for case in dict.fromkeys(case for case, _ in times):
+        products = times[case, "frozen products"]
+        ratios = [f"{time_ratio(times[case, peer], products):.2f}" if (case, peer) in times else "" for peer in PEERS]
+        most = [f"{peaks[case, peer]:.0f}" if (case, peer) in peaks else "-" for peer in PEERS]
+        work, _, rest = case.partition(" ")
+        rows.append(f"| {WORKS[work]}: {rest} | {products.median:.2f} | {' | '.join(ratios)} | {', '.join(most)} |")
+    first = next(iter(times.values()))
+    names = ("torch", "triton", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+    sizes = "{tokens} tokens, {hidden} and {intermediate} features".format(**first.settings)
+    rows += [
+        "",
+        f"Device time of forward and backward over that of the bare frozen products in bf16, medians of "
+        f"{len(first.samples)} interleaved rounds; {sizes} (a layer of Llama 3.1 8B); {where.device}, driver "
+        f"{where.driver}, ptxas {where.ptxas}; {versions(where, names)}; {where.date[:10]}; `make gpu`. Peak: most "
+        "memory of one forward and backward, beside weights and inputs.",
+    ]
+    return "\n".join(rows)
+
+
+def decode_table(records: Sequence[Record]) -> str:
+    """4-bit decode beside a copy of the decoded matrix: GB/s, of bytes read and written.
+
+    Raises:
+        ValueError: records of more than one environment, or none.
+    """
+    records = [record for record in records if record.op == "quant" and record.metric == "bandwidth"]
+    where = place(records)
+    by_key = {(r.case, r.peer): r for r in records}
+    peers = list(dict.fromkeys(r.peer for r in records))
+    rows = [f"| NF4, nested, to bf16 | {' | '.join(peers)} |", "|---" * (len(peers) + 1) + "|"]
+    for case in dict.fromkeys(r.case for r in records):
+        figures = [f"{by_key[case, peer].median:.0f}" if (case, peer) in by_key else "" for peer in peers]
+        rows.append(f"| {case} | {' | '.join(figures)} |")
+    rows += [
+        "",
+        f"GB/s of device time, medians of {len(records[0].samples)} interleaved rounds; {where.device}; "
+        f"{versions(where, ('torch', 'triton', 'bitsandbytes', 'unsloth'))}; {where.date[:10]}; `make gpu`.",
+    ]
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+    "": steps_table,
+    "steps": steps_table,
+    "layer": layer_table,
+    "decode": decode_table,
+}
+"""By the name in the markers."""
+
+
+def insert(text: str, table: str, name: str = "") -> str:
+    """The document with the table between the markers of that name.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"document: expected {BEGIN} and {END} once each, in this order")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    begin, end = (f"<!-- measured{' ' * bool(name)}{name}: {which} -->" for which in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"document: expected {begin} and {end} once each, in this order")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpeft.bench.tables", description=__doc__)
     parser.add_argument("records", type=Path)
+    parser.add_argument("--as", dest="name", choices=TABLES, default="", help="which table, and which markers")
     parser.add_argument("--into", type=Path, help="a document with the two markers; printed when not given")
     options = parser.parse_args(arguments)
-    table = steps_table(load(options.records))
+    table = TABLES[options.name](load(options.records))
     if options.into is None:
         print(table)
     else:
-        options.into.write_text(insert(options.into.read_text(), table))
+        options.into.write_text(insert(options.into.read_text(), table, options.name))
 
 
 if __name__ == "__main__":

@@ -67,22 +67,29 @@ def _linear() -> Iterator[AotCase]:
 
 
 def _linear_tma() -> Iterator[AotCase]:
-    """`forward` and `dx` as above; `mixed`: only B is transposed, as for a base that stores W^T; `wide`: dx in fp32."""
+    """`forward` and `dx` as above; `mixed`: only B is transposed, as for a base that stores W^T; `wide`: dx in fp32;
+    `three`: dx of three siblings."""
     for default, config in _tuned(configs.LINEAR_TMA):
-        for variant in ("forward", "dx", "mixed", "wide") if default else ("forward", "dx", "wide"):
-            dx, out = variant in ("dx", "wide"), "fp32" if variant == "wide" else "bf16"
+        for variant in ("forward", "dx", "three", "wide", "mixed") if default else ("forward", "dx", "three", "wide"):
+            dx, out = variant in ("dx", "three", "wide"), "fp32" if variant == "wide" else "bf16"
             turned = {"W_TRANSPOSED": dx, "B_TRANSPOSED": variant != "forward"}
             m, n, k = config.block_m, config.block_n, config.block_k
             blocks: dict[str, tuple[int, int]] = {"x_desc": (m, k), "s_desc": (m, k), "y_desc": (m, n // config.parts)}
             for name, transposed in zip(("w_desc", "b_desc"), turned.values(), strict=True):
                 blocks[name] = (k, n) if transposed else (n, k)
+            others = ("x2_desc", "w2_desc", "x3_desc", "w3_desc")
+            if variant == "three":
+                blocks |= {name: blocks[f"{name[0]}_desc"] for name in others}
             types = {
                 name: f"tensordesc<{out if name == 'y_desc' else 'bf16'}[{rows},{columns}]>"
                 for name, (rows, columns) in blocks.items()
             }
-            types |= dict.fromkeys(("out_features", "in_features", "rank"), "i32")  # not specialised
+            types |= dict.fromkeys(
+                ("out_features", "in_features", "in2_features", "in3_features", "rank", "group_m"), "i32"
+            )  # not specialised
             constants: dict[str, Any] = {**turned, "HAS_LORA": True, "HAS_BIAS": not dx, "ACCUMULATE": dx}
-            constants |= {**_blocks(config), "GROUP_M": config.group_m}
+            constants |= {"PAIRS": 3} if variant == "three" else {"PAIRS": 1, **dict.fromkeys(others)}
+            constants |= _blocks(config)
             constants |= {"PARTS": config.parts, "PERSISTENT": config.persistent}
             staged = replace(config, num_stages=configs.tma_stages(config, 4 if out == "fp32" else 2))
             yield _case(

@@ -56,18 +56,15 @@ class Config:
 
 TINY = Config(32, 32, 16, 16)  # for the interpreter
 LINEAR_TMA = (
+    Config(128, 256, 64, 64, 8, 4, tma=True, group_m=8, persistent=True, parts=4),
     Config(128, 256, 64, 64, 8, 4, tma=True, group_m=16, persistent=True, parts=4),
-    Config(128, 256, 64, 64, 8, 3, tma=True, group_m=16, persistent=True, parts=2),
-    Config(256, 128, 64, 64, 8, 4, tma=True, group_m=8, persistent=True, parts=4),
-    Config(128, 128, 64, 64, 8, 4, tma=True, group_m=16, persistent=True, parts=2),
-    Config(128, 256, 64, 64, 8, 4, tma=True, group_m=16),
-    Config(256, 128, 64, 64, 8, 3, tma=True, group_m=8),
+    Config(128, 256, 64, 64, 8, 3, tma=True, group_m=8, persistent=True, parts=2),
     Config(128, 128, 64, 64, 4, 3, tma=True, group_m=8),
 )
 LINEAR = (Config(128, 128, 64, 64, 8, 3), Config(128, 256, 64, 64, 8, 3))
-DOWN = (Config(64, 0, 64, 64, 4, 6), Config(32, 0, 128, 64, 4, 4))
-UP = (Config(64, 256, 0, 16, 8), Config(64, 128, 0, 16))
-WEIGHT = (Config(64, 128, 0, 64, 8), Config(64, 128, 0, 16))
+DOWN = (Config(32, 0, 128, 64, 4, 4), Config(64, 0, 128, 64, 4, 4))
+UP = (Config(32, 256, 0, 16, 4, 4), Config(64, 128, 0, 16))
+WEIGHT = (Config(64, 128, 0, 64), Config(64, 128, 0, 64, 8))
 INPUT = (Config(64, 128, 0, 64, 8), Config(128, 128, 0, 64, 8))
 DOWN_FP32 = WEIGHT_FP32 = INPUT_FP32 = (TINY,)  # fp32 runs in the interpreter only
 

@@ -19,6 +19,8 @@ Up to rank 32 there are too few rows for wgmma, so that the synchronous mma serv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -175,6 +177,7 @@ def lora_linear(
     b: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    more: Sequence[tuple[Tensor, Tensor]] = (),
     out: Tensor | None = None,
     accumulate: bool = False,
     config: Config | None = None,
@@ -187,6 +190,8 @@ def lora_linear(
         s: (tokens, rank) or None, any strides.
         b: (out_features, rank), dtype of s, any strides; None without s.
         bias: (out_features,), any floating dtype, or None.
+        more: further pairs of x and w, whose products are added: in the same accumulator where tensor descriptors
+            serve, else into `out`, one after the other.
         out: (tokens, out_features) to fill, any floating dtype, columns contiguous; a new tensor like x by default.
         accumulate: add to what is in `out`.
         config: tile; the analytic default when None.
@@ -198,10 +203,10 @@ def lora_linear(
     out = x.new_empty((tokens, out_features)) if out is None else out
     if out.numel() == 0:
         return out
-    operands = (x, w, out) if s is None or b is None else (x, w, out, s, b)
-    config = config or linear_config(x.device, x.dtype, describable(*operands))
+    pairs = [(x, w), *more]
+    config = config or linear_config(x.device, x.dtype, describable(pairs, out, s, b))
     if config.tma:
-        return lora_linear_tma(x, w, s, b, bias, out, accumulate, config)
+        return lora_linear_tma(pairs, s, b, bias, out, accumulate, config)
     rank = 0 if s is None else s.shape[1]
     no_strides = (0, 0)
     with torch.cuda.device_of(x):
@@ -214,4 +219,6 @@ def lora_linear(
             BLOCK_K=config.block_k, BLOCK_R=16 if s is None or s.dtype == torch.float32 else config.ranks(rank),
             GROUP_M=8, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+    for another_x, another_w in more:
+        lora_linear(another_x, another_w, out=out, accumulate=True, config=config)
     return out

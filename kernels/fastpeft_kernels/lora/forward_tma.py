@@ -1,9 +1,10 @@
 """The large product of forward and of dX through Hopper's and Blackwell's tensor descriptors (TMA).
 
-Same result as `lora_linear_fwd_kernel`: the copy engine computes the addresses, so that the loop keeps no pointers,
-four stages of 48 KiB fit, and ragged edges need no masks. S and B are further steps of the one loop over features: a
-step reads [X | S] and [W | B] through the descriptors that it is at, so that the update has no loop of its own whose
-loads nothing would hide. A rank up to BLOCK_K costs one step of that width, 1.6 % of 4096 features.
+Same result as `lora_linear_fwd_kernel`, for the sum of up to three products, as dX of siblings is: the copy engine
+computes the addresses, so that the loop keeps no pointers, four stages of 48 KiB fit, and ragged edges need no masks.
+S and B, as further factors, are further steps of the one loop over features: a step reads a block of X and of W, or of
+S and of B, through the descriptors that it is at, so that no loop of its own waits for its loads. A rank up to BLOCK_K
+costs one step of that width, 1.6 % of 4096 features.
 
 A persistent program takes one tile after the other in a fused loop (`flatten`): while it stores a tile, the loads of
 the next are under way. Such kernels reach 92 to 102 % of cuBLAS in the Gluon tutorial on Hopper, pointer kernels about
@@ -11,6 +12,8 @@ the next are under way. Such kernels reach 92 to 102 % of cuBLAS in the Gluon tu
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,62 +23,76 @@ from torch import Tensor
 from .configs import Config, multiprocessors, tma_stages
 
 
-@triton.jit(do_not_specialize=["tokens", "out_features", "in_features", "rank"])
+@triton.jit(
+    do_not_specialize=["tokens", "out_features", "in_features", "in2_features", "in3_features", "rank", "group_m"]
+)
 def lora_linear_tma_fwd_kernel(
-    x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr,
-    tokens, out_features, in_features, rank,
-    W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, s_desc, b_desc, y_desc, bias_ptr,
+    tokens, out_features, in_features, in2_features, in3_features, rank, group_m,
+    PAIRS: tl.constexpr, W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """Y = (Y) + X W^T + S B^T + bias; descriptors fill with zeros past the ends and write nothing there.
+    """Y = (Y) + X W^T (+ X2 W2^T + X3 W3^T) + S B^T + bias, for PAIRS of X and W.
 
-    x_desc: blocks (BLOCK_M, BLOCK_K) of X (tokens, in_features). w_desc: (BLOCK_N, BLOCK_K) of W (out_features,
-    in_features), or (BLOCK_K, BLOCK_N) of W^T. s_desc, b_desc: likewise with ranks in place of features. y_desc:
-    (BLOCK_M, BLOCK_N / PARTS) of Y. One program a tile, or, PERSISTENT, as many as there are multiprocessors.
+    Descriptors fill with zeros past the ends and write nothing there. x_desc: blocks (BLOCK_M, BLOCK_K) of X (tokens,
+    in_features). w_desc: (BLOCK_N, BLOCK_K) of W (out_features, in_features), or (BLOCK_K, BLOCK_N) of W^T. s_desc,
+    b_desc: likewise with ranks in place of features. y_desc: (BLOCK_M, BLOCK_N / PARTS) of Y. One program a tile, or,
+    PERSISTENT, as many as there are multiprocessors.
     """
     if PERSISTENT:
         tiles = tl.cdiv(tokens, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _one_tile(
-                tile, x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
-                W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+                tile, x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, s_desc, b_desc, y_desc, bias_ptr,
+                tokens, out_features, in_features, in2_features, in3_features, rank, group_m,
+                PAIRS, W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
             )  # fmt: skip
     else:
         _one_tile(
-            tl.program_id(0), x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
-            W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+            tl.program_id(0), x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, s_desc, b_desc, y_desc, bias_ptr,
+            tokens, out_features, in_features, in2_features, in3_features, rank, group_m,
+            PAIRS, W_TRANSPOSED, B_TRANSPOSED, HAS_LORA, HAS_BIAS, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
         )  # fmt: skip
 
 
 @triton.jit
 def _one_tile(
-    tile, x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, tokens, out_features, in_features, rank,
-    W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    tile, x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, s_desc, b_desc, y_desc, bias_ptr,
+    tokens, out_features, in_features, in2_features, in3_features, rank, group_m,
+    PAIRS: tl.constexpr, W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles go in groups of GROUP_M row blocks, for the second-level cache."""
+    """Tiles go in groups of `group_m` row blocks, for the second-level cache."""
     down, across = tl.cdiv(tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    group = tile // (GROUP_M * across)
-    size = tl.minimum(down - group * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * across)
-    m = (group * GROUP_M + within % size) * BLOCK_M
+    group = tile // (group_m * across)
+    size = tl.minimum(down - group * group_m, group_m)
+    within = tile % (group_m * across)
+    m = (group * group_m + within % size) * BLOCK_M
     n = (within // size) * BLOCK_N
     IN_LOOP: tl.constexpr = HAS_LORA and W_TRANSPOSED == B_TRANSPOSED
-    features = tl.cdiv(in_features, BLOCK_K)
-    steps = features
+    one = tl.cdiv(in_features, BLOCK_K)
+    two = one + tl.cdiv(in2_features, BLOCK_K)
+    three = two + tl.cdiv(in3_features, BLOCK_K)
+    steps = three
     if IN_LOOP:
         steps += tl.cdiv(rank, BLOCK_K)
     tl.assume(steps > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(steps):
-        left, right, k = x_desc, w_desc, step * BLOCK_K
-        if IN_LOOP:  # noqa: SIM102 (known when compiled)
-            if step >= features:
-                left, right, k = s_desc, b_desc, (step - features) * BLOCK_K
-        acc = _add_product(acc, left, right, m, n, k, W_TRANSPOSED)
+        left, right, k = x_desc, w_desc, step
+        if PAIRS > 1:  # noqa: SIM102 (known when compiled)
+            if step >= one:
+                left, right, k = x2_desc, w2_desc, step - one
+        if PAIRS > 2:  # noqa: SIM102
+            if step >= two:
+                left, right, k = x3_desc, w3_desc, step - two
+        if IN_LOOP:  # noqa: SIM102
+            if step >= three:
+                left, right, k = s_desc, b_desc, step - three
+        acc = _add_product(acc, left, right, m, n, k * BLOCK_K, W_TRANSPOSED)
     if HAS_LORA and not IN_LOOP:  # blocks of W and B have different shapes
         for r in tl.range(0, rank, BLOCK_K, num_stages=1):
             acc = _add_product(acc, s_desc, b_desc, m, n, r, B_TRANSPOSED)
@@ -112,17 +129,24 @@ def _store(
         _store(y_desc, two, bias_ptr, m, n + HALF, out_features, HAS_BIAS, ACCUMULATE, BLOCK_M, HALF, PARTS // 2)
 
 
-def describable(x: Tensor, w: Tensor, out: Tensor, s: Tensor | None = None, b: Tensor | None = None) -> bool:
-    """Whether these operands of `lora_linear` can have descriptors: one 16-bit dtype (but of `out`), aligned rows."""
-    if any(t.dtype != x.dtype for t in (w, s, b) if t is not None) or x.dtype.itemsize != 2:
+MOST_PAIRS = 3
+
+
+def describable(
+    pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, s: Tensor | None = None, b: Tensor | None = None
+) -> bool:
+    """Whether these operands can have descriptors: one 16-bit dtype (but of `out`), aligned rows, w of one order."""
+    factors = [t for pair in pairs for t in pair] + [t for t in (s, b) if t is not None]
+    dtype = factors[0].dtype
+    if dtype.itemsize != 2 or any(t.dtype != dtype for t in factors) or len(pairs) > MOST_PAIRS:
         return False
-    views = (x, _rows_view(w), out, s, None if b is None else _rows_view(b))
-    return all(_aligned(view) for view in views if view is not None)
+    if len({w.stride(1) != 1 for _, w in pairs}) > 1:
+        return False
+    return _aligned(out) and all(_aligned(_rows_view(t)) for t in factors)
 
 
 def lora_linear_tma(
-    x: Tensor,
-    w: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
     s: Tensor | None,
     b: Tensor | None,
     bias: Tensor | None,
@@ -130,14 +154,14 @@ def lora_linear_tma(
     accumulate: bool,
     config: Config,
 ) -> Tensor:
-    """`lora_linear` for describable operands; see there.
+    """`lora_linear` for describable operands, and the sum of up to three products x w^T in place of one.
 
     Raises:
         ValueError: an operand cannot have a descriptor.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if not describable(x, w, out, s, b):
+    if not describable(pairs, out, s, b):
         raise ValueError("operands: expected one 16-bit dtype, rows at multiples of 16 bytes and contiguous columns")
     rank = 0 if s is None or b is None else s.shape[1]
     width = config.block_n // config.parts
@@ -148,18 +172,23 @@ def lora_linear_tma(
         block = [rows, columns] if tensor.stride(1) == 1 else [columns, rows]
         return TensorDescriptor.from_tensor(_rows_view(tensor), block)
 
-    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(w.shape[0], config.block_n)
+    described: list[TensorDescriptor | None] = []
+    for x, w in pairs:
+        described += describe(x, config.block_m, config.block_k), describe(w, config.block_n, config.block_k)
+    described += [None] * (2 * MOST_PAIRS - len(described))
+    features = [x.shape[1] for x, _ in pairs] + [0] * (MOST_PAIRS - len(pairs))
+    (tokens, out_features), w = out.shape, pairs[0][1]
+    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
     if config.persistent:
-        programs = min(programs, multiprocessors(x.device))
-    with torch.cuda.device_of(x):
+        programs = min(programs, multiprocessors(out.device))
+    with torch.cuda.device_of(out):
         lora_linear_tma_fwd_kernel[(programs,)](
-            describe(x, config.block_m, config.block_k), describe(w, config.block_n, config.block_k),
-            describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k),
+            *described, describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k),
             describe(out, config.block_m, width), None if bias is None else bias.contiguous(),
-            x.shape[0], w.shape[0], x.shape[1], rank,
-            W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
+            tokens, out_features, *features, rank, config.group_m,
+            PAIRS=len(pairs), W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
             HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PARTS=config.parts, PERSISTENT=config.persistent,
             num_warps=config.num_warps, num_stages=tma_stages(config, out.dtype.itemsize),
         )  # fmt: skip

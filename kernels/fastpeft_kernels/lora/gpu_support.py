@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.gpu_verdicts import Verdicts
 from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
@@ -75,13 +76,10 @@ def dropped(x: Tensor, mask: dict[str, Any]) -> Tensor:
 
 
 def within(ours: Tensor, same: Tensor, exact: Tensor, what: str) -> float:
-    """max|ours - exact| as a share of its budget, 2 max|same - exact| + eps max|exact|."""
-    assert ours.shape == same.shape == exact.shape and ours.dtype == same.dtype, f"{what}: {ours.shape} {ours.dtype}"
-    assert ours.isfinite().all(), f"{what}: {int((~ours.isfinite()).sum())} elements are not finite"
-    error, theirs = ((t.double() - exact).abs().max().item() for t in (ours, same))
-    budget = 2 * theirs + torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    assert error <= budget, f"{what}: error {error:.3e} over its budget {budget:.3e}; PyTorch errs by {theirs:.3e}"
-    return error / budget if budget else 0.0
+    """The share of its budget that an error uses; see `Verdicts.within`."""
+    verdicts = Verdicts()
+    verdicts.within(ours, same, exact, what)
+    return verdicts.settle()
 
 
 def rand(*shape: int, dtype: torch.dtype = F32) -> Tensor:

@@ -59,7 +59,7 @@ def _chosen(operands: tuple[Tensor, ...], backend: str) -> str:
         return name
     from .forward_tma import describable
 
-    return name if describable(*operands) else default
+    return name if describable([(x, w)], out, *operands[3:]) else default
 
 
 def library_linear(

@@ -60,9 +60,16 @@ class LoraMlpUpToDown(torch.autograd.Function):
                 seeds,
                 dtype if ctx.needs_input_grad[4] else None,
                 needs,
+                spend=not _graph_is_kept(),
             )
         flat = [grad for group in grads for grad in group]
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass leaves what was saved for another: `retain_graph=True`."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 class LoraMlpDown(torch.autograd.Function):

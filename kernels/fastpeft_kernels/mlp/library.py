@@ -108,6 +108,7 @@ def backward(
     seeds: Sequence[Tensor | None],
     dx_dtype: torch.dtype | None,
     needs: Flags,
+    spend: bool = False,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradients of x and of `LoraProjection.tensors()` of each of `mlp.projections`.
 
@@ -116,6 +117,7 @@ def backward(
         kept, mlp, dtypes, seeds: of forward; without `pre`, gate and up are made again of x.
         dx_dtype: dtype of x; None when no gradient of it is wanted.
         needs: which other gradients are wanted.
+        spend: `kept.pre` may be written over, because nobody reads it again: its gradient takes its place.
 
     Returns:
         (dx, grads), as `lora.library.backward`.
@@ -130,10 +132,11 @@ def backward(
     pre, dpre, h = kept.pre, None, None
     if pre is None and kept.x is not None and (dh is not None or trains_a):
         pre, _ = inner(kept.x, mlp, dtypes, seeds)
+        spend = True
     if dh is not None:
         assert pre is not None
         h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
-        dpre = torch.empty_like(pre)
+        dpre = pre if spend else torch.empty_like(pre)
         dgate, dup = mlp.halves(dpre)
         fill_gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate, dup, h)
     elif trains_a:

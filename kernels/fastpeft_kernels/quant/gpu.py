@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import holds_huge_tensors
+from ..common.gpu_verdicts import Verdicts
 from .api import decode_4bit, encode_4bit
 from .reference import decode_4bit_reference, encode_4bit_reference
 from .storage import BLOCKSIZES, DTYPES, QUANT_TYPES, Packed4bit
@@ -38,38 +39,42 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def _check_decode(config: Any) -> dict[str, Any]:
-    elements = 0
+    elements, verdicts = 0, Verdicts()
     for shape, quant_type, nested, dtype in product(_SHAPES, QUANT_TYPES, (False, True), (*DTYPES, torch.float64)):
         packed = encode_4bit(_random(shape, torch.float32), quant_type, 64, nested, backend="torch")
         for rows in ((0, shape[0]), (shape[0] // 3, shape[0])):
-            elements += _compare_decode(packed, rows, dtype, config, f"{shape} {quant_type} {nested=} {dtype} {rows=}")
+            what = f"{shape} {quant_type} {nested=} {dtype} {rows=}"
+            elements += _compare_decode(verdicts, packed, rows, dtype, config, what)
+    verdicts.settle()
     return {"elements": elements}
 
 
 def _check_encode(config: Any) -> dict[str, Any]:
     from .forward import encode_4bit_triton
 
-    elements = 0
+    elements, verdicts = 0, Verdicts()
     for shape, quant_type, dtype, blocksize in product(_SHAPES, QUANT_TYPES, DTYPES, (32, 64, 4096)):
         weight = _random(shape, dtype)
         weight.view(-1)[:: blocksize + 1] = 0.0
         want = encode_4bit_reference(weight, quant_type, blocksize)
         got = encode_4bit_triton(weight, quant_type, blocksize, config)
         what = f"{shape} {quant_type} {dtype} {blocksize=}"
-        _assert_same(got[0], want[0], f"packed, {what}")
-        _assert_same(got[1], want[1], f"absmax, {what}")
+        verdicts.equal(got[0], want[0], f"packed, {what}")
+        verdicts.equal(got[1], want[1], f"absmax, {what}")
         elements += weight.numel()
+    verdicts.settle()
     return {"elements": elements}
 
 
 def _check_blocksizes() -> dict[str, Any]:
     from .forward import DECODE_CONFIGS
 
-    elements = 0
+    elements, verdicts = 0, Verdicts()
     for shape, blocksize, nested in product(_SHAPES, BLOCKSIZES, (False, True)):
         packed = encode_4bit(_random(shape, torch.bfloat16), "nf4", blocksize, nested, backend="torch")
         what = f"{shape} {blocksize=} {nested=}"
-        elements += _compare_decode(packed, (0, shape[0]), torch.bfloat16, DECODE_CONFIGS[0], what)
+        elements += _compare_decode(verdicts, packed, (0, shape[0]), torch.bfloat16, DECODE_CONFIGS[0], what)
+    verdicts.settle()
     return {"elements": elements}
 
 
@@ -120,13 +125,17 @@ def _check_many_encoded() -> dict[str, Any]:
     return {"elements": weight.numel()}
 
 
-def _compare_decode(packed: Packed4bit, rows: tuple[int, int], dtype: torch.dtype, config: Any, what: str) -> int:
+def _compare_decode(
+    verdicts: Verdicts, packed: Packed4bit, rows: tuple[int, int], dtype: torch.dtype, config: Any, what: str
+) -> int:
     from .forward import decode_4bit_triton
 
     shape = (rows[1] - rows[0], packed.shape[1])
     out = torch.full(shape, torch.nan, dtype=dtype, device=_DEVICE)
     decode_4bit_triton(packed, out, *rows, config)
-    _assert_same(out, decode_4bit_reference(packed, torch.empty_like(out), *rows), what)
+    want = decode_4bit_reference(packed, torch.empty_like(out), *rows)
+    bits = _BITS[dtype.itemsize]
+    verdicts.equal(out.view(bits), want.view(bits), what)
     return out.numel()
 
 

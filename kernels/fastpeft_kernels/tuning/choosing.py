@@ -20,7 +20,7 @@ import torch
 
 from ..common.host import cpu_name
 from . import files
-from .records import StaleError, UnusableError, Winner
+from .records import UnusableError, Winner
 
 logger = logging.getLogger("fastpeft")
 
@@ -154,21 +154,18 @@ def _choices(device: torch.device) -> dict[str, dict[Case, str]]:
         if device.type in ("cpu", "cuda"):
             name = device_name(device)
             for folder in (files.SHIPPED, files.user_folder()):  # the later wins
-                for winner in _read(files.file_of(name, folder), name, shipped=folder is files.SHIPPED):
+                for winner in _read(files.file_of(name, folder), name):
                     found.setdefault(winner.op, {})[winner.case] = winner.choice
         _known[place] = found
     return found
 
 
-def _read(path: Path, device: str, shipped: bool) -> list[Winner]:
+def _read(path: Path, device: str) -> list[Winner]:
     try:
         return files.read(path, device)
-    except StaleError as error:
-        if not shipped:  # a user's torch is often newer than that of the defaults
-            _warn(str(error), path)
     except UnusableError as error:
         _warn(str(error), path)
-    return []
+        return []
 
 
 def _warn(reason: str, path: Path) -> None:

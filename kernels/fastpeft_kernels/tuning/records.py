@@ -15,10 +15,6 @@ class UnusableError(ValueError):
     """A file of choices that cannot be used; the message says why."""
 
 
-class StaleError(UnusableError):
-    """A sound file, but measured with other versions."""
-
-
 @dataclass(frozen=True)
 class Winner:
     """What was fastest in one case.
@@ -63,12 +59,16 @@ def to_text(device: str, winners: Iterable[Winner]) -> str:
     return f'{head[:-1]}, "winners": [\n{lines}\n]}}\n'
 
 
-def from_text(text: str, device: str) -> list[Winner]:
+def from_text(text: str, device: str, any_versions: bool = False) -> list[Winner]:
     """What `to_text` was given.
 
+    Args:
+        text: of the file.
+        device: the name that must be in it.
+        any_versions: use it whatever versions wrote it, of the same format.
+
     Raises:
-        StaleError: other versions wrote it.
-        UnusableError: it is not such a file, or one for another device.
+        UnusableError: it is not such a file, or one for another device, or other versions wrote it.
     """
     try:
         data = json.loads(text)
@@ -78,10 +78,10 @@ def from_text(text: str, device: str) -> list[Winner]:
         raise UnusableError("expected an object with a list of winners")
     if data.get("device") != device:
         raise UnusableError(f"expected device {device!r}, got {str(data.get('device'))[:80]!r}")
-    wanted = stamp()
+    wanted = {"format": FORMAT} if any_versions else stamp()
     for name, value in wanted.items():
         if data.get(name) != value:
-            raise StaleError(f"measured with {name} {str(data.get(name))[:40]}, here is {value}")
+            raise UnusableError(f"measured with {name} {str(data.get(name))[:40]}, here is {value}")
     return [_winner(number, row) for number, row in enumerate(data["winners"])]
 
 

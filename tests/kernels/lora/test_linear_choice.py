@@ -18,7 +18,7 @@ from tests.kernels.lora.groups import check_group, projection
 CPU = torch.device("cpu")
 F16 = torch.float16
 HALF = Dtypes(F16, F16, F16)
-TILE = "triton 256x128x64 8w 4s tma g8 persistent"
+TILE = "triton 128x128x64 4w 3s tma g8"
 FORWARD, DX = LinearKey(32, 24, 40, "float16", False), LinearKey(32, 40, 24, "float16", True)
 
 

@@ -101,6 +101,28 @@ def test_linear_through_descriptors(turned: str) -> None:
             lora_linear(x[:, 1:], w[:, 1:], config=config)
 
 
+@pytest.mark.parametrize("turned", ("neither", "w", "both"))
+@pytest.mark.parametrize("count", (2, 3))
+def test_sums_of_products(count: int, turned: str) -> None:
+    from fastpeft_kernels.lora.configs import LINEAR
+    from fastpeft_kernels.lora.forward import lora_linear
+
+    def laid_out(name: str, t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if turned in (name, "both") else t
+
+    sizes = (40, 24, 8)[:count]
+    pairs = [(matrix(37, size, F16), laid_out("w", matrix(72, size, F16))) for size in sizes]
+    s, b, before = matrix(37, 24, F16), laid_out("b", matrix(72, 24, F16)), matrix(37, 72, F16)
+    operands = [s, b, before, *(t for pair in pairs for t in pair)]
+
+    def formula(s: Tensor, b: Tensor, before: Tensor, *factors: Tensor) -> Tensor:
+        return before + s @ b.t() + sum(x @ w.t() for x, w in zip(factors[::2], factors[1::2], strict=True))
+
+    for config in (through_descriptors()[0], through_descriptors()[-1], LINEAR[0]):
+        y = lora_linear(*pairs[0], s, b, more=pairs[1:], out=before.clone(), accumulate=True, config=config)
+        check(y, formula, *operands)
+
+
 def test_up_backward_in_every_configuration() -> None:
     from fastpeft_kernels.lora.backward import lora_up_bwd
 

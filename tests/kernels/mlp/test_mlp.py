@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.lora import Dtypes
 from fastpeft_kernels.lora.api import draw_seeds
-from fastpeft_kernels.mlp import Mlp, lora_mlp
+from fastpeft_kernels.mlp import Mlp, library, lora_mlp
 from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
@@ -51,6 +51,26 @@ def test_gradcheck_of_the_reference_and_of_the_op():
     inputs, dtypes = (x, *parameters(list(m.projections))), Dtypes(*[torch.float64] * 3)
     seeds = seeds_for(list(m.projections))
     assert torch.autograd.gradcheck(lambda x, *_: lora_mlp_reference(x, m, dtypes, seeds), inputs)
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_backward_takes_no_memory_for_gradients_of_gate_and_up(layout, keep, monkeypatch):
+    m = mlp(layout, 8, 12, dropout=0.3)
+    x = torch.randn(5, 8, requires_grad=True)
+    in_place = []
+
+    def note(dh, gate, up, kind, dgate, dup, h):
+        in_place.append(dup.data_ptr() == up.data_ptr())
+        fill(dh, gate, up, kind, dgate, dup, h)
+
+    fill = library.fill_gated_activation_backward
+    monkeypatch.setattr(library, "fill_gated_activation_backward", note)
+    y, wanted = lora_mlp(x, m, keep=keep), [x, *parameters(list(m.projections))]
+    grads = [torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=more) for more in (True, True, False)]
+    assert in_place == ([False, False, True] if keep == "preactivations" else [True] * 3)
+    for others in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], others, strict=True))
 
 
 def test_backward_twice_gives_the_same():

@@ -13,7 +13,7 @@ def test_loads_and_stores_take_16_bytes_and_nothing_spills() -> None:
     from fastpeft_kernels.quant.aot import cases
 
     by_name = {case.name: case for case in cases()}
-    for name in ("decode_bf16_512x4", "decode_bf16_512x4_nested", "decode_bf16_512x4_nested_strided"):
+    for name in ("decode_bf16_256x2_l1", "decode_bf16_256x2_l1_nested", "decode_bf16_256x2_l1_nested_strided"):
         case = by_name[name]
         assert case.default
         result = aot.compile_case("quant", case, 90)

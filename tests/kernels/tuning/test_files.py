@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft_kernels.tuning import files, records
-from fastpeft_kernels.tuning.records import StaleError, UnusableError, Winner
+from fastpeft_kernels.tuning.records import UnusableError, Winner
 
 DEVICE = "Some GPU 9000"
 
@@ -68,7 +68,7 @@ def test_a_file_of_other_versions_is_stale(tmp_path: Path, name: str) -> None:
     files.add(path, DEVICE, [winner(1)])
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, name: "0.0"}))
-    with pytest.raises(StaleError, match=f"measured with {name} 0.0, here is"):
+    with pytest.raises(UnusableError, match=f"measured with {name} 0.0, here is"):
         files.read(path, DEVICE)
     files.add(path, DEVICE, [winner(2)])
     assert files.read(path, DEVICE) == [winner(2)]
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_says_why_and_is_replaced(tmp_path: Path, case: str)
 def test_a_failure_that_nobody_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files.add(tmp_path / "x.json", DEVICE, [winner(1)])
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OverflowError("too large")
 
     monkeypatch.setattr(files, "from_text", fail)
