@@ -30,6 +30,24 @@ def test_the_groups_of_a_model_are_found(model: nn.Module) -> None:
     assert {key.tokens for _, key in cases} == {64}
 
 
+def test_on_a_gpu_the_products_of_groups_and_mlps_are_found(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All projections' large products, in both directions, and those of rank width; the CPU stands for the GPU."""
+    monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
+    monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: False)
+    base = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
+    config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    model = fastpeft.accelerate(get_peft_model(base, config))
+    with torch.autocast("cpu", torch.bfloat16):
+        cases = [(tunable.op, key) for tunable, key in cases_of(model, [48])]
+    sizes = ((64, 64), (64, 128), (128, 64))  # q, k, v and o; gate and up; down
+    large = {(64, n, m, "bfloat16", False) for n, m in sizes} | {(64, m, n, "bfloat16", True) for n, m in sizes}
+    assert {key for op, key in cases if op == "lora_linear"} == large
+    narrow = {(64, 16), (64, 64), (64, 32), (128, 16)}  # one projection's; S of q, k and v, of gate and up; down's
+    assert {(key.features, key.rank) for op, key in cases if op == "lora_rank_products"} == narrow
+
+
 def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Module, measured_choices: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()

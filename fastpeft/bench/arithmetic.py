@@ -69,7 +69,7 @@ WAYS: dict[str, Elements] = {
     "PEFT": peft,
     "Unsloth's addmm form": rival,
     "fastpeft, library": library,
-    "fastpeft, Triton": kernels,
+    "fastpeft, our kernels": kernels,
 }
 
 

@@ -9,22 +9,20 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastpeft_kernels.lora.keys import GROUP, LINEAR, RANK
+from fastpeft_kernels.lora.keys import LINEAR, RANK
 from fastpeft_kernels.tuning.choosing import forced
 
 from . import unsloth_functions
 from .layer_work import SIBLINGS, Work, sharing
 from .left_out import NotHereError
 
-_CUBLAS = {GROUP: "library", LINEAR: "torch", RANK: "library"}
 VARIANTS: dict[str, dict[str, str]] = {
     "fastpeft": {},  # as a user gets it
-    "fastpeft, cuBLAS": _CUBLAS,
-    "fastpeft, our narrow products": {**_CUBLAS, RANK: "triton"},
-    "fastpeft, our kernels": {**_CUBLAS, RANK: "triton", LINEAR: "triton"},
-    "fastpeft triton": {GROUP: "triton", RANK: "triton"},  # the MLP stays with the library
+    "fastpeft, cuBLAS": {RANK: "library", LINEAR: "torch"},
+    "fastpeft, our narrow products": {RANK: "triton", LINEAR: "torch"},
+    "fastpeft, our kernels": {RANK: "triton", LINEAR: "triton"},
 }
 PRODUCTS, REFERENCE = "frozen products", "peft"
 
@@ -162,27 +160,4 @@ def _accelerated(work: Work) -> Any:
 
 
 def _fastpeft(work: Work, accelerated: Callable[[], Any], choices: Mapping[str, str]) -> Peer:
-    model = accelerated()
-    if choices.get(GROUP) == "triton":
-        reason = _triton_refuses(model, work)
-        if reason is not None:
-            raise NotHereError(reason)
-    return Peer(work, model, work.wanted, choices)
-
-
-def _triton_refuses(model: nn.Module, work: Work) -> str | None:
-    """Why our Triton kernels would leave these projections to the library, or None."""
-    try:
-        from fastpeft_kernels.lora import triton_path
-    except ImportError as error:
-        return str(error)
-    from fastpeft.layers.lora import FastLoraLayer
-    from fastpeft_kernels.lora.projection import Group
-
-    layer = next(module for module in model.modules() if isinstance(module, FastLoraLayer))
-    x = work.inputs[0]
-    with torch.autocast(work.device, torch.bfloat16, enabled=work.case.autocast):
-        request = layer.request(x)
-    if isinstance(request, str):
-        return request
-    return triton_path.refusal(x, Group([request.projection], request.dtypes, [None]))
+    return Peer(work, accelerated(), work.wanted, choices)

@@ -28,15 +28,12 @@ def tunables() -> list[Tunable]:
 def cases_for(met: Iterable[tuple[str, Any]], device: torch.device, tokens: Sequence[int]) -> list[Case]:
     """What is to be measured: every case that has more than one candidate on a device, in the order of `tunables`.
 
-    Those `within` a case are measured too.
-
     Args:
         met: (op, case), as `choosing.meeting` gathers them; their numbers of tokens do not count.
         tokens: numbers of tokens for each case, rounded up to powers of two.
     """
     found = tunables()
     asked = list(met)
-    asked += [inner for tunable in found for op, key in asked if op == tunable.op for inner in tunable.within(key)]
     cases: dict[tuple[str, Any], Case] = {}
     for tunable in found:
         if len(tunable.candidates(device)) > 1:

@@ -11,8 +11,9 @@ from ..common.triton_random import dropout_kernel
 from . import backward, configs, forward, forward_tma, packing
 from .configs import Config
 
-_TENSOR_CORES = (80, 86, 89, 90, 100, 120)  # `triton_path.refusal` keeps these kernels from older devices
+_TENSOR_CORES = (80, 86, 89, 90, 100, 120)  # `backends.triton_refusal` keeps these kernels from older devices
 _DESCRIPTORS = (90, 100)
+_RANKS = ((16, False), (16, True), (64, True))  # with dropout or without
 _INTEGERS = dict.fromkeys(("tokens", "stream", "threshold", "splits", "rows"), "i32")  # not specialised
 _NUMBERS = dict.fromkeys(("scale", "factor", "factor0", "factor1", "factor2", "factor3"), "fp32")
 
@@ -34,27 +35,21 @@ def cases() -> Iterator[AotCase]:
 
 
 def _down() -> Iterator[AotCase]:
-    for x, lora, rank, drops in (
-        ("bf16", "bf16", 16, False),
-        ("bf16", "bf16", 16, True),
-        ("bf16", "bf16", 64, True),
-        ("bf16", "fp32", 32, True),
-        ("fp32", "fp32", 32, False),
-    ):
-        for default, config in _tuned(configs.DOWN_FP32 if lora == "fp32" else configs.DOWN):
-            tensors = {"x_ptr": x, "a_ptr": lora, "s_ptr": lora}
+    for rank, drops in _RANKS:
+        for default, config in _tuned(configs.DOWN):
+            tensors = dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "bf16")
             constants = {"x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
             constants |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.ranks(rank)}
-            name = f"down_{x}_{lora}_r{rank}"
+            name = f"down_bf16_r{rank}"
             yield _dropping(name, forward.lora_down_fwd_kernel, tensors, constants, drops, config, default)
 
 
 def _linear() -> Iterator[AotCase]:
     """`forward` and `dx`: W as it is, and transposed with what was there before added."""
-    for x, lora, rank in (("bf16", "bf16", 16), ("bf16", "bf16", 64), ("bf16", "fp32", 16), ("fp32", "fp32", 16)):
-        for default, config in _tuned(configs.LINEAR_FP32 if x == "fp32" else configs.LINEAR):
+    for rank in (16, 64):
+        for default, config in _tuned(configs.LINEAR):
             for dx in (False, True):
-                tensors = {"x_ptr": x, "w_ptr": x, "s_ptr": lora, "b_ptr": lora, "bias_ptr": x, "y_ptr": x}
+                tensors = dict.fromkeys(("x_ptr", "w_ptr", "s_ptr", "b_ptr", "bias_ptr", "y_ptr"), "bf16")
                 constants: dict[str, Any] = {
                     "x_column_stride": 1,
                     "s_column_stride": 1,
@@ -64,10 +59,10 @@ def _linear() -> Iterator[AotCase]:
                 constants |= {"w_row_stride": 1, "b_row_stride": 1} if dx else {}
                 constants |= {} if dx else {"w_column_stride": 1, "b_column_stride": 1}
                 constants |= {"ACCUMULATE": dx, "EVEN_K": True, "GROUP_M": 8, **_blocks(config)}
-                constants["BLOCK_R"] = 16 if lora == "fp32" else config.ranks(rank)
+                constants["BLOCK_R"] = config.ranks(rank)
                 yield _case(
-                    f"linear_{x}_{lora}_r{rank}_{'dx' if dx else 'forward'}_{_label(config)}",
-                    forward.lora_linear_fwd_kernel, tensors, constants, config, default, matrix=x == "bf16",
+                    f"linear_bf16_r{rank}_{'dx' if dx else 'forward'}_{_label(config)}",
+                    forward.lora_linear_fwd_kernel, tensors, constants, config, default, matrix=True,
                 )  # fmt: skip
 
 
@@ -109,23 +104,18 @@ def _backward() -> Iterator[AotCase]:
         tensors = {"dy_ptr": "bf16", "b_ptr": "bf16", "s_ptr": "bf16", "ds_ptr": "fp32", "db_ptr": "fp32"}
         constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 16}
         yield _case(f"up_bwd_{_label(config)}", backward.lora_up_bwd_kernel, tensors, constants, config, default)
-    for x, lora, rank, drops in (
-        ("bf16", "bf16", 16, False),
-        ("bf16", "bf16", 16, True),
-        ("bf16", "bf16", 64, True),
-        ("bf16", "fp32", 16, True),
-        ("fp32", "fp32", 16, False),
-    ):
-        for default, config in _tuned(configs.WEIGHT_FP32 if lora == "fp32" else configs.WEIGHT):
-            tensors = {"x_ptr": x, "ds_ptr": lora, "out_ptr": "fp32"}
+    for rank, drops in _RANKS:
+        for default, config in _tuned(configs.WEIGHT):
+            tensors = {"x_ptr": "bf16", "ds_ptr": "bf16", "out_ptr": "fp32"}
             constants = {"out_feature_stride": 1, **_tile(config, rank)}
-            name = f"down_bwd_weight_{x}_{lora}_r{rank}"
+            name = f"down_bwd_weight_bf16_r{rank}"
             yield _dropping(name, backward.lora_down_bwd_weight_kernel, tensors, constants, drops, config, default)
-        for default, config in _tuned(configs.INPUT_FP32 if lora == "fp32" else configs.INPUT):
-            tensors = {"ds_ptr": lora, "a_ptr": lora, "dx_ptr": x}
-            name = f"down_bwd_input_{x}_{lora}_r{rank}"
+        for default, config in _tuned(configs.INPUT):
             kernel = backward.lora_down_bwd_input_kernel
-            yield _dropping(name, kernel, tensors, _tile(config, rank), drops, config, default)
+            for dx in ("bf16", "fp32"):
+                tensors = {"ds_ptr": "bf16", "a_ptr": "bf16", "dx_ptr": dx}
+                name = f"down_bwd_input_{dx}_r{rank}"
+                yield _dropping(name, kernel, tensors, _tile(config, rank), drops, config, default)
 
 
 def _pack() -> AotCase:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..common.device import autocast_dtype, triton_available
+from ..common.device import autocast_dtype
 from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..common.validation import FLOATING, check_instance
-from ..tuning.choosing import choice
 from ..weights import DenseWeight, FrozenWeight
-from . import autograd, custom_op, library
-from .keys import GROUP, group_key, paths
+from . import autograd, custom_op
+from .backends import check_backend
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection, check_group
 
 
@@ -87,8 +85,9 @@ def lora_linear_group(
         training: False switches dropout off.
         seeds: dropout seeds, int64 (1,) or None for each projection; default drawn from torch's generator of x's
             device, one for each projection with dropout, in order.
-        backend: "library" (BLAS, cuBLAS), "triton" (our kernels; never falls back), or "auto": the library, unless
-            gradients are wanted and `fastpeft tune` measured ours to be faster for such a group on this device.
+        backend: who computes the products. "library": BLAS, cuBLAS and, on a CPU, C++ only. "triton": our kernels all
+            that they can, never falling back; fp16 and bf16 on a GPU. "auto": for each product what `fastpeft tune`
+            measured to be faster on this device, else its default.
 
     Returns:
         One new tensor (..., out_features) for each projection.
@@ -106,7 +105,8 @@ def lora_linear_group(
     drawn = (
         draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
     )
-    return run_group(x, projections, dtypes, drawn, _implementation(backend, x, Group(projections, dtypes, drawn)))
+    check_backend(x, Group(projections, dtypes, drawn, backend))
+    return run_group(x, projections, dtypes, drawn, backend)
 
 
 def run_group(
@@ -114,12 +114,11 @@ def run_group(
     projections: Sequence[LoraProjection],
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-    implementation: ModuleType | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` for callers that have checked their arguments.
 
-    torch.compile and dispatch modes see one op forward and one backward; `implementation` is the library then. None:
-    as for backend "auto".
+    torch.compile and dispatch modes see one op forward and one backward.
     """
     device = x.device.type
     autocast_off = (
@@ -127,11 +126,10 @@ def run_group(
     )
     with autocast_off:
         if as_op():
-            return custom_op.apply(x, Group(projections, dtypes, seeds))
-        implementation = implementation or _measured(x, Group(projections, dtypes, seeds))
-        if implementation is library:
+            return custom_op.apply(x, Group(projections, dtypes, seeds, backend))
+        if backend != "triton":
             dtypes = dtypes.for_input(x)
-        return autograd.apply(x, Group(projections, dtypes, seeds), implementation)
+        return autograd.apply(x, Group(projections, dtypes, seeds, backend))
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:
@@ -160,37 +158,6 @@ def given_seeds(
                 f"seeds[{i}]: expected int64 (1,) on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
             )
     return [seed if wanted else None for seed, wanted in zip(seeds, drops, strict=True)]
-
-
-def _implementation(backend: str, x: Tensor, group: Group) -> ModuleType | None:
-    if backend == "auto":
-        return None
-    if backend == "library":
-        return library
-    if backend != "triton":
-        raise ValueError(f"backend: expected 'auto', 'library' or 'triton', got {backend!r}")
-    if not triton_available():
-        raise ValueError("backend: 'triton' needs Triton, which cannot be imported here")
-    if as_op():
-        raise ValueError("backend: 'triton' cannot be traced yet, got it under torch.compile or a dispatch mode")
-    from . import triton_path
-
-    if reason := triton_path.refusal(x, group):
-        raise ValueError(f"backend: 'triton' cannot serve this group: {reason}")
-    return triton_path
-
-
-def _measured(x: Tensor, group: Group) -> ModuleType:
-    """Both keep the same for backward, so a forward and its recomputation may differ."""
-    if not torch.is_grad_enabled():  # both directions were measured together
-        return library
-    tokens = x.numel() // max(x.shape[-1], 1)
-    chosen = choice(GROUP, x.device, lambda: group_key(group, tokens), paths, "library")
-    if chosen == "library":
-        return library
-    from . import triton_path
-
-    return library if triton_path.refusal(x, group) else triton_path
 
 
 def resolve_dtypes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,19 +20,18 @@ class LoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
-        implementation: ModuleType,
         group: Group,
         x: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         projections = group.projections
-        needs = split_flags(ctx.needs_input_grad[3:], projections)
-        ctx.group = (implementation, group, needs)
+        needs = split_flags(ctx.needs_input_grad[2:], projections)
+        ctx.group = (group, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         x = group.dtypes.cast_once(x)
-        outputs, s = _compute(implementation, x, group)
+        outputs, s = _compute(x, group)
         trains_a = any(flag for flags in needs for flag in flags[1::3])
         trains_b = any(flag for flags in needs for flag in flags[2::3])
         ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *tensors_read_again(projections))
@@ -42,41 +40,37 @@ class LoraGroup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        implementation, group, needs = ctx.group
+        group, needs = ctx.group
         shape, dtype = ctx.input
         x, s, *_ = ctx.saved_tensors
         with in_use(group.projections):
             for projection, stamp in zip(group.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
-            dx, grads = implementation.backward(
+            dx, grads = library.backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 s,
                 [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
                 group,
-                implementation.pack(group.projections, group.dtypes.lora),
-                dtype if ctx.needs_input_grad[2] else None,
+                library.pack(group),
+                dtype if ctx.needs_input_grad[1] else None,
                 needs,
             )
         # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
         flat = [None if dy is None else grad for dy, found in zip(dys, grads, strict=True) for grad in found]
-        return None, None, None if dx is None else dx.view(shape).to(dtype), *flat
+        return None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
-def apply(x: Tensor, group: Group, implementation: ModuleType = library) -> tuple[Tensor, ...]:
-    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off.
-
-    `implementation`: module with `pack`, `forward` and `backward`; `library` or `triton_path`.
-    """
+def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
+    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off."""
     tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return LoraGroup.apply(implementation, group, x, *tensors)  # type: ignore[no-any-return]
-    return tuple(_compute(implementation, x.detach(), group)[0])
+        return LoraGroup.apply(group, x, *tensors)  # type: ignore[no-any-return]
+    return tuple(_compute(x.detach(), group)[0])
 
 
-def _compute(implementation: ModuleType, x: Tensor, group: Group) -> tuple[list[Tensor], Tensor | None]:
+def _compute(x: Tensor, group: Group) -> tuple[list[Tensor], Tensor | None]:
     with in_use(group.projections):
-        packed = implementation.pack(group.projections, group.dtypes.lora)
-        return implementation.forward(x, group, packed)  # type: ignore[no-any-return]
+        return library.forward(x, group, library.pack(group))
 
 
 @contextmanager

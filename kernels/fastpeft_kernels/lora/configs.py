@@ -1,8 +1,7 @@
 """Tile shapes of the LoRA kernels: an analytic default for each kind of device and dtype, and a few to tune over.
 
 No default was chosen by a measurement yet. They fit shared memory (99 KiB a block on sm_86, sm_89 and sm_120, 163 on
-sm_80, 227 on sm_90 and sm_100) and registers; `aot.py` has each compiled for every target. fp32 multiplies on the
-ordinary cores, which keep both operands in registers, hence its small tiles.
+sm_80, 227 on sm_90 and sm_100) and registers; `aot.py` has each compiled for every target.
 """
 
 from __future__ import annotations
@@ -63,14 +62,11 @@ LINEAR_TMA = (
     Config(128, 128, 64, 64, 4, 3, tma=True, group_m=8),
 )
 LINEAR = (Config(128, 128, 64, 64, 8, 3), Config(128, 256, 64, 64, 8, 3))
-LINEAR_FP32 = (Config(64, 64, 32, 16, 8), Config(64, 32, 16, 16))
 DOWN = (Config(32, 0, 128, 64, 4, 4), Config(64, 0, 128, 64, 4, 4))
-DOWN_FP32 = (Config(32, 0, 32, 32, 4, 4), Config(64, 0, 16, 16, 4, 4))
 UP = (Config(32, 256, 0, 16, 4, 4), Config(64, 128, 0, 16))
 WEIGHT = (Config(64, 128, 0, 64), Config(64, 128, 0, 64, 8))
-WEIGHT_FP32 = (Config(16, 128, 0, 16), Config(16, 64, 0, 32))
 INPUT = (Config(64, 128, 0, 64, 8), Config(128, 128, 0, 64, 8))
-INPUT_FP32 = (Config(32, 64, 0, 16), Config(32, 128, 0, 16))
+DOWN_FP32 = WEIGHT_FP32 = INPUT_FP32 = (TINY,)  # fp32 runs in the interpreter only
 
 _LARGE_SHARED = (90, 100)
 
@@ -82,8 +78,8 @@ def default_config(choices: tuple[Config, ...], device: torch.device) -> Config:
 
 def linear_config(device: torch.device, dtype: torch.dtype, describable: bool) -> Config:
     """The default of the large product; `describable`: whether its operands can have tensor descriptors."""
-    if dtype == torch.float32:
-        return default_config(LINEAR_FP32, device)
+    if dtype == torch.float32:  # in the interpreter only
+        return TINY
     if describable and device_capability(device) in _LARGE_SHARED:
         return LINEAR_TMA[0]
     return default_config(LINEAR, device)

@@ -31,7 +31,7 @@ def lora_group_op(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
     """The outputs of `library.forward`, then S (tokens, total rank)."""
     group = unflatten_group(tensors, numbers, layout).group
     with in_use(group.projections):
-        outputs, s = library.forward(x, group, library.pack(group.projections, group.dtypes.lora))
+        outputs, s = library.forward(x, group, library.pack(group))
     return [*outputs, _no_s(x, group) if s is None else s]
 
 
@@ -62,7 +62,7 @@ def lora_group_backward_op(
             s,
             [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
             group,
-            library.pack(group.projections, group.dtypes.lora),
+            library.pack(group),
             dx_dtype,
             flat.flags(wanted),
         )

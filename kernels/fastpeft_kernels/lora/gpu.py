@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU: every kernel, configuration and dtype, and whole groups, against fp64.
 
-The kernels are called below the gate of `triton_path.refusal`: whether dropout may run on a Hopper with an old
+The kernels are called below the gate of `backends.triton_refusal`: whether dropout may run on a Hopper with an old
 assembler is decided by what is found here. Needs neither peft nor bitsandbytes.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,19 +20,7 @@ from ..common.random import draw_seed, dropout_bits, keep_threshold
 from ..tuning.choosing import forced
 from . import packing, parts
 from .api import run_group
-from .configs import (
-    DOWN,
-    DOWN_FP32,
-    INPUT,
-    INPUT_FP32,
-    LINEAR,
-    LINEAR_FP32,
-    UP,
-    WEIGHT,
-    WEIGHT_FP32,
-    Config,
-    linear_tiles,
-)
+from .configs import DOWN, INPUT, LINEAR, UP, WEIGHT, Config, linear_tiles
 from .gpu_graph import graph_checks
 from .gpu_support import (
     BF16,
@@ -45,7 +34,6 @@ from .gpu_support import (
     derive,
     dropped,
     dtype_name,
-    implementation,
     make_projection,
     product_in_fp32,
     rand,
@@ -72,15 +60,16 @@ def checks() -> Iterator[Check]:
         yield f"dropout {dtype_name(dtype)}", partial(_check_dropout, dtype)
     for dtype in _DTYPES:
         yield f"packing {dtype_name(dtype)}", partial(_check_packing, dtype)
-    for name, check, x_dtype, dtype, config in _kernel_checks():
-        what = f"{name} {dtype_name(x_dtype)} {dtype_name(dtype)} {config.label}"
-        yield what, partial(check, x_dtype, dtype, config)
+    for name, check, dtype, config in _kernel_checks():
+        yield f"{name} {dtype_name(dtype)} {config.label}", partial(check, dtype, config)
     if holds_huge_tensors():
         yield "more than 2**31 elements: dropout and down", _check_many_down
         yield "more than 2**31 elements: weight and input gradients", _check_many_backward
         yield "more than 2**31 elements: linear", _check_many_linear
     for backend in (*CHOICES, "triton"):
-        for dtypes in (Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16), Dtypes(F16, F16, F16), same_dtypes(F32)):
+        for dtypes in (same_dtypes(BF16), same_dtypes(F16), Dtypes(BF16, F32, BF16), same_dtypes(F32)):
+            if dtypes.lora == F32 and backend != "library":  # ours compute in 16 bits only
+                continue
             for p in (0.0, 0.25):
                 for base in ("dense", "nf4"):
                     name = f"group {backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
@@ -88,21 +77,20 @@ def checks() -> Iterator[Check]:
     yield from graph_checks()
 
 
-def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch.dtype, torch.dtype, Config]]:
-    """(name, check, dtype of X and Y, dtype of the adapters' product, config)."""
-    for x_dtype, dtype in ((BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)):
-        fp32 = dtype == F32
+def _kernel_checks() -> Iterator[tuple[str, Callable[..., dict[str, Any]], torch.dtype, Config]]:
+    """(name, check, dtype, config)."""
+    for dtype in (BF16, F16):
         for name, check, choices in (
-            ("down", _check_down, DOWN_FP32 if fp32 else DOWN),
-            ("linear", _check_linear, LINEAR_FP32 if x_dtype == F32 else LINEAR),
-            ("linear, descriptors", _check_linear, () if fp32 else _descriptor_tiles()),
-            ("up backward", _check_up, () if fp32 else UP),
-            ("weight gradient", _check_weight, WEIGHT_FP32 if fp32 else WEIGHT),
-            ("input gradient", _check_input, INPUT_FP32 if fp32 else INPUT),
+            ("down", _check_down, DOWN),
+            ("linear", _check_linear, LINEAR),
+            ("linear, descriptors", _check_linear, _descriptor_tiles()),
+            ("up backward", _check_up, UP),
+            ("weight gradient", _check_weight, WEIGHT),
+            ("input gradient", _check_input, INPUT),
         ):
             for config in choices:
                 if not (name == "linear" and config.block_n > 128 and capability() not in (80, 90, 100)):
-                    yield name, check, x_dtype, dtype, config
+                    yield name, check, dtype, config
 
 
 def _descriptor_tiles() -> list[Config]:
@@ -140,43 +128,43 @@ def _check_dropout(dtype: torch.dtype) -> dict[str, Any]:
     return {}
 
 
-def _check_down(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+def _check_down(dtype: torch.dtype, config: Config) -> dict[str, Any]:
     from .forward import lora_down
 
     worst = 0.0
     for tokens, features, _, rank in _SHAPES:
-        x, a, seed = rand(tokens, features, dtype=x_dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
+        x, a, seed = rand(tokens, features, dtype=dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
         room = torch.full((tokens, rank + 3), torch.nan, dtype=dtype, device=DEVICE)
         for mask in _masks(seed):
             for rows in (x,) if mask else (x, x.t().contiguous().t()):  # each layout is another compilation
                 s = lora_down(rows, a, out=room[:, 1:-2], config=config, **mask)
-                same, exact = (dropped(x.to(dtype).to(d), mask) @ a.to(d).t() for d in (dtype, F64))
+                same, exact = (dropped(x.to(d), mask) @ a.to(d).t() for d in (dtype, F64))
                 worst = max(worst, within(s, same, exact, f"S of {tokens, features, rank} {bool(mask)}"))
         assert room[:, 0].isnan().all() and room[:, -2:].isnan().all(), "wrote beside the result"
     return {"share_of_budget": worst}
 
 
-def _check_linear(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+def _check_linear(dtype: torch.dtype, config: Config) -> dict[str, Any]:
     from .forward import lora_linear
 
     worst = 0.0
     for tokens, features, out_features, rank in (_SHAPES[0], _ALIGNED) if config.tma else _SHAPES:
-        x, w = rand(tokens, features, dtype=x_dtype), rand(out_features, features, dtype=x_dtype)
+        x, w = rand(tokens, features, dtype=dtype), rand(out_features, features, dtype=dtype)
         s, b = rand(tokens, rank, dtype=dtype), rand(out_features, rank, dtype=dtype)
-        bias, before = rand(out_features, dtype=x_dtype), rand(tokens, out_features, dtype=x_dtype)
-        for wide in (None, F32) if x_dtype != F32 and not config.tma else (None,):
-            out = torch.full((tokens, out_features), torch.nan, dtype=wide or x_dtype, device=DEVICE)
+        bias, before = rand(out_features, dtype=dtype), rand(tokens, out_features, dtype=dtype)
+        for wide in (None, F32) if not config.tma else (None,):
+            out = torch.full((tokens, out_features), torch.nan, dtype=wide or dtype, device=DEVICE)
             y = lora_linear(x, w, s, b, bias, out=out, config=config)
-            same = (x @ w.t() + bias).to(dtype).addmm(s, b.t()).to(out.dtype)
+            same = (x @ w.t() + bias).addmm(s, b.t()).to(out.dtype)
             exact = x.double() @ w.double().t() + bias.double() + s.double() @ b.double().t()
             worst = max(worst, within(y, same, exact, f"Y of {tokens, features, out_features, rank} {wide}"))
         turned = w.t().contiguous().t(), s, b.t().contiguous().t()
         y = lora_linear(x, *turned, out=before.clone(), accumulate=True, config=config)
-        same = before.addmm(x, w.t()).to(dtype).addmm(s, b.t()).to(x_dtype)
+        same = before.addmm(x, w.t()).addmm(s, b.t())
         exact = before.double() + x.double() @ w.double().t() + s.double() @ b.double().t()
         worst = max(worst, within(y, same, exact, f"Y + ... of {tokens, features, out_features, rank}"))
         worst = max(worst, within(lora_linear(x, w, config=config), x @ w.t(), x.double() @ w.double().t(), "X W^T"))
-    if config.tma and x_dtype == BF16:
+    if config.tma and dtype == BF16:
         worst = max(worst, _check_descriptors(config))
     return {"share_of_budget": worst}
 
@@ -203,7 +191,7 @@ def _check_descriptors(config: Config) -> float:
     return max(worst, within(y, same, exact, "the sum of three products"))
 
 
-def _check_up(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+def _check_up(dtype: torch.dtype, config: Config) -> dict[str, Any]:
     from .backward import lora_up_bwd
 
     worst = 0.0
@@ -220,15 +208,15 @@ def _check_up(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[
     return {"share_of_budget": worst}
 
 
-def _check_weight(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+def _check_weight(dtype: torch.dtype, config: Config) -> dict[str, Any]:
     from .backward import lora_down_bwd_weight
 
     worst = 0.0
     for tokens, features, _, rank in _SHAPES:
-        x, ds, seed = rand(tokens, features, dtype=x_dtype), rand(tokens, rank, dtype=dtype), draw_seed(DEVICE)
+        x, ds, seed = rand(tokens, features, dtype=dtype), rand(tokens, rank, dtype=dtype), draw_seed(DEVICE)
         for mask in _masks(seed):
             da = lora_down_bwd_weight(x, ds, config=config, **mask)
-            same = product_in_fp32(ds.t(), dropped(x.to(dtype), mask))
+            same = product_in_fp32(ds.t(), dropped(x, mask))
             exact = ds.double().t() @ dropped(x.double(), mask)
             worst = max(worst, within(da.sum(0), same, exact, f"dA of {tokens, features, rank} {bool(mask)}"))
             turned = lora_down_bwd_weight(x, ds, config=config, features_first=not mask, **mask)
@@ -236,17 +224,17 @@ def _check_weight(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> d
     return {"share_of_budget": worst}
 
 
-def _check_input(x_dtype: torch.dtype, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+def _check_input(dtype: torch.dtype, config: Config) -> dict[str, Any]:
     from .backward import lora_down_bwd_input_
 
     worst = 0.0
     for tokens, features, _, rank in _SHAPES:
         ds, a, seed = rand(tokens, rank, dtype=dtype), rand(rank, features, dtype=dtype), draw_seed(DEVICE)
-        before = rand(tokens, features, dtype=x_dtype)
-        for mask in _masks(seed):
+        for wide, mask in product((dtype, F32) if dtype == BF16 else (dtype,), _masks(seed)):
+            before = rand(tokens, features, dtype=wide)
             dx = lora_down_bwd_input_(before.clone(), ds, a, config=config, **mask)
-            same, exact = (before.to(d) + dropped(ds.to(d) @ a.to(d), mask) for d in (dtype, F64))
-            worst = max(worst, within(dx, same.to(x_dtype), exact, f"dX of {tokens, features, rank} {bool(mask)}"))
+            same, exact = (before.to(d) + dropped(ds.to(e) @ a.to(e), mask) for d, e in ((wide, dtype), (F64, F64)))
+            worst = max(worst, within(dx, same, exact, f"dX of {tokens, features, rank} {wide} {bool(mask)}"))
     return {"share_of_budget": worst}
 
 
@@ -325,7 +313,7 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
         ]
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
-        run = partial(run_group, implementation=implementation(backend))
+        run = partial(run_group, backend="triton" if backend == "triton" else "auto")
         with forced(CHOICES.get(backend, {})):
             ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..common.random import draw_seed
 from .api import run_group
-from .gpu_support import BF16, DEVICE, derive, implementation, make_projection, rand, same_dtypes
+from .backends import triton_refusal
+from .gpu_support import BF16, DEVICE, derive, make_projection, rand, same_dtypes
 from .projection import Group, LoraProjection
 
 WARMUP = 3
@@ -33,12 +34,9 @@ def _check_group(backend: str, base: str) -> dict[str, Any]:
     group = [make_projection(768, out, (16, 8), dtypes, base, 0.25) for out in (768, 256, 256)]
     x, seeds = rand(512, 768, dtype=BF16).requires_grad_(), [draw_seed(DEVICE) for _ in group]
     dys = [rand(512, projection.weight.shape[0], dtype=BF16) for projection in group]
-    if backend == "triton":
-        from .triton_path import refusal
-
-        if reason := refusal(x, Group(group, dtypes, seeds)):
-            return {"skipped": reason}
-    run = partial(run_group, implementation=implementation(backend))
+    if backend == "triton" and (reason := triton_refusal(x, Group(group, dtypes, seeds))):
+        return {"skipped": reason}
+    run = partial(run_group, backend=backend)
     check_replay(lambda: derive(run, x, group, dtypes, seeds, dys), lambda: change(x, group, seeds))
     return {}
 

@@ -17,7 +17,6 @@ from .gpu_support import (
     DEVICE,
     F32,
     derive,
-    implementation,
     make_projection,
     rand,
     same_dtypes,
@@ -166,7 +165,7 @@ def _measure_group(backend: str, p: float) -> dict[str, Any]:
     group = [make_projection(4096, out, (16,), dtypes, "dense", p) for out in (4096, 1024, 1024)]
     seeds = [draw_seed(DEVICE) if p else None for _ in group]
     dys = [rand(_SHAPE[0], projection.weight.shape[0], dtype=BF16) for projection in group]
-    run = partial(run_group, implementation=implementation(backend))
+    run = partial(run_group, backend=backend)
     with torch.no_grad():
         forward = median_us(lambda: run(x, group, dtypes, seeds))
     both = median_us(lambda: derive(run, x, group, dtypes, seeds, dys))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from ..common.gpu_verdicts import Verdicts
 from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
-from . import library
 from .keys import LINEAR, RANK
 from .projection import Dtypes, LoraAdapter, LoraProjection
 
@@ -66,13 +64,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "library": {RANK: "library", LINEAR: "torch"},
     "our kernels": {RANK: "triton", LINEAR: "triton"},
 }
-"""What the library's path can be told to take."""
-
-
-def implementation(backend: str) -> ModuleType:
-    from . import triton_path
-
-    return triton_path if backend == "triton" else library
+"""What backend "auto" can be told to take."""
 
 
 def dropped(x: Tensor, mask: dict[str, Any]) -> Tensor:

@@ -69,7 +69,8 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
         parts.append(_to_json(described))
     dtypes = group.dtypes
     names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
-    return tensors, numbers, f'{{"dtypes": {_to_json(names)}, "projections": [{", ".join(parts)}]}}'
+    head = f'"backend": {_to_json(group.backend)}, "dtypes": {_to_json(names)}'
+    return tensors, numbers, f'{{{head}, "projections": [{", ".join(parts)}]}}'
 
 
 def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> FlatGroup:
@@ -104,7 +105,7 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
             adapters.append(LoraAdapter(a, b, scaling, bias, next(number)))  # type: ignore[arg-type]
         projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
         all_tracked.append(tracked)
-    return FlatGroup(Group(projections, dtypes, seeds), all_tracked)
+    return FlatGroup(Group(projections, dtypes, seeds, described["backend"]), all_tracked)
 
 
 @lru_cache(maxsize=4096)

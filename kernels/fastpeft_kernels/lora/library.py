@@ -1,14 +1,15 @@
-"""LoRA projections on the library's matrix products (BLAS, cuBLAS), written out forward and backward.
+"""LoRA projections written out forward and backward, in the library's matrix products (BLAS, cuBLAS) and our own.
 
 For n projections of one input: S = x A^T is one product for all adapters and is kept for backward, and dA is one
 product for all: 1 + 2n products forward, 3n + 2 backward. A frozen weight is decoded twice, once in forward and once in
 backward, into a buffer that is used again.
 
-Where the dtypes agree, the adapters' part is written first and the frozen product accumulates onto it: that one reads
-what it adds to while it multiplies, which costs less than a narrow product that reads and writes a whole output.
-Measured on an EPYC with AVX2, fp32, r = 16, 1024 tokens, least of 25, over the frozen product alone: 768 to 768
-features 1.00 in place of 1.04, 768 to 2048 1.04 for 1.11, backward 1.00 for 1.02 to 1.04. In backward all of dx
-accumulates in one buffer.
+`rank_products` makes those of rank width, `linear` the large ones with their updates: each by the library or by our
+kernels, as the group's backend or a measurement says. Our kernels have the update in the large product's accumulator.
+The library writes it first, where the dtypes agree, and the frozen product accumulates onto it: that one reads what it
+adds to while it multiplies, which costs less than a narrow product that reads and writes a whole output. Measured on an
+EPYC with AVX2, fp32, r = 16, 1024 tokens, least of 25, over the frozen product alone: 768 to 768 features 1.00 in place
+of 1.04, 768 to 2048 1.04 for 1.11, backward 1.00 for 1.02 to 1.04. In backward all of dx accumulates in one buffer.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.device import device_capability, triton_serves
+from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
-from ..weights import FrozenWeight
 from . import parts
+from .linear import large_product, library_linear
 from .parts import (
     adapter_input_gradient,
     bias_gradients,
@@ -29,11 +30,11 @@ from .parts import (
     down_gradients,
     down_projection,
     empty_ds,
-    multiplies_dense,
     rows_contiguous,
     up_gradients,
 )
-from .projection import Dtypes, Group, LoraProjection, Packed
+from .projection import Group, LoraProjection, Packed
+from .rank_products import triton_takes
 
 __all__ = [
     "backward",
@@ -46,16 +47,16 @@ __all__ = [
 ]
 
 
-def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
+def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
-    found = [adapter.a for projection in projections for adapter in projection.adapters]
-    if not found or not found[0].is_cuda or not {dtype, *(a.dtype for a in found)}.issubset(TRITON_DTYPES):
-        return parts.pack(projections, dtype)
-    if not triton_serves(found[0].device):
-        return parts.pack(projections, dtype)
+    dtype, found = group.dtypes.lora, [adapter.a for p in group.projections for adapter in p.adapters]
+    if group.backend != "triton":
+        by_launch = bool(found) and triton_serves(found[0].device)
+        if not by_launch or not {dtype, *(a.dtype for a in found)}.issubset(TRITON_DTYPES):
+            return parts.pack(group.projections, dtype)
     from . import packing
 
-    return packing.pack(projections, dtype)
+    return packing.pack(group.projections, dtype)
 
 
 def forward(x: Tensor, group: Group, packed: Packed) -> tuple[list[Tensor], Tensor | None]:
@@ -99,7 +100,7 @@ def forward_into(
         if up is not None and s is not None:
             update = (s[:, column : column + projection.rank], up)
             column += projection.rank
-        _project(outputs[i], inputs, projection, update, packed.bias[i], group.dtypes)
+        _project(outputs[i], inputs, projection, update, packed.bias[i], group)
     return s
 
 
@@ -162,8 +163,8 @@ def backward_without_input(
         if ds is None or up is None:
             continue
         dy = dy.to(group.dtypes.lora)
-        of_it = slice(first, column)
-        up_gradients(dy, None if s is None else s[:, of_it], projection, needs[i], grads[i], up=up, ds=ds[:, of_it])
+        s_i, ds_i = None if s is None else s[:, first:column], ds[:, first:column]
+        up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
     return None if dx_dtype is None else _input_gradient(dys, ds, group, packed, dx_dtype), ds, grads
 
 
@@ -173,84 +174,73 @@ def _project(
     projection: LoraProjection,
     update: tuple[Tensor, Tensor] | None,
     lora_bias: Tensor | None,
-    dtypes: Dtypes,
+    group: Group,
 ) -> None:
     """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes."""
+    dtypes, ours = group.dtypes, group.backend == "triton"
     own = projection.weight.linear(inputs)
     bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
-    if own is None and update is not None and dtypes.compute == dtypes.lora == dtypes.out:
-        s, up = update[0], update[1].t()
+    one_dtype = update is None or dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dtypes.out)
+    if own is None and (ours or one_dtype):
         bias = lora_bias if bias is None else bias if lora_bias is None else bias + lora_bias
-        if _may_fuse(inputs):
-            from .linear import chosen_linear
-
-            chosen_linear(inputs, decoded(projection.weight, dtypes.compute), *update, bias, out=y, default="torch")
-            return
-        torch.mm(s, up, out=y) if bias is None else torch.addmm(bias, s, up, out=y)
-        torch.addmm(y, inputs, decoded(projection.weight, dtypes.compute).t(), out=y)
-        return
-    base = y if dtypes.compute == dtypes.out else y.new_empty(y.shape, dtype=dtypes.compute)
-    if own is not None:
-        base.copy_(own) if bias is None else torch.add(own, bias, out=base)
+        base = y if ours or y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
+        s, up = update or (None, None)
+        large_product(inputs, decoded(projection.weight, dtypes.compute), s, up, bias, out=base, backend=group.backend)
     else:
-        weight = decoded(projection.weight, dtypes.compute).t()
-        torch.mm(inputs, weight, out=base) if bias is None else torch.addmm(bias, inputs, weight, out=base)
-    if update is not None:
-        wide = torch.promote_types(dtypes.compute, dtypes.lora)
-        if base is not y:
-            base = y.copy_(base) if torch.promote_types(wide, dtypes.out) == dtypes.out else base.to(wide)
-        s, up = update
-        if s.dtype != base.dtype:
-            base.add_(torch.mm(s, up.t()) if lora_bias is None else torch.addmm(lora_bias, s, up.t()))
-        elif lora_bias is None:
-            torch.addmm(base, s, up.t(), out=base)
+        base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
+        if own is not None:
+            base.copy_(own) if bias is None else torch.add(own, bias, out=base)
         else:
-            torch.addmm(base, s, up.t(), out=base).add_(lora_bias)
+            library_linear(inputs, decoded(projection.weight, dtypes.compute), None, None, bias, out=base)
+        if update is not None:
+            wide = torch.promote_types(dtypes.compute, dtypes.lora)
+            if base is not y:
+                base = y.copy_(base) if torch.promote_types(wide, dtypes.out) == dtypes.out else base.to(wide)
+            _add_update(base, *update, lora_bias, ours)
     if base is not y:
         y.copy_(base)
+
+
+def _add_update(base: Tensor, s: Tensor, up: Tensor, lora_bias: Tensor | None, ours: bool) -> None:
+    """base += S (scaling B)^T + lora_bias, where the frozen product stands for itself."""
+    if ours or s.dtype == base.dtype:
+        backend = "triton" if ours else "library"
+        large_product(s, up, None, None, lora_bias, out=base, accumulate=True, backend=backend)
+    else:
+        base.add_(torch.mm(s, up.t()) if lora_bias is None else torch.addmm(lora_bias, s, up.t()))
 
 
 def _input_gradient(
     dys: Sequence[Tensor | None], ds: Tensor | None, group: Group, packed: Packed, dx_dtype: torch.dtype
 ) -> Tensor | None:
-    """The sum of all dY W and of dropout(dS A)."""
-    dtypes, a = group.dtypes, packed.a
+    """The sum of all dY W and of dropout(dS A), in the widest of the dtypes.
+
+    Without dropout dS A goes with the first of the large products. With it our kernels add it to what these made; the
+    library makes it first, for them to add to.
+    """
+    dtypes, a, ours = group.dtypes, packed.a, group.backend == "triton"
+    wide = torch.promote_types(dtypes.compute, dx_dtype)
+    one_dtype = dtypes.compute == dtypes.lora == wide
     dx: Tensor | None = None
-    if ds is not None and a is not None and dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dx_dtype):
-        if _may_fuse(ds) and not group.drops and dtypes.out == dtypes.compute and multiplies_dense(group):
-            return _fused_input_gradient(dys, ds, group, a)
-        dx, ds = adapter_input_gradient(ds, a, group), None
+    update: tuple[Tensor, Tensor] | None = None
+    if ds is not None and a is not None and (ours or one_dtype):
+        if not group.drops:
+            update = (ds, a.t())
+        elif not triton_takes((ds.shape[0], a.shape[1]), ds, next(group.masks()), group.backend):
+            dx, ds = adapter_input_gradient(ds, a, group), None
     for dy, projection in zip(dys, group.projections, strict=True):
-        if dy is not None:
-            dx = _accumulate_input_gradient(dx, dy.to(dtypes.compute), projection.weight, dx_dtype)
+        if dy is None:
+            continue
+        dy, weight = dy.to(dtypes.compute), projection.weight
+        part = weight.linear_t(dy)
+        if part is None and (ours or wide == dtypes.compute):
+            first = dx is None
+            dx = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=wide) if dx is None else dx
+            w, (s, b) = decoded(weight, dtypes.compute).t(), update or (None, None)
+            large_product(dy, w, s, b, out=dx, accumulate=not first, backend=group.backend)
+            if update:
+                update, ds = None, None
+            continue
+        part = torch.mm(dy, decoded(weight, dtypes.compute)) if part is None else part
+        dx = rows_contiguous(part.to(wide)) if dx is None else dx.add_(part)
     return dx if ds is None or a is None else adapter_input_gradient(ds, a, group, dx)
-
-
-def _fused_input_gradient(dys: Sequence[Tensor | None], ds: Tensor, group: Group, a: Tensor) -> Tensor:
-    """The same in one dtype, without dropout: dS A goes into the first of the large products."""
-    from .linear import chosen_linear
-
-    dx = ds.new_empty((ds.shape[0], a.shape[1]))
-    update: tuple[Tensor, Tensor] | tuple[None, None] = (ds, a.t())
-    for dy, projection in zip(dys, group.projections, strict=True):
-        if dy is not None:
-            w = decoded(projection.weight, ds.dtype).t()
-            chosen_linear(dy, w, *update, out=dx, accumulate=update[0] is None, default="torch")
-            update = (None, None)
-    return dx
-
-
-def _may_fuse(x: Tensor) -> bool:
-    """Whether our kernels could compute an update within the large product, where a measurement says so."""
-    return x.is_cuda and x.dtype.itemsize == 2 and (device_capability(x.device) or 0) >= 80 and triton_serves(x.device)
-
-
-def _accumulate_input_gradient(dx: Tensor | None, dy: Tensor, weight: FrozenWeight, dx_dtype: torch.dtype) -> Tensor:
-    """dx + dy W, one product; summed apart where x is wider than the products, as autograd would."""
-    own = weight.linear_t(dy)
-    if own is None:
-        values = decoded(weight, dy.dtype)
-        if dx is not None and dx.dtype == dy.dtype:
-            return torch.addmm(dx, dy, values, out=dx)
-        own = torch.mm(dy, values)
-    return own.to(torch.promote_types(own.dtype, dx_dtype)) if dx is None else dx.add_(own)

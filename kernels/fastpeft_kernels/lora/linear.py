@@ -1,4 +1,4 @@
-"""One large product of our own path, computed by what was measured to be fastest: a tile of our kernels, or cuBLAS."""
+"""One large product with its update, by what was measured to be fastest: a tile of our kernels, or the library."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from ..tuning.choosing import choice
-from ..tuning.keys import bucket, dtype_name
+from . import keys
 from .configs import linear_tiles
-from .forward import lora_linear
-from .forward_tma import describable
-from .keys import LINEAR, LinearKey, linear_candidates
 
 
-def chosen_linear(
+def large_product(
     x: Tensor,
     w: Tensor,
     s: Tensor | None,
@@ -22,23 +19,47 @@ def chosen_linear(
     *,
     out: Tensor,
     accumulate: bool = False,
-    default: str = "triton",
+    backend: str = "auto",
 ) -> Tensor:
-    """`lora_linear`, arguments and result as there, by `default` where nothing was measured.
+    """`x @ w.T + s @ b.T + bias` into `out`; gradients must be off.
 
-    A choice is for operands of one 16-bit dtype; one that cannot serve (descriptors for unaligned rows, the library for
-    results in another dtype) is not taken.
+    Args:
+        x, w, s, b, bias, out, accumulate: as for `forward.lora_linear`; of one dtype unless `backend` is "triton".
+        backend: a group's. With "auto" our kernels can be chosen for 16-bit products on a GPU.
+
+    Returns:
+        `out`.
     """
-    operands = (x, w) if s is None or b is None else (x, w, s, b)
-    if x.dtype.itemsize != 2 or any(t.dtype != x.dtype for t in operands):
-        return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
-    name = choice(LINEAR, x.device, lambda: _key(x, w), linear_candidates, default)
-    config = None if name in ("torch", "triton") else linear_tiles(x.device)[name]
-    if config is not None and config.tma and not describable([(x, w)], out, *operands[2:]):
-        name, config = default, None
-    if name == "torch" and out.dtype == x.dtype:
+    operands = (x, w, out) if s is None or b is None else (x, w, out, s, b)
+    name = _chosen(operands, backend)
+    if name == "torch":
         return library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
+    from .forward import lora_linear
+
+    config = None if name == "triton" else linear_tiles(x.device)[name]
     return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate, config=config)
+
+
+def _chosen(operands: tuple[Tensor, ...], backend: str) -> str:
+    """One of `keys.linear_candidates`; one that cannot serve (descriptors for unaligned rows) is not chosen.
+
+    The first three operands are those that every product has.
+    """
+    x, w, out, *_ = operands
+    ours = backend == "triton"
+    choosable = x.dtype.itemsize == 2 and all(t.dtype == x.dtype for t in operands if t is not out)
+    choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
+    if backend == "library" or not choosable or out.numel() == 0:
+        return "triton" if ours else "torch"
+    default = "triton" if ours else keys.default_linear(x.device)
+    name = choice(keys.LINEAR, x.device, lambda: keys.linear_key(x, w), keys.linear_candidates, default)
+    if ours and name == "torch":
+        return default
+    if name in ("torch", "triton") or not linear_tiles(x.device)[name].tma:
+        return name
+    from .forward_tma import describable
+
+    return name if describable([(x, w)], out, *operands[3:]) else default
 
 
 def library_linear(
@@ -51,27 +72,14 @@ def library_linear(
     out: Tensor,
     accumulate: bool = False,
 ) -> Tensor:
-    """The same by PyTorch's products, each rounded to the dtype of all operands; gradients must be off.
+    """The same by PyTorch's products, each rounded to the dtype of all operands.
 
     The update comes first: the large product reads what it adds to while it multiplies.
     """
-    if s is None or b is None:
-        if accumulate:
-            out.addmm_(x, w.t())
-        else:
-            torch.mm(x, w.t(), out=out)
-        return out if bias is None else out.add_(bias)
+    if s is not None and b is not None:
+        library_linear(s, b, None, None, bias, out=out, accumulate=accumulate)
+        return torch.addmm(out, x, w.t(), out=out)
     if accumulate:
-        out.addmm_(s, b.t())
-        if bias is not None:
-            out.add_(bias)
-    elif bias is None:
-        torch.mm(s, b.t(), out=out)
-    else:
-        torch.addmm(bias, s, b.t(), out=out)
-    return out.addmm_(x, w.t())
-
-
-def _key(x: Tensor, w: Tensor) -> LinearKey:
-    out_features, in_features = w.shape
-    return LinearKey(bucket(x.shape[0]), in_features, out_features, dtype_name(x.dtype), w.stride(1) != 1)
+        torch.addmm(out, x, w.t(), out=out)
+        return out if bias is None else out.add_(bias)
+    return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)

@@ -1,4 +1,4 @@
-"""What the implementations of a group share."""
+"""The pieces of a group's forward and backward."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.random import dropout
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .projection import Group, LoraProjection, Packed
-from .rank_products import both_gradients, down_gradient, project_down, up_gradient
+from .projection import Group, LoraProjection, Mask, Packed
+from .rank_products import both_gradients, down_gradient, input_gradient, project_down
 
 
 def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -22,11 +21,6 @@ def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
     if not weight.fills:
         return weight.decode(dtype=dtype)
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
-
-
-def multiplies_dense(group: Group) -> bool:
-    """Whether every weight is multiplied as a dense matrix: none has a product of its own."""
-    return all(type(projection.weight).linear is FrozenWeight.linear for projection in group.projections)
 
 
 def empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
@@ -78,25 +72,19 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
         return None
     inputs = x2.to(group.dtypes.lora)
     if not group.drops:
-        return project_down(inputs, packed.a.t())
+        return project_down(inputs, packed.a.t(), backend=group.backend)
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
-    for first, last, seed, p, stream in group.adapter_columns():
-        dropped = inputs if seed is None else dropout(inputs, seed, p, stream)
-        project_down(dropped, packed.a[first:last].t(), out=s[:, first:last])
+    for first, last, mask in group.adapter_columns():
+        project_down(inputs, packed.a[first:last].t(), s[:, first:last], mask, group.backend)
     return s
 
 
 def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor:
-    """dropout(dS A), or added to dx, in the wider of the two dtypes."""
-    wide = ds.dtype if dx is None else torch.promote_types(dx.dtype, ds.dtype)
+    """dropout(dS A), or added to dx, in the wider of the two dtypes: one product without dropout."""
     if not group.drops:
-        if dx is None:
-            return torch.mm(ds, a)
-        return torch.addmm(dx, ds, a, out=dx) if dx.dtype == ds.dtype else dx.to(wide).add_(torch.mm(ds, a))
-    for first, last, seed, p, stream in group.adapter_columns():
-        part = torch.mm(ds[:, first:last], a[first:last])
-        part = part if seed is None else dropout(part, seed, p, stream)
-        dx = part if dx is None else dx.to(wide).add_(part)
+        return input_gradient(ds, a, dx, None, group.backend)
+    for first, last, mask in group.adapter_columns():
+        dx = input_gradient(ds[:, first:last], a[first:last], dx, mask, group.backend)
     assert dx is not None
     return dx
 
@@ -108,20 +96,16 @@ def up_gradients(
     needs: Sequence[bool],
     grads: list[Tensor | None],
     *,
-    up: Tensor | None = None,
-    ds: Tensor | None = None,
+    up: Tensor,
+    ds: Tensor,
+    backend: str,
 ) -> None:
-    """dB = scaling * dy^T S, one product for all adapters of the projection; and where `up` is given, ds[:] = dy up."""
+    """ds[:] = dy up, and dB = scaling * dy^T S, one product for all adapters of the projection."""
     wanted = [j for j in range(len(projection.adapters)) if needs[3 * j + 2]]
     if s is None or not wanted:
-        if up is not None and ds is not None:
-            project_down(dy, up, out=ds)
+        project_down(dy, up, ds, None, backend)
         return
-    dtype = projection.adapters[wanted[0]].b.dtype
-    if up is None or ds is None:
-        db = up_gradient(dy, s, dtype)
-    else:
-        db = both_gradients(dy, up, s, ds, dtype)
+    db = both_gradients(dy, up, s, ds, projection.adapters[wanted[0]].b.dtype, backend)
     column = 0
     for j, adapter in enumerate(projection.adapters):
         first, column = column, column + adapter.rank
@@ -138,17 +122,17 @@ def down_gradients(
 ) -> None:
     """dA = dS^T dropout(x), one product for the whole group without dropout."""
 
-    def product(ds: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
+    def product(ds: Tensor, mask: Mask | None) -> Tensor:
         wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
-        return down_gradient(ds, x if seed is None else dropout(x, seed, p, stream), wanted)
+        return down_gradient(ds, x, wanted, mask, group.backend)
 
-    joint = None if group.drops else product(ds, None, 0.0, 0)
+    joint = None if group.drops else product(ds, None)
     columns = group.adapter_columns()
     for i, projection in enumerate(group.projections):
         for j, adapter in enumerate(projection.adapters):
-            first, last, seed, p, stream = next(columns)
+            first, last, mask = next(columns)
             if needs[i][3 * j + 1]:
-                da = product(ds[:, first:last], seed, p, stream) if joint is None else joint[first:last]
+                da = product(ds[:, first:last], mask) if joint is None else joint[first:last]
                 grads[i][3 * j + 1] = da.to(adapter.a.dtype)
 
 

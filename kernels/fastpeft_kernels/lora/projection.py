@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,14 @@ class Dtypes:
         return Dtypes(product_dtype(self.compute, device), product_dtype(self.lora, device), self.out)
 
 
+class Mask(NamedTuple):
+    """Dropout of one adapter's input, as `common.random.dropout` takes it."""
+
+    seed: Tensor
+    p: float
+    stream: int
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Group:
     """Projections of one input, in given dtypes, with one dropout mask each.
@@ -101,24 +110,31 @@ class Group:
         projections: in the order of their outputs.
         dtypes: of all their products.
         seeds: seeds[i] is int64 (1,), or None where projection i drops nothing.
+        backend: one of `backends.BACKENDS`.
     """
 
     projections: Sequence[LoraProjection]
     dtypes: Dtypes
     seeds: Sequence[Tensor | None]
+    backend: str = "auto"
 
     @property
     def drops(self) -> bool:
         """Whether any adapter's input loses elements."""
         return any(seed is not None for seed in self.seeds)
 
-    def adapter_columns(self) -> Iterator[tuple[int, int, Tensor | None, float, int]]:
-        """(first, last, seed or None, p, stream) of every adapter's columns of S."""
+    def masks(self) -> Iterator[Mask]:
+        """Of the adapters whose input loses elements."""
+        return (mask for _, _, mask in self.adapter_columns() if mask is not None)
+
+    def adapter_columns(self) -> Iterator[tuple[int, int, Mask | None]]:
+        """(first, last, mask) of every adapter's columns of S."""
         last = 0
         for projection, seed in zip(self.projections, self.seeds, strict=True):
             for stream, adapter in enumerate(projection.adapters):
                 first, last = last, last + adapter.rank
-                yield first, last, seed if adapter.dropout > 0.0 else None, adapter.dropout, stream
+                mask = None if seed is None or adapter.dropout == 0.0 else Mask(seed, adapter.dropout, stream)
+                yield first, last, mask
 
 
 @dataclass(slots=True, eq=False)

@@ -4,25 +4,37 @@ On CPUs BLAS runs them far below its rate. Measured on an EPYC with AVX2, one th
 least of 40 interleaved: dY B and dY^T S at rank 8 together 0.22 and 0.15 (768 and 2048 features), at rank 16 0.75 and
 0.43, at 32 0.88 and 0.66, at 64 1.01 and 0.73; X A^T at rank 16 0.82 and 0.65. For dA = dS^T X MKL was as fast up to
 768 features, so it stays there.
+
+Our Triton kernels make a dropout mask anew where values are read or written; for the others what is left of the values
+is a copy of its own. `backend` is a group's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..common.device import device_capability
+from ..common.device import hopper_dots_safe
+from ..common.random import dropout
 from ..native import skinny, skinny_serves
 from ..tuning.choosing import choice
-from .keys import RANK, rank_backends, rank_key
+from . import keys
+from .projection import Mask
 
 
-def project_down(y: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """y factor, of y (tokens, features) and factor (features, rank)."""
-    if _triton_serves(y, factor):
+def project_down(
+    y: Tensor, factor: Tensor, out: Tensor | None = None, mask: Mask | None = None, backend: str = "auto"
+) -> Tensor:
+    """dropout(y) factor, of y (tokens, features) and factor (features, rank)."""
+    if _triton_reads(y, factor, mask, backend):
         from .forward import lora_down
 
-        return lora_down(y, factor.t(), out=out)
+        return lora_down(y, factor.t(), out=out, **_options(mask))
+    if mask is not None:
+        return project_down(dropout(y, *mask), factor, out, None, backend)
     if not skinny_serves(y, factor):
         return torch.mm(y, factor, out=out)
     if out is None:
@@ -31,9 +43,9 @@ def project_down(y: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor
     return out
 
 
-def up_gradient(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+def up_gradient(dy: Tensor, s: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """dy^T s, (features, rank); dy (tokens, features), s (tokens, rank), `dtype` that of the parameter."""
-    if _triton_serves(dy, s):
+    if _triton_reads(dy, s, None, backend):
         from .backward import lora_down_bwd_weight, lora_sum
 
         return lora_sum(lora_down_bwd_weight(dy, s, features_first=True), _empty(dy, s, dtype))
@@ -44,41 +56,87 @@ def up_gradient(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def both_gradients(dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, dtype: torch.dtype) -> Tensor:
+def both_gradients(dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """Fills ds with dy b and returns dy^T s, from one read of dy where it can be had."""
-    if _triton_serves(dy, b, s, ds):
+    if dy.dtype.itemsize == 2 and _triton_reads(dy, b, None, backend):
         from .backward import lora_sum, lora_up_bwd
         from .configs import UP
 
         if b.shape[1] <= UP[0].block_r:
             return lora_sum(lora_up_bwd(dy, b, s, ds), _empty(dy, s, dtype))
-    if not skinny_serves(dy, b, s, ds):
-        project_down(dy, b, out=ds)
-        return up_gradient(dy, s, dtype)
+    if backend == "triton" or not skinny_serves(dy, b, s, ds):
+        project_down(dy, b, ds, None, backend)
+        return up_gradient(dy, s, dtype, backend)
     out = dy.new_empty((dy.shape[1], s.shape[1]))
     skinny(dy, b=b, ds=ds, s=s, db=out)
     return out
 
 
-def down_gradient(ds: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """ds^T x, (rank, features); ds (tokens, rank), x (tokens, features), `dtype` that of the parameter."""
-    if _triton_serves(x, ds):
+def down_gradient(ds: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None = None, backend: str = "auto") -> Tensor:
+    """ds^T dropout(x), (rank, features); ds (tokens, rank), x (tokens, features), `dtype` that of the parameter."""
+    if _triton_reads(x, ds, mask, backend):
         from .backward import lora_down_bwd_weight, lora_sum
 
-        return lora_sum(lora_down_bwd_weight(x, ds), x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype))
+        partial = lora_down_bwd_weight(x, ds, **_options(mask))
+        return lora_sum(partial, x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype))
+    if mask is not None:
+        return down_gradient(ds, dropout(x, *mask), dtype, None, backend)
     return _mm_wide(ds.t(), x, dtype)
 
 
-def _triton_serves(y: Tensor, *others: Tensor) -> bool:
-    """Whether our kernels take y (tokens, features) and matrices (any, rank), and are to be taken."""
-    if not y.is_cuda or y.dtype not in (torch.bfloat16, torch.float16) or y.numel() == 0:
+def input_gradient(ds: Tensor, a: Tensor, dx: Tensor | None, mask: Mask | None = None, backend: str = "auto") -> Tensor:
+    """dropout(ds a), or added to dx, which may be written over, in the wider of the two dtypes.
+
+    Args:
+        ds: (tokens, rank).
+        a: (rank, features), dtype of ds.
+        dx: (tokens, features), columns contiguous, or None.
+    """
+    if dx is not None:
+        dx = dx.to(torch.promote_types(dx.dtype, ds.dtype))
+        if triton_takes(dx.shape, ds, mask, backend):
+            from .backward import lora_down_bwd_input_
+
+            return lora_down_bwd_input_(dx, ds, a, **_options(mask))
+    if mask is None and dx is not None and dx.dtype == ds.dtype:
+        return torch.addmm(dx, ds, a, out=dx)
+    part = torch.mm(ds, a)
+    part = part if mask is None else dropout(part, *mask)
+    return part if dx is None else dx.add_(part)
+
+
+def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backend: str) -> bool:
+    """Whether our kernels are to compute products of a matrix (tokens, features), of shape `shape`, with narrow ones.
+
+    Args:
+        shape: (tokens, features).
+        narrow: (any, rank); of its device, and dtype of the product.
+        mask: dropout of the matrix, or None.
+        backend: a group's; with "triton" they are, wherever there is anything to compute.
+    """
+    (tokens, features), rank, dtype, device = shape, narrow.shape[1], narrow.dtype, narrow.device
+    if backend == "library" or 0 in (tokens, features, rank):
         return False
-    rank = others[0].shape[1]
-    if rank == 0 or y.stride(1) != 1 or any(t.dtype != y.dtype for t in others):
+    if backend == "triton":
+        return True
+    if dtype.itemsize != 2 or not keys.kernels_serve(device):
         return False
-    if (device_capability(y.device) or 0) < 80:
-        return False
-    return choice(RANK, y.device, lambda: rank_key(y, rank), rank_backends, "library") == "triton"
+
+    def case() -> keys.RankKey:
+        return keys.rank_key(tokens, features, rank, dtype)
+
+    found = choice(keys.RANK, device, case, keys.rank_backends, keys.default_rank_backend(device))
+    return found == "triton" and (mask is None or hopper_dots_safe(device) is None)
+
+
+def _triton_reads(y: Tensor, narrow: Tensor, mask: Mask | None, backend: str) -> bool:
+    """The same for a matrix y that is read: one that a measurement stands for, unless ours were asked for."""
+    as_measured = y.stride(1) == 1 and y.dtype == narrow.dtype
+    return (as_measured or backend == "triton") and triton_takes(y.shape, narrow, mask, backend)
+
+
+def _options(mask: Mask | None) -> dict[str, Any]:
+    return {} if mask is None else mask._asdict()
 
 
 def _empty(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:

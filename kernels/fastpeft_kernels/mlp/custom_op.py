@@ -65,7 +65,7 @@ def lora_mlp_down_op(
 ) -> Tensor:
     """The result, in place of what stands for it; tensors, numbers and layout of the down projection alone."""
     group = unflatten_group(tensors, numbers, layout).group
-    packed = lora_library.pack(group.projections, group.dtypes.lora)
+    packed = lora_library.pack(group)
     with in_use(group.projections):
         return Middle(h, None if packed.a is None else s_down, group, packed).project(result.shape[:-1])
 

@@ -80,7 +80,7 @@ def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     """(pre, s) of x (tokens, in_features); see `Kept`."""
     pre = x.new_empty((x.shape[0], mlp.width), dtype=dtypes.out)
     group, _ = mlp.groups(dtypes, seeds)
-    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(mlp.inner, dtypes.lora))
+    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(group))
 
 
 def up_to_down(
@@ -89,7 +89,7 @@ def up_to_down(
     """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
     _, down = mlp.groups(dtypes, seeds)
-    packed = library.pack(down.projections, dtypes.lora)
+    packed = library.pack(down)
     h = pre.new_empty((x.shape[0], mlp.features))
     fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
     return Middle(h, library.down_projection(h, down, packed), down, packed), pre, s
@@ -124,7 +124,7 @@ def backward(
     """
     below = dx_dtype is not None or any(flag for flags in needs[:-1] for flag in flags)
     group, down = mlp.groups(dtypes, seeds)
-    packed = library.pack(down.projections, dtypes.lora)
+    packed = library.pack(down)
     dh, ds, grads_down = library.backward_without_input(
         kept.s_down, [dy], down, packed, dtypes.out if below else None, needs[-1:]
     )
@@ -148,6 +148,6 @@ def backward(
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
-    packed = library.pack(mlp.inner, dtypes.lora)
+    packed = library.pack(group)
     dx, grads = library.backward(kept.x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1])
     return dx, [*grads, *grads_down]

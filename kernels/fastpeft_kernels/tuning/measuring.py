@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,14 +50,12 @@ class Tunable:
         key: makes a case from its fields.
         candidates: by name, for a device; first the plain library, which wins where no other is faster.
         problem: makes a case on random numbers.
-        within: (op, case) of the choices inside candidates that a case, computed by its default, does not ask for.
     """
 
     op: str
     key: Callable[..., Key]
     candidates: Callable[[torch.device], Sequence[str]]
     problem: Callable[[Any, torch.device], Problem]
-    within: Callable[[Any], Iterable[tuple[str, Key]]] = lambda key: ()
 
 
 @dataclass(frozen=True)

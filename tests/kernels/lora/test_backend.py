@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
-from fastpeft_kernels.lora import Dtypes, api, library, lora_linear, lora_linear_group
+from fastpeft_kernels.lora import Dtypes, api, backends, library, lora_linear, lora_linear_group
+from fastpeft_kernels.lora.layout import flatten_group, unflatten_group
+from fastpeft_kernels.lora.projection import Group
 from tests.kernels.lora.groups import projection
 
 X, W, A, B = torch.randn(3, 7), torch.randn(5, 7), torch.randn(2, 7), torch.randn(5, 2)
@@ -35,7 +37,7 @@ def test_the_library_serves(backend: str, calls: list[str]) -> None:
     assert calls == ["pack", "forward", "pack", "backward"]
 
 
-def test_checked_callers_need_name_no_implementation(calls: list[str]) -> None:
+def test_checked_callers_need_name_no_backend(calls: list[str]) -> None:
     (y,) = api.run_group(X, [projection(7, 5, 2)], Dtypes(*[torch.float32] * 3), [None])
     assert y.shape == (3, 5) and calls[:2] == ["pack", "forward"]
 
@@ -46,7 +48,7 @@ def test_an_unknown_backend() -> None:
 
 
 def test_triton_that_is_not_there(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    monkeypatch.setattr(api, "triton_available", lambda: False)
+    monkeypatch.setattr(backends, "triton_available", lambda: False)
     with pytest.raises(ValueError, match="backend: 'triton' needs Triton, which cannot be imported here"):
         lora_linear(X, W, A, B, backend="triton")
     assert not calls
@@ -62,18 +64,40 @@ def test_triton_on_a_cpu(calls: list[str]) -> None:
 
 @pytest.mark.interpreter
 def test_dropout_where_the_assembler_is_not_trusted(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    triton_path = pytest.importorskip("fastpeft_kernels.lora.triton_path")
-    monkeypatch.setattr(triton_path, "hopper_dots_safe", lambda device: f"not on {device}")
+    monkeypatch.setattr(backends, "hopper_dots_safe", lambda device: f"not on {device}")
     with pytest.raises(ValueError, match="backend: 'triton' cannot serve this group: not on cpu"):
         lora_linear(X, W, A, B, dropout=0.5, backend="triton")
+    assert not calls
     lora_linear(X, W, A, B, dropout=0.5, training=False, backend="triton")
     lora_linear(X, W, A, B, backend="triton")
-    assert not calls
 
 
 @pytest.mark.interpreter
 def test_a_gpu_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_path = pytest.importorskip("fastpeft_kernels.lora.triton_path")
-    monkeypatch.setattr(triton_path, "device_capability", lambda device: 75)
+    monkeypatch.setattr(backends, "device_capability", lambda device: 75)
     with pytest.raises(ValueError, match=r"expected compute capability 8.0 or later, .* got 7.5"):
         lora_linear(X, W, A, B, backend="triton")
+
+
+class OnGpu:
+    """Stands for a tensor on a GPU, of which the refusal reads device and dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device("cuda", 0), dtype
+
+
+def test_fp32_products_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "device_capability", lambda device: 90)
+    f32, bf16 = torch.float32, torch.bfloat16
+    for compute, lora in ((f32, f32), (bf16, f32), (f32, bf16)):
+        group = Group([projection(7, 5, 2)], Dtypes(compute, lora, compute), [None], "triton")
+        reason = backends.triton_refusal(OnGpu(f32), group)  # type: ignore[arg-type]
+        assert reason is not None and reason.startswith("expected fp16 or bf16 products on a GPU, got torch.float32")
+    group = Group([projection(7, 5, 2)], Dtypes(bf16, bf16, f32), [None], "triton")
+    assert backends.triton_refusal(OnGpu(f32), group) is None  # type: ignore[arg-type]
+
+
+def test_a_compiled_group_keeps_its_backend() -> None:
+    group = Group([projection(7, 5, 2)], Dtypes(*[torch.float32] * 3), [None], "library")
+    assert unflatten_group(*flatten_group(group)).group.backend == "library"

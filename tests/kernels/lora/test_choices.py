@@ -1,32 +1,103 @@
-"""Measured choices of a group: each is right, is taken when it won, and keeps for backward what the others keep."""
+"""Measured choices of a group's products: each is asked for and taken, and all keep the same for backward."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fastpeft_kernels.lora import LoraProjection, keys, lora_linear_group, problems
-from fastpeft_kernels.lora.keys import GROUP, GroupKey
-from fastpeft_kernels.quant import encode_4bit
-from fastpeft_kernels.tuning import choosing, measuring
-from fastpeft_kernels.tuning.measuring import measure
+from fastpeft_kernels.lora import Dtypes, lora_linear_group, rank_products
+from fastpeft_kernels.lora.keys import LINEAR, RANK, RankKey
+from fastpeft_kernels.tuning import choosing
 from fastpeft_kernels.tuning.records import Winner
-from fastpeft_kernels.weights import FourBitWeight
-from tests.kernels.lora.groups import adapter, projection
+from tests.kernels.lora.groups import check_group, parameters, projection, seeds_for
 
-CPU = torch.device("cpu")
-F32 = ("float32", "float32", "float32")
-PROBLEMS = {tunable.op: tunable for tunable in problems.TUNABLES}
+CPU, F16 = torch.device("cpu"), torch.float16
+HALF = Dtypes(F16, F16, F16)
+OURS, LIBRARY = {RANK: "triton", LINEAR: "triton"}, {RANK: "library", LINEAR: "torch"}
 
 
-def win(key: GroupKey, **choices: str) -> None:
-    fields: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in key._asdict().items()}
-    for op, choice in choices.items():
-        choosing.learn(CPU, Winner(op, fields, choice, {choice: 1.0}))
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for a GPU that our kernels serve."""
+    monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
+    monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: False)
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of our launchers that were called."""
+    pytest.importorskip("triton")
+    from fastpeft_kernels.lora import backward, forward
+
+    called: list[str] = []
+    for module, name in (
+        *((forward, name) for name in ("lora_down", "lora_linear")),
+        *((backward, name) for name in ("lora_up_bwd", "lora_down_bwd_weight", "lora_down_bwd_input_")),
+    ):
+        function = getattr(module, name)
+
+        def spy(*args: Any, name: str = name, function: Any = function, **options: Any) -> Any:
+            called.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    return called
+
+
+def group_of_two(p: float) -> list[Any]:
+    return [projection(32, out, 8, dtype=F16, dropout=p) for out in (16, 24)]
+
+
+def x_of_16() -> Tensor:
+    return torch.randn(16, 32).to(F16).requires_grad_()
+
+
+def win(choice: str, *keys: RankKey) -> None:
+    for key in keys:
+        choosing.learn(CPU, Winner(RANK, key._asdict(), choice, {choice: 1.0}))
+
+
+@pytest.mark.interpreter
+def test_the_winner_is_taken(ours: list[str]) -> None:
+    """S and dA are of 16 columns together; dS and dB are of the first projection's output, and not of the other's."""
+    win("triton", RankKey(16, 32, 16, "float16"), RankKey(16, 16, 8, "float16"))
+    check_group(x_of_16(), group_of_two(0.0), HALF)
+    assert Counter(ours) == {"lora_down": 1, "lora_up_bwd": 1, "lora_down_bwd_weight": 1}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("safe", (True, False))
+def test_dropout_is_in_our_kernels_where_the_assembler_is_trusted(
+    safe: bool, ours: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Tensor] = []
+    dropout = rank_products.dropout
+    monkeypatch.setattr(rank_products, "hopper_dots_safe", lambda device: None if safe else "not here")
+    monkeypatch.setattr(rank_products, "dropout", lambda x, *mask: copies.append(x) or dropout(x, *mask))
+    with choosing.forced(OURS):
+        check_group(x_of_16(), group_of_two(0.5), HALF)
+    both = {"lora_down": 2, "lora_linear": 4, "lora_up_bwd": 2, "lora_down_bwd_weight": 2}
+    assert Counter(ours) == (both | {"lora_down_bwd_input_": 2} if safe else both)
+    assert len(copies) == (0 if safe else 6)
+
+
+@pytest.mark.interpreter
+def test_no_measurement_is_for_fp32(ours: list[str]) -> None:
+    with choosing.forced(OURS):
+        check_group(torch.randn(16, 32, requires_grad=True), [projection(32, 16, 8)], Dtypes(*[torch.float32] * 3))
+    assert not ours
+
+
+@pytest.mark.interpreter
+def test_the_library_asked_for_by_name_is_taken(ours: list[str]) -> None:
+    with choosing.forced(OURS):
+        check_group(x_of_16(), group_of_two(0.5), HALF, backend="library")
+    assert not ours
 
 
 def kept(run: Any) -> list[tuple[torch.Size, torch.dtype]]:
@@ -41,40 +112,38 @@ def kept(run: Any) -> list[tuple[torch.Size, torch.dtype]]:
     return found
 
 
-def test_our_kernels_are_no_candidate_on_a_cpu() -> None:
-    key = GroupKey(4, 64, (32,), (8,), ("float32",), *F32, False)
-    win(key, **{GROUP: "triton"})
-    lora_linear_group(torch.randn(4, 64, requires_grad=True), [projection(64, 32, 8)])
-    assert keys.paths(CPU) == ("library",)
-
-
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dropout", (False, True))
-def test_our_kernels_are_right_and_keep_what_the_library_keeps(dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_path = pytest.importorskip("fastpeft_kernels.lora.triton_path")
-    ours: list[int] = []
-    forward = triton_path.forward
-    monkeypatch.setattr(triton_path, "forward", lambda *args: ours.append(1) or forward(*args))
-    monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})
-    monkeypatch.setattr("fastpeft_kernels.lora.api.paths", lambda _: ("library", "triton"))
-    key = GroupKey(16, 32, (16, 16), (8, 8), ("float32",) * 2, *F32, dropout)
-    found = measure(replace(PROBLEMS[GROUP], candidates=lambda _: ("library", "triton")), key, CPU, seconds=0.0)
-    assert not found.dropped and found.winner is not None and found.winner.us.keys() == {"library", "triton"}
-    group = [projection(32, 16, 8, dropout=0.1 * dropout) for _ in range(2)]
-    x = torch.randn(16, 32, requires_grad=True)
-    both = []
-    for choice in ("library", "triton"):
-        ours.clear()
-        win(key, **{GROUP: choice})
-        both.append(kept(lambda: lora_linear_group(x, group)))
-        assert len(ours) == (choice == "triton")
-    assert both[0] == both[1] != []
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_a_recomputation_may_choose_otherwise(reentrant: bool) -> None:
+    group, x = group_of_two(0.1), x_of_16()
+    seeds, kinds, gradients = seeds_for(group), [], []
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return lora_linear_group(x, group, seeds=seeds)
+
+    for later in (LIBRARY, OURS):
+        with choosing.forced(later):
+            kinds.append(kept(lambda: run(x)))
+        with choosing.forced(LIBRARY):
+            ys = checkpoint(run, x, use_reentrant=reentrant)
+        with choosing.forced(later):
+            torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        gradients.append([t.grad for t in (x, *parameters(group))])
+        for t in (x, *parameters(group)):
+            t.grad = None
+    assert kinds[0] == kinds[1] != []
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
-def test_a_key_tells_what_decides() -> None:
-    base = FourBitWeight(encode_4bit(torch.randn(48, 64)))
-    group = [LoraProjection(base, None, (adapter(3, 64, 48), adapter(20, 64, 48))), projection(64, 16)]
-    dtypes, seeds = problems.Dtypes(*[torch.float32] * 3), [torch.tensor([1]), None]
-    key = keys.group_key(problems.Group(group, dtypes, seeds), 100)
-    assert key == GroupKey(128, 64, (48, 16), (32, 0), ("four_bit", "float32"), *F32, True)
-    assert key.at(5, CPU).tokens == 8 and str(key) == "128x64x48+16, r=32, four_bit, float32, dropout"
+def test_a_compiled_group_looks_its_choices_up_too() -> None:
+    group, x = group_of_two(0.5), x_of_16()
+    seeds = seeds_for(group)
+    compiled = torch.compile(lambda x: lora_linear_group(x, group, seeds=seeds), fullgraph=True, backend="aot_eager")
+    with choosing.meeting() as met:
+        ys = compiled(x)
+        assert {op for op, _ in met} == {RANK, LINEAR}
+        met.clear()
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        assert {op for op, _ in met} == {RANK, LINEAR}

@@ -54,7 +54,7 @@ def test_down_in_every_configuration(dtype: torch.dtype, p: float) -> None:
     from fastpeft_kernels.lora.forward import lora_down
 
     x, a = matrix(TOKENS, FEATURES, dtype), matrix(RANK, FEATURES, dtype)
-    for config in configs("DOWN", "DOWN_FP32"):
+    for config in configs("DOWN"):
         s = lora_down(x, a, seed=SEED, p=p, stream=2, config=config)
         check(s, lambda x, a: dropped(x, p, x.dtype) @ a.t(), x, a)
 
@@ -65,7 +65,7 @@ def test_linear_in_every_configuration(dtype: torch.dtype) -> None:
 
     x, w, bias = matrix(TOKENS, FEATURES, dtype), matrix(70, FEATURES, dtype), torch.randn(70).to(dtype)
     s, b = matrix(TOKENS, RANK, dtype), matrix(70, RANK, dtype)
-    for config in configs("LINEAR", "LINEAR_FP32"):
+    for config in configs("LINEAR"):
         y = lora_linear(x, w, s, b, bias, config=config)
         check(y, lambda x, w, s, b, bias: x @ w.t() + s @ b.t() + bias, x, w, s, b, bias)
         before = matrix(TOKENS, 70, dtype)
@@ -142,7 +142,7 @@ def test_weight_gradient_in_every_configuration(dtype: torch.dtype, p: float) ->
     from fastpeft_kernels.lora.backward import lora_down_bwd_weight
 
     x, ds = matrix(LONG, FEATURES, dtype), matrix(LONG, RANK, dtype)
-    for config in configs("WEIGHT", "WEIGHT_FP32"):
+    for config in configs("WEIGHT"):
         da = lora_down_bwd_weight(x, ds, seed=SEED, p=p, stream=2, config=config)
         # fp32 throughout: the partial sums are fp32 whatever the operands are
         check(da.sum(0), lambda x, ds: ds.t() @ dropped(x, p, x.dtype), x.float(), ds.float())
@@ -156,7 +156,7 @@ def test_input_gradient_in_every_configuration(dtype: torch.dtype, p: float) -> 
     from fastpeft_kernels.lora.backward import lora_down_bwd_input_
 
     ds, a, before = matrix(TOKENS, RANK, dtype), matrix(RANK, FEATURES, dtype), matrix(TOKENS, FEATURES, dtype)
-    for config in configs("INPUT", "INPUT_FP32"):
+    for config in configs("INPUT"):
         dx = before.clone()
         version = dx._version
         assert lora_down_bwd_input_(dx, ds, a, seed=SEED, p=p, stream=2, config=config) is dx
@@ -323,18 +323,46 @@ def test_refuses_what_it_would_compute_wrongly() -> None:
         lora_linear_group(x, [projection(4, 4, 2, lora_dtype=F64)], lora_dtype=F32, backend="triton")
 
 
+@drops_or_not
 @pytest.mark.parametrize("rank", (1, 16, 40))
-def test_products_of_rank_width_for_the_librarys_path(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_rank_width(rank: int, p: float) -> None:
     from fastpeft_kernels.lora import rank_products
+    from fastpeft_kernels.lora.projection import Mask
 
-    monkeypatch.setattr(rank_products, "_triton_serves", lambda *_: True)
+    mask = Mask(SEED, p, 2) if p else None
     y, b, s = matrix(LONG, FEATURES, F16), matrix(FEATURES, rank, F16), matrix(LONG, rank, F16)
     room = torch.full((LONG, rank + 2), torch.nan, dtype=F16)
     ds = room[:, 1:-1]
-    check(rank_products.project_down(y, b), lambda y, b: y @ b, y, b)
-    db = rank_products.both_gradients(y, b, s, ds, F32)
+    check(rank_products.project_down(y, b, None, mask, "triton"), lambda y, b: dropped(y, p, y.dtype) @ b, y, b)
+    db = rank_products.both_gradients(y, b, s, ds, F32, "triton")
     assert room[:, [0, -1]].isnan().all()
     check(ds, lambda y, b: y @ b, y, b)
-    for ours in (db, rank_products.up_gradient(y, s, F32), rank_products.down_gradient(s, y, F32).t()):
+    for ours in (db, rank_products.up_gradient(y, s, F32, "triton")):
         assert ours.dtype == F32
-        check(ours, lambda y, s: y.t().float() @ s.float() if y.dtype == F16 else y.t() @ s, y, s)
+        check(ours, lambda y, s: y.t() @ s, y.float(), s.float())
+    da = rank_products.down_gradient(s, y, F32, mask, "triton")
+    check(da, lambda y, s: s.t() @ dropped(y, p, y.dtype), y.float(), s.float())
+    for before in (matrix(LONG, FEATURES, F16), matrix(LONG, FEATURES, F32)):
+        dx = rank_products.input_gradient(s, b.t(), before.clone(), mask, "triton")
+        check(dx, lambda s, b, dx: dx + dropped(s @ b.t(), p, s.dtype).to(dx.dtype), s, b, before)
+
+
+@drops_or_not
+@every_dtype
+def test_every_product_of_a_group_is_by_our_kernels(
+    dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the library multiplies, nor is there a dropped copy."""
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("the library was taken")
+
+    group = [projection(24, 40, 4, 3, dtype=dtype, dropout=p), projection(24, 16, 20, dtype=dtype)]
+    x = torch.randn(9, 24).to(dtype).requires_grad_()
+    with monkeypatch.context() as patch:
+        for name in ("mm", "addmm"):
+            patch.setattr(torch, name, never)
+        patch.setattr("fastpeft_kernels.lora.rank_products.dropout", never)
+        ys = lora_linear_group(x, group, seeds=seeds_for(group), backend="triton")
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert all(t.grad is not None for t in (x, *parameters(group)))

@@ -11,7 +11,7 @@ import torch
 from fastpeft_kernels import tuner
 from fastpeft_kernels.activation import gated_activation
 from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey
-from fastpeft_kernels.lora.keys import GROUP, GroupKey
+from fastpeft_kernels.lora.keys import LINEAR, RANK, LinearKey, RankKey
 from fastpeft_kernels.quant import decode_4bit, encode_4bit
 from fastpeft_kernels.quant.choosing import DECODE, DecodeKey
 from fastpeft_kernels.tuning import choosing, files
@@ -20,20 +20,20 @@ from fastpeft_kernels.tuning.records import Winner
 CPU = torch.device("cpu")
 SILU = ActivationKey(16, 24, "silu", True, "float32")
 WEIGHT = DecodeKey(32, 64, "nf4", 64, True, "float32", True)
-QV = GroupKey(16, 64, (64, 32), (8, 8), ("bfloat16", "four_bit"), "bfloat16", "bfloat16", "bfloat16", False)
-MET = [(GROUP, QV), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU)]
+Q, NARROW = LinearKey(16, 64, 64, "bfloat16", False), RankKey(16, 64, 8, "bfloat16")
+MET = [(LINEAR, Q), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU), (RANK, NARROW)]
 
 
 def test_cases_are_in_the_order_of_the_ops_for_each_number_of_tokens() -> None:
     cases = [(tunable.op, key) for tunable, key in tuner.cases_for([*MET, *MET], CPU, [5, 8, 20])]
     assert [op for op, _ in cases] == [DECODE, *[FORWARD] * 2, *[BACKWARD] * 2]
     assert [key.tokens for op, key in cases if op != DECODE] == [8, 32] * 2
-    assert GROUP not in dict(cases)  # nothing to choose on a CPU
+    assert LINEAR not in dict(cases) and RANK not in dict(cases)  # nothing to choose on a CPU
 
 
-def test_keys_are_of_the_dtypes_that_the_device_is_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: True)
-    assert QV.at(8, CPU)[5:8] == ("float32", "float32", "bfloat16")
+def test_what_others_are_made_of_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
+    assert [tunable.op for tunable, _ in tuner.cases_for(MET, CPU, [8])] == [DECODE, FORWARD, BACKWARD, RANK, LINEAR]
 
 
 def test_every_op_is_measured_kept_and_used(measured_choices: Path) -> None:
