@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+LARGEST_DECODED = 256 << 20
+"""Bytes of several weights that are decoded at the same time, so that one product takes them all."""
+
+
 def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
     dtype, found = group.dtypes.lora, [adapter.a for p in group.projections for adapter in p.adapters]
@@ -225,22 +229,50 @@ def _input_gradient(
     update: tuple[Tensor, Tensor] | None = None
     if ds is not None and a is not None and (ours or one_dtype):
         if not group.drops:
-            update = (ds, a.t())
+            update, ds = (ds, a.t()), None
         elif not triton_takes((ds.shape[0], a.shape[1]), ds, next(group.masks()), group.backend):
             dx, ds = adapter_input_gradient(ds, a, group), None
+    pairs: list[tuple[Tensor, Tensor]] = []
+    together = _decodes_together(group)
     for dy, projection in zip(dys, group.projections, strict=True):
         if dy is None:
             continue
         dy, weight = dy.to(dtypes.compute), projection.weight
         part = weight.linear_t(dy)
         if part is None and (ours or wide == dtypes.compute):
-            first = dx is None
-            dx = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=wide) if dx is None else dx
-            w, (s, b) = decoded(weight, dtypes.compute).t(), update or (None, None)
-            large_product(dy, w, s, b, out=dx, accumulate=not first, backend=group.backend)
-            if update:
-                update, ds = None, None
-            continue
-        part = torch.mm(dy, decoded(weight, dtypes.compute)) if part is None else part
-        dx = rows_contiguous(part.to(wide)) if dx is None else dx.add_(part)
+            pairs.append((dy, decoded(weight, dtypes.compute).t()))
+            if not together:
+                dx, update = _add_products(pairs, dx, update, wide, group.backend), None
+                pairs.clear()
+        else:
+            part = torch.mm(dy, decoded(weight, dtypes.compute)) if part is None else part
+            dx = rows_contiguous(part.to(wide)) if dx is None else dx.add_(part)
+    if pairs:
+        dx, update = _add_products(pairs, dx, update, wide, group.backend), None
+    if update is not None:  # every product was the storage's own
+        ds = update[0]
     return dx if ds is None or a is None else adapter_input_gradient(ds, a, group, dx)
+
+
+def _add_products(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    dx: Tensor | None,
+    update: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """dx, or a new matrix of `dtype`, with the sum of dY W and the update added to it."""
+    (dy, w), (s, b) = pairs[0], update or (None, None)
+    out = dy.new_empty((dy.shape[0], w.shape[0]), dtype=dtype) if dx is None else dx
+    return large_product(dy, w, s, b, more=pairs[1:], out=out, accumulate=dx is not None, backend=backend)
+
+
+def _decodes_together(group: Group) -> bool:
+    """Whether the weights of all projections may lie decoded at the same time: as they are stored, or little on a GPU.
+
+    On a CPU each is decoded into the same warm buffer.
+    """
+    weights, dtype = [projection.weight for projection in group.projections], group.dtypes.compute
+    decodes = [weight for weight in weights if not weight.is_ready(dtype)]
+    size = sum(weight.shape[0] * weight.shape[1] for weight in decodes) * dtype.itemsize
+    return not decodes or (decodes[0].device.type == "cuda" and size <= LARGEST_DECODED)

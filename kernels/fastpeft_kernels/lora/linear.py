@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,37 +19,41 @@ def large_product(
     b: Tensor | None,
     bias: Tensor | None = None,
     *,
+    more: Sequence[tuple[Tensor, Tensor]] = (),
     out: Tensor,
     accumulate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`x @ w.T + s @ b.T + bias` into `out`; gradients must be off.
+    """`x @ w.T + s @ b.T + bias`, and the products of `more`, into `out`; gradients must be off.
 
     Args:
-        x, w, s, b, bias, out, accumulate: as for `forward.lora_linear`; of one dtype unless `backend` is "triton".
+        x, w, s, b, bias, more, out, accumulate: as `forward.lora_linear`; of one dtype unless `backend` is "triton".
         backend: a group's. With "auto" our kernels can be chosen for 16-bit products on a GPU.
 
     Returns:
         `out`.
     """
-    operands = (x, w, out) if s is None or b is None else (x, w, out, s, b)
-    name = _chosen(operands, backend)
+    name = _chosen([(x, w), *more], out, () if s is None or b is None else (s, b), backend)
     if name == "torch":
-        return library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
+        library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
+        for another_x, another_w in more:
+            torch.addmm(out, another_x, another_w.t(), out=out)
+        return out
     from .forward import lora_linear
 
     config = None if name == "triton" else linear_tiles(x.device)[name]
-    return lora_linear(x, w, s, b, bias, out=out, accumulate=accumulate, config=config)
+    return lora_linear(x, w, s, b, bias, more=more, out=out, accumulate=accumulate, config=config)
 
 
-def _chosen(operands: tuple[Tensor, ...], backend: str) -> str:
+def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> str:
     """One of `keys.linear_candidates`; one that cannot serve (descriptors for unaligned rows) is not chosen.
 
-    The first three operands are those that every product has.
+    The first pair stands for all.
     """
-    x, w, out, *_ = operands
+    x, w = pairs[0]
     ours = backend == "triton"
-    choosable = x.dtype.itemsize == 2 and all(t.dtype == x.dtype for t in operands if t is not out)
+    factors = [*(t for pair in pairs for t in pair), *update]
+    choosable = x.dtype.itemsize == 2 and all(t.dtype == x.dtype for t in factors)
     choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
     if backend == "library" or not choosable or out.numel() == 0:
         return "triton" if ours else "torch"
@@ -55,11 +61,15 @@ def _chosen(operands: tuple[Tensor, ...], backend: str) -> str:
     name = choice(keys.LINEAR, x.device, lambda: keys.linear_key(x, w), keys.linear_candidates, default)
     if ours and name == "torch":
         return default
-    if name in ("torch", "triton") or not linear_tiles(x.device)[name].tma:
+    if name == "torch":
         return name
     from .forward_tma import describable
 
-    return name if describable([(x, w)], out, *operands[3:]) else default
+    if describable(pairs, out, *update):
+        return name
+    # Without descriptors our kernel is slower than the library's, and one of their tiles cannot be asked for.
+    needs_them = linear_tiles(x.device)[name].tma
+    return name if not needs_them else "triton" if ours else "torch"
 
 
 def library_linear(

@@ -105,7 +105,11 @@ def up_gradients(
     if s is None or not wanted:
         project_down(dy, up, ds, None, backend)
         return
-    db = both_gradients(dy, up, s, ds, projection.adapters[wanted[0]].b.dtype, backend)
+    dtype = projection.adapters[wanted[0]].b.dtype
+    if len(projection.adapters) == 1:
+        grads[2] = both_gradients(dy, up, s, ds, dtype, projection.adapters[0].scaling, backend)
+        return
+    db = both_gradients(dy, up, s, ds, dtype, 1.0, backend)
     column = 0
     for j, adapter in enumerate(projection.adapters):
         first, column = column, column + adapter.rank

@@ -58,7 +58,7 @@ class _RankProducts:
     def run(self, candidate: str) -> Sequence[Tensor]:
         with torch.no_grad():
             s = project_down(self.y, self.factor, backend=candidate)
-            db = both_gradients(self.y, self.factor, self.s, self.out, torch.float32, candidate)
+            db = both_gradients(self.y, self.factor, self.s, self.out, torch.float32, backend=candidate)
             return [s, self.out, db, down_gradient(self.s, self.y, torch.float32, backend=candidate)]
 
     def exact(self) -> Sequence[Tensor]:

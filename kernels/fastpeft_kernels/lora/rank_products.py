@@ -43,33 +43,43 @@ def project_down(
     return out
 
 
-def up_gradient(dy: Tensor, s: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """dy^T s, (features, rank); dy (tokens, features), s (tokens, rank), `dtype` that of the parameter."""
+def up_gradient(
+    dy: Tensor, s: Tensor, dtype: torch.dtype, factor: float | Tensor = 1.0, backend: str = "auto"
+) -> Tensor:
+    """factor dy^T s, (features, rank), of the parameter's `dtype`; dy (tokens, features), s (tokens, rank)."""
     if _triton_reads(dy, s, None, backend):
         from .backward import lora_down_bwd_weight, lora_sum
 
-        return lora_sum(lora_down_bwd_weight(dy, s, features_first=True), _empty(dy, s, dtype))
+        return lora_sum(lora_down_bwd_weight(dy, s, features_first=True), _empty(dy, s, dtype), factor)
     if not skinny_serves(dy, s):
-        return _mm_wide(dy.t(), s, dtype)
+        return _scaled(_mm_wide(dy.t(), s, dtype), factor, dtype)
     out = dy.new_empty((dy.shape[1], s.shape[1]))
     skinny(dy, s=s, db=out)
-    return out
+    return _scaled(out, factor, dtype)
 
 
-def both_gradients(dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """Fills ds with dy b and returns dy^T s, from one read of dy where it can be had."""
+def both_gradients(
+    dy: Tensor,
+    b: Tensor,
+    s: Tensor,
+    ds: Tensor,
+    dtype: torch.dtype,
+    factor: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Fills ds with dy b and returns factor dy^T s, from one read of dy where it can be had."""
     if dy.dtype.itemsize == 2 and _triton_reads(dy, b, None, backend):
         from .backward import lora_sum, lora_up_bwd
         from .configs import UP
 
         if b.shape[1] <= UP[0].block_r:
-            return lora_sum(lora_up_bwd(dy, b, s, ds), _empty(dy, s, dtype))
+            return lora_sum(lora_up_bwd(dy, b, s, ds), _empty(dy, s, dtype), factor)
     if backend == "triton" or not skinny_serves(dy, b, s, ds):
         project_down(dy, b, ds, None, backend)
-        return up_gradient(dy, s, dtype, backend)
+        return up_gradient(dy, s, dtype, factor, backend)
     out = dy.new_empty((dy.shape[1], s.shape[1]))
     skinny(dy, b=b, ds=ds, s=s, db=out)
-    return out
+    return _scaled(out, factor, dtype)
 
 
 def down_gradient(ds: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None = None, backend: str = "auto") -> Tensor:
@@ -125,7 +135,8 @@ def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backen
     def case() -> keys.RankKey:
         return keys.rank_key(tokens, features, rank, dtype)
 
-    found = choice(keys.RANK, device, case, keys.rank_backends, keys.default_rank_backend(device))
+    default = keys.default_rank_backend(device, rank, mask is not None)
+    found = choice(keys.RANK, device, case, keys.rank_backends, default)
     return found == "triton" and (mask is None or hopper_dots_safe(device) is None)
 
 
@@ -137,6 +148,10 @@ def _triton_reads(y: Tensor, narrow: Tensor, mask: Mask | None, backend: str) ->
 
 def _options(mask: Mask | None) -> dict[str, Any]:
     return {} if mask is None else mask._asdict()
+
+
+def _scaled(product: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return (product if isinstance(factor, (int, float)) and factor == 1.0 else product * factor).to(dtype)
 
 
 def _empty(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
