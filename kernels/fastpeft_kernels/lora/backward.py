@@ -30,10 +30,8 @@ from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import (
     INPUT,
-    INPUT_FP32,
     UP,
     WEIGHT,
-    WEIGHT_FP32,
     Config,
     default_config,
     token_splits,
@@ -233,7 +231,7 @@ def lora_down_bwd_weight(
     shape = (features, rank) if features_first else (rank, features)
     if x.numel() == 0:
         return x.new_zeros((1, *shape), dtype=torch.float32)
-    config = config or default_config(WEIGHT_FP32 if ds.dtype == torch.float32 else WEIGHT, x.device)
+    config = config or default_config(WEIGHT, x.device)
     block_r = config.ranks(rank)
     blocks = triton.cdiv(features, config.block_n) * triton.cdiv(rank, block_r)
     splits, each = token_splits(tokens, blocks, config.block_m, x.device)
@@ -277,7 +275,7 @@ def lora_down_bwd_input_(
     (tokens, in_features), rank = dx.shape, a.shape[0]
     if dx.numel() == 0:
         return dx
-    config = config or default_config(INPUT_FP32 if ds.dtype == torch.float32 else INPUT, dx.device)
+    config = config or default_config(INPUT, dx.device)
     ds, a = columns_contiguous(ds), columns_contiguous(a)
     drops = seed is not None and p > 0.0
     with torch.cuda.device_of(dx):

@@ -62,11 +62,10 @@ LINEAR_TMA = (
     Config(128, 128, 64, 64, 4, 3, tma=True, group_m=8),
 )
 LINEAR = (Config(128, 128, 64, 64, 8, 3), Config(128, 256, 64, 64, 8, 3))
-DOWN = (Config(32, 0, 128, 64, 4, 4), Config(64, 0, 128, 64, 4, 4))
+DOWN = (Config(32, 0, 128, 64, 4, 4), Config(64, 0, 64, 64, 4, 4))
 UP = (Config(32, 256, 0, 16, 4, 4), Config(64, 128, 0, 16))
 WEIGHT = (Config(64, 128, 0, 64), Config(64, 128, 0, 64, 8))
 INPUT = (Config(64, 128, 0, 64, 8), Config(128, 128, 0, 64, 8))
-DOWN_FP32 = WEIGHT_FP32 = INPUT_FP32 = (TINY,)  # fp32 runs in the interpreter only
 
 _LARGE_SHARED = (90, 100)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
-from .configs import DOWN, DOWN_FP32, Config, default_config, linear_config
+from .configs import DOWN, Config, default_config, linear_config
 from .forward_tma import describable, lora_linear_tma
 
 
@@ -155,7 +155,7 @@ def lora_down(
     out = a.new_empty((tokens, rank)) if out is None else out
     if out.numel() == 0:
         return out
-    config = config or default_config(DOWN_FP32 if a.dtype == torch.float32 else DOWN, x.device)
+    config = config or default_config(DOWN, x.device)
     block_r = config.ranks(rank)
     drops = seed is not None and p > 0.0
     with torch.cuda.device_of(x):

@@ -6,7 +6,7 @@ assembler is decided by what is found here. Needs neither peft nor bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -31,17 +31,19 @@ from .gpu_support import (
     F64,
     MASK,
     capability,
+    copied,
     derive,
     dropped,
     dtype_name,
     make_projection,
+    moved,
     product_in_fp32,
     rand,
+    reference_device,
     same_dtypes,
-    widened,
     within,
 )
-from .projection import Dtypes
+from .projection import Dtypes, LoraProjection
 from .reference import lora_group_reference
 
 Check = tuple[str, Callable[[], dict[str, Any]]]
@@ -318,10 +320,27 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
             ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):
             verdicts.equal(b, a, "another result the second time")
-        same = derive(lora_group_reference, x, group, dtypes, seeds, dys)
-        wide = [widened(projection) for projection in group]
-        x64 = x.detach().double().requires_grad_()
-        exact = derive(lora_group_reference, x64, wide, same_dtypes(F64), seeds, [dy.double() for dy in dys])
+        same = _reference(x, group, dtypes, seeds, dys, reference_device(dtypes))
+        exact = _reference(x, group, same_dtypes(F64), seeds, dys, DEVICE, F64)
         for i, triple in enumerate(zip(ours, same, exact, strict=True)):
             verdicts.within(*triple, f"result {i} of {tokens} tokens")
     return {"share_of_budget": verdicts.settle()}
+
+
+def _reference(
+    x: Tensor,
+    group: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    dys: Sequence[Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What plain PyTorch gives on a device, in another dtype if one is given."""
+    copies, there = (
+        [copied(q, device, dtype) for q in group],
+        [None if seed is None else seed.to(device) for seed in seeds],
+    )
+    given = [moved(dy, device, dtype) for dy in dys]
+    results = derive(lora_group_reference, moved(x, device, dtype).requires_grad_(), copies, dtypes, there, given)
+    return [t.to(DEVICE) for t in results]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -20,11 +20,13 @@ from ..lora.gpu_support import (
     F16,
     F32,
     F64,
+    copied,
     dtype_name,
     make_projection,
+    moved,
     rand,
+    reference_device,
     same_dtypes,
-    widened,
 )
 from ..lora.projection import Dtypes
 from ..tuning.choosing import forced
@@ -56,9 +58,8 @@ def _check(
         mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
         x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
         seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
-        same = derive(lora_mlp_reference, x, mlp, dtypes, seeds, dy)
-        wide = Mlp(tuple(widened(q) for q in mlp.inner), widened(mlp.down), mlp.activation)
-        exact = derive(lora_mlp_reference, x.double(), wide, same_dtypes(F64), seeds, dy.double())
+        same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
+        exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
         for keep, choices in product((True, False), CHOICES):
             with forced(CHOICES[choices]):
                 ours, again = (derive(partial(run_mlp, keep=keep), x, mlp, dtypes, seeds, dy) for _ in range(2))
@@ -67,6 +68,22 @@ def _check(
             for i, triple in enumerate(zip(ours, same, exact, strict=True)):
                 verdicts.within(*triple, f"result {i} of {tokens} tokens, {keep=}, {choices}")
     return {"share_of_budget": verdicts.settle()}
+
+
+def _reference(
+    x: Tensor,
+    mlp: Mlp,
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    dy: Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What plain PyTorch gives on a device, in another dtype if one is given."""
+    inner, down = tuple(copied(q, device, dtype) for q in mlp.inner), copied(mlp.down, device, dtype)
+    there = [None if seed is None else seed.to(device) for seed in seeds]
+    copy, (x, dy) = Mlp(inner, down, mlp.activation), (moved(t, device, dtype) for t in (x, dy))
+    return [t.to(DEVICE) for t in derive(lora_mlp_reference, x, copy, dtypes, there, dy)]
 
 
 def _check_graph(base: str) -> dict[str, Any]:

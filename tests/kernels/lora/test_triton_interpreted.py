@@ -334,10 +334,10 @@ def test_products_of_rank_width(rank: int, p: float) -> None:
     room = torch.full((LONG, rank + 2), torch.nan, dtype=F16)
     ds = room[:, 1:-1]
     check(rank_products.project_down(y, b, None, mask, "triton"), lambda y, b: dropped(y, p, y.dtype) @ b, y, b)
-    db = rank_products.both_gradients(y, b, s, ds, F32, "triton")
+    db = rank_products.both_gradients(y, b, s, ds, F32, backend="triton")
     assert room[:, [0, -1]].isnan().all()
     check(ds, lambda y, b: y @ b, y, b)
-    for ours in (db, rank_products.up_gradient(y, s, F32, "triton")):
+    for ours in (db, rank_products.up_gradient(y, s, F32, backend="triton")):
         assert ours.dtype == F32
         check(ours, lambda y, s: y.t() @ s, y.float(), s.float())
     da = rank_products.down_gradient(s, y, F32, mask, "triton")
