@@ -55,12 +55,13 @@ def _backward(
     dtype: str = "bf16",
     aligned: bool = True,
     gated: bool = True,
-    parts: tuple[bool, bool, bool] = (True, True, True),
+    parts: tuple[bool, ...] = (True, True, True),
 ) -> AotCase:
     from .fused_backward import gated_activation_adapters_bwd_kernel
     from .fused_tiles import MAX_RANK
 
-    with_gate, with_up, with_down = parts[0] and gated, *parts[1:]
+    with_gate, with_up, with_down = parts
+    with_gate &= gated
     names = ("dh", "gate", "up", "dgate", "dup", "b_gate", "s_gate", "b_up", "s_up", "ds_down")
     tensors = {f"{name}_ptr": dtype for name in names} | {"ds_ptr": "fp32", "sums_ptr": "fp32"}
     absent = {} if gated else dict.fromkeys(("gate_ptr", "dgate_ptr"))

@@ -3,20 +3,21 @@
 dgate and dup are written; dB and dS of the gate's and the up projection's adapters and dA of the down projection's are
 summed while they and h are in registers. h itself is never written.
 
-Plan for 8192 x 14336, r = 16, bf16, at 4.3 TB/s, which the activation alone reaches on an H200.
+Plan for 8192 x 14336, r = 16, bf16, at 4.3 TB/s, which the activation alone reaches on an H200. The separate kernels
+were measured there; the others not yet on a GPU.
 
-| | MB | time |
-|---|---|---|
-| activation with h, lora_up_bwd twice, lora_down_bwd_weight | 1409 + 2 * (235 + 59) + 235 | 337 + 216 + 66 us, measured |
-| one pass, 16 x 128 | 1174 + 235 + 39 of partial sums | 337 us by its bytes, predicted 380 us; not yet measured on a GPU |
-| one pass, 16 x 256 | 1174 + 117 + 39 of partial sums | 310 us by its bytes, predicted 400 us; not yet measured on a GPU |
+| | MB | by its bytes | time |
+|---|---|---|---|
+| activation with h; lora_up_bwd twice; lora_down_bwd_weight | 1409 + 588 + 235 | 519 us | 337 + 216 + 66 us |
+| one pass, 128 columns a program | 1174 + 235 + 39 of partial sums | 337 us | predicted 390 us |
+| one pass, 256 columns a program | 1174 + 117 + 39 of partial sums | 310 us | predicted 420 us |
 
-Partial sums, fp32, written and read: of dS for each block of columns, of dB and dA for each split of tokens. Twice the
-columns halve those of dS, but their 3 * 16 * BLOCK_N accumulators leave room for one program a multiprocessor.
+Partial sums are fp32, written and read: of dS for each block of columns, of dB and dA for each split of tokens. Twice
+the columns halve those of dS, but their 3 * 16 * 256 accumulators leave room for one program a multiprocessor.
 
 Compiled for sm_90 a step of silu takes 42 instructions an element at 16 x 128 and 50 at 16 x 256, of the 69 that an
-H200 issues in the time of the bytes (132 SMs * 128 lanes * 1.755 GHz). 173 registers a thread leave room for two
-programs of 4 warps with 12 KB of loads each under way; 168 for three, at the price of a few spills.
+H200 issues in the time of the bytes (132 SMs * 128 lanes * 1.755 GHz). 197 registers a thread leave room for two
+programs of 4 warps with 12 KB of loads each under way; 168 for three, at the price of 13 spilled ones.
 
 The next step's operands are loaded into registers meanwhile; see `fused_forward` for what else that is good for. No
 product takes the result of another, and 16 ranks are too few rows for wgmma, so that the synchronous mma serves.
@@ -33,14 +34,22 @@ from torch import Tensor
 
 from ..activation.triton_math import activate, gradient
 from ..lora.backward import columns_contiguous, lora_sum
-from .fused_tiles import MAX_RANK, Config, check_activation, check_factor, check_matrices, check_one_stride, count_writes
+from .fused_tiles import (
+    MAX_RANK,
+    Config,
+    check_activation,
+    check_factor,
+    check_matrices,
+    check_one_stride,
+    count_writes,
+)
 
-# First the default.
+# First the default. A limit of 255 is none, but keeps ptxas from spilling a few registers for a third program.
 CONFIGS = (
-    Config(16, 128, 4, 6),
+    Config(16, 128, 4, 6, registers=255),
     Config(16, 128, 4, 6, registers=168),
     Config(16, 128, 8, 6, registers=128),
-    Config(32, 128, 4, 6),
+    Config(32, 128, 4, 6, registers=255),
     Config(32, 128, 8, 6),
     Config(16, 256, 8, 3, parts=8),
 )
@@ -160,14 +169,15 @@ def gated_activation_adapters_bwd_kernel(
 
         ds_ptrs = ds_ptr + row * ds_rank + (m[None, :] * ds_rank + r[:, None])
         in_rows = (m < end - row)[None, :]
+        # dS before dB: the last product's layout, warps side by side along the columns, is what Triton gives them all.
         if WITH_GATE:
-            db_gate = tl.dot(s_gate, dgate, db_gate)
             ds = _over_columns(b_gate, dgate, BLOCK_M, BLOCK_N, PARTS)
             tl.store(ds_ptrs, ds, mask=in_rows & (r < gate_rank)[:, None])
+            db_gate = tl.dot(s_gate, dgate, db_gate)
         if WITH_UP:
-            db_up = tl.dot(s_up, dup, db_up)
             ds = _over_columns(b_up, dup, BLOCK_M, BLOCK_N, PARTS)
             tl.store(ds_ptrs + gate_rank, ds, mask=in_rows & (r < up_rank)[:, None])
+            db_up = tl.dot(s_up, dup, db_up)
         if WITH_DOWN:
             da_down = tl.dot(ds_down, h, da_down)
 

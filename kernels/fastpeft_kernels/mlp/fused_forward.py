@@ -24,7 +24,15 @@ from torch import Tensor
 
 from ..activation.triton_math import activate
 from ..lora.backward import columns_contiguous, lora_sum
-from .fused_tiles import MAX_RANK, Config, check_activation, check_factor, check_matrices, check_one_stride, count_writes
+from .fused_tiles import (
+    MAX_RANK,
+    Config,
+    check_activation,
+    check_factor,
+    check_matrices,
+    check_one_stride,
+    count_writes,
+)
 
 # First the default.
 CONFIGS = (
