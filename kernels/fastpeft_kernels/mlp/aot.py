@@ -30,6 +30,7 @@ def cases() -> Iterator[AotCase]:
         yield case("silu", configs[0], dtype="fp16")
         yield case("silu", configs[0], default=case is _forward, aligned=False)
         yield case("gelu", configs[0], gated=False)
+    yield _sum()
     for parts in product((True, False), repeat=3):
         if not all(parts):
             yield _backward("silu", fused_backward.CONFIGS[0], parts=parts)
@@ -77,6 +78,16 @@ def _backward(
     return _case(name, gated_activation_adapters_bwd_kernel, tensors, constants, config, default, aligned)
 
 
+def _sum() -> AotCase:
+    from ..lora.backward import lora_sum_kernel
+    from .fused_tiles import SUM_BLOCK, Config
+
+    tensors = {"partial_ptr": "fp32", "out_ptr": "bf16"}
+    constants: dict[str, Any] = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": SUM_BLOCK}
+    constants |= {"partial_column_stride": 1, "out_column_stride": 1}
+    return _case("sum", lora_sum_kernel, tensors, constants, Config(16, 16, 4, 1), True, True)
+
+
 def _name(what: str, kind: str, dtype: str, config: Config, flags: dict[str, bool]) -> str:
     return "_".join([what, kind, dtype, config.label.replace(" ", "_"), *(flag for flag, on in flags.items() if on)])
 
@@ -93,7 +104,8 @@ def _case(
     """Sizes, ranks and strides are multiples of 16, as they usually are, which lets loads take 16 bytes."""
     from ..common.aot import AotCase
 
-    types = {pointer: f"*{dtype}" for pointer, dtype in tensors.items()} | {"tokens": "i32"}  # not specialised
+    types = {pointer: f"*{dtype}" for pointer, dtype in tensors.items()} | {"factor": "fp32"}
+    types |= dict.fromkeys(("tokens", "splits", "rows"), "i32")  # not specialised
     names = [argument for argument in kernel.arg_names if argument not in constants]
     signature = {argument: types.get(argument, "i32:16" if aligned else "i32") for argument in names}
     return AotCase(

@@ -9,8 +9,8 @@ were measured there; the others not yet on a GPU.
 | | MB | by its bytes | time |
 |---|---|---|---|
 | activation with h; lora_up_bwd twice; lora_down_bwd_weight | 1409 + 588 + 235 | 519 us | 337 + 216 + 66 us |
-| one pass, 128 columns a program | 1174 + 235 + 39 of partial sums | 337 us | predicted 390 us |
-| one pass, 256 columns a program | 1174 + 117 + 39 of partial sums | 310 us | predicted 420 us |
+| one pass, 128 columns a program | 1174 + 235 + 39 of partial sums | 337 us | predicted 380 us |
+| one pass, 256 columns a program | 1174 + 117 + 39 of partial sums | 310 us | predicted 400 us |
 
 Partial sums are fp32, written and read: of dS for each block of columns, of dB and dA for each split of tokens. Twice
 the columns halve those of dS, but their 3 * 16 * 256 accumulators leave room for one program a multiprocessor.
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation.triton_math import activate, gradient
-from ..lora.backward import columns_contiguous, lora_sum
+from ..lora.backward import columns_contiguous
 from .fused_tiles import (
     MAX_RANK,
     Config,
@@ -42,6 +42,7 @@ from .fused_tiles import (
     check_matrices,
     check_one_stride,
     count_writes,
+    sum_partials,
 )
 
 # First the default. A limit of 255 is none, but keeps ptxas from spilling a few registers for a third program.
@@ -301,7 +302,7 @@ def gated_activation_backward_with_adapters(
             num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
         )  # fmt: skip
     count_writes(dgate, dup)
-    return _returned(lora_sum(partial, ds), sums, ranks)
+    return _returned(sum_partials(partial, ds), sums, ranks)
 
 
 def _returned(ds: Tensor, sums: Tensor, ranks: list[int]) -> AdapterGradients:

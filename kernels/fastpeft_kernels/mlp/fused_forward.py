@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation.triton_math import activate
-from ..lora.backward import columns_contiguous, lora_sum
+from ..lora.backward import columns_contiguous
 from .fused_tiles import (
     MAX_RANK,
     Config,
@@ -32,6 +32,7 @@ from .fused_tiles import (
     check_matrices,
     check_one_stride,
     count_writes,
+    sum_partials,
 )
 
 # First the default.
@@ -142,4 +143,4 @@ def gated_activation_with_down(
             num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
         )  # fmt: skip
     count_writes(h)
-    return lora_sum(partial, s)
+    return sum_partials(partial, s)
