@@ -14,10 +14,10 @@ from ..activation import KINDS
 from ..activation.reference import gated_activation_reference
 from ..common.device import holds_huge_tensors
 from ..common.gpu_verdicts import Verdicts
-from ..lora.gpu_support import BF16, F16, dtype_name, product_in_fp32
 
 Check = tuple[str, Callable[[], dict[str, Any]]]
 _DEVICE = torch.device("cuda")
+BF16, F16 = torch.bfloat16, torch.float16
 # Tokens, features, ranks of gate, up and down. Whole tiles; aligned rows that no tile divides; nothing aligned.
 _WHOLE, _RAGGED, _ODD = (1024, 1536, 16, 16, 16), (1000, 1520, 16, 16, 16), (333, 777, 16, 5, 12)
 _MANY = 2**31
@@ -44,7 +44,7 @@ def checks() -> Iterator[Check]:
             for config in module.CONFIGS:
                 by_element = dtype == BF16 and (config is module.CONFIGS[0] or config.parts > 1)  # slow to compile
                 sizes = (_WHOLE, _RAGGED, _ODD) if by_element else (_WHOLE, _RAGGED)
-                what = f"{module.__name__.rpartition('.')[2]} {config.label} {dtype_name(dtype)}"
+                what = f"{module.__name__.rpartition('.')[2]} {config.label} {str(dtype).removeprefix('torch.')}"
                 yield what, partial(check, "silu", dtype, sizes, config)
     for kind, gated in [*((kind, True) for kind in KINDS[1:]), ("silu", False), ("gelu", False)]:
         for check in (_check_forward, _check_backward):
@@ -112,7 +112,7 @@ def _check_backward(
         for name, (b, s) in case.factors.items():
             dy = dup if name == "up" or dgate is None else dgate
             verdicts.within(results[f"ds_{name}"], dy @ b, dy.double() @ b.double(), f"dS of {name}, {what}")
-            plain = product_in_fp32(dy.t(), s)
+            plain = _product_in_fp32(dy.t(), s)
             verdicts.within(results[f"db_{name}"], plain, dy.double().t() @ s.double(), f"dB of {name}, {what}")
         if case.ds_down is not None:  # h is nowhere: the whole chain, in the dtype of its operands
             plain, wide = case.ds_down.t() @ same["h"], case.ds_down.double().t() @ exact["h"]
@@ -219,3 +219,8 @@ def _gradients(case: _Case, dtype: torch.dtype) -> dict[str, Tensor]:
         h = gated_activation_reference(leaves.get("dgate"), leaves["dup"], case.kind)
         gradients = torch.autograd.grad(h, list(leaves.values()), case.dh.to(dtype))
     return {"h": h.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as the library accumulates it: the operands as they are, the result in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
