@@ -51,6 +51,7 @@ class AotCase:
             as torch allocates them, unless written "*bf16:1"; integers to be multiples of 16 if written "i32:16".
         constexprs: argument name to value: constexpr arguments, optional pointers that are None, integers that are 1.
         num_warps, num_stages: launch options.
+        maxnreg: likewise: most registers a thread, None for no limit.
         default: whether it is a configuration that is used without tuning.
         matrix: whether it multiplies matrices, so that it must use wgmma on sm_90.
         targets: compute capabilities that it is meant for; all of them when None.
@@ -65,6 +66,7 @@ class AotCase:
     default: bool = True
     matrix: bool = False
     targets: tuple[int, ...] | None = None
+    maxnreg: int | None = None
 
 
 @dataclass
@@ -173,7 +175,7 @@ def _compile(source: Any, case: AotCase, target: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

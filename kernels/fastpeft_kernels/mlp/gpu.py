@@ -30,6 +30,7 @@ from ..lora.gpu_support import (
 )
 from ..lora.projection import Dtypes
 from ..tuning.choosing import forced
+from . import fused_gpu
 from .api import run_mlp
 from .reference import lora_mlp_reference
 from .structure import Mlp
@@ -40,6 +41,7 @@ LAYOUTS = {"gate and up": (1, 1), "both in one": (2,), "up alone": (1,)}
 
 def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 96, 200))) -> Iterator[Any]:
     """Named checks of (tokens, inputs, features). Each returns figures, or raises AssertionError."""
+    yield from fused_gpu.checks()
     for layout in LAYOUTS:
         for dtypes in (same_dtypes(BF16), Dtypes(BF16, F32, BF16), same_dtypes(F16), same_dtypes(F32)):
             for base in ("dense", "nf4"):

@@ -13,6 +13,7 @@ from ..common.gpu_clock import median_us
 from ..lora.api import run_group
 from ..lora.gpu_support import BF16, rand, same_dtypes
 from ..lora.projection import Dtypes
+from . import fused_gpu_speed
 from .api import run_mlp
 from .gpu import derive, make_mlp
 from .structure import Mlp
@@ -23,6 +24,7 @@ _SIZES = (8192, 4096, 14336, 16)
 
 def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Named measurements, in microseconds and MiB."""
+    yield from fused_gpu_speed.speed_checks()
     for base in ("dense", "nf4"):
         yield f"speed mlp {base}", partial(_measure, base)
 
