@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = discover(options.parts)
     if options.run_part:  # the child process of one part
         part, share = parts[options.run_part], tuple(options.share)
-        return run_part(part, options.out, options.depth, options.dry_run, options.commit, share)
+        return run_part(part, options.out, options.depth, options.dry_run, options.commit, share, options.checks)
     chosen = _chosen(parser, parts, options.only)
     if options.list:
         print(
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = options.out or (Path("runs/gpu-dry-run") if options.dry_run else Path("benchmarks/results", slug(gpu)))
     commit = source_state()[0] or options.commit
-    run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs)
+    run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
     limited = [replace(part, time_limit_s=min(part.time_limit_s, options.limit)) for part in chosen]
     outcomes = [_run_or_skip(run, part, options.resume) for part in limited]
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--depth", choices=DEPTHS, default="default")
     parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be given more than once")
+    parser.add_argument("--checks", default="", metavar="REGEX", help="only checks in whose name this is found")
     parser.add_argument("--out", type=Path, metavar="DIR", help="benchmarks/results/<name of the GPU> by default")
     parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")

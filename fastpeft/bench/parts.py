@@ -76,11 +76,19 @@ def _import_part(package: str, name: str) -> Part:
         return Part(name, broken=f"{type(error).__name__}: {error}")
 
 
-def run_part(part: Part, out: Path, depth: str, dry_run: bool, commit: str | None, share: tuple[int, int]) -> int:
+def run_part(
+    part: Part,
+    out: Path,
+    depth: str,
+    dry_run: bool,
+    commit: str | None,
+    share: tuple[int, int] = (0, 1),
+    match: str = "",
+) -> int:
     """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed.
 
     Args:
-        share: (i, n) for every n-th check from the i-th on.
+        share, match: of which checks; as for `Recorder`.
     """
     function = part.dry_run if dry_run else part.run
     device = "cpu" if dry_run else "cuda"
@@ -88,7 +96,7 @@ def run_part(part: Part, out: Path, depth: str, dry_run: bool, commit: str | Non
         if function is None:
             raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
-        function(Recorder(file, part.name, device, depth, share), depth)
+        function(Recorder(file, part.name, device, depth, share, match), depth)
     except Exception as error:
         print(traceback.format_exc(), flush=True)  # in one write: other processes may share the log
         print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
@@ -104,11 +112,21 @@ class Run:
         depth, dry_run, commit: what a finished part must share to be skipped by a run that resumes.
         package: where child processes find the parts.
         jobs: processes that share a part that is `parallel`.
+        match: a regular expression for the names of the checks to run.
     """
 
-    def __init__(self, out: Path, depth: str, dry_run: bool, commit: str | None, package: str, jobs: int = 1) -> None:
+    def __init__(
+        self,
+        out: Path,
+        depth: str,
+        dry_run: bool,
+        commit: str | None,
+        package: str,
+        jobs: int = 1,
+        match: str = "",
+    ) -> None:
         self.out, self.depth, self.dry_run, self.commit, self.package = out, depth, dry_run, commit, package
-        self.jobs = jobs
+        self.jobs, self.match = jobs, match
         out.mkdir(parents=True, exist_ok=True)
         self._path = out / "run.json"
         rows = json.loads(self._path.read_text()) if self._path.exists() else []
@@ -193,7 +211,7 @@ def _codes(run: Run, part: Part, count: int) -> list[int | None]:
 def _command(run: Run, part: Part, i: int, count: int) -> list[str]:
     command = [sys.executable, "-u", "-m", "fastpeft.bench.gpu", "--run-part", part.name, "--parts", run.package]
     command += ["--out", str(run.out), "--depth", run.depth, "--share", str(i), str(count)]
-    command += ["--dry-run"] if run.dry_run else []
+    command += [*(["--dry-run"] if run.dry_run else []), f"--checks={run.match}"]
     return command + (["--commit", run.commit] if run.commit else [])
 
 

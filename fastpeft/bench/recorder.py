@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,14 +36,24 @@ class Recorder:
         device: "cuda", or "cpu" in a dry run.
         depth: "quick", "default" or "full"; kept in every record's settings.
         share: (i, n): of the checks, run every n-th from the i-th on.
+        match: run only checks in whose name this regular expression is found.
     """
 
-    def __init__(self, file: RecordFile, suite: str, device: str, depth: str, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        file: RecordFile,
+        suite: str,
+        device: str,
+        depth: str,
+        share: tuple[int, int] = (0, 1),
+        match: str = "",
+    ) -> None:
         self.file = file
         self.suite = suite
         self.device = device
         self.depth = depth
         self.share = share
+        self.match = match
 
     def add(
         self, *, samples: Sequence[float] | float, settings: Mapping[str, Any] | None = None, **fields: Any
@@ -64,7 +75,9 @@ class Recorder:
         Raises:
             AssertionError: at the end, if some raised; names them.
         """
-        everything = ((op, *check) for op, checks in suites.items() for check in checks)
+        everything = (
+            (op, name, check) for op, checks in suites.items() for name, check in checks if re.search(self.match, name)
+        )
         shared = islice(everything, self.share[0], None, self.share[1])
         failed = [name for op, name, check in shared if not self._run(op, name, check)]
         if failed:

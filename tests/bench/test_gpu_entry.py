@@ -162,6 +162,8 @@ def test_processes_share_the_checks_of_a_parallel_part(runner: Runner) -> None:
     assert pids["a"] == pids["c"] == pids["e"] != pids["b"] == pids["d"]
     assert {r.case: r.op for r in load(runner.out / "shared.jsonl")}["d"] == "two"
     assert runner.states() == {"shared": "passed"}
+    assert runner("--dry-run", "--jobs", "2", "--checks", "[be]") == 0
+    assert {r.case for r in load(runner.out / "shared.jsonl")} == {"b", "e"}
 
 
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(
