@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.lora.keys import LINEAR, RANK
+from fastpeft_kernels.mlp.fused import FUSED
 from fastpeft_kernels.tuning.choosing import forced
 
 from . import unsloth_functions
 from .layer_work import SIBLINGS, Work, sharing
 from .left_out import NotHereError
 
+_OURS = {RANK: "triton", LINEAR: "triton"}
 VARIANTS: dict[str, dict[str, str]] = {
     "fastpeft": {},  # as a user gets it
-    "fastpeft, cuBLAS": {RANK: "library", LINEAR: "torch"},
-    "fastpeft, our narrow products": {RANK: "triton", LINEAR: "torch"},
-    "fastpeft, our kernels": {RANK: "triton", LINEAR: "triton"},
+    "fastpeft, cuBLAS": {RANK: "library", LINEAR: "torch", FUSED: "apart"},
+    "fastpeft, our products": {**_OURS, FUSED: "apart"},
+    "fastpeft, our kernels": {**_OURS, FUSED: "fused"},
 }
 PRODUCTS, REFERENCE = "frozen products", "peft"
 

@@ -29,7 +29,7 @@ def cases() -> Iterator[AotCase]:
     yield from _linear_tma()
     yield from _backward()
     tensors = {"partial_ptr": "fp32", "out_ptr": "fp32"}
-    constants = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 512}
+    constants = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
     yield _case("sum", backward.lora_sum_kernel, tensors, constants, targets=None)
     yield _pack()
 

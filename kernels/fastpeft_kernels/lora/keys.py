@@ -112,3 +112,8 @@ def default_linear(device: torch.device) -> str:
     to 14336 features 1223, 1184 and 1274; back 1183, 1182 and 1194; dX of q, k and v 516, 555 and 583.
     """
     return "triton" if device_capability(device) == MEASURED_CAPABILITY else "torch"
+
+
+def default_fused(device: torch.device) -> str:
+    """Whether an MLP's activation and its adapters' products are one pass, where nothing was measured."""
+    return "fused" if device_capability(device) == MEASURED_CAPABILITY else "apart"

@@ -43,6 +43,7 @@ __all__ = [
     "down_projection",
     "forward",
     "forward_into",
+    "large_input_gradient",
     "pack",
 ]
 
@@ -169,7 +170,7 @@ def backward_without_input(
         dy = dy.to(group.dtypes.lora)
         s_i, ds_i = None if s is None else s[:, first:column], ds[:, first:column]
         up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
-    return None if dx_dtype is None else _input_gradient(dys, ds, group, packed, dx_dtype), ds, grads
+    return None if dx_dtype is None else large_input_gradient(dys, ds, group, packed, dx_dtype), ds, grads
 
 
 def _project(
@@ -214,10 +215,10 @@ def _add_update(base: Tensor, s: Tensor, up: Tensor, lora_bias: Tensor | None, o
         base.add_(torch.mm(s, up.t()) if lora_bias is None else torch.addmm(lora_bias, s, up.t()))
 
 
-def _input_gradient(
+def large_input_gradient(
     dys: Sequence[Tensor | None], ds: Tensor | None, group: Group, packed: Packed, dx_dtype: torch.dtype
 ) -> Tensor | None:
-    """The sum of all dY W and of dropout(dS A), in the widest of the dtypes.
+    """dx: the sum of all dY W and of dropout(dS A), in the widest of the dtypes; arguments as above.
 
     Without dropout dS A goes with the first of the large products. With it our kernels add it to what these made; the
     library makes it first, for them to add to.

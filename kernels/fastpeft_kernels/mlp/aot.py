@@ -30,7 +30,6 @@ def cases() -> Iterator[AotCase]:
         yield case("silu", configs[0], dtype="fp16")
         yield case("silu", configs[0], default=case is _forward, aligned=False)
         yield case("gelu", configs[0], gated=False)
-    yield _sum()
     for parts in product((True, False), repeat=3):
         if not all(parts):
             yield _backward("silu", fused_backward.CONFIGS[0], parts=parts)
@@ -76,16 +75,6 @@ def _backward(
     flags |= {} if all(parts) else {"gate": with_gate, "up": with_up, "down": with_down, "alone": not any(parts)}
     name = _name("bwd", kind, dtype, config, flags)
     return _case(name, gated_activation_adapters_bwd_kernel, tensors, constants, config, default, aligned)
-
-
-def _sum() -> AotCase:
-    from ..lora.backward import lora_sum_kernel
-    from .fused_tiles import SUM_BLOCK, Config
-
-    tensors = {"partial_ptr": "fp32", "out_ptr": "bf16"}
-    constants: dict[str, Any] = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": SUM_BLOCK}
-    constants |= {"partial_column_stride": 1, "out_column_stride": 1}
-    return _case("sum", lora_sum_kernel, tensors, constants, Config(16, 16, 4, 1), True, True)
 
 
 def _name(what: str, kind: str, dtype: str, config: Config, flags: dict[str, bool]) -> str:

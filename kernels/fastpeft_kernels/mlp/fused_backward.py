@@ -33,7 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation.triton_math import activate, gradient
-from ..lora.backward import columns_contiguous
+from ..common.device import device_capability
+from ..lora.backward import columns_contiguous, lora_sum
 from .fused_tiles import (
     MAX_RANK,
     Config,
@@ -42,18 +43,18 @@ from .fused_tiles import (
     check_matrices,
     check_one_stride,
     count_writes,
-    sum_partials,
 )
 
 # First the default. A limit of 255 is none, but keeps ptxas from spilling a few registers for a third program.
-CONFIGS = (
-    Config(16, 128, 4, 6, registers=255),
-    Config(16, 128, 4, 6, registers=168),
-    Config(16, 128, 8, 6, registers=128),
-    Config(32, 128, 4, 6, registers=255),
-    Config(32, 128, 8, 6),
-    Config(16, 256, 8, 3, parts=8),
-)
+CONFIGS = (Config(16, 128, 4, 6, registers=255), Config(16, 128, 4, 6, registers=168))
+
+
+def default_config(device: torch.device) -> Config:
+    """The first; on Hopper the second, which spills some registers and is faster all the same.
+
+    Measured on an H200 at 8192 x 14336, ranks 16, silu, bf16: 454 and 420 us.
+    """
+    return CONFIGS[1 if device_capability(device) == 90 else 0]
 
 
 @triton.jit
@@ -247,7 +248,7 @@ def gated_activation_backward_with_adapters(
         dgate, dup: as gate and up; filled. They may be the very tensors gate and up. dgate is None when gate is.
         gate_adapter, up_adapter: of the projections that gave gate and up; None without one, or when it is frozen.
         ds_down: (tokens, rank), rank 1 to 16, any strides: dY B of the down projection's adapter; None likewise.
-        config: tile; the first of CONFIGS when None.
+        config: tile; that of `default_config` when None.
 
     Returns:
         What the adapters need; see there.
@@ -256,7 +257,7 @@ def gated_activation_backward_with_adapters(
         TypeError: not all fp16, or not all bf16.
         ValueError: any other argument is not as above.
     """
-    config = config or CONFIGS[0]
+    config = config or default_config(up.device)
     check_activation(activation)
     matrices = {"up": up, "dh": dh, "gate": gate, "dgate": dgate, "dup": dup}
     check_matrices(matrices, config, gated_activation_adapters_bwd_kernel)
@@ -302,7 +303,7 @@ def gated_activation_backward_with_adapters(
             num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
         )  # fmt: skip
     count_writes(dgate, dup)
-    return _returned(sum_partials(partial, ds), sums, ranks)
+    return _returned(lora_sum(partial, ds), sums, ranks)
 
 
 def _returned(ds: Tensor, sums: Tensor, ranks: list[int]) -> AdapterGradients:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation.triton_math import activate
-from ..lora.backward import columns_contiguous
+from ..lora.backward import columns_contiguous, lora_sum
 from .fused_tiles import (
     MAX_RANK,
     Config,
@@ -32,17 +32,10 @@ from .fused_tiles import (
     check_matrices,
     check_one_stride,
     count_writes,
-    sum_partials,
 )
 
-# First the default.
-CONFIGS = (
-    Config(32, 128, 8, 4),
-    Config(32, 128, 4, 4),
-    Config(16, 128, 4, 8),
-    Config(64, 64, 8, 4),
-    Config(32, 256, 8, 4),
-)
+# First the default: on an H200 191 us at 8192 x 14336, rank 16, silu, bf16, the others 218 to 236.
+CONFIGS = (Config(32, 256, 8, 4), Config(32, 128, 8, 4), Config(16, 128, 4, 8))
 
 
 @triton.jit
@@ -143,4 +136,4 @@ def gated_activation_with_down(
             num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
         )  # fmt: skip
     count_writes(h)
-    return sum_partials(partial, s)
+    return lora_sum(partial, s)

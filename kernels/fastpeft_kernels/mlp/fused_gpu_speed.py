@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.gpu_clock import median_us
-from ..lora.backward import lora_down_bwd_weight, lora_sum, lora_sum_kernel, lora_up_bwd
+from ..lora.backward import lora_down_bwd_weight, lora_sum, lora_up_bwd
 from ..lora.forward import lora_down
 
 _DEVICE = torch.device("cuda")
@@ -27,7 +27,6 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "speed of the activation backward and what reads it", _measure_backward_apart
     for config in fused_backward.CONFIGS:
         yield f"speed fused backward {config.label}", partial(_measure_backward, config)
-    yield "speed of the sum of partial sums", _measure_sum
 
 
 def _measure_forward_apart() -> dict[str, Any]:
@@ -84,20 +83,6 @@ def _measure_backward(config: Any) -> dict[str, Any]:
             _summed(part)
 
     return {"backward_us": median_us(lambda: run(True)), "kernel_us": median_us(lambda: run(False))}
-
-
-def _measure_sum() -> dict[str, Any]:
-    """The sum of dS for 112 blocks of columns, by elements a program: `lora_sum` takes 512."""
-    shares = torch.randn((_FEATURES // 128, _TOKENS, 2 * _RANK), device=_DEVICE)
-    out = _random(_TOKENS, 2 * _RANK)
-
-    def run(block: int) -> None:
-        lora_sum_kernel[(out.numel() // block,)](
-            shares, out, None, shares.shape[0], *out.shape, *shares.stride(), *out.stride(), 1.0,
-            HAS_FACTOR_TENSOR=False, BLOCK=block,
-        )  # fmt: skip
-
-    return {f"block_{block}_us": median_us(partial(run, block)) for block in (128, 256, 512)}
 
 
 def _summed(partials: Tensor) -> Tensor:

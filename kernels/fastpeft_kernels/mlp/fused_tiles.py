@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from ..activation import KINDS
-from ..lora.backward import lora_sum_kernel
 from ..lora.configs import multiprocessors
 
 MAX_RANK = 16
@@ -117,32 +116,6 @@ def _check_like(name: str, x: Tensor, up: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of up, {up.dtype}, got {x.dtype}")
     if x.device != up.device:
         raise ValueError(f"{name}: expected the device of up, {up.device}, got {x.device}")
-
-
-def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
-    """`lora.backward.lora_sum`, the same bits, by programs of an element a thread.
-
-    There are up to a hundred partial sums of few elements here: it takes all threads that a GPU holds, each with loads
-    under way, to read them at its rate. With lora_sum's four elements a thread there are a quarter of those.
-
-    Args:
-        partial: (splits, rows, columns) fp32.
-        out: (rows, columns) to fill, any floating dtype and strides.
-
-    Returns:
-        `out`.
-    """
-    splits, rows, columns = partial.shape
-    if out.numel():
-        with torch.cuda.device_of(partial):
-            lora_sum_kernel[(triton.cdiv(rows * columns, SUM_BLOCK),)](
-                partial, out, None, splits, rows, columns, *partial.stride(), *out.stride(), 1.0,
-                HAS_FACTOR_TENSOR=False, BLOCK=SUM_BLOCK, num_warps=4,
-            )  # fmt: skip
-    return out
-
-
-SUM_BLOCK = 128
 
 
 def count_writes(*results: Tensor | None) -> None:

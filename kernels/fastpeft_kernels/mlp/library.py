@@ -17,6 +17,7 @@ from ..activation.api import fill_gated_activation, fill_gated_activation_backwa
 from ..lora import library
 from ..lora.parts import rows_contiguous
 from ..lora.projection import Dtypes, Group, Packed
+from . import fused
 from .structure import Mlp
 
 Flags = Sequence[Sequence[bool]]
@@ -91,8 +92,11 @@ def up_to_down(
     _, down = mlp.groups(dtypes, seeds)
     packed = library.pack(down)
     h = pre.new_empty((x.shape[0], mlp.features))
-    fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
-    return Middle(h, library.down_projection(h, down, packed), down, packed), pre, s
+    s_down = fused.activation_with_down(pre, mlp, down, packed, h)
+    if s_down is None:
+        fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
+        s_down = library.down_projection(h, down, packed)
+    return Middle(h, s_down, down, packed), pre, s
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
@@ -137,6 +141,18 @@ def backward(
         assert pre is not None
         h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
         dpre = pre if spend else torch.empty_like(pre)
+        packed = library.pack(group)
+        found = fused.activation_backward(dh, pre, dpre, kept.s, ds if trains_a else None, mlp, group, packed, needs)
+        if found is not None:
+            del h, dh
+            if found.da_down is not None:
+                grads_down[0][1] = found.da_down
+            dys, dx = mlp.columns(dpre), None
+            if dx_dtype is not None:
+                dx = library.large_input_gradient(dys, found.ds, group, packed, dx_dtype)
+            if kept.x is not None:
+                library.down_gradients(found.ds, kept.x.to(dtypes.lora), group, needs[:-1], found.inner)
+            return dx, [*found.inner, *grads_down]
         dgate, dup = mlp.halves(dpre)
         fill_gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate, dup, h)
     elif trains_a:
@@ -148,6 +164,5 @@ def backward(
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]
         return None, [*nothing, *grads_down]
-    packed = library.pack(group)
     dx, grads = library.backward(kept.x, kept.s, mlp.columns(dpre), group, packed, dx_dtype, needs[:-1])
     return dx, [*grads, *grads_down]

@@ -204,3 +204,52 @@ def test_refusals() -> None:
     ):
         with pytest.raises(error, match=message):
             gated_activation_backward_with_adapters(**{**good, **change})
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The MLP op takes the fused kernels in fp16; which of them it called."""
+    from fastpeft_kernels.lora import Dtypes, keys
+    from fastpeft_kernels.mlp import fused, fused_backward, fused_forward
+
+    calls: list[str] = []
+
+    def noted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **kw: calls.append(name) or function(*args, **kw, config=small())
+        )
+
+    noted(fused_forward, "gated_activation_with_down")
+    noted(fused_backward, "gated_activation_backward_with_adapters")
+    monkeypatch.setattr(keys, "kernels_serve", lambda device: True)
+    monkeypatch.setattr(keys, "default_fused", lambda device: "fused")
+    monkeypatch.setattr(Dtypes, "for_input", lambda self, x: self)  # fp16 products stay so on this CPU
+    assert fused.candidates(torch.device("cpu")) == ("apart", "fused")
+    return calls
+
+
+BOTH = ["gated_activation_with_down", "gated_activation_backward_with_adapters"]
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+@pytest.mark.parametrize(
+    "layout, ranks, dropout, calls",
+    [
+        ("gate and up", ((4,), (3,), (5,)), 0.0, BOTH),
+        ("gate and up", ((16,), (), (2,)), 0.0, BOTH),
+        ("gate and up", ((4,), (3,), ()), 0.0, BOTH[1:]),
+        ("up alone", ((4,), (5,)), 0.0, BOTH),
+        ("gate and up", ((4,), (3,), (5,)), 0.25, []),  # what down reads is dropped
+        ("both in one", ((4,), (5,)), 0.0, BOTH[:1]),
+        ("gate and up", ((4, 2), (3,), (5,)), 0.0, BOTH[:1]),
+        ("gate and up", ((17,), (3,), (5,)), 0.0, BOTH[:1]),
+    ],
+)
+def test_within_the_mlp(layout: str, ranks: Any, dropout: float, calls: list[str], keep: str, taken: list[str]) -> None:
+    from fastpeft_kernels.lora import Dtypes
+    from tests.kernels.mlp.mlps import check_mlp, mlp
+
+    m = mlp(layout, 24, 32, ranks=ranks, dtype=F16, lora_dtype=F16, dropout=dropout)
+    check_mlp(torch.randn(21, 24).to(F16).requires_grad_(), m, Dtypes(F16, F16, F16), keep=keep)
+    assert taken == calls
