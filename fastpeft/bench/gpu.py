@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No NVIDIA GPU that torch can use was found: nothing was run. --dry-run tries the parts on the CPU.")
         return 2
     out = options.out or (Path("runs/gpu-dry-run") if options.dry_run else Path("benchmarks/results", slug(gpu)))
-    commit = source_state()[0] or options.commit
+    commit = options.commit or source_state()[0]
     run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
     limited = [replace(part, time_limit_s=min(part.time_limit_s, options.limit)) for part in chosen]
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
-    parser.add_argument("--commit", help="recorded where the source tree is no git checkout")
+    parser.add_argument("--commit", help="recorded in place of what git says, as for a copied tree")
     parser.add_argument("--parts", default="fastpeft.bench.gpu_parts", metavar="PACKAGE", help="package of the parts")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that share checks")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="at most S seconds a part")

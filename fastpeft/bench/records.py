@@ -159,7 +159,7 @@ def environment(device_type: str = "cpu", commit: str | None = None) -> Environm
 
     Args:
         device_type: "cuda" for torch's current GPU, or "cpu".
-        commit: for a source tree that is no git checkout.
+        commit: of a source tree that is no git checkout, or not the one of its own git folder.
 
     Raises:
         ValueError: another device type.
@@ -167,10 +167,10 @@ def environment(device_type: str = "cpu", commit: str | None = None) -> Environm
     """
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type: expected 'cpu' or 'cuda', got {device_type!r}")
-    found, dirty = source_state()
+    found, dirty = (commit, None) if commit else source_state()
     return Environment(
         device_type=device_type,
-        commit=found or commit,
+        commit=found,
         dirty=dirty,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         python=platform.python_version(),

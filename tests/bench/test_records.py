@@ -38,7 +38,7 @@ def test_the_environment_says_where_and_with_what() -> None:
     assert len(env.date) == len("2026-01-01T00:00:00Z")
 
 
-def test_commit_can_be_told_where_there_is_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_commit_can_be_told_and_is_asked_of_git_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(records, "_ROOT", tmp_path)
     env = environment(commit="abc")
     assert (env.commit, env.dirty) == ("abc", None)
@@ -51,9 +51,9 @@ def test_results_do_not_make_a_checkout_dirty(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(records, "_ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "a.jsonl").write_text("")
-    assert environment(commit="ignored").dirty is False
+    assert environment().dirty is False
     (tmp_path / "new.py").write_text("")
-    env = environment(commit="ignored")
+    env = environment()
     assert env.dirty is True and len(str(env.commit)) == 40
 
 

@@ -20,6 +20,7 @@ from ..common.random import draw_seed, dropout_bits, keep_threshold
 from ..tuning.choosing import forced
 from . import packing, parts
 from .api import run_group
+from .backends import triton_refusal
 from .configs import DOWN, INPUT, LINEAR, UP, WEIGHT, Config, linear_tiles
 from .gpu_graph import graph_checks
 from .gpu_support import (
@@ -43,7 +44,7 @@ from .gpu_support import (
     same_dtypes,
     within,
 )
-from .projection import Dtypes, LoraProjection
+from .projection import Dtypes, Group, LoraProjection
 from .reference import lora_group_reference
 
 Check = tuple[str, Callable[[], dict[str, Any]]]
@@ -316,6 +317,8 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
         run = partial(run_group, backend="triton" if backend == "triton" else "auto")
+        if backend == "triton" and (reason := triton_refusal(x, Group(group, dtypes, seeds))):
+            return {"skipped": reason}
         with forced(CHOICES.get(backend, {})):
             ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):

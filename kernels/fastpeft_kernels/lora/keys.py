@@ -16,6 +16,11 @@ FIRST_CAPABILITY = 80
 """Of an NVIDIA GPU on which Triton multiplies 16-bit matrices on tensor cores."""
 MEASURED_CAPABILITY = 90
 """Of the GPU on which our kernels were measured to be the faster ones."""
+MANY_OPERATIONS = 2**38
+"""Floating-point operations of a large product, some 340 us of an H200, that a launch of ours should be worth: it costs
+the host more than a call of cuBLAS, for its descriptors above all, and with smaller products the GPU would wait."""
+MANY_ELEMENTS = 2**25
+"""Likewise of a matrix that products of rank width, or the pass of an activation, read: 16 us of an H200."""
 _FEWEST_RANKS = 8
 
 
@@ -55,14 +60,16 @@ def rank_backends(device: torch.device) -> tuple[str, ...]:
     return ("library", "triton") if kernels_serve(device) else ("library",)
 
 
-def default_rank_backend(device: torch.device, rank: int, drops: bool) -> str:
+def default_rank_backend(device: torch.device, tokens: int, features: int, rank: int, drops: bool) -> str:
     """What computes the products of rank width where nothing was measured, on a device that our kernels serve.
 
     Measured on an H200, 8192 x 4096, r = 16, bf16, in microseconds, ours and cuBLAS: X A^T 27 and 27, dS^T X 29 and 28,
     dY B and dY^T S together 39 and 50. Beyond rank 16 those two read dY twice, and cuBLAS is the faster one; with
-    dropout it needs a dropped copy first.
+    dropout it needs a dropped copy first. Of 1024 features in place of 4096 it is the faster one, too.
     """
-    return "triton" if device_capability(device) == MEASURED_CAPABILITY and (rank <= 16 or drops) else "library"
+    large = tokens * features >= MANY_ELEMENTS
+    ours = device_capability(device) == MEASURED_CAPABILITY and large and (rank <= 16 or drops)
+    return "triton" if ours else "library"
 
 
 class LinearKey(NamedTuple):
@@ -105,15 +112,17 @@ def linear_candidates(device: torch.device) -> tuple[str, ...]:
     return ("torch", *linear_tiles(device)) if kernels_serve(device) else ("torch",)
 
 
-def default_linear(device: torch.device) -> str:
-    """What computes one large product where nothing was measured, on a device that our kernels serve.
+def default_linear(x: Tensor, w: Tensor) -> str:
+    """What computes x w^T where nothing was measured, on a device that our kernels serve.
 
     Measured on an H200, 8192 tokens, bf16, in microseconds, ours with the update and cuBLAS without and with one: 4096
     to 14336 features 1223, 1184 and 1274; back 1183, 1182 and 1194; dX of q, k and v 516, 555 and 583.
     """
-    return "triton" if device_capability(device) == MEASURED_CAPABILITY else "torch"
+    large = 2 * x.shape[0] * w.shape[0] * w.shape[1] >= MANY_OPERATIONS
+    return "triton" if device_capability(x.device) == MEASURED_CAPABILITY and large else "torch"
 
 
-def default_fused(device: torch.device) -> str:
-    """Whether an MLP's activation and its adapters' products are one pass, where nothing was measured."""
-    return "fused" if device_capability(device) == MEASURED_CAPABILITY else "apart"
+def default_fused(pre: Tensor) -> str:
+    """Whether an MLP's activation of `pre` and its adapters' products are one pass, where nothing was measured."""
+    large = pre.numel() >= MANY_ELEMENTS
+    return "fused" if device_capability(pre.device) == MEASURED_CAPABILITY and large else "apart"

@@ -57,7 +57,7 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
     if backend == "library" or not choosable or out.numel() == 0:
         return "triton" if ours else "torch"
-    default = "triton" if ours else keys.default_linear(x.device)
+    default = "triton" if ours else keys.default_linear(x, w)
     name = choice(keys.LINEAR, x.device, lambda: keys.linear_key(x, w), keys.linear_candidates, default)
     if ours and name == "torch":
         return default

@@ -135,7 +135,7 @@ def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backen
     def case() -> keys.RankKey:
         return keys.rank_key(tokens, features, rank, dtype)
 
-    default = keys.default_rank_backend(device, rank, mask is not None)
+    default = keys.default_rank_backend(device, tokens, features, rank, mask is not None)
     found = choice(keys.RANK, device, case, keys.rank_backends, default)
     return found == "triton" and (mask is None or hopper_dots_safe(device) is None)
 

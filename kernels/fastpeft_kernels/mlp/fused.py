@@ -138,4 +138,4 @@ def _chosen(pre: Tensor, mlp: Mlp, dtypes: Dtypes) -> bool:
         gated = mlp.width > mlp.features
         return FusedKey(bucket(pre.shape[0]), mlp.features, mlp.activation, gated, dtype_name(dtype))
 
-    return choice(FUSED, device, case, candidates, keys.default_fused(device)) == "fused"
+    return choice(FUSED, device, case, candidates, keys.default_fused(pre)) == "fused"

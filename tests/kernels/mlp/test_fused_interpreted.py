@@ -223,7 +223,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     noted(fused_forward, "gated_activation_with_down")
     noted(fused_backward, "gated_activation_backward_with_adapters")
     monkeypatch.setattr(keys, "kernels_serve", lambda device: True)
-    monkeypatch.setattr(keys, "default_fused", lambda device: "fused")
+    monkeypatch.setattr(keys, "default_fused", lambda pre: "fused")
     monkeypatch.setattr(Dtypes, "for_input", lambda self, x: self)  # fp16 products stay so on this CPU
     assert fused.candidates(torch.device("cpu")) == ("apart", "fused")
     return calls
