@@ -13,7 +13,8 @@ FEW_TOKENS = "a few tokens without gradients"
 """Under this name calls are counted that are left to PEFT, or to the model's MLP, by choice."""
 
 FEW = 8
-"""Tokens; on a GPU, not yet measured, and in 16 bits, where on many CPUs only so few are fast: `product_dtype`."""
+"""Tokens; on a GPU, where generation is not yet measured, and in 16 bits, where on many CPUs only so few are fast: see
+`product_dtype`."""
 
 FEW_ELEMENTS = 1 << 16
 """Elements of the input, in fp32 on a CPU: what a call of ours costs does not depend on its size, what it saves does.

@@ -3,7 +3,10 @@
 On paper. An element costs three reads and two writes, three with h: 10 or 12 bytes in bf16. 8192 x 14336 with h moves
 1.41 GB, for which an H200's 4.8 TB/s need 294 us. That much memory takes the time of 74 instructions an element (see
 `forward`); compiled for sm_90 it takes 38 of them in silu, 45 in gelu_tanh and 55 in gelu, so all are predicted to be
-bound by memory. PyTorch's five operations move 28 bytes an element. Not yet measured on a GPU.
+bound by memory. PyTorch's five operations move 28 bytes an element.
+
+Measured on an H200: 337 us in silu and gelu_tanh, 342 in gelu, 4.2 TB/s, what a copy reaches there; PyTorch's
+operations 1881 us.
 
 A program reads its tile whole before it writes, so that a result may lie where an input does.
 """

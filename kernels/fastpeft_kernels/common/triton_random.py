@@ -5,7 +5,8 @@ instructions an element, no state and no memory, so a mask costs arithmetic only
 
 Plan of `dropout_kernel`, (8192, 4096) bf16: reads and writes 67 MB each, 28 us at 4.8 TB/s; 12 integer instructions for
 each of 33.6 M elements at 64 lanes a cycle, 132 multiprocessors, 1.7 GHz: 28 us as well. Predicted 35 us against about
-8 element-wise launches over 32-bit temporaries, 0.5 ms, in plain PyTorch. Not yet measured on a GPU.
+8 element-wise launches over 32-bit temporaries, 0.5 ms, in plain PyTorch. Measured on an H200: 37 us; torch's own,
+which keeps a mask, 60.
 """
 
 from __future__ import annotations
