@@ -3,13 +3,13 @@
 dX = dY W + dS A without dropout is `forward.lora_linear` on transposed views. Sums over tokens go through partial sums
 in a buffer, added in a fixed order: no float atomics, the same result every time.
 
-Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/s, and what an H200 took, some 11 us of it
-for writing back what the second-level cache held; cuBLAS, bound by the same reads, took 27 us for each.
+Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/s, and what an H200 took, some 11 us of
+it for writing back what the second-level cache held; cuBLAS, bound by the same reads, took 27 us for each.
 
 | kernel | GFLOP | MB | floor | predicted | measured | why |
 |---|---|---|---|---|---|---|
 | lora_up_bwd (dS and dB) | 2.1 | 67 + 25 | 19 us | 25 us | 39 us | one read of dY; 12.6 MB of partial sums |
-| lora_down_fwd on dY, then lora_down_bwd_weight | 2.1 | 135 + 4 | 29 us | 36 us | 47 us | two reads; used above rank 16 |
+| lora_down_fwd on dY, lora_down_bwd_weight | 2.1 | 135 + 4 | 29 us | 36 us | 47 us | two reads; used above rank 16 |
 | lora_down_bwd_weight (dA) | 1.07 | 67 + 4 | 15 us | 19 us | 26 us | 9 token splits of 32 column blocks |
 | the same with dropout | 1.07 | 67 + 4 | 28 us | 34 us | 57 us | integer instructions of the mask |
 | lora_down_bwd_input (dX += dropout(dS A)) | 1.07 | 135 | 28 us | 40 us | 55 us | reads and writes dX, mask beside |

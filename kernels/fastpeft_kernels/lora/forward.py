@@ -6,11 +6,11 @@ Plan for M = 8192 tokens, K = N = 4096, r = 16, bf16, at 700 TFLOP/s and 4.8 TB/
 |---|---|---|---|---|---|---|
 | lora_down_fwd | 1.07 | 67.5 | 14 us | 17 us | 27 us | reads X once, as cuBLAS does in 27 us |
 | the same with dropout | 1.07 | 67.5 | 28 us | 32 us | 38 us | 12 integer instructions an element (`triton_random`) |
-| lora_linear_fwd | 276 | 168 | 394 us | 430 us | 460 us | + 0.4 % work for the update; Y is written once, never read again |
+| lora_linear_fwd | 276 | 168 | 394 us | 430 us | 460 us | + 0.4 % work for the update; Y is written once |
 
-The library's product takes 340 us there, 374 with the update written first; `forward_tma` takes 348 with it. Each adapter
-with dropout of its own is a launch of its own: the integer instructions are the cost, so reading X once for several masks
-would save nothing.
+The library's product takes 340 us there, 374 with the update written first; `forward_tma` takes 348 with it. Each
+adapter with dropout of its own is a launch of its own: the integer instructions are the cost, so reading X once for
+several masks would save nothing.
 
 The down kernel computes S^T = A X^T: the operand that dropout changes in registers is then the second one, which wgmma
 takes from shared memory only. With S = X A^T it would be wgmma's register operand, which ptxas before 13.3 miscompiles.

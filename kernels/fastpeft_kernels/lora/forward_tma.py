@@ -8,8 +8,8 @@ costs one step of that width, 1.6 % of 4096 features.
 
 A persistent program takes one tile after the other in a fused loop (`flatten`): while it stores a tile, the loads of
 the next are under way. Such kernels reach 92 to 102 % of cuBLAS in the Gluon tutorial on Hopper, pointer kernels about
-85 %: only this variant can save more than the fused update is worth. Measured on an H200, 8192 tokens, bf16, over cuBLAS'
-bare product: 0.92 to 1.03 with the update (`tiles.jsonl` of the results), where cuBLAS takes 1.01 to 1.12.
+85 %: only this variant can save more than the fused update is worth. Measured on an H200, 8192 tokens, bf16, over the
+bare product of cuBLAS: 0.92 to 1.03 with the update (`tiles.jsonl` of the results), where cuBLAS takes 1.01 to 1.12.
 """
 
 from __future__ import annotations
