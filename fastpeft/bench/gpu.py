@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (gpu or options.dry_run):
         print("No NVIDIA GPU that torch can use was found: nothing was run. --dry-run tries the parts on the CPU.")
         return 2
-    out = options.out or (Path("runs/gpu-dry-run") if options.dry_run else Path("benchmarks/results", slug(gpu)))
+    aside = "runs/gpu-dry-run" if options.dry_run else "runs/gpu-checks" if options.checks else ""
+    out = options.out or Path(aside or f"benchmarks/results/{slug(gpu)}")
     commit = options.commit or source_state()[0]
     run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
@@ -111,7 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", choices=DEPTHS, default="default")
     parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be given more than once")
     parser.add_argument("--checks", default="", metavar="REGEX", help="only checks in whose name this is found")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="benchmarks/results/<name of the GPU> by default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="by default benchmarks/results/<name of the GPU>, for a whole run, else a folder in runs/",
+    )
     parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")

@@ -56,6 +56,7 @@ class Outcome:
     depth: str
     dry_run: bool
     commit: str | None
+    match: str = ""
 
 
 def discover(package: str) -> dict[str, Part]:
@@ -135,7 +136,8 @@ class Run:
     def finished(self, name: str) -> Outcome | None:
         """The outcome of a part that passed already, in the same circumstances."""
         old = self._outcomes.get(name)
-        same = old is not None and (old.depth, old.dry_run, old.commit) == (self.depth, self.dry_run, self.commit)
+        now = (self.depth, self.dry_run, self.commit, self.match)
+        same = old is not None and (old.depth, old.dry_run, old.commit, old.match) == now
         return old if same and old is not None and old.status == "passed" else None
 
     def keep(self, outcome: Outcome) -> None:
@@ -148,7 +150,8 @@ class Run:
     def outcome(self, name: str, status: Status, seconds: float, reason: str) -> Outcome:
         records = self.out / f"{name}.jsonl"
         count = len(records.read_text().splitlines()) if records.exists() else 0
-        return Outcome(name, status, round(seconds, 1), count, reason, self.depth, self.dry_run, self.commit)
+        circumstances = (self.depth, self.dry_run, self.commit, self.match)
+        return Outcome(name, status, round(seconds, 1), count, reason, *circumstances)
 
     def failures(self, name: str) -> list[str]:
         """Which checks of a part left a record that they failed, and how many, as a line; none where none did."""
@@ -181,7 +184,9 @@ def supervise(run: Run, part: Part) -> Outcome:
     if None in codes:
         return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
     if not any(codes):
-        return run.outcome(part.name, "passed", seconds, "")
+        nothing = run.match and not (run.out / f"{part.name}.jsonl").exists()
+        reason = f"no check in whose name {run.match!r} is found" if nothing else ""
+        return run.outcome(part.name, "failed" if nothing else "passed", seconds, reason)
     crashed = [f"ended with code {code}" for code in codes if code not in (0, 1)]
     last = run.end_of_log(part.name).rpartition("\n")[2].strip()
     return run.outcome(part.name, "failed", seconds, "; ".join([*crashed, *run.failures(part.name)]) or last)

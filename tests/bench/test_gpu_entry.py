@@ -164,6 +164,10 @@ def test_processes_share_the_checks_of_a_parallel_part(runner: Runner) -> None:
     assert runner.states() == {"shared": "passed"}
     assert runner("--dry-run", "--jobs", "2", "--checks", "[be]") == 0
     assert {r.case for r in load(runner.out / "shared.jsonl")} == {"b", "e"}
+    assert runner("--dry-run", "--jobs", "2", "--checks", "f") == 1  # there is none
+    assert runner("--dry-run", "--resume", "--checks", "[be]") == 0
+    assert runner("--dry-run", "--resume") == 0
+    assert len({r.case for r in load(runner.out / "shared.jsonl")}) == 5
 
 
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(

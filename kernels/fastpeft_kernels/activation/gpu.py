@@ -131,7 +131,10 @@ def _ours(
         dh, gate, up, kind, None if gate is None else dgate, dup, again if with_h else None, config
     )
     beside = room[:, 4 * columns :]
-    (verdicts or Verdicts()).equal(beside, torch.full_like(beside, torch.nan), "wrote beside the results")
+    own = verdicts or Verdicts()
+    own.equal(beside, torch.full_like(beside, torch.nan), "wrote beside the results")
+    if verdicts is None:
+        own.settle()
     results = {"h": h, "dup": dup} | ({} if gate is None else {"dgate": dgate}) | ({"again h": again} if with_h else {})
     return {name: value.clone() for name, value in results.items()}
 

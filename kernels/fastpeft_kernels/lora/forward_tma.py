@@ -143,7 +143,9 @@ def describable(
         return False
     if len({w.stride(1) != 1 for _, w in pairs}) > 1:
         return False
-    return _aligned(out) and all(_aligned(_rows_view(t)) for t in factors)
+    left = [x for x, _ in pairs] + ([] if s is None else [s])
+    right = [w for _, w in pairs] + ([] if b is None else [b])
+    return all(_aligned(t) for t in (out, *left)) and all(_aligned(_rows_view(t)) for t in right)
 
 
 def lora_linear_tma(

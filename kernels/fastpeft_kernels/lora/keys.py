@@ -9,18 +9,19 @@ from torch import Tensor
 
 from ..common.device import device_capability, triton_serves
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
-from .configs import linear_tiles
+from .configs import linear_tiles, turns_filled
 
 LINEAR, RANK = "lora_linear", "lora_rank_products"
 FIRST_CAPABILITY = 80
 """Of an NVIDIA GPU on which Triton multiplies 16-bit matrices on tensor cores."""
 MEASURED_CAPABILITY = 90
 """Of the GPU on which our kernels were measured to be the faster ones."""
-MANY_OPERATIONS = 2**38
-"""Floating-point operations of a large product, some 340 us of an H200, that a launch of ours should be worth: it costs
+MANY_OPERATIONS = 2**39
+"""Floating-point operations of a large product, some 0.7 ms of an H200, that a launch of ours should be worth: it costs
 the host more than a call of cuBLAS, for its descriptors above all, and with smaller products the GPU would wait."""
-MANY_ELEMENTS = 2**25
-"""Likewise of a matrix that products of rank width, or the pass of an activation, read: 16 us of an H200."""
+MANY_ELEMENTS = 2**26
+"""Likewise of a matrix that products of rank width, or the pass of an activation, read: 31 us of an H200."""
+WELL_FILLED = 0.9
 _FEWEST_RANKS = 8
 
 
@@ -112,14 +113,19 @@ def linear_candidates(device: torch.device) -> tuple[str, ...]:
     return ("torch", *linear_tiles(device)) if kernels_serve(device) else ("torch",)
 
 
-def default_linear(x: Tensor, w: Tensor) -> str:
+def default_linear(tokens: int, out_features: int, in_features: int, device: torch.device) -> str:
     """What computes x w^T where nothing was measured, on a device that our kernels serve.
 
+    Or the sum of such products, of `in_features` together.
+
     Measured on an H200, 8192 tokens, bf16, in microseconds, ours with the update and cuBLAS without and with one: 4096
-    to 14336 features 1223, 1184 and 1274; back 1183, 1182 and 1194; dX of q, k and v 516, 555 and 583.
+    to 14336 features 1223, 1184 and 1274; back 1183, 1182 and 1194; dX of q, k and v 516, 555 and 583. Where the tiles
+    fill their last turn badly ours was slower: 4096 tokens, 18944 to 3584 features, 808 for 772.
     """
-    large = 2 * x.shape[0] * w.shape[0] * w.shape[1] >= MANY_OPERATIONS
-    return "triton" if device_capability(x.device) == MEASURED_CAPABILITY and large else "torch"
+    if device_capability(device) != MEASURED_CAPABILITY:
+        return "torch"
+    large = 2 * tokens * out_features * in_features >= MANY_OPERATIONS
+    return "triton" if large and turns_filled(tokens, out_features, device) >= WELL_FILLED else "torch"
 
 
 def default_fused(pre: Tensor) -> str:

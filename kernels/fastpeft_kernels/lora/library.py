@@ -22,7 +22,7 @@ from torch import Tensor
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
 from . import parts
-from .linear import large_product, library_linear
+from .linear import large_product, library_linear, sums_products
 from .parts import (
     adapter_input_gradient,
     bias_gradients,
@@ -234,7 +234,7 @@ def large_input_gradient(
         elif not triton_takes((ds.shape[0], a.shape[1]), ds, next(group.masks()), group.backend):
             dx, ds = adapter_input_gradient(ds, a, group), None
     pairs: list[tuple[Tensor, Tensor]] = []
-    together = _decodes_together(group)
+    together = _decodes_together(group, dys)
     for dy, projection in zip(dys, group.projections, strict=True):
         if dy is None:
             continue
@@ -268,12 +268,18 @@ def _add_products(
     return large_product(dy, w, s, b, more=pairs[1:], out=out, accumulate=dx is not None, backend=backend)
 
 
-def _decodes_together(group: Group) -> bool:
-    """Whether the weights of all projections may lie decoded at the same time: as they are stored, or little on a GPU.
+def _decodes_together(group: Group, dys: Sequence[Tensor | None]) -> bool:
+    """Whether the weights of several projections may lie decoded at once: as they are stored, or for one product.
 
     On a CPU each is decoded into the same warm buffer.
     """
-    weights, dtype = [projection.weight for projection in group.projections], group.dtypes.compute
-    decodes = [weight for weight in weights if not weight.is_ready(dtype)]
+    given = [(dy, q.weight) for dy, q in zip(dys, group.projections, strict=True) if dy is not None]
+    dtype = group.dtypes.compute
+    decodes = [weight for _, weight in given if not weight.is_ready(dtype)]
+    if not decodes:
+        return True
     size = sum(weight.shape[0] * weight.shape[1] for weight in decodes) * dtype.itemsize
-    return not decodes or (decodes[0].device.type == "cuda" and size <= LARGEST_DECODED)
+    if decodes[0].device.type != "cuda" or size > LARGEST_DECODED:
+        return False
+    shapes = [weight.shape for _, weight in given]
+    return sums_products(given[0][0].shape[0], shapes, dtype, decodes[0].device, group.backend)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tuning.choosing import choice
+from ..tuning.keys import bucket, dtype_name
 from . import keys
 from .configs import linear_tiles
 
@@ -57,7 +58,9 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
     if backend == "library" or not choosable or out.numel() == 0:
         return "triton" if ours else "torch"
-    default = "triton" if ours else keys.default_linear(x, w)
+    default = (
+        "triton" if ours else keys.default_linear(x.shape[0], w.shape[0], sum(x.shape[1] for x, _ in pairs), x.device)
+    )
     name = choice(keys.LINEAR, x.device, lambda: keys.linear_key(x, w), keys.linear_candidates, default)
     if ours and name == "torch":
         return default
@@ -70,6 +73,28 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     # Without descriptors our kernel is slower than the library's, and one of their tiles cannot be asked for.
     needs_them = linear_tiles(x.device)[name].tma
     return name if not needs_them else "triton" if ours else "torch"
+
+
+def sums_products(
+    tokens: int, weights: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device, backend: str
+) -> bool:
+    """Whether dX of several projections, weights (out_features, in_features), would be one product of our kernels.
+
+    Up to `forward_tma.MOST_PAIRS`; the first stands for all where something was measured.
+    """
+    if backend == "library" or dtype.itemsize != 2 or not keys.kernels_serve(device):
+        return False
+    from .forward_tma import MOST_PAIRS
+
+    if len(weights) > MOST_PAIRS:
+        return False
+    (out_features, in_features), summed = weights[0], sum(n for n, _ in weights)
+
+    def case() -> keys.LinearKey:
+        return keys.LinearKey(bucket(tokens), out_features, in_features, dtype_name(dtype), True)
+
+    default = keys.default_linear(tokens, in_features, summed, device)
+    return backend == "triton" or choice(keys.LINEAR, device, case, keys.linear_candidates, default) != "torch"
 
 
 def library_linear(

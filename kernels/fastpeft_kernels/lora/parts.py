@@ -130,6 +130,8 @@ def down_gradients(
         wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
         return down_gradient(ds, x, wanted, mask, group.backend)
 
+    if not any(flag for flags in needs for flag in flags[1::3]):
+        return
     joint = None if group.drops else product(ds, None)
     columns = group.adapter_columns()
     for i, projection in enumerate(group.projections):

@@ -60,14 +60,16 @@ class LoraMlpUpToDown(torch.autograd.Function):
                 seeds,
                 dtype if ctx.needs_input_grad[4] else None,
                 needs,
-                spend=not _graph_is_kept(),
+                spend=not _graph_is_kept(dy.device),
             )
         flat = [grad for group in grads for grad in group]
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
-def _graph_is_kept() -> bool:
-    """Whether this backward pass leaves what was saved for another: `retain_graph=True`."""
+def _graph_is_kept(device: torch.device) -> bool:
+    """Whether this pass leaves what was saved for another: `retain_graph=True`, or a CUDA graph that repeats it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
 

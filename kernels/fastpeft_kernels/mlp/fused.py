@@ -73,6 +73,7 @@ def activation_backward(
     group: Group,
     packed: Packed,
     needs: Flags,
+    down_drops: bool,
 ) -> Gradients | None:
     """Fills dpre and makes the adapters' products with it and with h, from one pass; None where nothing was done.
 
@@ -83,10 +84,11 @@ def activation_backward(
         ds_down: dS of the down projection where its `a` is trained, else None.
         group, packed: the inner projections, and their adapters.
         needs: which of `tensors()` of each of `mlp.projections` are trained.
+        down_drops: whether what the down projection reads loses elements.
     """
     if s is None or dh.dtype != pre.dtype or not _inner_fits(mlp, needs) or not _chosen(pre, mlp, group.dtypes):
         return None
-    if ds_down is not None and (not _one_block(mlp.down) or mlp.down.adapters[0].dropout > 0.0):
+    if ds_down is not None and (down_drops or not _one_block(mlp.down)):
         return None
     from ..lora.backward import lora_sum
     from .fused_backward import UpAdapter, gated_activation_backward_with_adapters

@@ -142,7 +142,9 @@ def backward(
         h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
         dpre = pre if spend else torch.empty_like(pre)
         packed = library.pack(group)
-        found = fused.activation_backward(dh, pre, dpre, kept.s, ds if trains_a else None, mlp, group, packed, needs)
+        found = fused.activation_backward(
+            dh, pre, dpre, kept.s, ds if trains_a else None, mlp, group, packed, needs, down.drops
+        )
         if found is not None:
             del h, dh
             if found.da_down is not None:

@@ -97,8 +97,11 @@ def test_linear_through_descriptors(turned: str) -> None:
         for before in (matrix(37, 72, F16), matrix(37, 72, F32)):
             y = lora_linear(x, w, s, b, out=before.clone(), accumulate=True, config=config)
             check(y, lambda x, w, s, b, y: y + (x @ w.t() + s @ b.t()).to(y.dtype), x, w, s, b, before)
-        with pytest.raises(ValueError, match="operands: expected one 16-bit dtype, rows at multiples of 16 bytes"):
-            lora_linear(x[:, 1:], w[:, 1:], config=config)
+        for wrong in (x[:, 1:], x.t().contiguous().t()[:, 1:]):  # rows unaligned; columns apart
+            with pytest.raises(ValueError, match="operands: expected one 16-bit dtype, rows at multiples of 16 bytes"):
+                lora_linear(wrong, w[:, 1:], config=config)
+    with pytest.raises(ValueError, match="operands: expected one 16-bit dtype"):
+        lora_linear(torch.randn(40, 40).to(F16).t(), w, config=config)
 
 
 @pytest.mark.parametrize("turned", ("neither", "w", "both"))
