@@ -1,6 +1,6 @@
 """Where the adapters' products are made in the activation's own pass: conditions, and what goes in and comes out.
 
-On an H200, 8192 tokens of 14336 features, ranks 16, bf16: forward 191 us in place of 230, backward 421 in place of 606.
+On an H200, 8192 tokens of 14336 features, ranks 16, bf16: forward 191 us in place of 230, backward 420 in place of 606.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ What competes with the memory is the issue of instructions. Compiled for sm_90 a
 mask, look-up, multiply, half a conversion, and a share of the word's addresses, masks and scale): 4.7 us for 4096 x
 4096 on 132 SMs at 1.75 GHz, beside those 9 us. The 16 values are looked up in shared memory, where 16 entries never
 conflict; gathered from L1 they need 64-bit addresses, 9.8 instructions an element. Predicted: 10 to 11 us, 80 to 90 %
-of memory speed, plus the launch. Measured on an H200: 15.1 us, 2.8 TB/s, 0.85 of a copy's rate; 41.4 us for
+of memory speed, plus the launch. Measured on an H200: 15.1 us, 2.8 TB/s, 0.87 of a copy's rate; 41.4 us for
 4096 x 14336, 0.90 of it. There the look-up through L1 was as fast, and fewer words a program.
 
 Encode runs once in a model's life. An element costs 2.56 bytes and 74 instructions, most of them comparisons with the
