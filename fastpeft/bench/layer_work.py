@@ -30,37 +30,40 @@ class Size:
         return self.rows * self.tokens
 
 
-class Layer(nn.Module):
+class Attention(nn.Module):
+    """The projections of attention, without it."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(size.hidden, size.hidden, bias=False)
+        self.k_proj = nn.Linear(size.hidden, size.kv, bias=False)
+        self.v_proj = nn.Linear(size.hidden, size.kv, bias=False)
+        self.o_proj = nn.Linear(size.hidden, size.hidden, bias=False)
+
+
+class Layer(Attention):
     """Every projection of a Llama layer on an input of its own, as in the model: only q, k and v share one."""
 
     inputs = ("hidden", "hidden", "hidden")
 
     def __init__(self, size: Size) -> None:
-        super().__init__()
+        super().__init__(size)
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaMLP
 
-        self.q_proj = nn.Linear(size.hidden, size.hidden, bias=False)
-        self.k_proj = nn.Linear(size.hidden, size.kv, bias=False)
-        self.v_proj = nn.Linear(size.hidden, size.kv, bias=False)
-        self.o_proj = nn.Linear(size.hidden, size.hidden, bias=False)
         self.mlp = LlamaMLP(LlamaConfig(hidden_size=size.hidden, intermediate_size=size.intermediate))
 
     def forward(self, x: Tensor, attended: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.o_proj(attended), self.mlp(hidden)
 
 
-class Linears(nn.Module):
+class Linears(Attention):
     """The same projections without the activation: what down reads is given."""
 
     inputs = ("hidden", "hidden", "hidden", "intermediate")
 
     def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(size.hidden, size.hidden, bias=False)
-        self.k_proj = nn.Linear(size.hidden, size.kv, bias=False)
-        self.v_proj = nn.Linear(size.hidden, size.kv, bias=False)
-        self.o_proj = nn.Linear(size.hidden, size.hidden, bias=False)
+        super().__init__(size)
         self.gate_proj = nn.Linear(size.hidden, size.intermediate, bias=False)
         self.up_proj = nn.Linear(size.hidden, size.intermediate, bias=False)
         self.down_proj = nn.Linear(size.intermediate, size.hidden, bias=False)

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -116,6 +116,11 @@ def select(targets: tuple[int, ...], default_only: bool) -> Iterator[tuple[str, 
         for case in cases:
             if case.default or not default_only:
                 yield from ((family, case, target) for target in targets)
+
+
+def signature_of(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], other: str) -> dict[str, str]:
+    """Types of the arguments that are not constants: those given, and `other` for the rest."""
+    return {name: types.get(name, other) for name in kernel.arg_names if name not in constants}
 
 
 def compile_case(family: str, case: AotCase, target: int) -> AotResult:

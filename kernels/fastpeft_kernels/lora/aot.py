@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..common.aot import AotCase
+from ..common.aot import AotCase, signature_of
 from ..common.triton_random import dropout_kernel
 from . import backward, configs, forward, forward_tma, packing
 from .configs import Config
@@ -172,6 +172,5 @@ def _case(
     """Arguments that are not named are integers divisible by 16, as sizes and strides usually are."""
     config = config or Config(0, 0, 0, 0)
     given = {**_INTEGERS, **_NUMBERS, **{key: f"*{value}" for key, value in tensors.items()}, **(types or {})}
-    names = [argument for argument in kernel.arg_names if argument not in constants]
-    signature = {argument: given.get(argument, "i32:16") for argument in names}
+    signature = signature_of(kernel, constants, given, "i32:16")
     return AotCase(name, kernel, signature, constants, config.num_warps, config.num_stages, default, matrix, targets)

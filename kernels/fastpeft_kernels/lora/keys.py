@@ -102,10 +102,9 @@ class LinearKey(NamedTuple):
         return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
 
 
-def linear_key(x: Tensor, w: Tensor) -> LinearKey:
-    """The case of x w^T."""
-    out_features, in_features = w.shape
-    return LinearKey(bucket(x.shape[0]), in_features, out_features, dtype_name(x.dtype), w.stride(1) != 1)
+def linear_key(tokens: int, in_features: int, out_features: int, dtype: torch.dtype, transposed: bool) -> LinearKey:
+    """The case of a product of so many tokens."""
+    return LinearKey(bucket(tokens), in_features, out_features, dtype_name(dtype), transposed)
 
 
 def linear_candidates(device: torch.device) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..tuning.choosing import choice
-from ..tuning.keys import bucket, dtype_name
 from . import keys
 from .configs import linear_tiles
 
@@ -58,14 +57,10 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
     if backend == "library" or not choosable or out.numel() == 0:
         return "triton" if ours else "torch"
-    default = (
-        "triton" if ours else keys.default_linear(x.shape[0], w.shape[0], sum(x.shape[1] for x, _ in pairs), x.device)
-    )
-    name = choice(keys.LINEAR, x.device, lambda: keys.linear_key(x, w), keys.linear_candidates, default)
-    if ours and name == "torch":
-        return default
+    summed = None if ours else sum(x.shape[1] for x, _ in pairs)
+    name = _measured(x.shape[0], w.shape, summed, x.dtype, x.device, w.stride(1) != 1)
     if name == "torch":
-        return name
+        return "triton" if ours else "torch"
     from .forward_tma import describable
 
     if describable(pairs, out, *update):
@@ -89,12 +84,23 @@ def sums_products(
     if len(weights) > MOST_PAIRS:
         return False
     (out_features, in_features), summed = weights[0], sum(n for n, _ in weights)
+    return backend == "triton" or _measured(tokens, (in_features, out_features), summed, dtype, device, True) != "torch"
+
+
+def _measured(
+    tokens: int, w: Sequence[int], summed: int | None, dtype: torch.dtype, device: torch.device, transposed: bool
+) -> str:
+    """What was measured for x w^T with w (out_features, in_features), else the default for `summed` features.
+
+    Without `summed` the default is our kernel.
+    """
+    out_features, in_features = w
 
     def case() -> keys.LinearKey:
-        return keys.LinearKey(bucket(tokens), out_features, in_features, dtype_name(dtype), True)
+        return keys.linear_key(tokens, in_features, out_features, dtype, transposed)
 
-    default = keys.default_linear(tokens, in_features, summed, device)
-    return backend == "triton" or choice(keys.LINEAR, device, case, keys.linear_candidates, default) != "torch"
+    default = "triton" if summed is None else keys.default_linear(tokens, out_features, summed, device)
+    return choice(keys.LINEAR, device, case, keys.linear_candidates, default)
 
 
 def library_linear(

@@ -7,6 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..activation import KINDS
+from .fused import MAX_RANK
 
 if TYPE_CHECKING:
     from ..common.aot import AotCase
@@ -39,7 +40,6 @@ def _forward(
     kind: str, config: Config, default: bool = True, dtype: str = "bf16", aligned: bool = True, gated: bool = True
 ) -> AotCase:
     from .fused_forward import gated_activation_down_fwd_kernel
-    from .fused_tiles import MAX_RANK
 
     tensors = dict.fromkeys(("gate_ptr", "up_ptr", "h_ptr", "a_ptr"), dtype) | {"s_ptr": "fp32"}
     constants: dict[str, Any] = {"KIND": kind, "GATED": gated, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
@@ -58,7 +58,6 @@ def _backward(
     parts: tuple[bool, ...] = (True, True, True),
 ) -> AotCase:
     from .fused_backward import gated_activation_adapters_bwd_kernel
-    from .fused_tiles import MAX_RANK
 
     with_gate, with_up, with_down = parts
     with_gate &= gated
@@ -91,12 +90,10 @@ def _case(
     aligned: bool,
 ) -> AotCase:
     """Sizes, ranks and strides are multiples of 16, as they usually are, which lets loads take 16 bytes."""
-    from ..common.aot import AotCase
+    from ..common.aot import AotCase, signature_of
 
-    types = {pointer: f"*{dtype}" for pointer, dtype in tensors.items()} | {"factor": "fp32"}
-    types |= dict.fromkeys(("tokens", "splits", "rows"), "i32")  # not specialised
-    names = [argument for argument in kernel.arg_names if argument not in constants]
-    signature = {argument: types.get(argument, "i32:16" if aligned else "i32") for argument in names}
+    types = {"tokens": "i32", **{pointer: f"*{dtype}" for pointer, dtype in tensors.items()}}  # tokens: not specialised
+    signature = signature_of(kernel, constants, types, "i32:16" if aligned else "i32")
     return AotCase(
         name, kernel, signature, constants, config.num_warps, 1, default,
         targets=_TENSOR_CORES, maxnreg=config.registers,

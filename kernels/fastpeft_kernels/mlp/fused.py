@@ -19,6 +19,7 @@ from .structure import Mlp
 
 FUSED = "lora_mlp_activation"
 MAX_RANK = 16
+"""Ranks of one projection: one block of the smallest product that tensor cores have."""
 _FEATURES = 16
 """The kernels' loads take several features at a time where their number is a multiple of it."""
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from ..activation.triton_math import activate, gradient
 from ..common.device import device_capability
 from ..lora.backward import columns_contiguous, lora_sum
+from .fused import MAX_RANK
 from .fused_tiles import (
-    MAX_RANK,
     Config,
     check_activation,
     check_factor,

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ..activation import KINDS
 from ..lora.configs import multiprocessors
-
-MAX_RANK = 16
-"""Ranks of one projection: one block of the smallest product that tensor cores have."""
+from .fused import MAX_RANK
 
 _LARGEST_OFFSET = 2**31 - 1
 
