@@ -11,13 +11,15 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from fastpeft_kernels.lora.parts import decoded
 from fastpeft_kernels.native import native_library
 from fastpeft_kernels.quant import Packed4bit
 from fastpeft_kernels.weights import FourBitWeight
 from fastpeft_kernels.weights.base import Rows
 
-from ..layers.bypass import own_class
+from ..layers.bypass import own_class, why_not_bypassed
 
 CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
 
@@ -120,6 +122,23 @@ def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     return layer.compute_dtype or x.dtype
+
+
+def decoded_linear(layer: Any, x: Tensor) -> Tensor | None:
+    """The forward of a Linear4bit by our decoding, without gradients; None where the layer must be called.
+
+    Args:
+        layer: any module.
+        x: (..., in_features) on a CPU; fp32 without autocast, else None is returned.
+    """
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not is_linear_4bit(layer):
+        return None
+    if why_not_bypassed(layer, type(layer), x.device) is not None or compute_dtype(layer, x) != torch.float32:
+        return None
+    frozen, bias = frozen_weight(layer), layer._parameters["bias"]
+    if isinstance(frozen, str) or frozen.device != x.device or (bias is not None and bias.dtype != torch.float32):
+        return None
+    return linear(x, decoded(frozen, torch.float32), bias)
 
 
 def dense_linear(layer: Any) -> nn.Linear:

@@ -33,6 +33,18 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
     return None
 
 
+def is_bare(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether nothing is about a module that `why_not_bypassed` would have to look into."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or (kind is nn.Linear and "weight" not in module._parameters)
+    )
+
+
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason, in the call or the process, why PEFT's own forward must run; or None."""
     if args or any(value is not None for value in kwargs.values()):
@@ -49,12 +61,7 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
 
 def _global_reason() -> str | None:
     """The reason why no module may be bypassed at present, or None."""
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
+    if has_global_hooks():
         return "a global module hook"
     if torch._C._get_tracing_state() is not None:  # it cannot see what our C++ writes
         return "torch.jit tracing"
@@ -63,3 +70,13 @@ def _global_reason() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return None
+
+
+def has_global_hooks() -> bool:
+    """Whether every module's call does more than its forward."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )

@@ -1,16 +1,23 @@
-"""Calls with a few tokens without gradients, as in generation: left to PEFT's forward, or to the model's own MLP."""
+"""Calls with a few tokens without gradients, as in generation: PEFT's own operations, and the model's own MLP.
+
+`plain_forward` runs a layer's operations without calling the adapters' modules, which costs more than they compute.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from fastpeft_kernels.common.device import autocast_dtype
 
+from ..integrations import bitsandbytes
+from .bypass import has_global_hooks, is_bare
+
 FEW_TOKENS = "a few tokens without gradients"
-"""Under this name calls are counted that are left to PEFT, or to the model's MLP, by choice."""
+"""Under this name calls are counted that are computed as PEFT does, or by the model's MLP, by choice."""
 
 FEW = 8
 """Tokens; on a GPU, where generation is not yet measured, and in 16 bits, where on many CPUs only so few are fast: see
@@ -41,3 +48,42 @@ def is_few(x: Any) -> bool:
         return True
     plain = x.device.type == "cpu" and (autocast_dtype(x.device) or x.dtype) == torch.float32
     return plain and x.numel() <= FEW_ELEMENTS
+
+
+def plain_forward(layer: Any, x: Tensor) -> Tensor | None:
+    """What the forward of a LoRA layer of ours would be PEFT's, by the same operations; None where it must be called.
+
+    Args:
+        layer: a `FastLoraLayer` that leaves few tokens.
+        x: (..., in_features).
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        return None if layer._disable_adapters and layer.merged_adapters else _base(layer, x)
+    if layer.lora_variant or has_global_hooks():
+        return None
+    modules = layer._modules
+    downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    factors = []
+    for name in layer.active_adapters:
+        if name not in downs:
+            continue
+        down, up, dropout = downs[name], ups[name], dropouts[name]
+        idle = is_bare(dropout, nn.Identity) or (is_bare(dropout, nn.Dropout) and not dropout.training)
+        if not (idle and is_bare(down, nn.Linear) and is_bare(up, nn.Linear)):
+            return None
+        factors.append((down._parameters, up._parameters, layer.scaling[name]))
+    y = _base(layer, x)
+    dtype, each = y.dtype, layer.over_four_bits and not torch.is_autocast_enabled()
+    for a, b, scaling in factors:
+        if x.dtype != a["weight"].dtype and layer.cast_input_dtype_enabled and (each or not layer.over_four_bits):
+            x = x.to(a["weight"].dtype)
+        update = linear(linear(x, a["weight"], a["bias"]), b["weight"], b["bias"]) * scaling
+        y = y + (update.to(dtype) if each else update)
+    return y if layer.over_four_bits else y.to(dtype)
+
+
+def _base(layer: Any, x: Tensor) -> Tensor:
+    """The base layer's output; on a CPU over 4 bits by our decoding, which is the faster one."""
+    base = layer._modules["base_layer"]
+    found = bitsandbytes.decoded_linear(base, x) if layer.over_four_bits and x.device.type == "cpu" else None
+    return base(x) if found is None else found  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -17,7 +18,7 @@ from fastpeft_kernels.lora import Dtypes, LoraProjection
 
 from ..integrations import bitsandbytes, peft
 from .bypass import why_not_called
-from .few_tokens import FEW_TOKENS, is_few
+from .few_tokens import FEW_TOKENS, is_few, plain_forward
 from .requests import Request, compute, frozen_base, lora_dtype
 from .siblings import Sibling
 from .watching import SiblingWatch
@@ -72,7 +73,8 @@ class FastLoraLayer(Sibling):
         group = self.fastpeft_group
         if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):
             self._count(FEW_TOKENS)
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+            y = plain_forward(self, x)
+            return super().forward(x) if y is None else y  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs)
         if reason is None:
             held = None if group is None else group.take(self, x)
@@ -101,12 +103,12 @@ class FastLoraLayer(Sibling):
             return False
         if state["_disable_adapters"] or state["merged_adapters"]:
             return True
-        if self.over_four_bits and x.device.type == "cpu":
+        if self.over_four_bits and x.device.type == "cpu" and x.dtype != torch.float32:
             return False  # our decoding is the faster one
-        for dropout in state["_modules"]["lora_dropout"]._modules.values():
-            if dropout.training and type(dropout) is not nn.Identity:
-                return False
-        return True
+        if not state["training"]:
+            return True
+        dropouts = state["_modules"]["lora_dropout"]._modules.values()
+        return not any([dropout.training and type(dropout) is not nn.Identity for dropout in dropouts])
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         super().merge(*args, **kwargs)  # type: ignore[misc]

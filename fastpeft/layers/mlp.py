@@ -64,8 +64,14 @@ class FastMlp(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
+        if roles is None or self.fastpeft_suspended or len(args) != 1:
+            return super().forward(*args, **kwargs)
+        x = args[0]
         adapted = [child for child in self._modules.values() if isinstance(child, FastLoraLayer)]
-        if roles is None or self.fastpeft_suspended or len(args) != 1 or _watched(adapted):
+        if adapted and is_few(x) and all([child.leaves_few(x) for child in adapted]):
+            self._count(FEW_TOKENS)
+            return super().forward(*args, **kwargs)
+        if _watched(adapted):
             return super().forward(*args, **kwargs)
         if not adapted:
             if roles.adapted:  # PEFT has taken its layers out again
@@ -74,10 +80,6 @@ class FastMlp(nn.Module):
                 return y
             if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
                 return super().forward(*args, **kwargs)
-        x = args[0]
-        if is_few(x) and all([child.leaves_few(x) for child in adapted]):
-            self._count(FEW_TOKENS)
-            return super().forward(*args, **kwargs)
         reason = why_not_called(self, x, (), kwargs)
         if reason is None:
             request = self.request(x)

@@ -105,7 +105,7 @@ class LoraReplacement:
         else:
             notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
         if few:
-            notes.append(f"{few} of {total} calls left to PEFT, {FEW_TOKENS}")
+            notes.append(f"{few} of {total} calls by PEFT's own operations, {FEW_TOKENS}")
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
         base = _base(module)

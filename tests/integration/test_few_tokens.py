@@ -1,7 +1,8 @@
-"""A few tokens without gradients, as in generation: PEFT's own forward where that is at least as fast."""
+"""A few tokens without gradients, as in generation: PEFT's own operations where those are at least as fast."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -98,11 +99,43 @@ def test_an_mlp_of_few_and_of_many_tokens() -> None:
     assert mlps and [mlp.fastpeft_calls for mlp in mlps] == [{FEW_TOKENS: 1, "fused": calls + 1} for calls in before]
 
 
-def test_over_4_bits_nothing_is_left() -> None:
-    model = fastpeft.accelerate(make_quantised(lora={"target_modules": ["k_proj", "v_proj"]}))
+def test_over_4_bits_we_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's operations, over weights that are decoded by us: bitsandbytes takes longer."""
+    stock = make_quantised(lora={"target_modules": ["k_proj", "v_proj"]}).eval()
+    model: Any = fastpeft.accelerate(copy.deepcopy(stock))
     ids = torch.randint(3, 90, (1, 3))
     step(model, {"input_ids": ids, "labels": ids})
+    adapted = [type(m.base_layer) for m in model.modules() if isinstance(m, FastLoraLayer)]
+    calls: list[Any] = []
+    called = adapted[0].forward
+    monkeypatch.setattr(adapted[0], "forward", lambda self, x: calls.append(self) or called(self, x))
     with torch.no_grad():
-        model(input_ids=ids)
+        ours = model(input_ids=ids).logits
+        frozen = len(calls)
+        theirs = stock(input_ids=ids).logits
+    assert torch.equal(ours, theirs)
+    assert len(calls) - frozen == frozen + len(adapted)
     layers: list[Any] = [m for m in model.modules() if isinstance(m, FastLoraLayer)]
-    assert layers and all(set(layer.fastpeft_calls) == {"fused"} for layer in layers)
+    assert layers and all(layer.fastpeft_calls[FEW_TOKENS] == 1 for layer in layers)
+
+
+def test_what_hangs_on_an_adapter_s_module_is_called() -> None:
+    """Hooks, dropout in train mode alone, another class: each once, in a forward of PEFT's."""
+    ours, peft = pair(target_modules=["q"])
+    check(ours, peft)
+    ours.eval()
+    peft.eval()
+    x = inputs(1, 3)
+    for name in ("lora_A", "lora_B", "lora_dropout", "base_layer"):
+        seen: list[Any] = []
+        layer: Any = blocks(ours)[0].q
+        part = getattr(layer, name)
+        module = part if name == "base_layer" else part["default"]
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            assert torch.equal(blocks(ours)[0](x), blocks(peft)[0](x))
+        handle.remove()
+        assert seen == [1]
+    blocks(ours)[0].q.lora_dropout["default"] = nn.Dropout(0.5)
+    with torch.no_grad():
+        assert not torch.equal(blocks(ours)[0](x), blocks(peft)[0](x))
