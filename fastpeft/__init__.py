@@ -12,7 +12,7 @@ from fastpeft_kernels import __version__
 
 if TYPE_CHECKING:
     from .applying import accelerate, restore
-    from .integrations.peft import lora_config
+    from .integrations.peft import lora_config, mixed_batch
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -26,9 +26,20 @@ _HOME = {
     "tune": "tuning",
     "use_tuned": "tuning",
     "lora_config": "integrations.peft",
+    "mixed_batch": "integrations.peft",
 }
 
-__all__ = ["__version__", "accelerate", "lora_config", "report", "restore", "tune", "use_tuned", "verify"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "lora_config",
+    "mixed_batch",
+    "report",
+    "restore",
+    "tune",
+    "use_tuned",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

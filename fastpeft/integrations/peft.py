@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +20,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...] | str:
-    """The active adapters of a LoRA layer as the ops take them, or the reason why PEFT's own forward must run.
+def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | None) -> tuple[LoraAdapter, ...] | str:
+    """The adapters of a LoRA layer that a call uses, as the ops take them, or why PEFT's own forward must run.
 
-    Adapters that are active in the model but absent from this layer are skipped, as PEFT does.
+    Those that are absent from this layer are skipped, as PEFT does.
+
+    Args:
+        layer: of PEFT.
+        device: of the input.
+        row_names: each row's adapter in a mixed batch; None where all active ones serve every row.
     """
     if layer._disable_adapters:
         return "adapters disabled"
@@ -31,7 +39,7 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
     modules = layer._modules
     lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     found = []
-    for name in layer.active_adapters:
+    for index, name in enumerate(layer.active_adapters if row_names is None else dict.fromkeys(row_names)):
         if name not in lora_a:
             continue
         if name in layer.lora_variant:
@@ -61,8 +69,67 @@ def active_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...]
         rank = weight_a.shape[0]
         if weight_a.shape != (rank, layer.in_features) or weight_b.shape != (layer.out_features, rank):
             return f"adapter {name!r}: lora_A of {tuple(weight_a.shape)}, lora_B of {tuple(weight_b.shape)}"
-        found.append(LoraAdapter(weight_a, weight_b, scaling, bias, p))
+        if bias is not None and row_names is not None:
+            return f"adapter {name!r}: a bias (lora_bias) in a mixed batch"
+        found.append(LoraAdapter(weight_a, weight_b, scaling, bias, p, index))
     return tuple(found)
+
+
+def adapter_index(row_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
+    """The index of each token's adapter among `used_adapters`, int64 (tokens,), for x (rows, ..., in_features)."""
+    by_row = _index_of_rows(tuple(row_names), x.device)
+    return by_row.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def _index_of_rows(row_names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    order = {name: index for index, name in enumerate(dict.fromkeys(row_names))}
+    with torch.inference_mode(False):
+        return torch.tensor([order[name] for name in row_names], device=device)
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within it each row of a batch has an adapter of its own, with gradients and in training mode, too.
+
+    What PEFT's `model(..., adapter_names=[...])` does for inference. Backward of a model with activation checkpointing
+    must run within it. Rows whose name a layer does not have, and rows named "__base__", get its base alone. For an
+    adapter to be trained it must be among the active ones: `model.base_model.set_adapter([...])`.
+
+    Args:
+        model: holds LoRA layers.
+        adapter_names: the adapter's name for each row of the batch, which is every layer's first dimension.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a name that no layer has. A layer raises one that is called with another number of rows.
+    """
+    require_core()
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names: expected the name of an adapter for each row, got {adapter_names!r}")
+    names = list(adapter_names)
+    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
+    known = {
+        key for layer in layers if isinstance(layer, LoraLayer) for key in (*layer.lora_A, *layer.lora_embedding_A)
+    }
+    unknown = sorted({*names} - known - {"__base__"})
+    if unknown:
+        raise ValueError(f"adapter_names: expected any of {sorted(known)} and '__base__', got {unknown}")
+
+    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    hooks = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str | None:

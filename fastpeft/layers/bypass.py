@@ -27,8 +27,9 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
         return f"a hook on a bypassed {kind.__name__}"
     if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
-    held = [] if not issubclass(kind, nn.Linear) else [n for n in ("weight", "bias") if n not in module._parameters]
-    if held:  # FSDP1 keeps views in plain attributes
+    parameters = module._parameters
+    if issubclass(kind, nn.Linear) and not ("weight" in parameters and "bias" in parameters):
+        held = [name for name in ("weight", "bias") if name not in parameters]  # FSDP1 keeps views in plain attributes
         return f"{' and '.join(held)} of a {kind.__name__} held elsewhere"
     return None
 
@@ -47,7 +48,7 @@ def is_bare(module: Any, kind: type[nn.Module]) -> bool:
 
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason, in the call or the process, why PEFT's own forward must run; or None."""
-    if args or any(value is not None for value in kwargs.values()):
+    if args or (kwargs and any(value is not None for value in kwargs.values())):
         named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "more arguments"
         return f"called with {named}"
     if type(x) not in (Tensor, nn.Parameter):

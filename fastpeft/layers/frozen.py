@@ -17,7 +17,7 @@ from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_fo
 from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
 from .few_tokens import is_few
 from .requests import Request, plain_request
-from .siblings import Sibling, SiblingGroup
+from .siblings import RowNames, Sibling, SiblingGroup
 
 ALONE = "no gradient of the input is wanted, so nothing is saved"
 
@@ -28,7 +28,7 @@ class FrozenSibling(Sibling):
     fastpeft_cpu_packing: bool | None
     adapted = False
 
-    def request(self, x: Tensor) -> Request | str:
+    def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return ALONE
         return plain_request(self, x)

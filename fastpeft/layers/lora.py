@@ -20,7 +20,7 @@ from ..integrations import bitsandbytes, peft
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
 from .requests import Request, compute, frozen_base, lora_dtype
-from .siblings import Sibling
+from .siblings import RowNames, Sibling
 from .watching import SiblingWatch
 
 
@@ -35,7 +35,7 @@ class FastLoraLayer(Sibling):
     adapted = True
     over_four_bits = False
 
-    def request(self, x: Tensor) -> Request | str:
+    def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
         base = self._modules["base_layer"]
         autocast = autocast_dtype(x.device)
@@ -47,19 +47,21 @@ class FastLoraLayer(Sibling):
         reason = peft.why_not_plain(bias, x.device)
         if reason is not None:
             return f"base layer: {reason}"
-        adapters = peft.active_adapters(self, x.device)
+        if row_names is not None and len(row_names) != x.shape[0]:
+            return "a mixed batch with another number of names than rows"
+        adapters = peft.used_adapters(self, x.device, row_names)
         if isinstance(adapters, str):
             return adapters
         dtype = lora_dtype(adapters, autocast, x.dtype)
         if isinstance(dtype, str):
             return dtype
-        return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype))
+        return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype), row_names)
 
-    def state(self, x: Tensor) -> tuple[Any, ...]:
+    def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:
         layer: Any = self
-        adapters = layer.active_adapters
+        adapters = layer.active_adapters if row_names is None else row_names
         return (
-            *super().state(x),
+            *super().state(x, row_names),
             layer._disable_adapters,
             layer.training,
             tuple(layer.merged_adapters),
@@ -70,18 +72,19 @@ class FastLoraLayer(Sibling):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        row_names = kwargs.get("adapter_names")
         group = self.fastpeft_group
         if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):
             self._count(FEW_TOKENS)
             y = plain_forward(self, x)
             return super().forward(x) if y is None else y  # type: ignore[no-any-return, misc]
-        reason = why_not_called(self, x, args, kwargs)
+        reason = why_not_called(self, x, args, kwargs if row_names is None else _without_names(kwargs))
         if reason is None:
-            held = None if group is None else group.take(self, x)
+            held = None if group is None else group.take(self, x, row_names)
             if held is not None:
                 self._count("fused")
                 return held
-            request = self.request(x)
+            request = self.request(x, row_names)
             if not isinstance(request, str):
                 self._count("fused")
                 if group is None:
@@ -152,6 +155,11 @@ class FastLoraLayer(Sibling):
         weight = self.get_base_layer().weight  # type: ignore[operator]
         if not weight.is_inference():
             increment_version(weight)
+
+
+def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What else a layer was called with in a mixed batch; while torch.compile traces, all of it is too much."""
+    return kwargs if torch.compiler.is_compiling() else {k: v for k, v in kwargs.items() if k != "adapter_names"}
 
 
 @cache

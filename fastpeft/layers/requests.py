@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,10 +20,15 @@ Member = TypeVar("Member")
 
 
 class Request(NamedTuple):
-    """What a layer asks of the op for one input."""
+    """What a layer asks of the op for one input.
+
+    Attributes:
+        row_names: each row's adapter, if the batch is mixed; the same for all that is computed together.
+    """
 
     projection: LoraProjection
     dtypes: Dtypes
+    row_names: Sequence[str] | None = None
 
 
 def plain_request(module: Any, x: Tensor) -> Request | str:
@@ -95,7 +101,10 @@ def together(members: list[tuple[Member, Request | str]]) -> list[tuple[Member, 
 def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     """Run requests whose dtypes agree for one input."""
     projections = [request.projection for request in requests]
-    return run_group(x, projections, leading_dtypes(requests), draw_seeds(x.device, projections, training=True))
+    seeds = draw_seeds(x.device, projections, training=True)
+    row_names = next((request.row_names for request in requests if request.row_names is not None), None)
+    index = None if row_names is None else peft.adapter_index(row_names, x)
+    return run_group(x, projections, leading_dtypes(requests), seeds, adapter_index=index)
 
 
 def leading_dtypes(requests: list[Request]) -> Dtypes:

@@ -13,6 +13,7 @@ computed ahead hangs on the input, of which every traced parent first makes a te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -27,6 +28,7 @@ from .requests import Request, compute, together
 _AHEAD = "fastpeft_ahead"  # attribute of a traced input
 
 
+RowNames = Sequence[str] | None
 _Outputs = dict[int, tuple[Tensor, Any]]
 
 
@@ -45,15 +47,15 @@ class Sibling(nn.Module):
     fastpeft_calls: dict[str, int]
     adapted: bool  # has adapters, so that its own forward is not good enough
 
-    def request(self, x: Tensor) -> Request | str:
-        """What to compute for x, or why the module's own forward must run."""
+    def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
+        """What to compute for x, or why the module's own forward must run; `row_names` if the batch is mixed."""
         raise NotImplementedError
 
     def leaves_few(self, x: Tensor) -> bool:
         """Whether the module's own forward is at least as fast for an x that `is_few`."""
         raise NotImplementedError
 
-    def state(self, x: Tensor) -> tuple[Any, ...]:
+    def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:
         """What decides, beside parameters and input, what forward returns."""
         return torch.is_grad_enabled(), autocast_dtype(x.device)
 
@@ -106,7 +108,7 @@ class SiblingGroup:
         """Whether all members do: else all must be computed together, since what one leaves the others compute."""
         return all([member.leaves_few(x) for member in self.members])
 
-    def take(self, member: Sibling, x: Tensor) -> Tensor | None:
+    def take(self, member: Sibling, x: Tensor, row_names: RowNames = None) -> Tensor | None:
         """The member's output when it was computed ahead for this very x in this very state, else None."""
         if not self.members and not torch.compiler.is_compiling():  # a layer that was copied without its parent
             member.part()
@@ -116,7 +118,7 @@ class SiblingGroup:
         found = outputs.pop(id(member), None)
         if not outputs:
             self._hold(x, None)
-        return found[0] if found is not None and _same(found[1], member.state(x)) else None
+        return found[0] if found is not None and _same(found[1], member.state(x, row_names)) else None
 
     def compute(self, member: Sibling, x: Tensor, request: Request) -> Tensor:
         """The member's output; when it leads, the others' are computed with it and held."""
@@ -137,11 +139,12 @@ class SiblingGroup:
             return None
         self._hold(x, None)
         others = self.members[self.members.index(member) + 1 :]
-        found = together([(member, request), *[(other, other.request(x)) for other in others]])
+        row_names = None if isinstance(request, str) else request.row_names
+        found = together([(member, request), *[(other, other.request(x, row_names)) for other in others]])
         if not any(other.adapted for other, _ in found):
             return None
         outputs = compute(x, [wanted for _, wanted in found])
-        ahead = {id(other): (y, other.state(x)) for (other, _), y in zip(found, outputs, strict=True)}
+        ahead = {id(other): (y, other.state(x, row_names)) for (other, _), y in zip(found, outputs, strict=True)}
         own = ahead.pop(id(member), None)
         if ahead:
             self._hold(x, ahead)

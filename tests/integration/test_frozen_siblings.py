@@ -99,7 +99,7 @@ def test_verify_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     step(model, batch(model))
     request = FrozenSibling.request
 
-    def off(layer: Any, x: Tensor) -> Any:
+    def off(layer: Any, x: Tensor, row_names: Any = None) -> Any:
         other = copy.copy(layer)
         other._parameters = {"weight": nn.Parameter(layer.weight * 1.001, requires_grad=False), "bias": None}
         return request(other, x)

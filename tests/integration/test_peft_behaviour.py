@@ -138,15 +138,15 @@ class TestSeveralAdapters:
             model.set_adapter("mix")
         check(ours, peft, inputs)
 
-    def test_a_mixed_batch_runs_peft(self) -> None:
+    def test_a_mixed_batch(self) -> None:
         ours, peft, inputs = pair()
         for model in (ours, peft):
             second(model)
             model.eval()
         names = {"adapter_names": ["default", "second", "__base__"]}
         with torch.no_grad():
-            assert torch.equal(ours(**inputs, **names).logits, peft(**inputs, **names).logits)
-        assert all("adapter_names" in row.note for row in adapter_rows(ours))
+            torch.testing.assert_close(ours(**inputs, **names).logits, peft(**inputs, **names).logits)
+        assert not any(row.note for row in adapter_rows(ours) if "mlp" not in row.path)
         check(ours.train(), peft.train(), inputs)
 
     def test_a_mixed_batch_as_the_very_first_call(self) -> None:
@@ -154,7 +154,7 @@ class TestSeveralAdapters:
         ours, inputs = fastpeft.accelerate(copy.deepcopy(peft)), batch(peft)
         names = {"adapter_names": ["default", "__base__", "default"]}
         with torch.no_grad():
-            assert torch.equal(ours(**inputs, **names).logits, peft(**inputs, **names).logits)
+            torch.testing.assert_close(ours(**inputs, **names).logits, peft(**inputs, **names).logits)
         check(ours.train(), peft.train(), inputs)
 
 

@@ -15,6 +15,7 @@ from ..common.validation import FLOATING, check_instance
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op
 from .backends import check_backend
+from .mixed import check_adapter_index
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection, check_group
 
 
@@ -68,6 +69,7 @@ def lora_linear_group(
     training: bool = True,
     seeds: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
+    adapter_index: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """All projections of one input, with any number of adapters each, as one differentiable operation.
 
@@ -88,6 +90,8 @@ def lora_linear_group(
         backend: who computes the products. "library": BLAS, cuBLAS and, on a CPU, C++ only. "triton": our kernels all
             that they can, never falling back; fp16 and bf16 on a GPU. "auto": for each product what `fastpeft tune`
             measured to be faster on this device, else its default.
+        adapter_index: for a mixed batch, in which each token has an adapter of its own: int64 of x's leading sizes, the
+            `index` of the token's adapter; a token whose number no adapter has gets the frozen projection alone.
 
     Returns:
         One new tensor (..., out_features) for each projection.
@@ -106,7 +110,10 @@ def lora_linear_group(
         draw_seeds(x.device, projections, training) if seeds is None else given_seeds(seeds, x, projections, training)
     )
     check_backend(x, Group(projections, dtypes, drawn, backend))
-    return run_group(x, projections, dtypes, drawn, backend)
+    if adapter_index is not None:
+        check_adapter_index(adapter_index, x, projections)
+        adapter_index = adapter_index.reshape(-1)
+    return run_group(x, projections, dtypes, drawn, backend, adapter_index)
 
 
 def run_group(
@@ -115,6 +122,7 @@ def run_group(
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
     backend: str = "auto",
+    adapter_index: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` for callers that have checked their arguments.
 
@@ -126,10 +134,10 @@ def run_group(
     )
     with autocast_off:
         if as_op():
-            return custom_op.apply(x, Group(projections, dtypes, seeds, backend))
+            return custom_op.apply(x, Group(projections, dtypes, seeds, backend, adapter_index))
         if backend != "triton":
             dtypes = dtypes.for_input(x)
-        return autograd.apply(x, Group(projections, dtypes, seeds, backend))
+        return autograd.apply(x, Group(projections, dtypes, seeds, backend, adapter_index))
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:

@@ -56,7 +56,7 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
                 tensors.append(adapter.scaling)
             else:
                 numbers.append(adapter.scaling)
-            numbers.append(adapter.dropout)
+            numbers.extend((adapter.dropout, adapter.index))
             adapters.append({"bias": adapter.bias is not None, "tensor_scaling": isinstance(adapter.scaling, Tensor)})
         described = {
             "kind": projection.weight.kind,
@@ -69,7 +69,10 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
         parts.append(_to_json(described))
     dtypes = group.dtypes
     names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
-    head = f'"backend": {_to_json(group.backend)}, "dtypes": {_to_json(names)}'
+    if group.adapter_index is not None:
+        tensors.append(group.adapter_index)
+    mixed = _to_json(group.adapter_index is not None)
+    head = f'"backend": {_to_json(group.backend)}, "dtypes": {_to_json(names)}, "mixed": {mixed}'
     return tensors, numbers, f'{{{head}, "projections": [{", ".join(parts)}]}}'
 
 
@@ -102,10 +105,11 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
             tracked += (take(), take(), take(fields["bias"]))
             a, b, bias = (at(index) for index in tracked[-3:])
             scaling = at(take()) if fields["tensor_scaling"] else next(number)
-            adapters.append(LoraAdapter(a, b, scaling, bias, next(number)))  # type: ignore[arg-type]
+            adapters.append(LoraAdapter(a, b, scaling, bias, next(number), int(next(number))))  # type: ignore[arg-type]
         projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
         all_tracked.append(tracked)
-    return FlatGroup(Group(projections, dtypes, seeds, described["backend"]), all_tracked)
+    adapter_index = at(take(described["mixed"]))
+    return FlatGroup(Group(projections, dtypes, seeds, described["backend"], adapter_index), all_tracked)
 
 
 @lru_cache(maxsize=4096)

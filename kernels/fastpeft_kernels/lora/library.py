@@ -23,6 +23,7 @@ from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
 from . import parts
 from .linear import large_product, library_linear, sums_products
+from .mixed import keep_own_
 from .parts import (
     adapter_input_gradient,
     bias_gradients,
@@ -54,10 +55,11 @@ LARGEST_DECODED = 256 << 20
 
 def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
-    dtype, found = group.dtypes.lora, [adapter.a for p in group.projections for adapter in p.adapters]
+    dtype = group.dtypes.lora
     if group.backend != "triton":
-        by_launch = bool(found) and triton_serves(found[0].device)
-        if not by_launch or not {dtype, *(a.dtype for a in found)}.issubset(TRITON_DTYPES):
+        if not triton_serves(group.projections[0].weight.device):
+            return parts.pack(group.projections, dtype)
+        if not {dtype, *(a.a.dtype for p in group.projections for a in p.adapters)}.issubset(TRITON_DTYPES):
             return parts.pack(group.projections, dtype)
     from . import packing
 
@@ -170,6 +172,8 @@ def backward_without_input(
         dy = dy.to(group.dtypes.lora)
         s_i, ds_i = None if s is None else s[:, first:column], ds[:, first:column]
         up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
+    if ds is not None:
+        keep_own_(ds, group)
     return None if dx_dtype is None else large_input_gradient(dys, ds, group, packed, dx_dtype), ds, grads
 
 

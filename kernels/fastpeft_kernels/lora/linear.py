@@ -51,11 +51,10 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     The first pair stands for all.
     """
     x, w = pairs[0]
-    ours = backend == "triton"
-    factors = [*(t for pair in pairs for t in pair), *update]
-    choosable = x.dtype.itemsize == 2 and all(t.dtype == x.dtype for t in factors)
-    choosable = choosable and (ours or (out.dtype == x.dtype and keys.kernels_serve(x.device)))
-    if backend == "library" or not choosable or out.numel() == 0:
+    dtype, ours = x.dtype, backend == "triton"
+    choosable = dtype.itemsize == 2 and backend != "library" and out.numel() > 0
+    choosable = choosable and (ours or (out.dtype == dtype and keys.kernels_serve(x.device)))
+    if not choosable or any([t.dtype != dtype for t in (*[t for pair in pairs for t in pair], *update)]):
         return "triton" if ours else "torch"
     summed = None if ours else sum(x.shape[1] for x, _ in pairs)
     name = _measured(x.shape[0], w.shape, summed, x.dtype, x.device, w.stride(1) != 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
+from .mixed import keep_own_
 from .projection import Group, LoraProjection, Mask, Packed
 from .rank_products import both_gradients, down_gradient, input_gradient, project_down
 
@@ -72,11 +73,11 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
         return None
     inputs = x2.to(group.dtypes.lora)
     if not group.drops:
-        return project_down(inputs, packed.a.t(), backend=group.backend)
+        return keep_own_(project_down(inputs, packed.a.t(), backend=group.backend), group)
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
     for first, last, mask in group.adapter_columns():
         project_down(inputs, packed.a[first:last].t(), s[:, first:last], mask, group.backend)
-    return s
+    return keep_own_(s, group)
 
 
 def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor:

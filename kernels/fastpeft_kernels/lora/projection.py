@@ -24,6 +24,7 @@ class LoraAdapter:
         scaling: factor of the update; a float, or a 0-d tensor that stays on its device.
         bias: (out_features,) or None; PEFT's `lora_bias`.
         dropout: probability of dropping an element of x before `a`, in [0, 1).
+        index: in a mixed batch, the number in `Group.adapter_index` of the tokens that it serves.
     """
 
     a: Tensor
@@ -31,6 +32,7 @@ class LoraAdapter:
     scaling: float | Tensor = 1.0
     bias: Tensor | None = None
     dropout: float = 0.0
+    index: int = 0
 
     @property
     def rank(self) -> int:
@@ -54,7 +56,8 @@ class LoraProjection:
     @property
     def rank(self) -> int:
         """Sum of the adapters' ranks."""
-        return sum(adapter.rank for adapter in self.adapters)
+        adapters = self.adapters
+        return adapters[0].a.shape[0] if len(adapters) == 1 else sum([adapter.a.shape[0] for adapter in adapters])
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd tracks: the bias, then a, b and bias of each adapter."""
@@ -111,12 +114,15 @@ class Group:
         dtypes: of all their products.
         seeds: seeds[i] is int64 (1,), or None where projection i drops nothing.
         backend: one of `backends.BACKENDS`.
+        adapter_index: of a mixed batch, int64 (tokens,): the `index` of each token's own adapter; a number that no
+            adapter has means none. Where it is None, every adapter serves every token.
     """
 
     projections: Sequence[LoraProjection]
     dtypes: Dtypes
     seeds: Sequence[Tensor | None]
     backend: str = "auto"
+    adapter_index: Tensor | None = None
 
     @property
     def drops(self) -> bool:

@@ -124,12 +124,15 @@ def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backen
         mask: dropout of the matrix, or None.
         backend: a group's; with "triton" they are, wherever there is anything to compute.
     """
-    (tokens, features), rank, dtype, device = shape, narrow.shape[1], narrow.dtype, narrow.device
-    if backend == "library" or 0 in (tokens, features, rank):
+    dtype = narrow.dtype
+    if backend == "library" or (backend == "auto" and dtype.itemsize != 2):
+        return False
+    (tokens, features), rank, device = shape, narrow.shape[1], narrow.device
+    if 0 in (tokens, features, rank):
         return False
     if backend == "triton":
         return True
-    if dtype.itemsize != 2 or not keys.kernels_serve(device):
+    if not keys.kernels_serve(device):
         return False
 
     def case() -> keys.RankKey:
@@ -142,8 +145,9 @@ def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backen
 
 def _triton_reads(y: Tensor, narrow: Tensor, mask: Mask | None, backend: str) -> bool:
     """The same for a matrix y that is read: one that a measurement stands for, unless ours were asked for."""
-    as_measured = y.stride(1) == 1 and y.dtype == narrow.dtype
-    return (as_measured or backend == "triton") and triton_takes(y.shape, narrow, mask, backend)
+    if backend == "auto" and (narrow.dtype.itemsize != 2 or y.dtype != narrow.dtype or y.stride(1) != 1):
+        return False
+    return triton_takes(y.shape, narrow, mask, backend)
 
 
 def _options(mask: Mask | None) -> dict[str, Any]:

@@ -26,7 +26,11 @@ class _Dropout(torch.autograd.Function):
 
 
 def lora_group_reference(
-    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    adapter_index: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Every projection of x: x W^T + bias + sum over adapters of scaling * (dropout(x) A^T B^T + bias_B).
 
@@ -35,6 +39,7 @@ def lora_group_reference(
         projections: what to compute; see `LoraProjection`.
         dtypes: of the frozen product, of the adapters' products, and of the results.
         seeds: one int64 tensor of shape (1,) for each projection with dropout, None for the others.
+        adapter_index: as `Group.adapter_index`.
 
     Returns:
         One tensor (..., out_features) of dtype `dtypes.out` for each projection.
@@ -50,6 +55,8 @@ def lora_group_reference(
                 inputs = _Dropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
             bias = None if adapter.bias is None else adapter.bias.to(dtypes.lora)
             update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
+            if adapter_index is not None:
+                update = torch.where((adapter_index == adapter.index).view(*x.shape[:-1], 1), update, 0.0)
             y = y + update * adapter.scaling
         results.append(y.to(dtypes.out))
     return tuple(results)

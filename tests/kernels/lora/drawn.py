@@ -57,11 +57,11 @@ class Adapter:
     dropout: float
     trained: tuple[bool, bool, bool]
 
-    def make(self, out: int, features: int, numbers: Numbers, dtype: torch.dtype) -> LoraAdapter:
+    def make(self, out: int, features: int, numbers: Numbers, dtype: torch.dtype, index: int) -> LoraAdapter:
         sizes = ((self.rank, features), (out, self.rank), (out,))
         a, b, bias = (numbers(*s).to(dtype).requires_grad_(t) for s, t in zip(sizes, self.trained, strict=True))
         scaling = torch.tensor(self.scaling) if self.scaling_is_tensor else self.scaling
-        return LoraAdapter(a, b, scaling, bias if self.bias else None, self.dropout)
+        return LoraAdapter(a, b, scaling, bias if self.bias else None, self.dropout, index)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,17 @@ class Projection:
     bias: str
     adapters: list[Adapter]
 
+    def without_lora_bias(self) -> Projection:
+        return replace(self, adapters=[replace(adapter, bias=False) for adapter in self.adapters])
+
     def make(self, features: int, numbers: Numbers, dtype: torch.dtype, lora: torch.dtype) -> LoraProjection:
         values = numbers(self.out_features, features)
         weight = DenseWeight(values.to(dtype)) if self.storage is None else self.storage.make(values, numbers)
         bias = None if self.bias == "none" else numbers(self.out_features).to(dtype)
         if bias is not None and self.bias == "trained":
             bias.requires_grad_()
-        adapters = (adapter.make(self.out_features, features, numbers, lora) for adapter in self.adapters)
+        made = (self.out_features, features, numbers, lora)
+        adapters = (adapter.make(*made, index) for index, adapter in enumerate(self.adapters))
         return LoraProjection(weight, bias, tuple(adapters))
 
 

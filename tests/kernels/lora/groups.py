@@ -61,7 +61,7 @@ def widened(p: LoraProjection) -> LoraProjection:
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
-    adapters = tuple(LoraAdapter(wide(a.a), wide(a.b), a.scaling, wide(a.bias), a.dropout) for a in p.adapters)  # type: ignore[arg-type]
+    adapters = tuple(LoraAdapter(wide(a.a), wide(a.b), a.scaling, wide(a.bias), a.dropout, a.index) for a in p.adapters)  # type: ignore[arg-type]
     return LoraProjection(DenseWeight(p.weight.decode(dtype=torch.float64)), wide(p.bias), adapters)
 
 

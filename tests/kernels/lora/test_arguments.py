@@ -19,6 +19,11 @@ def grouped(x=X, **fields):
     )
 
 
+def mixed(adapter_index, bias=None):
+    group = [LoraProjection(DenseWeight(W), None, (LoraAdapter(A, B, bias=bias),))]
+    return lora_linear_group(X, group, adapter_index=adapter_index)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -36,6 +41,10 @@ def grouped(x=X, **fields):
         (lambda: grouped(dropout=1.0), ValueError, r"adapters\[0\].dropout: expected a probability in \[0, 1\), got 1.0"),
         (lambda: grouped(a=A.to("meta")), ValueError, r"adapters\[0\].a: expected a tensor on cpu like x, got meta"),
         (lambda: grouped(x=X.to("meta")), ValueError, r"projections\[0\].weight: expected a tensor on meta like x, got cpu"),
+        (lambda: mixed(torch.zeros(3)), ValueError, r"adapter_index: expected int64 \(3,\) on cpu, got torch.float32 \(3,\) on cpu"),
+        (lambda: mixed(torch.zeros(2).long()), ValueError, r"adapter_index: expected int64 \(3,\) on cpu, got torch.int64 \(2,\) on cpu"),
+        (lambda: mixed([0, 1, 0]), TypeError, "adapter_index: expected a Tensor, got list"),
+        (lambda: mixed(torch.zeros(3).long(), torch.randn(6)), ValueError, "adapter_index: expected adapters without bias in a mixed batch, got one with"),
         (lambda: lora_linear_group(X, []), ValueError, "projections: expected at least one, got none"),
         (lambda: lora_linear_group(X, [LoraProjection(W)]), TypeError, r"projections\[0\].weight: expected a FrozenWeight, got Tensor"),
         (lambda: lora_linear(X, W[0], A, B), ValueError, r"weight: expected \(out_features, in_features\), got shape \(8,\)"),

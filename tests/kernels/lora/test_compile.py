@@ -77,6 +77,17 @@ def test_one_graph_same_numbers(kind: str) -> None:
     )
 
 
+def test_a_mixed_batch_passes_through_the_op() -> None:
+    adapters = tuple(adapter(rank, 64, 8, index=index) for index, rank in enumerate((2, 3)))
+    group = [LoraProjection(DenseWeight(torch.randn(8, 64)), None, adapters), projection(64, 4, 2)]
+    x, index = torch.randn(3, 5, 64, requires_grad=True), torch.randint(-1, 2, (3, 5))
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        return lora_linear_group(x, group, adapter_index=index)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtypes", [F32, BF16, Dtypes(torch.bfloat16, torch.float32, torch.bfloat16)])
 def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     group = [projection(64, 8, 2, dtype=dtypes.compute, lora_dtype=dtypes.lora, bias=True) for _ in range(2)]

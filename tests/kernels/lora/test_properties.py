@@ -50,6 +50,7 @@ class Group:
     parts: list[Projection]
     used: list[bool]  # outputs with a gradient
     x_trained: bool
+    mixed: bool  # each token has its own adapter, or none
     layouts: tuple[str, str]  # of x and of the outputs' gradients
     seed: int
 
@@ -68,6 +69,7 @@ def groups(
         parts=st.lists(part, min_size=1, max_size=3),
         used=st.lists(st.booleans(), min_size=3, max_size=3),
         x_trained=st.booleans(),
+        mixed=st.sampled_from([False, False, True]),
         layouts=LAYOUTS,
         seed=st.integers(0, 2**31),
     )
@@ -91,11 +93,13 @@ Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def triples(case: Group, numbers: Numbers, dtypes: Dtypes, **options: object) -> list[Triple]:
     """(ours, PyTorch's in the same dtypes, the oracle's) of every result; nothing given was written into."""
+    parts = [part.without_lora_bias() for part in case.parts] if case.mixed else case.parts
+    index = torch.randint(-1, 2, case.lead) if case.mixed else None
     wide_x = dtypes.out == F32
     x = laid_out(numbers(*case.lead, case.features).to(F32 if wide_x else dtypes.compute), case.layouts[0])
     x = x.detach().requires_grad_(case.x_trained)
     lora = F32 if dtypes.lora == F32 else dtypes.compute
-    group = [part.make(case.features, numbers, dtypes.compute, lora) for part in case.parts]
+    group = [part.make(case.features, numbers, dtypes.compute, lora) for part in parts]
     dys = [
         laid_out(numbers(*case.lead, part.out_features).to(dtypes.out), case.layouts[1]) if used else None
         for part, used in zip(case.parts, case.used, strict=False)
@@ -103,11 +107,12 @@ def triples(case: Group, numbers: Numbers, dtypes: Dtypes, **options: object) ->
     before = [None if t is None else t.detach().clone() for t in (x, *dys)]
     seeds = seeds_for(group)
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}
+    options["adapter_index"] = index
     ours = results(lambda x: lora_linear_group(x, group, **named, **options), x, group, dys)
     assert all(t is None or torch.equal(t, kept) for t, kept in zip((x, *dys), before, strict=True) if kept is not None)
-    same = results(lambda x: lora_group_reference(x, group, dtypes, seeds), x, group, dys)
+    same = results(lambda x: lora_group_reference(x, group, dtypes, seeds, index), x, group, dys)
     wide, x64 = [widened(p) for p in group], x.detach().double().requires_grad_(case.x_trained)
-    exact = results(lambda x: lora_group_reference(x, wide, ALL64, seeds), x64, wide, dys)
+    exact = results(lambda x: lora_group_reference(x, wide, ALL64, seeds, index), x64, wide, dys)
     return list(zip(ours[0] + ours[1], same[0] + same[1], exact[0] + exact[1], strict=True))
 
 
