@@ -132,6 +132,32 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
             hook.remove()
 
 
+def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor], ...] | str:
+    """(a, b, scaling) of the active adapters of a LoRA embedding, or the reason why PEFT's own forward must run."""
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return "adapters merged into the base weight"
+    base = layer.get_base_layer()
+    if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+        return "an embedding with max_norm, scale_grad_by_freq or sparse gradients"
+    found = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_embedding_A:
+            continue
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+        if layer.input_fns.get(name) is not None or layer.output_fns.get(name) is not None:
+            return f"adapter {name!r}: an embedding in parts on several devices"
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        reason = why_not_plain(a, base.weight.device) or why_not_plain(b, base.weight.device)
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+        embed_scale = layer._get_embed_scale()
+        found.append((a, b, layer.scaling[name] if embed_scale is None else layer.scaling[name] * embed_scale))
+    return tuple(found)
+
+
 def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str | None:
     """The reason why a parameter cannot be read directly (sharded, offloaded, on another device), or None."""
     if parameter is None:

@@ -55,9 +55,20 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
         return f"an input of type {type(x).__name__}"
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"an input of {x.dim()} dimensions and dtype {x.dtype}"
-    if getattr(layer, "_is_replica", False):
-        return "a replica of nn.DataParallel"
-    return _global_reason()
+    return _why_not_in(layer)
+
+
+def why_not_embedded(layer: nn.Module, ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The same for an embedding of token ids."""
+    if args or any(value is not None for value in kwargs.values()):
+        return f"called with {', '.join(sorted(kwargs)) or 'more arguments'}"
+    if type(ids) is not Tensor or ids.dtype not in (torch.int64, torch.int32):
+        return f"an input of type {type(ids).__name__} and dtype {getattr(ids, 'dtype', None)}"
+    return _why_not_in(layer)
+
+
+def _why_not_in(layer: nn.Module) -> str | None:
+    return "a replica of nn.DataParallel" if getattr(layer, "_is_replica", False) else _global_reason()
 
 
 def _global_reason() -> str | None:

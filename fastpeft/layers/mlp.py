@@ -18,13 +18,14 @@ from fastpeft_kernels.mlp.api import run_mlp
 
 from ..integrations.accelerate import rebind_hooked_forward
 from .bypass import why_not_bypassed, why_not_called
+from .counting import Counting
 from .few_tokens import FEW_TOKENS, is_few
 from .lora import FastLoraLayer
 from .mlp_structure import Roles
 from .requests import Request, agrees, leading_dtypes, plain_request
 
 
-class FastMlp(nn.Module):
+class FastMlp(Counting, nn.Module):
     """Mixed in before a model's own MLP class; overrides `forward`.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.
@@ -34,7 +35,6 @@ class FastMlp(nn.Module):
     fastpeft_bypassed: tuple[nn.Module, ...]  # of the proof
     fastpeft_keep: bool = True  # of gate and up for backward
     fastpeft_suspended: bool = False
-    fastpeft_calls: dict[str, int]
 
     def request(self, x: Tensor) -> tuple[Mlp, Dtypes] | str:
         """What to compute for x, or why the module's own forward must run."""
@@ -103,10 +103,7 @@ class FastMlp(nn.Module):
         rebind_hooked_forward(self, fast, stock)
 
     def _count(self, outcome: str) -> None:
-        if torch.compiler.is_compiling():
-            return
-        calls = self.__dict__.setdefault("fastpeft_calls", {})
-        calls[outcome] = calls.get(outcome, 0) + 1
+        super()._count(outcome)
         if outcome == "fused" and self.fastpeft_roles is not None:
             for name in (*self.fastpeft_roles.inner, self.fastpeft_roles.down):
                 child = self._modules[name]

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastpeft_kernels.common.device import autocast_dtype
 
+from .counting import Counting
 from .requests import Request, compute, together
 
 _AHEAD = "fastpeft_ahead"  # attribute of a traced input
@@ -39,12 +40,11 @@ class _Held:
         self.x, self.version, self.outputs = ref(x), version_of(x), outputs
 
 
-class Sibling(nn.Module):
+class Sibling(Counting, nn.Module):
     """What a group asks of its members. All that it keeps is in instance attributes of these names."""
 
     fastpeft_group: SiblingGroup | None = None
     fastpeft_suspended: bool = False
-    fastpeft_calls: dict[str, int]
     adapted: bool  # has adapters, so that its own forward is not good enough
 
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
@@ -73,12 +73,6 @@ class Sibling(nn.Module):
     def part(self) -> None:
         """Be no member any more."""
         self.__dict__.pop("fastpeft_group", None)
-
-    def _count(self, outcome: str) -> None:
-        if torch.compiler.is_compiling():
-            return
-        calls = self.__dict__.setdefault("fastpeft_calls", {})
-        calls[outcome] = calls.get(outcome, 0) + 1
 
 
 class SiblingGroup:

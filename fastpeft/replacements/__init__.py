@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .base import Left, Match, Replacement
+from .embedding import EmbeddingReplacement
 from .lora import LoraReplacement
 from .mlp import MlpReplacement
 
-REPLACEMENTS: tuple[Replacement, ...] = (LoraReplacement(), MlpReplacement())
+REPLACEMENTS: tuple[Replacement, ...] = (EmbeddingReplacement(), LoraReplacement(), MlpReplacement())
 
 NOT_BUILT = {
     "attention": "fused attention",

@@ -9,6 +9,7 @@ from torch import nn
 from ..integrations import bitsandbytes, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.bypass import own_class
+from ..layers.counting import outcomes
 from ..layers.few_tokens import FEW_TOKENS
 from ..layers.frozen import FrozenSibling
 from ..layers.lora import FastLoraLayer, fast_classes
@@ -98,8 +99,8 @@ class LoraReplacement:
     def status(self, module: nn.Module) -> tuple[str, str]:
         group = getattr(module, "fastpeft_group", None)
         partners = "" if group is None or not group.members else f"one of {len(group.members)}"
-        calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
-        total, few, _ = sum(calls.values()), calls.pop(FEW_TOKENS, 0), calls.pop("fused", 0)
+        total, calls = outcomes(module)
+        few = calls.pop(FEW_TOKENS, 0)
         if isinstance(module, FrozenSibling):
             notes = [f"{count} of {total} calls by itself: {reason}" for reason, count in calls.items()]
         else:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..layers.counting import outcomes
 from ..layers.mlp import FastMlp, fast_class
 from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
@@ -58,6 +59,5 @@ class MlpReplacement:
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:
-        calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
-        total, _ = sum(calls.values()), calls.pop("fused", 0)
+        total, calls = outcomes(module)
         return "", "; ".join(f"{count} of {total} calls part by part: {reason}" for reason, count in calls.items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -39,6 +41,12 @@ def _triton_launches(index: int) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast would multiply on `device` at present; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it no autocast on `device`."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..common.device import autocast_dtype
+from ..common.device import autocast_dtype, autocast_off
 from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..common.validation import FLOATING, check_instance
@@ -128,11 +127,7 @@ def run_group(
 
     torch.compile and dispatch modes see one op forward and one backward.
     """
-    device = x.device.type
-    autocast_off = (
-        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    )
-    with autocast_off:
+    with autocast_off(x.device):
         if as_op():
             return custom_op.apply(x, Group(projections, dtypes, seeds, backend, adapter_index))
         if backend != "triton":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..common.device import autocast_off
 from . import library
 from .projection import Group, LoraProjection
 
@@ -76,8 +77,7 @@ def _compute(x: Tensor, group: Group) -> tuple[list[Tensor], Tensor | None]:
 @contextmanager
 def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
     """The weights are brought and let go again; autocast is off, also in a backward that is called under it."""
-    device = projections[0].weight.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    with autocast_off(projections[0].weight.device):
         try:
             for projection in projections:
                 projection.weight.prefetch()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..common.device import autocast_off
 from ..common.tracing import as_op
 from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
 from ..lora.projection import Dtypes
@@ -69,11 +69,7 @@ def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None],
 
     torch.compile, selective checkpointing and fake tensors see two ops forward and one backward.
     """
-    device = x.device.type
-    autocast_off = (
-        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    )
-    with autocast_off:
+    with autocast_off(x.device):
         if as_op():
             return custom_op.apply(x, mlp, dtypes, seeds, keep)
         return autograd.apply(x, mlp, dtypes.for_input(x), seeds, keep)

@@ -1,0 +1,57 @@
+"""PEFT's LoRA on an embedding, its update added in one pass: same tree, same parameters."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpeft_kernels.lora import lora_embedding
+
+from ..integrations import peft
+from .bypass import why_not_embedded
+from .counting import Counting
+
+
+class FastEmbedding(Counting, nn.Module):
+    """Mixed in before PEFT's embedding class; overrides `forward`. The frozen embedding is called as it is."""
+
+    fastpeft_suspended: bool = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if self.fastpeft_suspended:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        adapters = why_not_embedded(self, x, args, kwargs) or peft.embedding_adapters(layer)
+        if isinstance(adapters, str):
+            self._count(adapters)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        self._count("fused")
+        y: Tensor = layer.base_layer(x)
+        dtype, padding = y.dtype, layer.get_base_layer().padding_idx
+        for a, b, scaling in adapters:
+            y = lora_embedding(y, x, a, b, scaling=scaling, padding_idx=padding)
+        return y.to(dtype)
+
+    def leave(self) -> None:
+        """This instance as it was before, but for its class."""
+        for name in ("fastpeft_calls", "fastpeft_suspended"):
+            self.__dict__.pop(name, None)
+
+
+@cache
+def fast_embedding() -> type[nn.Module]:
+    """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
+    from peft.tuners.lora import Embedding
+
+    members = {"__module__": __name__, "__doc__": "Embedding of PEFT, in one pass."}
+    globals()["FastLoraEmbedding"] = made = type("FastLoraEmbedding", (FastEmbedding, Embedding), members)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Unpickling looks the class up by name."""
+    if name == "FastLoraEmbedding":
+        return fast_embedding()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

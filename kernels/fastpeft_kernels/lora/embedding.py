@@ -1,0 +1,83 @@
+"""LoRA on an embedding: the update of every token's row, added to the frozen row in the pass that makes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common.device import autocast_off
+from ..common.validation import check_floating, check_instance
+
+
+def lora_embedding(
+    y: Tensor, ids: Tensor, a: Tensor, b: Tensor, *, scaling: float | Tensor = 1.0, padding_idx: int | None = None
+) -> Tensor:
+    """The frozen embedding's output with one adapter's update added, in the wider of their dtypes.
+
+    Equivalent PyTorch: `y + scaling * (F.embedding(ids, a.t(), padding_idx) @ b.t())`. Gradients reach y, a and b.
+    Keeps ids and the rows of `a`, (tokens, rank), for backward; neither the update nor its scaled copy is made.
+
+    Args:
+        y: (..., features), the frozen embedding of ids.
+        ids: (...), int64 or int32, on y's device; below vocabulary.
+        a: (rank, vocabulary), floating.
+        b: (features, rank), dtype of `a`.
+        scaling: factor of the update; a float or a 0-d tensor.
+        padding_idx: its row of `a` gets no gradient.
+
+    Returns:
+        A new tensor (..., features).
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another kind of dtype.
+        ValueError: sizes that do not fit.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
+    """
+    for name, tensor in (("y", y), ("a", a), ("b", b)):
+        check_floating(name, tensor)
+    check_instance("ids", ids, Tensor)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids: expected int64 or int32, got {ids.dtype}")
+    if y.shape[:-1] != ids.shape or y.dim() < 1:
+        raise ValueError(f"y: expected shape {(*ids.shape, 'features')}, got {tuple(y.shape)}")
+    if a.dim() != 2 or b.shape != (y.shape[-1], a.shape[0]) or b.dtype != a.dtype:
+        raise ValueError(
+            f"b: expected shape {(y.shape[-1], 'rank')} and dtype of a, {tuple(a.shape)} {a.dtype}, "
+            f"got {tuple(b.shape)} {b.dtype}"
+        )
+    return _LoraEmbedding.apply(y, ids, a, b, scaling, padding_idx)  # type: ignore[no-any-return]
+
+
+class _LoraEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, padding_idx: int | None
+    ) -> Tensor:
+        ctx.options, ctx.dtype = (scaling, padding_idx, a.shape[1]), y.dtype
+        s = a.t()[ids.reshape(-1)]
+        ctx.save_for_backward(ids, s if ctx.needs_input_grad[3] else None, b)
+        rows = y.reshape(-1, y.shape[-1])
+        wide = torch.promote_types(y.dtype, s.dtype)
+        with autocast_off(y.device):
+            return torch.addmm(rows.to(wide), s.to(wide), (b.t() * scaling).to(wide)).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        ids, s, b = ctx.saved_tensors
+        scaling, padding_idx, vocabulary = ctx.options
+        rows, ids = dy.reshape(-1, dy.shape[-1]).to(b.dtype), ids.reshape(-1)
+        da = db = None
+        with autocast_off(dy.device):
+            if ctx.needs_input_grad[2]:
+                ds = torch.mm(rows, b).mul_(scaling)
+                if padding_idx is not None:
+                    ds.masked_fill_((ids == padding_idx).unsqueeze(1), 0.0)
+                da = ds.new_zeros((vocabulary, b.shape[1])).index_add_(0, ids, ds).t()
+            if ctx.needs_input_grad[3]:
+                db = torch.mm(rows.t(), s).mul_(scaling)
+        return dy.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, da, db, None, None
