@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import SHIPPED, Checkpoints, write_rows
+from tests.checkpoints import Checkpoints, write_rows
 from tests.commands import run as command
 from tests.fresh import ROOT
 
@@ -46,11 +46,11 @@ class Case:
 
 
 CASES = [
-    Case("chats", "llama", chats(), "", (4,)),
     Case("saved-rarely", "llama", chats(), "--save-steps 100", (3,)),
     Case("masked", "bert", texts(), "--save-steps 100", (4,)),
 ]
 MORE_CASES = [
+    Case("chats", "llama", chats(), "", (4,)),
     Case("chats-elsewhere", "llama", chats(), "", (1, 3, 8)),
     Case("saved-by-steps", "llama", chats(), "--save-steps 2 --eval-steps 2", (4, 6)),
     Case("saved-rarely-elsewhere", "llama", chats(), "--save-steps 100", (5, 6)),
@@ -112,17 +112,18 @@ class TestOneRun:
             (tmp_path / "copy" / name).unlink()
         return tmp_path / "copy"
 
-    @pytest.mark.parametrize("written", [None, '{"epoch": 2.0, "global_'], ids=["missing", "cut off"])
-    def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
-        self, written: str | None, copy: Path, finished: Run
+    def test_checkpoints_that_were_not_written_to_their_end_are_passed_over(
+        self, copy: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        shutil.rmtree(copy / "checkpoint-9")
-        state = copy / "checkpoint-6" / "trainer_state.json"
-        state.unlink()
-        if written is not None:
-            state.write_text(written)
-        resumed = train(copy, "--resume")
-        assert_same(resumed, finished)
+        (copy / "checkpoint-9" / "trainer_state.json").unlink()
+        (copy / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 2.0, "global_')
+        begun: list[int] = []
+        monkeypatch.setattr(
+            "fastpeft.training.watching.Speed.on_step_begin",
+            lambda self, args, state, control, **_: begun.append(state.global_step),
+        )
+        assert_same(train(copy, "--resume"), finished)
+        assert begun == [3, 4, 5, 6, 7, 8]
 
     def test_a_finished_run_stays_as_it_is(self, copy: Path, finished: Run) -> None:
         resumed = train(copy, "--resume")
@@ -147,7 +148,7 @@ class TestOneRun:
         ("settings", "from_step"),
         [
             ("--save-steps 3", 3),
-            ("--save-steps 3 --eval-steps 3", 3),
+            pytest.param("--save-steps 3 --eval-steps 3", 3, marks=pytest.mark.full),
             ("--save-steps 2 --eval-steps 4", 4),
         ],
         ids=["last-of-an-epoch", "both-by-steps", "elsewhere"],
@@ -189,19 +190,10 @@ class TestOneRun:
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", *chats(24))
-    arguments = [
-        "--model",
-        SHIPPED,
-        "--data",
-        rows,
-        *LOGGED,
-        "--batch-size",
-        "2",
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
+def test_a_process_of_its_own(by: signal.Signals, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", *chats(100))  # enough steps that the signal comes before the last
+    settings = ["--model", checkpoints["llama"], "--data", rows, *LOGGED, "--batch-size", "2"]
+    arguments = [*settings, "--output-dir", str(tmp_path / "run")]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
         [sys.executable, "-m", "fastpeft", "train", *arguments],
@@ -215,14 +207,14 @@ def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
     seen = []
     for line in process.stderr:
         seen.append(line)
-        if line.startswith("training: step 3/12"):
+        if line.startswith("training: step 3/50"):
             process.send_signal(by)
             break
     out, more = process.communicate(timeout=60)
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
-    assert 3 <= int(checkpoint.name.partition("-")[2]) < 12
+    assert 3 <= int(checkpoint.name.partition("-")[2]) < 50
     assert more.splitlines()[-1] == f"fastpeft: {by.name}: {checkpoint} was saved; --resume goes on from it", seen
     assert (process.returncode, out) == (128 + by, "")
     assert "\x1b" not in "".join(seen) + more  # no colours where there is no terminal
     resumed = train(tmp_path / "run", "--resume")
-    assert_same(resumed, train(tmp_path / "whole", "--model", SHIPPED, "--data", rows, *LOGGED, "--batch-size", "2"))
+    assert_same(resumed, train(tmp_path / "whole", *settings))

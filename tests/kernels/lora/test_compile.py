@@ -28,6 +28,7 @@ from tests.kernels.compiling import (
 )
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for
 
+FULL = pytest.mark.full
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
 
@@ -57,7 +58,9 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=FULL if kind in ("dense", "four_bit") else ()) for kind in GROUPS]
+)
 def test_one_graph_same_numbers(kind: str) -> None:
     group = GROUPS[kind]()
     seeds = seeds_for(group)
@@ -76,7 +79,7 @@ def test_a_mixed_batch_passes_through_the_op() -> None:
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtypes", [F32, BF16, F32_ON_BF16])
+@pytest.mark.parametrize("dtypes", [*(pytest.param(same, marks=FULL) for same in (F32, BF16)), F32_ON_BF16])
 def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     group = [projection(64, 8, 2, dtype=dtypes.compute, lora_dtype=dtypes.lora, bias=True) for _ in range(2)]
     compiled = torch.compile(lora_linear_group, fullgraph=True, backend="aot_eager")
@@ -89,7 +92,7 @@ def test_sizes_may_change() -> None:
     check_changing_sizes(lambda x: lora_linear_group(x, group))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=FULL)])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_dropout_is_drawn_anew_and_is_the_same_in_backward(backend: str, recomputed: bool) -> None:
     n = 64

@@ -59,13 +59,14 @@ KINDS = {layout: functools.partial(mlp, layout, 64, 96) for layout in LAYOUTS[1:
     "many kinds": many_kinds,
 }
 FULL = pytest.mark.full
+REGULAR = ("both in one", "4 bits", "many kinds")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=FULL)])
 @pytest.mark.parametrize(
     ("kind", "keep"),
     [
-        *[(kind, "preactivations") for kind in KINDS],
+        *[pytest.param(kind, "preactivations", marks=() if kind in REGULAR else FULL) for kind in KINDS],
         ("many kinds", "input"),
         *[pytest.param(kind, "input", marks=FULL) for kind in KINDS if kind != "many kinds"],
     ],
@@ -79,7 +80,7 @@ def test_one_graph_same_numbers(kind: str, keep: str, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtypes", [F32, BF16, F32_ON_BF16])
+@pytest.mark.parametrize("dtypes", [*(pytest.param(same, marks=FULL) for same in (F32, BF16)), F32_ON_BF16])
 def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(lora_mlp, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr("tests.kernels.mlp.mlps.lora_mlp", compiled)
