@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import zlib
@@ -23,6 +24,7 @@ settings.load_profile("fastpeft")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are collected
     torch.set_num_threads(1)
     cache = tempfile.TemporaryDirectory()  # `datasets` keeps a copy of all that it reads
     config.add_cleanup(cache.cleanup)
@@ -30,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--real-models")
     if folder is not None and not folder.is_dir():
         raise pytest.UsageError(f"--real-models: expected an existing folder, got {str(folder)!r}")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the modules and tests, millions of objects, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

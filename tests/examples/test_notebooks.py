@@ -32,10 +32,29 @@ def sources(name: str, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_all_cells_in_order(name: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    given = {"MODEL": str(model_of(NOTEBOOKS[name])), "MAX_STEPS": 2, "OUTPUT": "adapter"}
+def test_all_cells_in_order(
+    name: str,
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # a cell sets it
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    run(path_of(name), parameters(name, model_of))
+    check(capsys.readouterr().out, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_all_cells_in_a_process_of_their_own(name: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.examples.notebooks", str(path_of(name)), json.dumps(given)],
+        [sys.executable, "-m", "tests.examples.notebooks", str(path_of(name)), json.dumps(parameters(name, model_of))],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -49,10 +68,20 @@ def test_all_cells_in_order(name: str, model_of: Callable[[str], Path], tmp_path
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"verify: passed, \d+ checks", done.stdout) and "left as is" in done.stdout
-    all_accelerated(report(done.stdout))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "adapter-merged" / "model.safetensors").is_file()
+    check(done.stdout, tmp_path)
+
+
+def parameters(name: str, model_of: Callable[[str], Path]) -> dict[str, Any]:
+    """Of a notebook at tiny size."""
+    return {"MODEL": str(model_of(NOTEBOOKS[name])), "MAX_STEPS": 2, "OUTPUT": "adapter"}
+
+
+def check(printed: str, folder: Path) -> None:
+    """What a notebook printed, and the models that it left in its folder."""
+    assert re.search(r"verify: passed, \d+ checks", printed) and "left as is" in printed
+    all_accelerated(report(printed))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "adapter-merged" / "model.safetensors").is_file()
 
 
 def report(printed: str) -> str:

@@ -37,12 +37,12 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Two blocks; their input goes through a layer without LoRA first."""
+    """Blocks; their input goes through a layer without LoRA first."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft.bench.records import Record
+from tests.commands import run as command
 from tests.fresh import ROOT
 
 TINY = ["--steps", "4", "--batch-size", "4", "--sequence-length", "32", "--rank", "4", "--learning-rate", "5e-3"]
@@ -102,35 +103,37 @@ def test_ctrl_c_ends_the_worker_too(tmp_path: Path) -> None:
         os.kill(worker, 0)
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    process = quickstart("--model", "./no/such/model", "--output", str(tmp_path))
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = command(capsys, "quickstart", "--model", "./no/such/model", "--output", str(tmp_path))
     message = "--model: expected a model's folder or its ID on the hub, got './no/such/model', which is neither"
-    assert (process.returncode, process.stderr) == (2, f"fastpeft: {message}\n")
+    assert (answer.code, answer.err) == (2, f"fastpeft: {message}\n")
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    process = quickstart("--model", str(tmp_path))
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = command(capsys, "quickstart", "--model", str(tmp_path))
     message = f"--model: expected a folder with a config.json, got {tmp_path}"
-    assert (process.returncode, process.stderr) == (2, f"fastpeft: {message}\n")
+    assert (answer.code, answer.err) == (2, f"fastpeft: {message}\n")
 
 
-def test_an_empty_text(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "some.txt").write_text("some")
-    process = quickstart("--text", "empty.txt", "--held-out", "some.txt", cwd=tmp_path)
-    assert (process.returncode, process.stderr) == (
-        2,
-        "fastpeft: --text: expected some text, got an empty file: empty.txt\n",
-    )
-    assert not (tmp_path / "runs").exists()
+def test_an_empty_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    Path("some.txt").write_text("some")
+    answer = command(capsys, "quickstart", "--text", "empty.txt", "--held-out", "some.txt")
+    message = "--text: expected some text, got an empty file: empty.txt"
+    assert (answer.code, answer.err) == (2, f"fastpeft: {message}\n")
+    assert not Path("runs").exists()
 
 
-def test_a_text_shorter_than_a_block_is_found_by_the_worker(tmp_path: Path) -> None:
-    (tmp_path / "some.txt").write_text("some text")
-    process = quickstart("--text", "some.txt", "--held-out", "some.txt", cwd=tmp_path)
+def test_a_text_shorter_than_a_block_is_found_by_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some.txt").write_text("some text")
+    answer = command(capsys, "quickstart", "--text", "some.txt", "--held-out", "some.txt")
     message = "--text: expected at least --sequence-length 256 tokens, got "
-    assert process.returncode == 2
-    assert process.stderr.startswith(f"fastpeft: {message}") and process.stderr.count("\n") == 1
+    assert answer.code == 2
+    assert answer.err.startswith(f"fastpeft: {message}") and answer.err.count("\n") == 1
 
 
 @pytest.mark.full

@@ -17,6 +17,7 @@ from tests.checkpoints import Checkpoints, write_rows
 
 from .runs import chats, completions, texts, train
 
+full = pytest.mark.full
 STILL = shlex.split(
     "--max-steps 2 --learning-rate 0 --logging-steps 1 --per-device-eval-batch-size 64 --report-to none --batch-size 64"
 )
@@ -45,13 +46,13 @@ def losses_by_hand(config: FastpeftConfig) -> float:
 @pytest.mark.parametrize(
     ("model", "rows", "more"),
     [
-        ("llama", chats(), ""),
+        pytest.param("llama", chats(), "", marks=full),
         ("llama", chats(), "--assistant-only false"),
         ("llama", chats(), "--packing --max-length 64"),
         ("llama", chats(), "--batch-size 5 --gradient-accumulation-steps 3"),
         ("llama", completions(), ""),
-        ("llama", texts(), ""),
-        ("marian", completions(), ""),
+        pytest.param("llama", texts(), "", marks=full),
+        pytest.param("marian", completions(), "", marks=full),
         ("t5", completions(), ""),
     ],
 )

@@ -35,11 +35,8 @@ class Case:
 CASES = [
     Case("chat", "llama", chats(), "causal-lm", facts={"chat_template": "plain"}),
     Case("completion", "llama", completions(), "causal-lm"),
-    Case("text", "llama", texts(), "causal-lm", "--max-length 16"),
     Case("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
     Case("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
-    Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
-    Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
     Case("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
     Case("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
     Case(
@@ -52,12 +49,15 @@ CASES = [
         [row | {"label": len(row["label"] + row["text"]) % 3} for row in classes()],
         "sequence-classification",
     ),
-    Case("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
-    Case("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
     Case("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
     Case("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
 ]
 MORE_CASES = [
+    Case("text", "llama", texts(), "causal-lm", "--max-length 16"),
+    Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
+    Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
+    Case("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
+    Case("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
     Case("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
     Case(
         "rslora-and-biases", "llama", chats(), "causal-lm", "--use-rslora --bias lora_only --init-lora-weights gaussian"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpeft_kernels.common import scratch
@@ -20,17 +18,18 @@ from fastpeft_kernels.lora.layout import flatten_group, unflatten_group
 from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight
+from tests.kernels.compiling import (
+    BF16,
+    F32,
+    F32_ON_BF16,
+    check_changing_sizes,
+    check_one_graph,
+    check_selective_checkpointing,
+)
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection, seeds_for
 
-F32 = Dtypes(torch.float32, torch.float32, torch.float32)
-BF16 = Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+FULL = pytest.mark.full
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
 
 def four_bit(nested: bool = False) -> list[LoraProjection]:
@@ -59,22 +58,14 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=FULL if kind in ("dense", "four_bit") else ()) for kind in GROUPS]
+)
 def test_one_graph_same_numbers(kind: str) -> None:
     group = GROUPS[kind]()
     seeds = seeds_for(group)
     x = torch.randn(3, 5, 64, requires_grad=True)
-
-    def step(x: Tensor) -> tuple[Tensor, ...]:
-        return lora_linear_group(x, group, seeds=seeds)
-
-    eager, traced = step(x), torch.compile(step, fullgraph=True, backend="aot_eager")(x)
-    wanted = [x, *parameters(group)]
-    dys = [torch.randn_like(y) for y in eager]
-    torch.testing.assert_close(traced, eager, rtol=0, atol=0)
-    torch.testing.assert_close(
-        torch.autograd.grad(traced, wanted, dys), torch.autograd.grad(eager, wanted, dys), rtol=0, atol=0
-    )
+    check_one_graph(lambda x: lora_linear_group(x, group, seeds=seeds), x, parameters(group), "aot_eager")
 
 
 def test_a_mixed_batch_passes_through_the_op() -> None:
@@ -88,7 +79,7 @@ def test_a_mixed_batch_passes_through_the_op() -> None:
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtypes", [F32, BF16, Dtypes(torch.bfloat16, torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("dtypes", [*(pytest.param(same, marks=FULL) for same in (F32, BF16)), F32_ON_BF16])
 def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     group = [projection(64, 8, 2, dtype=dtypes.compute, lora_dtype=dtypes.lora, bias=True) for _ in range(2)]
     compiled = torch.compile(lora_linear_group, fullgraph=True, backend="aot_eager")
@@ -98,13 +89,10 @@ def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_sizes_may_change() -> None:
     group = [projection(64, 8, 2), projection(64, 4, 2)]
-    compiled = torch.compile(lambda x: lora_linear_group(x, group), fullgraph=True, backend="aot_eager", dynamic=True)
-    for shape in ((3, 5, 64), (2, 9, 64)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(compiled(x), lora_linear_group(x, group))
+    check_changing_sizes(lambda x: lora_linear_group(x, group))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=FULL)])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_dropout_is_drawn_anew_and_is_the_same_in_backward(backend: str, recomputed: bool) -> None:
     n = 64
@@ -181,17 +169,7 @@ def test_selective_checkpointing(saved: str) -> None:
     def block(x: Tensor) -> Tensor:
         return lora_linear(x.relu(), w, a, b).relu()
 
-    def policy(context: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return (
-            CheckpointPolicy.MUST_SAVE
-            if saved in (str(called).removeprefix("aten."), "everything")
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
-
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    expected = torch.autograd.grad(block(x).sum(), [x, a, b])
-    y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, a, b]), expected)
+    check_selective_checkpointing(block, x, [a, b], saved)
 
 
 def test_a_counter_around_a_checkpointed_forward_only() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.layout import flatten_group
@@ -19,19 +18,19 @@ from fastpeft_kernels.mlp import Mlp, lora_mlp
 from fastpeft_kernels.mlp.custom_op import lora_mlp_backward_op, lora_mlp_down_op, lora_mlp_up_to_down_op
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import FourBitWeight
+from tests.kernels.compiling import (
+    BF16,
+    F32,
+    F32_ON_BF16,
+    check_changing_sizes,
+    check_one_graph,
+    check_selective_checkpointing,
+)
 from tests.kernels.lora.groups import parameters, seeds_for
 from tests.kernels.lora.test_counts import products
 from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp
 
-F32 = Dtypes(torch.float32, torch.float32, torch.float32)
-BF16 = Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
 
 def frozen() -> Mlp:
@@ -60,13 +59,14 @@ KINDS = {layout: functools.partial(mlp, layout, 64, 96) for layout in LAYOUTS[1:
     "many kinds": many_kinds,
 }
 FULL = pytest.mark.full
+REGULAR = ("both in one", "4 bits", "many kinds")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=FULL)])
 @pytest.mark.parametrize(
     ("kind", "keep"),
     [
-        *[(kind, "preactivations") for kind in KINDS],
+        *[pytest.param(kind, "preactivations", marks=() if kind in REGULAR else FULL) for kind in KINDS],
         ("many kinds", "input"),
         *[pytest.param(kind, "input", marks=FULL) for kind in KINDS if kind != "many kinds"],
     ],
@@ -75,21 +75,12 @@ def test_one_graph_same_numbers(kind: str, keep: str, backend: str) -> None:
     m = KINDS[kind]()
     seeds = seeds_for(list(m.projections))
     x = torch.randn(3, 5, 64, requires_grad=True)
-
-    def step(x: Tensor) -> Tensor:
-        return lora_mlp(x.relu(), m, keep=keep, seeds=seeds)
-
-    eager, traced = step(x), torch.compile(step, fullgraph=True, backend=backend)(x)
-    wanted = [x, *parameters(list(m.projections))]
-    dy = torch.randn_like(eager)
-    assert torch.equal(traced, eager)
-    for ours, theirs in zip(
-        torch.autograd.grad(traced, wanted, dy), torch.autograd.grad(eager, wanted, dy), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    check_one_graph(
+        lambda x: (lora_mlp(x.relu(), m, keep=keep, seeds=seeds),), x, parameters(list(m.projections)), backend
+    )
 
 
-@pytest.mark.parametrize("dtypes", [F32, BF16, Dtypes(torch.bfloat16, torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("dtypes", [*(pytest.param(same, marks=FULL) for same in (F32, BF16)), F32_ON_BF16])
 def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(lora_mlp, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr("tests.kernels.mlp.mlps.lora_mlp", compiled)
@@ -100,10 +91,7 @@ def test_within_the_budget(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> N
 @FULL
 def test_sizes_may_change() -> None:
     m = mlp("gate and up", 64, 96)
-    compiled = torch.compile(lambda x: lora_mlp(x, m), fullgraph=True, backend="aot_eager", dynamic=True)
-    for shape in ((3, 5, 64), (2, 9, 64)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(compiled(x), lora_mlp(x, m))
+    check_changing_sizes(lambda x: lora_mlp(x, m))
 
 
 @pytest.mark.parametrize("make", [many_kinds, frozen])
@@ -142,22 +130,11 @@ def test_products_of_a_compiled_step(recomputed: bool) -> None:
 def test_selective_checkpointing(saved: str) -> None:
     m = mlp("gate and up", 64, 96)
     x = torch.randn(3, 64, requires_grad=True)
-    wanted = [x, *parameters(list(m.projections))]
 
     def block(x: Tensor) -> Tensor:
         return lora_mlp(x.relu(), m).relu()
 
-    def policy(context: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return (
-            CheckpointPolicy.MUST_SAVE
-            if saved in (str(called).removeprefix("aten."), "everything")
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
-
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    expected = torch.autograd.grad(block(x).sum(), wanted)
-    y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), wanted), expected)
+    check_selective_checkpointing(block, x, parameters(list(m.projections)), saved)
 
 
 def test_fake_tensors() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,8 +62,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     assert same.all(), f"{(~same).sum()} of {same.numel()} differ"
 
 
-@settings(max_examples=400)
-@given(
+stored = given(
     rows=st.integers(0, 20),
     columns=st.one_of(st.integers(0, 200), st.sampled_from((256, 1024, 4096, 5000))),
     beside=st.integers(0, 3),
@@ -74,7 +74,22 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     plain=st.booleans(),
     data=st.data(),
 )
-def test_any_rows_of_any_shape_into_any_row_stride(
+
+
+@settings(max_examples=100)
+@stored
+def test_any_rows_of_any_shape_into_any_row_stride(**drawn: Any) -> None:
+    check_rows(**drawn)
+
+
+@pytest.mark.full
+@settings(max_examples=400)
+@stored
+def test_many_rows_of_any_shape_into_any_row_stride(**drawn: Any) -> None:
+    check_rows(**drawn)
+
+
+def check_rows(
     rows: int,
     columns: int,
     beside: int,
