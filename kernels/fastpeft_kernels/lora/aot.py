@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.aot import AotCase, signature_of
 from ..common.triton_random import dropout_kernel
-from . import backward, configs, forward, forward_tma, packing
+from . import backward, configs, dora_triton, forward, forward_tma, packing
 from .configs import Config
 
 _TENSOR_CORES = (80, 86, 89, 90, 100, 120)  # `backends.triton_refusal` keeps these kernels from older devices
@@ -32,6 +32,7 @@ def cases() -> Iterator[AotCase]:
     constants = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
     yield _case("sum", backward.lora_sum_kernel, tensors, constants, targets=None)
     yield _pack()
+    yield from _dora()
 
 
 def _down() -> Iterator[AotCase]:
@@ -126,6 +127,25 @@ def _pack() -> AotCase:
     constants = {"scale0": None, "scale2": None, "scale3": None, "COUNT": 3, "BLOCK": 1024}
     types = {f"{name}{i}": "i32" for name in ("rank", "features", "row", "stride") for i in range(4)}
     return _case("pack", packing.lora_pack_kernel, tensors, constants, targets=None, types=types)
+
+
+def _dora() -> Iterator[AotCase]:
+    """`wide`: fp32 adapters over a 16-bit base, and their z."""
+    for variant, lora in (("bf16", "bf16"), ("wide", "fp32")):
+        for rank in (16, 64):
+            tensors = {"w_ptr": "bf16", "up_ptr": lora, "a_ptr": lora, "norms_ptr": "fp32"}
+            constants, config = _settings(dora_triton.NORMS, BLOCK_R=dora_triton.norms_ranks(rank))
+            yield _case(f"dora_norms_{variant}_r{rank}", dora_triton.dora_norms_kernel, tensors, constants, config)
+        tensors = {"dy_ptr": "bf16", "z_ptr": lora, "gain_ptr": "fp32", "dz_ptr": "bf16", "sums_ptr": "fp32"}
+        constants, config = _settings(dora_triton.GAIN, HAS_Z=True, HAS_DZ=True)
+        kernel = dora_triton.dora_gain_bwd_kernel
+        yield _case(f"dora_gain_bwd_{variant}", kernel, tensors, constants, config, targets=None)
+
+
+def _settings(launch: dict[str, int], **constants: Any) -> tuple[dict[str, Any], Config]:
+    """A launch's blocks with other constants, and its warps and stages."""
+    blocks = {name: value for name, value in launch.items() if name.startswith("BLOCK")}
+    return {**blocks, **constants}, Config(0, 0, 0, 0, launch["num_warps"], launch.get("num_stages", 3))
 
 
 def _tuned(choices: Sequence[Config]) -> list[tuple[bool, Config]]:

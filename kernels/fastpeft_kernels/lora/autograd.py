@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
-from . import library
-from .projection import Group, LoraProjection
+from . import dora, library
+from .projection import Group, LoraProjection, trains_a, trains_b
 
 
 class LoraGroup(torch.autograd.Function):
-    """Keeps x (once, in the dtype of the products) and S = x A^T; no decoded weight, no packed or cast adapter."""
+    """Keeps x (once, in the dtype of the products) and S = x A^T; no decoded weight, no packed or cast adapter.
+
+    Where a magnitude is trained, its projection's result before the gain too: see `dora`.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -32,10 +35,15 @@ class LoraGroup(torch.autograd.Function):
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         x = group.dtypes.cast_once(x)
-        outputs, s = _compute(x, group)
-        trains_a = any(flag for flags in needs for flag in flags[1::3])
-        trains_b = any(flag for flags in needs for flag in flags[2::3])
-        ctx.save_for_backward(x if trains_a else None, s if trains_b else None, *tensors_read_again(projections))
+        kept: list[dora.Kept | None] = []
+        outputs, s = _compute(x, group, kept)
+        kept = dora.read_by_backward(kept, needs)
+        ctx.save_for_backward(
+            x if any(trains_a(flags) for flags in needs) else None,
+            s if any(trains_b(flags) for flags in needs) else None,
+            *dora.flat(kept),
+            *tensors_read_again(projections),
+        )
         return tuple(outputs)
 
     @staticmethod
@@ -43,7 +51,7 @@ class LoraGroup(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         group, needs = ctx.group
         shape, dtype = ctx.input
-        x, s, *_ = ctx.saved_tensors
+        x, s, *kept = ctx.saved_tensors
         with in_use(group.projections):
             for projection, stamp in zip(group.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
@@ -55,6 +63,7 @@ class LoraGroup(torch.autograd.Function):
                 library.pack(group),
                 dtype if ctx.needs_input_grad[1] else None,
                 needs,
+                dora.unflatten(group.projections, kept),
             )
         # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
         flat = [None if dy is None else grad for dy, found in zip(dys, grads, strict=True) for grad in found]
@@ -69,9 +78,9 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     return tuple(_compute(x.detach(), group)[0])
 
 
-def _compute(x: Tensor, group: Group) -> tuple[list[Tensor], Tensor | None]:
+def _compute(x: Tensor, group: Group, kept: list[dora.Kept | None] | None = None) -> tuple[list[Tensor], Tensor | None]:
     with in_use(group.projections):
-        return library.forward(x, group, library.pack(group))
+        return library.forward(x, group, library.pack(group), kept)
 
 
 @contextmanager
@@ -89,13 +98,14 @@ def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
 
 def tensors_read_again(projections: Sequence[LoraProjection]) -> list[Tensor]:
     """What backward reads through `projections`; to be saved, for torch to notice a write before it."""
-    return [t for p in projections for a in p.adapters for t in (a.a, a.b, a.scaling) if isinstance(t, Tensor)]
+    found = [t for p in projections for a in p.adapters for t in (a.a, a.b, a.scaling) if isinstance(t, Tensor)]
+    return found + [p.magnitude for p in projections if p.magnitude is not None]
 
 
 def split_flags(flags: Sequence[bool], projections: Sequence[LoraProjection]) -> list[Sequence[bool]]:
     """One flag for each of all projections' `tensors()`, by projection."""
     parts, last = [], 0
     for projection in projections:
-        first, last = last, last + 1 + 3 * len(projection.adapters)
+        first, last = last, last + 2 + 3 * len(projection.adapters)
         parts.append(flags[first:last])
     return parts

@@ -1,7 +1,7 @@
 """A group of LoRA projections as torch.library ops, for torch.compile.
 
-Seen from outside, forward is one node that keeps x and S = x A^T, and backward is another: no compiler can come to keep
-a decoded weight, a dropout mask or a cast adapter between them.
+Seen from outside, forward is one node that keeps x and S = x A^T (and with a magnitude what `dora` says), and backward
+is another: no compiler can come to keep a decoded weight, a dropout mask or a cast adapter between them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import dora, library
 from .autograd import in_use
 from .layout import FlatGroup, flatten_group, unflatten_group
-from .projection import Group
+from .projection import Group, trains_a, trains_b
 
 
 def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
@@ -28,18 +28,28 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("fastpeft::lora_group", mutates_args=())
 def lora_group_op(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
-    """The outputs of `library.forward`, then S (tokens, total rank)."""
+    """The outputs of `library.forward`, then S (tokens, total rank), then `dora.flat` of what it keeps."""
     group = unflatten_group(tensors, numbers, layout).group
+    kept: list[dora.Kept | None] = []
     with in_use(group.projections):
-        outputs, s = library.forward(x, group, library.pack(group))
-    return [*outputs, _no_s(x, group) if s is None else s]
+        outputs, s = library.forward(x, group, library.pack(group), kept)
+    return [*outputs, _no_s(x, group) if s is None else s, *[t for t in dora.flat(kept) if t is not None]]
 
 
 @lora_group_op.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> list[Tensor]:
     group = unflatten_group(tensors, numbers, layout).group
     outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=group.dtypes.out) for p in group.projections]
-    return [*outputs, _no_s(x, group)]
+    kept = [
+        t
+        for p in group.projections
+        if p.magnitude is not None
+        for t in (
+            x.new_empty((prod(x.shape[:-1]), p.weight.shape[0]), dtype=dora.dtype_of_z(group.dtypes)),
+            x.new_empty(p.weight.shape[0], dtype=dora.wide(group.dtypes.lora)),
+        )
+    ]
+    return [*outputs, _no_s(x, group), *kept]
 
 
 @torch.library.custom_op("fastpeft::lora_group_backward", mutates_args=())
@@ -52,6 +62,7 @@ def lora_group_backward_op(
     layout: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
+    kept: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order."""
     flat = unflatten_group(tensors, numbers, layout)
@@ -65,6 +76,7 @@ def lora_group_backward_op(
             library.pack(group),
             dx_dtype,
             flat.flags(wanted),
+            dora.unflatten(group.projections, kept),
         )
     results = gradients_in_order(flat, grads)
     if dx is not None and dx_dtype is not None:
@@ -82,6 +94,7 @@ def _(
     layout: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
+    kept: Sequence[Tensor | None],
 ) -> list[Tensor]:
     return empty_gradients(_lead(dys), tensors, numbers, layout, dx_dtype, wanted)
 
@@ -91,21 +104,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, tensors, numbers, layout = inputs
     ctx.layout, ctx.dtype = (numbers, layout), x.dtype
     flags = unflatten_group(tensors, *ctx.layout).flags(ctx.needs_input_grad[1:])  # flat here, nested in backward
-    ctx.keeps_x = any(flag for part in flags for flag in part[1::3])
-    ctx.keeps_s = any(flag for part in flags for flag in part[2::3])
-    ctx.save_for_backward(*[x] * ctx.keeps_x, *[output[-1]] * ctx.keeps_s, *tensors)
+    projections = unflatten_group(tensors, *ctx.layout).group.projections
+    ctx.outputs, s = len(projections), output[len(projections)]
+    kept = dora.read_by_backward(dora.unflatten(projections, output[ctx.outputs + 1 :]), flags)
+    ctx.kept = [t is not None for t in dora.flat(kept)]
+    ctx.keeps_x, ctx.keeps_s = any(trains_a(part) for part in flags), any(trains_b(part) for part in flags)
+    held = [t for t in dora.flat(kept) if t is not None]
+    ctx.save_for_backward(*[x] * ctx.keeps_x, *[s] * ctx.keeps_s, *held, *tensors)
 
 
 def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     x = tensors.pop(0) if ctx.keeps_x else None
     s = tensors.pop(0) if ctx.keeps_s else None
-    dys, needs = dys[:-1], ctx.needs_input_grad  # the last output is S
+    kept = [tensors.pop(0) if held else None for held in ctx.kept]
+    dys, needs = dys[: ctx.outputs], ctx.needs_input_grad  # what follows is S and what else is kept
     tracked = unflatten_group(tensors, *ctx.layout).tracked
     given = [place for places, dy in zip(tracked, dys, strict=True) if dy is not None for place in places]
     wanted = [flag and place in given for place, flag in enumerate(needs[1])]
     dx_dtype = ctx.dtype if needs[0] and given else None
-    found = iter(lora_group_backward_op(dys, x, s, tensors, *ctx.layout, dx_dtype, wanted))
+    found = iter(lora_group_backward_op(dys, x, s, tensors, *ctx.layout, dx_dtype, wanted, kept))
     dx = None if dx_dtype is None else next(found)
     return dx, [next(found) if flag else None for flag in wanted], no_gradients(ctx.layout[0]), None
 

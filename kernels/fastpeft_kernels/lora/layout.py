@@ -44,7 +44,7 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
     for projection, seed in zip(group.projections, group.seeds, strict=True):
         stored, meta = projection.weight.flatten()
         tensors.extend(stored)
-        for tensor in (seed, projection.bias):
+        for tensor in (seed, projection.bias, projection.magnitude):
             if tensor is not None:
                 tensors.append(tensor)
         adapters = []
@@ -64,6 +64,7 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
             "meta": meta,
             "seed": seed is not None,
             "bias": projection.bias is not None,
+            "magnitude": projection.magnitude is not None,
             "adapters": adapters,
         }
         parts.append(_to_json(described))
@@ -99,15 +100,15 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
         place += part["stored"]
         weight = unflatten_weight(part["kind"], stored, part["meta"])
         seeds.append(at(take(part["seed"])))
-        tracked = [take(part["bias"])]
+        tracked, magnitude = [take(part["bias"])], take(part["magnitude"])
         adapters = []
         for fields in part["adapters"]:
             tracked += (take(), take(), take(fields["bias"]))
             a, b, bias = (at(index) for index in tracked[-3:])
             scaling = at(take()) if fields["tensor_scaling"] else next(number)
             adapters.append(LoraAdapter(a, b, scaling, bias, next(number), int(next(number))))  # type: ignore[arg-type]
-        projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters)))
-        all_tracked.append(tracked)
+        projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters), at(magnitude)))
+        all_tracked.append([*tracked, magnitude])
     adapter_index = at(take(described["mixed"]))
     return FlatGroup(Group(projections, dtypes, seeds, described["backend"], adapter_index), all_tracked)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
-from . import parts
+from . import dora, parts
 from .linear import large_product, library_linear, sums_products
 from .mixed import keep_own_
 from .parts import (
@@ -66,19 +66,23 @@ def pack(group: Group) -> Packed:
     return packing.pack(group.projections, dtype)
 
 
-def forward(x: Tensor, group: Group, packed: Packed) -> tuple[list[Tensor], Tensor | None]:
+def forward(
+    x: Tensor, group: Group, packed: Packed, kept: list[dora.Kept | None] | None = None
+) -> tuple[list[Tensor], Tensor | None]:
     """All outputs and S.
 
     Args:
         x: (..., in_features), any floating dtype.
         group, packed: the projections, and their adapters from `pack`.
+        kept: a list to add to what backward reads of each projection, None for one without magnitude; nothing is kept
+            where there is no list.
 
     Returns:
         (outputs, s): outputs[i] is (..., out_features) and no view; s is (tokens, total rank) or None.
     """
     outputs = [x.new_empty((*x.shape[:-1], p.weight.shape[0]), dtype=group.dtypes.out) for p in group.projections]
     rows = [y.view(-1, y.shape[-1]) for y in outputs]
-    return outputs, forward_into(rows, x.reshape(-1, x.shape[-1]), group, packed)
+    return outputs, forward_into(rows, x.reshape(-1, x.shape[-1]), group, packed, kept=kept)
 
 
 def forward_into(
@@ -87,13 +91,14 @@ def forward_into(
     group: Group,
     packed: Packed,
     s: Tensor | None = None,
+    kept: list[dora.Kept | None] | None = None,
 ) -> Tensor | None:
     """`forward` into given memory.
 
     Args:
         outputs: matrices (tokens, out_features) of dtype `group.dtypes.out`, columns contiguous.
         x: (tokens, in_features).
-        group, packed: as `forward`.
+        group, packed, kept: as `forward`.
         s: S, if `down_projection` has made it already.
 
     Returns:
@@ -104,10 +109,19 @@ def forward_into(
     column = 0
     for i, projection in enumerate(group.projections):
         update, up = None, packed.b[i]
+        first, column = column, column + projection.rank
         if up is not None and s is not None:
-            update = (s[:, column : column + projection.rank], up)
-            column += projection.rank
-        _project(outputs[i], inputs, projection, update, packed.bias[i], group)
+            update = (s[:, first:column], up)
+        if projection.magnitude is None:
+            _project(outputs[i], inputs, projection, update, packed.bias[i], group)
+            held = None
+        else:
+            assert update is not None and packed.a is not None
+            z, seen = dora.before_gain(outputs[i], inputs, i, group, kept is not None)
+            w = _project(z, seen, dora.without_bias(projection), update, None, group)
+            held = dora.apply_gain(outputs[i], z, inputs, seen, i, group, w, update[1], packed.a[first:column])
+        if kept is not None:
+            kept.append(held)
     return s
 
 
@@ -119,18 +133,19 @@ def backward(
     packed: Packed,
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
+    kept: Sequence[dora.Kept | None] = (),
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradients of x and of `LoraProjection.tensors()` of each projection.
 
     Args:
         x: (tokens, in_features) as kept by forward; None when no adapter's `a` is trained.
-        s, dys, group, packed, dx_dtype, needs: as `backward_without_input`.
+        s, dys, group, packed, dx_dtype, needs, kept: as `backward_without_input`.
 
     Returns:
         (dx, grads): dx (tokens, in_features) in any of the dtypes given, rows maybe apart; grads in the parameters'
         dtypes; None where not wanted.
     """
-    dx, ds, grads = backward_without_input(s, dys, group, packed, dx_dtype, needs)
+    dx, ds, grads = backward_without_input(s, dys, group, packed, dx_dtype, needs, kept)
     if ds is not None and x is not None:
         down_gradients(ds, x.to(group.dtypes.lora), group, needs, grads)
     return dx, grads
@@ -143,6 +158,7 @@ def backward_without_input(
     packed: Packed,
     dx_dtype: torch.dtype | None,
     needs: Sequence[Sequence[bool]],
+    kept: Sequence[dora.Kept | None] = (),
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
     """All of `backward` that does not read x.
 
@@ -152,6 +168,7 @@ def backward_without_input(
         dx_dtype: dtype of x, whose gradient is summed in it where it is wider than `group.dtypes.compute`; None when no
             gradient of x is wanted.
         needs: which other gradients are wanted; needs[i] runs parallel to `tensors()` of projection i.
+        kept: of forward, where any projection has a magnitude.
 
     Returns:
         (dx, ds, grads): as `backward`, and dS, (tokens, total rank), for `down_gradients`.
@@ -159,6 +176,7 @@ def backward_without_input(
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dys = [None if dy is None else rows_contiguous(dy) for dy in dys]
     ds = empty_ds(dys, packed)
+    dropped: list[tuple[Tensor, int]] = []
     column = 0
     for i, projection in enumerate(group.projections):
         first, column = column, column + projection.rank
@@ -166,15 +184,31 @@ def backward_without_input(
         if dy is None:
             continue
         bias_gradients(dy, projection, needs[i], grads[i])
-        up = packed.b[i]
+        up, gain = packed.b[i], None
         if ds is None or up is None:
             continue
+        held = kept[i] if projection.magnitude is not None else None
+        if held is not None:
+            gain, dz = dora.magnitude_gradient(dy, held, i, group, dx_dtype is not None, needs[i], grads[i])
+            up = dora.scale_rows(up, gain)
+            if dz is not None and group.mask(i) is not None:
+                dropped.append((dz, i))
+            else:
+                dys[i] = dz
         dy = dy.to(group.dtypes.lora)
         s_i, ds_i = None if s is None else s[:, first:column], ds[:, first:column]
         up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
+        db = grads[i][2] if gain is not None else None
+        if db is not None and gain is not None:
+            grads[i][2] = dora.scale_rows(db, gain)
     if ds is not None:
         keep_own_(ds, group)
-    return None if dx_dtype is None else large_input_gradient(dys, ds, group, packed, dx_dtype), ds, grads
+    if dx_dtype is None:
+        return None, ds, grads
+    dx = large_input_gradient(dys, ds, group, packed, dx_dtype)
+    for dz, i in dropped:
+        dora.add_dropped_gradient(dx, dz, i, group)
+    return dx, ds, grads
 
 
 def _project(
@@ -184,23 +218,29 @@ def _project(
     update: tuple[Tensor, Tensor] | None,
     lora_bias: Tensor | None,
     group: Group,
-) -> None:
-    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes."""
+) -> Tensor | None:
+    """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes.
+
+    Returns:
+        W as it was decoded, valid as `decoded`'s; None where the storage made the product.
+    """
     dtypes, ours = group.dtypes, group.backend == "triton"
-    own = projection.weight.linear(inputs)
+    own, w = projection.weight.linear(inputs), None
     bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
     one_dtype = update is None or dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dtypes.out)
     if own is None and (ours or one_dtype):
         bias = lora_bias if bias is None else bias if lora_bias is None else bias + lora_bias
         base = y if ours or y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
         s, up = update or (None, None)
-        large_product(inputs, decoded(projection.weight, dtypes.compute), s, up, bias, out=base, backend=group.backend)
+        w = decoded(projection.weight, dtypes.compute)
+        large_product(inputs, w, s, up, bias, out=base, backend=group.backend)
     else:
         base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
         if own is not None:
             base.copy_(own) if bias is None else torch.add(own, bias, out=base)
         else:
-            library_linear(inputs, decoded(projection.weight, dtypes.compute), None, None, bias, out=base)
+            w = decoded(projection.weight, dtypes.compute)
+            library_linear(inputs, w, None, None, bias, out=base)
         if update is not None:
             wide = torch.promote_types(dtypes.compute, dtypes.lora)
             if base is not y:
@@ -208,6 +248,7 @@ def _project(
             _add_update(base, *update, lora_bias, ours)
     if base is not y:
         y.copy_(base)
+    return w
 
 
 def _add_update(base: Tensor, s: Tensor, up: Tensor, lora_bias: Tensor | None, ours: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
 from .mixed import keep_own_
-from .projection import Group, LoraProjection, Mask, Packed
+from .projection import Group, LoraProjection, Mask, Packed, trains_a
 from .rank_products import both_gradients, down_gradient, input_gradient, project_down
 
 
@@ -131,7 +131,7 @@ def down_gradients(
         wanted = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
         return down_gradient(ds, x, wanted, mask, group.backend)
 
-    if not any(flag for flags in needs for flag in flags[1::3]):
+    if not any(trains_a(flags) for flags in needs):
         return
     joint = None if group.drops else product(ds, None)
     columns = group.adapter_columns()

@@ -47,11 +47,13 @@ class LoraProjection:
         weight: FrozenWeight of shape (out_features, in_features).
         bias: (out_features,) or None; may be trained.
         adapters: the active adapters, in the order in which they are summed.
+        magnitude: (out_features,) or None; DoRA's norms of the adapted weight's rows, with one adapter without bias.
     """
 
     weight: FrozenWeight
     bias: Tensor | None = None
     adapters: tuple[LoraAdapter, ...] = ()
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -60,11 +62,21 @@ class LoraProjection:
         return adapters[0].a.shape[0] if len(adapters) == 1 else sum([adapter.a.shape[0] for adapter in adapters])
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What autograd tracks: the bias, then a, b and bias of each adapter."""
+        """What autograd tracks: the bias, then a, b and bias of each adapter, then the magnitude."""
         found: list[Tensor | None] = [self.bias]
         for adapter in self.adapters:
             found += (adapter.a, adapter.b, adapter.bias)
-        return tuple(found)
+        return (*found, self.magnitude)
+
+
+def trains_a(flags: Sequence[bool]) -> bool:
+    """Whether any of these, one for each of a projection's `tensors()`, is of an adapter's a."""
+    return any(flags[1:-1:3])
+
+
+def trains_b(flags: Sequence[bool]) -> bool:
+    """Whether any is of an adapter's b."""
+    return any(flags[2:-1:3])
 
 
 FEW_TOKENS = 8
@@ -128,6 +140,11 @@ class Group:
     def drops(self) -> bool:
         """Whether any adapter's input loses elements."""
         return any(seed is not None for seed in self.seeds)
+
+    def mask(self, i: int) -> Mask | None:
+        """Of the first adapter of projection i, which is its only one where it has a magnitude."""
+        seed, p = self.seeds[i], self.projections[i].adapters[0].dropout
+        return None if seed is None or p == 0.0 else Mask(seed, p, 0)
 
     def masks(self) -> Iterator[Mask]:
         """Of the adapters whose input loses elements."""
@@ -207,6 +224,13 @@ def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
         check_instance(f"{where}.dropout", adapter.dropout, float, int)
         if not 0.0 <= adapter.dropout < 1.0:
             raise ValueError(f"{where}.dropout: expected a probability in [0, 1), got {adapter.dropout}")
+    if projection.magnitude is not None:
+        _check_tensor(f"{name}.magnitude", projection.magnitude, x.device, (out_features,))
+        if len(projection.adapters) != 1 or projection.adapters[0].bias is not None:
+            raise ValueError(
+                f"{name}.magnitude: expected one adapter without bias, got {len(projection.adapters)}, "
+                f"{sum(adapter.bias is not None for adapter in projection.adapters)} with bias"
+            )
 
 
 def _check_tensor(name: str, tensor: Tensor, expected: torch.device, shape: tuple[int, ...]) -> None:

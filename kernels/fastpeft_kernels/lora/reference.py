@@ -34,6 +34,9 @@ def lora_group_reference(
 ) -> tuple[Tensor, ...]:
     """Every projection of x: x W^T + bias + sum over adapters of scaling * (dropout(x) A^T B^T + bias_B).
 
+    With a magnitude it is DoRA, as PEFT computes it: x W^T + bias + (gain - 1) * dropout(x) W^T
+    + gain * scaling * dropout(x) A^T B^T, gain = magnitude / norms of the rows of W + scaling B A, which are constants.
+
     Args:
         x: (..., in_features).
         projections: what to compute; see `LoraProjection`.
@@ -47,7 +50,9 @@ def lora_group_reference(
     results = []
     for projection, seed in zip(projections, seeds, strict=True):
         bias = None if projection.bias is None else projection.bias.to(dtypes.compute)
-        y = F.linear(x.to(dtypes.compute), projection.weight.decode(dtype=dtypes.compute), bias)
+        weight = projection.weight.decode(dtype=dtypes.compute)
+        y = F.linear(x.to(dtypes.compute), weight, bias)
+        gain = None if projection.magnitude is None else _gain(projection, dtypes.lora)
         for stream, adapter in enumerate(projection.adapters):
             inputs = x.to(dtypes.lora)
             if adapter.dropout > 0.0 and seed is not None:
@@ -57,6 +62,18 @@ def lora_group_reference(
             update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
             if adapter_index is not None:
                 update = torch.where((adapter_index == adapter.index).view(*x.shape[:-1], 1), update, 0.0)
+            if gain is not None:
+                y = y + (gain - 1) * F.linear(inputs.to(dtypes.compute), weight)
+                update = gain * update
             y = y + update * adapter.scaling
         results.append(y.to(dtypes.out))
     return tuple(results)
+
+
+def _gain(projection: LoraProjection, dtype: torch.dtype) -> Tensor:
+    """(out_features,) in the wider of the magnitude's dtype and `dtype`, in which the norms are made."""
+    (adapter,), magnitude = projection.adapters, projection.magnitude
+    assert magnitude is not None
+    update = (adapter.b.detach().to(dtype) @ adapter.a.detach().to(dtype)) * adapter.scaling
+    norms = torch.linalg.vector_norm(projection.weight.decode(dtype=dtype) + update, dim=1)
+    return magnitude.to(torch.promote_types(magnitude.dtype, dtype)) / norms

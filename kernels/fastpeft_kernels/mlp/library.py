@@ -16,7 +16,7 @@ from torch import Tensor
 from ..activation.api import fill_gated_activation, fill_gated_activation_backward
 from ..lora import library
 from ..lora.parts import rows_contiguous
-from ..lora.projection import Dtypes, Group, Packed
+from ..lora.projection import Dtypes, Group, Packed, trains_a, trains_b
 from . import fused
 from .structure import Mlp
 
@@ -48,9 +48,9 @@ def read_by_backward(needs_dx: bool, needs: Flags, keep: bool) -> tuple[bool, bo
         keep: whether `pre` may be kept; else x is, of which it is made again.
     """
     inner_flags, down_flags = [flag for flags in needs[:-1] for flag in flags], needs[-1]
-    inside = needs_dx or any(inner_flags) or any(down_flags[1::3])
-    trains_a, trains_b = any(any(flags[1::3]) for flags in needs[:-1]), any(any(flags[2::3]) for flags in needs[:-1])
-    return trains_a or (inside and not keep), trains_b, inside and keep, any(down_flags[2::3])
+    inside = needs_dx or any(inner_flags) or trains_a(down_flags)
+    reads_x = any(trains_a(flags) for flags in needs[:-1]) or (inside and not keep)
+    return reads_x, any(trains_b(flags) for flags in needs[:-1]), inside and keep, trains_b(down_flags)
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +132,9 @@ def backward(
     dh, ds, grads_down = library.backward_without_input(
         kept.s_down, [dy], down, packed, dtypes.out if below else None, needs[-1:]
     )
-    trains_a = ds is not None and any(needs[-1][1::3])
+    reads_h = ds is not None and trains_a(needs[-1])
     pre, dpre, h = kept.pre, None, None
-    if pre is None and kept.x is not None and (dh is not None or trains_a):
+    if pre is None and kept.x is not None and (dh is not None or reads_h):
         pre, _ = inner(kept.x, mlp, dtypes, seeds)
         spend = True
     if dh is not None:
@@ -143,7 +143,7 @@ def backward(
         dpre = pre if spend else torch.empty_like(pre)
         packed = library.pack(group)
         found = fused.activation_backward(
-            dh, pre, dpre, kept.s, ds if trains_a else None, mlp, group, packed, needs, down.drops
+            dh, pre, dpre, kept.s, ds if reads_h else None, mlp, group, packed, needs, down.drops
         )
         if found is not None:
             del h, dh
@@ -157,11 +157,11 @@ def backward(
             return dx, [*found.inner, *grads_down]
         dgate, dup = mlp.halves(dpre)
         fill_gated_activation_backward(dh, *mlp.halves(pre), mlp.activation, dgate, dup, h)
-    elif trains_a:
+    elif reads_h:
         assert pre is not None
         h = pre.new_empty((pre.shape[0], mlp.features))
         fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
-    if trains_a and ds is not None and h is not None:
+    if reads_h and ds is not None and h is not None:
         library.down_gradients(ds, h.to(dtypes.lora), down, needs[-1:], grads_down)
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]

@@ -70,3 +70,5 @@ def check_mlp(x: Tensor, mlp: Mlp) -> None:
             f"down: expected as many inputs as gate and up have outputs each, got {features} inputs, outputs {halves}"
         )
     check_group(x.new_empty((0, features)), [mlp.down])
+    if any(projection.magnitude is not None for projection in mlp.projections):
+        raise ValueError("mlp: expected projections without magnitude (DoRA), got one with it")

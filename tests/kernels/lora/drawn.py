@@ -70,6 +70,7 @@ class Projection:
     storage: FourBit | None
     bias: str
     adapters: list[Adapter]
+    magnitude: str = "none"
 
     def without_lora_bias(self) -> Projection:
         return replace(self, adapters=[replace(adapter, bias=False) for adapter in self.adapters])
@@ -81,8 +82,11 @@ class Projection:
         if bias is not None and self.bias == "trained":
             bias.requires_grad_()
         made = (self.out_features, features, numbers, lora)
-        adapters = (adapter.make(*made, index) for index, adapter in enumerate(self.adapters))
-        return LoraProjection(weight, bias, tuple(adapters))
+        adapters = tuple(adapter.make(*made, index) for index, adapter in enumerate(self.adapters))
+        if self.magnitude == "none" or len(adapters) != 1:
+            return LoraProjection(weight, bias, adapters)
+        magnitude = (0.5 + torch.rand(self.out_features)).to(lora).requires_grad_(self.magnitude == "trained")
+        return LoraProjection(weight, bias, (replace(adapters[0], bias=None),), magnitude)
 
 
 def adapters(ranks: st.SearchStrategy[int] = RANKS) -> st.SearchStrategy[Adapter]:
@@ -98,7 +102,10 @@ def adapters(ranks: st.SearchStrategy[int] = RANKS) -> st.SearchStrategy[Adapter
 
 
 def projections(
-    out_features: st.SearchStrategy[int], ranks: st.SearchStrategy[int] = RANKS, most: int = 2
+    out_features: st.SearchStrategy[int],
+    ranks: st.SearchStrategy[int] = RANKS,
+    most: int = 2,
+    magnitude: st.SearchStrategy[str] | None = None,
 ) -> st.SearchStrategy[Projection]:
     storage = st.builds(FourBit, st.sampled_from(QUANT_TYPES), st.sampled_from(BLOCKSIZES), st.booleans())
     return st.builds(
@@ -106,7 +113,8 @@ def projections(
         out_features=out_features,
         storage=st.one_of(st.none(), storage),
         bias=st.sampled_from(["none", "frozen", "trained"]),
-        adapters=st.lists(adapters(ranks), max_size=most),
+        adapters=st.lists(adapters(ranks), min_size=int(most == 1), max_size=most),
+        magnitude=st.just("none") if magnitude is None else magnitude,
     )
 
 

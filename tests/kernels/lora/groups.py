@@ -39,12 +39,14 @@ def projection(
     dtype: torch.dtype = torch.float32,
     lora_dtype: torch.dtype | None = None,
     bias: bool = False,
+    magnitude: bool = False,
     **fields: Any,
 ) -> LoraProjection:
     weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
     offset = torch.randn(out_features).to(dtype) if bias else None
     adapters = (adapter(rank, in_features, out_features, lora_dtype or dtype, **fields) for rank in ranks)
-    return LoraProjection(DenseWeight(weight), offset, tuple(adapters))
+    gain = (0.5 + torch.rand(out_features)).requires_grad_() if magnitude else None
+    return LoraProjection(DenseWeight(weight), offset, tuple(adapters), gain)
 
 
 def parameters(projections: list[LoraProjection]) -> list[Tensor]:
@@ -62,7 +64,7 @@ def widened(p: LoraProjection) -> LoraProjection:
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
     adapters = tuple(LoraAdapter(wide(a.a), wide(a.b), a.scaling, wide(a.bias), a.dropout, a.index) for a in p.adapters)  # type: ignore[arg-type]
-    return LoraProjection(DenseWeight(p.weight.decode(dtype=torch.float64)), wide(p.bias), adapters)
+    return LoraProjection(DenseWeight(p.weight.decode(dtype=torch.float64)), wide(p.bias), adapters, wide(p.magnitude))
 
 
 def derive(function: Any, x: Tensor, projections: list[LoraProjection], dys: list[Tensor]) -> Derived:

@@ -50,7 +50,20 @@ def many_kinds() -> list[LoraProjection]:
     return group
 
 
+def dora() -> list[LoraProjection]:
+    """Trained, not trained, with dropout, beside one without."""
+    group = [
+        projection(64, 8, 2, bias=True, magnitude=True),
+        projection(64, 4, 2, magnitude=True, dropout=0.5),
+        projection(64, 5, 2, magnitude=True),
+        projection(64, 6, 1),
+    ]
+    group[2].magnitude.requires_grad_(False)  # type: ignore[union-attr]
+    return group
+
+
 GROUPS = {
+    "dora": dora,
     "dense": lambda: [projection(64, 8, 2), projection(64, 4, 2, 3)],
     "many kinds": many_kinds,
     "four_bit": four_bit,
@@ -134,7 +147,7 @@ def test_what_torch_asks_of_an_op() -> None:
     dys = [torch.randn_like(y) for y in ys]
     without = {id(tensor) for tensor in group[1].tensors()}  # its dy is None
     wanted = [tensor.requires_grad and id(tensor) not in without for tensor in arguments[0]]
-    backward = ([dys[0], None, *dys[2:]], x.detach(), s.detach(), *arguments, torch.float32, wanted)
+    backward = ([dys[0], None, *dys[2:]], x.detach(), s.detach(), *arguments, torch.float32, wanted, [])
     with torch.no_grad():
         torch.library.opcheck(lora_group_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 

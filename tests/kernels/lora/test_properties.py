@@ -6,6 +6,7 @@ size. Normal numbers: rounding in every dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -59,14 +60,14 @@ def groups(
     ranks: st.SearchStrategy[int] = RANKS,
     sizes: tuple[int, int] = (1, 48),
     lead: st.SearchStrategy[tuple[int, ...]] = LEADING_SIZES,
+    part: Callable[..., st.SearchStrategy[Projection]] = projections,
 ) -> st.SearchStrategy[Group]:
     size = st.integers(*sizes)
-    part = projections(size, ranks)
     return st.builds(
         Group,
         lead=lead,
         features=size,
-        parts=st.lists(part, min_size=1, max_size=3),
+        parts=st.lists(part(size, ranks), min_size=1, max_size=3),
         used=st.lists(st.booleans(), min_size=3, max_size=3),
         x_trained=st.booleans(),
         mixed=st.sampled_from([False, False, True]),
