@@ -15,6 +15,7 @@ from fastpeft_kernels.lora import LoraAdapter
 
 from ..layers.bypass import own_class, why_not_bypassed
 from ..requirements import require_core
+from .dora import is_dora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,7 +43,7 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
     for index, name in enumerate(layer.active_adapters if row_names is None else dict.fromkeys(row_names)):
         if name not in lora_a:
             continue
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and not (row_names is None and is_dora(layer.lora_variant[name])):
             return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
         a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
         reason = why_not_bypassed(a, nn.Linear, device) or why_not_bypassed(b, nn.Linear, device)

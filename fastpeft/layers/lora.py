@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 
-from ..integrations import bitsandbytes, peft
+from ..integrations import bitsandbytes, dora, peft
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
 from .requests import Request, compute, frozen_base, lora_dtype
@@ -55,7 +55,12 @@ class FastLoraLayer(Sibling):
         dtype = lora_dtype(adapters, autocast, x.dtype)
         if isinstance(dtype, str):
             return dtype
-        return Request(LoraProjection(weight, bias, adapters), Dtypes(compute_dtype, dtype, out_dtype), row_names)
+        dtypes, magnitude = Dtypes(compute_dtype, dtype, out_dtype), None
+        if self.lora_variant and row_names is None:
+            magnitude = dora.magnitude(self, adapters, dtypes, x.device)
+            if isinstance(magnitude, str):
+                return magnitude
+        return Request(LoraProjection(weight, bias, adapters, magnitude), dtypes, row_names)
 
     def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:
         layer: Any = self
@@ -108,6 +113,8 @@ class FastLoraLayer(Sibling):
             return True
         if self.over_four_bits and x.device.type == "cpu" and x.dtype != torch.float32:
             return False  # our decoding is the faster one
+        if state["lora_variant"]:
+            return False  # PEFT's DoRA makes two matrices of the weight's size at each call
         if not state["training"]:
             return True
         dropouts = state["_modules"]["lora_dropout"]._modules.values()

@@ -24,6 +24,8 @@ from .lora import FastLoraLayer
 from .mlp_structure import Roles
 from .requests import Request, agrees, leading_dtypes, plain_request
 
+DORA = "DoRA, whose projections are computed one group at a time"
+
 
 class FastMlp(Counting, nn.Module):
     """Mixed in before a model's own MLP class; overrides `forward`.
@@ -55,6 +57,8 @@ class FastMlp(Counting, nn.Module):
             found = request_of(self._modules[name], x)
             if isinstance(found, str):
                 return f"{name}: {found}"
+            if found.projection.magnitude is not None:
+                return f"{name}: {DORA}"
             wanted.append(found)
         dtypes = common_dtypes(wanted)
         if isinstance(dtypes, str):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations import bitsandbytes, peft
+from ..integrations import bitsandbytes, dora, peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.bypass import own_class
 from ..layers.counting import outcomes
@@ -33,9 +33,10 @@ class LoraReplacement:
             kind = bitsandbytes.linear_4bit() if bitsandbytes.is_linear_4bit(base) else nn.Linear
             if own_class(base) is not kind:
                 return Left(f"no op for a base layer of type {type(base).__name__}")
-            if getattr(module, "lora_variant", None) and set(module.lora_variant) >= set(module.active_adapters):  # type: ignore[operator,arg-type]
-                names = sorted({type(variant).__name__ for variant in module.lora_variant.values()})  # type: ignore[union-attr,operator]
-                return Left(f"no op for this LoRA variant yet ({', '.join(names)})")
+            variants: dict[str, Any] = getattr(module, "lora_variant", {})
+            left = {name: type(variant).__name__ for name, variant in variants.items() if not dora.is_dora(variant)}
+            if left and set(left) >= set(module.active_adapters):  # type: ignore[arg-type]
+                return Left(f"no op for this LoRA variant yet ({', '.join(sorted(set(left.values())))})")
             return Match(_op(module))
         if isinstance(module, LoraLayer):
             return Left(f"no op for lora.{type(module).__name__} yet")

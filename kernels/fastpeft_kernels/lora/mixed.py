@@ -46,3 +46,5 @@ def check_adapter_index(adapter_index: Tensor, x: Tensor, projections: Sequence[
         )
     if any(adapter.bias is not None for projection in projections for adapter in projection.adapters):
         raise ValueError("adapter_index: expected adapters without bias in a mixed batch, got one with")
+    if any(projection.magnitude is not None for projection in projections):
+        raise ValueError("adapter_index: expected projections without magnitude in a mixed batch, got one with")

@@ -1,0 +1,61 @@
+"""PEFT's DoRA: what its layers hold beside LoRA's, read at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastpeft_kernels.lora import LoraAdapter
+
+from ..layers.bypass import why_not_bypassed
+
+_VARIANT = ("peft.tuners.lora.variants", "DoraLinearVariant")
+
+
+def is_dora(variant: Any) -> bool:
+    """Whether a LoRA variant is PEFT's own DoRA of a linear layer, and no subclass."""
+    return (type(variant).__module__, type(variant).__name__) == _VARIANT
+
+
+def magnitude(
+    layer: Any, adapters: Sequence[LoraAdapter], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> torch.Tensor | str | None:
+    """The trained magnitude of a layer's active adapter, None without DoRA, or why PEFT's own forward must run.
+
+    Args:
+        layer: a LoRA layer whose active variants are all DoRA.
+        adapters: its active adapters.
+        dtypes: of the base's products, and of the adapters'.
+        device: of the input.
+    """
+    name = next((name for name in layer.active_adapters if name in layer.lora_variant), None)
+    if name is None:
+        return None
+    from peft.tuners.lora import dora as stock
+
+    from .peft import has_stock_forward, why_not_plain
+
+    if len(adapters) != 1:
+        return f"adapter {name!r} is DoRA, and others are active with it"
+    (adapter,), module = adapters, layer.lora_magnitude_vector[name]
+    reason = why_not_bypassed(module, stock.DoraLinearLayer, device)
+    if reason is None and not (
+        has_stock_forward(stock.DoraLinearLayer) and has_stock_forward(type(layer.lora_variant[name]))
+    ):
+        reason = "the forward of DoRA was replaced by another library"
+    if reason is None:
+        reason = why_not_plain(module._parameters["weight"], device)
+    if reason is None and adapter.bias is not None:
+        reason = "DoRA with a bias in lora_B"
+    if reason is None and module.fan_in_fan_out:
+        reason = "DoRA over a transposed weight (fan_in_fan_out)"
+    if reason is None and stock.ENABLE_DORA_CACHING and not module.training:
+        reason = "norms of DoRA are cached (peft.helpers.DoraCaching)"
+    if reason is None and adapter.dropout and not layer.training:
+        reason = "a dropout that is on in a DoRA layer that is not in training mode"
+    if reason is None and adapter.dropout and torch.promote_types(*dtypes) != dtypes[0]:
+        # PEFT multiplies what is left of the input with the base weight in the adapters' dtype there.
+        reason = f"DoRA with dropout, adapters in {dtypes[1]}, the base in {dtypes[0]}, no autocast"
+    return module._parameters["weight"] if reason is None else f"adapter {name!r}: {reason}"
