@@ -21,7 +21,7 @@ class StepCase:
 
     Attributes:
         family: "llama", "bert" or "t5", built from a configuration with random weights.
-        method: "lora" (dense base) or "qlora" (NF4, nested).
+        method: "lora" (dense base) or "qlora" (NF4, nested), "dora" or "qdora".
         dtype: of the base's values and products; adapters are fp32, as PEFT makes them.
         autocast: run the step under bf16 autocast.
         dropout: LoRA's.
@@ -94,13 +94,14 @@ def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     model = base.to(device, case.dtype)
-    if case.method == "qlora":
+    if case.method in ("qlora", "qdora"):
         _to_nf4(model, case.dtype)
     config = LoraConfig(
         r=case.rank,
         lora_alpha=2 * case.rank,
         lora_dropout=case.dropout,
         target_modules=_targets(model),
+        use_dora=case.method in ("dora", "qdora"),
         init_lora_weights=False,
     )
     peft_model = get_peft_model(model, config).train()
