@@ -33,6 +33,7 @@ from ..common.random import TRITON_DTYPES, dropout
 from .linear import large_product
 from .parts import decoded
 from .projection import Dtypes, Group, LoraProjection
+from .rank_products import input_gradient, project_down
 
 _BLOCK = {"cpu": 1 << 18}
 """Elements worked on at a time, so that they stay in a CPU's cache; elsewhere `_MANY`."""
@@ -73,16 +74,24 @@ def without_bias(projection: LoraProjection) -> LoraProjection:
     return projection if projection.bias is None else replace(projection, bias=None)
 
 
-def before_gain(y: Tensor, inputs: Tensor, i: int, group: Group, keeps: bool) -> tuple[Tensor, Tensor]:
+def before_gain(
+    y: Tensor, inputs: Tensor, i: int, group: Group, a: Tensor, s: Tensor, keeps: bool
+) -> tuple[Tensor, Tensor]:
     """Room for z, which is y itself unless z is kept or wider; and of which inputs it is the product.
 
     Args:
         y: room for the result of projection i, (tokens, out_features).
         inputs: x in the dtype of the frozen products.
+        a: as for `row_norms`.
+        s: the projection's S, (tokens, rank); filled where something is dropped.
     """
     dtype, mask = dtype_of_z(group.dtypes), group.mask(i)
     z = y.new_empty(y.shape, dtype=dtype) if keeps or y.dtype != dtype else y
-    return z, inputs if mask is None else dropout(inputs, *mask)
+    if mask is None:
+        return z, inputs
+    seen = dropout(inputs, *mask)
+    project_down(seen.to(group.dtypes.lora), a.t(), s, None, group.backend)
+    return z, seen
 
 
 def apply_gain(
@@ -139,12 +148,20 @@ def magnitude_gradient(
     return gain, dz
 
 
-def add_dropped_gradient(dx: Tensor | None, dz: Tensor, i: int, group: Group) -> None:
-    """dx += dropout(dz W), of what `magnitude_gradient` gave for projection i, which drops elements."""
+def add_dropped_gradient(dx: Tensor | None, dz: Tensor, ds: Tensor, a: Tensor, i: int, group: Group) -> Tensor:
+    """dx + dropout(dz W + ds a), in dx where that is wide enough.
+
+    Args:
+        dx: (tokens, in_features), what W makes of dy.
+        dz: (tokens, out_features), of `magnitude_gradient`.
+        ds, a: of projection i, (tokens, rank) and (rank, in_features).
+    """
     weight, mask = group.projections[i].weight, group.mask(i)
     assert dx is not None and mask is not None
     own = weight.linear_t(dz)
-    dx.add_(dropout(torch.mm(dz, decoded(weight, group.dtypes.compute)) if own is None else own, *mask))
+    part = torch.mm(dz, decoded(weight, group.dtypes.compute)) if own is None else own
+    part = dropout(input_gradient(ds, a, part, None, group.backend), *mask)
+    return dx.to(torch.promote_types(dx.dtype, part.dtype)).add_(part)
 
 
 def row_norms(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
@@ -219,11 +236,11 @@ def gain_backward(dy: Tensor, z: Tensor | None, gain: Tensor, dz: Tensor | None)
     for rows in _row_blocks(dy):
         part, room = _part(room, dy[rows], gain.dtype)
         if z is not None and total is not None:
-            total += torch.mul(part.copy_(dy[rows]), z[rows], out=part).sum(0)
-        if dz is not None and dy.dtype == dz.dtype == gain.dtype:
-            torch.mul(dy[rows], gain, out=dz[rows])
+            total += _times(dy[rows], z[rows], part).sum(0)
+        if dz is not None and dz.dtype == gain.dtype:
+            _times(dy[rows], gain, dz[rows])
         elif dz is not None:
-            dz[rows].copy_(torch.mul(part.copy_(dy[rows]), gain, out=part))
+            dz[rows].copy_(_times(dy[rows], gain, part))
     return total
 
 
@@ -240,6 +257,11 @@ def dtype_of_z(dtypes: Dtypes) -> torch.dtype:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Of the norms for adapters of that dtype."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _times(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a * b in out's dtype; torch would make copies of its own to cast."""
+    return torch.mul(a, b, out=out) if a.dtype == b.dtype == out.dtype else out.copy_(a).mul_(b)
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:

@@ -117,9 +117,10 @@ def forward_into(
             held = None
         else:
             assert update is not None and packed.a is not None
-            z, seen = dora.before_gain(outputs[i], inputs, i, group, kept is not None)
+            a = packed.a[first:column]
+            z, seen = dora.before_gain(outputs[i], inputs, i, group, a, update[0], kept is not None)
             w = _project(z, seen, dora.without_bias(projection), update, None, group)
-            held = dora.apply_gain(outputs[i], z, inputs, seen, i, group, w, update[1], packed.a[first:column])
+            held = dora.apply_gain(outputs[i], z, inputs, seen, i, group, w, update[1], a)
         if kept is not None:
             kept.append(held)
     return s
@@ -176,7 +177,7 @@ def backward_without_input(
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dys = [None if dy is None else rows_contiguous(dy) for dy in dys]
     ds = empty_ds(dys, packed)
-    dropped: list[tuple[Tensor, int]] = []
+    dropped: list[tuple[Tensor, Tensor, Tensor, int]] = []
     column = 0
     for i, projection in enumerate(group.projections):
         first, column = column, column + projection.rank
@@ -184,15 +185,15 @@ def backward_without_input(
         if dy is None:
             continue
         bias_gradients(dy, projection, needs[i], grads[i])
-        up, gain = packed.b[i], None
-        if ds is None or up is None:
+        up, a, gain = packed.b[i], packed.a, None
+        if ds is None or up is None or a is None:
             continue
         held = kept[i] if projection.magnitude is not None else None
         if held is not None:
             gain, dz = dora.magnitude_gradient(dy, held, i, group, dx_dtype is not None, needs[i], grads[i])
             up = dora.scale_rows(up, gain)
             if dz is not None and group.mask(i) is not None:
-                dropped.append((dz, i))
+                dropped.append((dz, ds[:, first:column], a[first:column], i))
             else:
                 dys[i] = dz
         dy = dy.to(group.dtypes.lora)
@@ -206,8 +207,8 @@ def backward_without_input(
     if dx_dtype is None:
         return None, ds, grads
     dx = large_input_gradient(dys, ds, group, packed, dx_dtype)
-    for dz, i in dropped:
-        dora.add_dropped_gradient(dx, dz, i, group)
+    for each in dropped:
+        dx = dora.add_dropped_gradient(dx, *each, group)
     return dx, ds, grads
 
 

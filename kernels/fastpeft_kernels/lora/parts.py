@@ -68,25 +68,28 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
 
 
 def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
-    """S = dropout(x) A^T: one product without dropout, one for each adapter with it."""
+    """S = dropout(x) A^T: one product without dropout, one for each adapter with it but those of `dora`."""
     if packed.a is None:
         return None
     inputs = x2.to(group.dtypes.lora)
     if not group.drops:
         return keep_own_(project_down(inputs, packed.a.t(), backend=group.backend), group)
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
-    for first, last, mask in group.adapter_columns():
+    for first, last, mask, whole in group.adapter_columns():
+        if whole:
+            continue
         project_down(inputs, packed.a[first:last].t(), s[:, first:last], mask, group.backend)
     return keep_own_(s, group)
 
 
-def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor:
-    """dropout(dS A), or added to dx, in the wider of the two dtypes: one product without dropout."""
+def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor | None:
+    """dropout(dS A), or added to dx, in the wider of the two dtypes: one product without dropout; none of `dora`'s."""
     if not group.drops:
         return input_gradient(ds, a, dx, None, group.backend)
-    for first, last, mask in group.adapter_columns():
+    for first, last, mask, whole in group.adapter_columns():
+        if whole:
+            continue
         dx = input_gradient(ds[:, first:last], a[first:last], dx, mask, group.backend)
-    assert dx is not None
     return dx
 
 
@@ -137,7 +140,7 @@ def down_gradients(
     columns = group.adapter_columns()
     for i, projection in enumerate(group.projections):
         for j, adapter in enumerate(projection.adapters):
-            first, last, mask = next(columns)
+            first, last, mask, _ = next(columns)
             if needs[i][3 * j + 1]:
                 da = product(ds[:, first:last], mask) if joint is None else joint[first:last]
                 grads[i][3 * j + 1] = da.to(adapter.a.dtype)

@@ -148,16 +148,19 @@ class Group:
 
     def masks(self) -> Iterator[Mask]:
         """Of the adapters whose input loses elements."""
-        return (mask for _, _, mask in self.adapter_columns() if mask is not None)
+        return (mask for _, _, mask, _ in self.adapter_columns() if mask is not None)
 
-    def adapter_columns(self) -> Iterator[tuple[int, int, Mask | None]]:
-        """(first, last, mask) of every adapter's columns of S."""
+    def adapter_columns(self) -> Iterator[tuple[int, int, Mask | None, bool]]:
+        """(first, last, mask, whole) of every adapter's columns of S.
+
+        whole: elements are dropped of the frozen product's input too, and `dora` makes what is made of them.
+        """
         last = 0
         for projection, seed in zip(self.projections, self.seeds, strict=True):
             for stream, adapter in enumerate(projection.adapters):
                 first, last = last, last + adapter.rank
                 mask = None if seed is None or adapter.dropout == 0.0 else Mask(seed, adapter.dropout, stream)
-                yield first, last, mask
+                yield first, last, mask, mask is not None and projection.magnitude is not None
 
 
 @dataclass(slots=True, eq=False)
