@@ -97,7 +97,7 @@ def _left() -> Finding:
     from fastpeft.replacements import NOT_BUILT
 
     text = (
-        "PEFT computes DoRA and other LoRA variants, 8-bit and other bases, convolutions and embeddings itself; "
+        "PEFT computes LoRA variants other than DoRA, 8-bit and other bases, convolutions and embeddings itself; "
         f"not built yet: {', '.join(NOT_BUILT.values())}"
     )
     return ok("left as is", text, not_built=sorted(NOT_BUILT))

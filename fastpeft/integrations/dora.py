@@ -33,29 +33,42 @@ def magnitude(
     name = next((name for name in layer.active_adapters if name in layer.lora_variant), None)
     if name is None:
         return None
+    if len(adapters) != 1:
+        return f"adapter {name!r} is DoRA, and others are active with it"
+    reason = _why_not(layer, layer.lora_variant[name], layer.lora_magnitude_vector[name], adapters[0], dtypes, device)
+    return layer.lora_magnitude_vector[name]._parameters["weight"] if reason is None else f"adapter {name!r}: {reason}"
+
+
+def _why_not(
+    layer: Any,
+    variant: Any,
+    module: Any,
+    adapter: LoraAdapter,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> str | None:
+    """Why the op cannot be what PEFT computes, or None; `module` holds the magnitude."""
     from peft.tuners.lora import dora as stock
 
     from .peft import has_stock_forward, why_not_plain
 
-    if len(adapters) != 1:
-        return f"adapter {name!r} is DoRA, and others are active with it"
-    (adapter,), module = adapters, layer.lora_magnitude_vector[name]
-    reason = why_not_bypassed(module, stock.DoraLinearLayer, device)
-    if reason is None and not (
-        has_stock_forward(stock.DoraLinearLayer) and has_stock_forward(type(layer.lora_variant[name]))
-    ):
-        reason = "the forward of DoRA was replaced by another library"
-    if reason is None:
-        reason = why_not_plain(module._parameters["weight"], device)
-    if reason is None and adapter.bias is not None:
-        reason = "DoRA with a bias in lora_B"
-    if reason is None and module.fan_in_fan_out:
-        reason = "DoRA over a transposed weight (fan_in_fan_out)"
-    if reason is None and stock.ENABLE_DORA_CACHING and not module.training:
-        reason = "norms of DoRA are cached (peft.helpers.DoraCaching)"
-    if reason is None and adapter.dropout and not layer.training:
-        reason = "a dropout that is on in a DoRA layer that is not in training mode"
-    if reason is None and adapter.dropout and torch.promote_types(*dtypes) != dtypes[0]:
-        # PEFT multiplies what is left of the input with the base weight in the adapters' dtype there.
-        reason = f"DoRA with dropout, adapters in {dtypes[1]}, the base in {dtypes[0]}, no autocast"
-    return module._parameters["weight"] if reason is None else f"adapter {name!r}: {reason}"
+    reason = why_not_bypassed(module, stock.DoraLinearLayer, device) or why_not_plain(
+        module._parameters["weight"], device
+    )
+    if reason is not None:
+        return reason
+    if not (has_stock_forward(stock.DoraLinearLayer) and has_stock_forward(type(variant))):
+        return "the forward of DoRA was replaced by another library"
+    if adapter.bias is not None:
+        return "DoRA with a bias in lora_B"
+    if module.fan_in_fan_out:
+        return "DoRA over a transposed weight (fan_in_fan_out)"
+    if stock.ENABLE_DORA_CACHING and not module.training:
+        return "norms of DoRA are cached (peft.helpers.DoraCaching)"
+    if adapter.dropout and not layer.training:
+        return "a dropout that is on in a DoRA layer that is in evaluation mode"
+    compute, lora = dtypes
+    if adapter.dropout and torch.promote_types(compute, lora) != compute:
+        # There PEFT multiplies what is left of the input with the base weight in the adapters' dtype.
+        return f"DoRA with dropout, adapters in {lora}, the base in {compute}, no autocast"
+    return None

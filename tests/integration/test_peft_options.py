@@ -29,7 +29,6 @@ SERVED: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
     "velora": {"velora_config": VeloraConfig(num_groups=8, init_type="random")},
     "kasa": {"kasa_config": KasaConfig()},
     "monteclora": {"monteclora_config": MontecloraConfig()},
@@ -100,7 +99,7 @@ def test_variants_run_peft_and_are_named(variant: str) -> None:
 
 
 def test_a_variant_beside_an_ordinary_adapter_is_left_when_active() -> None:
-    model = make(use_dora=True)
+    model = make(velora_config=VeloraConfig(num_groups=8, init_type="random"))
     model.add_adapter("plain", LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
     model.set_adapter("plain")
     fastpeft.accelerate(model)
@@ -112,7 +111,7 @@ def test_a_variant_beside_an_ordinary_adapter_is_left_when_active() -> None:
     plain = copy.deepcopy(model)
     fastpeft.restore(plain)
     torch.testing.assert_close(step(model, inputs).gradients, step(plain, inputs).gradients)
-    assert any("DoraLinearVariant" in row.note for row in adapter_rows(model))
+    assert any("VeloraLinearVariant" in row.note for row in adapter_rows(model))
 
 
 def test_other_methods_of_peft_are_left_and_named() -> None:
