@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastpeft_kernels.lora import LoraAdapter
+from fastpeft_kernels.lora import Dtypes, LoraAdapter
 
 from ..layers.bypass import why_not_bypassed
 
@@ -20,14 +20,14 @@ def is_dora(variant: Any) -> bool:
 
 
 def magnitude(
-    layer: Any, adapters: Sequence[LoraAdapter], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+    layer: Any, adapters: Sequence[LoraAdapter], dtypes: Dtypes, device: torch.device
 ) -> torch.Tensor | str | None:
     """The trained magnitude of a layer's active adapter, None without DoRA, or why PEFT's own forward must run.
 
     Args:
         layer: a LoRA layer whose active variants are all DoRA.
         adapters: its active adapters.
-        dtypes: of the base's products, and of the adapters'.
+        dtypes: of the products.
         device: of the input.
     """
     name = next((name for name in layer.active_adapters if name in layer.lora_variant), None)
@@ -44,7 +44,7 @@ def _why_not(
     variant: Any,
     module: Any,
     adapter: LoraAdapter,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtypes: Dtypes,
     device: torch.device,
 ) -> str | None:
     """Why the op cannot be what PEFT computes, or None; `module` holds the magnitude."""
@@ -67,7 +67,7 @@ def _why_not(
         return "norms of DoRA are cached (peft.helpers.DoraCaching)"
     if adapter.dropout and not layer.training:
         return "a dropout that is on in a DoRA layer that is in evaluation mode"
-    compute, lora = dtypes
+    compute, lora = dtypes.compute, dtypes.lora
     if adapter.dropout and torch.promote_types(compute, lora) != compute:
         # There PEFT multiplies what is left of the input with the base weight in the adapters' dtype.
         return f"DoRA with dropout, adapters in {lora}, the base in {compute}, no autocast"

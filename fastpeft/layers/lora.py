@@ -55,11 +55,11 @@ class FastLoraLayer(Sibling):
         dtype = lora_dtype(adapters, autocast, x.dtype)
         if isinstance(dtype, str):
             return dtype
-        dtypes, magnitude = Dtypes(compute_dtype, dtype, out_dtype), None
-        if self.lora_variant and row_names is None:
-            magnitude = dora.magnitude(self, adapters, dtypes, x.device)
-            if isinstance(magnitude, str):
-                return magnitude
+        dtypes = Dtypes(compute_dtype, dtype, out_dtype)
+        in_variant = self.lora_variant and row_names is None
+        magnitude = dora.magnitude(self, adapters, dtypes, x.device) if in_variant else None
+        if isinstance(magnitude, str):
+            return magnitude
         return Request(LoraProjection(weight, bias, adapters, magnitude), dtypes, row_names)
 
     def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES, dropout
+from . import keys
 from .linear import large_product
 from .parts import decoded
 from .projection import Dtypes, Group, LoraProjection
@@ -175,7 +176,7 @@ def row_norms(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
         (out_features,), fp32 at least.
     """
     dtype = wide(a.dtype)
-    if triton_serves(w.device) and {w.dtype, a.dtype}.issubset(TRITON_DTYPES):
+    if keys.kernels_serve(w.device) and {w.dtype, a.dtype}.issubset(TRITON_DTYPES):
         from .dora_triton import row_norms_triton
 
         return row_norms_triton(w, up, a)

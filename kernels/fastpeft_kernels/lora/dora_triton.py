@@ -94,8 +94,8 @@ def row_norms_triton(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
 
 
 def norms_ranks(rank: int) -> int:
-    """Ranks of one product: 16 is the fewest that tensor cores have, and more than 64 go one block after the other."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    """Ranks of one product: 16 is the fewest that tensor cores have; of 64 in fp32 there are not enough registers."""
+    return min(32, max(16, triton.next_power_of_2(rank)))
 
 
 def gain_backward_triton(dy: Tensor, z: Tensor | None, gain: Tensor, dz: Tensor | None) -> Tensor | None:

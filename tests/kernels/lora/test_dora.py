@@ -154,5 +154,7 @@ def test_a_magnitude_that_does_not_fit_is_refused():
     for wrong, error, message in cases:
         with pytest.raises(error, match=message):
             lora_linear_group(x, [wrong])
+    with pytest.raises(ValueError, match="adapter_index: expected projections without magnitude in a mixed batch"):
+        lora_linear_group(x, [p], adapter_index=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="mlp: expected projections without magnitude"):
         lora_mlp(x, Mlp((p,), projection(8, 12, 2), "silu"))

@@ -59,5 +59,6 @@ def test_gain_backward(dtype: torch.dtype, wanted: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_group_by_our_kernels(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dora, "triton_serves", lambda device: True)
+    monkeypatch.setattr(dora.keys, "kernels_serve", lambda device: True)
     group = [projection(24, 40, 4, bias=True, magnitude=True, scaling=0.5, dropout=dropout), projection(24, 12, 2)]
     check_group(torch.randn(33, 24, requires_grad=True), group, Dtypes(F32, F32, F32), backend="triton")

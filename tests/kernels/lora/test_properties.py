@@ -70,7 +70,7 @@ def groups(
         parts=st.lists(part(size, ranks), min_size=1, max_size=3),
         used=st.lists(st.booleans(), min_size=3, max_size=3),
         x_trained=st.booleans(),
-        mixed=st.sampled_from([False, False, True]),
+        mixed=st.sampled_from([False, False, True]) if part is projections else st.just(False),
         layouts=LAYOUTS,
         seed=st.integers(0, 2**31),
     )
