@@ -305,7 +305,7 @@ def _check_many_linear() -> dict[str, Any]:
 
 
 def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str, Any]:
-    """Three siblings, one with two adapters, one bare: outputs, dX and every parameter's gradient, twice."""
+    """Four siblings, one with two adapters, one bare, one DoRA: outputs, dX and each parameter's gradient, twice."""
     verdicts = Verdicts()
     for tokens, features in _GROUP_SHAPES:
         x = rand(tokens, features, dtype=dtypes.compute).requires_grad_()
@@ -313,6 +313,7 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
             make_projection(features, 640, (16,), dtypes, base, p, bias=True),
             make_projection(features, 192, (8, 40), dtypes, base, p),
             make_projection(features, 128, (), dtypes, base, p),
+            make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True),
         ]
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]

@@ -35,7 +35,14 @@ def derive(
 
 
 def make_projection(
-    features: int, out: int, ranks: Sequence[int], dtypes: Dtypes, base: str, p: float, bias: bool = False
+    features: int,
+    out: int,
+    ranks: Sequence[int],
+    dtypes: Dtypes,
+    base: str,
+    p: float,
+    bias: bool = False,
+    magnitude: bool = False,
 ) -> LoraProjection:
     values = rand(out, features, dtype=dtypes.compute) / features**0.5
     weight: FrozenWeight = FourBitWeight(encode_4bit(values, "nf4", 64, True)) if base == "nf4" else DenseWeight(values)
@@ -46,7 +53,8 @@ def make_projection(
         )
         for i, rank in enumerate(ranks)
     )  # fmt: skip
-    return LoraProjection(weight, rand(out, dtype=dtypes.compute) if bias else None, adapters)
+    offset = rand(out, dtype=dtypes.compute) if bias else None
+    return LoraProjection(weight, offset, adapters, (rand(out) + 4.0).requires_grad_() if magnitude else None)
 
 
 def copied(projection: LoraProjection, device: torch.device, dtype: torch.dtype | None = None) -> LoraProjection:
@@ -57,7 +65,8 @@ def copied(projection: LoraProjection, device: torch.device, dtype: torch.dtype 
 
     adapters = tuple(LoraAdapter(copy(a.a), copy(a.b), float(a.scaling), None, a.dropout) for a in projection.adapters)
     bias = None if projection.bias is None else copy(projection.bias)
-    return LoraProjection(DenseWeight(moved(projection.weight.decode(), device, dtype)), bias, adapters)
+    weight = DenseWeight(moved(projection.weight.decode(), device, dtype))
+    return LoraProjection(weight, bias, adapters, None if projection.magnitude is None else copy(projection.magnitude))
 
 
 def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
