@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations import bitsandbytes
+from .integrations import bitsandbytes, quantised
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
 from .layers.mlp import FastMlp, stock_class
@@ -44,7 +44,10 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
-    return bitsandbytes.dense_linear(module) if bitsandbytes.is_linear_4bit(module) else copy.deepcopy(module)
+    if bitsandbytes.is_linear_4bit(module):
+        return bitsandbytes.dense_linear(module)
+    reader = quantised.reader(module)
+    return copy.deepcopy(module) if reader is None else reader.dense_linear(module)
 
 
 @contextmanager

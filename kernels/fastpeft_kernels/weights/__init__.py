@@ -3,5 +3,7 @@
 from .base import FrozenWeight, unflatten_weight
 from .dense import DenseWeight
 from .four_bit import FourBitWeight
+from .hqq import HqqWeight
+from .scaled import ScaledWeight
 
-__all__ = ["DenseWeight", "FourBitWeight", "FrozenWeight", "unflatten_weight"]
+__all__ = ["DenseWeight", "FourBitWeight", "FrozenWeight", "HqqWeight", "ScaledWeight", "unflatten_weight"]

@@ -1,0 +1,52 @@
+"""Which library stores a base layer that is neither a floating matrix nor bitsandbytes' 4 bits, and how it is read.
+
+A reader is a module of this package. It imports its library never: a layer of a library that was not imported cannot
+exist. What a reader cannot read exactly as the library computes it, it refuses with a reason.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.weights import FrozenWeight
+
+from ..layers.bypass import own_class
+from . import bitsandbytes_int8, hqq, torchao
+
+Base = tuple[FrozenWeight, torch.dtype, torch.dtype]
+"""(weight, dtype of its product, dtype of the result), as the layer itself would have them."""
+
+
+class Reader(Protocol):
+    """One library's storage."""
+
+    def reads(self, layer: type[nn.Module], weight: type) -> bool:
+        """Whether layers of this class with a `weight` of this class are the library's."""
+
+    def name(self, layer: Any) -> str:
+        """What the report calls the storage."""
+
+    def frozen_base(self, layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
+        """The layer's weight for x, or the reason why the layer's own forward must run."""
+
+    def dense_linear(self, layer: Any) -> nn.Linear:
+        """The layer with the values that the library itself decodes, in fp32, to hold `frozen_base` against."""
+
+
+READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq)
+
+
+def reader(layer: nn.Module) -> Reader | None:
+    """Who reads the storage of a base layer; None where it is a floating matrix, in 4 bits, or nobody's."""
+    weight = layer._parameters.get("weight")
+    return None if type(weight) is nn.Parameter else _reader(own_class(layer), type(weight))
+
+
+@cache
+def _reader(layer: Any, weight: Any) -> Reader | None:
+    """By classes, which come into being with their library."""
+    return next((found for found in READERS if found.reads(layer, weight)), None)
