@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastpeft_kernels.weights import FrozenWeight
 
 from ..layers.bypass import own_class
-from . import bitsandbytes_int8, hqq, torchao
+from . import awq, bitsandbytes_int8, gptq, hqq, torchao
 
 Base = tuple[FrozenWeight, torch.dtype, torch.dtype]
 """(weight, dtype of its product, dtype of the result), as the layer itself would have them."""
@@ -37,7 +37,7 @@ class Reader(Protocol):
         """The layer with the values that the library itself decodes, in fp32, to hold `frozen_base` against."""
 
 
-READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq)
+READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq, gptq, awq)
 
 
 def reader(layer: nn.Module) -> Reader | None:

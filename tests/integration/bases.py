@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
-from tests.integration.models import ARCHITECTURES, make_base, with_lora
+from tests.integration import packed_layers
+from tests.integration.models import ARCHITECTURES, make_base, trained
 from tests.integration.steps import Step, step
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,6 +63,8 @@ BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao float8": _torchao("Float8WeightOnlyConfig"),
     "torchao int4": _torchao("IntxWeightOnlyConfig", bits=4),
     "HQQ": partial(_hqq, 4, 1),
+    "GPTQ": packed_layers.TorchLinear,
+    "AWQ": packed_layers.AwqTorchLinear,
 }
 """By the name that the report gives them: makes such a layer of an nn.Linear, which it may change."""
 
@@ -85,7 +91,19 @@ def make(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")
         model = quantise(make_base(name, dtype, **(sizes or {})), base)
-        return with_lora(model, ARCHITECTURES[name].task, **{"target_modules": PROJECTIONS, **lora}).train()
+        chosen = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, **lora}
+        config = LoraConfig(task_type=ARCHITECTURES[name].task, **chosen)
+        # PEFT itself would look for them in gptqmodel
+        config._register_custom_module(
+            {packed_layers.TorchLinear: GPTQLoraLinear, packed_layers.AwqTorchLinear: AwqLoraLinear}
+        )
+        return trained(get_peft_model(model, config)).train()  # type: ignore[no-any-return]
+
+
+def stand_for_gptqmodel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of `packed_layers` are found where gptqmodel has its own."""
+    for place in packed_layers.PLACES:
+        monkeypatch.setitem(sys.modules, place, sys.modules[packed_layers.__name__])
 
 
 def quantised_layers(model: nn.Module) -> Iterator[Any]:
@@ -96,7 +114,7 @@ def quantised_layers(model: nn.Module) -> Iterator[Any]:
 def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
     """The step in fp64 over the values that the library itself decodes. `model` was not accelerated."""
     wide = copy.deepcopy(model)
-    for path, layer in list(wide.named_modules()):
+    for path, layer in list(wide.named_modules(remove_duplicate=False)):  # GPTQ's and AWQ's have two names
         values = _values(layer)
         if values is None:
             continue
@@ -119,4 +137,6 @@ def _values(layer: Any) -> Tensor | None:
         return weight.dequantize()
     if type(layer).__name__ == "HQQLinear":
         return layer.dequantize()
+    if isinstance(layer, (packed_layers.TorchLinear, packed_layers.AwqTorchLinear)):
+        return layer.dequantize_weight().t()
     return None

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 import fastpeft
-from tests.integration.bases import BASES, make, quantise, quantised_layers, truth
+from tests.integration.bases import BASES, make, quantised_layers, stand_for_gptqmodel, truth
 from tests.integration.models import batch, checkpointed, make_base, with_lora
 from tests.integration.reports import adapter_rows, mlp_rows, notes
-from tests.integration.steps import assert_accelerated_close, assert_step_close, step
+from tests.integration.steps import assert_accelerated_close, step
 
 full = pytest.mark.full
 every_base = pytest.mark.parametrize("base", list(BASES))
 TINY = {"num_hidden_layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def gptqmodel(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_for_gptqmodel(monkeypatch)
 
 
 @every_base
