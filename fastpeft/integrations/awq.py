@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import PackedWeight
 
-from .dense import dense
+from .reading import Base, dense
 
 
 def reads(layer: type[nn.Module], weight: type) -> bool:
@@ -25,9 +25,7 @@ def name(layer: Any) -> str:
     return "AWQ"
 
 
-def frozen_base(
-    layer: Any, x: Tensor, autocast: torch.dtype | None
-) -> tuple[PackedWeight, torch.dtype, torch.dtype] | str:
+def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """Decoded and multiplied in the dtype of x, an fp32 one in fp16 (under autocast in its dtype); out as x."""
     if layer.bits != 4:
         return f"AWQ: {layer.bits} bits"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import ScaledWeight
 
-from .dense import dense
+from .reading import Base, dense
 
 
 class LlmInt8Weight(ScaledWeight):
@@ -65,9 +65,7 @@ def name(layer: Any) -> str:
     return "LLM.int8"
 
 
-def frozen_base(
-    layer: Any, x: Tensor, autocast: torch.dtype | None
-) -> tuple[LlmInt8Weight, torch.dtype, torch.dtype] | str:
+def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """As MatMul8bitFp on a CPU in training, else as MatMul8bitLt, whose product autocast does not change."""
     state = layer.state
     if state.has_fp16_weights:

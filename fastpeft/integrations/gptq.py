@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import PackedWeight
 
-from .dense import dense
+from .reading import Base, dense
 
 
 def reads(layer: type[nn.Module], weight: type) -> bool:
@@ -25,9 +25,7 @@ def name(layer: Any) -> str:
     return "GPTQ"
 
 
-def frozen_base(
-    layer: Any, x: Tensor, autocast: torch.dtype | None
-) -> tuple[PackedWeight, torch.dtype, torch.dtype] | str:
+def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """Decoded in the dtype of the scales, multiplied in that of x."""
     if layer.bits not in (2, 4, 8) or layer.planar or layer.pack_dtype != torch.int32:
         return f"GPTQ: {layer.bits} bits, planar or packed in {layer.pack_dtype}"

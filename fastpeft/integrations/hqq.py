@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import HqqWeight
 
-from .dense import dense
+from .reading import Base, dense
 
 PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 
@@ -24,7 +24,7 @@ def name(layer: Any) -> str:
     return "HQQ"
 
 
-def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> tuple[HqqWeight, torch.dtype, torch.dtype] | str:
+def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """As HQQ's PyTorch backends: decoded in the layer's compute_dtype, in which x must be unless autocast casts."""
     forward = type(layer).forward.__name__
     if not forward.startswith("forward_pytorch"):
@@ -42,8 +42,10 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> tuple[Hq
     if meta["view_as_float"]:
         packed = packed.view(meta["unpack_view_dtype"])
     rows, columns = meta["shape"]
+    # HQQ makes zeros in inference mode; those in fp32 stay as they are, and no compiled graph can keep them
+    scale, zero = (t.clone() if t.is_inference() else t for t in (meta["scale"], meta["zero"]))
     try:
-        frozen = HqqWeight(packed, meta["scale"], meta["zero"], PACKINGS[meta["packing"]], (rows, columns))
+        frozen = HqqWeight(packed, scale, zero, PACKINGS[meta["packing"]], (rows, columns))
     except (TypeError, ValueError) as error:
         return f"HQQ: storage that cannot be read: {error}"
     dtype = autocast or x.dtype

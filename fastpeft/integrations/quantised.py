@@ -6,19 +6,14 @@ exist. What a reader cannot read exactly as the library computes it, it refuses 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastpeft_kernels.weights import FrozenWeight
-
 from ..layers.bypass import own_class
 from . import awq, bitsandbytes_int8, gptq, hqq, torchao
-
-Base = tuple[FrozenWeight, torch.dtype, torch.dtype]
-"""(weight, dtype of its product, dtype of the result), as the layer itself would have them."""
+from .reading import Base
 
 
 class Reader(Protocol):
@@ -40,13 +35,15 @@ class Reader(Protocol):
 READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq, gptq, awq)
 
 
+_KNOWN: dict[tuple[type, type], Reader | None] = {}  # classes come into being with their library
+
+
 def reader(layer: nn.Module) -> Reader | None:
     """Who reads the storage of a base layer; None where it is a floating matrix, in 4 bits, or nobody's."""
     weight = layer._parameters.get("weight")
-    return None if type(weight) is nn.Parameter else _reader(own_class(layer), type(weight))
-
-
-@cache
-def _reader(layer: Any, weight: Any) -> Reader | None:
-    """By classes, which come into being with their library."""
-    return next((found for found in READERS if found.reads(layer, weight)), None)
+    if type(weight) is nn.Parameter:
+        return None
+    kinds = own_class(layer), type(weight)
+    if kinds not in _KNOWN:
+        _KNOWN[kinds] = next((found for found in READERS if found.reads(*kinds)), None)
+    return _KNOWN[kinds]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import ScaledWeight
 
-from .dense import dense
+from .reading import Base, dense
 
 INT8, FLOAT8, FEW_BITS = "Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"
 
@@ -26,9 +26,7 @@ def name(layer: Any) -> str:
     return "torchao int8" if kind == INT8 else "torchao float8"
 
 
-def frozen_base(
-    layer: Any, x: Tensor, autocast: torch.dtype | None
-) -> tuple[ScaledWeight, torch.dtype, torch.dtype] | str:
+def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """Int8Tensor multiplies in the dtype of x and returns it under autocast too; the others are like a matrix."""
     weight = layer.weight
     kind = type(weight).__name__

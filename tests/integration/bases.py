@@ -6,7 +6,6 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import pytest
@@ -35,34 +34,31 @@ def _llm_int8(linear: nn.Linear, threshold: float = 6.0) -> nn.Module:
     return layer.to("cpu")
 
 
-def _torchao(name: str, **settings: Any) -> Callable[[nn.Linear], nn.Module]:
+def torchao(config: str, settings: Callable[[Any], dict[str, Any]] = lambda _: {}) -> Callable[[nn.Linear], nn.Module]:
+    """Of a configuration's name, and what to give it, told by `torchao.quantization`."""
+
     def quantise(linear: nn.Linear) -> nn.Module:
-        quantization = pytest.importorskip("torchao.quantization")
-        if "bits" in settings:
-            made = {
-                "weight_dtype": getattr(torch, f"int{settings['bits']}"),
-                "granularity": quantization.PerGroup(32),
-            }
-        else:
-            made = {}
-        quantization.quantize_(linear, getattr(quantization, name)(**made))
+        library = pytest.importorskip("torchao.quantization")
+        library.quantize_(linear, getattr(library, config)(**settings(library)))
         return linear
 
     return quantise
 
 
-def _hqq(bits: int, axis: int, linear: nn.Linear, **settings: Any) -> nn.Module:
-    quantize = pytest.importorskip("hqq.core.quantize")
-    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, **settings)
-    return quantize.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")  # type: ignore[no-any-return]
+def hqq(linear: nn.Linear, bits: int = 4, axis: int = 1, **settings: Any) -> nn.Module:
+    library = pytest.importorskip("hqq.core.quantize")
+    config = library.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, **settings)
+    return library.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")  # type: ignore[no-any-return]
 
 
 BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "LLM.int8": _llm_int8,
-    "torchao int8": _torchao("Int8WeightOnlyConfig"),
-    "torchao float8": _torchao("Float8WeightOnlyConfig"),
-    "torchao int4": _torchao("IntxWeightOnlyConfig", bits=4),
-    "HQQ": partial(_hqq, 4, 1),
+    "torchao int8": torchao("Int8WeightOnlyConfig"),
+    "torchao float8": torchao("Float8WeightOnlyConfig"),
+    "torchao int4": torchao(
+        "IntxWeightOnlyConfig", lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)}
+    ),
+    "HQQ": hqq,
     "GPTQ": packed_layers.TorchLinear,
     "AWQ": packed_layers.AwqTorchLinear,
 }
@@ -108,26 +104,26 @@ def stand_for_gptqmodel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quantised_layers(model: nn.Module) -> Iterator[Any]:
     """All of them, adapted or not."""
-    return (module for module in model.modules() if _values(module) is not None)
+    return (module for module in model.modules() if values(module) is not None)
 
 
 def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
     """The step in fp64 over the values that the library itself decodes. `model` was not accelerated."""
     wide = copy.deepcopy(model)
     for path, layer in list(wide.named_modules(remove_duplicate=False)):  # GPTQ's and AWQ's have two names
-        values = _values(layer)
-        if values is None:
+        decoded = values(layer)
+        if decoded is None:
             continue
         bias = getattr(layer, "bias", None)
-        dense = nn.Linear(values.shape[1], values.shape[0], bias=False)
-        dense.weight = nn.Parameter(values.float(), requires_grad=False)
+        dense = nn.Linear(decoded.shape[1], decoded.shape[0], bias=False)
+        dense.weight = nn.Parameter(decoded.float(), requires_grad=False)
         dense.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         parent, _, name = path.rpartition(".")
         setattr(wide.get_submodule(parent), name, dense)
     return step(wide.double(), inputs)
 
 
-def _values(layer: Any) -> Tensor | None:
+def values(layer: Any) -> Tensor | None:
     """What the library itself decodes, (out_features, in_features), or None for a layer that is none of theirs."""
     weight = layer._parameters.get("weight")
     if type(weight).__name__ == "Int8Params":

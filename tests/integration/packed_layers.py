@@ -1,4 +1,4 @@
-"""Layers that stand for gptqmodel's, which pip installs with another torch: their attributes and arithmetic, version 7.7.
+"""Layers that stand for gptqmodel's, which wants another torch: attributes and arithmetic of its version 7.7.
 
 They keep the integers as they were, so that what is read from the packed words is held against what went into them.
 """

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fastpeft
-from tests.integration.bases import BASES, make, quantised_layers, stand_for_gptqmodel, truth
+from fastpeft.integrations import quantised
+from tests.integration import packed_layers
+from tests.integration.bases import BASES, hqq, make, quantised_layers, stand_for_gptqmodel, torchao, truth, values
 from tests.integration.models import batch, checkpointed, make_base, with_lora
 from tests.integration.reports import adapter_rows, mlp_rows, notes
-from tests.integration.steps import assert_accelerated_close, step
+from tests.integration.steps import assert_accelerated_close, assert_step_close, step
 
 full = pytest.mark.full
 every_base = pytest.mark.parametrize("base", list(BASES))
 TINY = {"num_hidden_layers": 1}
+
+
+def _few(*bases: str) -> list[Any]:
+    """These always, the others in the whole run."""
+    return [base if base in bases else pytest.param(base, marks=full) for base in BASES]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +63,7 @@ def test_dtypes(base: str, dtype: torch.dtype, autocast: bool) -> None:
         assert notes(model) == ""
 
 
-@every_base
+@pytest.mark.parametrize("base", _few("LLM.int8", "HQQ", "AWQ"))
 def test_biases_and_one_projection_alone(base: str) -> None:
     model = make(base, "qwen2", sizes=TINY, target_modules=["q_proj", "down_proj"])
     inputs = batch(model)
@@ -62,13 +71,26 @@ def test_biases_and_one_projection_alone(base: str) -> None:
     assert notes(model) == ""
 
 
-@every_base
+@pytest.mark.parametrize("base", _few("LLM.int8", "torchao int8"))
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=full)])
 def test_checkpointing(base: str, reentrant: bool) -> None:
     model = checkpointed(make(base, sizes=TINY), reentrant)
     inputs = batch(model)
     assert_accelerated_close(model, inputs, truth(model, inputs))
     assert notes(model) == ""
+
+
+@full
+@every_base
+def test_compiled_without_a_break(base: str) -> None:
+    model = make(base, sizes=TINY)
+    inputs = batch(model)
+    peft, exact = step(model, inputs), truth(model, inputs)
+    fastpeft.accelerate(model)
+    torch._dynamo.reset()
+    ours = step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    ours.gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in ours.gradients.items()}
+    assert_step_close(ours, peft, exact)
 
 
 @every_base
@@ -93,7 +115,7 @@ def test_verify_passes_and_sees_a_wrong_weight(base: str, monkeypatch: pytest.Mo
     assert not fastpeft.verify(model).passed
 
 
-@every_base
+@pytest.mark.parametrize("base", _few("LLM.int8", "torchao int8", "GPTQ"))
 def test_restore_gives_peft_back(base: str) -> None:
     model = make(base, sizes=TINY)
     inputs = batch(model)
@@ -102,6 +124,47 @@ def test_restore_gives_peft_back(base: str) -> None:
     fastpeft.restore(model)
     assert [type(module) for module in model.modules()] == classes
     assert step(model, inputs).equals(before)
+
+
+def _int3(library: Any) -> dict[str, Any]:
+    return {"weight_dtype": torch.int3, "granularity": library.PerAxis(0)}
+
+
+def asymmetric_int8(linear: nn.Linear) -> nn.Module:
+    library = pytest.importorskip("torchao.quantization")
+    values = library.Int8Tensor.from_hp(linear.weight, library.PerRow(), mapping_type=library.MappingType.ASYMMETRIC)
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    return linear
+
+
+LAYERS = {
+    **BASES,
+    "torchao int8, groups": torchao("Int8WeightOnlyConfig", lambda q: {"granularity": q.PerGroup(16)}),
+    "torchao int8, asymmetric": asymmetric_int8,
+    "torchao float8, one scale": torchao("Float8WeightOnlyConfig", lambda q: {"granularity": q.PerTensor()}),
+    "torchao int3": torchao("IntxWeightOnlyConfig", _int3),
+    **{f"HQQ {bits}, axis {axis}": partial(hqq, bits=bits, axis=axis) for bits in (8, 4, 3, 2, 1) for axis in (0, 1)},
+    "HQQ, as floats": partial(hqq, view_as_float=True),
+    "GPTQ 8": partial(packed_layers.TorchLinear, bits=8),
+    "GPTQ 2, in no order": partial(packed_layers.TorchLinear, bits=2, shuffled=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_values_are_those_that_the_library_decodes_bit_for_bit(layer: str, dtype: torch.dtype) -> None:
+    base = LAYERS[layer](nn.Linear(64, 96, dtype=dtype).requires_grad_(False))
+    reader = quantised.reader(base)
+    assert reader is not None
+    found = reader.frozen_base(base, torch.randn(3, 64, dtype=dtype), None)
+    assert not isinstance(found, str), found
+    weight = found[0]
+    expected = values(base)
+    assert expected is not None and expected.shape == weight.shape == (96, 64)
+    assert torch.equal(weight.decode(dtype=expected.dtype), expected)
+    assert torch.equal(weight.decode(dtype=expected.dtype, rows=(5, 38)), expected[5:38])
+    dense = reader.dense_linear(base).weight
+    assert torch.allclose(dense, expected.float(), rtol=torch.finfo(expected.dtype).eps, atol=0.0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
@@ -126,9 +189,8 @@ def test_llm_int8_multiplies_as_the_library_where_it_quantises_x(threshold: floa
 
 
 def test_bases_that_are_not_read_name_themselves() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
     base = make_base(**TINY)
-    torchao.quantize_(base.model.layers[0].self_attn.q_proj, torchao.Int8DynamicActivationInt8WeightConfig())
+    torchao("Int8DynamicActivationInt8WeightConfig")(base.model.layers[0].self_attn.q_proj)
     model = fastpeft.accelerate(with_lora(base, target_modules=["q_proj"]))
     with torch.no_grad():
         model(**batch(model, rows=2, tokens=10))

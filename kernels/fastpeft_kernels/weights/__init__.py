@@ -7,4 +7,12 @@ from .hqq import HqqWeight
 from .packed import PackedWeight
 from .scaled import ScaledWeight
 
-__all__ = ["DenseWeight", "FourBitWeight", "FrozenWeight", "HqqWeight", "PackedWeight", "ScaledWeight", "unflatten_weight"]
+__all__ = [
+    "DenseWeight",
+    "FourBitWeight",
+    "FrozenWeight",
+    "HqqWeight",
+    "PackedWeight",
+    "ScaledWeight",
+    "unflatten_weight",
+]

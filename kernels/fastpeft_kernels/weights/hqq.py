@@ -93,4 +93,5 @@ class HqqWeight(BlockwiseWeight):
     @classmethod
     def unflatten(cls, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> HqqWeight:
         rows, columns = meta["shape"]
-        return cls(*tensors, meta["bits"], (rows, columns))
+        packed, scale, zero = tensors
+        return cls(packed, scale, zero, meta["bits"], (rows, columns))

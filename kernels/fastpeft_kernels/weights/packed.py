@@ -56,7 +56,9 @@ class PackedWeight(BlockwiseWeight):
             raise ValueError(f"codes, scales: expected matrices, got shapes {shapes}")
         if isinstance(groups, Tensor):
             if groups.dtype not in (torch.int32, torch.int64) or groups.dim() != 1:
-                raise TypeError(f"groups: expected a vector of int32 or int64, got {groups.dtype} {tuple(groups.shape)}")
+                raise TypeError(
+                    f"groups: expected a vector of int32 or int64, got {groups.dtype} {tuple(groups.shape)}"
+                )
             in_features = groups.shape[0]
         else:
             if groups < 1:

@@ -1,10 +1,16 @@
-"""A quantised layer as an ordinary one, for those who hold ours against it."""
+"""What readers of quantised layers have in common: how an op takes a base, and what ours is held against."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fastpeft_kernels.weights import FrozenWeight
+
+Base = tuple[FrozenWeight, torch.dtype, torch.dtype]
+"""(weight, dtype of its product, dtype of the result), as the layer itself would have them."""
 
 
 def dense(layer: Any, values: Tensor) -> nn.Linear:
