@@ -27,21 +27,12 @@ def name(layer: Any) -> str:
 
 def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """Decoded and multiplied in the dtype of x, an fp32 one in fp16 (under autocast in its dtype); out as x."""
-    if layer.bits != 4:
-        return f"AWQ: {layer.bits} bits"
     if layer.adapter is not None:
-        return "AWQ: an adapter of gptqmodel's own"
-    if layer.qweight.device != x.device:
-        return f"AWQ: a weight on {layer.qweight.device}, the input on {x.device}"
+        return "an adapter of gptqmodel's own"
     dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
     scales = layer.scales.to(dtype)  # the layer casts its own for good, at its first call
     group = layer.group_size if layer.group_size > 0 else layer.in_features
-    try:
-        frozen = PackedWeight(layer.qweight, layer.qzeros, scales, group, layer.bits, awq=True)
-    except (TypeError, ValueError) as error:
-        return f"AWQ: storage that cannot be read: {error}"
-    if frozen.shape != (layer.out_features, layer.in_features):
-        return f"AWQ: a weight stored as {frozen.shape}"
+    frozen = PackedWeight(layer.qweight, layer.qzeros, scales, group, layer.bits, awq=True)
     return frozen, autocast or dtype, x.dtype
 
 

@@ -69,12 +69,10 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
     """As MatMul8bitFp on a CPU in training, else as MatMul8bitLt, whose product autocast does not change."""
     state = layer.state
     if state.has_fp16_weights:
-        return "LLM.int8: a weight that is kept in 16 bits and quantised at each call (has_fp16_weights)"
+        return "a weight that is kept in 16 bits and quantised at each call (has_fp16_weights)"
     codes, absmax = _stored(layer)
     if codes is None or absmax is None or codes.dtype != torch.int8:
-        return "LLM.int8: a weight that is not quantised yet"
-    if codes.device != x.device or absmax.device != x.device:
-        return f"LLM.int8: a weight on {codes.device}, its scales on {absmax.device}, the input on {x.device}"
+        return "a weight that is not quantised yet"
     decodes = layer.training and x.device.type in ("cpu", "xpu")
     dtype = autocast or x.dtype if decodes else x.dtype
     return LlmInt8Weight(codes, absmax, None if decodes else float(state.threshold), dtype), dtype, dtype

@@ -28,21 +28,13 @@ def name(layer: Any) -> str:
 def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
     """Decoded in the dtype of the scales, multiplied in that of x."""
     if layer.bits not in (2, 4, 8) or layer.planar or layer.pack_dtype != torch.int32:
-        return f"GPTQ: {layer.bits} bits, planar or packed in {layer.pack_dtype}"
+        return f"{layer.bits} bits, planar or packed in {layer.pack_dtype}"
     if layer.qzero_format() != 2:
-        return "GPTQ: zeros in their first format"
+        return "zeros in their first format"
     if layer.adapter is not None or layer.online_full_had or layer.online_partial_had:
-        return "GPTQ: an adapter of gptqmodel's own, or a rotated input"
-    if layer.qweight.device != x.device:
-        return f"GPTQ: a weight on {layer.qweight.device}, the input on {x.device}"
-    try:
-        frozen = PackedWeight(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits, awq=False)
-    except (TypeError, ValueError) as error:
-        return f"GPTQ: storage that cannot be read: {error}"
-    if frozen.shape != (layer.out_features, layer.in_features):
-        return f"GPTQ: a weight stored as {frozen.shape}"
+        return "an adapter of gptqmodel's own, or a rotated input"
     dtype = autocast or x.dtype
-    return frozen, dtype, dtype
+    return PackedWeight(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits, awq=False), dtype, dtype
 
 
 def dense_linear(layer: Any) -> nn.Linear:

@@ -28,28 +28,22 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
     """As HQQ's PyTorch backends: decoded in the layer's compute_dtype, in which x must be unless autocast casts."""
     forward = type(layer).forward.__name__
     if not forward.startswith("forward_pytorch"):
-        return f"HQQ: a backend other than PyTorch's ({forward})"
+        return f"a backend other than PyTorch's ({forward})"
     meta = layer.meta
     if not layer.ready or meta is None:
-        return "HQQ: a weight that is not quantised yet"
+        return "a weight that is not quantised yet"
     if meta["packing"] not in PACKINGS or "scale" not in meta or "zero" not in meta:
-        return f"HQQ: packing {meta['packing']}, or scales that are quantised or offloaded themselves"
-    packed = layer.W_q.data
-    if packed.device != x.device:
-        return f"HQQ: a weight on {packed.device}, the input on {x.device}"
+        return f"packing {meta['packing']}, or scales that are quantised or offloaded themselves"
     if autocast is None and x.dtype != layer.compute_dtype:
-        return f"HQQ: input in {x.dtype}, compute_dtype {layer.compute_dtype}, no autocast"
+        return f"input in {x.dtype}, compute_dtype {layer.compute_dtype}, no autocast"
+    packed, zero = layer.W_q.data, meta["zero"]
     if meta["view_as_float"]:
         packed = packed.view(meta["unpack_view_dtype"])
+    if zero.dtype == torch.float32:  # made in inference mode and never cast since: no compiled graph can keep it
+        zero = zero.clone()
     rows, columns = meta["shape"]
-    # HQQ makes zeros in inference mode; those in fp32 stay as they are, and no compiled graph can keep them
-    scale, zero = (t.clone() if t.is_inference() else t for t in (meta["scale"], meta["zero"]))
-    try:
-        frozen = HqqWeight(packed, scale, zero, PACKINGS[meta["packing"]], (rows, columns))
-    except (TypeError, ValueError) as error:
-        return f"HQQ: storage that cannot be read: {error}"
     dtype = autocast or x.dtype
-    return frozen, dtype, dtype
+    return HqqWeight(packed, meta["scale"], zero, PACKINGS[meta["packing"]], (rows, columns)), dtype, dtype
 
 
 def dense_linear(layer: Any) -> nn.Linear:

@@ -26,7 +26,11 @@ class Reader(Protocol):
         """What the report calls the storage."""
 
     def frozen_base(self, layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
-        """The layer's weight for x, or the reason why the layer's own forward must run."""
+        """The layer's weight for x, or the reason why the layer's own forward must run.
+
+        Raises:
+            TypeError, ValueError: storage that cannot be read.
+        """
 
     def dense_linear(self, layer: Any) -> nn.Linear:
         """The layer with the values that the library itself decodes, in fp32, to hold `frozen_base` against."""
@@ -47,3 +51,18 @@ def reader(layer: nn.Module) -> Reader | None:
     if kinds not in _KNOWN:
         _KNOWN[kinds] = next((found for found in READERS if found.reads(*kinds)), None)
     return _KNOWN[kinds]
+
+
+def frozen_base(found: Reader, layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
+    """What the layer's reader makes of it for x; a reason begins with the storage's name."""
+    try:
+        base = found.frozen_base(layer, x, autocast)
+    except (TypeError, ValueError) as error:
+        base = f"storage that cannot be read: {error}"
+    if not isinstance(base, str):
+        weight = base[0]
+        if weight.device != x.device:
+            base = f"a base weight on {weight.device}, the input on {x.device}"
+        elif weight.shape != (layer.out_features, layer.in_features):
+            base = f"a weight stored as {weight.shape}"
+    return f"{found.name(layer)}: {base}" if isinstance(base, str) else base

@@ -32,19 +32,13 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
     kind = type(weight).__name__
     for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
         if getattr(weight, attribute, None) is not None:
-            return f"torchao: a weight whose product quantises or scales the input too ({attribute})"
+            return f"a weight whose product quantises or scales the input too ({attribute})"
     if weight.requires_grad:
-        return "torchao: the base weight is trained"
-    if weight.device != x.device:
-        return f"torchao: a weight on {weight.device}, the input on {x.device}"
+        return "the base weight is trained"
     if kind != INT8 and autocast is None and weight.dtype != x.dtype:
-        return f"torchao: input in {x.dtype}, base weight in {weight.dtype}, no autocast"
-    try:
-        frozen = _weight(weight)
-    except (TypeError, ValueError) as error:
-        return f"torchao: storage that cannot be read: {error}"
+        return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
     dtype = autocast or x.dtype
-    return frozen, dtype, x.dtype if kind == INT8 else dtype
+    return _weight(weight), dtype, x.dtype if kind == INT8 else dtype
 
 
 def dense_linear(layer: Any) -> nn.Linear:

@@ -65,7 +65,7 @@ def frozen_base(
         return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
     reader = quantised.reader(base)
     if reader is not None:
-        return why_not_bypassed(base, type(base), device) or reader.frozen_base(base, x, autocast)
+        return why_not_bypassed(base, type(base), device) or quantised.frozen_base(reader, base, x, autocast)
     reason = why_not_bypassed(base, nn.Linear, device)
     if reason is not None:
         return reason

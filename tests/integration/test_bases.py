@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, prepare_model_for_kbit_training
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastpeft
 from fastpeft.integrations import quantised
@@ -188,10 +193,55 @@ def test_llm_int8_multiplies_as_the_library_where_it_quantises_x(threshold: floa
         assert (ours.gradients[name] - gradient).norm() < 0.05 * gradient.norm()
 
 
+@pytest.mark.parametrize("base", ["LLM.int8", "torchao int8"])
+def test_loaded_and_merged_as_transformers_and_peft_do(base: str, tmp_path: Path) -> None:
+    """Whole layers, frozen ones beside adapted ones; a merge quantises anew, and what it did is undone alike."""
+    make_base("llama", torch.bfloat16).save_pretrained(tmp_path)
+    if base == "LLM.int8":
+        settings: Any = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = TorchAoConfig(quant_type=pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model = with_lora(prepare_model_for_kbit_training(loaded), target_modules=["q_proj", "v_proj"]).train()
+    inputs = batch(model)
+    peft = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_accelerated_close(model, inputs, truth(model, inputs))
+    frozen = {f"frozen_linear over {base}"} if base == "torchao int8" else set()
+    assert {row.op for row in adapter_rows(model)} == {f"lora_linear over {base}"} | frozen
+    assert notes(model) == ""
+    for each in (model, peft):
+        each.merge_adapter()
+    merged = [values(module) for module in quantised_layers(model)]
+    assert all(torch.equal(*pair) for pair in zip(merged, map(values, quantised_layers(peft)), strict=True))
+    for each in (model, peft):
+        each.unmerge_adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_step_close(step(model, inputs), step(peft, inputs), truth(peft, inputs))
+
+
 def test_bases_that_are_not_read_name_themselves() -> None:
     base = make_base(**TINY)
     torchao("Int8DynamicActivationInt8WeightConfig")(base.model.layers[0].self_attn.q_proj)
     model = fastpeft.accelerate(with_lora(base, target_modules=["q_proj"]))
     with torch.no_grad():
         model(**batch(model, rows=2, tokens=10))
-    assert "torchao: a weight whose product quantises or scales the input too (act_quant_kwargs)" in notes(model)
+    assert "torchao int8: a weight whose product quantises or scales the input too (act_quant_kwargs)" in notes(model)
+
+
+def test_layers_of_other_libraries_are_left_to_peft_and_named() -> None:
+    """FP8Linear computes on GPUs only, with kernels that are fetched; PEFT puts its plain LoRA layer over it."""
+    base = make_base(**TINY)
+    attention = base.model.layers[0].self_attn
+    attention.q_proj = FP8Linear(64, 64, (32, 32)).requires_grad_(False)
+    model = fastpeft.accelerate(with_lora(base, target_modules=["q_proj", "o_proj"]))
+    left = {row.path.rpartition(".")[2]: row.note for row in fastpeft.report(model).left}
+    assert left == {"q_proj": "no op for a base layer of type FP8Linear"}
+    eetq = type("EetqLoraLinear", (GPTQLoraLinear,), {})
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    layer = eetq(packed_layers.TorchLinear(nn.Linear(64, 64)), "default", LoraConfig(), r=4, lora_alpha=4)
+    attention.o_proj = layer
+    left = {row.path.rpartition(".")[2]: row.note for row in fastpeft.report(fastpeft.accelerate(model)).left}
+    assert left["o_proj"] == "no op for lora.EetqLoraLinear yet"
