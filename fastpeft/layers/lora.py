@@ -35,6 +35,7 @@ class FastLoraLayer(Sibling):
     fastpeft_cpu_packing: bool | None = None
     adapted = True
     over_four_bits = False
+    plain_when_few = False  # `plain_forward` knows its class
 
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
@@ -196,8 +197,13 @@ def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
 
 def _make(name: str, stock: type[nn.Module]) -> type[FastLoraLayer]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
-    members = {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."}
-    made = type(name, (FastLoraLayer, stock), {**members, "over_four_bits": stock.__name__ == "Linear4bit"})
+    members = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} of PEFT, fused.",
+        "over_four_bits": stock.__name__ == "Linear4bit",
+        "plain_when_few": stock.__name__ in ("Linear", "Linear4bit"),
+    }
+    made = type(name, (FastLoraLayer, stock), members)
     globals()[name] = made
     return made
 
