@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastpeft
-from fastpeft.integrations import quantised
+from fastpeft.integrations import bitsandbytes_int8, quantised
 from tests.integration import packed_layers
 from tests.integration.bases import BASES, hqq, make, quantised_layers, stand_for_gptqmodel, torchao, truth, values
 from tests.integration.models import batch, checkpointed, make_base, with_lora
@@ -171,6 +171,15 @@ def test_values_are_those_that_the_library_decodes_bit_for_bit(layer: str, dtype
     assert torch.equal(weight.decode(dtype=expected.dtype, rows=(5, 38)), expected[5:38])
     dense = reader.dense_linear(base).weight
     assert torch.allclose(dense, expected.float(), rtol=torch.finfo(expected.dtype).eps, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llm_int8_decodes_as_the_library_bit_for_bit(dtype: torch.dtype) -> None:
+    """Its product of the identity, where it multiplies by the decoded weight: on a CPU in training."""
+    base: Any = BASES["LLM.int8"](nn.Linear(64, 96, bias=False, dtype=dtype)).train()
+    found = quantised.frozen_base(bitsandbytes_int8, base, torch.randn(3, 64, dtype=dtype), None)
+    assert not isinstance(found, str), found
+    assert torch.equal(found[0].decode(), base(torch.eye(64, dtype=dtype)).t())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
