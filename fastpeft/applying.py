@@ -52,7 +52,7 @@ def accelerate(
     input.
 
     Args:
-        model: the module; dense bases in fp32, bf16 or fp16, or bitsandbytes 4-bit ones.
+        model: the module; dense bases in fp32, bf16 or fp16, or quantised ones that `integrations` reads.
         lora: replace LoRA layers.
         mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
             some is told by their parts, and proved by trying each on random numbers. "recompute" keeps their input, but

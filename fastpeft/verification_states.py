@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations import bitsandbytes
+from .integrations import bitsandbytes, quantised
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
 from .layers.mlp import FastMlp, stock_class
@@ -35,16 +35,19 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     nn.Module.__init__(wide)
     own = {name for name in module.__dict__ if name.startswith("fastpeft_")} | {"forward", "_old_forward", "_hf_hook"}
     wide.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in own and n not in wide.__dict__}
-    for name, child in module.named_children():
-        if isinstance(child, FastLoraLayer):
-            wide._modules[name] = in_fp64(child)
-        else:
-            wide._modules[name] = _frozen_copy(child)
+    made: dict[nn.Module | None, nn.Module | None] = {None: None}
+    for name, child in module._modules.items():
+        if child not in made:  # PEFT's layers over GPTQ and AWQ hold their base under two names
+            made[child] = in_fp64(child) if isinstance(child, FastLoraLayer) else _frozen_copy(child)
+        wide._modules[name] = made[child]
     return wide.double().train(module.training)
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    return bitsandbytes.dense_linear(module) if bitsandbytes.is_linear_4bit(module) else copy.deepcopy(module)
+def _frozen_copy(module: Any) -> nn.Module:
+    if bitsandbytes.is_linear_4bit(module):
+        return bitsandbytes.dense_linear(module)
+    reader = quantised.reader(module)
+    return copy.deepcopy(module) if reader is None else reader.dense_linear(module)
 
 
 @contextmanager

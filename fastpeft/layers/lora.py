@@ -7,6 +7,7 @@ not cover runs PEFT's own forward, and the reason is kept for the report.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch.autograd.graph import increment_version
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
 
-from ..integrations import bitsandbytes, dora, peft
+from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
-from .requests import Request, compute, frozen_base, lora_dtype
+from .requests import Request, base_bias, compute, frozen_base, lora_dtype
 from .siblings import RowNames, Sibling
 from .watching import SiblingWatch
 
@@ -34,6 +35,7 @@ class FastLoraLayer(Sibling):
     fastpeft_cpu_packing: bool | None = None
     adapted = True
     over_four_bits = False
+    plain_when_few = False  # `plain_forward` knows its class
 
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
@@ -43,7 +45,7 @@ class FastLoraLayer(Sibling):
         if isinstance(found, str):
             return found
         weight, compute_dtype, out_dtype = found
-        bias = base._parameters["bias"]  # type: ignore[union-attr]
+        bias = base_bias(base)
         reason = peft.why_not_plain(bias, x.device)
         if reason is not None:
             return f"base layer: {reason}"
@@ -158,9 +160,13 @@ class FastLoraLayer(Sibling):
         return super()._apply(*args, **kwargs)
 
     def _base_changed(self) -> None:
-        """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it."""
-        weight = self.get_base_layer().weight  # type: ignore[operator]
-        if not weight.is_inference():
+        """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it.
+
+        Where the storage cannot be written to, PEFT has put another in its place, and backward keeps the old one.
+        """
+        base = self.get_submodule("base_layer")
+        weight = base._parameters.get("weight")
+        if weight is not None and quantised.reader(base) is None and not weight.is_inference():
             increment_version(weight)
 
 
@@ -169,29 +175,49 @@ def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if torch.compiler.is_compiling() else {k: v for k, v in kwargs.items() if k != "adapter_names"}
 
 
+_STOCK = {
+    "FastLinear": ("layer", "Linear"),
+    "FastLinear4bit": ("bnb", "Linear4bit"),
+    "FastLinear8bitLt": ("bnb", "Linear8bitLt"),
+    "FastTorchaoLoraLinear": ("torchao", "TorchaoLoraLinear"),
+    "FastHqqLoraLinear": ("hqq", "HqqLoraLinear"),
+    "FastGPTQLoraLinear": ("gptq", "GPTQLoraLinear"),
+    "FastAwqLoraLinear": ("awq", "AwqLoraLinear"),
+}
+"""Our classes, and where PEFT has its own. It has some only where their library is installed."""
+
+
 @cache
 def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
-    """PEFT's layer class -> ours. The 4-bit class is there once PEFT has one (bitsandbytes is installed)."""
-    from peft.tuners import lora as stock
+    """PEFT's layer class -> ours."""
+    from peft.import_utils import is_bnb_available
 
-    classes: dict[type[nn.Module], type[FastLoraLayer]] = {stock.Linear: _make("FastLinear", stock.Linear)}
-    four_bit = getattr(stock, "Linear4bit", None)
-    if four_bit is not None:
-        classes[four_bit] = _make("FastLinear4bit", four_bit)
+    classes: dict[type[nn.Module], type[FastLoraLayer]] = {}
+    for name, (module, stock_name) in _STOCK.items():
+        if module == "bnb" and not is_bnb_available():
+            continue
+        stock = getattr(import_module(f"peft.tuners.lora.{module}"), stock_name, None)
+        if stock is not None:
+            classes[stock] = _make(name, stock)
     return classes
 
 
 def _make(name: str, stock: type[nn.Module]) -> type[FastLoraLayer]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
-    members = {"__module__": __name__, "__doc__": f"{stock.__name__} of PEFT, fused."}
-    made = type(name, (FastLoraLayer, stock), {**members, "over_four_bits": stock.__name__ == "Linear4bit"})
+    members = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} of PEFT, fused.",
+        "over_four_bits": stock.__name__ == "Linear4bit",
+        "plain_when_few": stock.__name__ in ("Linear", "Linear4bit"),
+    }
+    made = type(name, (FastLoraLayer, stock), members)
     globals()[name] = made
     return made
 
 
 def __getattr__(name: str) -> Any:
     """Unpickling looks the classes up by name."""
-    if name in ("FastLinear", "FastLinear4bit"):
+    if name in _STOCK:
         fast_classes()
         if name in globals():
             return globals()[name]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.activation.reference import gated_activation_reference
 
-from ..integrations import bitsandbytes
+from ..integrations import bitsandbytes, quantised
 from .bypass import own_class
 from .lora import FastLoraLayer
 
@@ -149,7 +149,7 @@ def _base(module: Any) -> Any:
 def _size(module: Any) -> tuple[int, int] | None:
     """(in, out) of a projection that the op can read, else None."""
     base = _base(module)
-    if own_class(base) is nn.Linear or bitsandbytes.is_linear_4bit(base):
+    if own_class(base) is nn.Linear or bitsandbytes.is_linear_4bit(base) or quantised.reader(base) is not None:
         return base.in_features, base.out_features
     return None
 

@@ -13,7 +13,7 @@ from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
-from ..integrations import bitsandbytes, peft
+from ..integrations import bitsandbytes, peft, quantised
 from .bypass import why_not_bypassed
 
 Member = TypeVar("Member")
@@ -38,7 +38,7 @@ def plain_request(module: Any, x: Tensor) -> Request | str:
     if isinstance(found, str):
         return found
     weight, product, out = found
-    bias = module._parameters["bias"]
+    bias = base_bias(module)
     reason = peft.why_not_plain(bias, x.device)
     if reason is not None:
         return reason
@@ -63,6 +63,9 @@ def frozen_base(
         if frozen.shape != (base.out_features, base.in_features):
             return f"a 4-bit weight stored as {frozen.shape}"
         return frozen, autocast or bitsandbytes.compute_dtype(base, x), x.dtype
+    reader = quantised.reader(base)
+    if reader is not None:
+        return why_not_bypassed(base, type(base), device) or quantised.frozen_base(reader, base, x, autocast)
     reason = why_not_bypassed(base, nn.Linear, device)
     if reason is not None:
         return reason
@@ -76,6 +79,12 @@ def frozen_base(
         return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
     dtype = autocast or x.dtype
     return DenseWeight(weight), dtype, dtype
+
+
+def base_bias(base: Any) -> Any:
+    """A base layer's bias; some libraries keep it in a buffer or an attribute."""
+    parameters = base._parameters
+    return parameters["bias"] if "bias" in parameters else getattr(base, "bias", None)
 
 
 def lora_dtype(adapters: tuple[Any, ...], autocast: torch.dtype | None, default: torch.dtype) -> torch.dtype | str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations import bitsandbytes, dora, peft
+from ..integrations import bitsandbytes, dora, peft, quantised
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.bypass import own_class
 from ..layers.counting import outcomes
@@ -20,7 +20,7 @@ FROZEN = "frozen_linear"
 
 
 class LoraReplacement:
-    """LoRA over nn.Linear and bitsandbytes' Linear4bit, and what is frozen beside it and reads the same input."""
+    """LoRA over nn.Linear and quantised layers, and what is frozen beside it and reads the same input."""
 
     switch = "lora"
 
@@ -30,8 +30,7 @@ class LoraReplacement:
 
         if type(module) in fast_classes():
             base = module.get_submodule("base_layer")
-            kind = bitsandbytes.linear_4bit() if bitsandbytes.is_linear_4bit(base) else nn.Linear
-            if own_class(base) is not kind:
+            if own_class(base) not in (nn.Linear, bitsandbytes.linear_4bit()) and quantised.reader(base) is None:
                 return Left(f"no op for a base layer of type {type(base).__name__}")
             variants: dict[str, Any] = getattr(module, "lora_variant", {})
             left = {name: type(variant).__name__ for name, variant in variants.items() if not dora.is_dora(variant)}
@@ -118,7 +117,11 @@ class LoraReplacement:
 
 def _op(module: nn.Module) -> str:
     name = FROZEN if isinstance(module, FrozenSibling) else "lora_linear"
-    return f"{name} over 4-bit" if bitsandbytes.is_linear_4bit(_base(module)) else name
+    base = _base(module)
+    if bitsandbytes.is_linear_4bit(base):
+        return f"{name} over 4-bit"
+    reader = quantised.reader(base)
+    return name if reader is None else f"{name} over {reader.name(base)}"
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -3,5 +3,16 @@
 from .base import FrozenWeight, unflatten_weight
 from .dense import DenseWeight
 from .four_bit import FourBitWeight
+from .hqq import HqqWeight
+from .packed import PackedWeight
+from .scaled import ScaledWeight
 
-__all__ = ["DenseWeight", "FourBitWeight", "FrozenWeight", "unflatten_weight"]
+__all__ = [
+    "DenseWeight",
+    "FourBitWeight",
+    "FrozenWeight",
+    "HqqWeight",
+    "PackedWeight",
+    "ScaledWeight",
+    "unflatten_weight",
+]

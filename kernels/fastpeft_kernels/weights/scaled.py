@@ -1,0 +1,100 @@
+"""A frozen weight of one byte an element, int8 or float8, with scales for rows, groups or blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockwiseWeight
+
+CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ScaledWeight(BlockwiseWeight):
+    """(codes - zero) * scale * factor, a scale for each block of the matrix; used in place.
+
+    Equivalent PyTorch: `(codes.float() - zero) * (scale * factor)`, both spread over their blocks, in fp32.
+
+    Args:
+        codes: (out_features, in_features) of int8, uint8, float8_e4m3fn or float8_e5m2, columns contiguous.
+        scale: (row blocks, column blocks) of fp32, bf16 or fp16; a whole number of blocks need not fit: the last ones
+            may be smaller.
+        zero: of scale's shape, of any dtype, or None. Differences from the codes must be integers up to 256.
+        factor: what each scale is multiplied by, in fp32.
+        block: (rows, columns) of one block.
+        dtype: of the matrix that was quantised.
+
+    Raises:
+        TypeError: `codes` or `scale` of another dtype.
+        ValueError: shapes or devices that do not fit each other.
+    """
+
+    kind = "scaled"
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        *,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+        factor: float = 1.0,
+    ) -> None:
+        if codes.dtype not in CODES:
+            raise TypeError(f"codes: expected one of {CODES}, got {codes.dtype}")
+        if scale.dtype not in SCALES:
+            raise TypeError(f"scale: expected one of {SCALES}, got {scale.dtype}")
+        if codes.dim() != 2:
+            raise ValueError(f"codes: expected (out_features, in_features), got shape {tuple(codes.shape)}")
+        if min(block) < 1:
+            raise ValueError(f"block: expected at least one row and one column, got {block}")
+        blocks = (-(codes.shape[0] // -block[0]), -(codes.shape[1] // -block[1]))
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            if tensor is not None and tuple(tensor.shape) != blocks:
+                raise ValueError(f"{name}: expected shape {blocks}, got {tuple(tensor.shape)}")
+            if tensor is not None and tensor.device != codes.device:
+                raise ValueError(f"{name}: expected a tensor on {codes.device}, got {tensor.device}")
+        self.codes, self.scale, self.zero = codes, scale, zero
+        self.block, self.factor, self.dtype = block, factor, dtype
+        self.shape = (codes.shape[0], codes.shape[1])
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.codes.device
+
+    def decode_rows(self, out: Tensor, first: int, last: int) -> None:
+        # The codes are exact in every dtype, so that the product alone is rounded; PyTorch makes it in fp32
+        values = out if out.dtype.itemsize <= 4 else torch.empty_like(out, dtype=torch.float32)
+        values.copy_(self.codes[first:last])
+        if self.zero is not None:
+            values.sub_(self._spread(self.zero, first, last).to(values.dtype))
+        scale = self._spread(self.scale, first, last).to(torch.float32)
+        values.mul_(scale if self.factor == 1.0 else scale * self.factor)
+        if values is not out:
+            out.copy_(values)
+
+    def _spread(self, blocks: Tensor, first: int, last: int) -> Tensor:
+        """One for each row in [first, last), and for each column unless one serves all."""
+        rows, columns = self.block
+        if rows > 1:
+            start = first // rows
+            spread = blocks[start : -(last // -rows)].repeat_interleave(rows, 0)
+            blocks = spread[first - start * rows : last - start * rows]
+        else:
+            blocks = blocks[first:last]
+        return blocks if blocks.shape[1] == 1 else blocks.repeat_interleave(columns, 1)[:, : self.shape[1]]
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        tensors = (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return tensors, {"block": list(self.block), "dtype": dtype, "factor": self.factor}
+
+    @classmethod
+    def unflatten(cls, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> ScaledWeight:
+        rows, columns = meta["block"]
+        dtype = getattr(torch, meta["dtype"])
+        return cls(*tensors, block=(rows, columns), dtype=dtype, factor=meta["factor"])

@@ -1,0 +1,138 @@
+"""The tiny models over quantised layers of several libraries, and their fp64 truth."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from torch import Tensor, nn
+
+from tests.integration import packed_layers
+from tests.integration.models import ARCHITECTURES, make_base, trained
+from tests.integration.steps import Step, step
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Of a Llama; PEFT's "all-linear" does not know the layers of every library."""
+
+
+def _llm_int8(linear: nn.Linear, threshold: float = 6.0) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=threshold
+    )
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.bias = linear.bias
+    return layer.to("cpu")
+
+
+def torchao(config: str, settings: Callable[[Any], dict[str, Any]] = lambda _: {}) -> Callable[[nn.Linear], nn.Module]:
+    """Of a configuration's name, and what to give it, told by `torchao.quantization`."""
+
+    def quantise(linear: nn.Linear) -> nn.Module:
+        library = pytest.importorskip("torchao.quantization")
+        library.quantize_(linear, getattr(library, config)(**settings(library)))
+        return linear
+
+    return quantise
+
+
+def hqq(linear: nn.Linear, bits: int = 4, axis: int = 1, **settings: Any) -> nn.Module:
+    library = pytest.importorskip("hqq.core.quantize")
+    config = library.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, **settings)
+    return library.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")  # type: ignore[no-any-return]
+
+
+BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "LLM.int8": _llm_int8,
+    "torchao int8": torchao("Int8WeightOnlyConfig"),
+    "torchao float8": torchao("Float8WeightOnlyConfig"),
+    "torchao int4": torchao(
+        "IntxWeightOnlyConfig", lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)}
+    ),
+    "HQQ": hqq,
+    "GPTQ": packed_layers.TorchLinear,
+    "AWQ": packed_layers.AwqTorchLinear,
+}
+"""By the name that the report gives them: makes such a layer of an nn.Linear, which it may change."""
+
+
+def quantise(model: nn.Module, base: str) -> nn.Module:
+    """Every projection."""
+    for path, linear in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if type(linear) is nn.Linear and name in PROJECTIONS:
+            linear.requires_grad_(False)
+            setattr(model.get_submodule(parent), name, BASES[base](linear))
+    model.is_loaded_in_8bit = base == "LLM.int8"  # type: ignore[assignment]
+    return model
+
+
+def make(
+    base: str,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    sizes: Mapping[str, int] | None = None,
+    **lora: Any,
+) -> PeftModel:
+    """LoRA over a quantised model, in training mode."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")
+        model = quantise(make_base(name, dtype, **(sizes or {})), base)
+        chosen = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, **lora}
+        config = LoraConfig(task_type=ARCHITECTURES[name].task, **chosen)
+        # PEFT itself would look for them in gptqmodel
+        config._register_custom_module(
+            {packed_layers.TorchLinear: GPTQLoraLinear, packed_layers.AwqTorchLinear: AwqLoraLinear}
+        )
+        return trained(get_peft_model(model, config)).train()  # type: ignore[no-any-return]
+
+
+def stand_for_gptqmodel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of `packed_layers` are found where gptqmodel has its own."""
+    for place in packed_layers.PLACES:
+        monkeypatch.setitem(sys.modules, place, sys.modules[packed_layers.__name__])
+
+
+def quantised_layers(model: nn.Module) -> Iterator[Any]:
+    """All of them, adapted or not."""
+    return (module for module in model.modules() if values(module) is not None)
+
+
+def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
+    """The step in fp64 over the values that the library itself decodes. `model` was not accelerated."""
+    wide = copy.deepcopy(model)
+    for path, layer in list(wide.named_modules(remove_duplicate=False)):  # GPTQ's and AWQ's have two names
+        decoded = values(layer)
+        if decoded is None:
+            continue
+        bias = getattr(layer, "bias", None)
+        dense = nn.Linear(decoded.shape[1], decoded.shape[0], bias=False)
+        dense.weight = nn.Parameter(decoded.float(), requires_grad=False)
+        dense.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        parent, _, name = path.rpartition(".")
+        setattr(wide.get_submodule(parent), name, dense)
+    return step(wide.double(), inputs)
+
+
+def values(layer: Any) -> Tensor | None:
+    """What the library itself decodes, (out_features, in_features), or None for a layer that is none of theirs."""
+    weight = layer._parameters.get("weight")
+    if type(weight).__name__ == "Int8Params":
+        codes, scale = (weight.CB, weight.SCB) if weight.CB is not None else (layer.state.CB, layer.state.SCB)
+        return codes.float() * scale.unsqueeze(1).mul(1.0 / 127.0)
+    if type(weight).__module__.startswith("torchao."):
+        return weight.dequantize()
+    if type(layer).__name__ == "HQQLinear":
+        return layer.dequantize()
+    if isinstance(layer, (packed_layers.TorchLinear, packed_layers.AwqTorchLinear)):
+        return layer.dequantize_weight().t()
+    return None
