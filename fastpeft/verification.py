@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.transformers import sample_batch
+from .layers.experts import FastExperts
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer
 from .layers.mlp import FastMlp
 from .layers.requests import Request
 from .layers.siblings import Sibling
-from .verification_states import calm, in_fp64, mlp_in_fp64, noisy, suspended
+from .verification_states import calm, in_fp64, noisy, suspended, whole_in_fp64
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
@@ -107,7 +108,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not any(isinstance(module, FastLoraLayer) for module in model.modules()):
+    if not any(isinstance(module, (FastLoraLayer, FastExperts)) for module in model.modules()):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with calm(model, seed):
@@ -117,26 +118,32 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         layers = {path: module for path, module in model.named_modules() if isinstance(module, Sibling)}
         mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
         mlps = {path: mlp for path, mlp in mlps.items() if mlp.fastpeft_roles is not None}
-        replaced: dict[str, nn.Module] = {**layers, **mlps}
+        wrappers = {path: module for path, module in model.named_modules() if isinstance(module, FastExperts)}
+        inside = {id(wrapper.get_submodule("base_layer")) for wrapper in wrappers.values()}
+        experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
+        wholes: dict[str, FastMlp | FastExperts] = {**mlps, **experts}
+        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers}
         _, traffic = _step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
-        ours, traffic_of_mlps = _step(model, mlps, inputs, record=True)
+        ours, traffic_of_wholes = _step(model, wholes, inputs, record=True)
         with suspended(replaced):
             peft, _ = _step(model, layers, inputs)
         checks, rounding = _check_layers(layers, traffic)
-        of_mlps = _check_mlps(mlps, traffic_of_mlps)
-        with suspended(replaced), noisy(layers, rounding, seed):
+        of_wholes, rounding_of_wholes = _check_wholes(wholes, traffic_of_wholes)
+        rounding |= {path: rms for path, rms in rounding_of_wholes.items() if path in experts}
+        with suspended(replaced), noisy({**layers, **experts}, rounding, seed):
             twin, _ = _step(model, layers, inputs)
-    checks += of_mlps + _compare_models(ours, peft, twin)
+    checks += of_wholes + _compare_models(ours, peft, twin)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
-    unserved = tuple(p for p, module in replaced.items() if p not in checked and not isinstance(module, FrozenSibling))
+    served = {**layers, **wholes}
+    unserved = tuple(p for p, module in served.items() if p not in checked and not isinstance(module, FrozenSibling))
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
 
 
 def _step(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: dict[str, Any], record: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """(output, loss and gradients of trainable parameters by name, [x, dy] of each layer's first call)."""
+    """(output, loss and gradients of trainable parameters by name, [*inputs, dy] of each layer's first call)."""
     traffic: dict[str, list[Tensor]] = {}
     handles = (
         [layer.register_forward_hook(_recorder(path, traffic)) for path, layer in layers.items()] if record else []
@@ -160,7 +167,7 @@ def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
 
     def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if path not in traffic and output.requires_grad:
-            traffic[path] = [args[0].detach()]
+            traffic[path] = [argument.detach() for argument in args if isinstance(argument, Tensor)]
             output.register_hook(keep)
 
     return record
@@ -220,7 +227,7 @@ def _check_group(
         exact = _Derived([*exact.outputs, *part.outputs], exact.x + part.x, [*exact.parameters, *part.parameters])
     checks = []
     for i, path in enumerate(paths):
-        rounding[path] = (peft.outputs[i].double() - exact.outputs[i]).square().mean().sqrt().item()
+        rounding[path] = _rms(peft.outputs[i], exact.outputs[i])
         checks.append(_check(path, "output", ours.outputs[i], peft.outputs[i], exact.outputs[i]))
         triples = zip(ours.parameters[i], peft.parameters[i], exact.parameters[i], strict=True)
         checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
@@ -228,26 +235,36 @@ def _check_group(
     return checks
 
 
-def _check_mlps(mlps: dict[str, FastMlp], traffic: dict[str, list[Tensor]]) -> list[Check]:
-    """Checks of every MLP that the op served, each as a whole."""
+def _check_wholes(
+    wholes: Mapping[str, FastMlp | FastExperts], traffic: dict[str, list[Tensor]]
+) -> tuple[list[Check], dict[str, float]]:
+    """Checks of all MLPs and experts that the ops served, each as a whole; the rms error of PEFT's output by path."""
     checks: list[Check] = []
-    for path, mlp in mlps.items():
-        x, *dys = traffic.pop(path, [torch.empty(0)])
-        if len(dys) != 1 or isinstance(mlp.request(x), str):
+    rounding: dict[str, float] = {}
+    for path, module in wholes.items():
+        *inputs, dy = traffic.pop(path, [torch.empty(0)])
+        if len(inputs) != (3 if isinstance(module, FastExperts) else 1) or isinstance(module.request(*inputs), str):
             continue
-        trained = [_trained(mlp)]
-        ours = _differentiate([mlp], x, dys, trained)
-        layers = {name: child for name, child in mlp.named_children() if isinstance(child, FastLoraLayer)}
-        with suspended({**layers, path: mlp}):
-            peft = _differentiate([mlp], x, dys, trained)
-        wide = mlp_in_fp64(mlp)
+        x, *routing = inputs
+        parts = {name: part for name, part in module.named_modules() if isinstance(part, (FastLoraLayer, FastExperts))}
+        trained = [_trained(module)]
+        ours = _differentiate([module], x, [dy], trained, routing)
+        with suspended({**parts, path: module}):
+            peft = _differentiate([module], x, [dy], trained, routing)
+        wide = whole_in_fp64(module)
+        routing = [t.double() if t.is_floating_point() else t for t in routing]
         with torch.autocast(x.device.type, enabled=False):
-            exact = _differentiate([wide], x.double(), [dys[0].double()], [_trained(wide)])
+            exact = _differentiate([wide], x.double(), [dy.double()], [_trained(wide)], routing)
+        rounding[path] = _rms(peft.outputs[0], exact.outputs[0])
         checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
         triples = zip(ours.parameters[0], peft.parameters[0], exact.parameters[0], strict=True)
         checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
         checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
-    return checks
+    return checks, rounding
+
+
+def _rms(y: Tensor, exact: Tensor) -> float:
+    return (y.double() - exact).square().mean().sqrt().item()
 
 
 @dataclass
@@ -258,11 +275,15 @@ class _Derived:
 
 
 def _differentiate(
-    layers: Sequence[nn.Module], x: Tensor, dys: list[Tensor], parameters: list[list[nn.Parameter]]
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    dys: list[Tensor],
+    parameters: list[list[nn.Parameter]],
+    more: Sequence[Tensor] = (),
 ) -> _Derived:
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        outputs = [layer(x) for layer in layers]
+        outputs = [layer(x, *more) for layer in layers]
         flat = [p for group in parameters for p in group]
         gradients = iter(torch.autograd.grad(outputs, [x, *flat], dys, allow_unused=True))
     dx = next(gradients)

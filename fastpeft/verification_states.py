@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .integrations import bitsandbytes, quantised
+from .integrations.transformers import multiply_experts_one_by_one
+from .layers.experts import FastExperts, stock_wrapper
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
 from .layers.mlp import FastMlp, stock_class
@@ -19,14 +21,14 @@ from .layers.mlp import FastMlp, stock_class
 def in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
     if isinstance(layer, FrozenSibling):
-        return _frozen_copy(layer).double()
+        return _child_copy(layer).double()
     stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
     return _copied(layer, stock)
 
 
-def mlp_in_fp64(mlp: FastMlp) -> nn.Module:
-    """The model's own MLP over PEFT's layers, likewise."""
-    return _copied(mlp, stock_class(type(mlp)))
+def whole_in_fp64(module: FastMlp | FastExperts) -> nn.Module:
+    """The model's own MLP over PEFT's layers, or PEFT's wrappers around the model's own experts, likewise."""
+    return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_class(type(module)))
 
 
 def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
@@ -38,21 +40,29 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     made: dict[nn.Module | None, nn.Module | None] = {None: None}
     for name, child in module._modules.items():
         if child not in made:  # PEFT's layers over GPTQ and AWQ hold their base under two names
-            made[child] = in_fp64(child) if isinstance(child, FastLoraLayer) else _frozen_copy(child)
+            made[child] = _child_copy(child)
         wide._modules[name] = made[child]
     return wide.double().train(module.training)
 
 
-def _frozen_copy(module: Any) -> nn.Module:
+def _child_copy(module: Any) -> nn.Module:
+    if isinstance(module, FastLoraLayer):
+        return in_fp64(module)
+    if isinstance(module, FastExperts):
+        return whole_in_fp64(module)
     if bitsandbytes.is_linear_4bit(module):
         return bitsandbytes.dense_linear(module)
     reader = quantised.reader(module)
-    return copy.deepcopy(module) if reader is None else reader.dense_linear(module)
+    if reader is not None:
+        return reader.dense_linear(module)
+    copied = copy.deepcopy(module)
+    multiply_experts_one_by_one(copied)
+    return copied
 
 
 @contextmanager
 def suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """PEFT's own forward in every layer, the model's own in every MLP."""
+    """PEFT's own forward in every layer and around experts, the model's own in every MLP."""
     for module in modules.values():
         module.fastpeft_suspended = True  # type: ignore[assignment]
     try:
@@ -87,7 +97,7 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    layers = [module for module in model.modules() if isinstance(module, FastLoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, (FastLoraLayer, FastExperts))]
     zeros, frozen = [], []
     if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
         frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]

@@ -41,6 +41,9 @@ CASES = (
     StepCase("bert", "qlora", torch.float32),
     StepCase("t5", "lora", torch.float32),
     StepCase("t5", "qlora", torch.float32),
+    StepCase("moe", "lora", torch.float32, layers=2),
+    StepCase("moe", "lora", torch.bfloat16, layers=2),
+    StepCase("moe", "lora", torch.float32, layers=2, checkpointing=True),
 )
 GENERATION = (
     *(GenerationCase("llama", method, rows) for method in ("lora", "qlora") for rows in (1, 4)),

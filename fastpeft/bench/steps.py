@@ -20,7 +20,8 @@ class StepCase:
     """A model family in a size, a method and dtypes.
 
     Attributes:
-        family: "llama", "bert" or "t5", built from a configuration with random weights.
+        family: "llama", "bert", "t5" or "moe", built from a configuration with random weights. "moe" is Qwen3-MoE: 16
+            experts of which a token takes 2, half as wide as the MLP of "llama", LoRA on their stacked parameters too.
         method: "lora" (dense base) or "qlora" (NF4, nested), "dora" or "qdora".
         dtype: of the base's values and products; adapters are fp32, as PEFT makes them.
         autocast: run the step under bf16 autocast.
@@ -102,6 +103,7 @@ def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
         lora_dropout=case.dropout,
         target_modules=_targets(model),
         use_dora=case.method in ("dora", "qdora"),
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if case.family == "moe" else None,
         init_lora_weights=False,
     )
     peft_model = get_peft_model(model, config).train()
@@ -161,7 +163,15 @@ def _base(case: StepCase) -> nn.Module:
                 feed_forward_proj="gated-gelu", decoder_start_token_id=0,
             )
         )  # fmt: skip
-    raise ValueError(f"family: expected 'llama', 'bert' or 't5', got {case.family!r}")
+    if case.family == "moe":
+        return t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(
+                vocab_size=1000, hidden_size=h, moe_intermediate_size=inner // 2, num_hidden_layers=n,
+                num_attention_heads=h // 64, num_key_value_heads=max(1, h // 256), head_dim=64,
+                num_experts=16, num_experts_per_tok=2, max_position_embeddings=positions,
+            )
+        )  # fmt: skip
+    raise ValueError(f"family: expected 'llama', 'bert', 't5' or 'moe', got {case.family!r}")
 
 
 def _targets(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastpeft_kernels.experts import ExpertAdapter
 from fastpeft_kernels.lora import LoraAdapter
 
 from ..layers.bypass import own_class, why_not_bypassed
@@ -156,6 +157,27 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
             return f"adapter {name!r}: {reason}"
         embed_scale = layer._get_embed_scale()
         found.append((a, b, layer.scaling[name] if embed_scale is None else layer.scaling[name] * embed_scale))
+    return tuple(found)
+
+
+def by_expert(wrapper: Any, adapters: tuple[LoraAdapter, ...], transposed: bool) -> tuple[ExpertAdapter, ...]:
+    """The adapters of a ParamWrapper over a stack of experts as the ops take them; views.
+
+    PEFT keeps the rows of A expert by expert, and the columns of B rank by rank. A stack is (experts, in, out) to PEFT
+    where its module says `is_transposed`; where x is multiplied otherwise, A holds the outputs and B the inputs.
+
+    Args:
+        adapters: of `used_adapters`.
+        transposed: whether x is multiplied by the stored matrices, and not by their transposes.
+    """
+    experts = wrapper.num_experts
+    found = []
+    for adapter in adapters:
+        a = adapter.a.view(experts, -1, adapter.a.shape[1])
+        b = adapter.b.view(adapter.b.shape[0], -1, experts).permute(2, 0, 1)
+        if wrapper._did_swap_in_out_features == transposed:
+            a, b = b.mT, a.mT
+        found.append(ExpertAdapter(a, b, adapter.scaling))
     return tuple(found)
 
 

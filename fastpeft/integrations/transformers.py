@@ -15,6 +15,19 @@ def passes_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in (*args, *kwargs.values()))
 
 
+def multiplies_experts_as_stored(experts: Any) -> bool:
+    """True where the experts' products are in the dtype of their weights under autocast too: autocast has no rule for
+    torch's grouped product, which transformers takes then."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) == "grouped_mm"
+
+
+def multiply_experts_one_by_one(experts: Any) -> None:
+    """Have a module of experts, with a configuration of its own, run its own loop, which takes any dtype."""
+    config: Any = getattr(experts, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
 def sample_batch(model: Any, seed: int = 0, rows: int = 2, tokens: int = 32) -> dict[str, Any]:
     """A small random batch that the model's forward accepts, padded in one row, with labels where it takes any.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
@@ -20,13 +19,14 @@ from fastpeft_kernels.lora import Dtypes, LoraProjection
 from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
+from .merges import SeenMerges
 from .requests import Request, base_bias, compute, frozen_base, lora_dtype
 from .siblings import RowNames, Sibling
 from .watching import SiblingWatch
 
 
-class FastLoraLayer(Sibling):
-    """Mixed in before a PEFT LoRA layer class; overrides `forward`, and marks the base as changed by a merge.
+class FastLoraLayer(SeenMerges, Sibling):
+    """Mixed in before a PEFT LoRA layer class; overrides `forward`.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.
     """
@@ -122,13 +122,9 @@ class FastLoraLayer(Sibling):
         dropouts = state["_modules"]["lora_dropout"]._modules.values()
         return not any([dropout.training and type(dropout) is not nn.Identity for dropout in dropouts])
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        super().merge(*args, **kwargs)  # type: ignore[misc]
-        self._base_changed()
-
-    def unmerge(self) -> None:
-        super().unmerge()  # type: ignore[misc]
-        self._base_changed()
+    def base_parameter(self) -> nn.Parameter | None:
+        base = self.get_submodule("base_layer")
+        return None if quantised.reader(base) is not None else base._parameters.get("weight")
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -158,16 +154,6 @@ class FastLoraLayer(Sibling):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         bitsandbytes.forget(self.get_submodule("base_layer"))  # what was read of it keeps the old device's memory
         return super()._apply(*args, **kwargs)
-
-    def _base_changed(self) -> None:
-        """PEFT merges through `.data`, which torch does not count as a write; a pending backward must see it.
-
-        Where the storage cannot be written to, PEFT has put another in its place, and backward keeps the old one.
-        """
-        base = self.get_submodule("base_layer")
-        weight = base._parameters.get("weight")
-        if weight is not None and quantised.reader(base) is None and not weight.is_inference():
-            increment_version(weight)
 
 
 def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .requests import Request, agrees, leading_dtypes, plain_request
 DORA = "DoRA, whose projections are computed one group at a time"
 
 
-class FastMlp(Counting, nn.Module):
+class FastMlp(nn.Module, Counting):
     """Mixed in before a model's own MLP class; overrides `forward`.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.

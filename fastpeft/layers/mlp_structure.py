@@ -58,10 +58,10 @@ def candidates(module: nn.Module) -> list[Roles]:
         return []
     if any(next(child.parameters(), None) is not None or any(child.children()) for child in rest.values()):
         return []
-    functions = _functions(rest.values())
+    functions = functions_among(rest.values())
     if len(functions) > 1:
         return []
-    kinds = KINDS if not functions else [kind for kind in KINDS if _computes(functions[0], kind)]
+    kinds = KINDS if not functions else [kind for kind in KINDS if computes(functions[0], kind)]
     adapted = any(isinstance(child, FastLoraLayer) for child in children.values())
     found = []
     for *inner, down in permutations(sizes):
@@ -76,7 +76,7 @@ def candidates(module: nn.Module) -> list[Roles]:
 
 def has_activation(module: nn.Module) -> bool:
     """Whether something among the children could be one: without, the projections may as well be attention's."""
-    return bool(_functions(child for child in module.children() if _size(child) is None))
+    return bool(functions_among(child for child in module.children() if _size(child) is None))
 
 
 def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
@@ -118,7 +118,7 @@ def _fitting(module: nn.Module, wanted: list[Roles], features: int) -> list[Role
         for training in (True, False):
             twin.training = training
             given.append(type(module).forward(twin, x))
-        return [roles for roles in wanted if all(_close(_composed(twin, roles, x, features), y) for y in given)]
+        return [roles for roles in wanted if all(close_by_rows(_composed(twin, roles, x, features), y) for y in given)]
 
 
 def _twin(module: nn.Module, roles: Roles, features: int, generator: torch.Generator) -> nn.Module:
@@ -160,11 +160,11 @@ def _features(module: Any, which: int) -> int:
     return size[which]
 
 
-def _functions(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def functions_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if not isinstance(module, (nn.Dropout, nn.Identity))]
 
 
-def _computes(function: nn.Module, kind: str) -> bool:
+def computes(function: nn.Module, kind: str) -> bool:
     """Whether an activation is the one of this name, within fp32's rounding."""
     x = torch.linspace(-8.0, 8.0, 101)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def _composed(twin: Any, roles: Roles, x: Tensor, features: int) -> Tensor:
     return y
 
 
-def _close(ours: Tensor, theirs: Any) -> bool:
+def close_by_rows(ours: Tensor, theirs: Any) -> bool:
     """Equal within rounding, row by row: wrong structures are off by far more."""
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
         return False

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from .base import Left, Match, Replacement
 from .embedding import EmbeddingReplacement
+from .experts import ExpertsReplacement
 from .lora import LoraReplacement
 from .mlp import MlpReplacement
 
-REPLACEMENTS: tuple[Replacement, ...] = (EmbeddingReplacement(), LoraReplacement(), MlpReplacement())
+REPLACEMENTS: tuple[Replacement, ...] = (
+    EmbeddingReplacement(),
+    ExpertsReplacement(),
+    LoraReplacement(),
+    MlpReplacement(),
+)
 
 NOT_BUILT = {
     "attention": "fused attention",

@@ -106,7 +106,7 @@ class LoraReplacement:
         else:
             notes = [f"{count} of {total} calls by PEFT: {reason}" for reason, count in calls.items()]
         if few:
-            notes.append(f"{few} of {total} calls by PEFT's own operations, {FEW_TOKENS}")
+            notes.append(f"{few} of {total} calls as PEFT computes them, {FEW_TOKENS}")
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
         base = _base(module)

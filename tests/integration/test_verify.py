@@ -111,7 +111,7 @@ class TestVerifyFails:
         path = "base_model.model.model.layers.1.mlp.down_proj"
         wrong, request = model.get_submodule(path), FastLoraLayer.request
 
-        def off(self: Any, x: Tensor) -> Any:
+        def off(self: Any, x: Tensor, row_names: Any = None) -> Any:
             """Reads the wrong scaling, as for a layer whose alpha differs."""
             made = request(self, x)
             if self is wrong:

@@ -33,9 +33,9 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @torch.no_grad()
 def gated_activation_library(gate: Tensor | None, up: Tensor, kind: str, h: Tensor) -> None:
     """Fill `h`, as `api.gated_activation` says."""
-    for piece in _pieces(up):
-        x = None if gate is None else _wide(gate[piece])
-        h[piece].copy_(gated_activation_reference(x, _wide(up[piece]), kind))
+    for piece in pieces(up):
+        x = None if gate is None else wide(gate[piece])
+        h[piece].copy_(gated_activation_reference(x, wide(up[piece]), kind))
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def gated_activation_backward_library(
     dh: Tensor, gate: Tensor | None, up: Tensor, kind: str, dgate: Tensor | None, dup: Tensor, h: Tensor | None
 ) -> None:
     """Fill `dgate`, `dup` and `h`, as `api.gated_activation_backward` says."""
-    for piece in _pieces(up):
-        grad, factor = _wide(dh[piece]), _wide(up[piece])
-        x = factor if gate is None else _wide(gate[piece])
+    for piece in pieces(up):
+        grad, factor = wide(dh[piece]), wide(up[piece])
+        x = factor if gate is None else wide(gate[piece])
         # All is computed before anything is written: a result may be the tensor of an input.
         value = gated_activation_reference(None, x, kind)
         dx = _BACKWARD[kind](grad if gate is None else grad * factor, x)
@@ -60,11 +60,11 @@ def gated_activation_backward_library(
             h[piece].copy_(product)
 
 
-def _pieces(like: Tensor) -> Iterator[slice]:
+def pieces(like: Tensor) -> Iterator[slice]:
     rows, columns = like.shape
     step = max(1, _PIECE // max(1, columns))
     return (slice(row, row + step) for row in range(0, rows, step))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

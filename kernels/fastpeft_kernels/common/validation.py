@@ -26,6 +26,32 @@ def check_instance(name: str, value: Any, *kinds: type) -> None:
         raise TypeError(f"{name}: expected a {expected}, got {type(value).__name__}")
 
 
+def check_device(name: str, device: torch.device, expected: torch.device) -> None:
+    """Raise ValueError unless a tensor is where x is."""
+    if device != expected:
+        raise ValueError(f"{name}: expected a tensor on {expected} like x, got {device}")
+
+
+def check_tensor(name: str, tensor: Any, device: torch.device, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless it is a dense floating tensor of this shape where x is."""
+    check_instance(name, tensor, Tensor)
+    check_device(name, tensor.device, device)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    check_floating(name, tensor)
+
+
+def check_scaling(name: str, scaling: Any, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless it is a number, or a tensor of one that is not trained, where x is."""
+    check_instance(name, scaling, float, int, Tensor)
+    if isinstance(scaling, Tensor):
+        check_tensor(name, scaling, device, ())
+        if scaling.requires_grad:
+            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it")
+
+
 def check_rows(rows: Any, count: int) -> tuple[int, int]:
     """(first, last) of a half-open range of `count` rows; all of them for None."""
     if rows is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..weights.base import Weighted
 from . import dora, library
 from .projection import Group, LoraProjection, trains_a, trains_b
 
@@ -84,7 +85,7 @@ def _compute(x: Tensor, group: Group, kept: list[dora.Kept | None] | None = None
 
 
 @contextmanager
-def in_use(projections: Sequence[LoraProjection]) -> Iterator[None]:
+def in_use(projections: Sequence[Weighted]) -> Iterator[None]:
     """The weights are brought and let go again; autocast is off, also in a backward that is called under it."""
     with autocast_off(projections[0].weight.device):
         try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import product_dtype
-from ..common.validation import FLOATING, check_floating, check_instance
+from ..common.validation import FLOATING, check_device, check_floating, check_instance, check_scaling, check_tensor
 from ..weights import FrozenWeight
 
 
@@ -203,9 +203,9 @@ def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
         raise ValueError(f"{name}.weight: expected in_features >= 1, got shape {projection.weight.shape}")
     if x.shape[-1] != in_features:
         raise ValueError(f"x: expected last size {in_features} for {name}, got shape {tuple(x.shape)}")
-    _check_device(f"{name}.weight", projection.weight.device, x.device)
+    check_device(f"{name}.weight", projection.weight.device, x.device)
     if projection.bias is not None:
-        _check_tensor(f"{name}.bias", projection.bias, x.device, (out_features,))
+        check_tensor(f"{name}.bias", projection.bias, x.device, (out_features,))
     check_instance(f"{name}.adapters", projection.adapters, tuple, list)
     for j, adapter in enumerate(projection.adapters):
         where = f"{name}.adapters[{j}]"
@@ -213,39 +213,20 @@ def _check_projection(x: Tensor, projection: LoraProjection, name: str) -> None:
         check_instance(f"{where}.a", adapter.a, Tensor)
         if adapter.a.dim() != 2 or adapter.a.shape[0] < 1:
             raise ValueError(f"{where}.a: expected (rank >= 1, {in_features}), got {tuple(adapter.a.shape)}")
-        _check_tensor(f"{where}.a", adapter.a, x.device, (adapter.rank, in_features))
-        _check_tensor(f"{where}.b", adapter.b, x.device, (out_features, adapter.rank))
+        check_tensor(f"{where}.a", adapter.a, x.device, (adapter.rank, in_features))
+        check_tensor(f"{where}.b", adapter.b, x.device, (out_features, adapter.rank))
         if adapter.b.dtype != adapter.a.dtype:
             raise TypeError(f"{where}.b: expected the dtype of a, {adapter.a.dtype}, got {adapter.b.dtype}")
         if adapter.bias is not None:
-            _check_tensor(f"{where}.bias", adapter.bias, x.device, (out_features,))
-        check_instance(f"{where}.scaling", adapter.scaling, float, int, Tensor)
-        if isinstance(adapter.scaling, Tensor):
-            _check_tensor(f"{where}.scaling", adapter.scaling, x.device, ())
-            if adapter.scaling.requires_grad:
-                raise ValueError(f"{where}.scaling: expected a tensor without gradient, got one that requires it")
+            check_tensor(f"{where}.bias", adapter.bias, x.device, (out_features,))
+        check_scaling(f"{where}.scaling", adapter.scaling, x.device)
         check_instance(f"{where}.dropout", adapter.dropout, float, int)
         if not 0.0 <= adapter.dropout < 1.0:
             raise ValueError(f"{where}.dropout: expected a probability in [0, 1), got {adapter.dropout}")
     if projection.magnitude is not None:
-        _check_tensor(f"{name}.magnitude", projection.magnitude, x.device, (out_features,))
+        check_tensor(f"{name}.magnitude", projection.magnitude, x.device, (out_features,))
         if len(projection.adapters) != 1 or projection.adapters[0].bias is not None:
             raise ValueError(
                 f"{name}.magnitude: expected one adapter without bias, got {len(projection.adapters)}, "
                 f"{sum(adapter.bias is not None for adapter in projection.adapters)} with bias"
             )
-
-
-def _check_tensor(name: str, tensor: Tensor, expected: torch.device, shape: tuple[int, ...]) -> None:
-    check_instance(name, tensor, Tensor)
-    _check_device(name, tensor.device, expected)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    check_floating(name, tensor)
-
-
-def _check_device(name: str, device: torch.device, expected: torch.device) -> None:
-    if device != expected:
-        raise ValueError(f"{name}: expected a tensor on {expected} like x, got {device}")

@@ -60,13 +60,13 @@ class LoraMlpUpToDown(torch.autograd.Function):
                 seeds,
                 dtype if ctx.needs_input_grad[4] else None,
                 needs,
-                spend=not _graph_is_kept(dy.device),
+                spend=not graph_is_kept(dy.device),
             )
         flat = [grad for group in grads for grad in group]
         return None, None, None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
-def _graph_is_kept(device: torch.device) -> bool:
+def graph_is_kept(device: torch.device) -> bool:
     """Whether this pass leaves what was saved for another: `retain_graph=True`, or a CUDA graph that repeats it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return True

@@ -8,7 +8,7 @@ forward.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -124,6 +124,13 @@ class FrozenWeight(ABC):
             if out.device != self.device:
                 raise ValueError(f"out: expected a tensor on {self.device}, got {out.device}")
         return first, last
+
+
+class Weighted(Protocol):
+    """A projection of any kind."""
+
+    @property
+    def weight(self) -> FrozenWeight: ...
 
 
 def unflatten_weight(kind: str, tensors: tuple[Tensor, ...], meta: dict[str, Any]) -> FrozenWeight:

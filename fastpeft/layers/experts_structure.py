@@ -1,0 +1,141 @@
+"""Which modules hold experts that the op can compute: by their parameters, and by what they give on random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.activation import KINDS
+from fastpeft_kernels.experts import CLAMPED_SWIGLU, ExpertProjection, Experts, Gating
+from fastpeft_kernels.experts.reference import lora_experts_reference
+from fastpeft_kernels.weights import DenseWeight
+
+from .mlp_structure import FEATURES, SCALES, WIDTH, close_by_rows, computes, functions_among
+
+ROWS = 4 * len(SCALES)
+TOP_K = 2
+
+
+@dataclass(frozen=True)
+class ExpertRoles:
+    """What the parameters of a module of experts are.
+
+    Attributes:
+        inner, down: names of the stacks of matrices, (experts, out, in), or (experts, in, out) if `transposed`.
+        biased: whether each has a bias, of its name and "_bias".
+        gating: what stands between the two.
+        children: names of all the module's children, none of which is called any more.
+    """
+
+    inner: str
+    down: str
+    transposed: bool
+    biased: bool
+    gating: Gating
+    children: tuple[str, ...]
+
+    def experts(self, parameters: Any, adapters: dict[str, Any]) -> Experts:
+        """As the op takes them: `parameters` by name, and the `ExpertAdapter`s of each stack."""
+        inner, down = (self._projection(name, parameters, adapters.get(name, ())) for name in (self.inner, self.down))
+        return Experts(inner, down, self.gating)
+
+    def names(self) -> tuple[str, ...]:
+        """Of all parameters."""
+        stacks = (self.inner, self.down)
+        return (*stacks, *(f"{name}_bias" for name in stacks if self.biased))
+
+    def _projection(self, name: str, parameters: Any, adapters: tuple[Any, ...]) -> ExpertProjection:
+        stack: Tensor = parameters[name]
+        bias = parameters[f"{name}_bias"] if self.biased else None
+        return ExpertProjection(DenseWeight(stack.flatten(0, 1)), stack.shape[0], self.transposed, bias, adapters)
+
+
+def candidates(module: nn.Module) -> list[ExpertRoles]:
+    """All that the module could be by its parameters and children alone; empty when it holds no such experts."""
+    parameters = dict(module.named_parameters(recurse=False))
+    stacks = {name: tuple(p.shape) for name, p in parameters.items() if p.dim() == 3 and min(p.shape) > 0}
+    functions = functions_among(module.children())
+    if len(stacks) != 2 or len(functions) > 1 or len({shape[0] for shape in stacks.values()}) != 1:
+        return []
+    if any(module.buffers()) or any(next(f.parameters(), None) is not None or any(f.children()) for f in functions):
+        return []
+    found = []
+    for (inner, down), transposed, biased in product(permutations(stacks), (False, True), (False, True)):
+        into, width = stacks[inner][1:] if transposed else stacks[inner][:0:-1]
+        features, out = stacks[down][1:] if transposed else stacks[down][:0:-1]
+        if into != out or width not in (features, 2 * features):
+            continue
+        for gating in _gatings(module, functions, gated=width == 2 * features):
+            roles = ExpertRoles(inner, down, transposed, biased, gating, tuple(module._modules))
+            if set(roles.names()) == set(parameters):
+                found.append(roles)
+    return found
+
+
+def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
+    """The one of `wanted` that gives what the module's forward gives, or why there is none; leaves no trace.
+
+    Tried is the module's own code on (x, index, weights), over small random matrices in fp32 in place of its own: with
+    `training` on and off, on small and large inputs, with experts that get no row and tokens that choose one twice.
+    """
+    fitting = []
+    for roles in wanted:
+        try:
+            if _fits(module, roles):
+                fitting.append(roles)
+        except Exception as error:
+            return f"trying it failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+    if len(fitting) == 1:
+        return fitting[0]
+    return (
+        "it computes more than one known kind of experts alike"
+        if fitting
+        else "it computes something else than experts"
+    )
+
+
+def _fits(module: nn.Module, roles: ExpertRoles) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    twin: Any = _twin(module, roles, generator)
+    experts = twin._parameters[roles.inner].shape[0]
+    x = torch.randn((ROWS, WIDTH), generator=generator) * torch.tensor(SCALES).repeat(ROWS // len(SCALES))[:, None]
+    index = torch.randint(experts, (ROWS, TOP_K), generator=generator)
+    weights = torch.rand((ROWS, TOP_K), generator=generator)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        ours = lora_experts_reference(x, index, weights, roles.experts(twin._parameters, {}), torch.float32)
+        for training in (True, False):
+            twin.training = training
+            if not close_by_rows(ours, type(module).forward(twin, x.clone(), index.clone(), weights.clone())):
+                return False
+    return True
+
+
+def _twin(module: nn.Module, roles: ExpertRoles, generator: torch.Generator) -> nn.Module:
+    """The module with small matrices in place of its own, on the CPU."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
+    experts = module.get_parameter(roles.inner).shape[0]
+    width = FEATURES * (2 if roles.gating.gated else 1)
+    made: dict[str, nn.Parameter] = {}
+    for name, (out, into) in ((roles.inner, (width, WIDTH)), (roles.down, (WIDTH, FEATURES))):
+        shape = (experts, into, out) if roles.transposed else (experts, out, into)
+        made[name] = nn.Parameter(torch.randn(shape, generator=generator) / into**0.5, requires_grad=False)
+        if roles.biased:
+            offset = torch.randn((experts, out), generator=generator)
+            made[f"{name}_bias"] = nn.Parameter(offset, requires_grad=False)
+    twin.__dict__["_parameters"] = made
+    return twin
+
+
+def _gatings(module: nn.Module, functions: list[nn.Module], gated: bool) -> list[Gating]:
+    kinds = KINDS if not functions else [kind for kind in KINDS if computes(functions[0], kind)]
+    layouts = (False, True) if gated else (False,)
+    found = [Gating(kind, gated, interleaved) for kind in kinds for interleaved in layouts]
+    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
+    if gated and not functions and isinstance(alpha, (int, float)) and isinstance(limit, (int, float)):
+        found += [Gating(CLAMPED_SWIGLU, gated, each, float(alpha), float(limit)) for each in layouts]
+    return found

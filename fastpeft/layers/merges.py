@@ -1,0 +1,29 @@
+"""PEFT's layers whose merges are seen: a pending backward must notice that its base changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.autograd.graph import increment_version
+
+
+class SeenMerges:
+    """Mixed in before a PEFT layer class: PEFT merges through `.data`, which torch does not count as a write."""
+
+    def base_parameter(self) -> nn.Parameter | None:
+        """What PEFT merges into; None where it puts other storage in its place, and backward keeps the old."""
+        raise NotImplementedError
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        self._count_write()
+
+    def unmerge(self) -> None:
+        super().unmerge()  # type: ignore[misc]
+        self._count_write()
+
+    def _count_write(self) -> None:
+        parameter = self.base_parameter()
+        if parameter is not None and not parameter.is_inference():
+            increment_version(parameter)

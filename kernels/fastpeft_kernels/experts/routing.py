@@ -1,0 +1,89 @@
+"""Which rows each expert gets: (token, choice) pairs sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int, int]
+
+
+class Routes(NamedTuple):
+    """Rows sorted by expert.
+
+    Attributes:
+        experts: (rows,) int64, the expert of each row.
+        ends: (experts,) int32, behind the last row of each expert.
+        spans: (expert, first row, behind the last row) of those that got any, for a loop; None for a grouped product,
+            which needs no number on the host.
+    """
+
+    experts: Tensor
+    ends: Tensor
+    spans: Sequence[Span] | None
+
+    @classmethod
+    def of_counts(cls, counts: Tensor, rows: int, *, loop: bool) -> Routes:
+        """For `rows` rows that are sorted already; counts (experts,), integers, how many each expert has."""
+        numbers = torch.arange(counts.shape[0], device=counts.device)
+        experts = torch.repeat_interleave(numbers, counts, output_size=rows)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return cls(experts, ends, _spans(ends) if loop else None)
+
+
+class Pairs(NamedTuple):
+    """The pairs of tokens and their chosen experts, and where they lie once sorted.
+
+    Attributes:
+        order: (tokens * top_k,) int64, the pair in each sorted row.
+        tokens: (tokens * top_k,) int64, the token in each sorted row.
+        shape: (tokens, top_k).
+        routes: of the sorted rows.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    shape: tuple[int, int]
+    routes: Routes
+
+    @classmethod
+    def of_index(cls, index: Tensor, experts: int, *, loop: bool) -> Pairs:
+        """index (tokens, top_k): expert in [0, experts) of each pair; the same expert twice for one token is two.
+
+        Raises:
+            ValueError: with `loop`, which looks at it on the host, for an expert that there is not.
+        """
+        flat = index.reshape(-1)
+        chosen, order = torch.sort(flat, stable=True)
+        numbers = torch.arange(experts, device=flat.device)
+        ends = torch.searchsorted(chosen, numbers.to(chosen.dtype), right=True, out_int32=True)
+        spans = _spans(ends) if loop else None
+        if spans is not None and flat.numel():
+            last = spans[-1][2] if spans else 0
+            if last != flat.numel() or int(chosen[0]) < 0:
+                raise ValueError(
+                    f"index: expected experts in [0, {experts}), got {int(chosen[0])} to {int(chosen[-1])}"
+                )
+        tokens, top_k = index.shape
+        return cls(order, order // max(1, top_k), (tokens, top_k), Routes(chosen.long(), ends, spans))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(rows, features) of (tokens, features)."""
+        return x.index_select(0, self.tokens)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """(tokens, features), for each token the sum of its (rows, features); the same in every run."""
+        pairs = torch.empty_like(rows).index_copy_(0, self.order, rows)
+        return pairs.view(*self.shape, rows.shape[1]).sum(1)
+
+
+def _spans(ends: Tensor) -> list[Span]:
+    found, first = [], 0
+    for expert, last in enumerate(ends.tolist()):
+        if last > first:
+            found.append((expert, first, last))
+        first = last
+    return found

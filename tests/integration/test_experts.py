@@ -1,0 +1,300 @@
+"""LoRA on stacked experts (`target_parameters`): PEFT's numbers without PEFT's stacks, and PEFT's behaviour."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+import fastpeft
+from tests.integration.mixtures import MIXTURES, experts, make, truth
+from tests.integration.models import batch, checkpointed, trained
+from tests.integration.reports import adapter_rows
+from tests.integration.steps import assert_accelerated_close, assert_close, step
+from tests.kernels.experts.test_experts import Sizes
+
+FULL = pytest.mark.full
+
+
+def served(model: nn.Module) -> bool:
+    """All wrappers of experts, in all their calls."""
+    rows = [row for row in adapter_rows(model) if "experts" in row.path]
+    return bool(rows) and all(row.op == "lora_experts" and not row.note for row in rows)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["grouped_mm", pytest.param("eager", marks=FULL), pytest.param("batched_mm", marks=FULL)]
+)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_loss_and_gradients_are_those_of_peft(name: str, implementation: str) -> None:
+    model = make(name, implementation=implementation)
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert served(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(name, marks=FULL) for name in MIXTURES if name != "mixtral")]
+)
+def test_16_bits(name: str) -> None:
+    """A token may take another expert than in fp64 for its rounding, so layers are compared, on the same routing."""
+    model = fastpeft.accelerate(make(name, torch.bfloat16))
+    layer = experts(model)
+    x, index = torch.randn(40, 32).bfloat16(), torch.rand(40, 4).topk(2).indices
+    weights = torch.rand(40, 2)
+    peft = copy.deepcopy(fastpeft.restore(copy.deepcopy(layer)))
+    exact = copy.deepcopy(peft).double()
+    exact.get_base_layer().config._experts_implementation = "eager"
+    dy = torch.randn(40, 32)
+    results = [_derive(each, x, index, weights, dy) for each in (layer, peft, exact)]
+    assert len(results[0]) == 2 + 1 + 4
+    for mine, theirs, right in zip(*results, strict=True):
+        assert_close(mine, theirs, right)
+
+
+def _derive(layer: Any, x: Tensor, index: Tensor, weights: Tensor, dy: Tensor) -> list[Tensor]:
+    dtype = layer.get_base_layer().down_proj.dtype
+    x, weights = x.detach().to(dtype).requires_grad_(), weights.detach().clone().requires_grad_()
+    y = layer(x, index, weights.to(dtype))
+    wanted = [x, weights, *(p for p in layer.parameters() if p.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy.to(dtype))]
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_under_autocast(implementation: str) -> None:
+    model = make(implementation=implementation)
+    x, index, weights, dy = (
+        torch.randn(40, 32),
+        torch.rand(40, 4).topk(2).indices,
+        torch.rand(40, 2),
+        torch.randn(40, 32),
+    )
+    layer = experts(model)
+    exact = copy.deepcopy(layer).double()
+    exact.get_base_layer().config._experts_implementation = "eager"
+    right = _derive(exact, x, index, weights, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        peft = _derive(layer, x, index, weights, dy)
+        fastpeft.accelerate(model)
+        ours = _derive(layer, x, index, weights, dy)
+    for mine, theirs, truth_ in zip(ours, peft, right, strict=True):
+        assert_close(mine, theirs, truth_)
+    assert experts(model).fastpeft_calls == {"fused": 1}
+
+
+@pytest.mark.parametrize("stacks", [("gate_up_proj",), ("down_proj",)], ids=str)
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt-oss", marks=FULL)])
+def test_adapters_of_one_stack(name: str, stacks: tuple[str, ...]) -> None:
+    model = make(name, stacks=stacks)
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert served(model)
+
+
+def test_shared_experts_are_an_mlp() -> None:
+    report = fastpeft.report(fastpeft.accelerate(make("deepseek")))
+    assert [row.op for row in report.rows if row.path.endswith("shared_experts")] == ["lora_mlp"]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=FULL)])
+def test_with_activation_checkpointing(use_reentrant: bool) -> None:
+    model = make()
+    inputs = batch(model)
+    exact = truth(model, inputs)
+    assert_accelerated_close(checkpointed(model, use_reentrant), inputs, exact)
+    assert served(model)
+
+
+def test_compiled() -> None:
+    """A break of the graph, as PEFT's own forward is several."""
+    model = fastpeft.accelerate(make())
+    block, x = model.get_submodule("base_model.model.model.layers.1.mlp"), torch.randn(2, 5, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="eager")
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    eager, traced = (torch.autograd.grad(run(x).square().sum(), parameters) for run in (block, compiled))
+    assert len(eager) == 4 and all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+    assert served(model) and experts(model).fastpeft_calls == {"fused": 2}
+    torch._dynamo.reset()
+
+
+def test_tokens_that_no_router_sent() -> None:
+    """No token at all, and one, as in generation; the same to PEFT."""
+    layer = experts(fastpeft.accelerate(make()))
+    plain = experts(fastpeft.restore(copy.deepcopy(make())))
+    plain.load_state_dict(layer.state_dict())
+    for tokens in (0, 1):
+        x, index, weights = torch.randn(tokens, 32), torch.zeros(tokens, 2, dtype=torch.int64), torch.rand(tokens, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, index, weights), plain(x, index, weights))
+    assert layer.fastpeft_calls == {"fused": 2}
+
+
+def test_no_stack_is_made() -> None:
+    model = make()
+    inputs, layer = batch(model), experts(model)
+    stack = layer.get_base_layer().gate_up_proj.numel()
+    x, index, weights = torch.randn(6, 32, requires_grad=True), torch.rand(6, 4).topk(2).indices, torch.rand(6, 2)
+    with Sizes() as peft:
+        layer(x, index, weights).sum().backward()
+    fastpeft.accelerate(model)
+    with Sizes() as ours:
+        layer(x, index, weights).sum().backward()
+    assert peft.largest >= stack > 4 * ours.largest
+    assert step(model, inputs).gradients
+
+
+def test_merging_disabling_and_adapters_are_peft_s() -> None:
+    model = make()
+    inputs = batch(model)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    trained(model)
+    plain = copy.deepcopy(model)
+    fastpeft.accelerate(model)
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(plain).keys()
+
+    def same() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+    same()
+    for each in (model, plain):
+        each.set_adapter("second")
+    same()
+    for each in (model, plain):
+        each.base_model.set_adapter(["default", "second"])
+    same()
+    with model.disable_adapter(), plain.disable_adapter():
+        same()
+    assert "adapters disabled" in str(fastpeft.report(model))
+    for each in (model, plain):
+        each.merge_adapter()
+    same()
+    assert "merged" in str(fastpeft.report(model))
+    for each in (model, plain):
+        each.unmerge_adapter()
+        each.delete_adapter("second")
+    same()
+    merged, theirs = model.merge_and_unload(), plain.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    model = fastpeft.accelerate(make())
+    inputs = batch(model)
+    model.save_pretrained(tmp_path)
+    base = copy.deepcopy(model).unload()
+    loaded = fastpeft.accelerate(PeftModel.from_pretrained(base, tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+    assert served(loaded)
+
+
+def test_a_merge_between_forward_and_backward_is_noticed() -> None:
+    model = fastpeft.accelerate(make())
+    loss = model(**batch(model)).loss
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="frozen base weight"):
+        loss.backward()
+
+
+def test_restore_and_copies() -> None:
+    model = make()
+    inputs, classes = batch(model), [type(module) for module in model.modules()]
+    before = step(model, inputs)
+    fastpeft.accelerate(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert step(copied, inputs).gradients.keys() == before.gradients.keys() and served(copied)
+    fastpeft.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(name.startswith("fastpeft") for module in model.modules() for name in module.__dict__)
+    assert step(model, inputs).equals(before)
+    off = fastpeft.accelerate(model, lora=False)
+    assert not any(row.op for row in adapter_rows(off))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", pytest.param("mixtral", marks=FULL)])
+def test_verify(name: str) -> None:
+    """Experts are checked against PEFT's own wrappers in fp64, and a wrong scaling is noticed."""
+    model = fastpeft.accelerate(make(name))
+    verification = fastpeft.verify(model)
+    assert verification.passed and not verification.unserved, str(verification)
+    assert any(check.path.endswith("experts") for check in verification.checks)
+    layer = experts(model)
+    roles = layer.fastpeft_roles
+    layer.fastpeft_roles = type(roles)(roles.down, roles.inner, *list(vars(roles).values())[2:])  # gate_up for down
+    with pytest.raises(RuntimeError):
+        fastpeft.verify(model)
+
+
+def test_every_other_call_is_peft_s_and_named() -> None:
+    model = make()
+    layer = experts(fastpeft.accelerate(model))
+    plain = experts(fastpeft.restore(copy.deepcopy(model)))
+    x, index, weights = torch.randn(6, 32), torch.rand(6, 4).topk(2).indices, torch.rand(6, 2)
+
+    def left(reason: str, x: Tensor = x, *args: Any, **kwargs: Any) -> None:
+        layer.__dict__.pop("fastpeft_calls", None)
+        args = args or (() if kwargs else (index, weights))
+        given, expected = layer(x, *args, **kwargs), plain(x, *args, **kwargs)
+        torch.testing.assert_close(given, expected)
+        (outcome,) = layer.fastpeft_calls
+        assert reason in outcome, outcome
+
+    left("called with top_k_index", top_k_index=index, top_k_weights=weights)
+    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    left("a hook on a bypassed FastParamWrapper")
+    handle.remove()
+    handle = layer.get_base_layer().act_fn.register_forward_hook(lambda *_: None)
+    left("a hook on a bypassed")
+    handle.remove()
+    layer.get_base_layer().down_proj.requires_grad_(True)
+    left("down_proj is trained")
+    layer.get_base_layer().down_proj.requires_grad_(False)
+    layer.get_base_layer()._is_expert_parallel = True
+    left("experts in parallel on several devices")
+    layer.get_base_layer()._is_expert_parallel = False
+    layer.get_base_layer().more = nn.Identity()
+    left("other parts than when it was accelerated")
+
+
+def _scaled(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return type(self).plain_forward(self, x, index, weights) * 1.001  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda base: setattr(type(base), "forward", _scaled), "it computes something else than experts"),
+        (lambda base: setattr(base, "act_fn", ACT2FN["tanh"]), "no op for lora.ParamWrapper over"),
+        (lambda base: setattr(base, "extra", nn.Parameter(torch.ones(2))), "no op for lora.ParamWrapper over"),
+        (lambda base: setattr(base.config, "_experts_implementation", "deepgemm"), "trying it failed with"),
+    ],
+    ids=["another sum", "another activation", "one more parameter", "an implementation for GPUs"],
+)
+def test_experts_that_compute_something_else_are_left_alone(change: Any, reason: str) -> None:
+    model = make()
+    for layer in range(2):
+        base = model.get_submodule(f"base_model.model.model.layers.{layer}.mlp.experts").get_base_layer()
+        stock = type(base)
+        base.__class__ = type("Experts", (stock,), {"plain_forward": stock.forward})
+        change(base)
+    fastpeft.accelerate(model)
+    rows = [row for row in adapter_rows(model) if "experts" in row.path]
+    assert len(rows) == 4 and all(not row.op and reason in row.note for row in rows), rows
+
+
+def test_parameters_of_other_modules_are_left_alone() -> None:
+    base = MIXTURES["mixtral"]()
+    model = get_peft_model(base, LoraConfig(target_parameters=["mlp.gate.weight"], target_modules=["o_proj"]))
+    rows = [row for row in adapter_rows(fastpeft.accelerate(model)) if row.path.endswith("gate")]
+    assert {(row.op, row.note) for row in rows} == {
+        ("", "no op for lora.ParamWrapper over weight of MixtralTopKRouter")
+    }
