@@ -30,7 +30,7 @@ def magnitude(
         dtypes: of the products.
         device: of the input.
     """
-    name = next((name for name in layer.active_adapters if name in layer.lora_variant), None)
+    name = next((name for name in layer.active_adapters if is_dora(layer.lora_variant.get(name))), None)
     if name is None:
         return None
     if len(adapters) != 1:

@@ -44,7 +44,8 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
     for index, name in enumerate(layer.active_adapters if row_names is None else dict.fromkeys(row_names)):
         if name not in lora_a:
             continue
-        if name in layer.lora_variant and not (row_names is None and is_dora(layer.lora_variant[name])):
+        variant = layer.lora_variant.get(name)
+        if not (variant is None or is_plain(variant) or (row_names is None and is_dora(variant))):
             return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
         a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
         reason = why_not_bypassed(a, nn.Linear, device) or why_not_bypassed(b, nn.Linear, device)
@@ -75,6 +76,15 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
             return f"adapter {name!r}: a bias (lora_bias) in a mixed batch"
         found.append(LoraAdapter(weight_a, weight_b, scaling, bias, p, index))
     return tuple(found)
+
+
+def is_plain(variant: Any) -> bool:
+    """Whether a LoRA variant computes what LoRA does: MiCA, which differs in what it trains."""
+    kind = type(variant)
+    return kind.__module__ == "peft.tuners.lora.variants" and kind.__name__ in (
+        "MiCALinearVariant",
+        "MiCAEmbeddingVariant",
+    )
 
 
 def adapter_index(row_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +157,7 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
     for name in layer.active_adapters:
         if name not in layer.lora_embedding_A:
             continue
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and not is_plain(layer.lora_variant[name]):
             return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
         if layer.input_fns.get(name) is not None or layer.output_fns.get(name) is not None:
             return f"adapter {name!r}: an embedding in parts on several devices"

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' own Conv1D, GPT-2's linear layer, whose weight is (in_features, out_features)."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and type(module) is home.Conv1D
+
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "mems", "cache")
 

@@ -16,6 +16,7 @@ from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.activation.reference import gated_activation_reference
 
 from ..integrations import bitsandbytes, quantised
+from ..integrations.transformers import is_conv1d
 from .bypass import own_class
 from .lora import FastLoraLayer
 
@@ -151,7 +152,7 @@ def _size(module: Any) -> tuple[int, int] | None:
     base = _base(module)
     if own_class(base) is nn.Linear or bitsandbytes.is_linear_4bit(base) or quantised.reader(base) is not None:
         return base.in_features, base.out_features
-    return None
+    return (base.nx, base.nf) if is_conv1d(base) else None
 
 
 def _features(module: Any, which: int) -> int:

@@ -14,6 +14,7 @@ from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft, quantised
+from ..integrations.transformers import is_conv1d
 from .bypass import why_not_bypassed
 
 Member = TypeVar("Member")
@@ -66,7 +67,8 @@ def frozen_base(
     reader = quantised.reader(base)
     if reader is not None:
         return why_not_bypassed(base, type(base), device) or quantised.frozen_base(reader, base, x, autocast)
-    reason = why_not_bypassed(base, nn.Linear, device)
+    turned = is_conv1d(base)
+    reason = why_not_bypassed(base, type(base) if turned else nn.Linear, device)
     if reason is not None:
         return reason
     weight = base._parameters["weight"]
@@ -78,7 +80,7 @@ def frozen_base(
     if autocast is None and weight.dtype != x.dtype:
         return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
     dtype = autocast or x.dtype
-    return DenseWeight(weight), dtype, dtype
+    return DenseWeight(weight.t() if turned else weight), dtype, dtype
 
 
 def base_bias(base: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..integrations import bitsandbytes, dora, peft, quantised
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..integrations.transformers import is_conv1d
 from ..layers.bypass import own_class
 from ..layers.counting import outcomes
 from ..layers.few_tokens import FEW_TOKENS
@@ -30,10 +31,11 @@ class LoraReplacement:
 
         if type(module) in fast_classes():
             base = module.get_submodule("base_layer")
-            if own_class(base) not in (nn.Linear, bitsandbytes.linear_4bit()) and quantised.reader(base) is None:
+            dense = own_class(base) is nn.Linear or is_conv1d(base)
+            if not dense and not bitsandbytes.is_linear_4bit(base) and quantised.reader(base) is None:
                 return Left(f"no op for a base layer of type {type(base).__name__}")
             variants: dict[str, Any] = getattr(module, "lora_variant", {})
-            left = {name: type(variant).__name__ for name, variant in variants.items() if not dora.is_dora(variant)}
+            left = {name: type(variant).__name__ for name, variant in variants.items() if not serves(variant)}
             if left and set(left) >= set(module.active_adapters):  # type: ignore[arg-type]
                 return Left(f"no op for this LoRA variant yet ({', '.join(sorted(set(left.values())))})")
             return Match(_op(module))
@@ -113,6 +115,11 @@ class LoraReplacement:
         if bitsandbytes.is_linear_4bit(base) and (note := bitsandbytes.decode_note(base)):
             notes.append(note)
         return partners, "; ".join(notes)
+
+
+def serves(variant: Any) -> bool:
+    """Whether a layer's own forward can do what a LoRA variant computes."""
+    return dora.is_dora(variant) or peft.is_plain(variant)
 
 
 def _op(module: nn.Module) -> str:

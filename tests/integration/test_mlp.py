@@ -17,7 +17,7 @@ from tests.integration.models import ARCHITECTURES, batch, checkpointed, make, w
 from tests.integration.reports import mlp_rows
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
-WITH_MLPS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2, "phi3": 2, "t5": 4}
+WITH_MLPS = {"llama": 2, "gpt2": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2, "phi3": 2, "t5": 4}
 
 
 def calls(model: nn.Module) -> set[str]:

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import fastpeft
 from tests.integration.models import ARCHITECTURES, batch, checkpointed, make, with_lora
-from tests.integration.reports import notes, shape_of, siblings
+from tests.integration.reports import mlp_rows, notes, shape_of, siblings
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
-SERVED = [name for name in ARCHITECTURES if name != "gpt2"]
 
-
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_peft(name: str) -> None:
     model = make(name)
     inputs = batch(model)
@@ -24,7 +23,7 @@ def test_loss_and_gradients_are_those_of_peft(name: str) -> None:
     assert not notes(model)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_projections_of_one_input_are_found(name: str) -> None:
     model = fastpeft.accelerate(make(name))
     with torch.no_grad():
@@ -32,7 +31,7 @@ def test_projections_of_one_input_are_found(name: str) -> None:
     assert siblings(model) == {frozenset(names.split()) for names in ARCHITECTURES[name].siblings}
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_restore_leaves_no_trace(name: str) -> None:
     model = make(name)
     inputs = batch(model)
@@ -70,16 +69,39 @@ def test_accelerating_twice_changes_nothing() -> None:
     assert again.equals(once) and siblings(model) == groups
 
 
-def test_conv1d_targets_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conv1d_of_another_class_is_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Other(Conv1D):
+        """May compute anything."""
+
     model = make("gpt2")
+    for module in model.modules():
+        if type(module) is Conv1D:
+            module.__class__ = Other
     inputs = batch(model)
     before, shape = step(model, inputs), shape_of(model)
     fastpeft.accelerate(model)
     assert "nothing was replaced" in caplog.text
     report = fastpeft.report(model)
-    assert not report.accelerated and {row.note for row in report.left} == {"no op for a base layer of type Conv1D"}
+    assert not report.accelerated and {row.note for row in report.left} == {"no op for a base layer of type Other"}
     assert step(model, inputs).equals(before)
     assert shape_of(fastpeft.restore(model)) == shape
+
+
+def test_gpt2_s_mlps_are_one_op() -> None:
+    model = make("gpt2", target_modules=["c_attn", "c_fc", "c_proj"])
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert len(mlp_rows(model)) == 2 and all(row.accelerated and not row.note for row in mlp_rows(model))
+
+
+def test_merging_over_conv1d() -> None:
+    peft = make("gpt2").eval()
+    ours, inputs = fastpeft.accelerate(copy.deepcopy(peft)), batch(peft)
+    with torch.no_grad():
+        for change in ("merge_adapter", "unmerge_adapter"):
+            for model in (ours, peft):
+                getattr(model, change)()
+            torch.testing.assert_close(ours(**inputs).logits, peft(**inputs).logits)
 
 
 CHECKPOINTED = [

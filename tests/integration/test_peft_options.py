@@ -27,6 +27,12 @@ SERVED: dict[str, dict[str, Any]] = {
     "exclude_modules": {"exclude_modules": ["k_proj"]},
     "olora": {"init_lora_weights": "olora"},
     "pissa": {"init_lora_weights": "pissa"},
+    "eva": {"init_lora_weights": "eva"},
+    "lora_ga": {"init_lora_weights": "lora_ga"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "velora": {"velora_config": VeloraConfig(num_groups=8, init_type="random")},

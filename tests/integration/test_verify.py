@@ -18,11 +18,7 @@ from tests.integration.reports import mlp_rows
 from tests.integration.steps import step
 
 full = pytest.mark.full
-SERVED = [
-    pytest.param(name, marks=[] if name in ("llama", "bert", "t5") else full)
-    for name in ARCHITECTURES
-    if name != "gpt2"
-]
+SERVED = [pytest.param(name, marks=[] if name in ("llama", "bert", "t5") else full) for name in ARCHITECTURES]
 
 
 class TestVerifyPasses:
