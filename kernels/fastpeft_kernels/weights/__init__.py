@@ -4,6 +4,7 @@ from .base import FrozenWeight, unflatten_weight
 from .dense import DenseWeight
 from .four_bit import FourBitWeight
 from .hqq import HqqWeight
+from .mxfp4 import Mxfp4Weight
 from .packed import PackedWeight
 from .scaled import ScaledWeight
 
@@ -12,6 +13,7 @@ __all__ = [
     "FourBitWeight",
     "FrozenWeight",
     "HqqWeight",
+    "Mxfp4Weight",
     "PackedWeight",
     "ScaledWeight",
     "unflatten_weight",
