@@ -66,12 +66,13 @@ def _child_copy(module: Any) -> nn.Module:
 @contextmanager
 def suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """PEFT's own forward in every layer, around experts and embeddings; the model's own in every MLP."""
-    for module in modules.values():
+    active = [module for module in modules.values() if not module.fastpeft_suspended]
+    for module in active:
         module.fastpeft_suspended = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module in modules.values():
+        for module in active:
             module.__dict__.pop("fastpeft_suspended", None)
 
 

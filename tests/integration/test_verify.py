@@ -172,6 +172,16 @@ class TestVerifyLeavesNoTrace:
         for name, value in before.items():
             assert torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name], name
 
+    def test_on_what_was_suspended_before(self) -> None:
+        """As `restore` leaves modules whose class another library has replaced."""
+        config = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+        model = fastpeft.accelerate(get_peft_model(make_base(num_hidden_layers=1), config))
+        left: list[Any] = [module for module in model.modules() if hasattr(module, "fastpeft_suspended")]
+        for module in left:
+            module.fastpeft_suspended = True
+        fastpeft.verify(model)
+        assert len(left) == 3 and all(module.fastpeft_suspended for module in left)
+
     def test_when_it_is_interrupted(self) -> None:
         model = fastpeft.accelerate(make())
         with torch.no_grad():
