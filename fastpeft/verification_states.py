@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .integrations import bitsandbytes, quantised
 from .integrations.transformers import multiply_experts_one_by_one
+from .layers.embedding import FastEmbedding, stock_embedding
 from .layers.experts import FastExperts, stock_wrapper
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
@@ -26,9 +27,11 @@ def in_fp64(layer: nn.Module) -> nn.Module:
     return _copied(layer, stock)
 
 
-def whole_in_fp64(module: FastMlp | FastExperts) -> nn.Module:
-    """The model's own MLP over PEFT's layers, or PEFT's wrappers around the model's own experts, likewise."""
-    return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_class(type(module)))
+def whole_in_fp64(module: FastMlp | FastExperts | FastEmbedding) -> nn.Module:
+    """The model's own MLP over PEFT's layers, or PEFT's layer around the model's own experts or embedding, likewise."""
+    if isinstance(module, FastMlp):
+        return _copied(module, stock_class(type(module)))
+    return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_embedding())
 
 
 def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
@@ -62,13 +65,14 @@ def _child_copy(module: Any) -> nn.Module:
 
 @contextmanager
 def suspended(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """PEFT's own forward in every layer and around experts, the model's own in every MLP."""
-    for module in modules.values():
+    """PEFT's own forward in every layer, around experts and embeddings; the model's own in every MLP."""
+    active = [module for module in modules.values() if not module.fastpeft_suspended]
+    for module in active:
         module.fastpeft_suspended = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module in modules.values():
+        for module in active:
             module.__dict__.pop("fastpeft_suspended", None)
 
 
@@ -94,18 +98,16 @@ def noisy(layers: Mapping[str, nn.Module], rounding: dict[str, float], seed: int
 
 @contextmanager
 def calm(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, and random values in every lora_B that is still zero; all as before afterwards."""
+    """Evaluation mode, and random values in every factor that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    layers = [module for module in model.modules() if isinstance(module, (FastLoraLayer, FastExperts))]
-    zeros, frozen = [], []
+    layers = [module for module in model.modules() if isinstance(module, (FastLoraLayer, FastExperts, FastEmbedding))]
+    zeros: list[tuple[Tensor, int]] = []
+    frozen: list[nn.Parameter] = []
     if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
         frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
     for layer in layers:
-        for name in layer.active_adapters:  # type: ignore[attr-defined, operator, union-attr]
-            b = layer.lora_B[name].weight if name in layer.lora_B else None  # type: ignore[index, operator, union-attr]
-            if b is not None and not b.any():
-                zeros.append(b)
+        zeros += _zero_factors(layer)
     calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -113,8 +115,8 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         for parameter in frozen:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for b in zeros:
-                b.copy_(torch.randn(b.shape, generator=generator) / b.shape[1])
+            for factor, rank in zeros:
+                factor.copy_(torch.randn(factor.shape, generator=generator) / rank)
         yield
     finally:
         for module in training:
@@ -124,8 +126,23 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         for base, setting in four_bit:
             bitsandbytes.allow_cpu_packing(base, setting)
         with torch.no_grad():
-            for b in zeros:
-                b.zero_()
+            for factor, _ in zeros:
+                factor.zero_()
         for module in model.modules():
             if "fastpeft_calls" in module.__dict__:
                 module.__dict__["fastpeft_calls"] = calls[module]
+
+
+def _zero_factors(layer: Any) -> Iterator[tuple[Tensor, int]]:
+    """(factor, rank) of the active adapters' factors that PEFT starts with zeros, where they still are."""
+    for name in layer.active_adapters:
+        if name in layer.lora_B:
+            factor = layer.lora_B[name].weight
+            rank = factor.shape[1]
+        elif name in layer.lora_embedding_A:
+            factor = layer.lora_embedding_A[name]
+            rank = factor.shape[0]
+        else:
+            continue
+        if not factor.any():
+            yield factor, rank

@@ -60,7 +60,7 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
             if p >= 1.0:
                 return f"adapter {name!r}: dropout of {p}"
         scaling = layer.scaling[name]
-        if isinstance(scaling, torch.Tensor) and (scaling.dim() or scaling.requires_grad or scaling.device != device):
+        if not _is_plain_factor(scaling, device):
             return f"adapter {name!r}: a scaling that is trained, no single number, or on another device"
         weight_a, weight_b, bias = a._parameters["weight"], b._parameters["weight"], b._parameters["bias"]
         for weight in (weight_a, weight_b, bias):
@@ -153,6 +153,7 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
     base = layer.get_base_layer()
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse gradients"
+    device, embed_scale = base.weight.device, layer._get_embed_scale()
     found = []
     for name in layer.active_adapters:
         if name not in layer.lora_embedding_A:
@@ -162,11 +163,15 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
         if layer.input_fns.get(name) is not None or layer.output_fns.get(name) is not None:
             return f"adapter {name!r}: an embedding in parts on several devices"
         a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        reason = why_not_plain(a, base.weight.device) or why_not_plain(b, base.weight.device)
+        reason = why_not_plain(a, device) or why_not_plain(b, device)
         if reason is not None:
             return f"adapter {name!r}: {reason}"
-        embed_scale = layer._get_embed_scale()
-        found.append((a, b, layer.scaling[name] if embed_scale is None else layer.scaling[name] * embed_scale))
+        if a.dtype != b.dtype:
+            return f"adapter {name!r}: lora_A in {a.dtype}, lora_B in {b.dtype}"
+        scaling = layer.scaling[name] if embed_scale is None else layer.scaling[name] * embed_scale.reshape(())
+        if not _is_plain_factor(scaling, device):
+            return f"adapter {name!r}: a scaling that is trained, no single number, or on another device"
+        found.append((a, b, scaling))
     return tuple(found)
 
 
@@ -189,6 +194,13 @@ def by_expert(wrapper: Any, adapters: tuple[LoraAdapter, ...], transposed: bool)
             a, b = b.mT, a.mT
         found.append(ExpertAdapter(a, b, adapter.scaling))
     return tuple(found)
+
+
+def _is_plain_factor(scaling: float | torch.Tensor, device: torch.device) -> bool:
+    """Whether an op may take it: a number, or a tensor of one that is not trained, on this device."""
+    if not isinstance(scaling, torch.Tensor):
+        return True
+    return scaling.dim() == 0 and not scaling.requires_grad and scaling.device == device
 
 
 def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str | None:

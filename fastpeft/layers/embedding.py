@@ -19,11 +19,17 @@ class FastEmbedding(Counting, nn.Module):
 
     fastpeft_suspended: bool = False
 
+    def request(
+        self, ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Tensor, Tensor, float | Tensor], ...] | str:
+        """(a, b, scaling) of what is to be added for ids, or why PEFT's own forward must run."""
+        return why_not_embedded(self, ids, args, kwargs) or peft.embedding_adapters(self)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
-        adapters = why_not_embedded(self, x, args, kwargs) or peft.embedding_adapters(layer)
+        adapters = self.request(x, *args, **kwargs)
         if isinstance(adapters, str):
             self._count(adapters)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
@@ -40,13 +46,18 @@ class FastEmbedding(Counting, nn.Module):
             self.__dict__.pop(name, None)
 
 
+def stock_embedding() -> type[nn.Module]:
+    """PEFT's class."""
+    from peft.tuners.lora import Embedding
+
+    return Embedding  # type: ignore[no-any-return]
+
+
 @cache
 def fast_embedding() -> type[nn.Module]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
-    from peft.tuners.lora import Embedding
-
     members = {"__module__": __name__, "__doc__": "Embedding of PEFT, in one pass."}
-    globals()["FastLoraEmbedding"] = made = type("FastLoraEmbedding", (FastEmbedding, Embedding), members)
+    globals()["FastLoraEmbedding"] = made = type("FastLoraEmbedding", (FastEmbedding, stock_embedding()), members)
     return made
 
 

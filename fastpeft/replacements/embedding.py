@@ -9,7 +9,7 @@ from torch import nn
 from ..integrations import peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.counting import outcomes
-from ..layers.embedding import FastEmbedding, fast_embedding
+from ..layers.embedding import FastEmbedding, fast_embedding, stock_embedding
 from .base import Left, Match
 
 OP = "lora_embedding"
@@ -21,9 +21,7 @@ class EmbeddingReplacement:
     switch = "lora"
 
     def match(self, module: nn.Module) -> Match | Left | None:
-        from peft.tuners.lora import Embedding
-
-        return Match(OP) if type(module) is Embedding else None
+        return Match(OP) if type(module) is stock_embedding() else None
 
     def prove(self, module: nn.Module, matched: Match) -> Match | Left:
         if not peft.has_stock_forward(type(module)):
@@ -44,17 +42,15 @@ class EmbeddingReplacement:
         pass
 
     def undo(self, module: nn.Module) -> bool:
-        from peft.tuners.lora import Embedding
-
         if not isinstance(module, FastEmbedding):
             return False
         module.leave()
-        fast = type(module)
+        fast, stock = type(module), stock_embedding()
         if fast is not fast_embedding():  # FSDP2 has put a class of its own before ours
             module.fastpeft_suspended = True
             return True
-        module.__class__ = Embedding  # type: ignore[assignment]
-        rebind_hooked_forward(module, fast, Embedding)
+        module.__class__ = stock  # type: ignore[assignment]
+        rebind_hooked_forward(module, fast, stock)
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:

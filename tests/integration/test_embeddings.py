@@ -100,6 +100,30 @@ def test_what_cannot_be_is_peft_s_and_named(options: dict[str, Any]) -> None:
     assert "max_norm, scale_grad_by_freq" in row.note
 
 
+def test_a_trained_scaling_is_peft_s_and_gets_its_gradient() -> None:
+    ours, peft = pair(nn.Embedding(7, 8))
+    found = []
+    for model in (ours, peft):
+        scaling = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        model.base_model.model.words.scaling["default"] = scaling
+        model(IDS).square().sum().backward()
+        found.append(scaling.grad)
+    torch.testing.assert_close(*found)
+    assert "a scaling that is trained" in next(iter(layer_of(ours).fastpeft_calls))
+
+
+def test_a_and_b_of_two_dtypes_are_peft_s() -> None:
+    """Autocast makes them one."""
+    ours, peft = pair(nn.Embedding(7, 8))
+    for model in (ours, peft):
+        model.float()
+        factor = model.base_model.model.words.lora_embedding_B["default"]
+        factor.data = factor.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        check(ours, peft)
+    assert "lora_A in torch.float32, lora_B in torch.bfloat16" in next(iter(layer_of(ours).fastpeft_calls))
+
+
 def test_rows_with_adapters_of_their_own_are_peft_s() -> None:
     ours, peft = pair(nn.Embedding(7, 8))
     names = {"adapter_names": ["default", "__base__"]}

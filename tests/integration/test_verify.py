@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import fastpeft
-from fastpeft_kernels.lora import library
+from fastpeft_kernels.lora import library, lora_embedding
 from tests.integration.models import ARCHITECTURES, batch, make, make_base, with_lora
 from tests.integration.quantised import make_quantised
 from tests.integration.reports import mlp_rows
@@ -67,6 +67,15 @@ class TestVerifyPasses:
         outcome = fastpeft.verify(model)
         assert not outcome.failures and len(outcome.unserved) == 14 + 2 and "not served by an op" in str(outcome)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["embed_tokens"]], ids=["with layers", "alone"])
+    def test_on_embeddings_whose_lora_a_is_zero(self, targets: list[str], dtype: torch.dtype) -> None:
+        config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+        model = fastpeft.accelerate(get_peft_model(make_base(dtype=dtype, num_hidden_layers=1), config))
+        passes(model)
+        (factor,) = [p for name, p in model.named_parameters() if "lora_embedding_A" in name]
+        assert not factor.any() and factor.grad is None
+
     def test_inside_no_grad(self) -> None:
         model = fastpeft.accelerate(make())
         with torch.no_grad():
@@ -119,6 +128,20 @@ class TestVerifyFails:
         named = {failure.path for failure in fastpeft.verify(model).failures if failure.path}
         assert named == {path, path.rpartition(".")[0]}
 
+    @pytest.mark.parametrize("wrong", ["output", "gradients"])
+    def test_when_an_embedding_is_wrong(self, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = fastpeft.accelerate(get_peft_model(make_base(num_hidden_layers=1), config))
+
+        def off(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+            right, wider = lora_embedding(y, ids, a, b, **options), lora_embedding(y, ids, a * 1.01, b, **options)
+            return wider if wrong == "output" else wider + (right - wider).detach()
+
+        monkeypatch.setattr("fastpeft.layers.embedding.lora_embedding", off)
+        failed = fastpeft.verify(model).failures
+        embedding = "base_model.model.model.embed_tokens"
+        assert {failure.path for failure in failed} == {embedding, ""}, "by itself, and in the whole model"
+
     def test_for_numbers_that_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = fastpeft.accelerate(make())
         monkeypatch.setattr(
@@ -144,6 +167,16 @@ class TestVerifyLeavesNoTrace:
         assert before.keys() == after.keys()
         for name, value in before.items():
             assert torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name], name
+
+    def test_on_what_was_suspended_before(self) -> None:
+        """As `restore` leaves modules whose class another library has replaced."""
+        config = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+        model = fastpeft.accelerate(get_peft_model(make_base(num_hidden_layers=1), config))
+        left: list[Any] = [module for module in model.modules() if hasattr(module, "fastpeft_suspended")]
+        for module in left:
+            module.fastpeft_suspended = True
+        fastpeft.verify(model)
+        assert len(left) == 3 and all(module.fastpeft_suspended for module in left)
 
     def test_when_it_is_interrupted(self) -> None:
         model = fastpeft.accelerate(make())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
-from ..common.validation import check_floating, check_instance
+from ..common.validation import check_floating, check_instance, check_scaling
 
 
 def lora_embedding(
@@ -18,14 +19,15 @@ def lora_embedding(
     """The frozen embedding's output with one adapter's update added, in the wider of their dtypes.
 
     Equivalent PyTorch: `y + scaling * (F.embedding(ids, a.t(), padding_idx) @ b.t())`. Gradients reach y, a and b.
-    Keeps ids and the rows of `a`, (tokens, rank), for backward; neither the update nor its scaled copy is made.
+    Keeps ids and the rows of `a`, (tokens, rank), for backward; neither the update nor its scaled copy is made. The
+    gradient of `a` is summed in fp32 at least: a frequent token's is a sum of thousands.
 
     Args:
         y: (..., features), the frozen embedding of ids.
         ids: (...), int64 or int32, on y's device; below vocabulary.
         a: (rank, vocabulary), floating.
         b: (features, rank), dtype of `a`.
-        scaling: factor of the update; a float or a 0-d tensor.
+        scaling: factor of the update; a float or a 0-d tensor on y's device, which is not trained.
         padding_idx: its row of `a` gets no gradient.
 
     Returns:
@@ -49,6 +51,7 @@ def lora_embedding(
             f"b: expected shape {(y.shape[-1], 'rank')} and dtype of a, {tuple(a.shape)} {a.dtype}, "
             f"got {tuple(b.shape)} {b.dtype}"
         )
+    check_scaling("scaling", scaling, y.device)
     return _LoraEmbedding.apply(y, ids, a, b, scaling, padding_idx)  # type: ignore[no-any-return]
 
 
@@ -58,8 +61,9 @@ class _LoraEmbedding(torch.autograd.Function):
         ctx, y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, padding_idx: int | None
     ) -> Tensor:
         ctx.options, ctx.dtype = (scaling, padding_idx, a.shape[1]), y.dtype
-        s = a.t()[ids.reshape(-1)]
-        ctx.save_for_backward(ids, s if ctx.needs_input_grad[3] else None, b)
+        s = F.embedding(ids.reshape(-1), a.t())
+        factor = scaling if isinstance(scaling, Tensor) else None  # saved for torch to notice a write before backward
+        ctx.save_for_backward(ids, s if ctx.needs_input_grad[3] else None, b, factor)
         rows = y.reshape(-1, y.shape[-1])
         wide = torch.promote_types(y.dtype, s.dtype)
         with autocast_off(y.device):
@@ -68,16 +72,16 @@ class _LoraEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        ids, s, b = ctx.saved_tensors
+        ids, s, b, _ = ctx.saved_tensors
         scaling, padding_idx, vocabulary = ctx.options
         rows, ids = dy.reshape(-1, dy.shape[-1]).to(b.dtype), ids.reshape(-1)
         da = db = None
         with autocast_off(dy.device):
             if ctx.needs_input_grad[2]:
                 ds = torch.mm(rows, b).mul_(scaling)
-                if padding_idx is not None:
-                    ds.masked_fill_((ids == padding_idx).unsqueeze(1), 0.0)
-                da = ds.new_zeros((vocabulary, b.shape[1])).index_add_(0, ids, ds).t()
+                ds = ds.to(torch.promote_types(ds.dtype, torch.float32))
+                padding = -1 if padding_idx is None else padding_idx
+                da = torch.ops.aten.embedding_dense_backward(ds, ids, vocabulary, padding, False).t().to(b.dtype)
             if ctx.needs_input_grad[3]:
                 db = torch.mm(rows.t(), s).mul_(scaling)
         return dy.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, da, db, None, None

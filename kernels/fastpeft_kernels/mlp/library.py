@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..activation.api import fill_gated_activation, fill_gated_activation_backward
 from ..lora import library
+from ..lora.frozen_products import large_input_gradient
 from ..lora.parts import rows_contiguous
 from ..lora.projection import Dtypes, Group, Packed, trains_a, trains_b
 from . import fused
@@ -151,7 +152,7 @@ def backward(
                 grads_down[0][1] = found.da_down
             dys, dx = mlp.columns(dpre), None
             if dx_dtype is not None:
-                dx = library.large_input_gradient(dys, found.ds, group, packed, dx_dtype)
+                dx = large_input_gradient(dys, found.ds, group, packed, dx_dtype)
             if kept.x is not None:
                 library.down_gradients(found.ds, kept.x.to(dtypes.lora), group, needs[:-1], found.inner)
             return dx, [*found.inner, *grads_down]

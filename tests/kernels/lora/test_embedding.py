@@ -80,6 +80,31 @@ def test_only_what_is_trained(trained: tuple[bool, bool]) -> None:
     assert (a.grad is not None, b.grad is not None) == trained
 
 
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_tokens_that_are_none(token: int) -> None:
+    y, _, a, b = drawn(1)
+    with pytest.raises(IndexError):
+        lora_embedding(y, torch.tensor([token]), a, b)
+
+
+def test_a_frequent_token_in_bf16_gets_all_of_its_gradient() -> None:
+    """Sums in bf16 stop growing at 256 times what is added."""
+    tokens = 4000
+    y, _, a, b = drawn(tokens, dtype=torch.bfloat16)
+    lora_embedding(y, torch.zeros(tokens, dtype=torch.int64), a, b).sum().backward()
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad[:, 0].float(), tokens * b.detach().float().sum(0), rtol=0.02, atol=0.0)
+
+
+def test_a_scaling_that_is_written_into_before_backward_is_noticed() -> None:
+    y, ids, a, b = drawn(4)
+    scaling = torch.tensor(2.0)
+    result = lora_embedding(y, ids, a, b, scaling=scaling)
+    scaling.fill_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -92,6 +117,8 @@ def test_only_what_is_trained(trained: tuple[bool, bool]) -> None:
             ValueError,
             r"b: expected shape \(16, 'rank'\) and dtype of a, .*, got \(16, 2\)",
         ),
+        ({"scaling": torch.ones(2)}, ValueError, r"scaling: expected shape \(\), got \(2,\)"),
+        ({"scaling": torch.ones((), requires_grad=True)}, ValueError, "scaling: expected a tensor without gradient"),
         ({"b": torch.zeros(FEATURES, RANK).half()}, ValueError, "b: expected .*torch.float32, got .*torch.float16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
