@@ -106,10 +106,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
             peft, _ = _step(model, layers, inputs)
         checks, rounding = check_layers(layers, traffic)
         of_wholes, rounding_of_wholes = check_wholes(wholes, traffic_of_wholes)
-        rounding |= {path: rms for path, rms in rounding_of_wholes.items() if path not in mlps}
-        with suspended(replaced), noisy({**layers, **experts, **embeddings}, rounding, seed):
+        outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
+        with suspended(replaced), noisy({**layers, **experts, **embeddings}, outputs, seed):
             twin, _ = _step(model, layers, inputs)
-    checks += of_wholes + _compare_models(ours, peft, twin)
+    checks += of_wholes + _compare_models(ours, peft, twin, rounding.gradients | rounding_of_wholes.gradients)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
     served = {**layers, **wholes}
@@ -164,7 +164,10 @@ def output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
     return y, (y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean()
 
 
-def _compare_models(ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict[str, Tensor]) -> list[Check]:
+def _compare_models(
+    ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict[str, Tensor], rounding: dict[str, float]
+) -> list[Check]:
+    """`rounding` is PEFT's in gradients in their own layers: the twin repeats it, so it adds to the twin's distance."""
     checks = []
     rows = max(1, peft["output"].numel() // peft["output"].shape[-1])
     for name in ["output", "loss", *sorted((ours.keys() | peft.keys()) - {"output", "loss"})]:
@@ -177,6 +180,8 @@ def _compare_models(ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict
         noise = (twin[name].double() - reference).norm().item() / scale
         if name == "output":
             output_noise = noise
+        elif name in rounding:
+            noise += rounding[name]
         elif name == "loss":  # one number can be close by chance: it is a mean over rows of the output
             noise = max(noise, output_noise / rows**0.5)
         eps = torch.finfo(peft[name].dtype).eps

@@ -7,7 +7,7 @@ little more where few numbers leave much to chance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,30 @@ class Check:
         return self.error <= self.budget  # False for NaN
 
 
-def check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], dict[str, float]]:
-    """Checks of every layer, group by group, and the rms error of PEFT's output by path."""
+@dataclass(frozen=True)
+class Rounding:
+    """PEFT's own errors in the modules, given their inputs.
+
+    Attributes:
+        outputs: root mean square of the output's error, by path.
+        gradients: norm of a parameter's gradient's error over the gradient's, by the parameter's name.
+    """
+
+    outputs: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
+
+    def note(self, path: str, module: nn.Module, peft: _Derived, exact: _Derived, which: int) -> None:
+        """Of the module at `path`, the `which`-th that was differentiated."""
+        self.outputs[path] = (peft.outputs[which].double() - exact.outputs[which]).square().mean().sqrt().item()
+        names = [f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad]
+        for name, got, truth in zip(names, peft.parameters[which], exact.parameters[which], strict=True):
+            self.gradients[name] = _norm(got.double() - truth) / (_norm(truth) or 1.0)
+
+
+def check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], Rounding]:
+    """Checks of every layer, group by group."""
     checks: list[Check] = []
-    rounding: dict[str, float] = {}
+    rounding = Rounding()
     paths = {id(layer): path for path, layer in layers.items()}
     done: set[int] = set()
     for layer in layers.values():
@@ -73,7 +93,7 @@ def check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -
 
 
 def _check_group(
-    paths: list[str], members: list[Sibling], x: Tensor, dys: list[Tensor], rounding: dict[str, float]
+    paths: list[str], members: list[Sibling], x: Tensor, dys: list[Tensor], rounding: Rounding
 ) -> list[Check]:
     parameters = [_trained(member) for member in members]
     ours = _differentiate(members, x, dys, parameters)
@@ -87,7 +107,7 @@ def _check_group(
         exact = _Derived([*exact.outputs, *part.outputs], exact.x + part.x, [*exact.parameters, *part.parameters])
     checks = []
     for i, path in enumerate(paths):
-        rounding[path] = _rms(peft.outputs[i], exact.outputs[i])
+        rounding.note(path, members[i], peft, exact, i)
         checks.append(_check(path, "output", ours.outputs[i], peft.outputs[i], exact.outputs[i]))
         triples = zip(ours.parameters[i], peft.parameters[i], exact.parameters[i], strict=True)
         checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
@@ -95,10 +115,10 @@ def _check_group(
     return checks
 
 
-def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], dict[str, float]]:
-    """Checks of all that the ops served, each as a whole; the rms error of PEFT's output by path."""
+def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], Rounding]:
+    """Checks of all that the ops served, each as a whole."""
     checks: list[Check] = []
-    rounding: dict[str, float] = {}
+    rounding = Rounding()
     for path, module in wholes.items():
         *inputs, dy = traffic.pop(path, [torch.empty(0)])
         if len(inputs) != (3 if isinstance(module, FastExperts) else 1) or isinstance(module.request(*inputs), str):
@@ -113,17 +133,13 @@ def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) 
         x, *routing = [t.double() if t.is_floating_point() else t for t in inputs]
         with torch.autocast(x.device.type, enabled=False):
             exact = _differentiate([wide], x, [dy.double()], [_trained(wide)], routing)
-        rounding[path] = _rms(peft.outputs[0], exact.outputs[0])
+        rounding.note(path, module, peft, exact, 0)
         checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
         triples = zip(ours.parameters[0], peft.parameters[0], exact.parameters[0], strict=True)
         checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
         if x.is_floating_point():
             checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
     return checks, rounding
-
-
-def _rms(y: Tensor, exact: Tensor) -> float:
-    return (y.double() - exact).square().mean().sqrt().item()
 
 
 @dataclass
