@@ -61,5 +61,10 @@ def _weight(weight: Any) -> ScaledWeight:
     if rows < 1 or columns < 1:
         raise ValueError(f"blocks of {tuple(weight.block_size)} in a matrix of {tuple(codes.shape)}")
     blocks = (-(codes.shape[0] // -rows), -(codes.shape[1] // -columns))
-    scale, zero = (t if t is None or t.numel() != blocks[0] * blocks[1] else t.reshape(blocks) for t in (scale, zero))
-    return ScaledWeight(codes, scale, zero, block=(rows, columns), dtype=weight.dtype)
+    zero = None if zero is None else _of_blocks(zero, blocks)
+    return ScaledWeight(codes, _of_blocks(scale, blocks), zero, block=(rows, columns), dtype=weight.dtype)
+
+
+def _of_blocks(statistics: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """In this shape, where there is one for each block."""
+    return statistics.reshape(blocks) if statistics.numel() == blocks[0] * blocks[1] else statistics

@@ -106,6 +106,8 @@ def _why_not_routing(x: Tensor, index: Any, weights: Any) -> str | None:
     for value in (index, weights):
         if type(value) is not Tensor or value.dim() != 2 or value.shape[0] != x.shape[0] or value.device != x.device:
             return "a routing that is no two tensors of (tokens, choices)"
+    if x.device.type == "meta":
+        return "a routing without numbers, on the meta device"
     if x.dim() != 2 or index.shape != weights.shape or not weights.is_floating_point():
         return "a routing that is no two tensors of (tokens, choices)"
     if index.dtype not in (torch.int64, torch.int32):

@@ -250,6 +250,7 @@ def test_every_other_call_is_peft_s_and_named() -> None:
         assert reason in outcome, outcome
 
     left("called with top_k_index", top_k_index=index, top_k_weights=weights)
+    assert "on the meta device" in layer.request(*(t.to("meta") for t in (x, index, weights)))
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
     left("a hook on a bypassed FastParamWrapper")
     handle.remove()
