@@ -36,14 +36,16 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
         return f"packing {meta['packing']}, or scales that are quantised or offloaded themselves"
     if autocast is None and x.dtype != layer.compute_dtype:
         return f"input in {x.dtype}, compute_dtype {layer.compute_dtype}, no autocast"
-    packed, zero = layer.W_q.data, meta["zero"]
+    packed, scale, zero = layer.W_q.detach(), meta["scale"], meta["zero"]
+    if scale.dtype != layer.compute_dtype:
+        return f"scales in {scale.dtype}, compute_dtype {layer.compute_dtype}"
     if meta["view_as_float"]:
         packed = packed.view(meta["unpack_view_dtype"])
     if zero.dtype == torch.float32:  # made in inference mode and never cast since: no compiled graph can keep it
         zero = zero.clone()
     rows, columns = meta["shape"]
     dtype = autocast or x.dtype
-    return HqqWeight(packed, meta["scale"], zero, PACKINGS[meta["packing"]], (rows, columns)), dtype, dtype
+    return HqqWeight(packed, scale, zero, PACKINGS[meta["packing"]], (rows, columns)), dtype, dtype
 
 
 def dense_linear(layer: Any) -> nn.Linear:

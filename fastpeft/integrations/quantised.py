@@ -29,7 +29,7 @@ class Reader(Protocol):
         """The layer's weight for x, or the reason why the layer's own forward must run.
 
         Raises:
-            TypeError, ValueError: storage that cannot be read.
+            AttributeError, LookupError, TypeError, ValueError: storage that cannot be read.
         """
 
     def dense_linear(self, layer: Any) -> nn.Linear:
@@ -57,7 +57,7 @@ def frozen_base(found: Reader, layer: Any, x: Tensor, autocast: torch.dtype | No
     """What the layer's reader makes of it for x; a reason begins with the storage's name."""
     try:
         base = found.frozen_base(layer, x, autocast)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # another version of the library's, too
         base = f"storage that cannot be read: {error}"
     if not isinstance(base, str):
         weight = base[0]

@@ -27,7 +27,10 @@ def name(layer: Any) -> str:
 
 
 def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | str:
-    """Int8Tensor multiplies in the dtype of x and returns it under autocast too; the others are like a matrix."""
+    """Int8Tensor multiplies in the dtype of x and returns it under autocast too; the others are like a matrix.
+
+    But Float8Tensor adds its bias to the product, so that the wider dtype of the two comes out.
+    """
     weight = layer.weight
     kind = type(weight).__name__
     for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
@@ -37,8 +40,12 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
         return "the base weight is trained"
     if kind != INT8 and autocast is None and weight.dtype != x.dtype:
         return f"input in {x.dtype}, base weight in {weight.dtype}, no autocast"
-    dtype = autocast or x.dtype
-    return _weight(weight), dtype, x.dtype if kind == INT8 else dtype
+    dtype = out = autocast or x.dtype
+    if kind == INT8:
+        out = x.dtype
+    elif kind == FLOAT8 and layer.bias is not None:
+        out = torch.promote_types(dtype, layer.bias.dtype)
+    return _weight(weight), dtype, out
 
 
 def dense_linear(layer: Any) -> nn.Linear:
@@ -51,6 +58,13 @@ def dense_linear(layer: Any) -> nn.Linear:
 def _weight(weight: Any) -> ScaledWeight:
     codes, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
     rows, columns = (min(size, most) for size, most in zip(weight.block_size, codes.shape, strict=True))
+    if rows < 1 or columns < 1:
+        raise ValueError(f"blocks of {tuple(weight.block_size)} in a matrix of {tuple(codes.shape)}")
     blocks = (-(codes.shape[0] // -rows), -(codes.shape[1] // -columns))
-    zero = None if zero is None else zero.reshape(blocks)
-    return ScaledWeight(codes, scale.reshape(blocks), zero, block=(rows, columns), dtype=weight.dtype)
+    zero = None if zero is None else _of_blocks(zero, blocks)
+    return ScaledWeight(codes, _of_blocks(scale, blocks), zero, block=(rows, columns), dtype=weight.dtype)
+
+
+def _of_blocks(statistics: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """In this shape, where there is one for each block."""
+    return statistics.reshape(blocks) if statistics.numel() == blocks[0] * blocks[1] else statistics

@@ -25,6 +25,16 @@ def passes_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in (*args, *kwargs.values()))
 
 
+EXPERTS_ALIKE = ("eager", "batched_mm", "grouped_mm")
+"""Implementations of experts that compute the same, whatever the module."""
+
+
+def experts_implementation(experts: Any) -> str | None:
+    """Which code a module of experts runs at present, one name for those that compute the same; None without any."""
+    name: str | None = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return EXPERTS_ALIKE[0] if name in EXPERTS_ALIKE else name
+
+
 def multiplies_experts_as_stored(experts: Any) -> bool:
     """True where the experts' products are in the dtype of their weights under autocast too: autocast has no rule for
     torch's grouped product, which transformers takes then."""

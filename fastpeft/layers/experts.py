@@ -22,7 +22,7 @@ from ..integrations import peft
 from ..integrations.transformers import multiplies_experts_as_stored
 from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
-from .experts_structure import ExpertRoles
+from .experts_structure import ExpertRoles, settings
 from .merges import SeenMerges
 
 CLASS = "FastParamWrapper"
@@ -35,6 +35,7 @@ class FastExperts(SeenMerges, Counting, nn.Module):
     """
 
     fastpeft_roles: ExpertRoles
+    fastpeft_settings: dict[str, Any]  # of the proof
     fastpeft_wrappers: int = 1  # around the same experts
     fastpeft_suspended: bool = False
 
@@ -55,7 +56,7 @@ class FastExperts(SeenMerges, Counting, nn.Module):
         assert base is not None
         if "parametrizations" in base._modules:
             return "parametrized experts, as inside a call that PEFT serves"
-        reason = _why_not_experts(base, roles, device)
+        reason = _why_not_proved(base, self.fastpeft_settings, device) or _why_not_experts(base, roles, device)
         if reason is not None:
             return reason
         stored = base._parameters[roles.inner].dtype  # type: ignore[union-attr]
@@ -88,7 +89,8 @@ class FastExperts(SeenMerges, Counting, nn.Module):
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_roles", "fastpeft_wrappers", "fastpeft_calls", "fastpeft_suspended"):
+        kept = ("roles", "settings", "wrappers", "calls", "suspended")
+        for name in (f"fastpeft_{name}" for name in kept):
             self.__dict__.pop(name, None)
 
 
@@ -104,6 +106,8 @@ def _why_not_routing(x: Tensor, index: Any, weights: Any) -> str | None:
     for value in (index, weights):
         if type(value) is not Tensor or value.dim() != 2 or value.shape[0] != x.shape[0] or value.device != x.device:
             return "a routing that is no two tensors of (tokens, choices)"
+    if x.device.type == "meta":
+        return "a routing without numbers, on the meta device"
     if x.dim() != 2 or index.shape != weights.shape or not weights.is_floating_point():
         return "a routing that is no two tensors of (tokens, choices)"
     if index.dtype not in (torch.int64, torch.int32):
@@ -111,20 +115,29 @@ def _why_not_routing(x: Tensor, index: Any, weights: Any) -> str | None:
     return None
 
 
-def _why_not_experts(base: nn.Module, roles: ExpertRoles, device: torch.device) -> str | None:
-    """Why the experts' parameters cannot be read, or their module must be called itself; or None."""
+def _why_not_proved(base: nn.Module, proved: dict[str, Any], device: torch.device) -> str | None:
+    """Why the experts' module must be called itself: it may compute something else than in its proof; or None."""
     reason = why_not_bypassed(base, type(base), device)
     if reason is not None:
         return reason
-    held = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
-    if tuple(base._modules) != roles.children or held.keys() != set(roles.names()):
+    now = settings(base)
+    if now.keys() != proved.keys():
         return "other parts than when it was accelerated"
+    for name, value in now.items():
+        if value != proved[name]:
+            return f"{name}: another one than when it was accelerated"
     for child in base._modules.values():
         reason = None if child is None else why_not_bypassed(child, type(child), device)
         if reason is not None:
             return reason
-    if getattr(base, "_is_expert_parallel", False):
-        return "experts in parallel on several devices"
+    return "experts in parallel on several devices" if getattr(base, "_is_expert_parallel", False) else None
+
+
+def _why_not_experts(base: nn.Module, roles: ExpertRoles, device: torch.device) -> str | None:
+    """Why the experts' parameters cannot be read; or None."""
+    held = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
+    if held.keys() != set(roles.names()):
+        return "other parts than when it was accelerated"
     dtypes = set()
     for name, parameter in held.items():
         reason = peft.why_not_plain(parameter, device)
@@ -132,6 +145,8 @@ def _why_not_experts(base: nn.Module, roles: ExpertRoles, device: torch.device) 
             return f"{name}: {reason}"
         if parameter.requires_grad:
             return f"{name} is trained"
+        if not (parameter.is_contiguous() or parameter.mT.is_contiguous()):
+            return f"{name}: matrices that do not lie one after the other"
         dtypes.add(parameter.dtype)
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return f"experts in {', '.join(sorted(map(str, dtypes)))}"

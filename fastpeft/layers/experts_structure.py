@@ -14,6 +14,7 @@ from fastpeft_kernels.experts import CLAMPED_SWIGLU, ExpertProjection, Experts, 
 from fastpeft_kernels.experts.reference import lora_experts_reference
 from fastpeft_kernels.weights import DenseWeight
 
+from ..integrations.transformers import experts_implementation
 from .mlp_structure import FEATURES, SCALES, WIDTH, close_by_rows, computes, functions_among
 
 ROWS = 4 * len(SCALES)
@@ -28,7 +29,6 @@ class ExpertRoles:
         inner, down: names of the stacks of matrices, (experts, out, in), or (experts, in, out) if `transposed`.
         biased: whether each has a bias, of its name and "_bias".
         gating: what stands between the two.
-        children: names of all the module's children, none of which is called any more.
     """
 
     inner: str
@@ -36,7 +36,6 @@ class ExpertRoles:
     transposed: bool
     biased: bool
     gating: Gating
-    children: tuple[str, ...]
 
     def experts(self, parameters: Any, adapters: dict[str, Any]) -> Experts:
         """As the op takes them: `parameters` by name, and the `ExpertAdapter`s of each stack."""
@@ -50,8 +49,18 @@ class ExpertRoles:
 
     def _projection(self, name: str, parameters: Any, adapters: tuple[Any, ...]) -> ExpertProjection:
         stack: Tensor = parameters[name]
+        transposed = self.transposed
+        if not stack.is_contiguous():
+            stack, transposed = stack.mT, not transposed
         bias = parameters[f"{name}_bias"] if self.biased else None
-        return ExpertProjection(DenseWeight(stack.flatten(0, 1)), stack.shape[0], self.transposed, bias, adapters)
+        return ExpertProjection(DenseWeight(stack.flatten(0, 1)), stack.shape[0], transposed, bias, adapters)
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """What beside its parameters decides what a module of experts computes; of the proof, and at each call."""
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    own = {name: value for name, value in numbers.items() if not name.startswith("_") and name != "training"}
+    return {"class": type(module), "implementation": experts_implementation(module), **own, **module._modules}
 
 
 def candidates(module: nn.Module) -> list[ExpertRoles]:
@@ -70,7 +79,7 @@ def candidates(module: nn.Module) -> list[ExpertRoles]:
         if into != out or width not in (features, 2 * features):
             continue
         for gating in _gatings(module, functions, gated=width == 2 * features):
-            roles = ExpertRoles(inner, down, transposed, biased, gating, tuple(module._modules))
+            roles = ExpertRoles(inner, down, transposed, biased, gating)
             if set(roles.names()) == set(parameters):
                 found.append(roles)
     return found

@@ -10,7 +10,7 @@ from ..integrations import peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.counting import outcomes
 from ..layers.experts import FastExperts, fast_class, stock_wrapper, wrappers
-from ..layers.experts_structure import candidates, proved
+from ..layers.experts_structure import candidates, proved, settings
 from .base import Left, Match
 
 OP = "lora_experts"
@@ -44,6 +44,7 @@ class ExpertsReplacement:
         module.__class__ = fast
         rebind_hooked_forward(module, stock, fast)
         module.fastpeft_roles = proved.found
+        module.fastpeft_settings = settings(module.get_base_layer())  # type: ignore[operator, assignment]
 
     def installed(self, module: nn.Module) -> Match | None:
         return Match(OP) if isinstance(module, FastExperts) else None

@@ -17,6 +17,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastpeft
 from fastpeft.integrations import bitsandbytes_int8, quantised
+from fastpeft.integrations import torchao as torchao_reader
 from tests.integration import packed_layers
 from tests.integration.bases import BASES, hqq, make, quantised_layers, stand_for_gptqmodel, torchao, truth, values
 from tests.integration.models import batch, checkpointed, make_base, with_lora
@@ -239,6 +240,60 @@ def test_bases_that_are_not_read_name_themselves() -> None:
     with torch.no_grad():
         model(**batch(model, rows=2, tokens=10))
     assert "torchao int8: a weight whose product quantises or scales the input too (act_quant_kwargs)" in notes(model)
+
+
+def test_another_version_s_storage_is_left_to_peft_and_named() -> None:
+    """Attributes that are not where they were, and sizes that do not fit."""
+    model = fastpeft.accelerate(make("GPTQ", sizes=TINY, target_modules=["q_proj", "o_proj"]))
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    del attention.o_proj.base_layer.g_idx
+    attention.q_proj.base_layer.qzeros = torch.zeros(1, 1, dtype=torch.int32)
+    with torch.no_grad():
+        model(**batch(model, rows=2, tokens=10))
+    assert "GPTQ: storage that cannot be read: zeros: expected shape" in notes(model)
+    assert "GPTQ: storage that cannot be read: 'TorchLinear' object has no attribute 'g_idx'" in notes(model)
+
+
+@pytest.mark.parametrize("block", [(1, 0), (1, 48)])
+def test_torchao_s_blocks_that_do_not_fit(block: tuple[int, int]) -> None:
+    base = BASES["torchao int8"](nn.Linear(64, 96))
+    base.weight.block_size = block
+    found = quantised.frozen_base(torchao_reader, base, torch.randn(3, 64), None)
+    assert isinstance(found, str) and found.startswith("torchao int8: storage that cannot be read: "), found
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["torchao int8", "torchao float8", "torchao int4"])
+def test_torchao_s_dtype_of_the_result(base: str, bias_dtype: torch.dtype, autocast: bool) -> None:
+    """Float8Tensor adds the bias by itself."""
+    layer: Any = BASES[base](nn.Linear(64, 96).requires_grad_(False))
+    layer.bias = nn.Parameter(layer.bias.to(bias_dtype), requires_grad=False)
+    x = torch.randn(3, 64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected = layer(x).dtype
+    except RuntimeError:  # a matrix and a bias of two dtypes
+        return
+    found = quantised.frozen_base(torchao_reader, layer, x, torch.bfloat16 if autocast else None)
+    assert found[2] == expected
+
+
+@pytest.mark.parametrize("base", ["HQQ", "LLM.int8", "torchao int8", "GPTQ"])
+def test_a_write_to_the_codes_between_forward_and_backward_is_noticed(base: str) -> None:
+    model = fastpeft.accelerate(make(base, sizes=TINY, target_modules=["q_proj"]))
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    y, inner = layer(torch.randn(2, 20, 64, requires_grad=True)), layer.base_layer
+    codes = {
+        "HQQ": lambda: inner.W_q,
+        "LLM.int8": lambda: inner.weight.CB,
+        "torchao int8": lambda: inner.weight.qdata,
+        "GPTQ": lambda: inner.qweight,
+    }[base]()
+    with torch.no_grad():
+        codes.zero_()
+    with pytest.raises(RuntimeError, match="frozen base weight"):
+        y.sum().backward()
 
 
 def test_layers_of_other_libraries_are_left_to_peft_and_named() -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastpeft
 from tests.integration.mixtures import MIXTURES, experts, make, truth
@@ -249,6 +250,7 @@ def test_every_other_call_is_peft_s_and_named() -> None:
         assert reason in outcome, outcome
 
     left("called with top_k_index", top_k_index=index, top_k_weights=weights)
+    assert "on the meta device" in layer.request(*(t.to("meta") for t in (x, index, weights)))
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
     left("a hook on a bypassed FastParamWrapper")
     handle.remove()
@@ -263,6 +265,73 @@ def test_every_other_call_is_peft_s_and_named() -> None:
     layer.get_base_layer()._is_expert_parallel = False
     layer.get_base_layer().more = nn.Identity()
     left("other parts than when it was accelerated")
+    del layer.get_base_layer().more
+    stack = layer.get_base_layer().down_proj
+    stack.data = torch.randn(4, 32, 60)[:, :, :48].copy_(stack.data)
+    left("down_proj: matrices that do not lie one after the other")
+
+
+def _halved(self: Any, *args: Any) -> Tensor:
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *args) / 2  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("mixtral", lambda base: setattr(base, "act_fn", ACT2FN["gelu"]), "act_fn: another one"),
+        ("gpt-oss", lambda base: setattr(base, "limit", 0.5), "limit: another one"),
+        ("mixtral", lambda base: setattr(base.config, "_experts_implementation", "halved"), "implementation: another"),
+    ],
+)
+def test_experts_that_compute_something_else_since(
+    name: str, change: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was proved holds of the experts as they were."""
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "halved", _halved)
+    model = make(name)
+    plain, layer = copy.deepcopy(experts(model)), experts(fastpeft.accelerate(model))
+    x, index, weights = torch.randn(6, 32), torch.rand(6, 4).topk(2).indices, torch.rand(6, 2)
+    for each in (layer, plain):
+        change(each.get_base_layer())
+    torch.testing.assert_close(layer(x, index, weights), plain(x, index, weights))
+    (outcome,) = layer.fastpeft_calls
+    assert reason in outcome, outcome
+
+
+@pytest.mark.parametrize("first", ["eager", pytest.param("batched_mm", marks=FULL)])
+@pytest.mark.parametrize("second", ["grouped_mm", "batched_mm", pytest.param("eager", marks=FULL)])
+def test_another_implementation_of_transformers_since(first: str, second: str) -> None:
+    """They compute the same, and are served alike; autocast tells them apart, at each call anew."""
+    model = make(implementation=first)
+    plain, layer = copy.deepcopy(model), experts(fastpeft.accelerate(model))
+    arguments = torch.randn(40, 32), torch.rand(40, 4).topk(2).indices, torch.rand(40, 2)
+    for each in (model, plain):
+        each.get_base_model().set_experts_implementation(second)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = second != "grouped_mm"
+        tolerances = {"rtol": 0.05, "atol": 0.05} if rounded else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(layer(*arguments), experts(plain)(*arguments), **tolerances)
+    assert layer.fastpeft_calls == {"fused": 1}
+
+
+def test_matrices_stored_the_other_way_round() -> None:
+    """They are read where they lie, without a copy of all, and a write to them is noticed."""
+    model = make()
+    plain, layer = copy.deepcopy(experts(model)), experts(fastpeft.accelerate(model))
+    base = layer.get_base_layer()
+    for name in ("gate_up_proj", "down_proj"):
+        stack = base.get_parameter(name)
+        stack.data = stack.data.mT.contiguous().mT
+    x, index, weights, dy = torch.randn(6, 32), torch.rand(6, 4).topk(2).indices, torch.rand(6, 2), torch.randn(6, 32)
+    with Sizes() as sizes:
+        ours = _derive(layer, x, index, weights, dy)
+    assert sizes.largest < base.gate_up_proj.numel() / 4
+    for mine, theirs in zip(ours, _derive(plain, x, index, weights, dy), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    y = layer(x.requires_grad_(), index, weights)
+    base.gate_up_proj.mul_(2)
+    with pytest.raises(RuntimeError, match="frozen base weight"):
+        y.sum().backward()
 
 
 def _scaled(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -231,3 +231,13 @@ class TestOtherWaysIn:
 def again(model: nn.Module) -> PeftModel:
     torch.manual_seed(3)
     return with_lora(model)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn.q_proj"])
+def test_a_model_on_the_meta_device_gives_shapes(part: str) -> None:
+    """Where there is no autocast to ask about."""
+    ours, _, _ = pair()
+    layer = ours.to("meta").get_submodule(f"base_model.model.model.layers.0.{part}")
+    y = layer(torch.randn(2, 20, 64, device="meta", requires_grad=True))
+    assert y.shape == (2, 20, 64) and y.device.type == "meta"
+    y.sum().backward()

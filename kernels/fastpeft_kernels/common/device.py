@@ -40,13 +40,17 @@ def _triton_launches(index: int) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast would multiply on `device` at present; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return torch.get_autocast_dtype(device.type) if _autocasts(device.type) else None
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Within it no autocast on `device`."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises where there is no autocast
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

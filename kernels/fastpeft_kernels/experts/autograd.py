@@ -80,6 +80,7 @@ class LoraExpertsUpToDown(torch.autograd.Function):
             pairs.routes.ends,
             *experts.inner.read_again(),
             *experts.down.read_again(),
+            experts.down.bias if ctx.needs_input_grad[4] else None,  # in the gradient of the weights
         )
         return x.new_zeros(()).expand(x.shape[0], experts.down.out_features), middle
 

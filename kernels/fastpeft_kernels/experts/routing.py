@@ -31,7 +31,7 @@ class Routes(NamedTuple):
         numbers = torch.arange(counts.shape[0], device=counts.device)
         experts = torch.repeat_interleave(numbers, counts, output_size=rows)
         ends = counts.cumsum(0, dtype=torch.int32)
-        return cls(experts, ends, _spans(ends) if loop else None)
+        return cls(experts, ends, _spans(ends.tolist()) if loop else None)
 
 
 class Pairs(NamedTuple):
@@ -58,15 +58,17 @@ class Pairs(NamedTuple):
         """
         flat = index.reshape(-1)
         chosen, order = torch.sort(flat, stable=True)
-        numbers = torch.arange(experts, device=flat.device)
-        ends = torch.searchsorted(chosen, numbers.to(chosen.dtype), right=True, out_int32=True)
-        spans = _spans(ends) if loop else None
-        if spans is not None and flat.numel():
-            last = spans[-1][2] if spans else 0
-            if last != flat.numel() or int(chosen[0]) < 0:
+        first = -1 if loop else 0  # for the one wait to tell of negative numbers, too
+        numbers = torch.arange(first, experts, device=flat.device, dtype=chosen.dtype)
+        ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+        spans = None
+        if loop:
+            below, *counted = ends.tolist()
+            if below or counted[-1] != flat.numel():
                 raise ValueError(
                     f"index: expected experts in [0, {experts}), got {int(chosen[0])} to {int(chosen[-1])}"
                 )
+            ends, spans = ends[1:], _spans(counted)
         tokens, top_k = index.shape
         return cls(order, order // max(1, top_k), (tokens, top_k), Routes(chosen.long(), ends, spans))
 
@@ -80,9 +82,9 @@ class Pairs(NamedTuple):
         return pairs.view(*self.shape, rows.shape[1]).sum(1)
 
 
-def _spans(ends: Tensor) -> list[Span]:
+def _spans(ends: list[int]) -> list[Span]:
     found, first = [], 0
-    for expert, last in enumerate(ends.tolist()):
+    for expert, last in enumerate(ends):
         if last > first:
             found.append((expert, first, last))
         first = last

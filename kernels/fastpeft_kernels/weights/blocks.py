@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import FrozenWeight, Rows
 
 BLOCK = 1 << 20
-"""Elements that are decoded at once: 4 MiB in fp32, which a CPU's cache holds; a GPU takes 16 times as many."""
+"""Elements that are decoded at once: 4 MiB in fp32, which a CPU's cache holds; a GPU takes 4 times as many."""
 
 
 class BlockwiseWeight(FrozenWeight):
@@ -34,6 +34,6 @@ class BlockwiseWeight(FrozenWeight):
         return out
 
     def _blocks(self, first: int, last: int) -> Iterator[Rows]:
-        elements = BLOCK if self.device.type == "cpu" else 16 * BLOCK
+        elements = BLOCK if self.device.type == "cpu" else 4 * BLOCK
         step = max(1, elements // max(1, self.shape[1]))
         return ((start, min(start + step, last)) for start in range(first, last, step))

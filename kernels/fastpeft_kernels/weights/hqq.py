@@ -31,7 +31,7 @@ class HqqWeight(BlockwiseWeight):
 
     Raises:
         TypeError: `packed`, `scale` or `zero` of another dtype.
-        ValueError: `bits`, or sizes that do not fit each other.
+        ValueError: `bits`, or sizes or devices that do not fit each other.
 
     Source: HQQ, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/; the layout is that of the library, 0.2.8.
     """
@@ -56,6 +56,9 @@ class HqqWeight(BlockwiseWeight):
                 f"scale, zero: expected shape {(rows, 1)} or {(1, columns)}, "
                 f"got {tuple(scale.shape)} and {tuple(zero.shape)}"
             )
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            if tensor.device != packed.device:
+                raise ValueError(f"{name}: expected a tensor on {packed.device}, got {tensor.device}")
         self.packed, self.scale, self.zero, self.bits, self.shape = packed, scale, zero, bits, shape
 
     @property

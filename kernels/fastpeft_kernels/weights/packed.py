@@ -9,15 +9,13 @@ from torch import Tensor
 
 from .blocks import BlockwiseWeight
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Output feature j of eight lies in this nibble of AWQ's word."""
-
 
 class PackedWeight(BlockwiseWeight):
     """(codes - zeros) * scales, the transposed matrix in groups of input features; used in place.
 
     An int32 holds 32 / bits codes, the first in its lowest bits. GPTQ packs codes along the input features and zeros
-    along the output features; AWQ packs both along the output features, eight of them in the order of `AWQ_ORDER`.
+    along the output features; AWQ packs both along the output features, feature j of eight in
+    nibble 0, 4, 1, 5, 2, 6, 3 or 7.
 
     Equivalent PyTorch, once unpacked: `((codes - zeros[groups]).to(scales.dtype) * scales[groups]).t()`.
 
@@ -93,7 +91,7 @@ class PackedWeight(BlockwiseWeight):
             codes = self._unpacked(self.codes[:, first:last].unsqueeze(1), dim=1).flatten(0, 1)[: self.shape[1]]
         zeros = self._of_inputs(self._of_outputs(self.zeros, first, last))
         scales = self._of_inputs(self.scales[:, first:last])
-        out.copy_(((codes - zeros).to(scales.dtype) * scales).t())
+        out.copy_(codes.sub_(zeros).to(scales.dtype).mul_(scales).t())
 
     def _of_inputs(self, statistics: Tensor) -> Tensor:
         """A row for each input feature, of one for each group."""
@@ -106,16 +104,16 @@ class PackedWeight(BlockwiseWeight):
         per_word = 32 // self.bits
         start = first // per_word
         values = self._unpacked(words[:, start : -(last // -per_word)].unsqueeze(2), dim=2)
-        if self.awq:
-            values = values[:, :, list(AWQ_ORDER)]
         return values.flatten(1)[:, first - start * per_word : last - start * per_word]
 
     def _unpacked(self, words: Tensor, dim: int) -> Tensor:
         """Words along whose `dim` of length 1 there are their codes instead."""
         shape = [1] * words.dim()
         shape[dim] = -1
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=words.device).view(shape)
-        return (words >> shifts) & ((1 << self.bits) - 1)
+        place = torch.arange(32 // self.bits, dtype=torch.int32, device=words.device)
+        if self.awq:
+            place = place // 2 + place % 2 * 4
+        return (words >> (place * self.bits).view(shape)).bitwise_and_((1 << self.bits) - 1)
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         meta: dict[str, Any] = {"bits": self.bits, "awq": self.awq, "groups": None}

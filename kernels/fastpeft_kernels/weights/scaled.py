@@ -22,13 +22,13 @@ class ScaledWeight(BlockwiseWeight):
         codes: (out_features, in_features) of int8, uint8, float8_e4m3fn or float8_e5m2, columns contiguous.
         scale: (row blocks, column blocks) of fp32, bf16 or fp16; a whole number of blocks need not fit: the last ones
             may be smaller.
-        zero: of scale's shape, of any dtype, or None. Differences from the codes must be integers up to 256.
+        zero: of scale's shape and the dtype of `codes`, int8 or uint8, or None.
         factor: what each scale is multiplied by, in fp32.
         block: (rows, columns) of one block.
         dtype: of the matrix that was quantised.
 
     Raises:
-        TypeError: `codes` or `scale` of another dtype.
+        TypeError: `codes`, `scale` or `zero` of another dtype.
         ValueError: shapes or devices that do not fit each other.
     """
 
@@ -48,6 +48,8 @@ class ScaledWeight(BlockwiseWeight):
             raise TypeError(f"codes: expected one of {CODES}, got {codes.dtype}")
         if scale.dtype not in SCALES:
             raise TypeError(f"scale: expected one of {SCALES}, got {scale.dtype}")
+        if zero is not None and (zero.dtype != codes.dtype or zero.is_floating_point()):
+            raise TypeError(f"zero: expected the integers of the codes, {codes.dtype}, got {zero.dtype}")
         if codes.dim() != 2:
             raise ValueError(f"codes: expected (out_features, in_features), got shape {tuple(codes.shape)}")
         if min(block) < 1:
@@ -67,7 +69,7 @@ class ScaledWeight(BlockwiseWeight):
         return self.codes.device
 
     def decode_rows(self, out: Tensor, first: int, last: int) -> None:
-        # The codes are exact in every dtype, so that the product alone is rounded; PyTorch makes it in fp32
+        # Codes less zero are integers up to 255, exact in every dtype: the product alone is rounded, out of fp32
         values = out if out.dtype.itemsize <= 4 else torch.empty_like(out, dtype=torch.float32)
         values.copy_(self.codes[first:last])
         if self.zero is not None:

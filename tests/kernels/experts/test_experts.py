@@ -191,6 +191,36 @@ def test_a_changed_weight_is_noticed() -> None:
         y.sum().backward()
 
 
+def test_a_changed_bias_is_noticed() -> None:
+    """That of the down projection is read again, for the gradient of the weights."""
+    m, x, (index, weights) = mixture(bias=True), torch.randn(9, 24, requires_grad=True), routing(9, 2, 4)
+    y = lora_experts(x, index, weights, m)
+    assert m.down.bias is not None
+    m.down.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts numbers that the host asks for, one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_waits_for_the_device_once() -> None:
+    """The loop reads how many rows each expert has, in one piece, and no number beside."""
+    m, x, (index, weights) = mixture(), torch.randn(9, 24, requires_grad=True), routing(9, 2, 4)
+    with _Waits() as waits:
+        lora_experts(x, index, weights, m).sum().backward()
+    assert waits.count == 0
+
+
 @pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
 def test_a_graph_that_is_kept_gives_the_same_again(gating: Gating) -> None:
     """The last pass writes over what was kept; one before it must not."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft_kernels.weights import HqqWeight, PackedWeight, ScaledWeight, blocks, unflatten_weight
 
@@ -107,6 +108,20 @@ def test_values_are_rounded_as_the_format_says(made: Any) -> None:
 
 
 @every_weight
+def test_nothing_comes_from_the_host(made: Any) -> None:
+    """A table that were copied to a GPU at each decode would have it wait."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function not in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
+            return function(*args, **(kwargs or {}))
+
+    weight, _ = made()
+    with Copies():
+        weight.decode(rows=(3, 36))
+
+
+@every_weight
 def test_a_block_of_rows_at_a_time(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, values = made()
     seen = []
@@ -137,8 +152,17 @@ def test_flatten_passes_through_json_and_shares_storage(made: Any) -> None:
         ({"scale": torch.zeros(4, 1, dtype=torch.int8)}, TypeError, "scale: expected one of"),
         ({"codes": torch.zeros(4, dtype=torch.int8)}, ValueError, r"codes: expected \(out_features, in_features\)"),
         ({"scale": torch.zeros(4)}, ValueError, r"scale: expected shape \(4, 1\), got \(4,\)"),
-        ({"zero": torch.zeros(1, 1)}, ValueError, r"zero: expected shape \(4, 1\), got \(1, 1\)"),
-        ({"zero": torch.zeros(4, 1, device="meta")}, ValueError, "zero: expected a tensor on cpu, got meta"),
+        (
+            {"zero": torch.zeros(4, 1)},
+            TypeError,
+            "zero: expected the integers of the codes",
+        ),
+        ({"zero": torch.zeros(1, 1, dtype=torch.int8)}, ValueError, r"zero: expected shape \(4, 1\), got \(1, 1\)"),
+        (
+            {"zero": torch.zeros(4, 1, dtype=torch.int8, device="meta")},
+            ValueError,
+            "zero: expected a tensor on cpu, got meta",
+        ),
         ({"block": (0, 6)}, ValueError, "block: expected at least one row and one column"),
     ],
 )
@@ -162,6 +186,7 @@ def test_scaled_weight_refuses(changes: dict[str, Any], error: type[Exception], 
         ({"packed": torch.zeros(4, 7, dtype=torch.uint8)}, ValueError, "packed: expected the codes of"),
         ({"packed": torch.zeros(5, 6, dtype=torch.uint8)}, ValueError, "packed: expected the codes of"),
         ({"zero": torch.ones(8, 1)}, TypeError, "scale, zero: expected one of fp32, bf16 and fp16"),
+        ({"scale": torch.ones(8, 1, device="meta").half()}, ValueError, "scale: expected a tensor on cpu, got meta"),
         ({"zero": torch.ones(8, 2).half()}, ValueError, r"scale, zero: expected shape \(8, 1\) or \(1, 6\)"),
     ],
 )
