@@ -53,7 +53,8 @@ def accelerate(
 
     Args:
         model: the module; dense bases in fp32, bf16 or fp16, or quantised ones that `integrations` reads.
-        lora: replace LoRA layers, and LoRA on the stacked experts of a mixture (`target_parameters`).
+        lora: replace layers of LoRA, LoHa, LoKr and VeRA, and LoRA on the stacked experts of a mixture
+            (`target_parameters`).
         mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
             some is told by their parts, and proved by trying each on random numbers. "recompute" keeps their input, but
             neither gate nor up, for backward, which computes these again, but not down: less memory, more time.

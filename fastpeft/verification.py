@@ -19,6 +19,7 @@ from .layers.embedding import FastEmbedding
 from .layers.experts import FastExperts
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer
+from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
 from .layers.siblings import Sibling
 from .verification_modules import Check, Whole, check_layers, check_wholes
@@ -84,14 +85,16 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not any(isinstance(module, (FastLoraLayer, FastExperts, FastEmbedding)) for module in model.modules()):
+    if not any(
+        isinstance(module, (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding)) for module in model.modules()
+    ):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with calm(model, seed):
         if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):
             with torch.no_grad():
                 model(**inputs)  # tells which frozen projections are to be checked too
-        layers = {path: module for path, module in model.named_modules() if isinstance(module, Sibling)}
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, (Sibling, FastLycorisLayer))}
         mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
         mlps = {path: mlp for path, mlp in mlps.items() if mlp.fastpeft_roles is not None}
         wrappers = {path: module for path, module in model.named_modules() if isinstance(module, FastExperts)}

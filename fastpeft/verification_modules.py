@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from .layers.embedding import FastEmbedding
 from .layers.experts import FastExperts
 from .layers.lora import FastLoraLayer
+from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
-from .layers.requests import Request
 from .layers.siblings import Sibling
 from .verification_states import in_fp64, suspended, whole_in_fp64
 
+Layer = Sibling | FastLycorisLayer
 Whole = FastMlp | FastExperts | FastEmbedding
 """What is checked by itself, not with its siblings."""
 
@@ -67,7 +68,7 @@ class Rounding:
             self.gradients[name] = _norm(got.double() - truth) / (_norm(truth) or 1.0)
 
 
-def check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], Rounding]:
+def check_layers(layers: dict[str, Layer], traffic: dict[str, list[Tensor]]) -> tuple[list[Check], Rounding]:
     """Checks of every layer, group by group."""
     checks: list[Check] = []
     rounding = Rounding()
@@ -76,24 +77,25 @@ def check_layers(layers: dict[str, Sibling], traffic: dict[str, list[Tensor]]) -
     for layer in layers.values():
         if id(layer) in done:
             continue
-        members = [layer] if layer.fastpeft_group is None else layer.fastpeft_group.members
+        group = getattr(layer, "fastpeft_group", None)
+        members: Sequence[Layer] = [layer] if group is None else group.members
         done.update(map(id, members))
         members = [member for member in members if len(traffic.get(paths[id(member)], ())) == 2]
         inputs = [traffic[paths[id(member)]] for member in members]
         with torch.enable_grad():
             requests = [m.request(x.requires_grad_()) for m, (x, _) in zip(members, inputs, strict=True)]
-        served = [i for i, request in enumerate(requests) if isinstance(request, Request)]
+        served = [i for i, request in enumerate(requests) if not isinstance(request, str)]
         if served:
-            group = [members[i] for i in served]
+            together = [members[i] for i in served]
             x, dys = inputs[served[0]][0], [inputs[i][1] for i in served]
-            checks += _check_group([paths[id(m)] for m in group], group, x, dys, rounding)
+            checks += _check_group([paths[id(m)] for m in together], together, x, dys, rounding)
         for member in members:
             traffic.pop(paths[id(member)])
     return checks, rounding
 
 
 def _check_group(
-    paths: list[str], members: list[Sibling], x: Tensor, dys: list[Tensor], rounding: Rounding
+    paths: list[str], members: Sequence[Layer], x: Tensor, dys: list[Tensor], rounding: Rounding
 ) -> list[Check]:
     parameters = [_trained(member) for member in members]
     ours = _differentiate(members, x, dys, parameters)

@@ -16,6 +16,8 @@ from .layers.embedding import FastEmbedding, stock_embedding
 from .layers.experts import FastExperts, stock_wrapper
 from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
+from .layers.lycoris import FastLycorisLayer
+from .layers.lycoris import fast_classes as lycoris_classes
 from .layers.mlp import FastMlp, stock_class
 
 
@@ -23,7 +25,8 @@ def in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
     if isinstance(layer, FrozenSibling):
         return _child_copy(layer).double()
-    stock = next(stock for stock, ours in fast_classes().items() if ours is type(layer))
+    classes = {**fast_classes(), **lycoris_classes()}
+    stock = next(stock for stock, ours in classes.items() if ours is type(layer))
     return _copied(layer, stock)
 
 
@@ -101,13 +104,11 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every factor that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    layers = [module for module in model.modules() if isinstance(module, (FastLoraLayer, FastExperts, FastEmbedding))]
-    zeros: list[tuple[Tensor, int]] = []
-    frozen: list[nn.Parameter] = []
-    if not any(parameter.requires_grad for parameter in model.parameters()):  # loaded for inference
-        frozen = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
-    for layer in layers:
-        zeros += _zero_factors(layer)
+    kinds = (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding)
+    own = [each for module in model.modules() if isinstance(module, kinds) for each in _own_parameters(module)]
+    loaded_for_inference = not any(parameter.requires_grad for parameter in model.parameters())
+    frozen = [parameter for parameter, _ in own] if loaded_for_inference else []
+    zeros = [(parameter, rank) for parameter, rank in own if not parameter.any()]
     calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -133,16 +134,8 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
                 module.__dict__["fastpeft_calls"] = calls[module]
 
 
-def _zero_factors(layer: Any) -> Iterator[tuple[Tensor, int]]:
-    """(factor, rank) of the active adapters' factors that PEFT starts with zeros, where they still are."""
-    for name in layer.active_adapters:
-        if name in layer.lora_B:
-            factor = layer.lora_B[name].weight
-            rank = factor.shape[1]
-        elif name in layer.lora_embedding_A:
-            factor = layer.lora_embedding_A[name]
-            rank = factor.shape[0]
-        else:
-            continue
-        if not factor.any():
-            yield factor, rank
+def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """(parameter, rank) of the adapters, those that PEFT starts with zeros among them; of vectors their size."""
+    for name, parameter in layer.named_parameters():
+        if not name.startswith("base_layer."):
+            yield parameter, parameter.shape[0 if name.startswith("lora_embedding_A") else -1]

@@ -22,7 +22,7 @@ class StepCase:
     Attributes:
         family: "llama", "bert", "t5" or "moe", built from a configuration with random weights. "moe" is Qwen3-MoE: 16
             experts of which a token takes 2, half as wide as the MLP of "llama", LoRA on their stacked parameters too.
-        method: "lora" (dense base) or "qlora" (NF4, nested), "dora" or "qdora".
+        method: "lora" (dense base) or "qlora" (NF4, nested), "dora" or "qdora"; "loha", "lokr" or "vera".
         dtype: of the base's values and products; adapters are fp32, as PEFT makes them.
         autocast: run the step under bf16 autocast.
         dropout: LoRA's.
@@ -92,29 +92,39 @@ def build(case: StepCase, device: str) -> nn.Module:
 
 def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
     """`build` over another base than the case's own."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     model = base.to(device, case.dtype)
     if case.method in ("qlora", "qdora"):
         _to_nf4(model, case.dtype)
-    config = LoraConfig(
-        r=case.rank,
-        lora_alpha=2 * case.rank,
-        lora_dropout=case.dropout,
-        target_modules=_targets(model),
-        use_dora=case.method in ("dora", "qdora"),
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if case.family == "moe" else None,
-        init_lora_weights=False,
-    )
-    peft_model = get_peft_model(model, config).train()
+    peft_model = get_peft_model(model, _config(case, _targets(model))).train()
     with torch.no_grad():  # updates as large as the weights make a random T5 chaotic: no rounding would be small there
         for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lambda_b" in name:
                 parameter.mul_(0.1)
     if case.checkpointing:
         peft_model.enable_input_require_grads()
         peft_model.gradient_checkpointing_enable({"use_reentrant": False})
     return peft_model
+
+
+def _config(case: StepCase, targets: list[str]) -> Any:
+    import peft
+
+    if case.method in ("loha", "lokr"):
+        make = peft.LoHaConfig if case.method == "loha" else peft.LoKrConfig
+        return make(r=case.rank, alpha=2 * case.rank, target_modules=targets, init_weights=False)
+    if case.method == "vera":
+        return peft.VeraConfig(r=case.rank, vera_dropout=case.dropout, target_modules=targets, init_weights=False)
+    return peft.LoraConfig(
+        r=case.rank,
+        lora_alpha=2 * case.rank,
+        lora_dropout=case.dropout,
+        target_modules=targets,
+        use_dora=case.method in ("dora", "qdora"),
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if case.family == "moe" else None,
+        init_lora_weights=False,
+    )
 
 
 def make_batch(case: StepCase, device: str) -> dict[str, Any]:

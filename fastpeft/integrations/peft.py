@@ -32,12 +32,9 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
         device: of the input.
         row_names: each row's adapter in a mixed batch; None where all active ones serve every row.
     """
-    if layer._disable_adapters:
-        return "adapters disabled"
-    if layer.merged_adapters:
-        return "adapters merged into the base weight"
-    if not layer.cast_input_dtype_enabled:
-        return "casting of inputs disabled (peft.helpers.disable_input_dtype_casting)"
+    reason = why_not_active(layer)
+    if reason is not None:
+        return reason
     modules = layer._modules
     lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     found = []
@@ -85,6 +82,17 @@ def is_plain(variant: Any) -> bool:
         "MiCALinearVariant",
         "MiCAEmbeddingVariant",
     )
+
+
+def why_not_active(layer: Any) -> str | None:
+    """The reason, in the state of a layer of PEFT, why its own forward must run; or None."""
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return "adapters merged into the base weight"
+    if not getattr(layer, "cast_input_dtype_enabled", True):  # VeRA's have no such switch
+        return "casting of inputs disabled (peft.helpers.disable_input_dtype_casting)"
+    return None
 
 
 def adapter_index(row_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:

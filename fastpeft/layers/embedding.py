@@ -17,6 +17,7 @@ from .counting import Counting
 class FastEmbedding(Counting, nn.Module):
     """Mixed in before PEFT's embedding class; overrides `forward`. The frozen embedding is called as it is."""
 
+    op_name = "lora_embedding"
     fastpeft_suspended: bool = False
 
     def request(

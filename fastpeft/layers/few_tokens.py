@@ -57,9 +57,11 @@ def plain_forward(layer: Any, x: Tensor) -> Tensor | None:
         layer: a `FastLoraLayer` that leaves few tokens.
         x: (..., in_features).
     """
+    if not layer.plain_when_few:
+        return None
     if layer._disable_adapters or layer.merged_adapters:
         return None if layer._disable_adapters and layer.merged_adapters else _base(layer, x)
-    if layer.lora_variant or has_global_hooks() or not layer.plain_when_few:
+    if layer.lora_variant or has_global_hooks():
         return None
     modules = layer._modules
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype
-from fastpeft_kernels.lora import Dtypes, LoraProjection
+from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 
 from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
@@ -34,6 +34,7 @@ class FastLoraLayer(SeenMerges, Sibling):
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
     adapted = True
+    op_name = "lora_linear"
     over_four_bits = False
     plain_when_few = False  # `plain_forward` knows its class
 
@@ -51,7 +52,7 @@ class FastLoraLayer(SeenMerges, Sibling):
             return f"base layer: {reason}"
         if row_names is not None and len(row_names) != x.shape[0]:
             return "a mixed batch with another number of names than rows"
-        adapters = peft.used_adapters(self, x.device, row_names)
+        adapters = self.used_adapters(x.device, row_names)
         if isinstance(adapters, str):
             return adapters
         dtype = lora_dtype(adapters, autocast, x.dtype)
@@ -63,6 +64,10 @@ class FastLoraLayer(SeenMerges, Sibling):
         if isinstance(magnitude, str):
             return magnitude
         return Request(LoraProjection(weight, bias, adapters, magnitude), dtypes, row_names)
+
+    def used_adapters(self, device: torch.device, row_names: RowNames) -> tuple[LoraAdapter, ...] | str:
+        """What the op takes of the layer's adapters, or why PEFT's own forward must run."""
+        return peft.used_adapters(self, device, row_names)
 
     def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:
         layer: Any = self
@@ -172,6 +177,8 @@ _STOCK = {
 }
 """Our classes, and where PEFT has its own. It has some only where their library is installed."""
 
+VERA = "FastVeraLinear"
+
 
 @cache
 def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
@@ -184,26 +191,31 @@ def fast_classes() -> dict[type[nn.Module], type[FastLoraLayer]]:
             continue
         stock = getattr(import_module(f"peft.tuners.lora.{module}"), stock_name, None)
         if stock is not None:
-            classes[stock] = _make(name, stock)
+            classes[stock] = _make(name, stock, FastLoraLayer)
+    from peft.tuners.vera import Linear
+
+    from .vera import FastVeraLayer
+
+    classes[Linear] = _make(VERA, Linear, FastVeraLayer)
     return classes
 
 
-def _make(name: str, stock: type[nn.Module]) -> type[FastLoraLayer]:
+def _make(name: str, stock: type[nn.Module], fast: type[FastLoraLayer]) -> type[FastLoraLayer]:
     """Made when PEFT is first needed; a module attribute, so that instances can be pickled."""
     members = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} of PEFT, fused.",
         "over_four_bits": stock.__name__ == "Linear4bit",
-        "plain_when_few": stock.__name__ in ("Linear", "Linear4bit"),
+        "plain_when_few": fast is FastLoraLayer and stock.__name__ in ("Linear", "Linear4bit"),
     }
-    made = type(name, (FastLoraLayer, stock), members)
+    made = type(name, (fast, stock), members)
     globals()[name] = made
     return made
 
 
 def __getattr__(name: str) -> Any:
     """Unpickling looks the classes up by name."""
-    if name in _STOCK:
+    if name in (*_STOCK, VERA):
         fast_classes()
         if name in globals():
             return globals()[name]

@@ -6,11 +6,13 @@ from .base import Left, Match, Replacement
 from .embedding import EmbeddingReplacement
 from .experts import ExpertsReplacement
 from .lora import LoraReplacement
+from .lycoris import LycorisReplacement
 from .mlp import MlpReplacement
 
 REPLACEMENTS: tuple[Replacement, ...] = (
     EmbeddingReplacement(),
     ExpertsReplacement(),
+    LycorisReplacement(),
     LoraReplacement(),
     MlpReplacement(),
 )

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations import peft
-from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..integrations.accelerate import rebind_hooked_forward
 from ..layers.counting import outcomes
 from ..layers.experts import FastExperts, fast_class, stock_wrapper, wrappers
 from ..layers.experts_structure import candidates, proved, settings
 from .base import Left, Match
+from .swap import why_not_swapped
 
 OP = "lora_experts"
 
@@ -32,10 +32,8 @@ class ExpertsReplacement:
         return Match(OP, wanted)
 
     def prove(self, module: nn.Module, matched: Match) -> Match | Left:
-        if not peft.has_stock_forward(type(module)):
-            return Left(f"{type(module).__name__}.forward was replaced by another library")
-        if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
-            return Left("forward was replaced on the instance")
+        if (left := why_not_swapped(module)) is not None:
+            return left
         roles = proved(module.get_base_layer(), matched.found)  # type: ignore[operator]
         return Left(roles) if isinstance(roles, str) else Match(matched.op, roles)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..integrations import bitsandbytes, dora, peft, quantised
-from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..integrations.accelerate import rebind_hooked_forward
 from ..integrations.transformers import is_conv1d
 from ..layers.bypass import own_class
 from ..layers.counting import outcomes
@@ -16,12 +16,13 @@ from ..layers.frozen import FrozenSibling
 from ..layers.lora import FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
+from .swap import why_not_swapped
 
 FROZEN = "frozen_linear"
 
 
 class LoraReplacement:
-    """LoRA over nn.Linear and quantised layers, and what is frozen beside it and reads the same input."""
+    """LoRA and VeRA over nn.Linear and quantised layers, and what is frozen beside it and reads the same input."""
 
     switch = "lora"
 
@@ -46,11 +47,7 @@ class LoraReplacement:
         return None
 
     def prove(self, module: nn.Module, matched: Match) -> Match | Left:
-        if not peft.has_stock_forward(type(module)):
-            return Left(f"{type(module).__name__}.forward was replaced by another library")
-        if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
-            return Left("forward was replaced on the instance")
-        return matched
+        return why_not_swapped(module) or matched
 
     def install(self, module: nn.Module, proved: Match) -> None:
         base, stock = module.get_submodule("base_layer"), type(module)
@@ -123,12 +120,17 @@ def serves(variant: Any) -> bool:
 
 
 def _op(module: nn.Module) -> str:
-    name = FROZEN if isinstance(module, FrozenSibling) else "lora_linear"
+    name = FROZEN if isinstance(module, FrozenSibling) else _class_of(module).op_name
     base = _base(module)
     if bitsandbytes.is_linear_4bit(base):
         return f"{name} over 4-bit"
     reader = quantised.reader(base)
     return name if reader is None else f"{name} over {reader.name(base)}"
+
+
+def _class_of(module: nn.Module) -> type[FastLoraLayer]:
+    """Ours, that the layer has or would have."""
+    return type(module) if isinstance(module, FastLoraLayer) else fast_classes()[type(module)]
 
 
 def _base(module: nn.Module) -> nn.Module:

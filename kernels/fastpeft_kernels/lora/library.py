@@ -44,6 +44,8 @@ __all__ = [
 def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
     dtype = group.dtypes.lora
+    if group.one_a:
+        return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
         if not triton_serves(group.projections[0].weight.device):
             return parts.pack(group.projections, dtype)
@@ -90,14 +92,15 @@ def forward_into(
         s: S, if `down_projection` has made it already.
 
     Returns:
-        S, (tokens, total rank), or None.
+        S, (tokens, total rank), or None; with `group.one_a` (tokens, rank), here and elsewhere.
     """
     inputs = x.to(group.dtypes.compute)
     s = down_projection(x, group, packed) if s is None else s
     column = 0
     for i, projection in enumerate(group.projections):
         update, up = None, packed.b[i]
-        first, column = column, column + projection.rank
+        first = 0 if group.one_a else column
+        column = first + projection.rank
         if up is not None and s is not None:
             update = (s[:, first:column], up)
         if projection.magnitude is None:
@@ -164,7 +167,7 @@ def backward_without_input(
     """
     grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dys = [None if dy is None else rows_contiguous(dy) for dy in dys]
-    ds = empty_ds(dys, packed)
+    ds = empty_ds(dys, group, packed)
     dropped: list[tuple[Tensor, Tensor, Tensor, int]] = []
     column = 0
     for i, projection in enumerate(group.projections):
@@ -185,13 +188,16 @@ def backward_without_input(
             else:
                 dys[i] = dz
         dy = dy.to(group.dtypes.lora)
-        s_i, ds_i = None if s is None else s[:, first:column], ds[:, first:column]
+        ds_i = ds[:, first:column]
+        s_i = s if s is None or group.one_a else s[:, first:column]
         up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
         db = grads[i][2] if gain is not None else None
         if db is not None and gain is not None:
             grads[i][2] = dora.scale_rows(db, gain)
     if ds is not None:
         keep_own_(ds, group)
+        if group.one_a and packed.a is not None:
+            ds = ds.view(ds.shape[0], -1, packed.a.shape[0]).sum(1)
     if dx_dtype is None:
         return None, ds, grads
     dx = large_input_gradient(dys, ds, group, packed, dx_dtype)

@@ -24,12 +24,13 @@ def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
 
 
-def empty_ds(dys: Sequence[Tensor | None], packed: Packed) -> Tensor | None:
+def empty_ds(dys: Sequence[Tensor | None], group: Group, packed: Packed) -> Tensor | None:
     """Room for dS; zeros where an output without gradient leaves its columns unwritten."""
     given = [dy for dy in dys if dy is not None]
     if packed.a is None or not given:
         return None
-    shape = (given[0].shape[0], packed.a.shape[0])
+    rank = sum([projection.rank for projection in group.projections]) if group.one_a else packed.a.shape[0]
+    shape = (given[0].shape[0], rank)
     return packed.a.new_empty(shape) if len(given) == len(dys) else packed.a.new_zeros(shape)
 
 
@@ -54,9 +55,10 @@ def summed_bias(projection: LoraProjection, dtype: torch.dtype) -> Tensor | None
     return None if not offsets else offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0)
 
 
-def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
+def pack(projections: Sequence[LoraProjection], dtype: torch.dtype, one_a: bool = False) -> Packed:
     """Cast, scale and join the adapters, once for the whole group."""
     down = [adapter.a.detach() for projection in projections for adapter in projection.adapters]
+    down = down[:1] if one_a else down
     a = None if not down else (down[0] if len(down) == 1 else torch.cat(down)).to(dtype)
     b: list[Tensor | None] = []
     bias: list[Tensor | None] = []

@@ -128,6 +128,7 @@ class Group:
         backend: one of `backends.BACKENDS`.
         adapter_index: of a mixed batch, int64 (tokens,): the `index` of each token's own adapter; a number that no
             adapter has means none. Where it is None, every adapter serves every token.
+        one_a: all adapters' a are the same frozen matrix (`have_one_a`), which is multiplied once: S is (tokens, rank).
     """
 
     projections: Sequence[LoraProjection]
@@ -135,6 +136,7 @@ class Group:
     seeds: Sequence[Tensor | None]
     backend: str = "auto"
     adapter_index: Tensor | None = None
+    one_a: bool = False
 
     @property
     def drops(self) -> bool:
@@ -163,12 +165,29 @@ class Group:
                 yield first, last, mask, mask is not None and projection.magnitude is not None
 
 
+def have_one_a(projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]) -> bool:
+    """Whether several projections have one adapter each, and of the same frozen a, as with VeRA, without dropout."""
+    adapted = [projection for projection in projections if projection.adapters]
+    if len(adapted) < 2 or adapted[0].adapters[0].a.requires_grad or any(seed is not None for seed in seeds):
+        return False
+    first = adapted[0].adapters[0].a
+    return all(
+        len(p.adapters) == 1 and p.magnitude is None and _is_view_of_the_same(p.adapters[0].a, first) for p in adapted
+    )
+
+
+def _is_view_of_the_same(a: Tensor, b: Tensor) -> bool:
+    if a.requires_grad or a.dtype != b.dtype:
+        return False
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+
+
 @dataclass(slots=True, eq=False)
 class Packed:
     """A group's adapters as the products take them, in the adapters' compute dtype.
 
     Attributes:
-        a: (total rank, in_features), all adapters under each other; None without adapters.
+        a: (total rank, in_features), all adapters under each other, or the one of `Group.one_a`; None without adapters.
         b: scaling * B of each projection, (out_features, its rank), or None.
         bias: summed scaling * bias of each projection's adapters, (out_features,), or None.
     """

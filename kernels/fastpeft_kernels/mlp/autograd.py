@@ -8,6 +8,7 @@ node of its own that saves nothing: where no later part of the checkpointed laye
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..lora.autograd import in_use, split_flags, tensors_read_again
-from ..lora.projection import Dtypes
+from ..lora.projection import Dtypes, have_one_a
 from . import library
 from .library import Kept, Middle
 from .structure import Mlp
@@ -89,6 +90,8 @@ class LoraMlpDown(torch.autograd.Function):
 
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
     """The MLP of x (..., in_features), differentiable where grad mode and inputs ask for it. Autocast must be off."""
+    if have_one_a(mlp.inner, seeds[:-1]):
+        mlp = replace(mlp, one_a=True)
     tensors = [tensor for projection in mlp.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         result, middle = LoraMlpUpToDown.apply(mlp, dtypes, seeds, keep, x, *tensors)

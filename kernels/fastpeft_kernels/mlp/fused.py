@@ -118,7 +118,7 @@ def activation_backward(
 
 def _inner_fits(mlp: Mlp, needs: Flags) -> bool:
     """Whether gate and up, or up alone, are projections of their own, with one trained adapter each, or none."""
-    if any(projection.weight.shape[0] != mlp.features for projection in mlp.inner):
+    if mlp.one_a or any(projection.weight.shape[0] != mlp.features for projection in mlp.inner):
         return False
     adapted = [i for i, projection in enumerate(mlp.inner) if projection.adapters]
     trained = all(needs[i][2] for i in adapted) and not any(any(flags[0::3]) for flags in needs[:-1])

@@ -21,11 +21,13 @@ class Mlp:
         inner: the projections of x: (gate, up); one that gives both, the gate in its first half; or (up,).
         down: the projection back, of `features` inputs.
         activation: one of `activation.KINDS`.
+        one_a: as `lora.projection.Group.one_a`, of the inner projections.
     """
 
     inner: tuple[LoraProjection, ...]
     down: LoraProjection
     activation: str
+    one_a: bool = False
 
     @property
     def features(self) -> int:
@@ -43,7 +45,7 @@ class Mlp:
 
     def groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
         """The projections of x, and the one back; `seeds` as of `projections`."""
-        return Group(self.inner, dtypes, seeds[:-1]), Group((self.down,), dtypes, seeds[-1:])
+        return Group(self.inner, dtypes, seeds[:-1], one_a=self.one_a), Group((self.down,), dtypes, seeds[-1:])
 
     def columns(self, pre: Tensor) -> list[Tensor]:
         """The part of (tokens, width) that each of `inner` fills."""
