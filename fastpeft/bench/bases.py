@@ -52,7 +52,8 @@ BASES: dict[str, Quantise] = {
     "torchao int8": torchao("Int8WeightOnlyConfig"),
     "torchao float8": torchao("Float8WeightOnlyConfig"),
     "torchao int4": torchao(
-        "IntxWeightOnlyConfig", lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)}
+        "IntxWeightOnlyConfig",
+        lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)},  # type: ignore[attr-defined]
     ),
     "HQQ": hqq,
 }

@@ -34,11 +34,11 @@ _BY_PEFT = re.compile(r"^\d+ of \d+ calls by PEFT: ")
 
 @dataclass(frozen=True)
 class Served:
-    """What the report says of a model whose calls are over.
+    """What the report says of a model.
 
     Attributes:
         layers: how many have adapters.
-        fused: how many of them had every call computed by an op of ours.
+        fused: how many of them had every call so far computed by an op of ours.
         reasons: why others, or calls of them, were left to PEFT.
         mlps, fused_mlps: of the model, and computed as one op.
     """
@@ -52,23 +52,31 @@ class Served:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one combination."""
+    """Of one combination; `sides` is None where nothing is replaced, so that both would run the same code."""
 
-    sides: Sides
+    sides: Sides | None
     served: Served
 
 
 class RefusedError(Exception):
-    """PEFT itself does not make or run this combination; the message is its own."""
+    """PEFT itself does not make this combination, or does not train it for two steps; the message is its own."""
 
 
 def measure(method: Method, base: str, rounds: int, sizes: StepCase = SIZES) -> Result:
     """Time and bytes kept of a training step of PEFT and of fastpeft, and what the report says afterwards.
 
+    Args:
+        method: one of `METHODS`.
+        base: one of `BASES`.
+        rounds: how many samples of each.
+        sizes: of the model and the batch.
+
     Raises:
         NotHereError: the base's library is absent.
         RefusedError: PEFT cannot do it.
     """
+    import fastpeft
+
     case = replace(sizes, family=method.family)
     if rows := len(method.row_names):
         case = replace(case, rows=rows, tokens=case.rows * case.tokens // rows)
@@ -79,16 +87,19 @@ def measure(method: Method, base: str, rounds: int, sizes: StepCase = SIZES) -> 
     batch = make_batch(case, "cpu")
 
     def loss(model: Any) -> torch.Tensor:
-        import fastpeft
-
         with fastpeft.mixed_batch(model, method.row_names) if method.row_names else nullcontext():
             return model(**batch).loss  # type: ignore[no-any-return]
 
     try:
         model = method.adapt(quantised, names).train()
-        loss(copy.deepcopy(model)).backward()
+        trial = copy.deepcopy(model)
+        for _ in range(2):
+            loss(trial).backward()
     except Exception as error:
         raise RefusedError(reason_of(error)) from error
+    offered = served(fastpeft.accelerate(copy.deepcopy(model)))
+    if not offered.fused and not offered.fused_mlps:
+        return Result(None, offered)
     sides = side_by_side(model, loss, rounds)
     return Result(sides, served(sides.accelerated))
 
@@ -138,14 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # fmt: skip
             continue
         keep(file, case, result, settings)
-        ours, spread = (ratio(result.sides.samples, peer, "peft") for peer in ("fastpeft", "peft again"))
-        kept = result.sides.kept["fastpeft"] / result.sides.kept["peft"]
-        found = result.served
-        print(
-            f"{case:56} {found.fused} of {found.layers} served, {found.fused_mlps} of {found.mlps} MLPs  "
-            f"time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}  {'; '.join(found.reasons)}",
-            flush=True,
-        )
+        ours, spread, _ = _figures(result.sides)
+        print(f"{case:56} {_words(result)}", flush=True)
         if ours > 1.0 + abs(spread - 1.0):
             slower.append(case)
     for case in slower:
@@ -157,29 +162,39 @@ def _chosen(text: str) -> Iterator[tuple[str, str]]:
     return ((base, name) for base in BASES for name in METHODS if text in f"{name} over {base}")
 
 
+def _figures(sides: Sides | None) -> tuple[float, float, float]:
+    """Time over PEFT's, PEFT's second time over its first, bytes kept over PEFT's; 1 where nothing was measured."""
+    if sides is None:
+        return 1.0, 1.0, 1.0
+    ours, spread = (ratio(sides.samples, peer, "peft") for peer in ("fastpeft", "peft again"))
+    return ours, spread, sides.kept["fastpeft"] / sides.kept["peft"]
+
+
+def _words(result: Result) -> str:
+    found, (ours, spread, kept) = result.served, _figures(result.sides)
+    share = f"{found.fused} of {found.layers} layers, {found.fused_mlps} of {found.mlps} MLPs"
+    figures = f"  time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}" if result.sides else ""
+    return f"{share}{figures}  {'; '.join(found.reasons)}"
+
+
 def _model(sizes: StepCase) -> str:
     return f"{sizes.layers} layers of width {sizes.hidden}, {sizes.rows * sizes.tokens} tokens, r = {sizes.rank}, fp32"
 
 
 def keep(file: RecordFile, case: str, result: Result, settings: dict[str, Any]) -> None:
     """One record a peer and metric, and one of what is served, whose settings hold the report's words."""
-    for peer, samples in result.sides.samples.items():
-        file.add(
-            suite=SUITE, case=case, op="step", peer=peer, metric="step time", unit="ms", samples=samples,
-            settings=settings,
-        )  # fmt: skip
-    for peer, kept in result.sides.kept.items():
-        file.add(
-            suite=SUITE, case=case, op="step", peer=peer, metric="kept for backward", unit="MiB", samples=kept / 2**20,
-            settings=settings,
-        )  # fmt: skip
+    common = {"suite": SUITE, "case": case, "op": "step"}
+    if result.sides is not None:
+        for peer, samples in result.sides.samples.items():
+            file.add(**common, peer=peer, metric="step time", unit="ms", samples=samples, settings=settings)
+        for peer, kept in result.sides.kept.items():
+            size = kept / 2**20
+            file.add(**common, peer=peer, metric="kept for backward", unit="MiB", samples=size, settings=settings)
     found = result.served
     said = {"layers": found.layers, "fused": found.fused, "reasons": list(found.reasons)}
-    file.add(
-        suite=SUITE, case=case, op="step", peer="fastpeft", metric="served", unit="1",
-        samples=found.fused / found.layers,
-        settings={**settings, **said, "mlps": found.mlps, "fused_mlps": found.fused_mlps},
-    )  # fmt: skip
+    said |= {"mlps": found.mlps, "fused_mlps": found.fused_mlps}
+    share = found.fused / found.layers
+    file.add(**common, peer="fastpeft", metric="served", unit="1", samples=share, settings={**settings, **said})
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ METHODS: dict[str, Method] = {
     "rsLoRA": Method(lora(use_rslora=True)),
     "LoRA, `lora_bias`": Method(lora(lora_bias=True)),
     "LoRA, OLoRA's initialisation": Method(lora(init_lora_weights="olora")),
-    "LoRA, PiSSA's initialisation": Method(lora(init_lora_weights="pissa_niter_4")),
     "LoRA, two active adapters": Method(lora(names=_FOUR[:2])),
     "LoRA, an adapter for each of 4 rows": Method(lora(names=_FOUR), row_names=_FOUR),
     "LoRA, embeddings and head too": Method(lora(more_targets=("embed_tokens", "lm_head"))),

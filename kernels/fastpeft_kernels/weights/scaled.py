@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class ScaledWeight(BlockwiseWeight):
     def decode_rows(self, out: Tensor, first: int, last: int) -> None:
         # The codes are exact in every dtype, so that the product alone is rounded; PyTorch makes it in fp32
         values = out if out.dtype.itemsize <= 4 else torch.empty_like(out, dtype=torch.float32)
-        values.copy_(self.codes[first:last])
+        _copy_codes(values, self.codes[first:last])
         if self.zero is not None:
             values.sub_(self._spread(self.zero, first, last).to(values.dtype))
         scale = self._spread(self.scale, first, last).to(torch.float32)
@@ -98,3 +99,18 @@ class ScaledWeight(BlockwiseWeight):
         rows, columns = meta["block"]
         dtype = getattr(torch, meta["dtype"])
         return cls(*tensors, block=(rows, columns), dtype=dtype, factor=meta["factor"])
+
+
+def _copy_codes(out: Tensor, codes: Tensor) -> None:
+    """Each code's value; of float8 on a CPU from a table, because PyTorch converts it element by element there."""
+    if codes.device.type != "cpu" or not codes.dtype.is_floating_point or not out.is_contiguous():
+        out.copy_(codes)
+        return
+    index = codes.view(torch.uint8).reshape(-1).to(torch.int32)
+    torch.index_select(_float8_values(codes.dtype, out.dtype), 0, index, out=out.view(-1))
+
+
+@cache
+def _float8_values(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(codes).to(dtype)
