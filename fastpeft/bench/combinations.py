@@ -62,7 +62,7 @@ class RefusedError(Exception):
     """PEFT itself does not make this combination, or does not train it for two steps; the message is its own."""
 
 
-def measure(method: Method, base: str, rounds: int, sizes: StepCase = SIZES) -> Result:
+def measure(method: Method, base: str, rounds: int, sizes: StepCase) -> Result:
     """Time and bytes kept of a training step of PEFT and of fastpeft, and what the report says afterwards.
 
     Args:
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = f"{name} over {base}"
         settings = {"method": name, "base": base, "threads": options.threads, "model": _model(SIZES)}
         try:
-            result = measure(METHODS[name], base, options.rounds)
+            result = measure(METHODS[name], base, options.rounds, SIZES)
         except NotHereError as error:
             print(f"{case:56} left out: {error}", flush=True)
             continue
