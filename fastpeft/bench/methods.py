@@ -84,7 +84,6 @@ METHODS: dict[str, Method] = {
     "DoRA": Method(lora(use_dora=True)),
     "MiCA": Method(lora(init_lora_weights="mica")),
     "AdaLoRA": Method(other("AdaLoraConfig", init_r=RANK, target_r=RANK // 2, total_step=1000)),
-    "VeRA": Method(other("VeraConfig", r=RANK)),
     "(IA)3": Method(
         other("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),

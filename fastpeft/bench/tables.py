@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 
 from .records import Environment, Record, load
 
@@ -162,7 +163,8 @@ def combinations_table(records: Sequence[Record]) -> str:
     def cell(method: str, base: str) -> str:
         refused = by_key.get((method, base, "refused", "peft"))
         if refused is not None:
-            return f"no {number('PEFT: `' + refused.settings['reason'] + '`')}"
+            words = shorten(refused.settings["reason"], 110, placeholder=" ...")
+            return f"no {number(f'PEFT: `{words}`')}"
         said = by_key.get((method, base, "served", "fastpeft"))
         if said is None:
             return ""
