@@ -71,15 +71,20 @@ class ScaledWeight(BlockwiseWeight):
         # The codes are exact in every dtype, so that the product alone is rounded; PyTorch makes it in fp32
         values = out if out.dtype.itemsize <= 4 else torch.empty_like(out, dtype=torch.float32)
         _copy_codes(values, self.codes[first:last])
+        grouped = values.unflatten(1, (self.scale.shape[1], self.block[1])) if self._whole_columns() else values
         if self.zero is not None:
-            values.sub_(self._spread(self.zero, first, last).to(values.dtype))
+            grouped.sub_(self._spread(self.zero, first, last).to(values.dtype))
         scale = self._spread(self.scale, first, last).to(torch.float32)
-        values.mul_(scale if self.factor == 1.0 else scale * self.factor)
+        grouped.mul_(scale if self.factor == 1.0 else scale * self.factor)
         if values is not out:
             out.copy_(values)
 
+    def _whole_columns(self) -> bool:
+        """Whether the rows can be seen as (column blocks, columns of one), so that nothing is repeated."""
+        return self.shape[1] == self.scale.shape[1] * self.block[1]
+
     def _spread(self, blocks: Tensor, first: int, last: int) -> Tensor:
-        """One for each row in [first, last), and for each column unless one serves all."""
+        """One for each row in [first, last), and for each column unless one serves all of them or of a block."""
         rows, columns = self.block
         if rows > 1:
             start = first // rows
@@ -87,6 +92,8 @@ class ScaledWeight(BlockwiseWeight):
             blocks = spread[first - start * rows : last - start * rows]
         else:
             blocks = blocks[first:last]
+        if self._whole_columns():
+            return blocks.unsqueeze(-1)
         return blocks if blocks.shape[1] == 1 else blocks.repeat_interleave(columns, 1)[:, : self.shape[1]]
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
