@@ -25,7 +25,7 @@ from fastpeft_kernels.common.host import cpu_name
 SCHEMA = 1
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets", "safetensors"),
-    *("liger-kernel", "unsloth", "flash-attn", "numpy"),
+    *("liger-kernel", "unsloth", "flash-attn", "numpy", "torchao", "hqq"),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,28 +65,51 @@ class StepResult:
     kept: dict[str, int]
 
 
+class Sides(NamedTuple):
+    """What `side_by_side` measured, and the accelerated model as it is afterwards."""
+
+    samples: dict[str, list[float]]
+    kept: dict[str, int]
+    accelerated: nn.Module
+
+
 def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
-    """PEFT twice (its own spread shows in the ratio of the two) and fastpeft once, in every round."""
+    """`side_by_side` of the case's model and batch."""
+    batch = make_batch(case, device)
+    loss = partial(_loss, batch=batch, case=case, device=device)
+    sides = side_by_side(build(case, device), loss, rounds, device, case.compiled)
+    return StepResult(case, sides.samples, sides.kept)
+
+
+def side_by_side(
+    model: nn.Module, loss: Callable[[Any], torch.Tensor], rounds: int, device: str = "cpu", compiled: bool = False
+) -> Sides:
+    """PEFT twice (its own spread shows in the ratio of the two) and fastpeft once, in every round.
+
+    Args:
+        model: of PEFT; an accelerated copy is measured beside it.
+        loss: of one forward of the model it is given.
+        rounds, device: as `interleaved` takes them.
+        compiled: by torch.compile, as it comes.
+    """
     import fastpeft
 
-    models = {"peft": build(case, device)}
-    models["fastpeft"] = fastpeft.accelerate(copy.deepcopy(models["peft"]))
-    batch = make_batch(case, device)
-    models["fastpeft"](**batch)  # finds the siblings
-    called: dict[str, Any] = {name: torch.compile(model) if case.compiled else model for name, model in models.items()}
-    steps = {name: _step(model, batch, case, device) for name, model in called.items()}
+    models = {"peft": model, "fastpeft": fastpeft.accelerate(copy.deepcopy(model))}
+    loss(models["fastpeft"])  # finds the siblings
+    called: dict[str, Any] = {name: torch.compile(each) if compiled else each for name, each in models.items()}
+    steps = {name: partial(_step, each, loss) for name, each in called.items()}
     steps["peft again"] = steps["peft"]
     samples = interleaved(steps, rounds, device=device)
-    count = bytes_saved if case.compiled else bytes_kept
-    kept = {name: count(models[name], partial(_loss, model, batch, case, device)) for name, model in called.items()}
-    return StepResult(case, samples, kept)
+    count = bytes_saved if compiled else bytes_kept
+    kept = {name: count(models[name], partial(loss, each)) for name, each in called.items()}
+    return Sides(samples, kept, models["fastpeft"])
 
 
 def build(case: StepCase, device: str) -> nn.Module:
     """The PEFT model, training mode, adapters not zero."""
     torch.manual_seed(0)
     with torch.device(device):  # random numbers are drawn faster on a GPU
-        base = _base(case)
+        base = base_model(case)
     return adapt(base, case, device)
 
 
@@ -97,7 +120,8 @@ def adapt(base: nn.Module, case: StepCase, device: str) -> nn.Module:
     model = base.to(device, case.dtype)
     if case.method in ("qlora", "qdora"):
         _to_nf4(model, case.dtype)
-    peft_model = get_peft_model(model, _config(case, _targets(model))).train()
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    peft_model = get_peft_model(model, _config(case, targets(model))).train()
     with torch.no_grad():  # updates as large as the weights make a random T5 chaotic: no rounding would be small there
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name or "lambda_b" in name:
@@ -134,12 +158,9 @@ def make_batch(case: StepCase, device: str) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _step(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> Any:
-    def step() -> None:
-        _loss(model, batch, case, device).backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
+def _step(model: Any, loss: Callable[[Any], torch.Tensor]) -> None:
+    loss(model).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def _loss(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
@@ -147,7 +168,8 @@ def _loss(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> tor
         return model(**batch).loss  # type: ignore[no-any-return]
 
 
-def _base(case: StepCase) -> nn.Module:
+def base_model(case: StepCase) -> nn.Module:
+    """Random weights in fp32, without adapters. Raises ValueError for an unknown family."""
     import transformers as t
 
     h, n, inner = case.hidden, case.layers, case.hidden * 8 // 3 // 64 * 64
@@ -184,13 +206,14 @@ def _base(case: StepCase) -> nn.Module:
     raise ValueError(f"family: expected 'llama', 'bert', 't5' or 'moe', got {case.family!r}")
 
 
-def _targets(model: nn.Module) -> list[str]:
+def targets(model: nn.Module) -> list[str]:
     """Every projection inside the layers, by its last name; no head, no classifier, no pooler."""
-    inside = {name.rpartition(".")[2] for name, module in _projections(model)}
+    inside = {name.rpartition(".")[2] for name, module in projections(model)}
     return sorted(inside)
 
 
-def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(path, module) of every linear layer inside the model's layers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split(".")):
             yield name, module
@@ -200,7 +223,7 @@ def _to_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
     kept_wide = tuple(
         getattr(model, "_keep_in_fp32_modules", None) or ()
     )  # as transformers' own quantizer does: T5's wo
-    for name, module in list(_projections(model)):
+    for name, module in list(projections(model)):
         if name.endswith(kept_wide):
             continue
         parent, _, leaf = name.rpartition(".")

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 
 from .records import Environment, Record, load
 
@@ -142,11 +143,63 @@ def decode_table(records: Sequence[Record]) -> str:
     return "\n".join(rows)
 
 
+def combinations_table(records: Sequence[Record]) -> str:
+    """A row a way of PEFT to adapt, a column a base: time of a step (PEFT's own spread) and bytes kept beside PEFT's.
+
+    What is not served, or only in part, has the number of a reason below.
+
+    Raises:
+        ValueError: records of more than one environment, or none.
+    """
+    records = [record for record in records if record.suite == "combinations"]
+    where = place(records)
+    by_key = {(r.settings["method"], r.settings["base"], r.metric, r.peer): r for r in records}
+    bases = list(dict.fromkeys(r.settings["base"] for r in records))
+    reasons: dict[str, int] = {}
+
+    def number(reason: str) -> str:
+        return f"[{reasons.setdefault(reason, len(reasons) + 1)}]"
+
+    def cell(method: str, base: str) -> str:
+        refused = by_key.get((method, base, "refused", "peft"))
+        if refused is not None:
+            words = shorten(refused.settings["reason"], 110, placeholder=" ...")
+            return f"no {number(f'PEFT: `{words}`')}"
+        said = by_key.get((method, base, "served", "fastpeft"))
+        if said is None:
+            return ""
+        why = [number(f"fastpeft: {reason}") for reason in said.settings["reasons"]]
+        ours = by_key.get((method, base, "step time", "fastpeft"))
+        if ours is None:
+            return " ".join(["PEFT's", *why])
+        theirs, again = by_key[method, base, "step time", "peft"], by_key[method, base, "step time", "peft again"]
+        sizes = [by_key[method, base, "kept for backward", peer].median for peer in ("fastpeft", "peft")]
+        figures = f"{time_ratio(ours, theirs):.2f} ({time_ratio(again, theirs):.2f}), {sizes[0] / sizes[1]:.2f}"
+        return " ".join([figures, *why])
+
+    rows = [f"| | {' | '.join(bases)} |", "|---" * (len(bases) + 1) + "|"]
+    for method in dict.fromkeys(r.settings["method"] for r in records):
+        rows.append(f"| {method} | {' | '.join(cell(method, base) for base in bases)} |")
+    rows += ["", *(f"- {number(reason)} {reason}" for reason in list(reasons))]
+    first = next(r for r in records if r.metric == "step time")
+    names = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "hqq")
+    rows += [
+        "",
+        "Each cell: time of a training step over PEFT's (PEFT's second time over its first, in the same rounds), bytes "
+        f"kept for backward over PEFT's. Llama (Qwen3-MoE for experts), {first.settings['model']}; medians of "
+        f"{len(first.samples)} interleaved rounds on {where.device}, torch on {first.settings['threads']} of them; "
+        f"{versions(where, names)}; "
+        f"{where.date[:10]}; `python -m fastpeft.bench.combinations`.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "": steps_table,
     "steps": steps_table,
     "layer": layer_table,
     "decode": decode_table,
+    "combinations": combinations_table,
 }
 """By the name in the markers."""
 

@@ -15,6 +15,9 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
+from fastpeft.bench import bases
+from fastpeft.bench.bases import Quantise
+from fastpeft.bench.left_out import NotHereError
 from tests.integration import packed_layers
 from tests.integration.models import ARCHITECTURES, make_base, trained
 from tests.integration.steps import Step, step
@@ -23,42 +26,27 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 """Of a Llama; PEFT's "all-linear" does not know the layers of every library."""
 
 
-def _llm_int8(linear: nn.Linear, threshold: float = 6.0) -> nn.Module:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=threshold
-    )
-    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    layer.bias = linear.bias
-    return layer.to("cpu")
-
-
-def torchao(config: str, settings: Callable[[Any], dict[str, Any]] = lambda _: {}) -> Callable[[nn.Linear], nn.Module]:
+def torchao(config: str, settings: Callable[[Any], dict[str, Any]] = lambda _: {}) -> Quantise:
     """Of a configuration's name, and what to give it, told by `torchao.quantization`."""
+    return skipping(bases.torchao(config, settings))
 
-    def quantise(linear: nn.Linear) -> nn.Module:
-        library = pytest.importorskip("torchao.quantization")
-        library.quantize_(linear, getattr(library, config)(**settings(library)))
-        return linear
+
+def skipping(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The test is skipped where the library is absent."""
+
+    def quantise(linear: nn.Linear, *args: Any, **kwargs: Any) -> nn.Module:
+        try:
+            return make(linear, *args, **kwargs)
+        except NotHereError as error:
+            pytest.skip(str(error))
 
     return quantise
 
 
-def hqq(linear: nn.Linear, bits: int = 4, axis: int = 1, **settings: Any) -> nn.Module:
-    library = pytest.importorskip("hqq.core.quantize")
-    config = library.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, **settings)
-    return library.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")  # type: ignore[no-any-return]
+hqq = skipping(bases.hqq)
 
-
-BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "LLM.int8": _llm_int8,
-    "torchao int8": torchao("Int8WeightOnlyConfig"),
-    "torchao float8": torchao("Float8WeightOnlyConfig"),
-    "torchao int4": torchao(
-        "IntxWeightOnlyConfig", lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)}
-    ),
-    "HQQ": hqq,
+BASES: dict[str, Quantise] = {
+    **{name: skipping(make) for name, make in bases.BASES.items() if name not in (bases.DENSE, bases.NF4)},
     "GPTQ": packed_layers.TorchLinear,
     "AWQ": packed_layers.AwqTorchLinear,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,16 +72,21 @@ class ScaledWeight(BlockwiseWeight):
     def decode_rows(self, out: Tensor, first: int, last: int) -> None:
         # Codes less zero are integers up to 255, exact in every dtype: the product alone is rounded, out of fp32
         values = out if out.dtype.itemsize <= 4 else torch.empty_like(out, dtype=torch.float32)
-        values.copy_(self.codes[first:last])
+        _copy_codes(values, self.codes[first:last])
+        grouped = values.unflatten(1, (self.scale.shape[1], self.block[1])) if self._whole_columns() else values
         if self.zero is not None:
-            values.sub_(self._spread(self.zero, first, last).to(values.dtype))
+            grouped.sub_(self._spread(self.zero, first, last).to(values.dtype))
         scale = self._spread(self.scale, first, last).to(torch.float32)
-        values.mul_(scale if self.factor == 1.0 else scale * self.factor)
+        grouped.mul_(scale if self.factor == 1.0 else scale * self.factor)
         if values is not out:
             out.copy_(values)
 
+    def _whole_columns(self) -> bool:
+        """Whether the rows can be seen as (column blocks, columns of one), so that nothing is repeated."""
+        return self.shape[1] == self.scale.shape[1] * self.block[1]
+
     def _spread(self, blocks: Tensor, first: int, last: int) -> Tensor:
-        """One for each row in [first, last), and for each column unless one serves all."""
+        """One for each row in [first, last), and for each column unless one serves all of them or of a block."""
         rows, columns = self.block
         if rows > 1:
             start = first // rows
@@ -88,6 +94,8 @@ class ScaledWeight(BlockwiseWeight):
             blocks = spread[first - start * rows : last - start * rows]
         else:
             blocks = blocks[first:last]
+        if self._whole_columns():
+            return blocks.unsqueeze(-1)
         return blocks if blocks.shape[1] == 1 else blocks.repeat_interleave(columns, 1)[:, : self.shape[1]]
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -100,3 +108,18 @@ class ScaledWeight(BlockwiseWeight):
         rows, columns = meta["block"]
         dtype = getattr(torch, meta["dtype"])
         return cls(*tensors, block=(rows, columns), dtype=dtype, factor=meta["factor"])
+
+
+def _copy_codes(out: Tensor, codes: Tensor) -> None:
+    """Each code's value; of float8 on a CPU from a table, because PyTorch converts it element by element there."""
+    if codes.device.type != "cpu" or not codes.dtype.is_floating_point or not out.is_contiguous():
+        out.copy_(codes)
+        return
+    index = codes.view(torch.uint8).reshape(-1).to(torch.int32)
+    torch.index_select(_float8_values(codes.dtype, out.dtype), 0, index, out=out.view(-1))
+
+
+@cache
+def _float8_values(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(codes).to(dtype)

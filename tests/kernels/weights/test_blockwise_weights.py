@@ -107,6 +107,15 @@ def test_values_are_rounded_as_the_format_says(made: Any) -> None:
     assert weight.decode(rows=(4, 4)).shape == (0, weight.shape[1])
 
 
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_every_float8_code(codes: torch.dtype, dtype: torch.dtype) -> None:
+    """Infinities and those that are no number too."""
+    values = torch.arange(256, dtype=torch.uint8).view(codes).view(4, 64)
+    weight = ScaledWeight(values, torch.ones(4, 1), block=(1, 64), dtype=dtype)
+    torch.testing.assert_close(weight.decode(dtype=dtype), values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @every_weight
 def test_nothing_comes_from_the_host(made: Any) -> None:
     """A table that were copied to a GPU at each decode would have it wait."""
