@@ -66,16 +66,21 @@ def test_the_command_and_its_table(
     for base in ("torchao int8", "torchao float8", "torchao int4", "LLM.int8"):
         monkeypatch.delitem(bases.BASES, base)
     monkeypatch.setattr(combinations.torch, "set_num_threads", lambda count: None)
-    assert combinations.main(["--rounds", "1", "--only", "MiCA over", "--out", str(tmp_path / "a.jsonl")]) == 0
+    for method in ("AdaLoRA", "MiCA"):
+        out = str(tmp_path / f"{method}.jsonl")
+        assert combinations.main(["--rounds", "1", "--only", f"{method} over", "--out", out]) == 0
     said = capsys.readouterr().out
     assert "0 of 7 layers" in said and "PEFT refuses: TypeError" in said and "left out: nolib does not import" in said
     result = measure(METHODS["LoRA"], "dense", 2, TINY)
     settings = {"method": "LoRA", "base": "dense", "threads": 1, "model": "tiny"}
     combinations.keep(RecordFile(tmp_path / "a.jsonl", environment()), "LoRA over dense", result, settings)
-    lines = combinations_table(load(tmp_path / "a.jsonl")).splitlines()
+    lines = combinations_table(
+        [r for n in ("AdaLoRA", "MiCA", "a") for r in load(tmp_path / f"{n}.jsonl")]
+    ).splitlines()
     assert lines[0] == "| | dense | NF4 |"
-    assert lines[2].startswith("| MiCA | PEFT's [1] | no [2] |")
-    assert lines[3].startswith("| LoRA | ") and lines[3].endswith(" |  |")
-    assert lines[5] == "- [1] fastpeft: no op for this LoRA variant yet (MiCALinearVariant)"
-    assert lines[6].startswith("- [2] PEFT: `TypeError: Please initialize MiCA")
+    assert lines[2] == "| AdaLoRA | PEFT's [1] | PEFT's [2] |"
+    assert lines[3].startswith("| MiCA | ") and lines[3].endswith("| no [3] |")
+    assert lines[4].startswith("| LoRA | ") and lines[4].endswith(" |  |")
+    assert lines[6] == "- [1] fastpeft: no op for lora.SVDLinear yet"
+    assert lines[8].startswith("- [3] PEFT: `TypeError: Please initialize MiCA")
     assert "tiny; medians of 2 interleaved rounds" in lines[-1]
