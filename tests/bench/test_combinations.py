@@ -83,4 +83,4 @@ def test_the_command_and_its_table(
     assert lines[4].startswith("| LoRA | ") and lines[4].endswith(" |  |")
     assert lines[6] == "- [1] fastpeft: no op for lora.SVDLinear yet"
     assert lines[8].startswith("- [3] PEFT: `TypeError: Please initialize MiCA")
-    assert "tiny; medians of 2 interleaved rounds" in lines[-1]
+    assert "tiny; medians of 2 interleaved rounds" in combinations_table(load(tmp_path / "a.jsonl"))
