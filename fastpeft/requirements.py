@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module, metadata
 from types import ModuleType
 
-EXTRAS = ("train", "bench", "dev", "docs")
+EXTRAS = ("train", "bench", "bases", "dev", "docs")
 # As in pyproject.toml, which a tree that is used without being installed does not bring.
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "accelerate": "1.10", "bitsandbytes": "0.48"}
 CORE = ("torch", "transformers", "peft")  # what accelerating a model cannot do without

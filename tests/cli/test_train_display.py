@@ -44,7 +44,7 @@ def test_lines_without_a_terminal(settings: list[str], capsys: pytest.CaptureFix
 def test_a_quiet_run_shows_no_warnings_of_its_own(
     settings: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings += ["--max-steps", "1", "--lora.use_dora"]
+    settings += ["--max-steps", "1", "--lora.extra.alora_invocation_tokens", "[5, 6]"]
     answer = run(capsys, *settings, "--quiet")
     assert (answer.code, answer.err, caplog.text) == (0, "", "")
     assert "fastpeft: 0 of 14 adapter layers accelerated" in Path("out/report.md").read_text()

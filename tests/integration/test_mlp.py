@@ -35,8 +35,8 @@ def test_which_models_have_some(name: str) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "one"])
 def test_same_gradients(name: str, targets: str) -> None:
     """Also where only attention is adapted, so that whole MLPs are frozen, and where one projection of each is."""
-    down = {"t5": "wo"}.get(name, "down_proj")
-    attention = {"t5": ["q", "v"], "phi3": ["qkv_proj"]}.get(name, ["q_proj", "v_proj"])
+    down = {"t5": "wo", "gpt2": "c_proj"}.get(name, "down_proj")
+    attention = {"t5": ["q", "v"], "phi3": ["qkv_proj"], "gpt2": ["c_attn"]}.get(name, ["q_proj", "v_proj"])
     chosen = {"all-linear": "all-linear", "attention": attention, "one": [down]}[targets]
     model = make(name, target_modules=chosen)
     given = batch(model)
