@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpeft_kernels.lycoris import LohaAdapter, LokrAdapter
 
-from .peft import why_not_active, why_not_plain
+from .peft import why_not_active, why_not_cast, why_not_plain
 
 
 def used_adapters(layer: Any, device: torch.device) -> list[LohaAdapter] | list[LokrAdapter] | str:
@@ -22,7 +22,7 @@ def used_adapters(layer: Any, device: torch.device) -> list[LohaAdapter] | list[
         layer: LoHa or LoKr of PEFT, over a linear layer.
         device: of the input.
     """
-    reason = why_not_active(layer)
+    reason = why_not_active(layer) or why_not_cast(layer)
     if reason is not None:
         return reason
     names = [name for name in layer.active_adapters if name in layer._available_adapters]

@@ -32,7 +32,7 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
         device: of the input.
         row_names: each row's adapter in a mixed batch; None where all active ones serve every row.
     """
-    reason = why_not_active(layer)
+    reason = why_not_active(layer) or why_not_cast(layer)
     if reason is not None:
         return reason
     modules = layer._modules
@@ -90,6 +90,11 @@ def why_not_active(layer: Any) -> str | None:
         return "adapters disabled"
     if layer.merged_adapters:
         return "adapters merged into the base weight"
+    return None
+
+
+def why_not_cast(layer: Any) -> str | None:
+    """The reason why a layer's inputs may not be cast; or None."""
     if not getattr(layer, "cast_input_dtype_enabled", True):  # VeRA's have no such switch
         return "casting of inputs disabled (peft.helpers.disable_input_dtype_casting)"
     return None
@@ -154,10 +159,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor], ...] | str:
     """(a, b, scaling) of the active adapters of a LoRA embedding, or the reason why PEFT's own forward must run."""
-    if layer._disable_adapters:
-        return "adapters disabled"
-    if layer.merged_adapters:
-        return "adapters merged into the base weight"
+    reason = why_not_active(layer)
+    if reason is not None:
+        return reason
     base = layer.get_base_layer()
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse gradients"

@@ -23,7 +23,7 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
     """The reason why calling `module` could do more than `kind.forward` with its own parameters, or None."""
     if type(module) is not kind and own_class(module) is not kind:
         return f"{type(module).__name__} in place of {kind.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if _has_hooks(module):
         return f"a hook on a bypassed {kind.__name__}"
     if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
@@ -37,20 +37,21 @@ def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.dev
 def is_bare(module: Any, kind: type[nn.Module]) -> bool:
     """Whether nothing is about a module that `why_not_bypassed` would have to look into."""
     return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or (kind is nn.Linear and "weight" not in module._parameters)
+        _has_hooks(module) or "forward" in module.__dict__ or (kind is nn.Linear and "weight" not in module._parameters)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason, in the call or the process, why PEFT's own forward must run; or None."""
-    if args or (kwargs and any(value is not None for value in kwargs.values())):
-        named = ", ".join(sorted(name for name, value in kwargs.items() if value is not None)) or "more arguments"
-        return f"called with {named}"
+    reason = _why_not_with(args, kwargs)
+    if reason is not None:
+        return reason
     if type(x) not in (Tensor, nn.Parameter):
         return f"an input of type {type(x).__name__}"
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -60,11 +61,19 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
 
 def why_not_embedded(layer: nn.Module, ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The same for an embedding of token ids."""
-    if args or any(value is not None for value in kwargs.values()):
-        return f"called with {', '.join(sorted(kwargs)) or 'more arguments'}"
+    reason = _why_not_with(args, kwargs)
+    if reason is not None:
+        return reason
     if type(ids) is not Tensor or ids.dtype not in (torch.int64, torch.int32):
         return f"an input of type {type(ids).__name__} and dtype {getattr(ids, 'dtype', None)}"
     return _why_not_in(layer)
+
+
+def _why_not_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if not args and not kwargs:
+        return None
+    named = sorted(name for name, value in kwargs.items() if value is not None)
+    return f"called with {', '.join(named) or 'more arguments'}" if args or named else None
 
 
 def _why_not_in(layer: nn.Module) -> str | None:

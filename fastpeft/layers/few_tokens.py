@@ -51,7 +51,7 @@ def is_few(x: Any) -> bool:
 
 
 def plain_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What the forward of a LoRA layer of ours would be PEFT's, by the same operations; None where it must be called.
+    """What PEFT's forward of the layer returns, by the same operations; None where that forward must be called.
 
     Args:
         layer: a `FastLoraLayer` that leaves few tokens.
