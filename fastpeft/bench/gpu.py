@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     aside = "runs/gpu-dry-run" if options.dry_run else "runs/gpu-checks" if options.checks else ""
     out = options.out or Path(aside or f"benchmarks/results/{slug(gpu)}")
     commit = options.commit or source_state()[0]
-    run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks)
+    earlier = options.earlier or Path("benchmarks/results", slug(gpu))
+    run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks, earlier)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
     limited = [replace(part, time_limit_s=min(part.time_limit_s, options.limit)) for part in chosen]
     outcomes = [_run_or_skip(run, part, options.resume) for part in limited]
@@ -117,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="by default benchmarks/results/<name of the GPU>, for a whole run, else a folder in runs/",
+    )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="DIR",
+        help="records of earlier runs, whose checks come last; by default benchmarks/results/<name of the GPU>",
     )
     parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")

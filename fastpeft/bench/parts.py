@@ -89,7 +89,7 @@ def run_part(
     """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed.
 
     Args:
-        share, match: of which checks; as for `Recorder`.
+        share, match: of which checks; as for `Recorder`. Those that passed before, by `Run.proven`, come last.
     """
     function = part.dry_run if dry_run else part.run
     device = "cpu" if dry_run else "cuda"
@@ -97,12 +97,19 @@ def run_part(
         if function is None:
             raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
-        function(Recorder(file, part.name, device, depth, share, match), depth)
+        names = _proven(out, part.name)
+        proven = frozenset(json.loads(names.read_text()) if names.exists() else ())
+        function(Recorder(file, part.name, device, depth, share, match, proven), depth)
     except Exception as error:
         print(traceback.format_exc(), flush=True)  # in one write: other processes may share the log
         print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
         return 1
     return 0
+
+
+def _proven(out: Path, name: str) -> Path:
+    """Where the parent of a part's processes leaves the names of checks that passed before."""
+    return out / f"{name}.proven.json"
 
 
 class Run:
@@ -114,6 +121,7 @@ class Run:
         package: where child processes find the parts.
         jobs: processes that share a part that is `parallel`.
         match: a regular expression for the names of the checks to run.
+        earlier: folder of an earlier run's records on this GPU.
     """
 
     def __init__(
@@ -125,9 +133,10 @@ class Run:
         package: str,
         jobs: int = 1,
         match: str = "",
+        earlier: Path | None = None,
     ) -> None:
         self.out, self.depth, self.dry_run, self.commit, self.package = out, depth, dry_run, commit, package
-        self.jobs, self.match = jobs, match
+        self.jobs, self.match, self.earlier = jobs, match, earlier
         out.mkdir(parents=True, exist_ok=True)
         self._path = out / "run.json"
         rows = json.loads(self._path.read_text()) if self._path.exists() else []
@@ -160,6 +169,12 @@ class Run:
         failed = [record.case for record in records if record.metric == "passed" and not record.median]
         return [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
 
+    def proven(self, name: str) -> list[str]:
+        """Checks of a part that passed in an earlier run, of any version."""
+        paths = self.earlier.glob(f"{name}*.jsonl") if self.earlier else ()
+        records = [record for path in paths for record in load(path)]
+        return sorted({record.case for record in records if record.metric == "passed" and record.median})
+
     def log(self, name: str) -> Path:
         return self.out / f"{name}.log"
 
@@ -172,15 +187,18 @@ class Run:
 
 def supervise(run: Run, part: Part) -> Outcome:
     """Run `part` in processes of its own and kill them, with all that they started, when its time is up."""
+    names, proven = _proven(run.out, part.name), run.proven(part.name) if part.parallel else []
     for old in (run.out / f"{part.name}.jsonl", run.log(part.name)):
         old.unlink(missing_ok=True)
     if part.broken:
         return run.outcome(part.name, "failed", 0.0, part.broken)
     if run.dry_run and part.dry_run is None:
         return run.outcome(part.name, "skipped", 0.0, "needs a GPU")
+    names.write_text(json.dumps(proven))
     start = time.monotonic()
     codes = _codes(run, part, run.jobs if part.parallel else 1)
     seconds = time.monotonic() - start
+    names.unlink()
     if None in codes:
         return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
     if not any(codes):

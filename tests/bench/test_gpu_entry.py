@@ -170,6 +170,14 @@ def test_processes_share_the_checks_of_a_parallel_part(runner: Runner) -> None:
     assert len({r.case for r in load(runner.out / "shared.jsonl")}) == 5
 
 
+def test_what_passed_before_comes_last(runner: Runner) -> None:
+    runner.add("shared", SHARED.replace("{a}", "{'pid': os.getpid()}"))
+    assert runner("--dry-run", "--jobs", "1", "--checks", "[bd]") == 0
+    assert runner("--dry-run", "--jobs", "1", "--earlier", str(runner.out)) == 0
+    assert [r.case for r in load(runner.out / "shared.jsonl") if r.metric == "passed"] == ["a", "c", "e", "b", "d"]
+    assert not list(runner.out.glob("*.proven.json"))
+
+
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(
     runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,12 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu as activation
     from fastpeft_kernels.experts import gpu as experts
     from fastpeft_kernels.lora import gpu as lora
+    from fastpeft_kernels.lora import gpu_other as lora_other
+    from fastpeft_kernels.lycoris import gpu as lycoris
     from fastpeft_kernels.mlp import gpu as mlp
     from fastpeft_kernels.quant import gpu as quant
+    from fastpeft_kernels.weights import gpu_decode as weights
 
-    families = {"quant": quant, "activation": activation, "lora": lora, "mlp": mlp, "experts": experts}
-    recorder.run_suites({op: family.checks() for op, family in families.items()})
+    suites = {"quant": quant, "activation": activation, "lora": lora, "mlp": mlp, "experts": experts}
+    suites |= {"lora_other": lora_other, "lycoris": lycoris, "weights": weights}
+    recorder.run_suites({op: suite.checks() for op, suite in suites.items()})

@@ -44,7 +44,7 @@ from .gpu_support import (
     same_dtypes,
     within,
 )
-from .projection import Dtypes, Group, LoraProjection
+from .projection import Dtypes, Group
 from .reference import lora_group_reference
 
 Check = tuple[str, Callable[[], dict[str, Any]]]
@@ -75,8 +75,11 @@ def checks() -> Iterator[Check]:
                 continue
             for p in (0.0, 0.25):
                 for base in ("dense", "nf4"):
-                    name = f"group {backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
-                    yield name, partial(_check_group, backend, dtypes, base, p)
+                    name = f"{backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
+                    yield f"group {name}", partial(_check_group, backend, dtypes, base, p)
+                    yield f"group with DoRA {name}", partial(_check_group, backend, dtypes, base, p, dora=True)
+                    if p == 0.0:
+                        yield f"mixed group {name}", partial(_check_group, backend, dtypes, base, p, mixed=True)
     yield from graph_checks()
 
 
@@ -304,8 +307,15 @@ def _check_many_linear() -> dict[str, Any]:
     return {"elements": rows * columns}
 
 
-def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str, Any]:
-    """Four siblings, one with two adapters, one bare, one DoRA: outputs, dX and each parameter's gradient, twice."""
+def _check_group(
+    backend: str, dtypes: Dtypes, base: str, p: float, dora: bool = False, mixed: bool = False
+) -> dict[str, Any]:
+    """Three siblings, one with two adapters, one bare: outputs, dX and each parameter's gradient, twice.
+
+    Args:
+        dora: with a fourth that has a magnitude.
+        mixed: a token's adapter is the first, the second or none.
+    """
     verdicts = Verdicts()
     for tokens, features in _GROUP_SHAPES:
         x = rand(tokens, features, dtype=dtypes.compute).requires_grad_()
@@ -313,19 +323,22 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
             make_projection(features, 640, (16,), dtypes, base, p, bias=True),
             make_projection(features, 192, (8, 40), dtypes, base, p),
             make_projection(features, 128, (), dtypes, base, p),
-            make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True),
         ]
+        if dora:
+            group.append(make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True))
+        index = torch.randint(0, 3, (tokens,), device=DEVICE) if mixed else None
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
-        run = partial(run_group, backend="triton" if backend == "triton" else "auto")
-        if backend == "triton" and (reason := triton_refusal(x, Group(group, dtypes, seeds))):
+        run = partial(run_group, backend="triton" if backend == "triton" else "auto", adapter_index=index)
+        whole = Group(group, dtypes, seeds, adapter_index=index)
+        if backend == "triton" and (reason := triton_refusal(x, whole)):
             return {"skipped": reason}
         with forced(CHOICES.get(backend, {})):
             ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):
             verdicts.equal(b, a, "another result the second time")
-        same = _reference(x, group, dtypes, seeds, dys, reference_device(dtypes))
-        exact = _reference(x, group, same_dtypes(F64), seeds, dys, DEVICE, F64)
+        same = _reference(x, whole, dys, dtypes, reference_device(dtypes))
+        exact = _reference(x, whole, dys, same_dtypes(F64), DEVICE, F64)
         for i, triple in enumerate(zip(ours, same, exact, strict=True)):
             verdicts.within(*triple, f"result {i} of {tokens} tokens")
     return {"share_of_budget": verdicts.settle()}
@@ -333,18 +346,17 @@ def _check_group(backend: str, dtypes: Dtypes, base: str, p: float) -> dict[str,
 
 def _reference(
     x: Tensor,
-    group: Sequence[LoraProjection],
-    dtypes: Dtypes,
-    seeds: Sequence[Tensor | None],
+    group: Group,
     dys: Sequence[Tensor],
+    dtypes: Dtypes,
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """What plain PyTorch gives on a device, in another dtype if one is given."""
-    copies, there = (
-        [copied(q, device, dtype) for q in group],
-        [None if seed is None else seed.to(device) for seed in seeds],
-    )
+    copies = [copied(projection, device, dtype) for projection in group.projections]
+    seeds = [None if seed is None else seed.to(device) for seed in group.seeds]
+    index = None if group.adapter_index is None else group.adapter_index.to(device)
+    run = partial(lora_group_reference, adapter_index=index)
     given = [moved(dy, device, dtype) for dy in dys]
-    results = derive(lora_group_reference, moved(x, device, dtype).requires_grad_(), copies, dtypes, there, given)
+    results = derive(run, moved(x, device, dtype).requires_grad_(), copies, dtypes, seeds, given)
     return [t.to(DEVICE) for t in results]

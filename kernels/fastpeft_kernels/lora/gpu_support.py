@@ -49,7 +49,7 @@ def make_projection(
     adapters = tuple(
         LoraAdapter(
             (rand(rank, features) / features**0.5).requires_grad_(), rand(out, rank).requires_grad_(),
-            torch.tensor(0.5) if i == 0 else torch.tensor(2.0, device=DEVICE), None, p,
+            torch.tensor(0.5) if i == 0 else torch.tensor(2.0, device=DEVICE), None, p, i,
         )
         for i, rank in enumerate(ranks)
     )  # fmt: skip
@@ -63,9 +63,12 @@ def copied(projection: LoraProjection, device: torch.device, dtype: torch.dtype 
     def copy(t: Tensor) -> Tensor:
         return moved(t, device, dtype).requires_grad_(t.requires_grad)
 
-    adapters = tuple(LoraAdapter(copy(a.a), copy(a.b), float(a.scaling), None, a.dropout) for a in projection.adapters)
+    adapters = tuple(
+        LoraAdapter(copy(a.a), copy(a.b), float(a.scaling), None, a.dropout, a.index) for a in projection.adapters
+    )
     bias = None if projection.bias is None else copy(projection.bias)
-    weight = DenseWeight(moved(projection.weight.decode(), device, dtype))
+    stored = F32 if projection.magnitude is not None else None  # norms are of what 4 bits say, not of its rounding
+    weight = DenseWeight(moved(projection.weight.decode(dtype=stored), device, dtype))
     return LoraProjection(weight, bias, adapters, None if projection.magnitude is None else copy(projection.magnitude))
 
 
