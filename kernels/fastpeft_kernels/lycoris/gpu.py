@@ -17,7 +17,7 @@ from .adapters import LohaAdapter, LokrAdapter
 from .api import loha_linear, lokr_linear
 from .reference import lycoris_linear_reference
 
-TOKENS, IN, OUT, RANK = 333, 384, 256, 16
+TOKENS, IN, OUT, RANK = 333, 1024, 1024, 16
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -57,12 +57,12 @@ def _check(method: str, dtype: torch.dtype, base: str) -> dict[str, Any]:
 def _adapter(method: str) -> LohaAdapter | LokrAdapter:
     if method == "loha":
         return LohaAdapter(rand(OUT, RANK) / 16, rand(RANK, IN) / 16, rand(OUT, RANK), rand(RANK, IN), 0.5)
-    return LokrAdapter(rand(16, 16) / 16, rand(OUT // 16, IN // 16), 0.5)
+    return LokrAdapter(rand(32, 32) / 16, rand(OUT // 32, IN // 32), 0.5)
 
 
 def _map(adapter: LohaAdapter | LokrAdapter, function: Callable[[Tensor], Tensor]) -> LohaAdapter | LokrAdapter:
     """The adapter with other factors."""
-    return type(adapter)(*map(function, adapter.factors), scaling=adapter.scaling)
+    return type(adapter)._make((*map(function, adapter.factors), adapter.scaling))
 
 
 def _derive(run: Callable[..., Tensor], x: Tensor, adapters: Sequence[Any], dy: Tensor) -> list[Tensor]:
