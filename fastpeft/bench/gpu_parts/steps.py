@@ -37,24 +37,43 @@ def _run(recorder: Recorder, depth: str, small: bool) -> None:
 
 
 def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
+    """One of each kind first, should the time run out."""
     import torch
 
     from fastpeft.bench.steps import StepCase
 
-    for family in ("llama", "bert", "t5"):
-        for method in methods:
-            yield _sized(StepCase(family, method, torch.bfloat16), small)
-            yield _sized(StepCase(family, method, torch.float32, autocast=True), small)
-        yield _sized(StepCase(family, "lora", torch.float16), small)
-        yield _sized(StepCase(family, "lora", torch.bfloat16, autocast=True, dropout=0.05), small)
-        yield _sized(StepCase(family, "lora", torch.float32, autocast=True, checkpointing=True), small)
-    yield _sized(StepCase("llama", "lora", torch.bfloat16, compiled=True), small)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [
+        StepCase("llama", "lora", fp32, autocast=True),
+        StepCase("llama", "qlora", bf16),
+        StepCase("bert", "lora", fp32, autocast=True),
+        StepCase("t5", "lora", fp32, autocast=True),
+        StepCase("llama", "lora", bf16, autocast=True, dropout=0.05),
+        StepCase("llama", "lora", fp32, autocast=True, checkpointing=True),
+        StepCase("llama", "dora", bf16, autocast=True),
+        StepCase("moe", "lora", bf16, autocast=True),
+        StepCase("llama", "lora", torch.float16),
+        StepCase("llama", "qdora", bf16, autocast=True),
+        StepCase("llama", "qlora", fp32, autocast=True),
+        StepCase("llama", "lora", bf16, compiled=True),
+        StepCase("bert", "qlora", bf16),
+        StepCase("t5", "qlora", bf16),
+        StepCase("llama", "lora", bf16),
+        StepCase("llama", "lokr", bf16, autocast=True, rank=8),
+        StepCase("llama", "vera", bf16, autocast=True, rank=256),
+    ]
+    cases += [
+        StepCase(family, "lora", dtype, autocast=dtype == bf16, dropout=dropout)
+        for family in ("bert", "t5")
+        for dtype, dropout in ((bf16, 0.0), (torch.float16, 0.0), (bf16, 0.05))
+    ]
+    return (_sized(case, small) for case in cases if case.method[0] != "q" or "qlora" in methods)
 
 
 def _sized(case: StepCase, small: bool) -> StepCase:
     if small:
         return replace(case, hidden=64, layers=2, tokens=16)
-    if case.family == "llama":  # the width of 8 billion parameters
+    if case.family in ("llama", "moe"):  # the width of 8 billion parameters
         return replace(case, hidden=4096, layers=2, rows=4, tokens=2048)
     return replace(case, hidden=1024, layers=4, rows=16, tokens=512)
 
