@@ -94,6 +94,7 @@ class TestVerifyFails:
             for sabotage in ("scaling", "swapped", "gradient of a", "gradient of b", "gradient of x", "bias")
         ],
     )
+    @pytest.mark.usefixtures("groups_in_python")
     def test_when_an_op_is_wrong(self, sabotage: str, nf4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = {"num_hidden_layers": 1}
         base = make_quantised("qwen2", sizes=sizes) if nf4 else with_lora(make_base("qwen2", **sizes)).train()
@@ -143,6 +144,7 @@ class TestVerifyFails:
         embedding = "base_model.model.model.embed_tokens"
         assert {failure.path for failure in failed} == {embedding, ""}, "by itself, and in the whole model"
 
+    @pytest.mark.usefixtures("groups_in_python")
     def test_for_numbers_that_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = fastpeft.accelerate(make())
         monkeypatch.setattr(

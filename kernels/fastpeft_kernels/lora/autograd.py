@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
 from ..weights.base import Weighted
-from . import dora, library
+from . import direct, dora, library
 from .projection import Group, LoraProjection, have_one_a, trains_a, trains_b
 
 
@@ -76,6 +76,8 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off."""
     if group.adapter_index is None and group.backend != "triton" and have_one_a(group.projections, group.seeds):
         group = replace(group, one_a=True)
+    if direct.serves(x, group):
+        return direct.apply(x, group)
     tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return LoraGroup.apply(group, x, *tensors)  # type: ignore[no-any-return]

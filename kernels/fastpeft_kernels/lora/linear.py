@@ -57,7 +57,7 @@ def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequenc
     if not choosable or any([t.dtype != dtype for t in (*[t for pair in pairs for t in pair], *update)]):
         return "triton" if ours else "torch"
     summed = None if ours else sum(x.shape[1] for x, _ in pairs)
-    name = _measured(x.shape[0], w.shape, summed, x.dtype, x.device, w.stride(1) != 1)
+    name = measured(x.shape[0], w.shape, summed, x.dtype, x.device, w.stride(1) != 1)
     if name == "torch":
         return "triton" if ours else "torch"
     from .forward_tma import describable
@@ -83,10 +83,10 @@ def sums_products(
     if len(weights) > MOST_PAIRS:
         return False
     (out_features, in_features), summed = weights[0], sum(n for n, _ in weights)
-    return backend == "triton" or _measured(tokens, (in_features, out_features), summed, dtype, device, True) != "torch"
+    return backend == "triton" or measured(tokens, (in_features, out_features), summed, dtype, device, True) != "torch"
 
 
-def _measured(
+def measured(
     tokens: int, w: Sequence[int], summed: int | None, dtype: torch.dtype, device: torch.device, transposed: bool
 ) -> str:
     """What was measured for x w^T with w (out_features, in_features), else the default for `summed` features.

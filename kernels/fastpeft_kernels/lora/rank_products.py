@@ -132,15 +132,21 @@ def triton_takes(shape: Sequence[int], narrow: Tensor, mask: Mask | None, backen
         return False
     if backend == "triton":
         return True
-    if not keys.kernels_serve(device):
+    if chosen(tokens, features, rank, dtype, device, mask is not None) != "triton":
         return False
+    return mask is None or hopper_dots_safe(device) is None
+
+
+def chosen(tokens: int, features: int, rank: int, dtype: torch.dtype, device: torch.device, drops: bool) -> str:
+    """ "library" or "triton", for products of a matrix (tokens, features), whose elements are dropped or not."""
+    if dtype.itemsize != 2 or not keys.kernels_serve(device):
+        return "library"
 
     def case() -> keys.RankKey:
         return keys.rank_key(tokens, features, rank, dtype)
 
-    default = keys.default_rank_backend(device, tokens, features, rank, mask is not None)
-    found = choice(keys.RANK, device, case, keys.rank_backends, default)
-    return found == "triton" and (mask is None or hopper_dots_safe(device) is None)
+    default = keys.default_rank_backend(device, tokens, features, rank, drops)
+    return choice(keys.RANK, device, case, keys.rank_backends, default)
 
 
 def _triton_reads(y: Tensor, narrow: Tensor, mask: Mask | None, backend: str) -> bool:

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,31 +35,51 @@ def native_library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("the C++ kernels for CPU could not be built, PyTorch serves instead: %s", _first_line(error))
+        logger.warning("the C++ kernels for CPU could not be built, PyTorch serves instead: %s", first_line(error))
         return None
 
 
 def _built() -> Path:
+    # the processor is part of the name: machines with other instruction sets may share a home folder
+    about = f"{platform.machine()} {_instruction_sets()}"
+    try:
+        return built("native", SOURCES, HEADERS, (*FLAGS, *THREADS), about)
+    except subprocess.CalledProcessError:
+        return built("native", SOURCES, HEADERS, FLAGS, about)
+
+
+def built(
+    name: str,
+    sources: Sequence[str],
+    headers: Sequence[str],
+    flags: Sequence[str],
+    about: str,
+    last: Sequence[str] = (),
+) -> Path:
+    """The shared library of these files of this folder, compiled if it is not there yet.
+
+    Args:
+        name: what the file's name begins with.
+        flags, last: of the compiler, before and after the sources.
+        about: whatever else makes the result another one.
+
+    Raises:
+        OSError, RuntimeError, subprocess.SubprocessError: it cannot be compiled here.
+    """
     from torch.utils import cpp_extension
 
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
-    # the processor is part of the name: machines with other instruction sets may share a home folder
-    headers = [Path(__file__).with_name(name) for name in HEADERS]
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in (*sources, *headers)))
-    key.update(f"{FLAGS} {THREADS} {platform.machine()} {_instruction_sets()}".encode())
+    paths = [Path(__file__).with_name(source) for source in sources]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*paths, *map(Path(__file__).with_name, headers))))
+    key.update(f"{flags} {last} {about}".encode())
     folder = Path(cpp_extension.get_default_build_root()) / "fastpeft"
-    library = folder / f"native_{key.hexdigest()[:16]}.so"
+    library = folder / f"{name}_{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [cpp_extension.get_cxx_compiler(), *FLAGS, *map(str, sources), "-o", unfinished]
-        try:
-            _run([*command, *THREADS])
-        except subprocess.CalledProcessError:
-            _run(command)
+        _run([cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last])
         os.replace(unfinished, library)
     finally:
         Path(unfinished).unlink(missing_ok=True)
@@ -77,6 +98,6 @@ def _instruction_sets() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = (getattr(error, "stderr", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -14,7 +14,7 @@ from .build import native_library
 
 LARGEST_RANK = 32
 """Beyond it BLAS is faster for some sizes; see lora/rank_products.py."""
-_SMALLEST = 1 << 14
+SMALLEST = 1 << 14
 """Elements of y below which a call costs more than it saves."""
 _WORTH_A_THREAD = 1 << 16
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -25,7 +25,7 @@ def skinny_serves(y: Tensor, *others: Tensor) -> bool:
     """Whether `skinny` takes y (tokens, features) with matrices (any, rank), and is faster than BLAS."""
     return (
         y.device.type == "cpu"
-        and y.numel() >= _SMALLEST
+        and y.numel() >= SMALLEST
         and y.stride(1) == 1
         and 1 <= others[0].shape[1] <= LARGEST_RANK
         and all([t.dtype == torch.float32 and type(t) in _PLAIN for t in (y, *others)])

@@ -32,6 +32,7 @@ _warned: set[str] = set()
 _enabled = True
 _forced: dict[str, str] = {}
 _met: dict[tuple[str, Case], None] | None = None
+_changes = 0  # of anything above
 _lock = threading.RLock()
 
 
@@ -68,6 +69,21 @@ def choice(
     return found
 
 
+def state() -> tuple[int, bool]:
+    """Equal to an earlier one where every choice is the same as then."""
+    return _changes, torch.are_deterministic_algorithms_enabled()
+
+
+def gathers() -> bool:
+    """Whether someone waits to see what is asked for."""
+    return _met is not None
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1
+
+
 def use_tuned(enabled: bool) -> None:
     """Whether measured choices are used in this process; False leaves the analytic defaults.
 
@@ -78,6 +94,7 @@ def use_tuned(enabled: bool) -> None:
     """
     global _enabled
     _enabled = enabled
+    _changed()
 
 
 def device_name(device: torch.device) -> str:
@@ -92,12 +109,14 @@ def device_name(device: torch.device) -> str:
 def learn(device: torch.device, winner: Winner) -> None:
     """Use a winner in this process from now on."""
     _choices(device).setdefault(winner.op, {})[winner.case] = winner.choice
+    _changed()
 
 
 def forget() -> None:
     """Read the files anew when next asked."""
     _known.clear()
     _warned.clear()
+    _changed()
 
 
 @contextmanager
@@ -121,10 +140,12 @@ def forced(choices: dict[str, str]) -> Iterator[None]:
     global _forced
     with alone():
         before, _forced = _forced, choices
+        _changed()
         try:
             yield
         finally:
             _forced = before
+            _changed()
 
 
 @contextmanager

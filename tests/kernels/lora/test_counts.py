@@ -28,7 +28,7 @@ def test_products_forward_and_backward():
         assert (forward, backward) == (1 + 2 * n, 3 * n + 2)
 
 
-def test_one_packing_in_forward_and_one_in_backward(monkeypatch):
+def test_one_packing_in_forward_and_one_in_backward(groups_in_python, monkeypatch):
     calls = []
     pack = library.pack
     monkeypatch.setattr(library, "pack", lambda *args: calls.append(1) or pack(*args))
