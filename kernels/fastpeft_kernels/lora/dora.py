@@ -90,9 +90,9 @@ def before_gain(
     z = y.new_empty(y.shape, dtype=dtype) if keeps or y.dtype != dtype else y
     if mask is None:
         return z, inputs
-    seen = dropout(inputs, *mask)
-    project_down(seen.to(group.dtypes.lora), a.t(), s, None, group.backend)
-    return z, seen
+    seen = dropout(inputs.to(group.dtypes.lora), *mask)  # the adapter's share is not rounded where it is the wider one
+    project_down(seen, a.t(), s, None, group.backend)
+    return z, seen.to(inputs.dtype)
 
 
 def apply_gain(

@@ -15,6 +15,8 @@ from ..lora.parts import decoded
 from ..weights import FrozenWeight
 from .adapters import LokrAdapter
 
+_SPAN = 512
+
 
 def forward(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapters: Sequence[LokrAdapter]) -> Tensor:
     """(tokens, out_features) for x (tokens, in_features), contiguous; all in the dtype of x."""
@@ -36,10 +38,19 @@ def backward(
         if dx is not None:
             dx.view(-1, w2.shape[1]).addmm_(dz, w2)
         if x is not None:
-            z = _inner(x, w1, w2)
-            by_row = dy_rows.transpose(0, 1).reshape(w1.shape[0], -1), z.transpose(0, 1).reshape(w1.shape[1], -1)
-            grads += [torch.mm(by_row[0], by_row[1].t()) * scaling, torch.mm(dz.t(), x.view(-1, w2.shape[1]))]
+            by_row = [t.transpose(1, 2).reshape(-1, t.shape[1]) for t in (dy_rows, _inner(x, w1, w2))]
+            grads += [_summed(*by_row) * scaling, _summed(dz, x.view(-1, w2.shape[1]))]
     return dx, grads
+
+
+def _summed(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b for many rows, a few hundred at a time: what a sum loses to rounding grows with its length."""
+    parts = len(a) // _SPAN
+    if parts < 2:
+        return torch.mm(a.t(), b)
+    last = parts * _SPAN
+    sums = torch.bmm(a[:last].view(parts, _SPAN, -1).transpose(1, 2), b[:last].view(parts, _SPAN, -1))
+    return torch.addmm(sums.sum(0), a[last:].t(), b[last:])
 
 
 def _inner(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

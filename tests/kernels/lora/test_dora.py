@@ -39,8 +39,11 @@ def test_siblings_with_and_without_magnitude(dtype, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("in_16_bits", [False, True], ids=["", "products in 16 bits on any CPU"])
 @pytest.mark.parametrize("dtypes", [Dtypes(BF16, F32, BF16), Dtypes(BF16, BF16, F32), Dtypes(F32, BF16, F32)])
-def test_mixed_dtypes(dtypes, dropout):
+def test_mixed_dtypes(dtypes, dropout, in_16_bits, monkeypatch):
+    if in_16_bits:
+        monkeypatch.setattr("fastpeft_kernels.lora.projection.product_dtype", lambda dtype, device: dtype)
     x_dtype = F32 if dtypes.out == F32 else dtypes.compute
     fields = {"lora_dtype": F32, "bias": True, "magnitude": True, "scaling": 2.0, "dropout": dropout}
     group = [projection(24, 40, 4, dtype=dtypes.compute, **fields) for _ in range(2)]
