@@ -30,8 +30,8 @@ def check_fp8(model: nn.Module, setting: Any, exclude: Any) -> None:
         raise ValueError(f"fp8_exclude: expected patterns that match a module's name, got {idle}")
     if in_fp8:
         for device in {parameter.device for parameter in model.parameters()}:
-            if (reason := fp8_refusal(device)) is not None:
-                raise ValueError(f"fp8_compute: {reason}")
+            if (found := fp8_refusal(device)) is not None:
+                raise ValueError(f"fp8_compute: expected a GPU of compute capability 8.9 or newer, got {found}")
 
 
 def ask_fp8(modules: Mapping[str, nn.Module], setting: str | None, exclude: Sequence[str]) -> None:

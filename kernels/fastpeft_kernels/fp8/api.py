@@ -34,12 +34,11 @@ class Fp8Rows(NamedTuple):
 
 
 def fp8_refusal(device: torch.device) -> str | None:
-    """Why `device` has no product in e4m3, as the end of "expected ..., got ..."; None when it has one."""
+    """What `device` is, where it is none that multiplies in e4m3 (compute capability 8.9 or newer); else None."""
     capability = device_capability(device)
-    if capability is not None and capability >= CAPABILITY:
-        return None
-    found = str(device) if capability is None else f"one of {capability // 10}.{capability % 10} ({device})"
-    return f"expected a GPU of compute capability {CAPABILITY // 10}.{CAPABILITY % 10} or newer, got {found}"
+    if capability is None:
+        return str(device)
+    return None if capability >= CAPABILITY else f"{device} of {capability // 10}.{capability % 10}"
 
 
 def unfit_shape(shape: tuple[int, int]) -> str | None:
