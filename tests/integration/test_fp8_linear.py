@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -171,35 +172,24 @@ def test_what_is_asked_of_the_library_s_product(monkeypatch: pytest.MonkeyPatch)
     weight = quantised.frozen_base(finegrained_fp8, layer, torch.zeros(2, 64), None)[0]
     seen: dict[str, Any] = {}
 
-    def newer(
-        input: Tensor,
-        weight: Tensor,
-        weight_scale_inv: Tensor,
-        block_size=None,
-        bias=None,
-        activation_scale=None,
-        allow_deepgemm=True,
-    ):  # type: ignore[no-untyped-def]
-        seen.update(locals())
-        return input
+    def recorded(*names: str) -> Any:
+        """A function with keywords of these names beside those of every version."""
+        every = ("input", "weight", "weight_scale_inv", "block_size", "bias", "activation_scale", *names)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
-    def older(
-        input: Tensor,
-        weight: Tensor,
-        weight_scale_inv: Tensor,
-        block_size=None,
-        bias=None,
-        activation_scale=None,
-        output_dtype=None,
-    ):  # type: ignore[no-untyped-def]
-        seen.update(locals())
-        return input
+        def function(*args: Any, **kwargs: Any) -> Tensor:
+            seen.update(function.__signature__.bind(*args, **kwargs).arguments)  # type: ignore[attr-defined]
+            return seen["input"]  # type: ignore[no-any-return]
+
+        parameters = [inspect.Parameter(name, kind, default=None) for name in every]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
 
     x = torch.zeros(2, 64)
-    for function in (newer, older):
+    for function in (recorded("allow_deepgemm"), recorded("output_dtype")):
         monkeypatch.setattr(library, "fp8_linear", function)
         weight.linear(x)
-        assert (seen["block_size"], seen["bias"], seen["activation_scale"].item()) == ([32, 32], None, 0.5)
+        assert (seen["block_size"], seen.get("bias"), seen["activation_scale"].item()) == ([32, 32], None, 0.5)
         assert seen["weight"].data_ptr() == layer.weight.data_ptr() and seen["input"] is x
     assert seen["allow_deepgemm"] is False and seen["output_dtype"] == torch.float32
 
