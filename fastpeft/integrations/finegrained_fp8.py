@@ -48,7 +48,7 @@ class FineGrainedWeight(ScaledWeight):
         self.stored, self.activation_scale = scale, activation_scale
         self.blocks, self.deepgemm = blocks, deepgemm
 
-    def linear(self, x: Tensor) -> Tensor | None:
+    def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         if not x.numel():
             return None
         product = sys.modules[MODULE].fp8_linear

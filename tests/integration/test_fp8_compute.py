@@ -190,6 +190,13 @@ def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], mess
     assert not fastpeft.report(model).accelerated, "refused before anything is changed"
 
 
+@pytest.mark.usefixtures("emulated")
+def test_verify_does_not_pass_them() -> None:
+    model = make(dtype=torch.float32, target_modules=["q_proj"])
+    assert not fastpeft.verify(fastpeft.accelerate(model, fp8_compute="both"), batch(model)).passed
+    assert fastpeft.verify(fastpeft.accelerate(model), batch(model)).passed
+
+
 class TestReport:
     """fp8_report, on a CPU and without a GPU in sight."""
 

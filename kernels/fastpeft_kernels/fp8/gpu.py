@@ -35,6 +35,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "products, fast sums", _check_fast_sums
     yield "no tokens, and rows that are not finite, through a product", _check_products_of_special
     yield "a weight, forward and backward", _check_weight
+    yield "values with scales that are powers of two", _check_powers_of_two
     if triton_available() and holds_huge_tensors():
         yield "more than 2**31 elements", _check_many
 
@@ -153,6 +154,15 @@ def _check_weight() -> dict[str, Any]:
         verdicts.settle()
     assert max(figures.values()) < 0.1, f"errors of e4m3 are some 4 percent of the norm: {figures}"
     return figures
+
+
+def _check_powers_of_two() -> dict[str, Any]:
+    codes = torch.randn((256, 128), device=_DEVICE).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.125], [4.0]], device=_DEVICE)
+    for dtype in _DTYPES:
+        of_bytes = ScaledWeight(codes, scale.to(torch.float8_e8m0fnu), block=(128, 128), dtype=dtype).decode()
+        assert torch.equal(of_bytes, ScaledWeight(codes, scale, block=(128, 128), dtype=dtype).decode()), dtype
+    return {}
 
 
 def _check_many() -> dict[str, Any]:

@@ -68,8 +68,11 @@ class Fp8Weight(FrozenWeight):
     def is_ready(self, dtype: torch.dtype) -> bool:
         return self.base.is_ready(dtype)
 
-    def linear(self, x: Tensor) -> Tensor | None:
-        return scaled_product(quantise_rows(x), self.rows, x.dtype)
+    def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
+        made = {} if shared is None else shared
+        if self.kind not in made:
+            made[self.kind] = quantise_rows(x)
+        return scaled_product(made[self.kind], self.rows, x.dtype)
 
     def linear_t(self, dy: Tensor) -> Tensor | None:
         return None if self.columns is None else scaled_product(quantise_rows(dy), self.columns, dy.dtype)

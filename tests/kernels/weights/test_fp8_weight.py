@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.fp8 import quantise_rows
+from fastpeft_kernels.fp8 import Fp8Rows, quantise_rows
 from fastpeft_kernels.fp8.reference import scaled_product_reference
 from fastpeft_kernels.lora import LoraAdapter, LoraProjection, lora_linear_group
-from fastpeft_kernels.weights import DenseWeight, Fp8Weight, FrozenWeight, ScaledWeight, unflatten_weight
+from fastpeft_kernels.weights import DenseWeight, Fp8Weight, FrozenWeight, ScaledWeight, fp8, unflatten_weight
 from tests.budget import assert_within_budget
 
 ROWS, COLUMNS = 48, 64
@@ -76,6 +76,21 @@ def test_a_group_with_adapters(backward: bool) -> None:
         ("y", "dx", "da", "db"), ours, plain(torch.float32), plain(torch.float64), strict=True
     ):
         assert_within_budget(mine, same, exact, name)
+
+
+def test_projections_of_one_input_bring_it_to_fp8_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [Fp8Weight.of(dense(torch.float32), backward=False) for _ in range(3)]
+    x, made = torch.randn(5, COLUMNS), []
+
+    def counted(x: Tensor) -> Fp8Rows:
+        made.append(tuple(x.shape))
+        return quantise_rows(x)
+
+    alone = [weight.linear(x) for weight in weights]
+    monkeypatch.setattr(fp8, "quantise_rows", counted)
+    together = lora_linear_group(x, [LoraProjection(weight) for weight in weights])
+    assert made == [(5, COLUMNS)]
+    assert all(torch.equal(y, wanted) for y, wanted in zip(together, alone, strict=True) if wanted is not None)
 
 
 def test_a_write_to_the_weight_is_noticed() -> None:
