@@ -113,7 +113,7 @@ def test_verify_passes_and_sees_a_wrong_weight(base: str, monkeypatch: pytest.Mo
         asked = request(x, *names)
         weight = copy.copy(asked.projection.weight)
         weight.decode_rows = lambda out, first, last: out.fill_(0.1)
-        weight.linear = lambda x: None
+        weight.linear = lambda x, shared: None
         projection = copy.copy(asked.projection)
         object.__setattr__(projection, "weight", weight)
         return asked._replace(projection=projection)
