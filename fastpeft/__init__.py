@@ -12,6 +12,7 @@ from fastpeft_kernels import __version__
 
 if TYPE_CHECKING:
     from .applying import accelerate, restore
+    from .fp8_reporting import fp8_report
     from .integrations.peft import lora_config, mixed_batch
     from .reporting import report
     from .tuning import tune, use_tuned
@@ -22,6 +23,7 @@ _HOME = {
     "accelerate": "applying",
     "restore": "applying",
     "report": "reporting",
+    "fp8_report": "fp8_reporting",
     "verify": "verification",
     "tune": "tuning",
     "use_tuned": "tuning",
@@ -32,6 +34,7 @@ _HOME = {
 __all__ = [
     "__version__",
     "accelerate",
+    "fp8_report",
     "lora_config",
     "mixed_batch",
     "report",

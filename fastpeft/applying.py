@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from fastpeft_kernels.common.scratch import release_scratch
 
 from .replacements import NOT_BUILT, REPLACEMENTS, Match
+from .replacements.fp8 import ask_fp8, check_fp8
 from .replacements.mlp import RECOMPUTE
 from .requirements import require_core
 
@@ -30,6 +32,8 @@ class Switches:
     loss: bool = True
     norms: bool = True
     memory: Any = None
+    fp8_compute: str | None = None
+    fp8_exclude: tuple[str, ...] = ()
 
 
 def accelerate(
@@ -41,6 +45,8 @@ def accelerate(
     loss: bool = True,
     norms: bool = True,
     memory: Any = None,
+    fp8_compute: Literal["never", "forward", "both"] | None = None,
+    fp8_exclude: Sequence[str] = (),
 ) -> Model:
     """Make a model with PEFT LoRA layers faster and smaller, in place, without changing what it computes.
 
@@ -60,13 +66,21 @@ def accelerate(
             neither gate nor up, for backward, which computes these again, but not down: less memory, more time.
         attention, loss, norms: replace those too; not built yet, the report says so.
         memory: a memory budget; not built yet.
+        fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
+            base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
+            "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
+            FP8Linear bases, a scale for each row of both; "both" that of the gradient of x too. Each costs a byte more
+            for each element of the weight. "never" multiplies by the decoded weight, in 16 bits, over FP8Linear too.
+            `fp8_report` shows what it costs in accuracy.
+        fp8_exclude: patterns (as in file names) of the modules that stay in 16 bits, such as "*.down_proj".
 
     Returns:
         The same model.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: `mlp` is none of the values above.
+        ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, or
+            the model is not on GPUs that multiply in FP8 (compute capability 8.9 or newer).
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
@@ -74,7 +88,8 @@ def accelerate(
     if mlp not in (True, False, RECOMPUTE):
         raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
-    switches = Switches(lora, mlp, attention, loss, norms, memory)
+    check_fp8(model, fp8_compute, fp8_exclude)
+    switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
     modules = dict(model.named_modules())
@@ -96,6 +111,7 @@ def accelerate(
             mine[path] = module
         replacement.finish(model, mine, setting)
         found = found or bool(mine)
+    ask_fp8(modules, fp8_compute, fp8_exclude)
     if not found:
         logger.warning("nothing was replaced in this %s; fastpeft.report(model) says why", type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)

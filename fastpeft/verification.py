@@ -103,15 +103,15 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
         replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings}
-        _, traffic = _step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
-        ours, traffic_of_wholes = _step(model, wholes, inputs, record=True)
+        _, traffic = recorded_step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
+        ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
         with suspended(replaced):
-            peft, _ = _step(model, layers, inputs)
+            peft, _ = recorded_step(model, layers, inputs)
         checks, rounding = check_layers(layers, traffic)
         of_wholes, rounding_of_wholes = check_wholes(wholes, traffic_of_wholes)
         outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
         with suspended(replaced), noisy({**layers, **experts, **embeddings}, outputs, seed):
-            twin, _ = _step(model, layers, inputs)
+            twin, _ = recorded_step(model, layers, inputs)
     checks += of_wholes + _compare_models(ours, peft, twin, rounding.gradients | rounding_of_wholes.gradients)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
@@ -120,7 +120,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
 
 
-def _step(
+def recorded_step(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: dict[str, Any], record: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """(output, loss and gradients of trainable parameters by name, [*inputs, dy] of each layer's first call)."""

@@ -35,7 +35,7 @@ class LlmInt8Weight(ScaledWeight):
         super().__init__(codes, absmax.view(-1, 1), block=(1, codes.shape[1]), dtype=dtype, factor=1.0 / 127.0)
         self.threshold = threshold
 
-    def linear(self, x: Tensor) -> Tensor | None:
+    def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         if self.threshold is None or not x.numel():
             return None
         ops = torch.ops.bitsandbytes

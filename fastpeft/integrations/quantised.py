@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.bypass import own_class
-from . import awq, bitsandbytes_int8, gptq, hqq, torchao
+from . import awq, bitsandbytes_int8, finegrained_fp8, gptq, hqq, torchao
 from .reading import Base
 
 
@@ -36,7 +36,7 @@ class Reader(Protocol):
         """The layer with the values that the library itself decodes, in fp32, to hold `frozen_base` against."""
 
 
-READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq, gptq, awq)
+READERS: tuple[Reader, ...] = (bitsandbytes_int8, torchao, hqq, gptq, awq, finegrained_fp8)
 
 
 _KNOWN: dict[tuple[type, type], Reader | None] = {}  # classes come into being with their library
@@ -45,7 +45,7 @@ _KNOWN: dict[tuple[type, type], Reader | None] = {}  # classes come into being w
 def reader(layer: nn.Module) -> Reader | None:
     """Who reads the storage of a base layer; None where it is a floating matrix, in 4 bits, or nobody's."""
     weight = layer._parameters.get("weight")
-    if type(weight) is nn.Parameter:
+    if type(weight) is nn.Parameter and weight.dtype.itemsize > 1:
         return None
     kinds = own_class(layer), type(weight)
     if kinds not in _KNOWN:

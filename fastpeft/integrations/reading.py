@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.weights import FrozenWeight
 
+PRODUCTS = "fastpeft_fp8"
+"""Attribute of a base layer that says how its products are made, in place of its library's; of `layers/fp8.py`."""
+
 Base = tuple[FrozenWeight, torch.dtype, torch.dtype]
 """(weight, dtype of its product, dtype of the result), as the layer itself would have them."""
 

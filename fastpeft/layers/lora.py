@@ -19,6 +19,7 @@ from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
+from .fp8 import ask, products_of
 from .merges import SeenMerges
 from .requests import Request, base_bias, compute, frozen_base, lora_dtype
 from .siblings import RowNames, Sibling
@@ -33,6 +34,7 @@ class FastLoraLayer(SeenMerges, Sibling):
 
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
+    fastpeft_fp8_left: str | None = None  # why products in FP8 were asked for in vain
     adapted = True
     op_name = "lora_linear"
     over_four_bits = False
@@ -118,6 +120,8 @@ class FastLoraLayer(SeenMerges, Sibling):
             return False
         if state["_disable_adapters"] or state["merged_adapters"]:
             return True
+        if products_of(state["_modules"]["base_layer"]) is not None:
+            return False  # PEFT's products are others
         if self.over_four_bits and x.device.type == "cpu" and x.dtype != torch.float32:
             return False  # our decoding is the faster one
         if state["lora_variant"]:
@@ -153,11 +157,22 @@ class FastLoraLayer(SeenMerges, Sibling):
         base = self.get_submodule("base_layer")
         bitsandbytes.allow_cpu_packing(base, self.fastpeft_cpu_packing)
         bitsandbytes.forget(base)
-        for name in ("fastpeft_cpu_packing", "fastpeft_calls"):
+        ask(base, None)
+        for name in ("fastpeft_cpu_packing", "fastpeft_calls", "fastpeft_fp8_left"):
             self.__dict__.pop(name, None)
 
+    def make_fp8(self) -> None:
+        """Make the copies of the base's weight that its products are to take, now and not in the first call."""
+        base = self.get_submodule("base_layer")
+        if products_of(base) is not None:
+            weight = base.get_parameter("weight")
+            frozen_base(base, weight.new_empty((0, 0), dtype=torch.float32), torch.float32)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        bitsandbytes.forget(self.get_submodule("base_layer"))  # what was read of it keeps the old device's memory
+        base = self.get_submodule("base_layer")
+        bitsandbytes.forget(base)  # what was read of it keeps the old device's memory
+        if (products := products_of(base)) is not None:
+            products.drop()
         return super()._apply(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 from ..integrations import bitsandbytes, peft, quantised
 from ..integrations.transformers import is_conv1d
 from .bypass import why_not_bypassed
+from .fp8 import products_of
 
 Member = TypeVar("Member")
 
@@ -51,6 +52,18 @@ def frozen_base(
     base: Any, x: Tensor, autocast: torch.dtype | None
 ) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
     """(weight, dtype of its product, dtype of the result) of a LoRA layer's base for x, or why it cannot be read."""
+    found = _stored_base(base, x, autocast)
+    products = products_of(base)
+    if products is None or isinstance(found, str):
+        return found
+    weight, product, out = found
+    return products.weight(weight), product, out
+
+
+def _stored_base(
+    base: Any, x: Tensor, autocast: torch.dtype | None
+) -> tuple[FrozenWeight, torch.dtype, torch.dtype] | str:
+    """The same with products as the base's library makes them."""
     device = x.device
     if bitsandbytes.is_linear_4bit(base):
         reason = why_not_bypassed(base, type(base), device)

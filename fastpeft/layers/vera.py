@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations import vera
+from .fp8 import products_of
 from .lora import FastLoraLayer
 from .requests import Request
 from .siblings import RowNames
@@ -33,6 +34,8 @@ class FastVeraLayer(FastLoraLayer):
     def leaves_few(self, x: Tensor) -> bool:
         """PEFT's own forward multiplies two vectors in place of making a matrix of them; drops as ours only if idle."""
         watch = self.fastpeft_watch
+        if products_of(self.get_submodule("base_layer")) is not None:
+            return False
         layer: Any = self
         return not (self.training and any(type(d) is not nn.Identity for d in layer.vera_dropout.values())) and not (
             watch is not None and watch.watching

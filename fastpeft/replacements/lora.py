@@ -16,6 +16,7 @@ from ..layers.frozen import FrozenSibling
 from ..layers.lora import FastLoraLayer, fast_classes
 from ..layers.watching import SiblingWatch
 from .base import Left, Match
+from .fp8 import words
 from .swap import why_not_swapped
 
 FROZEN = "frozen_linear"
@@ -108,6 +109,8 @@ class LoraReplacement:
             notes.append(f"{few} of {total} calls as PEFT computes them, {FEW_TOKENS}")
         if (error := getattr(module, "fastpeft_watch_error", None)) is not None:
             notes.append(f"siblings not found: {error}")
+        if (left := getattr(module, "fastpeft_fp8_left", None)) is not None:
+            notes.append(f"fp8_compute: left in 16 bits, {left}")
         base = _base(module)
         if bitsandbytes.is_linear_4bit(base) and (note := bitsandbytes.decode_note(base)):
             notes.append(note)
@@ -125,7 +128,8 @@ def _op(module: nn.Module) -> str:
     if bitsandbytes.is_linear_4bit(base):
         return f"{name} over 4-bit"
     reader = quantised.reader(base)
-    return name if reader is None else f"{name} over {reader.name(base)}"
+    name = name if reader is None else f"{name} over {reader.name(base)}"
+    return name + words(base)
 
 
 def _class_of(module: nn.Module) -> type[FastLoraLayer]:

@@ -17,6 +17,7 @@ PAGE = "docs/troubleshooting.md"
 COVERED = (
     "fastpeft/applying.py",
     "fastpeft/config.py",
+    "fastpeft/fp8_reporting.py",
     "fastpeft/generation.py",
     "fastpeft/hub.py",
     "fastpeft/merging.py",

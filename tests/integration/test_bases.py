@@ -13,7 +13,7 @@ from peft import LoraConfig, prepare_model_for_kbit_training
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 
 import fastpeft
 from fastpeft.integrations import bitsandbytes_int8, quantised
@@ -113,7 +113,7 @@ def test_verify_passes_and_sees_a_wrong_weight(base: str, monkeypatch: pytest.Mo
         asked = request(x, *names)
         weight = copy.copy(asked.projection.weight)
         weight.decode_rows = lambda out, first, last: out.fill_(0.1)
-        weight.linear = lambda x: None
+        weight.linear = lambda x, shared: None
         projection = copy.copy(asked.projection)
         object.__setattr__(projection, "weight", weight)
         return asked._replace(projection=projection)
@@ -297,13 +297,13 @@ def test_a_write_to_the_codes_between_forward_and_backward_is_noticed(base: str)
 
 
 def test_layers_of_other_libraries_are_left_to_peft_and_named() -> None:
-    """FP8Linear computes on GPUs only, with kernels that are fetched; PEFT puts its plain LoRA layer over it."""
+    """FP8GroupedLinear multiplies groups of features; PEFT puts its plain LoRA layer over it."""
     base = make_base(**TINY)
     attention = base.model.layers[0].self_attn
-    attention.q_proj = FP8Linear(64, 64, (32, 32)).requires_grad_(False)
+    attention.q_proj = FP8GroupedLinear(64, 64, 1, (32, 32)).requires_grad_(False)
     model = fastpeft.accelerate(with_lora(base, target_modules=["q_proj", "o_proj"]))
     left = {row.path.rpartition(".")[2]: row.note for row in fastpeft.report(model).left}
-    assert left == {"q_proj": "no op for a base layer of type FP8Linear"}
+    assert left == {"q_proj": "no op for a base layer of type FP8GroupedLinear"}
     eetq = type("EetqLoraLinear", (GPTQLoraLinear,), {})
     attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
     layer = eetq(packed_layers.TorchLinear(nn.Linear(64, 64)), "default", LoraConfig(), r=4, lora_alpha=4)

@@ -10,6 +10,7 @@ parallel = True
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu as activation
     from fastpeft_kernels.experts import gpu as experts
+    from fastpeft_kernels.fp8 import gpu as fp8
     from fastpeft_kernels.lora import gpu as lora
     from fastpeft_kernels.lora import gpu_other as lora_other
     from fastpeft_kernels.lycoris import gpu as lycoris
@@ -17,6 +18,6 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.quant import gpu as quant
     from fastpeft_kernels.weights import gpu_decode as weights
 
-    suites = {"quant": quant, "activation": activation, "lora": lora, "mlp": mlp, "experts": experts}
+    suites = {"fp8": fp8, "quant": quant, "activation": activation, "lora": lora, "mlp": mlp, "experts": experts}
     suites |= {"lora_other": lora_other, "lycoris": lycoris, "weights": weights}
     recorder.run_suites({op: suite.checks() for op, suite in suites.items()})

@@ -10,6 +10,7 @@ for 1.02 to 1.04. In backward all of dx accumulates in one buffer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,18 @@ def project(
     update: tuple[Tensor, Tensor] | None,
     lora_bias: Tensor | None,
     group: Group,
+    shared: dict[str, Any] | None = None,
 ) -> Tensor | None:
     """y[:] = inputs W^T + bias + S (scaling B)^T + lora_bias, the sum in the widest of the dtypes.
+
+    Args:
+        shared: of `FrozenWeight.linear`, for projections of the same inputs.
 
     Returns:
         W as it was decoded, valid as `decoded`'s; None where the storage made the product.
     """
     dtypes, ours = group.dtypes, group.backend == "triton"
-    own, w = projection.weight.linear(inputs), None
+    own, w = projection.weight.linear(inputs, shared), None
     bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
     one_dtype = update is None or dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dtypes.out)
     if own is None and (ours or one_dtype):

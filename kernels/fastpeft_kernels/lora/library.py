@@ -11,6 +11,7 @@ by our kernels, as the group's backend or a measurement says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def forward_into(
     """
     inputs = x.to(group.dtypes.compute)
     s = down_projection(x, group, packed) if s is None else s
-    column = 0
+    column, shared = 0, dict[str, Any]()
     for i, projection in enumerate(group.projections):
         update, up = None, packed.b[i]
         first = 0 if group.one_a else column
@@ -104,13 +105,14 @@ def forward_into(
         if up is not None and s is not None:
             update = (s[:, first:column], up)
         if projection.magnitude is None:
-            project(outputs[i], inputs, projection, update, packed.bias[i], group)
+            project(outputs[i], inputs, projection, update, packed.bias[i], group, shared)
             held = None
         else:
             assert update is not None and packed.a is not None
             a = packed.a[first:column]
             z, seen = dora.before_gain(outputs[i], inputs, i, group, a, update[0], kept is not None)
-            w = project(z, seen, dora.without_bias(projection), update, None, group)
+            same = shared if seen is inputs else None
+            w = project(z, seen, dora.without_bias(projection), update, None, group, same)
             held = dora.apply_gain(outputs[i], z, inputs, seen, i, group, w, update[1], a)
         if kept is not None:
             kept.append(held)

@@ -3,6 +3,7 @@
 from .base import FrozenWeight, unflatten_weight
 from .dense import DenseWeight
 from .four_bit import FourBitWeight
+from .fp8 import Fp8Weight
 from .hqq import HqqWeight
 from .mxfp4 import Mxfp4Weight
 from .packed import PackedWeight
@@ -11,6 +12,7 @@ from .scaled import ScaledWeight
 __all__ = [
     "DenseWeight",
     "FourBitWeight",
+    "Fp8Weight",
     "FrozenWeight",
     "HqqWeight",
     "Mxfp4Weight",

@@ -83,8 +83,12 @@ class FrozenWeight(ABC):
         """Whether `ready` gives the values, told without touching them."""
         return False
 
-    def linear(self, x: Tensor) -> Tensor | None:
-        """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here."""
+    def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
+        """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here.
+
+        Args:
+            shared: what weights that are multiplied by the very same x have made of it, by `kind`; to read and add to.
+        """
         return None
 
     def linear_t(self, dy: Tensor) -> Tensor | None:

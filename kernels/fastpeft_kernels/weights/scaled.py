@@ -11,7 +11,7 @@ from torch import Tensor
 from .blocks import BlockwiseWeight
 
 CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 class ScaledWeight(BlockwiseWeight):
@@ -21,8 +21,8 @@ class ScaledWeight(BlockwiseWeight):
 
     Args:
         codes: (out_features, in_features) of int8, uint8, float8_e4m3fn or float8_e5m2, columns contiguous.
-        scale: (row blocks, column blocks) of fp32, bf16 or fp16; a whole number of blocks need not fit: the last ones
-            may be smaller.
+        scale: (row blocks, column blocks) of fp32, bf16, fp16 or float8_e8m0fnu (powers of two); a whole number of
+            blocks need not fit: the last ones may be smaller.
         zero: of scale's shape and the dtype of `codes`, int8 or uint8, or None.
         factor: what each scale is multiplied by, in fp32.
         block: (rows, columns) of one block.
@@ -76,7 +76,8 @@ class ScaledWeight(BlockwiseWeight):
         grouped = values.unflatten(1, (self.scale.shape[1], self.block[1])) if self._whole_columns() else values
         if self.zero is not None:
             grouped.sub_(self._spread(self.zero, first, last).to(values.dtype))
-        scale = self._spread(self.scale, first, last).to(torch.float32)
+        stored = self.scale.float() if self.scale.dtype.itemsize == 1 else self.scale  # no operation takes e8m0 itself
+        scale = self._spread(stored, first, last).to(torch.float32)
         grouped.mul_(scale if self.factor == 1.0 else scale * self.factor)
         if values is not out:
             out.copy_(values)
