@@ -93,7 +93,9 @@ def side_by_side(
         compiled: by torch.compile, as it comes.
     """
     import fastpeft
+    from fastpeft_kernels.native.extension import group_extension
 
+    group_extension(wait=True)
     models = {"peft": model, "fastpeft": fastpeft.accelerate(copy.deepcopy(model))}
     loss(models["fastpeft"])  # finds the siblings
     called: dict[str, Any] = {name: torch.compile(each) if compiled else each for name, each in models.items()}
