@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..common.aot import AotCase
     from .tiles import Tile, Tiles
 
-_ROOMY, _NARROW = (80, 90, 100), (86, 89, 120)  # by the shared memory of a program
+_DESCRIBED, _ROOMY, _NARROW = (90, 100), (80,), (86, 89, 120)
 _TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "padding_ptr": "*u8", "dense_ptr": "*u8",
     "start_ptr": "*i32", "stop_ptr": "*i32", "ranges_ptr": "*i32", "sums_ptr": "*fp32",
@@ -21,12 +21,12 @@ _ABSENT = dict.fromkeys(
 
 
 def cases() -> Iterator[AotCase]:
-    """bf16 stands for fp16 too. Tiles that are not the default are compiled for one size of head."""
+    """bf16 stands for fp16 too. Tiles are those of each kind of GPU."""
     import torch
 
     from .tiles import tiles_for
 
-    for targets in (_ROOMY, _NARROW):
+    for targets in (_DESCRIBED, _ROOMY, _NARROW):
         for features in (64, 128, 256):
             for i, tiles in enumerate(tiles_for(targets[0], torch.bfloat16, features, features)):
                 yield from _plain(features, tiles, targets, default=i == 0)
@@ -38,7 +38,7 @@ def _plain(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool)
     from .backward_queries import attention_bwd_queries_kernel
     from .forward import attention_fwd_kernel
 
-    constants = {**_ABSENT, "PLAIN": True, "LOWER": False}
+    constants = {**_ABSENT, "PLAIN": True, "NATURAL": False, "LOWER": False}
     name = f"causal_bf16_{features}_sm{targets[0]}"
     yield _case(name, attention_fwd_kernel, {**constants, "sinks_ptr": None}, features, tiles.forward, targets, default)
     yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, targets, default)
@@ -53,15 +53,15 @@ def _everything(tiles: Tiles) -> Iterator[AotCase]:
     from .backward_scores import attention_bwd_scores_kernel
     from .forward import attention_fwd_kernel
 
-    constants = {"PLAIN": False, "LOWER": True}
-    yield _case("everything", attention_fwd_kernel, constants, 64, tiles.forward, _ROOMY, False)
-    yield _case("everything", attention_bwd_queries_kernel, constants, 64, tiles.queries, _ROOMY, False)
-    yield _case("everything", attention_bwd_keys_kernel, constants, 64, tiles.keys, _ROOMY, False)
+    constants = {"PLAIN": False, "NATURAL": False, "LOWER": True}
+    yield _case("everything", attention_fwd_kernel, constants, 64, tiles.forward, _DESCRIBED, False)
+    yield _case("everything", attention_bwd_queries_kernel, constants, 64, tiles.queries, _DESCRIBED, False)
+    yield _case("everything", attention_bwd_keys_kernel, constants, 64, tiles.keys, _DESCRIBED, False)
     for relative in (True, False):
         kind = {"RELATIVE": relative, "SUM_ROWS": not relative, "SUM_COLUMNS": False}
         name = "relative" if relative else "bias"
-        yield _case(name, attention_bwd_scores_kernel, {**constants, **kind}, 64, tiles.scores, _ROOMY, False)
-    yield _case("rows", attention_bwd_rows_kernel, {}, 64, tiles.scores, _ROOMY, True, matrix=False)
+        yield _case(name, attention_bwd_scores_kernel, {**constants, **kind}, 64, tiles.scores, _DESCRIBED, False)
+    yield _case("rows", attention_bwd_rows_kernel, {"NATURAL": False}, 64, tiles.scores, _DESCRIBED, True, matrix=False)
 
 
 def _case(

@@ -27,7 +27,8 @@ def attention_bwd_keys_kernel(
 ):  # fmt: skip
     """One program a block of keys of one head of keys, which sums over the heads of queries that read it.
 
-    Tiles are keys x queries, so that no result of a product is ever transposed.
+    Tiles are keys x queries, so that no result of a product is ever transposed. What is the same in all iterations is
+    computed again in each, in registers that are few: the sums of 128 keys take half of them.
     """
     blocks = tl.cdiv(keys, BLOCK_N)
     program = tl.program_id(0)
@@ -55,7 +56,7 @@ def attention_bwd_keys_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     unit = scale if PLAIN else 1.0
-    for member in range(0, group):
+    for member in tl.range(0, group, disable_licm=True):
         head = kv_head * group + member
         stream = batch * heads + head
         lse_head_ptr = lse_ptr + stream * queries
@@ -71,7 +72,7 @@ def attention_bwd_keys_kernel(
             if part < 2 or LOWER:
                 first = begin if part == 0 else (inner_begin if part == 1 else inner_end)
                 last = inner_begin if part == 0 else (inner_end if part == 1 else end)
-                for m in range(first, last, BLOCK_M):
+                for m in tl.range(first, last, BLOCK_M, disable_licm=True):
                     row = m + tl.arange(0, BLOCK_M)
                     q = load_tile(
                         q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..common.device import device_capability
-from .tiles import Tile, block_of
+from .tiles import FIRST_DESCRIBED, Tile, block_of
 
-_FIRST_CAPABILITY = 90
 _ALIGNMENT = 16  # bytes, of addresses and strides
 
 
@@ -30,7 +29,7 @@ def sources(tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = N
 def _describable(t: Tensor) -> bool:
     """On a GPU that has them, or interpreted; 16-bit, aligned, not empty, and not one row for all."""
     capability = device_capability(t.device)
-    if t.dtype == torch.float32 or t.numel() == 0 or (capability is not None and capability < _FIRST_CAPABILITY):
+    if t.dtype == torch.float32 or t.numel() == 0 or (capability is not None and capability < FIRST_DESCRIBED):
         return False
     steps = [stride * t.itemsize for stride in _strides(t)[:3]]
     return t.data_ptr() % _ALIGNMENT == 0 and all(step > 0 and step % _ALIGNMENT == 0 for step in steps)

@@ -10,6 +10,9 @@ from ..common.aot import SHARED_LIMITS
 from ..common.device import device_capability
 
 LARGEST_HEAD = 256
+FIRST_DESCRIBED = 90
+"""Of a GPU that has tensor descriptors."""
+_NEEDED = 160_000  # bytes of shared memory, for tiles that are not narrow
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,36 @@ class Tiles:
 TINY = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 """For Triton's interpreter, whose time goes with the number of elements, wasted ones among them."""
 
-# First the default. A block of the head's features to the tiles for 16-bit dtypes where a program may have 160 KB of
-# shared memory, and where it has 99.
-_ROOMY = {
+# First the default. Of a block of the head's features, for 16-bit dtypes: with tensor descriptors; without; and where a
+# program has 99 KB of shared memory.
+_DESCRIBED = {
     64: (
-        Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(64, 64, 4, 3), Tile(32, 128, 4, 2), Tile(64, 128, 4, 2), Tile(32, 32, 4, 2)),
+        Tiles(Tile(128, 128, 8, 2, True), Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 2, True), Tile(128, 128, 8, 2, True), Tile(64, 64, 8, 2)),
+        Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 32, 4, 2)),
     ),
     128: (
-        Tiles(Tile(128, 64, 8, 3), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 4, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(64, 64, 4, 3), Tile(32, 64, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+        Tiles(Tile(128, 128, 8, 2, True), Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 64, 8, 3, True), Tile(32, 128, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 8, 2)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 4, True), Tile(64, 64, 8, 2, True), Tile(128, 64, 8, 3, True), Tile(32, 32, 4, 2)),
     ),
     256: (
-        Tiles(Tile(64, 64, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
-        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-        Tiles(Tile(64, 32, 4, 2), Tile(16, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(128, 64, 8, 2, True), Tile(16, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(32, 32, 4, 1)),
+        Tiles(Tile(64, 64, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
     ),
+}
+_ROOMY = {
+    64: (
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    ),
+    128: (
+        Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    ),
+    256: (Tiles(Tile(64, 64, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),),
 }
 _NARROW = {
     64: (Tiles(Tile(128, 64, 4, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),),
@@ -89,7 +102,9 @@ def tiles_for(capability: int, dtype: torch.dtype, features: int, v_features: in
     if dtype == torch.float32:
         return _FP32[block]
     known = [shared for target, shared in SHARED_LIMITS.items() if target <= capability]
-    return (_ROOMY if known[-1:] and known[-1] > 160_000 else _NARROW)[block]
+    if not known or known[-1] < _NEEDED:
+        return _NARROW[block]
+    return (_DESCRIBED if capability >= FIRST_DESCRIBED else _ROOMY)[block]
 
 
 def default_tiles(device: torch.device, dtype: torch.dtype, features: int, v_features: int) -> Tiles:

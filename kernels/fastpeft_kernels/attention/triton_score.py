@@ -22,14 +22,18 @@ def load_tile(
     TMA: source is a descriptor of blocks (1, 1, ROWS, BLOCK), else a pointer, with strides in units of UNIT.
     """
     if TMA:
-        return source.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(ROWS, BLOCK)
-    row = first + tl.arange(0, ROWS)
-    feature = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None]
-    if FEATURES < BLOCK:
-        inside = inside & (feature < FEATURES)[None, :]
-    base = source + (batch * batch_stride + head * head_stride) * UNIT
-    return tl.load(base + row.to(tl.int64)[:, None] * (row_stride * UNIT) + feature[None, :], mask=inside, other=0.0)
+        tile = source.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(ROWS, BLOCK)
+    else:
+        row = first + tl.arange(0, ROWS)
+        feature = tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None]
+        if FEATURES < BLOCK:
+            inside = inside & (feature < FEATURES)[None, :]
+        base = source + (batch * batch_stride + head * head_stride) * UNIT
+        tile = tl.load(
+            base + row.to(tl.int64)[:, None] * (row_stride * UNIT) + feature[None, :], mask=inside, other=0.0
+        )
+    return tile
 
 
 @triton.jit
