@@ -79,9 +79,9 @@ def attention_backward_triton(
     if not (lse.numel() and k.shape[2]):
         return _zeros(q, k, v, scores, needs)
     q, k, v, dout, out = (rows_of(t) for t in (q, k, v, dout, out))
-    batch, heads, queries, features = q.shape
+    batch, heads, queries, _ = q.shape
     keys, v_features = v.shape[2:]
-    tiles = tiles or default_tiles(q.device, q.dtype, features, v_features)
+    tiles = tiles or default_tiles(q, v, mask, scores)
     dq, dk, dv = (
         torch.empty_like(t) if wanted else None
         for t, wanted in zip((q, k, v), (needs.q, needs.k or needs.v, needs.k or needs.v), strict=True)

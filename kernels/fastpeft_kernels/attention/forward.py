@@ -122,10 +122,9 @@ def attention_triton(
         in fp32.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
-    batch, heads, queries, features = q.shape
-    v_features = v.shape[3]
-    tile = (tiles or default_tiles(q.device, q.dtype, features, v_features)).forward
-    out = torch.empty((batch, queries, heads, v_features), dtype=q.dtype, device=q.device).transpose(1, 2)
+    batch, heads, queries, _ = q.shape
+    tile = (tiles or default_tiles(q, v, mask, scores)).forward
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if lse.numel():
         with torch.cuda.device_of(q):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..common.aot import SHARED_LIMITS
 from ..common.device import device_capability
+from .masks import Mask
+from .scores import Scores
 
 LARGEST_HEAD = 256
 FIRST_DESCRIBED = 90
@@ -84,6 +87,11 @@ _NARROW = {
     128: (Tiles(Tile(128, 32, 4, 2), Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),),
     256: (Tiles(Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
 }
+_LOADED = {  # for any GPU, where much is done to scores, which takes registers
+    64: Tiles(Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2)),
+    128: Tiles(Tile(64, 32, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(32, 32, 4, 2)),
+    256: Tiles(Tile(64, 32, 8, 1, True), Tile(16, 32, 4, 1, True), Tile(32, 32, 4, 1, True), Tile(32, 32, 4, 1)),
+}
 _FP32 = {  # ordinary cores multiply
     64: (Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
     128: (Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),),
@@ -96,18 +104,32 @@ def block_of(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
-def tiles_for(capability: int, dtype: torch.dtype, features: int, v_features: int) -> tuple[Tiles, ...]:
-    """Those to choose among on a GPU, the default first; capability as `device_capability` gives it."""
+def tiles_for(
+    capability: int, dtype: torch.dtype, features: int, v_features: int, loaded: bool = False
+) -> tuple[Tiles, ...]:
+    """Those to choose among on a GPU, the default first.
+
+    Args:
+        capability: as `device_capability` gives it.
+        dtype, features, v_features: of q, k and v.
+        loaded: whether more is done to scores than what an interval and padding do.
+    """
     block = min(max(64, block_of(max(features, v_features))), LARGEST_HEAD)
     if dtype == torch.float32:
         return _FP32[block]
+    if loaded:
+        return (_LOADED[block],)
     known = [shared for target, shared in SHARED_LIMITS.items() if target <= capability]
     if not known or known[-1] < _NEEDED:
         return _NARROW[block]
     return (_DESCRIBED if capability >= FIRST_DESCRIBED else _ROOMY)[block]
 
 
-def default_tiles(device: torch.device, dtype: torch.dtype, features: int, v_features: int) -> Tiles:
+def default_tiles(q: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tiles:
     """What is taken where nothing is asked for."""
-    capability = device_capability(device)
-    return TINY if capability is None else tiles_for(capability, dtype, features, v_features)[0]
+    capability = device_capability(q.device)
+    if capability is None:
+        return TINY
+    added = (mask.dense, scores.softcap, scores.relative, scores.bias)
+    loaded = scores.dropout > 0.0 or any(part is not None for part in added)
+    return tiles_for(capability, q.dtype, q.shape[-1], v.shape[-1], loaded)[0]
