@@ -29,7 +29,7 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def strides_of(**tensors: Tensor) -> dict[str, int]:
-    """UNIT, and the strides of batch, head and row of each tensor in its multiples: 8 where that divides all of them."""
+    """UNIT, 8 where that divides all of them or else 1, and in its multiples the strides of batch, head and row."""
     strides = {
         f"{name}_{part}": stride
         for name, t in tensors.items()

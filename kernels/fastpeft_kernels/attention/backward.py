@@ -47,7 +47,9 @@ def attention_bwd_rows_kernel(
     place, inside = stream * queries + row, row < queries
     tl.store(delta_ptr + place, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1), mask=inside)
     lse = tl.load(lse_ptr + place, mask=inside, other=0.0)
-    tl.store(lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * (1.0 if NATURAL else LOG2E)), mask=inside)
+    tl.store(
+        lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * (1.0 if NATURAL else LOG2E)), mask=inside
+    )
 
 
 def attention_backward_triton(
@@ -92,11 +94,18 @@ def attention_backward_triton(
     with torch.cuda.device_of(q):
         attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
             dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
-            NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
+            NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"],
+            BLOCK_M=_ROWS, num_warps=4,
         )  # fmt: skip
         if dq is not None:
             attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
-                **sources(tiles.queries, q, k, v, dout), **rows, product_scale=scores.scale, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
+                **sources(tiles.queries, q, k, v, dout),
+                **rows,
+                product_scale=scores.scale,
+                dq_ptr=dq,
+                **arguments,
+                **strides_of(q=q, k=k, v=v, do=dout, dq=dq),
+                **_of(tiles.queries),
             )
         if dk is not None and dv is not None:
             ranges = None
@@ -121,7 +130,9 @@ def attention_backward_triton(
 def _zeros(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Needs) -> Gradients:
     """What comes of no weights at all."""
     inputs = (q, k, v, scores.relative, scores.bias, scores.sinks)
-    return Gradients(*(torch.zeros_like(t) if t is not None and need else None for t, need in zip(inputs, needs, strict=True)))
+    return Gradients(
+        *(torch.zeros_like(t) if t is not None and need else None for t, need in zip(inputs, needs, strict=True))
+    )
 
 
 def _sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -44,12 +44,8 @@ def attention_bwd_keys_kernel(
         padding_ptr += batch * padding_batch
 
     column = n + tl.arange(0, BLOCK_N)
-    k = load_tile(
-        k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D
-    )
-    v = load_tile(
-        v_ptr, batch, kv_head, n, v_batch, v_head, v_row, keys, TMA, UNIT, V_FEATURES, BLOCK_N, BLOCK_V
-    )
+    k = load_tile(k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D)
+    v = load_tile(v_ptr, batch, kv_head, n, v_batch, v_head, v_row, keys, TMA, UNIT, V_FEATURES, BLOCK_N, BLOCK_V)
     begin, inner_begin, inner_end, end = query_ranges(
         n, queries, keys, left, right, ranges_ptr, blocks, BLOCK_M, BLOCK_N
     )
@@ -87,17 +83,31 @@ def attention_bwd_keys_kernel(
                     score, slope = tile_scores(
                         product, row[None, :], column[:, None], lower[None, :], upper[None, :], queries, keys,
                         scale, softcap, relative_head_ptr, bias_head_ptr, bias_row, bias_column,
-                        padding_ptr, dense_head_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
+                        padding_ptr, dense_head_ptr, dense_row, dense_column,
+                        PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                     )  # fmt: skip
                     lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))
                     do = load_tile(
-                        do_ptr, batch, head, m, do_batch, do_head, do_row, queries, TMA, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
+                        do_ptr,
+                        batch,
+                        head,
+                        m,
+                        do_batch,
+                        do_head,
+                        do_row,
+                        queries,
+                        TMA,
+                        UNIT,
+                        V_FEATURES,
+                        BLOCK_M,
+                        BLOCK_V,
                     )
                     dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
                     delta = tl.load(delta_head_ptr + row, mask=row < queries, other=0.0)
                     weights, dscore = tile_gradients(
                         score * unit, dweights, lse[None, :], delta[None, :],
-                        first_key[None, :], second_key[None, :], column[:, None], seed_ptr, threshold, keep_scale, NATURAL,
+                        first_key[None, :], second_key[None, :], column[:, None],
+                        seed_ptr, threshold, keep_scale, NATURAL,
                     )  # fmt: skip
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
                     if softcap is not None:

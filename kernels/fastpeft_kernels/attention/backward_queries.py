@@ -47,12 +47,8 @@ def attention_bwd_queries_kernel(
         bias_ptr += batch * bias_batch + head * bias_head
 
     row = m + tl.arange(0, BLOCK_M)
-    q = load_tile(
-        q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
-    )
-    do = load_tile(
-        do_ptr, batch, head, m, do_batch, do_head, do_row, queries, TMA, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
-    )
+    q = load_tile(q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D)
+    do = load_tile(do_ptr, batch, head, m, do_batch, do_head, do_row, queries, TMA, UNIT, V_FEATURES, BLOCK_M, BLOCK_V)
     lse = tl.load(lse_ptr + stream * queries + row, mask=row < queries, other=float("inf"))
     delta = tl.load(delta_ptr + stream * queries + row, mask=row < queries, other=0.0)
     lower, upper = row_bounds(row, queries, keys, left, right, start_ptr, stop_ptr)

@@ -1,8 +1,8 @@
 """The kernel for what is added to the scores: gradients of `relative` and `bias`, sums of the scores' gradients.
 
-Each program owns what it sums into, so nothing is added atomically, and makes the tiles that go into it again: two of the
-seven products of the other kernels. Distances are constant along diagonals, so a program for them adds the tiles of a
-diagonal of tiles to one another, and sums the diagonals of that one tile at the end.
+Each program owns what it sums into, so nothing is added atomically, and makes the tiles that go into it again: two
+products beside the seven of the other kernels. Distances are constant along diagonals, so a program for them adds the
+tiles of a diagonal of tiles to one another, and sums the diagonals of that one tile at the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attention_bwd_scores_kernel(
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK: tl.constexpr, RELATIVE: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """RELATIVE: one program a head and diagonal of tiles, from the lower left; sums_ptr (heads, diagonals, 2 BLOCK) fp32.
+    """RELATIVE: one program a head and diagonal of tiles, from the lower left; sums_ptr (heads, diagonals, 2 BLOCK).
     Else one a tile of the bias; sums_ptr contiguous, in its shape. Where the grid has one of a kind, all are summed."""
     heads = kv_heads * group
     row_blocks, column_blocks = tl.cdiv(queries, BLOCK), tl.cdiv(keys, BLOCK)
@@ -77,16 +77,64 @@ def attention_bwd_scores_kernel(
         row = row_block * BLOCK + tl.arange(0, BLOCK)
         column = column_block * BLOCK + tl.arange(0, BLOCK)
         q = load_tile(
-            q_ptr, batch, head, row_block * BLOCK, q_batch, q_head, q_row, queries, False, UNIT, FEATURES, BLOCK, BLOCK_D
+            q_ptr,
+            batch,
+            head,
+            row_block * BLOCK,
+            q_batch,
+            q_head,
+            q_row,
+            queries,
+            False,
+            UNIT,
+            FEATURES,
+            BLOCK,
+            BLOCK_D,
         )
         k = load_tile(
-            k_ptr, batch, kv_head, column_block * BLOCK, k_batch, k_head, k_row, keys, False, UNIT, FEATURES, BLOCK, BLOCK_D
+            k_ptr,
+            batch,
+            kv_head,
+            column_block * BLOCK,
+            k_batch,
+            k_head,
+            k_row,
+            keys,
+            False,
+            UNIT,
+            FEATURES,
+            BLOCK,
+            BLOCK_D,
         )
         do = load_tile(
-            do_ptr, batch, head, row_block * BLOCK, do_batch, do_head, do_row, queries, False, UNIT, V_FEATURES, BLOCK, BLOCK_V
+            do_ptr,
+            batch,
+            head,
+            row_block * BLOCK,
+            do_batch,
+            do_head,
+            do_row,
+            queries,
+            False,
+            UNIT,
+            V_FEATURES,
+            BLOCK,
+            BLOCK_V,
         )
         v = load_tile(
-            v_ptr, batch, kv_head, column_block * BLOCK, v_batch, v_head, v_row, keys, False, UNIT, V_FEATURES, BLOCK, BLOCK_V
+            v_ptr,
+            batch,
+            kv_head,
+            column_block * BLOCK,
+            v_batch,
+            v_head,
+            v_row,
+            keys,
+            False,
+            UNIT,
+            V_FEATURES,
+            BLOCK,
+            BLOCK_V,
         )
         lse = tl.load(lse_ptr + stream * queries + row, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + stream * queries + row, mask=row < queries, other=0.0)
@@ -156,9 +204,7 @@ def relative_gradient(relative: Tensor, batch: int, keys: int, arguments: dict[s
     return padded.flatten(1).narrow(1, row_blocks * block - queries, distances).to(relative.dtype)
 
 
-def bias_gradient(
-    bias: Tensor, shape: tuple[int, int, int, int], arguments: dict[str, Any], tile: Tile
-) -> Tensor:
+def bias_gradient(bias: Tensor, shape: tuple[int, int, int, int], arguments: dict[str, Any], tile: Tile) -> Tensor:
     """The gradient of `Scores.bias`, which broadcasts to `shape`, in its shape and dtype."""
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sums = torch.empty(sizes, dtype=bias.dtype, device=bias.device)
@@ -168,7 +214,9 @@ def bias_gradient(
     return sums.view(bias.shape)
 
 
-def _launch(sums: Tensor, batch: int, grid: tuple[int, int, int, int], arguments: Any, tile: Tile, **kind: bool) -> None:
+def _launch(
+    sums: Tensor, batch: int, grid: tuple[int, int, int, int], arguments: Any, tile: Tile, **kind: bool
+) -> None:
     attention_bwd_scores_kernel[(grid[0] * grid[1] * grid[2] * grid[3],)](
         **arguments, sums_ptr=sums, batches=batch,
         grid_batch=grid[0], grid_heads=grid[1], grid_rows=grid[2], grid_columns=grid[3],

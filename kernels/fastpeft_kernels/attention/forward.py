@@ -53,9 +53,7 @@ def attention_fwd_kernel(
 
     row = m + tl.arange(0, BLOCK_M)
     heads = kv_heads * group
-    q = load_tile(
-        q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
-    )
+    q = load_tile(q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D)
     lower, upper = row_bounds(row, queries, keys, left, right, start_ptr, stop_ptr)
     begin, inner_begin, inner_end, end = key_ranges(lower, upper, keys, BLOCK_N)
     first_key, second_key = row, row

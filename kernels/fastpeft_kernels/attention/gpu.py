@@ -1,4 +1,4 @@
-"""Checks that need a CUDA GPU: the Triton kernels within their budget, with every tile and everything a mask may have."""
+"""Checks that need a CUDA GPU: the Triton kernels within their budget, in every tile and with every kind of mask."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for head in _HEADS[:3]:
         shape = Shape(features=head[0], v_features=head[1])
         for tiles in tiles_for(capability, _BF16, *head):
-            yield f"attention causal {head[0]} bf16 {tiles.label}", partial(_check, shape, _BF16, ("causal",), (), tiles)
+            yield (
+                f"attention causal {head[0]} bf16 {tiles.label}",
+                partial(_check, shape, _BF16, ("causal",), (), tiles),
+            )
     for name in MASKS:
         if name != "causal":
             yield f"attention mask {name}", partial(_check, Shape(), _BF16, (name,), ())
@@ -91,7 +94,8 @@ def _judge(it: Problem, what: str, verdicts: Verdicts, tiles: Tiles | None = Non
     verdicts.within(out, same[0], exact[0], f"{what}: out")
     blind = exact[1] == -torch.inf
     verdicts.equal(lse == -torch.inf, blind, f"{what}: which rows see nothing")
-    verdicts.within(*(t.masked_fill(blind, 0.0) for t in (lse, same[1], exact[1])), f"{what}: lse")
+    figures = [t.masked_fill(blind, 0.0) for t in (lse, same[1], exact[1])]
+    verdicts.within(figures[0], figures[1], figures[2], f"{what}: lse")
     for name in Gradients._fields:
         ours, again, theirs, oracle = (getattr(g, name) for g in (gradients, twice[2], same[2], exact[2]))
         if theirs is not None:

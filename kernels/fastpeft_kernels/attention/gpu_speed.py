@@ -37,7 +37,10 @@ def speed_checks(depth: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
         for backend in _BACKENDS:
             yield f"speed attention {features} 4096 tokens, {backend}", partial(_measure_torch, shape, backend)
     yield "speed attention 128 4096 tokens, FlexAttention", partial(_measure_flex, _shape(128, 4096))
-    yield "speed attention 64 4096 tokens, documents", partial(_measure, _shape(64, 4096), None, ("documents", "causal"))
+    yield (
+        "speed attention 64 4096 tokens, documents",
+        partial(_measure, _shape(64, 4096), None, ("documents", "causal")),
+    )
     yield "speed attention 64 4096 tokens, relative", partial(_measure, _shape(64, 4096), None, (), ("relative",))
     if depth != "quick":
         for features in (128, 64):

@@ -45,10 +45,11 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype."""
-        scores = self.scores
-        added = {name: getattr(scores, name) for name in ("relative", "bias", "sinks")}
-        scores = replace(scores, **{name: None if t is None else t.to(dtype) for name, t in added.items()})
-        return Problem(*(t.to(dtype) for t in (self.q, self.k, self.v)), self.mask, scores, self.dout.to(dtype))
+        q, k, v, dout = (t.to(dtype) for t in (self.q, self.k, self.v, self.dout))
+        relative, bias, sinks = (
+            None if t is None else t.to(dtype) for t in (self.scores.relative, self.scores.bias, self.scores.sinks)
+        )
+        return Problem(q, k, v, self.mask, replace(self.scores, relative=relative, bias=bias, sinks=sinks), dout)
 
     def plain(self) -> tuple[Tensor, Tensor, Gradients]:
         """Output, lse and gradients by `attention_reference` and autograd."""
@@ -59,7 +60,11 @@ class Problem:
         added = {name: leaves[name] for name in ("relative", "bias", "sinks") if name in leaves}
         with torch.enable_grad():
             out, lse = attention_reference(
-                leaves["q"], leaves["k"], leaves["v"], self.mask, replace(scores, **added)  # type: ignore[arg-type]
+                leaves["q"],
+                leaves["k"],
+                leaves["v"],
+                self.mask,
+                replace(scores, **added),  # type: ignore[arg-type]
             )
             gradients = torch.autograd.grad(out, list(leaves.values()), self.dout)
         return out.detach(), lse.detach(), Gradients(**dict(zip(leaves, gradients, strict=True)))
@@ -121,7 +126,9 @@ MASKS: dict[str, Maker] = {
 SCORES: dict[str, Maker] = {
     "plain": lambda shape, device: {},
     "softcap": lambda shape, device: {"softcap": 2.0},
-    "relative": lambda shape, device: {"relative": torch.randn(shape.heads, shape.queries + shape.keys - 1, device=device)},
+    "relative": lambda shape, device: {
+        "relative": torch.randn(shape.heads, shape.queries + shape.keys - 1, device=device)
+    },
     "bias of heads": _bias("heads"),
     "bias of queries": _bias("heads", "queries"),
     "bias of keys": _bias("batch", "keys"),

@@ -20,8 +20,8 @@ _NEEDED = 160_000  # bytes of shared memory, for tiles that are not narrow
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile (powers of two of at least 16), warps and stages of a program; whether it reads through
-    tensor descriptors where it can."""
+    """Queries and keys of a tile (powers of two of at least 16), warps and stages of a program, and whether it reads
+    through tensor descriptors where it can."""
 
     block_m: int
     block_n: int
@@ -77,15 +77,15 @@ _ROOMY = {
         Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     ),
     128: (
-        Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 64, 8, 3), Tile(16, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     ),
-    256: (Tiles(Tile(64, 64, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),),
+    256: (Tiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),),
 }
 _NARROW = {
-    64: (Tiles(Tile(128, 64, 4, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),),
-    128: (Tiles(Tile(128, 32, 4, 2), Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),),
-    256: (Tiles(Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
+    64: (Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),),
+    128: (Tiles(Tile(128, 32, 8, 2), Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),),
+    256: (Tiles(Tile(64, 32, 8, 1), Tile(16, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
 }
 _LOADED = {  # for any GPU, where much is done to scores, which takes registers
     64: Tiles(Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2)),

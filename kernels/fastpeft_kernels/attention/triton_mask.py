@@ -42,7 +42,9 @@ def key_ranges(lower, upper, keys, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_ranges(first_key, queries, keys, left, right, ranges_ptr, blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_ranges(
+    first_key, queries, keys, left, right, ranges_ptr, blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """The same for the queries that see a block of BLOCK_N keys; ranges_ptr as `query_ranges.of_blocks` makes it."""
     offset = keys - queries
     last_key = tl.minimum(first_key + BLOCK_N, keys) - 1

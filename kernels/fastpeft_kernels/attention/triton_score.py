@@ -71,8 +71,8 @@ def tile_scores(
 
     Scores are times log2(e), unless NATURAL, as for fp32, where that would add roundings to what has few.
     PLAIN: the product itself, whose factor `scale`, which is positive, is left to the caller, as a fused multiply-add.
-    With a softcap scale comes divided by it, and softcap times log2(e); else scale does. relative_ptr points at the distance 0
-    of the head, the other pointers at the batch entry and head. row and column broadcast to the tile.
+    With a softcap scale comes divided by it, and softcap times log2(e); else scale does. relative_ptr points at the
+    distance 0 of the head, the other pointers at the batch entry and head. row and column broadcast to the tile.
     """
     score = product
     slope = product

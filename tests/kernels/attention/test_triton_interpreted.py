@@ -125,7 +125,10 @@ def test_refuses_what_it_would_compute_wrongly() -> None:
         return triton_refusal(q, k, k, Mask(), Scores(1.0))
 
     assert refusal(F16) is None
-    for dtype, reason in {torch.bfloat16: "fp32 or fp16 in Triton's interpreter", torch.float64: "fp16, bf16 or fp32"}.items():
+    for dtype, reason in {
+        torch.bfloat16: "fp32 or fp16 in Triton's interpreter",
+        torch.float64: "fp16, bf16 or fp32",
+    }.items():
         assert reason in (refusal(dtype) or "")
     assert "of one dtype, got torch.float32, torch.float16" in (refusal(F32, other=F16) or "")
     assert "heads of 1 to 256 features, got 257" in (refusal(F32, 257) or "")
