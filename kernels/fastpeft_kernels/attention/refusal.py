@@ -32,6 +32,10 @@ def triton_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
             return f"expected fp16, bf16 or fp32 throughout, got {dtype}"
         if q.device.type == "cpu" and dtype == torch.bfloat16:
             return f"expected fp32 or fp16 in Triton's interpreter, which computes bf16 wrongly, got {dtype}"
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        return (
+            "expected fp16 or bf16 on a GPU, got torch.float32, whose gradients would err more than twice as PyTorch's"
+        )
     if not q.dtype == k.dtype == v.dtype:
         return f"expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     features = max(q.shape[-1], v.shape[-1])

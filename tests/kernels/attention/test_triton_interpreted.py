@@ -32,12 +32,14 @@ def check(it: Problem, tiles: Tiles = TINY) -> None:
 
     out, lse = attention_triton(it.q, it.k, it.v, it.mask, it.scores, tiles)
     assert out.transpose(1, 2).is_contiguous()
-    gradients = attention_backward_triton(
-        it.dout, it.q, it.k, it.v, out, lse, it.mask, it.scores, it.needs, tiles=tiles
-    )
     same, exact = it.plain(), it.to(torch.float64).plain()
     assert_within_budget(out, same[0], exact[0], "out")
     assert_within_budget(lse, same[1], exact[1], "lse")
+    if it.q.dtype == F32:  # refused on GPUs: gradients may err three times as PyTorch's do
+        return
+    gradients = attention_backward_triton(
+        it.dout, it.q, it.k, it.v, out, lse, it.mask, it.scores, it.needs, tiles=tiles
+    )
     for name in Gradients._fields:
         ours, theirs, oracle = (getattr(g, name) for g in (gradients, same[2], exact[2]))
         assert (ours is None) == (theirs is None), name
@@ -46,20 +48,22 @@ def check(it: Problem, tiles: Tiles = TINY) -> None:
 
 
 def test_causal_with_more_keys_than_queries_and_shared_heads() -> None:
-    check(problem(SHAPE._replace(heads=4, kv_heads=2), F32, CPU, ("causal",)))
+    for dtype in (F32, F16):
+        check(problem(SHAPE._replace(heads=4, kv_heads=2), dtype, CPU, ("causal",)))
 
 
 def test_fewer_keys_than_queries_leave_rows_that_see_nothing() -> None:
     check(problem(SHAPE._replace(queries=34, keys=19), F16, CPU, ("causal",)))
 
 
-def test_wide_tiles_have_blocks_that_all_rows_see() -> None:
-    tiles = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1))
+def test_wide_tiles_through_descriptors_have_blocks_that_all_rows_see() -> None:
+    described = (Tile(32, 16, 4, 1, True), Tile(16, 32, 4, 1, True), Tile(32, 16, 4, 1, True))
+    tiles = Tiles(*described, Tile(32, 32, 4, 1))
     check(problem(Shape(1, 1, 1, 50, 70, 16, 16), F16, CPU, ("window",), ("bias of heads",)), tiles)
 
 
 def test_all_that_happens_to_scores_at_once() -> None:
-    check(problem(SHAPE, F32, CPU, ("both sides", "any intervals"), tuple(SCORES)))
+    check(problem(SHAPE, F16, CPU, ("both sides", "any intervals"), tuple(SCORES)))
 
 
 def test_all_masks_at_once_and_a_batch_entry_without_keys() -> None:
@@ -77,15 +81,15 @@ def test_each_mask_with_each_of_the_scores(mask: str, scores: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("features", [(1, 1), (16, 48), (24, 80), (96, 96), (128, 20)], ids=str)
 def test_sizes_of_heads(features: tuple[int, int]) -> None:
-    check(problem(SHAPE._replace(features=features[0], v_features=features[1]), F32, CPU, ("causal",)))
+    check(problem(SHAPE._replace(features=features[0], v_features=features[1]), F16, CPU, ("causal",)))
 
 
 def test_one_query_one_key_one_feature_and_a_negative_scale() -> None:
-    check(problem(Shape(1, 1, 1, 1, 1, 1, 1), F32, CPU, (), ("sinks",), scale=-0.7))
+    check(problem(Shape(1, 1, 1, 1, 1, 1, 1), F16, CPU, (), ("sinks",), scale=-0.7))
 
 
 def test_any_layout() -> None:
-    it = problem(Shape(2, 2, 2, 9, 10, 8, 8), F32, CPU, ("causal",))
+    it = problem(Shape(2, 2, 2, 9, 10, 8, 8), F16, CPU, ("causal",))
     q, k, v, dout = (torch.stack([t, t], dim=-1)[..., 0] for t in (it.q, it.k, it.v, it.dout))
     check(replace(it, q=q, k=k[:, :1].expand_as(k), v=v, dout=dout[..., :1].expand_as(dout)))
 
