@@ -1,7 +1,7 @@
 """The forward kernel: FlashAttention-2 (T. Dao, 2023), with intervals of keys for a mask.
 
 Plan, for a head of 4096 tokens, D = 128, causal, bf16, on an H200: two products of 2.1 GFLOP over what is seen, 4.3 us
-of the whole GPU at 989 TFLOP/s, against 4.2 MB read and written, 0.9 us: tensor cores count, and the exponentials beside
+of the whole GPU at 989 TFLOP/s, against 4.2 MB read and written, 0.9 us: tensor cores count, and exponentials beside
 them. A tile of 128 x 128 takes 2048 cycles of products and 1024 of exponentials at 16 a cycle, and each further
 instruction an element 128: hence the scale in a fused multiply-add, powers of 2, and masks in boundary blocks
 alone. Its sums take 64 registers a thread of 8 warps, scores as many; q and two stages of k and v 160 KB of shared
