@@ -19,7 +19,7 @@ class Shape(NamedTuple):
     """Sizes of a problem."""
 
     batch: int = 2
-    heads: int = 4
+    heads: int = 8
     kv_heads: int = 2
     queries: int = 300
     keys: int = 300
@@ -129,7 +129,6 @@ SCORES: dict[str, Maker] = {
     "relative": lambda shape, device: {
         "relative": torch.randn(shape.heads, shape.queries + shape.keys - 1, device=device)
     },
-    "bias of heads": _bias("heads"),
     "bias of queries": _bias("heads", "queries"),
     "bias of keys": _bias("batch", "keys"),
     "bias": _bias("heads", "queries", "keys"),

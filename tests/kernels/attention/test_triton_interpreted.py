@@ -59,7 +59,7 @@ def test_fewer_keys_than_queries_leave_rows_that_see_nothing() -> None:
 def test_wide_tiles_through_descriptors_have_blocks_that_all_rows_see() -> None:
     described = (Tile(32, 16, 4, 1, True), Tile(16, 32, 4, 1, True), Tile(32, 16, 4, 1, True))
     tiles = Tiles(*described, Tile(32, 32, 4, 1))
-    check(problem(Shape(1, 1, 1, 50, 70, 16, 16), F16, CPU, ("window",), ("bias of heads",)), tiles)
+    check(problem(Shape(1, 1, 1, 50, 70, 16, 16), F16, CPU, ("window",), ("bias of queries",)), tiles)
 
 
 def test_all_that_happens_to_scores_at_once() -> None:
