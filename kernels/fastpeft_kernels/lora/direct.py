@@ -30,11 +30,16 @@ _MOST_DECIDED = 4096
 
 def serves(x: Tensor, group: Group) -> bool:
     """Whether `apply` computes what the library would, and is there."""
+    return fits(x, group) and group_extension() is not None
+
+
+def fits(x: Tensor, group: Group) -> bool:
+    """The same, whether or not it is compiled yet."""
     if group.adapter_index is not None or group.one_a or group.backend == "triton" or choosing.gathers():
         return False
     if any([seed is not None for seed in group.seeds]) or not all([_is_plain(p) for p in group.projections]):
         return False
-    return _small(x, group) and group_extension() is not None
+    return _small(x, group)
 
 
 def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from ..lora.parts import decoded
 from ..weights import FrozenWeight
 from .adapters import LokrAdapter
 
-_SPAN = 512
+_SPAN = 128
 
 
 def forward(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapters: Sequence[LokrAdapter]) -> Tensor:

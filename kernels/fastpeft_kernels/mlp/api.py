@@ -11,7 +11,7 @@ from ..common.device import autocast_off
 from ..common.tracing import as_op
 from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
 from ..lora.projection import Dtypes
-from . import autograd, custom_op
+from . import apart, autograd, custom_op
 from .structure import Mlp, check_mlp
 
 KEEP = ("preactivations", "input")
@@ -72,4 +72,7 @@ def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None],
     with autocast_off(x.device):
         if as_op():
             return custom_op.apply(x, mlp, dtypes, seeds, keep)
-        return autograd.apply(x, mlp, dtypes.for_input(x), seeds, keep)
+        dtypes = dtypes.for_input(x)
+        if keep and apart.serves(x, mlp, dtypes, seeds):
+            return apart.apply(x, mlp, dtypes, seeds)
+        return autograd.apply(x, mlp, dtypes, seeds, keep)

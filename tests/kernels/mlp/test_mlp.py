@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.lora import Dtypes
 from fastpeft_kernels.lora.api import draw_seeds
-from fastpeft_kernels.mlp import Mlp, library, lora_mlp
+from fastpeft_kernels.mlp import Mlp, apart, library, lora_mlp
 from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
@@ -43,6 +43,17 @@ def test_mixed_dtypes(dtypes):
     x_dtype = F32 if dtypes.out == F32 else dtypes.compute
     m = mlp("gate and up", 48, 96, dtype=dtypes.compute, lora_dtype=F32, bias=True)
     check_mlp(torch.randn(64, 48).to(x_dtype).requires_grad_(), m, dtypes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [SAME[F32], SAME[BF16], Dtypes(BF16, F32, BF16)])
+def test_small_ones_in_parts(layout, dtypes, monkeypatch):
+    """As on a GPU."""
+    m = mlp(layout, 16, 24, dtype=dtypes.compute, lora_dtype=F32, bias=True)
+    x = torch.randn(3, 5, 16).to(dtypes.compute).requires_grad_()
+    assert not apart.serves(x, m, dtypes, [None] * 3), "a CPU has our own activation"
+    monkeypatch.setattr(apart, "serves", lambda *_: True)
+    check_mlp(x, m, dtypes)
 
 
 def test_gradcheck_of_the_reference_and_of_the_op():
