@@ -51,7 +51,8 @@ class Tiles:
 TINY = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 """For Triton's interpreter, whose time goes with the number of elements, wasted ones among them."""
 
-# First the default, measured on an H200. Of a block of the head's features, for 16-bit dtypes: with tensor descriptors; without; and where a
+# First the default, on sm_90 measured on an H200. Of a block of the head's features, for 16-bit dtypes: with tensor
+# descriptors; without; and where a
 # program has 99 KB of shared memory.
 _DESCRIBED = {
     64: (
