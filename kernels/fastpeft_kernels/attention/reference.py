@@ -60,6 +60,6 @@ def _dropped(weights: Tensor, scores: Scores) -> Tensor:
         return weights
     assert scores.seed is not None
     batch, heads, queries, keys = weights.shape
-    bits = [dropout_bits(scores.seed, 0, queries, keys, stream) for stream in range(batch * heads)]
-    kept = torch.stack(bits).view(batch, heads, queries, keys) >= keep_threshold(scores.dropout)
+    streams = torch.arange(batch * heads, device=weights.device).view(batch, heads)
+    kept = dropout_bits(scores.seed, 0, queries, keys, streams) >= keep_threshold(scores.dropout)
     return torch.where(kept, weights / (1.0 - scores.dropout), 0.0)

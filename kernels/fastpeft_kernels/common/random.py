@@ -35,27 +35,31 @@ def keep_threshold(p: float) -> int:
     return min(round(p * 2**32), _LOW) - 2**31
 
 
-def dropout_bits(seed: Tensor, first_row: int, rows: int, columns: int, stream: int = 0) -> Tensor:
-    """The random bits of a block of rows.
+def dropout_bits(
+    seed: Tensor, first_row: int, rows: int, columns: int, stream: int | Tensor = 0, first_column: int = 0
+) -> Tensor:
+    """The random bits of a block.
 
     Args:
         seed: int64 tensor of shape (1,), as `draw_seed` gives it.
-        first_row: index of the first row in the whole matrix.
+        first_row, first_column: index of the block's first row and column in the whole matrix.
         rows, columns: size of the block.
-        stream: distinguishes masks that share a seed (an adapter's index).
+        stream: distinguishes masks that share a seed (an adapter's index); many as an int64 tensor of any shape.
 
     Returns:
-        int32 tensor (rows, columns), uniform over all int32 values.
+        int32 tensor (rows, columns), or (*stream.shape, rows, columns), uniform over all int32 values.
     """
     device = seed.device
+    if isinstance(stream, Tensor):
+        stream = stream.unsqueeze(-1)
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     low, high = seed & _LOW, (seed >> 32) & _LOW
     first = _mix(row * ROW_STEP + low + stream * STREAM_STEP)
     second = _mix(first ^ high ^ _mix((row >> 32) + low))
-    column = torch.arange(columns, dtype=torch.int32, device=device).mul_(COLUMN_STEP - 2**32)
-    bits = column.unsqueeze(0) + _as_int32(first).unsqueeze(1)
+    column = torch.arange(first_column, first_column + columns, dtype=torch.int32, device=device)
+    bits = column.mul_(COLUMN_STEP - 2**32) + _as_int32(first).unsqueeze(-1)
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(C1)
-    bits.bitwise_xor_(_as_int32(second).unsqueeze(1))
+    bits.bitwise_xor_(_as_int32(second).unsqueeze(-1))
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(C2 - 2**32)
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 

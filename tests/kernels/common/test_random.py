@@ -97,6 +97,13 @@ def test_a_block_of_rows_is_the_slice_of_the_whole(first: int, rows: int) -> Non
     assert torch.equal(dropout_bits(seed, first, rows, 7, stream=3), whole[first : first + rows, :7])
 
 
+def test_streams_and_first_columns_at_once() -> None:
+    seed, streams = fresh_seed(), torch.tensor([[0, 7], [3, 2**20]])
+    together = dropout_bits(seed, 4, 6, 10, streams, first_column=5)
+    for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert torch.equal(together[at], dropout_bits(seed, 4, 6, 15, int(streams[at]))[:, 5:])
+
+
 def test_a_mask_is_a_function_of_its_arguments() -> None:
     seed, x = fresh_seed(), torch.randn(19, 45)
     y = dropout(x, seed, 0.3, stream=1)
