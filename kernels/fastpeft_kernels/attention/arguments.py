@@ -1,0 +1,94 @@
+"""What all attention kernels are given, as keyword arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.random import keep_threshold
+from .masks import Mask
+from .scores import Scores
+from .tiles import block_of
+
+_LOG2E = math.log2(math.e)
+UNSPECIALISED = [
+    *("queries", "keys", "kv_heads", "group", "left", "right", "bounds_batch", "padding_batch", "relative_head"),
+    *(f"{name}_{part}" for name in ("q", "k", "v", "do") for part in ("batch", "head", "row")),
+    *("dense_batch", "dense_head", "dense_row", "dense_column", "bias_batch", "bias_head", "bias_row", "bias_column"),
+    *("threshold", "blocks"),
+]
+"""Arguments whose values compile nothing anew. Strides of q, k, v and dout come in units of UNIT elements instead."""
+
+
+def unspecialised(*names: str) -> list[str]:
+    """Those of UNSPECIALISED that a kernel with these arguments has."""
+    return [name for name in UNSPECIALISED if name in names]
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """`t`, or a copy of it whose features lie side by side."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def strides_of(**tensors: Tensor) -> dict[str, int]:
+    """UNIT, and the strides of batch, head and row of each tensor in its multiples: 8 where that divides all of them."""
+    strides = {
+        f"{name}_{part}": stride
+        for name, t in tensors.items()
+        for part, stride in zip(("batch", "head", "row"), t.stride()[:3], strict=True)
+    }
+    unit = 8 if all(stride % 8 == 0 for stride in strides.values()) else 1
+    return {"UNIT": unit, **{name: stride // unit for name, stride in strides.items()}}
+
+
+def common_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> dict[str, Any]:
+    """Sizes, mask and scores. Absent tensors are None, which Triton compiles away."""
+    batch, heads, queries, features = q.shape
+    kv_heads, keys, v_features = k.shape[1], k.shape[2], v.shape[3]
+    far = queries + keys
+    capped, dropped = scores.softcap, scores.dropout > 0.0
+    plain = capped is None and scores.relative is None and scores.bias is None and scores.scale > 0.0
+    arguments: dict[str, Any] = {
+        "queries": queries,
+        "keys": keys,
+        "kv_heads": kv_heads,
+        "group": heads // kv_heads,
+        "left": None if mask.left is None else max(-far, min(mask.left, far)),
+        "right": None if mask.right is None else max(-far, min(mask.right, far)),
+        "scale": scores.scale * _LOG2E if capped is None else scores.scale / capped,
+        "softcap": None if capped is None else capped * _LOG2E,
+        "seed_ptr": scores.seed if dropped else None,
+        "threshold": keep_threshold(scores.dropout) if dropped else 0,
+        "keep_scale": 1.0 / (1.0 - scores.dropout),
+        "PLAIN": plain,
+        "LOWER": mask.left is not None or mask.start is not None,
+        "FEATURES": features,
+        "V_FEATURES": v_features,
+        "BLOCK_D": block_of(features),
+        "BLOCK_V": block_of(v_features),
+    }
+    arguments |= _per_batch("start_ptr", "bounds_batch", mask.start)
+    arguments["stop_ptr"] = None if mask.stop is None else mask.stop.contiguous()
+    arguments |= _per_batch("padding_ptr", "padding_batch", None if mask.keys is None else mask.keys.view(torch.uint8))
+    relative = None if scores.relative is None else scores.relative.contiguous()
+    arguments |= {"relative_ptr": relative, "relative_head": queries + keys - 1}
+    shape = (batch, heads, queries, keys)
+    arguments |= _broadcast("dense", None if mask.dense is None else mask.dense.view(torch.uint8), shape)
+    arguments |= _broadcast("bias", scores.bias, shape)
+    return arguments
+
+
+def _per_batch(name: str, stride: str, t: Tensor | None) -> dict[str, Any]:
+    """A tensor (batch or 1, n), and its step from batch entry to batch entry, 0 where there is one for all."""
+    if t is None:
+        return {name: None, stride: 0}
+    return {name: t.contiguous(), stride: t.shape[1] if t.shape[0] > 1 else 0}
+
+
+def _broadcast(name: str, t: Tensor | None, shape: tuple[int, ...]) -> dict[str, Any]:
+    parts = [f"{name}_{part}" for part in ("batch", "head", "row", "column")]
+    strides = [0] * 4 if t is None else t.expand(shape).stride()
+    return {f"{name}_ptr": t, **dict(zip(parts, strides, strict=True))}
