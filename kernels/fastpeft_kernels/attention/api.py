@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .masks import Mask
+from ..common.device import autocast_dtype, autocast_off
+from ..common.random import draw_seed
+from ..common.tracing import as_op
+from ..common.validation import check_instance
+from . import autograd, custom_op
+from .choosing import backend_of, triton_refusal
+from .library import attention_sdpa, sdpa_refusal
+from .masks import Mask, bounded
 from .reference import attention_reference
 from .scores import Scores
+from .validation import check_mask, check_qkv, check_scores
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "blockwise", "reference")
 
 
 def attention(
@@ -28,22 +37,89 @@ def attention(
     deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale q kT) v with all that models do to it.
+    """softmax(scale q kT) v with all that models do to it, in memory linear in the number of tokens.
+
+    Equivalent PyTorch: `reference.attention_reference`. Products and sums are in fp32 at least. Under autocast q, k and
+    v are cast to its dtype first.
 
     Args:
-        q: (batch, heads, queries, features), any strides.
+        q: (batch, heads, queries, features) in fp64, fp32, bf16 or fp16, any strides.
         k, v: (batch, kv_heads, keys, features) and (..., v_features); heads is a multiple of kv_heads.
         mask: which keys each query sees; all by default.
         scale: 1 / sqrt(features) by default.
         softcap, relative, bias, sinks, dropout, seed: see `Scores`; a seed is drawn where dropout needs one.
         return_lse: also give the logarithm of the sum of the exponentials, without a gradient.
         deterministic: the same bits in every backward; may be slower.
-        backend: "auto", or one by name, which then serves or raises.
+        backend: "triton", our kernels on a GPU; "sdpa", PyTorch's `scaled_dot_product_attention`; "blockwise", PyTorch's
+            operations on one block after the other; "reference", all scores in memory at once; each serves or raises.
+            "auto": what `fastpeft tune` found to be fastest among those exact for the call; else sdpa where it is
+            exact, else triton on a GPU that it serves, else blockwise, and for few numbers on a CPU the reference.
 
     Returns:
         (batch, heads, queries, v_features), laid out so that `.transpose(1, 2)` is contiguous; with `return_lse` also
-        (batch, heads, queries) in fp32. Gradients flow to q, k, v, relative, bias and sinks.
+        (batch, heads, queries) in fp32, or fp64. Gradients flow to q, k, v, relative, bias and sinks, once: a second
+        derivative is an error but with "reference". A query that sees no key gives zeros and passes no gradient on.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the backend that was asked for cannot serve the call.
+
+    Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
     """
-    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative, bias, sinks, dropout, seed)
-    out, lse = attention_reference(q, k, v, mask or Mask(), scores)
-    return (out, lse.detach()) if return_lse else out
+    check_qkv(q, k, v)
+    if mask is None:
+        mask = Mask()
+    else:
+        check_mask(mask, q, k)
+    check_instance("backend", backend, str)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scores = Scores(scale, softcap, relative, bias, sinks, dropout, seed)
+    check_scores(scores, q, k)
+    mask = bounded(mask, q.shape[2], k.shape[2])
+    if dropout > 0.0 and seed is None:
+        scores = Scores(scale, softcap, relative, bias, sinks, dropout, draw_seed(q.device))
+    cast = autocast_dtype(q.device)
+    if cast is not None and q.dtype != torch.float64:
+        q, k, v = q.to(cast), k.to(cast), v.to(cast)
+    with autocast_off(q.device):
+        out, lse = _compute(q, k, v, mask, scores, return_lse, deterministic, backend)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse.detach()
+
+
+def _compute(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    if backend == "auto":
+        backend = backend_of(q, k, v, mask, scores, with_lse, deterministic)
+    elif reason := _refusal(backend, q, k, v, mask, scores, with_lse, deterministic):
+        raise ValueError(f"backend: {backend!r} was asked for, which cannot serve: {reason}")
+    if backend == "sdpa":
+        return attention_sdpa(q, k, v, mask, scores), None
+    if backend == "reference":
+        out, lse = attention_reference(q, k, v, mask, scores)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    apply = custom_op.apply if as_op() else autograd.apply
+    return apply(q, k, v, mask, scores, backend, deterministic)
+
+
+def _refusal(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scores: Scores,
+    with_lse: bool,
+    deterministic: bool,
+) -> str | None:
+    if backend == "sdpa":
+        if with_lse:
+            return "expected return_lse=False, got True"
+        return sdpa_refusal(q, k, v, mask, scores, deterministic)
+    if backend == "triton" and not as_op():
+        return triton_refusal(q, k, v, mask, scores)
+    return None

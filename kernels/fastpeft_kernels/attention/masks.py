@@ -6,7 +6,7 @@ window, packed documents, chunks, prefixes. So that is what the kernels know.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class Mask:
     stop: Tensor | None = None
     keys: Tensor | None = None
     dense: Tensor | None = None
+
+
+def bounded(mask: Mask, queries: int, keys: int) -> Mask:
+    """The same without bounds that no query meets."""
+    left = None if mask.left is None or mask.left >= keys - 1 else mask.left
+    right = None if mask.right is None or mask.right >= queries - 1 else mask.right
+    return mask if left is mask.left and right is mask.right else replace(mask, left=left, right=right)
 
 
 def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> Tensor | None:

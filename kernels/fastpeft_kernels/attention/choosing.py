@@ -1,0 +1,97 @@
+"""Who computes attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.device import product_dtype, triton_available, triton_serves
+from ..common.tracing import as_op
+from ..tuning.choosing import choice
+from ..tuning.keys import bucket, dtype_name
+from .library import sdpa_refusal
+from .masks import Mask
+from .scores import Scores
+
+OP = "attention"
+_TINY = 1 << 17  # scores of the whole call: half a megabyte
+
+
+class AttentionKey(NamedTuple):
+    """A call that PyTorch's own attention could serve. Queries and keys are rounded up to powers of two."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    features: int
+    mask: str
+    gradients: bool
+    dtype: str
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.heads}({self.kv_heads})x{self.queries}x{self.keys}x{self.features}"
+        return f"{sizes}, {self.mask}, {self.dtype}{', with gradients' if self.gradients else ''}"
+
+    def at(self, tokens: int, device: torch.device) -> AttentionKey:
+        """So many tokens in sequences of as many queries and keys as before, no longer than the tokens are many."""
+        queries, keys = min(self.queries, bucket(tokens)), min(self.keys, bucket(tokens))
+        return self._replace(batch=max(1, bucket(tokens) // queries), queries=queries, keys=keys)
+
+    def smaller(self) -> AttentionKey:
+        return self._replace(batch=1, queries=min(self.queries, 512), keys=min(self.keys, 512))
+
+
+def backend_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool
+) -> str:
+    """The backend that "auto" stands for; "auto" itself is the one of ours that serves, asked for when it computes.
+
+    Under torch.compile only sizes and settings are looked at.
+    """
+    if 0 in (q.numel(), k.numel(), v.numel()):
+        return "reference"
+    slow = product_dtype(q.dtype, q.device) != q.dtype  # 16 bits on a CPU without products in them; ours are in fp32
+    if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
+        tiny = q.device.type == "cpu" and not slow and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _TINY
+        return "reference" if tiny else "auto"
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    default = "auto" if slow and gradients else "sdpa"
+    if as_op() or q.dtype == torch.float64:
+        return default
+    found = choice(OP, q.device, lambda: key_of(q, k, mask, scores, gradients), attention_backends, default)
+    return default if found == "triton" and triton_refusal(q, k, v, mask, scores) is not None else found
+
+
+def key_of(q: Tensor, k: Tensor, mask: Mask, scores: Scores, gradients: bool) -> AttentionKey:
+    """The case of a call."""
+    batch, heads, queries, features = q.shape
+    kind = "causal" if mask.right is not None else "keys" if mask.keys is not None else "all"
+    kind = "dense" if mask.dense is not None or scores.bias is not None else kind
+    sizes = (bucket(queries), bucket(k.shape[2]), features)
+    return AttentionKey(batch, heads, k.shape[1], *sizes, kind, gradients, dtype_name(q.dtype))
+
+
+def attention_backends(device: torch.device) -> Sequence[str]:
+    """All that can be chosen on a device, PyTorch's own first."""
+    return ("sdpa", "triton") if triton_serves(device) else ("sdpa", "blockwise")
+
+
+def own_backend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str:
+    """The one of our implementations that serves."""
+    if triton_serves(q.device) and triton_refusal(q, k, v, mask, scores) is None:
+        return "triton"
+    return "blockwise"
+
+
+def triton_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str | None:
+    """Why our Triton kernels cannot serve; None when they can."""
+    if not triton_available():
+        return "expected Triton, which cannot be imported here"
+    from .forward import triton_refusal as refusal
+
+    return refusal(q, k, v, mask, scores)

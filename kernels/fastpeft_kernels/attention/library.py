@@ -1,0 +1,100 @@
+"""PyTorch's own fused attention, where it is asked for nothing that it does not know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..common.tracing import as_op
+from .masks import Mask
+from .scores import Scores
+
+_FEW_QUERIES = 16
+_MATH = 0  # of torch.nn.attention.SDPBackend: all scores in memory at once
+
+
+def sdpa_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, deterministic: bool = False) -> str | None:
+    """Why `scaled_dot_product_attention` cannot give the same in linear memory; None when it can.
+
+    The mask's bounds are `masks.bounded`.
+    """
+    for name in ("softcap", "relative", "sinks"):
+        if getattr(scores, name) is not None:
+            return f"expected no {name}, which it does not know"
+    if scores.dropout > 0.0:
+        return "expected no dropout, whose random numbers are others there"
+    if mask.start is not None:
+        return "expected a mask without start and stop, which it would need as queries x keys"
+    bounded = mask.right is not None or (mask.left is not None and q.shape[2] > 1)
+    if bounded + (mask.keys is not None) + (mask.dense is not None) + (scores.bias is not None) > 1:
+        return "expected one of bounds, keys, dense and bias, whose sum it would need as queries x keys"
+    if bounded and (mask.left is not None or mask.right != 0 or q.shape[2] != k.shape[2]):
+        return "expected causal attention of as many queries as keys, or no bounds"
+    if mask.left is not None and (mask.dense is not None or scores.bias is not None):
+        return "expected no window with dense or bias"
+    if scores.bias is not None:
+        if scores.bias.dtype != q.dtype or q.device.type != "cpu":
+            return f"expected a bias in q's {q.dtype} on a CPU, got {scores.bias.dtype} on {scores.bias.device}"
+        if scores.bias.requires_grad and torch.is_grad_enabled():
+            return "expected a bias without gradient, for which it keeps all scores"
+    if deterministic and q.device.type == "cuda":
+        return "expected deterministic=False: its gradients on a GPU are sums in any order"
+    if q.shape[2] > _FEW_QUERIES and not _fused(q, k, v, mask, scores):
+        return "expected sizes, strides and dtypes that one of its fused kernels takes"
+    return None
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tensor:
+    """As `api.attention` says, where `sdpa_refusal` gives None; differentiable."""
+    keys = mask.keys
+    if mask.left is not None:  # of one query
+        k, v = k[:, :, -mask.left - 1 :], v[:, :, -mask.left - 1 :]
+        keys = None if keys is None else keys[:, -mask.left - 1 :]
+    seen = mask.dense if keys is None else keys[:, None, None, :]
+    some = None
+    if seen is not None:
+        # What a row gives that sees nothing depends on the kernel: it sees all instead, and is emptied.
+        some = seen.any(-1, keepdim=True)
+        if q.device.type == "cpu" and not as_op() and bool(some.all()):
+            some = None
+        else:
+            seen = seen | ~some
+    grouped = {}
+    if q.shape[1] != k.shape[1]:  # a branch, because a compiled comparison of sizes is no bool to it
+        grouped = {"enable_gqa": True}
+    out = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_four(seen) if scores.bias is None else _four(scores.bias),
+        is_causal=mask.right is not None,
+        scale=scores.scale,
+        **grouped,
+    )
+    if some is not None:
+        out = out.masked_fill(~some, 0.0)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> bool:
+    if as_op() or q.device.type not in ("cpu", "cuda"):
+        same = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+        return same and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    seen = mask.dense if mask.keys is None else mask.keys[:, None, None, :]
+    extra = seen if scores.bias is None else scores.bias
+    chosen = torch._fused_sdp_choice(
+        q,
+        k,
+        v,
+        _four(extra),
+        0.0,
+        mask.right is not None,
+        scale=scores.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return bool(chosen != _MATH)
+
+
+def _four(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.view((1,) * (4 - x.dim()) + x.shape)
