@@ -1,0 +1,14 @@
+"""Blocks of a size that makes several of a small case."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastpeft_kernels.attention import blocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 queries, the least there are, by 8 keys."""
+    monkeypatch.setattr(blocks, "_ROWS", 16)
+    monkeypatch.setattr(blocks, "_KEYS", 8)

@@ -1,0 +1,163 @@
+"""Block by block in PyTorch: within the budget, for every feature beside every mask."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastpeft_kernels.attention import autograd, blocks
+from fastpeft_kernels.attention.masks import Mask
+
+from .drawn import TRAINED, Case, every_mask, gradients, hold, make_case
+
+MASKS = tuple(every_mask(1, 1, 2, 2))
+EXTRAS = ("softcap", "relative", "bias", "sinks", "dropout")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def blockwise(case: Case) -> tuple[Tensor, Tensor]:
+    return autograd.apply(case.q, case.k, case.v, case.mask, case.scores, "blockwise", False)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_mask(kind: str, small_blocks: None, nan_filled: None) -> None:
+    mask = every_mask(2, 4, 19, 23)[kind]
+    for extras in ([], list(EXTRAS)):
+        hold(make_case(mask=mask, extras=extras), blockwise)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_extra_and_dtype(extra: str, dtype: torch.dtype, small_blocks: None, nan_filled: None) -> None:
+    hold(make_case(mask=Mask(left=7, right=0), extras=[extra], dtype=dtype, v_features=5), blockwise)
+
+
+@given(
+    st.sampled_from(MASKS), st.sets(st.sampled_from(EXTRAS)), st.sampled_from(DTYPES),
+    st.sampled_from(((1, 1), (2, 2), (3, 1), (4, 2))), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40),
+    st.integers(1, 9), st.integers(1, 9), st.sampled_from(((16, 8), (32, 16), (256, 512))),
+)  # fmt: skip
+@settings(max_examples=50)
+def test_any_combination(
+    kind: str, extras: set[str], dtype: torch.dtype, heads: tuple[int, int], batch: int, queries: int, keys: int,
+    features: int, v_features: int, block: tuple[int, int],
+) -> None:  # fmt: skip
+    if min(queries, keys) * min(features, v_features) < 32:
+        dtype = torch.float64  # the largest of so few errors is chance
+    torch.manual_seed(queries * 100 + keys)
+    mask = every_mask(batch, heads[0], queries, keys)[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_ROWS", block[0])
+        patch.setattr(blocks, "_KEYS", block[1])
+        sizes = {"batch": batch, "heads": heads[0], "kv_heads": heads[1], "queries": queries, "keys": keys}
+        case = make_case(
+            **sizes, features=features, v_features=v_features, dtype=dtype, mask=mask, extras=sorted(extras)
+        )
+        if dtype == torch.float64:
+            assert_same(case)
+        else:
+            hold(case, blockwise)
+
+
+def assert_same(case: Case) -> None:
+    """As the definition, to fp64's last digits."""
+    out, lse = blockwise(case)
+    dout = torch.randn_like(out)
+    ours = {"out": out, "lse": lse} | gradients(out, dout, case.inputs())
+    want = case.plain(torch.float64, dout)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "one", "other"), [
+    (kind, *pair) for kind in MASKS for pair in itertools.combinations(EXTRAS, 2)
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_pair(kind: str, one: str, other: str, dtype: torch.dtype, small_blocks: None) -> None:
+    hold(make_case(mask=every_mask(2, 4, 19, 23)[kind], extras=[one, other], dtype=dtype), blockwise)
+
+
+@pytest.mark.parametrize("extras", ([], list(EXTRAS)))
+def test_gradcheck(extras: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ROWS", 2)
+    monkeypatch.setattr(blocks, "_KEYS", 2)
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 3, "keys": 5, "features": 3}
+    case = make_case(**sizes, dtype=torch.float64, mask=Mask(right=0), extras=extras)
+    names = list(case.inputs())
+
+    def out(*tensors: Tensor) -> Tensor:
+        named = dict(zip(names, tensors, strict=True))
+        q, k, v = (named.pop(name) for name in ("q", "k", "v"))
+        return blockwise(Case(q, k, v, case.mask, replace(case.scores, **named)))[0]
+
+    torch.autograd.gradcheck(out, tuple(case.inputs().values()))
+
+
+@pytest.mark.parametrize("wanted", [
+    combination for n in (1, 2, 5) for combination in itertools.combinations(("q", "k", "v", *TRAINED), n)
+])  # fmt: skip
+def test_only_what_is_wanted(wanted: tuple[str, ...], small_blocks: None) -> None:
+    case = make_case(extras=TRAINED, mask=Mask(right=0))
+    out, _ = blockwise(case)
+    all_of_them = gradients(out, torch.ones_like(out), case.inputs())
+    for name, x in case.inputs().items():
+        x.requires_grad_(name in wanted)
+    out, _ = blockwise(case)
+    for name, grad in gradients(out, torch.ones_like(out), {name: case.inputs()[name] for name in wanted}).items():
+        torch.testing.assert_close(grad, all_of_them[name], rtol=0, atol=0)
+
+
+def test_any_layout(small_blocks: None) -> None:
+    """Of the inputs and of the gradient that comes in."""
+    case = make_case(mask=Mask(right=0))
+    out, _ = blockwise(case)
+    assert out.transpose(1, 2).is_contiguous()
+    dout = torch.randn(out.shape)
+    want = gradients(out, dout, case.inputs())
+    qkv = torch.cat([x.detach().transpose(2, 3) for x in (case.k, case.v)], 2)
+    other = Case(
+        case.q.detach().contiguous().requires_grad_(),
+        qkv[:, :, :8].mT.detach().requires_grad_(),
+        qkv[:, :, 8:].mT.detach().requires_grad_(),
+        case.mask,
+        case.scores,
+    )
+    again, _ = blockwise(other)
+    torch.testing.assert_close(again, out)
+    strided = torch.stack([dout, dout], -1)[..., 0]
+    torch.testing.assert_close(gradients(again, strided, other.inputs()), want)
+    again, _ = blockwise(other)
+    ones = gradients(again, torch.ones(()).expand(out.shape), other.inputs())
+    torch.testing.assert_close(ones, gradients(blockwise(other)[0], torch.ones(out.shape), other.inputs()))
+
+
+def test_padding_that_holds_nan_is_not_seen(small_blocks: None) -> None:
+    """What stands at a key that nobody sees is never read, where whole blocks are padding."""
+    case = make_case(mask=Mask(keys=(torch.arange(23) < 8).expand(2, 23)))
+    out, _ = blockwise(case)
+    with torch.no_grad():
+        case.k[:, :, 16:], case.v[:, :, 16:] = torch.nan, torch.nan
+    torch.testing.assert_close(blockwise(case)[0], out)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = make_case()
+    out, _ = blockwise(case)
+    (grad,) = torch.autograd.grad(out.square().sum(), case.q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_write_before_backward_is_noticed() -> None:
+    case = make_case(mask=Mask(keys=torch.ones(2, 23, dtype=torch.bool)))
+    out, _ = blockwise(case)
+    case.mask.keys[0, 0] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
