@@ -19,10 +19,11 @@ Case = tuple[Tunable, Any]
 def tunables() -> list[Tunable]:
     """Every op with a choice. What others are made of comes first: their measurements use the winners before them."""
     from .activation import problems as activation
+    from .attention import problems as attention
     from .lora import problems as lora
     from .quant import problems as quant
 
-    return [*quant.TUNABLES, *activation.TUNABLES, *lora.TUNABLES]
+    return [*quant.TUNABLES, *activation.TUNABLES, *attention.TUNABLES, *lora.TUNABLES]
 
 
 def cases_for(met: Iterable[tuple[str, Any]], device: torch.device, tokens: Sequence[int]) -> list[Case]:

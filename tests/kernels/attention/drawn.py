@@ -64,6 +64,17 @@ def hold(case: Case, attention: Callable[[Case], tuple[Tensor, Tensor | None]]) 
             assert_within_budget(value, same[name], exact[name], f"{name} of {case.mask}, {case.arguments().keys()}")
 
 
+def assert_same(case: Case, attention: Callable[[Case], tuple[Tensor, Tensor | None]]) -> None:
+    """Fails unless out, lse and all gradients are the definition's to fp64's last digits."""
+    out, lse = attention(case)
+    dout = torch.randn_like(out)
+    ours = {"out": out, "lse": lse} | gradients(out, dout, case.inputs())
+    want = case.plain(torch.float64, dout)
+    for name, value in ours.items():
+        if value is not None:
+            torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def make_case(
     batch: int = 2,
     heads: int = 4,

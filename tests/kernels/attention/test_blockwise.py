@@ -14,7 +14,7 @@ from torch import Tensor
 from fastpeft_kernels.attention import autograd, blocks
 from fastpeft_kernels.attention.masks import Mask
 
-from .drawn import TRAINED, Case, every_mask, gradients, hold, make_case
+from .drawn import TRAINED, Case, assert_same, every_mask, gradients, hold, make_case
 
 MASKS = tuple(every_mask(1, 1, 2, 2))
 EXTRAS = ("softcap", "relative", "bias", "sinks", "dropout")
@@ -60,19 +60,9 @@ def test_any_combination(
             **sizes, features=features, v_features=v_features, dtype=dtype, mask=mask, extras=sorted(extras)
         )
         if dtype == torch.float64:
-            assert_same(case)
+            assert_same(case, blockwise)
         else:
             hold(case, blockwise)
-
-
-def assert_same(case: Case) -> None:
-    """As the definition, to fp64's last digits."""
-    out, lse = blockwise(case)
-    dout = torch.randn_like(out)
-    ours = {"out": out, "lse": lse} | gradients(out, dout, case.inputs())
-    want = case.plain(torch.float64, dout)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.full

@@ -1,0 +1,175 @@
+"""Who serves, and that all of them give the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastpeft_kernels import tuner
+from fastpeft_kernels.attention import Mask, attention, choosing
+from fastpeft_kernels.tuning.choosing import forced, meeting
+
+from .drawn import Case, assert_same, gradients, hold, make_case
+
+REAL = torch.arange(40)[None] < torch.tensor([[40], [31]])
+
+
+def chosen(case: Case, **more: Any) -> str:
+    """The backend that "auto" stands for, as autograd's node or the called function tells."""
+    called: list[str] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        out = attention(case.q, case.k, case.v, **case.arguments(), **more)
+    if "scaled_dot_product_attention" in called:
+        return "sdpa"
+    node = (out[0] if isinstance(out, tuple) else out).grad_fn.name()
+    return "own" if node == "AttentionBackward" else "reference"
+
+
+LARGE = {"queries": 200, "keys": 200}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mask", "extras", "want"),
+    [
+        (LARGE, Mask(), [], "sdpa"),
+        (LARGE, Mask(right=0), [], "sdpa"),
+        (LARGE, Mask(right=0, left=199), [], "sdpa"),
+        (LARGE, Mask(right=0, left=198), [], "own"),
+        (LARGE, Mask(right=0), ["softcap"], "own"),
+        ({"queries": 200, "keys": 300}, Mask(right=0), [], "own"),
+        ({"queries": 200, "keys": 40}, Mask(keys=REAL), [], "sdpa"),
+        ({"queries": 1, "keys": 40}, Mask(left=7, right=0, keys=REAL), [], "sdpa"),
+        ({}, Mask(), ["sinks"], "reference"),
+        ({"queries": 0}, Mask(), [], "reference"),
+        ({"batch": 0}, Mask(), [], "reference"),
+        ({"keys": 0}, Mask(right=0), [], "reference"),
+    ],
+)
+def test_default(sizes: dict[str, int], mask: Mask, extras: list[str], want: str) -> None:
+    case = make_case(**sizes, mask=mask, extras=extras)
+    assert chosen(case) == want
+    assert_same(case.to(torch.float64), lambda case: (attention(case.q, case.k, case.v, **case.arguments()), None))
+
+
+def test_lse_and_16_bits_take_what_is_fast_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(make_case(**LARGE), return_lse=True) == "own"
+    monkeypatch.setattr(choosing, "product_dtype", lambda dtype, device: torch.float32)
+    case = make_case(**LARGE, dtype=torch.bfloat16)
+    assert chosen(case) == "own"
+    with torch.no_grad():
+        assert choosing.backend_of(case.q, case.k, case.v, Mask(), case.scores, False, False) == "sdpa"
+    monkeypatch.setattr(choosing, "product_dtype", lambda dtype, device: dtype)
+    assert chosen(case) == "sdpa"
+
+
+@pytest.mark.parametrize("backend", ("auto", "sdpa", "blockwise", "reference"))
+@pytest.mark.parametrize(
+    "mask",
+    (
+        Mask(),
+        Mask(right=0),
+        Mask(keys=torch.tensor([[True] * 24, [False] * 24])),
+        Mask(dense=torch.rand(24, 24) > 0.9),
+    ),
+    ids=("all", "causal", "nothing seen", "dense"),
+)
+def test_backends_agree(backend: str, mask: Mask) -> None:
+    case = make_case(queries=24, keys=24, mask=mask)
+    hold(case, lambda case: (attention(case.q, case.k, case.v, **case.arguments(), backend=backend), None))
+    out = attention(case.q, case.k, case.v, **case.arguments(), backend=backend)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ("sdpa", "blockwise", "reference"))
+def test_decoding_with_a_window(backend: str) -> None:
+    case = make_case(queries=1, keys=40, mask=Mask(left=7, right=0, keys=REAL), dtype=torch.float64)
+    assert_same(case, lambda case: (attention(case.q, case.k, case.v, **case.arguments(), backend=backend), None))
+
+
+@pytest.mark.parametrize("backend", ("sdpa", "blockwise", "reference"))
+def test_autocast(backend: str) -> None:
+    case = make_case(queries=24, keys=24, features=16)
+    bf16 = case.to(torch.bfloat16)
+    want = attention(bf16.q, bf16.k, bf16.v, backend=backend)
+    dout = torch.randn(want.shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(case.q, case.k, case.v, backend=backend)
+        assert torch.equal(out, want)
+        found = gradients(out, dout, case.inputs())
+    for name, grad in gradients(want, dout, bf16.inputs()).items():
+        torch.testing.assert_close(found[name], grad.float(), rtol=0, atol=0)
+
+
+def test_nothing_to_see_and_nobody_to_see_it() -> None:
+    case = make_case(keys=0, extras=["sinks"])
+    out, lse = attention(case.q, case.k, case.v, **case.arguments(), return_lse=True)
+    assert out.shape == (2, 4, 19, 8) and not out.any()
+    assert torch.equal(lse[0, :, 0], case.scores.sinks)
+    out, lse = attention(case.q, case.k, case.v, return_lse=True)
+    assert (lse == -torch.inf).all() and not torch.autograd.grad(out.sum(), case.q)[0].any()
+
+
+def test_the_seed_is_drawn_where_it_is_needed() -> None:
+    case = make_case()
+
+    def once(**more: Any) -> Tensor:
+        return attention(case.q, case.k, case.v, dropout=0.4, **more)
+
+    torch.manual_seed(3)
+    first, second = once(), once()
+    torch.manual_seed(3)
+    assert torch.equal(once(), first) and not torch.equal(first, second)
+    seed = torch.tensor([5])
+    before = torch.get_rng_state()
+    assert torch.equal(once(seed=seed), once(seed=seed))
+    attention(case.q, case.k, case.v)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(once(seed=seed, backend="reference"), once(seed=seed, backend="blockwise"))
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_checkpointing_drops_the_same(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    case = make_case(**LARGE, mask=Mask(right=0))
+
+    def block(q: Tensor) -> Tensor:
+        return attention(q, case.k, case.v, mask=case.mask, dropout=0.4)
+
+    torch.manual_seed(7)
+    want = block(case.q)
+    torch.manual_seed(7)
+    out = checkpoint(block, case.q, use_reentrant=reentrant)
+    assert torch.equal(out, want)
+    found, expected = _backward(out, case), _backward(want, case)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def _backward(out: Tensor, case: Case) -> list[Tensor]:
+    case.q.grad = case.k.grad = None
+    out.square().sum().backward()
+    return [case.q.grad, case.k.grad]
+
+
+def test_the_choice_is_measured() -> None:
+    case = make_case(queries=64, keys=64, features=16, mask=Mask(right=0))
+    with meeting() as met:
+        attention(case.q, case.k, case.v, mask=case.mask)
+    (tunable, key), *others = tuner.cases_for(met, torch.device("cpu"), [128])
+    assert not others and tunable.op == "attention" and key.queries == 64 and key.batch == 2
+    assert str(key) == "2x4(2)x64x64x16, causal, float32, with gradients"
+    outcome = tuner.measure(tunable, key, torch.device("cpu"), seconds=0.05)
+    assert not outcome.dropped and set(outcome.winner.us) == {"sdpa", "blockwise"}
+    with forced({"attention": "blockwise"}):
+        assert chosen(case) == "own"
