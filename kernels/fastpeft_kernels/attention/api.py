@@ -50,10 +50,11 @@ def attention(
         softcap, relative, bias, sinks, dropout, seed: see `Scores`; a seed is drawn where dropout needs one.
         return_lse: also give the logarithm of the sum of the exponentials, without a gradient.
         deterministic: the same bits in every backward; may be slower.
-        backend: "triton", our kernels on a GPU; "sdpa", PyTorch's `scaled_dot_product_attention`; "blockwise", PyTorch's
-            operations on one block after the other; "reference", all scores in memory at once; each serves or raises.
-            "auto": what `fastpeft tune` found to be fastest among those exact for the call; else sdpa where it is
-            exact, else triton on a GPU that it serves, else blockwise, and for few numbers on a CPU the reference.
+        backend: "triton", our kernels on a GPU; "sdpa", `torch.nn.functional.scaled_dot_product_attention`;
+            "blockwise", PyTorch's operations on one block after the other; "reference", all scores in memory at once;
+            each serves or raises. "auto": what `fastpeft tune` found to be fastest among those exact for the call; else
+            sdpa where it is exact, but on a CPU without products in 16 bits not for gradients in them; else triton on a
+            GPU that it serves; else blockwise, and for few numbers on a CPU the reference.
 
     Returns:
         (batch, heads, queries, v_features), laid out so that `.transpose(1, 2)` is contiguous; with `return_lse` also

@@ -46,9 +46,7 @@ class AttentionKey(NamedTuple):
         return self._replace(batch=1, queries=min(self.queries, 512), keys=min(self.keys, 512))
 
 
-def backend_of(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool
-) -> str:
+def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool) -> str:
     """The backend that "auto" stands for; "auto" itself is the one of ours that serves, asked for when it computes.
 
     Under torch.compile only sizes and settings are looked at.

@@ -32,9 +32,7 @@ def flatten(mask: Mask, scores: Scores) -> Flat:
     return Flat(tensors, Numbers(mask.left, mask.right, scores.scale, scores.softcap, scores.dropout))
 
 
-def unflatten(
-    flat: Flat, relative: Tensor | None, bias: Tensor | None, sinks: Tensor | None
-) -> tuple[Mask, Scores]:
+def unflatten(flat: Flat, relative: Tensor | None, bias: Tensor | None, sinks: Tensor | None) -> tuple[Mask, Scores]:
     start, stop, keys, dense, seed = flat.tensors
     left, right, scale, softcap, dropout = flat.numbers
     return Mask(left, right, start, stop, keys, dense), Scores(scale, softcap, relative, bias, sinks, dropout, seed)

@@ -14,7 +14,9 @@ _FEW_QUERIES = 16
 _MATH = 0  # of torch.nn.attention.SDPBackend: all scores in memory at once
 
 
-def sdpa_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, deterministic: bool = False) -> str | None:
+def sdpa_refusal(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, deterministic: bool = False
+) -> str | None:
     """Why `scaled_dot_product_attention` cannot give the same in linear memory; None when it can.
 
     The mask's bounds are `masks.bounded`.

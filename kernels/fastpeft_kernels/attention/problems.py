@@ -1,4 +1,4 @@
-"""Attention that PyTorch's own could serve as problems to be timed, forward and backward at once where there are both."""
+"""Attention that PyTorch's own could serve as problems to be timed, with gradients where the case has them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class _Attention:
 
     def exact(self) -> Sequence[Tensor]:
         inputs = [x.detach().double().requires_grad_(self.gradients) for x in self.inputs]
-        out, _ = attention_reference(*inputs, self.mask, Scores(inputs[0].shape[3] ** -0.5))
+        q, k, v = inputs
+        out, _ = attention_reference(q, k, v, self.mask, Scores(q.shape[3] ** -0.5))
         return self._with_gradients(out, inputs, self.dout.double())
 
     def _with_gradients(self, out: Tensor, inputs: list[Tensor], dout: Tensor) -> Sequence[Tensor]:

@@ -60,10 +60,9 @@ def packed(
             raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
         if x.dim() != 1 or x.shape[0] < 2:
             raise ValueError(f"{name}: expected shape (documents + 1,), got {tuple(x.shape)}")
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected shape {tuple(cu_seqlens_q.shape)} like cu_seqlens_q, got {tuple(cu_seqlens_k.shape)}"
-        )
+    expected, got = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+    if got != expected:
+        raise ValueError(f"cu_seqlens_k: expected shape {expected} like cu_seqlens_q, got {got}")
     if own and keys != queries:
         raise ValueError(f"cu_seqlens_k: expected a tensor for {keys} keys of {queries} queries, got None")
     query = torch.arange(queries, device=cu_seqlens_q.device)
@@ -82,7 +81,7 @@ def packed(
 def packed_by_position(
     position_ids: Tensor, *, causal: bool = True, window: tuple[int | None, int | None] = (None, None)
 ) -> Mask:
-    """Documents one after the other; one begins where the position is not the one before plus 1, as transformers has it.
+    """Documents one after the other; one begins where the position is not that before plus 1, as in transformers.
 
     Args:
         position_ids: int32 or int64 (batch or 1, tokens).

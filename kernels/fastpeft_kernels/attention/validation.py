@@ -42,8 +42,11 @@ def check_mask(mask: Mask, q: Tensor, k: Tensor) -> None:
     if (mask.start is None) != (mask.stop is None):
         given, missing = ("stop", "start") if mask.start is None else ("start", "stop")
         raise ValueError(f"mask.{missing}: expected a tensor with mask.{given}, got None")
-    for name, dtype, columns in (("start", torch.int32, queries), ("stop", torch.int32, queries), ("keys", torch.bool, keys)):
-        x = getattr(mask, name)
+    for name, x, dtype, columns in (
+        ("start", mask.start, torch.int32, queries),
+        ("stop", mask.stop, torch.int32, queries),
+        ("keys", mask.keys, torch.bool, keys),
+    ):
         if x is not None:
             _check(f"mask.{name}", x, dtype, q)
             if x.dim() != 2 or x.shape[0] not in (1, batch) or x.shape[1] != columns:

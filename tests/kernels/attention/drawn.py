@@ -72,7 +72,9 @@ def assert_same(case: Case, attention: Callable[[Case], tuple[Tensor, Tensor | N
     want = case.plain(torch.float64, dout)
     for name, value in ours.items():
         if value is not None:
-            torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                value, want[name], rtol=1e-10, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def make_case(

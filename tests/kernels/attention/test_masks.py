@@ -122,11 +122,23 @@ def test_prefix(length: list[int], queries: int, past: int) -> None:
         (lambda: ranges.causal(0), ValueError, "window: expected an integer above 0, got 0"),
         (lambda: ranges.chunked(2.0, 3, 3), ValueError, "chunk: expected an integer above 0, got 2.0"),
         (lambda: ranges.padding([1]), TypeError, "attention_mask: expected a Tensor, got list"),
-        (lambda: ranges.padding(torch.ones(3)), ValueError, r"attention_mask: expected \(batch or 1, tokens\), got .*3"),
+        (
+            lambda: ranges.padding(torch.ones(3)),
+            ValueError,
+            r"attention_mask: expected \(batch or 1, tokens\), got .*3",
+        ),
         (lambda: ranges.packed_by_position(torch.ones(1, 3)), TypeError, "position_ids: expected one of torch.int32"),
         (lambda: ranges.packed(torch.tensor([0]), 3), ValueError, r"cu_seqlens_q: expected shape \(documents \+ 1,\)"),
-        (lambda: ranges.packed(torch.ones(2), 3), TypeError, "cu_seqlens_q: expected int32 or int64, got torch.float32"),
-        (lambda: ranges.packed(torch.tensor([0, 3]), 3, keys=4), ValueError, "cu_seqlens_k: expected a tensor for 4 keys"),
+        (
+            lambda: ranges.packed(torch.ones(2), 3),
+            TypeError,
+            "cu_seqlens_q: expected int32 or int64, got torch.float32",
+        ),
+        (
+            lambda: ranges.packed(torch.tensor([0, 3]), 3, keys=4),
+            ValueError,
+            "cu_seqlens_k: expected a tensor for 4 keys",
+        ),
         (
             lambda: ranges.packed(torch.tensor([0, 3]), 3, torch.tensor([0, 2, 4]), 4),
             ValueError,
@@ -137,7 +149,11 @@ def test_prefix(length: list[int], queries: int, past: int) -> None:
             ValueError,
             "window: expected left to be an integer of 0 or more, or None, got -1",
         ),
-        (lambda: ranges.prefix(torch.ones(1), 2, 2), ValueError, r"length: expected int32 or int64 \(batch or 1,\), got"),
+        (
+            lambda: ranges.prefix(torch.ones(1), 2, 2),
+            ValueError,
+            r"length: expected int32 or int64 \(batch or 1,\), got",
+        ),
     ],
 )
 def test_refused(call: Callable[[], Mask], error: type[Exception], message: str) -> None:
