@@ -55,13 +55,10 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
         keys = None if keys is None else keys[:, -mask.left - 1 :]
     seen = mask.dense if keys is None else keys[:, None, None, :]
     some = None
-    if seen is not None:
+    if seen is not None and q.device.type != "cpu":
         # What a row gives that sees nothing depends on the kernel: it sees all instead, and is emptied.
         some = seen.any(-1, keepdim=True)
-        if q.device.type == "cpu" and not as_op() and bool(some.all()):
-            some = None
-        else:
-            seen = seen | ~some
+        seen = seen | ~some
     grouped = {}
     if q.shape[1] != k.shape[1]:  # a branch, because a compiled comparison of sizes is no bool to it
         grouped = {"enable_gqa": True}
@@ -76,7 +73,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     )
     if some is not None:
         out = out.masked_fill(~some, 0.0)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> bool:

@@ -6,7 +6,7 @@ window, packed documents, chunks, prefixes. So that is what the kernels know.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,7 +40,9 @@ def bounded(mask: Mask, queries: int, keys: int) -> Mask:
     """The same without bounds that no query meets."""
     left = None if mask.left is None or mask.left >= keys - 1 else mask.left
     right = None if mask.right is None or mask.right >= queries - 1 else mask.right
-    return mask if left is mask.left and right is mask.right else replace(mask, left=left, right=right)
+    if left is mask.left and right is mask.right:
+        return mask
+    return Mask(left, right, mask.start, mask.stop, mask.keys, mask.dense)  # `replace` takes ten times as long
 
 
 def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> Tensor | None:

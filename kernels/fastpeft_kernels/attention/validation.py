@@ -15,11 +15,11 @@ from .scores import Scores
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError or ValueError unless they fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_floating(name, x)
+        if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a tensor in fp64, fp32, bf16 or fp16, got {got}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected (batch, heads, tokens, features), got shape {tuple(x.shape)}")
-        if x.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected fp64, fp32, bf16 or fp16, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
     (batch, heads, _, features), (_, kv_heads, keys, _) = q.shape, k.shape
@@ -58,30 +58,34 @@ def check_mask(mask: Mask, q: Tensor, k: Tensor) -> None:
 
 def check_scores(scores: Scores, q: Tensor, k: Tensor) -> None:
     """Raise TypeError or ValueError unless they are scores of q and k. A seed may be missing."""
-    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-    for name, low in (("scale", -math.inf), ("softcap", 0.0)):
-        value = getattr(scores, name)
-        if value is None and name == "softcap":
-            continue
-        check_instance(name, value, float, int)
-        if not low < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number{' above 0' if low == 0.0 else ''}, got {value}")
-    check_instance("dropout", scores.dropout, float, int)
-    if not 0.0 <= scores.dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {scores.dropout}")
-    for name, shape in (("relative", (heads, queries + keys - 1)), ("sinks", (heads,))):
-        x = getattr(scores, name)
-        if x is not None:
-            _check(name, x, None, q)
-            if x.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    _check_number("scale", scores.scale, -math.inf)
+    if scores.softcap is not None:
+        _check_number("softcap", scores.softcap, 0.0)
+    if scores.dropout != 0.0:
+        check_instance("dropout", scores.dropout, float, int)
+        if not 0.0 <= scores.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {scores.dropout}")
+    if scores.relative is not None:
+        _check_shape("relative", scores.relative, None, q, (q.shape[1], q.shape[2] + k.shape[2] - 1))
     if scores.bias is not None:
         _check("bias", scores.bias, None, q)
-        _check_broadcasts("bias", scores.bias, (batch, heads, queries, keys))
+        _check_broadcasts("bias", scores.bias, (*q.shape[:3], k.shape[2]))
+    if scores.sinks is not None:
+        _check_shape("sinks", scores.sinks, None, q, (q.shape[1],))
     if scores.seed is not None:
-        _check("seed", scores.seed, torch.int64, q)
-        if scores.seed.shape != (1,):
-            raise ValueError(f"seed: expected shape (1,), got {tuple(scores.seed.shape)}")
+        _check_shape("seed", scores.seed, torch.int64, q, (1,))
+
+
+def _check_number(name: str, value: float, low: float) -> None:
+    check_instance(name, value, float, int)
+    if not low < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number{' above 0' if low == 0.0 else ''}, got {value}")
+
+
+def _check_shape(name: str, x: Tensor, dtype: torch.dtype | None, q: Tensor, shape: tuple[int, ...]) -> None:
+    _check(name, x, dtype, q)
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype | None, q: Tensor) -> None:

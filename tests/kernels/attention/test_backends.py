@@ -90,6 +90,17 @@ def test_backends_agree(backend: str, mask: Mask) -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("v_features", (8, 5), ids=("fused", "not fused"))
+@pytest.mark.parametrize("queries", (1, 2))
+@pytest.mark.parametrize("backend", ("sdpa", "blockwise"))
+def test_few_queries_that_see_nothing(backend: str, queries: int, v_features: int) -> None:
+    mask = Mask(keys=torch.tensor([[True] * 24, [False] * 24]))
+    case = make_case(queries=queries, keys=24, v_features=v_features, mask=mask, dtype=torch.float64)
+    assert_same(case, lambda case: (attention(case.q, case.k, case.v, **case.arguments(), backend=backend), None))
+    out = attention(case.q, case.k, case.v, **case.arguments(), backend=backend)
+    assert out.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("backend", ("sdpa", "blockwise", "reference"))
 def test_decoding_with_a_window(backend: str) -> None:
     case = make_case(queries=1, keys=40, mask=Mask(left=7, right=0, keys=REAL), dtype=torch.float64)
