@@ -19,7 +19,7 @@ Case = tuple[Tunable, Any]
 def tunables() -> list[Tunable]:
     """Every op with a choice. What others are made of comes first: their measurements use the winners before them."""
     from .activation import problems as activation
-    from .attention import problems as attention
+    from .attention import tunables as attention
     from .lora import problems as lora
     from .quant import problems as quant
 
