@@ -16,16 +16,11 @@ from .tiles import block_of
 _LOG2E = math.log2(math.e)
 UNSPECIALISED = [
     *("queries", "keys", "kv_heads", "group", "left", "right", "bounds_batch", "padding_batch", "relative_head"),
-    *(f"{name}_{part}" for name in ("q", "k", "v", "do") for part in ("batch", "head", "row")),
+    *(f"{name}_{part}" for name in ("q", "k", "v", "do", "o", "dq", "dk", "dv") for part in ("batch", "head", "row")),
     *("dense_batch", "dense_head", "dense_row", "dense_column", "bias_batch", "bias_head", "bias_row", "bias_column"),
-    *("threshold", "blocks"),
+    *("threshold", "heads"),
 ]
 """Arguments whose values compile nothing anew. Strides of q, k, v and dout come in units of UNIT elements instead."""
-
-
-def unspecialised(*names: str) -> list[str]:
-    """Those of UNSPECIALISED that a kernel with these arguments has."""
-    return [name for name in UNSPECIALISED if name in names]
 
 
 def rows_of(t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.triton_random import kept
 from .triton_mask import seen
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -79,3 +80,21 @@ def tile_scores(
         )
         score = tl.where(inside, score, float("-inf"))
     return score, slope
+
+
+@triton.jit
+def tile_gradients(
+    score, dweights, lse, delta, first_key, second_key, column, seed_ptr, threshold, keep_scale
+):  # fmt: skip
+    """The weights that were kept, and the gradient of the scores as they went into the softmax.
+
+    score and lse times log2(e). lse and delta, the product of a row of the output with its gradient, broadcast to the
+    tile, and so do the keys of dropout and the columns.
+    """
+    weights = tl.exp2(score - lse)
+    kept_weights = weights
+    if seed_ptr is not None:
+        keep = kept(first_key, second_key, column, threshold)
+        kept_weights = tl.where(keep, weights, 0.0)
+        dweights = tl.where(keep, dweights * keep_scale, 0.0)
+    return kept_weights, weights * (dweights - delta)

@@ -1,0 +1,112 @@
+"""The backward: what it needs of the output, then a kernel for each kind of gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import query_ranges
+from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
+from .backward_keys import attention_bwd_keys_kernel
+from .backward_queries import attention_bwd_queries_kernel
+from .gradients import Gradients, Needs
+from .masks import Mask
+from .scores import Scores
+from .tiles import Tile, Tiles, default_tiles
+from .triton_score import LOG2E, load_rows
+
+_ROWS = 64
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def attention_bwd_rows_kernel(
+    do_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr,
+    queries, heads, do_batch, do_head, do_row, o_batch, o_head, o_row,
+    UNIT: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta, the sum of dout * out over a row, and the rows' lse times log2(e), infinite where no key is seen, so that
+    all weights of such a row are 0."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    stream = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, head = stream // heads, stream % heads
+    do = load_rows(do_ptr + (batch * do_batch + head * do_head) * UNIT, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
+    out = load_rows(out_ptr + (batch * o_batch + head * o_head) * UNIT, row, o_row * UNIT, queries, V_FEATURES, BLOCK_V)
+    place, inside = stream * queries + row, row < queries
+    tl.store(delta_ptr + place, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1), mask=inside)
+    lse = tl.load(lse_ptr + place, mask=inside, other=0.0)
+    tl.store(lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
+
+
+def attention_backward_triton(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scores: Scores,
+    needs: Needs,
+    deterministic: bool = False,
+    tiles: Tiles | None = None,
+) -> Gradients:
+    """The gradients that are needed, each by kernels of its own, without atomic additions: the same bits every time.
+
+    Args:
+        dout: like `out`, any strides.
+        q, k, v, mask, scores: as `forward.attention_triton` was given them.
+        out, lse: what it gave.
+        needs: which gradients.
+        deterministic: true in any case.
+        tiles: `tiles.default_tiles` if None.
+
+    Returns:
+        Gradients in the shapes and dtypes of the inputs.
+    """
+    q, k, v, dout, out = (rows_of(t) for t in (q, k, v, dout, out))
+    batch, heads, queries, features = q.shape
+    keys, v_features = v.shape[2:]
+    tiles = tiles or default_tiles(q.device, q.dtype, features, v_features)
+    dq, dk, dv = (
+        torch.empty_like(t) if wanted else None
+        for t, wanted in zip((q, k, v), (needs.q, needs.k or needs.v, needs.k or needs.v), strict=True)
+    )
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    arguments = common_arguments(q, k, v, mask, scores)
+    tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
+    tensors["product_scale"] = scores.scale
+    with torch.cuda.device_of(q):
+        if lse.numel():
+            attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
+                dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
+                V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
+            )  # fmt: skip
+        if dq is not None and dq.numel():
+            attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
+                **tensors, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
+            )
+        if dk is not None and dv is not None and dk.numel():
+            ranges = None
+            if mask.start is not None and mask.stop is not None:
+                ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
+            attention_bwd_keys_kernel[(batch * k.shape[1] * triton.cdiv(keys, tiles.keys.block_n),)](
+                **tensors, dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
+                **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
+            )  # fmt: skip
+    sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
+    return Gradients(dq, dk if needs.k else None, dv if needs.v else None, None, None, sinks)
+
+
+def _sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    weights = torch.exp(sinks.float()[None, :, None] - lse)  # a row with a sink has a finite lse, unless it is -inf
+    return -(weights.masked_fill(lse == -torch.inf, 0.0) * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _of(tile: Tile) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    return blocks | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
