@@ -13,6 +13,7 @@ from . import query_ranges
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .backward_keys import attention_bwd_keys_kernel
 from .backward_queries import attention_bwd_queries_kernel
+from .backward_scores import bias_gradient, relative_gradient
 from .gradients import Gradients, Needs
 from .masks import Mask
 from .scores import Scores
@@ -79,7 +80,6 @@ def attention_backward_triton(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     arguments = common_arguments(q, k, v, mask, scores)
     tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
-    tensors["product_scale"] = scores.scale
     with torch.cuda.device_of(q):
         if lse.numel():
             attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
@@ -88,18 +88,24 @@ def attention_backward_triton(
             )  # fmt: skip
         if dq is not None and dq.numel():
             attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
-                **tensors, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
+                **tensors, product_scale=scores.scale, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
             )
         if dk is not None and dv is not None and dk.numel():
             ranges = None
             if mask.start is not None and mask.stop is not None:
                 ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
             attention_bwd_keys_kernel[(batch * k.shape[1] * triton.cdiv(keys, tiles.keys.block_n),)](
-                **tensors, dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
+                **tensors, product_scale=scores.scale, dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
                 **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
             )  # fmt: skip
+        relative = bias = None
+        common = {**tensors, **arguments, **strides_of(q=q, k=k, v=v, do=dout)}
+        if needs.relative and scores.relative is not None:
+            relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
+        if needs.bias and scores.bias is not None:
+            bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
     sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
-    return Gradients(dq, dk if needs.k else None, dv if needs.v else None, None, None, sinks)
+    return Gradients(dq, dk if needs.k else None, dv if needs.v else None, relative, bias, sinks)
 
 
 def _sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -76,22 +76,22 @@ def attention_bwd_keys_kernel(
                 for m in range(first, last, BLOCK_M):
                     row = m + tl.arange(0, BLOCK_M)
                     q = load_rows(q_head_ptr, row, q_row * UNIT, queries, FEATURES, BLOCK_D)
-                    do = load_rows(do_head_ptr, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
-                    lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))
-                    delta = tl.load(delta_head_ptr + row, mask=row < queries, other=0.0)
+                    product = tl.dot(k, tl.trans(q), input_precision="ieee")
                     lower, upper = row, row
                     if part != 1:
                         lower, upper = row_bounds(row, queries, keys, left, right, start_ptr, stop_ptr)
                     first_key, second_key = row, row
                     if seed_ptr is not None:
                         first_key, second_key = row_keys(seed_ptr, row.to(tl.int64), stream)
-                    product = tl.dot(k, tl.trans(q), input_precision="ieee")
                     score, slope = tile_scores(
                         product, row[None, :], column[:, None], lower[None, :], upper[None, :], queries, keys,
                         scale, softcap, relative_head_ptr, bias_head_ptr, bias_row, bias_column,
-                        padding_ptr, dense_head_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1,
+                        padding_ptr, dense_head_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
                     )  # fmt: skip
+                    lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))
+                    do = load_rows(do_head_ptr, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
                     dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
+                    delta = tl.load(delta_head_ptr + row, mask=row < queries, other=0.0)
                     weights, dscore = tile_gradients(
                         score * unit, dweights, lse[None, :], delta[None, :],
                         first_key[None, :], second_key[None, :], column[:, None], seed_ptr, threshold, keep_scale,

@@ -74,7 +74,7 @@ def attention_bwd_queries_kernel(
                 score, slope = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
                     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
-                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1,
+                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
                 _, dscore = tile_gradients(

@@ -79,7 +79,7 @@ def attention_fwd_kernel(
                 score, _ = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
                     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
-                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1,
+                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 above = tl.maximum(top, tl.max(score, 1) * unit)
                 finite = tl.where(above == float("-inf"), 0.0, above)

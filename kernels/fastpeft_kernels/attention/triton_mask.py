@@ -73,14 +73,16 @@ def query_ranges(first_key, queries, keys, left, right, ranges_ptr, blocks, BLOC
 def seen(
     row, column, lower, upper, queries, keys,
     padding_ptr, dense_ptr, dense_row, dense_column,
-    BOUNDED: tl.constexpr,
+    BOUNDED: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
     """Whether the row sees the column, where that depends on the element: shapes that broadcast to a tile."""
     inside = column < keys
     if padding_ptr is not None:
         inside &= tl.load(padding_ptr + column, mask=inside, other=0) != 0
     if BOUNDED:
-        inside = inside & (column >= lower) & (column < upper)
+        inside &= column < upper
+        if LOWER:
+            inside &= column >= lower
     if dense_ptr is not None:
         place = dense_ptr + row.to(tl.int64) * dense_row + column.to(tl.int64) * dense_column
         inside = inside & (row < queries)

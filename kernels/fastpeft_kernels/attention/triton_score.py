@@ -51,7 +51,7 @@ def tile_scores(
     product, row, column, lower, upper, queries, keys,
     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
     padding_ptr, dense_ptr, dense_row, dense_column,
-    PLAIN: tl.constexpr, BOUNDED: tl.constexpr,
+    PLAIN: tl.constexpr, BOUNDED: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
     """Scores times log2(e), -inf where a key is not seen, and the slope of the soft cap (else the scores again).
 
@@ -76,8 +76,9 @@ def tile_scores(
             score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if BOUNDED or (padding_ptr is not None) or (dense_ptr is not None):
         inside = seen(
-            row, column, lower, upper, queries, keys, padding_ptr, dense_ptr, dense_row, dense_column, BOUNDED
-        )
+            row, column, lower, upper, queries, keys,
+            padding_ptr, dense_ptr, dense_row, dense_column, BOUNDED, LOWER,
+        )  # fmt: skip
         score = tl.where(inside, score, float("-inf"))
     return score, slope
 
