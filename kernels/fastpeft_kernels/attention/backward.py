@@ -69,6 +69,8 @@ def attention_backward_triton(
     Returns:
         Gradients in the shapes and dtypes of the inputs.
     """
+    if not (lse.numel() and k.shape[2]):
+        return _zeros(q, k, v, scores, needs)
     q, k, v, dout, out = (rows_of(t) for t in (q, k, v, dout, out))
     batch, heads, queries, features = q.shape
     keys, v_features = v.shape[2:]
@@ -81,16 +83,15 @@ def attention_backward_triton(
     arguments = common_arguments(q, k, v, mask, scores)
     tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
     with torch.cuda.device_of(q):
-        if lse.numel():
-            attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
-                dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
-                V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
-            )  # fmt: skip
-        if dq is not None and dq.numel():
+        attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
+            dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
+            V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
+        )  # fmt: skip
+        if dq is not None:
             attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
                 **tensors, product_scale=scores.scale, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
             )
-        if dk is not None and dv is not None and dk.numel():
+        if dk is not None and dv is not None:
             ranges = None
             if mask.start is not None and mask.stop is not None:
                 ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
@@ -106,6 +107,12 @@ def attention_backward_triton(
             bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
     sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
     return Gradients(dq, dk if needs.k else None, dv if needs.v else None, relative, bias, sinks)
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Needs) -> Gradients:
+    """What comes of no weights at all."""
+    inputs = (q, k, v, scores.relative, scores.bias, scores.sinks)
+    return Gradients(*(torch.zeros_like(t) if t is not None and need else None for t, need in zip(inputs, needs, strict=True)))
 
 
 def _sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..common.aot import SHARED_LIMITS
 from ..common.device import device_capability
+
+LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Tile:
 
     @property
     def label(self) -> str:
-        return f"{self.block_m}x{self.block_n} {self.num_warps} warps {self.num_stages} stages"
+        return f"{self.block_m}x{self.block_n}x{self.num_warps}x{self.num_stages}"
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,45 @@ class Tiles:
     queries: Tile
     scores: Tile
 
+    @property
+    def label(self) -> str:
+        return f"forward {self.forward.label}, keys {self.keys.label}, queries {self.queries.label}"
+
 
 TINY = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 """For Triton's interpreter, whose time goes with the number of elements, wasted ones among them."""
+
+# First the default. A block of the head's features to the tiles for 16-bit dtypes where a program may have 160 KB of
+# shared memory, and where it has 99.
+_ROOMY = {
+    64: (
+        Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(64, 64, 4, 3), Tile(32, 128, 4, 2), Tile(64, 128, 4, 2), Tile(32, 32, 4, 2)),
+    ),
+    128: (
+        Tiles(Tile(128, 64, 8, 3), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 4, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(64, 64, 4, 3), Tile(32, 64, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ),
+    256: (
+        Tiles(Tile(64, 64, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        Tiles(Tile(64, 32, 4, 2), Tile(16, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 8, 1)),
+    ),
+}
+_NARROW = {
+    64: (Tiles(Tile(128, 64, 4, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),),
+    128: (Tiles(Tile(128, 32, 4, 2), Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),),
+    256: (Tiles(Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
+}
+_FP32 = {  # ordinary cores multiply
+    64: (Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
+    128: (Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),),
+    256: (Tiles(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),),
+}
 
 
 def block_of(features: int) -> int:
@@ -42,8 +81,16 @@ def block_of(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
+def tiles_for(capability: int, dtype: torch.dtype, features: int, v_features: int) -> tuple[Tiles, ...]:
+    """Those to choose among on a GPU, the default first; capability as `device_capability` gives it."""
+    block = min(max(64, block_of(max(features, v_features))), LARGEST_HEAD)
+    if dtype == torch.float32:
+        return _FP32[block]
+    known = [shared for target, shared in SHARED_LIMITS.items() if target <= capability]
+    return (_ROOMY if known[-1:] and known[-1] > 160_000 else _NARROW)[block]
+
+
 def default_tiles(device: torch.device, dtype: torch.dtype, features: int, v_features: int) -> Tiles:
     """What is taken where nothing is asked for."""
-    if device.type == "cpu":
-        return TINY
-    return TINY
+    capability = device_capability(device)
+    return TINY if capability is None else tiles_for(capability, dtype, features, v_features)[0]
