@@ -13,8 +13,17 @@ from ..common.random import dropout_bits, keep_threshold
 from .masks import Mask, dense_mask
 from .scores import Scores
 
-# So that two blocks of fp32 scores stay in a CPU's second-level cache.
-_ROWS, _KEYS = 256, 512
+
+class Sizes(NamedTuple):
+    """The most rows of one kv head, and keys, of a block; and scores of all kv heads that are computed together."""
+
+    rows: int
+    keys: int
+    scores: int
+
+
+CPU = Sizes(256, 512, 256 * 512)  # two such blocks of fp32 stay in the second-level cache
+GPU = Sizes(1024, 1024, 1 << 25)  # 128 MB, and each operation is worth its launch
 
 
 class Part(NamedTuple):
@@ -37,17 +46,19 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The sizes of q and k, and how they are cut."""
+    """The numbers of q and k, and how they are cut."""
 
     batch: int
     heads: int
     kv_heads: int
     queries: int
     keys: int
+    sizes: Sizes
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor) -> Plan:
-        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        sizes = GPU if q.device.type == "cuda" else CPU
+        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], sizes)
 
     @property
     def groups(self) -> int:
@@ -55,16 +66,16 @@ class Plan:
 
     @property
     def query_step(self) -> int:
-        return min(self.queries, max(16, _ROWS // self.groups))
+        return min(self.queries, max(16, self.sizes.rows // self.groups))
 
     @property
     def key_step(self) -> int:
-        return min(self.keys, _KEYS)
+        return min(self.keys, self.sizes.keys)
 
     @property
     def together(self) -> int:
         """How many kv heads are computed at once."""
-        return max(1, _ROWS * _KEYS // (self.groups * self.query_step * self.key_step))
+        return max(1, self.sizes.scores // (self.groups * self.query_step * self.key_step))
 
     def parts(self) -> Iterator[Part]:
         batches, heads = max(1, self.together // self.kv_heads), min(self.kv_heads, self.together)
@@ -110,6 +121,11 @@ class Plan:
         return slice(first, max(first, last)), slice(full_first, full_last)
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16-bit numbers on a GPU, in fp32."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def _any_all(x: Tensor) -> tuple[bool, bool]:
     return (True, False) if x.device.type != "cpu" else (bool(x.any()), bool(x.all()))
 
@@ -117,34 +133,46 @@ def _any_all(x: Tensor) -> tuple[bool, bool]:
 class Blocks:
     """Computes blocks of scores of one attention, in fp32 (fp64 in fp64), (parts' kv heads, rows, keys of the block).
 
-    The rows of a kv head are its heads' queries, head by head, so that keys need not be repeated.
+    The rows of a kv head are its heads' queries, head by head, so that keys need not be repeated. Products are of 16-bit
+    numbers on a GPU, whose sums are in fp32 all the same, and of fp32 elsewhere.
     """
 
     def __init__(self, q: Tensor, k: Tensor, mask: Mask, scores: Scores) -> None:
         self.plan = plan = Plan.of(q, k)
         self.mask, self.scores = mask, scores
         self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.factors = q.dtype if q.device.type == "cuda" else self.dtype
         self.relative = None if scores.relative is None else scores.relative.detach().to(self.dtype)
         self.most = min(plan.together, plan.batch * plan.kv_heads) * plan.groups * plan.query_step * plan.key_step
 
     def buffer(self, like: Tensor) -> Tensor:
         """Room for any block."""
-        return torch.empty(self.most, dtype=self.dtype, device=like.device)
+        most = self.most if self.factors == self.dtype else 0
+        return torch.empty(most, dtype=self.dtype, device=like.device)
 
     def rows(self, x: Tensor, part: Part, queries: slice) -> Tensor:
-        """(kv heads, rows, features) of (batch, heads, queries, features)."""
-        found = x[part.batches, part.heads, queries].to(self.dtype)
+        """(kv heads, rows, features) of (batch, heads, queries, features), in its dtype."""
+        found = x[part.batches, part.heads, queries]
         return found.reshape(-1, self.plan.groups * found.shape[2], found.shape[3])
 
     def keys(self, x: Tensor, part: Part) -> Tensor:
         """(kv heads, keys, features) of (batch, kv_heads, keys, features)."""
-        return x[part.batches, part.kv_heads].to(self.dtype).reshape(-1, x.shape[2], x.shape[3])
+        return x[part.batches, part.kv_heads].to(self.factors).reshape(-1, x.shape[2], x.shape[3])
 
     def product(self, a: Tensor, b: Tensor, buffer: Tensor, factor: float = 1.0) -> Tensor:
-        """factor * a bT in `buffer`."""
+        """factor * a bT, in `buffer` where torch can."""
+        if self.factors != self.dtype:
+            return wide_product(a, b.transpose(1, 2)).mul_(factor)
         shape = (a.shape[0], a.shape[1], b.shape[1])
         out = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
         return torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=factor, out=out)
+
+    def add_product_(self, total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+        """total += factor * a b, of an `a` that was computed here."""
+        if self.factors != self.dtype:
+            total.add_(wide_product(a.to(self.factors), b), alpha=factor)
+        else:
+            total.baddbmm_(a, b, alpha=factor)
 
     def split(self, block: Tensor, part: Part) -> Tensor:
         """The same memory as (batches, heads, queries, keys)."""

@@ -26,7 +26,8 @@ def attention_blockwise(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Sco
     for part in blocks.plan.parts():
         k_part, v_part = blocks.keys(k, part), blocks.keys(v, part)
         for at in blocks.plan.query_blocks():
-            result, log = _rows(blocks, blocks.rows(q, part, at), k_part, v_part, part, at, buffer)
+            q_rows = blocks.rows(q, part, at).to(blocks.factors)
+            result, log = _rows(blocks, q_rows, k_part, v_part, part, at, buffer)
             out[part.batches, part.heads, at] = blocks.split(result, part)
             lse[part.batches, part.heads, at] = blocks.split(log, part)[..., 0]
     return out, lse
@@ -37,7 +38,8 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """(kv heads, rows, v_features), (kv heads, rows, 1) of one block of queries."""
     scores = blocks.scores
-    total = acc = torch.zeros((), dtype=blocks.dtype, device=q.device)
+    total = torch.zeros((), dtype=blocks.dtype, device=q.device)
+    acc = total.new_zeros(*q.shape[:2], v.shape[2])
     most = torch.full((), -torch.inf, dtype=blocks.dtype, device=q.device)
     if scores.sinks is not None:
         sinks = scores.sinks[part.heads].to(blocks.dtype)[None, :, None, None]
@@ -54,11 +56,10 @@ def _rows(
         total = total * rescale + weights.sum(-1, keepdim=True)
         if scores.dropout > 0.0:
             blocks.split(weights, part).masked_fill_(blocks.dropped(part, queries, keys), 0.0)
-        product = weights @ v[:, keys]
-        acc = product.add_(acc * rescale) if acc.dim() else product
+        acc = acc * rescale
+        blocks.add_product_(acc, weights, v[:, keys])
     shape = (*q.shape[:2], 1)
     total, most = total.expand(shape), most.expand(shape)
-    acc = acc.expand(*shape[:2], v.shape[2])
     result = acc / (total * (1.0 - scores.dropout)).masked_fill(total == 0.0, 1.0)
     return result, most + total.log()
 
@@ -103,16 +104,16 @@ class _Backward:
         """All gradients of these batches and heads."""
         blocks = self.blocks
         k_part, v_part = blocks.keys(k, part), blocks.keys(v, part)
-        dk = torch.zeros_like(k_part) if self.dk is not None else None
-        dv = torch.zeros_like(v_part) if self.dv is not None else None
+        dk = torch.zeros_like(k_part, dtype=blocks.dtype) if self.dk is not None else None
+        dv = torch.zeros_like(v_part, dtype=blocks.dtype) if self.dv is not None else None
         for at in blocks.plan.query_blocks():
-            q_rows, dout_rows = blocks.rows(q, part, at), blocks.rows(dout, part, at)
+            q_rows, dout_rows = (blocks.rows(x, part, at).to(blocks.factors) for x in (q, dout))
             log = blocks.rows(lse[..., None], part, at)
-            delta = (dout_rows * blocks.rows(out, part, at)).sum(-1, keepdim=True)
+            delta = (dout_rows.to(blocks.dtype) * blocks.rows(out, part, at)).sum(-1, keepdim=True)
             if self.dsinks is not None:
                 self._add_sinks(part, at, log, delta)
             log = log.masked_fill(log == -torch.inf, torch.inf)  # nothing is seen: every weight is exp(-inf)
-            dq = torch.zeros_like(q_rows) if self.dq is not None else None
+            dq = torch.zeros_like(q_rows, dtype=blocks.dtype) if self.dq is not None else None
             for keys, whole in blocks.plan.key_blocks(blocks.mask, part, at):
                 self._block(part, at, keys, whole, q_rows, k_part, v_part, dout_rows, log, delta, dq, dk, dv)
             if self.dq is not None and dq is not None:
@@ -152,13 +153,13 @@ class _Backward:
             if tanh is not None:
                 dscores.mul_(tanh.square_().neg_().add_(1.0))
             if dq is not None:
-                dq.baddbmm_(dscores, k[:, keys], alpha=scores.scale)
+                blocks.add_product_(dq, dscores, k[:, keys], scores.scale)
             if dk is not None:
-                dk[:, keys].baddbmm_(dscores.transpose(1, 2), q, alpha=scores.scale)
+                blocks.add_product_(dk[:, keys], dscores.transpose(1, 2), q, scores.scale)
         if dv is not None:
             if dropped is not None:
                 blocks.split(weights, part).masked_fill_(dropped, 0.0)
-            dv[:, keys].baddbmm_(weights.transpose(1, 2), dout, alpha=kept)
+            blocks.add_product_(dv[:, keys], weights.transpose(1, 2), dout, kept)
 
     def _add_biases(self, part: Part, queries: slice, keys: slice, dscores: Tensor) -> None:
         four = self.blocks.split(dscores, part)

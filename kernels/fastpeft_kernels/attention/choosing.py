@@ -89,7 +89,7 @@ def own_backend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> 
 def triton_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str | None:
     """Why our Triton kernels cannot serve; None when they can."""
     if not triton_available():
-        return "expected Triton, which cannot be imported here"
-    from .forward import triton_refusal as refusal
+        return "Triton cannot be imported here"
+    from .refusal import triton_refusal as refusal
 
     return refusal(q, k, v, mask, scores)

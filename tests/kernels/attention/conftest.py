@@ -10,5 +10,4 @@ from fastpeft_kernels.attention import blocks
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 queries, the least there are, by 8 keys."""
-    monkeypatch.setattr(blocks, "_ROWS", 16)
-    monkeypatch.setattr(blocks, "_KEYS", 8)
+    monkeypatch.setattr(blocks, "CPU", blocks.Sizes(16, 8, 16 * 8))

@@ -83,7 +83,7 @@ def make_case(
     kv_heads: int = 2,
     queries: int = 19,
     keys: int = 23,
-    features: int = 8,
+    features: int = 16,
     v_features: int | None = None,
     dtype: torch.dtype = torch.float32,
     mask: Mask | None = None,

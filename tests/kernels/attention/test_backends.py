@@ -90,7 +90,7 @@ def test_backends_agree(backend: str, mask: Mask) -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("v_features", (8, 5), ids=("fused", "not fused"))
+@pytest.mark.parametrize("v_features", (16, 5), ids=("fused", "not fused"))
 @pytest.mark.parametrize("queries", (1, 2))
 @pytest.mark.parametrize("backend", ("sdpa", "blockwise"))
 def test_few_queries_that_see_nothing(backend: str, queries: int, v_features: int) -> None:
@@ -109,7 +109,7 @@ def test_decoding_with_a_window(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ("sdpa", "blockwise", "reference"))
 def test_autocast(backend: str) -> None:
-    case = make_case(queries=24, keys=24, features=16)
+    case = make_case(queries=24, keys=24)
     bf16 = case.to(torch.bfloat16)
     want = attention(bf16.q, bf16.k, bf16.v, backend=backend)
     dout = torch.randn(want.shape).bfloat16()
@@ -124,7 +124,7 @@ def test_autocast(backend: str) -> None:
 def test_nothing_to_see_and_nobody_to_see_it() -> None:
     case = make_case(keys=0, extras=["sinks"])
     out, lse = attention(case.q, case.k, case.v, **case.arguments(), return_lse=True)
-    assert out.shape == (2, 4, 19, 8) and not out.any()
+    assert out.shape == (2, 4, 19, 16) and not out.any()
     assert torch.equal(lse[0, :, 0], case.scores.sinks)
     out, lse = attention(case.q, case.k, case.v, return_lse=True)
     assert (lse == -torch.inf).all() and not torch.autograd.grad(out.sum(), case.q)[0].any()
@@ -174,7 +174,7 @@ def _backward(out: Tensor, case: Case) -> list[Tensor]:
 
 
 def test_the_choice_is_measured() -> None:
-    case = make_case(queries=64, keys=64, features=16, mask=Mask(right=0))
+    case = make_case(queries=64, keys=64, mask=Mask(right=0))
     with meeting() as met:
         attention(case.q, case.k, case.v, mask=case.mask)
     (tunable, key), *others = tuner.cases_for(met, torch.device("cpu"), [128])

@@ -18,6 +18,7 @@ from .drawn import TRAINED, Case, assert_same, every_mask, gradients, hold, make
 
 MASKS = tuple(every_mask(1, 1, 2, 2))
 EXTRAS = ("softcap", "relative", "bias", "sinks", "dropout")
+LARGE = {"batch": 2, "heads": 4, "queries": 70, "keys": 81}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,43 +27,35 @@ def blockwise(case: Case) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_every_mask(kind: str, small_blocks: None, nan_filled: None) -> None:
-    mask = every_mask(2, 4, 19, 23)[kind]
-    for extras in ([], list(EXTRAS)):
-        hold(make_case(mask=mask, extras=extras), blockwise)
+@pytest.mark.parametrize("extras", ([], EXTRAS), ids=("plain", "all extras"))
+def test_every_mask(kind: str, extras: tuple[str, ...], small_blocks: None, nan_filled: None) -> None:
+    hold(make_case(**LARGE, mask=every_mask(**LARGE)[kind], extras=extras), blockwise)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_every_extra_and_dtype(extra: str, dtype: torch.dtype, small_blocks: None, nan_filled: None) -> None:
-    hold(make_case(mask=Mask(left=7, right=0), extras=[extra], dtype=dtype, v_features=5), blockwise)
+    hold(make_case(**LARGE, mask=Mask(left=20, right=0), extras=[extra], dtype=dtype, v_features=20), blockwise)
 
 
 @given(
-    st.sampled_from(MASKS), st.sets(st.sampled_from(EXTRAS)), st.sampled_from(DTYPES),
-    st.sampled_from(((1, 1), (2, 2), (3, 1), (4, 2))), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40),
-    st.integers(1, 9), st.integers(1, 9), st.sampled_from(((16, 8), (32, 16), (256, 512))),
+    st.sampled_from(MASKS), st.sets(st.sampled_from(EXTRAS)), st.sampled_from(((1, 1), (2, 2), (3, 1), (4, 2))),
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9),
+    st.sampled_from(((16, 8, 128), (32, 16, 9999), blocks.CPU)),
 )  # fmt: skip
 @settings(max_examples=50)
 def test_any_combination(
-    kind: str, extras: set[str], dtype: torch.dtype, heads: tuple[int, int], batch: int, queries: int, keys: int,
-    features: int, v_features: int, block: tuple[int, int],
+    kind: str, extras: set[str], heads: tuple[int, int], batch: int, queries: int, keys: int, features: int,
+    v_features: int, sizes: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    if min(queries, keys) * min(features, v_features) < 32:
-        dtype = torch.float64  # the largest of so few errors is chance
+    """In fp64: of errors as few as these the largest is chance."""
     torch.manual_seed(queries * 100 + keys)
     mask = every_mask(batch, heads[0], queries, keys)[kind]
+    of_q, of_k = {"queries": queries, "features": features}, {"keys": keys, "v_features": v_features}
+    case = make_case(batch, *heads, **of_q, **of_k, dtype=torch.float64, mask=mask, extras=sorted(extras))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_ROWS", block[0])
-        patch.setattr(blocks, "_KEYS", block[1])
-        sizes = {"batch": batch, "heads": heads[0], "kv_heads": heads[1], "queries": queries, "keys": keys}
-        case = make_case(
-            **sizes, features=features, v_features=v_features, dtype=dtype, mask=mask, extras=sorted(extras)
-        )
-        if dtype == torch.float64:
-            assert_same(case, blockwise)
-        else:
-            hold(case, blockwise)
+        patch.setattr(blocks, "CPU", blocks.Sizes(*sizes))
+        assert_same(case, blockwise)
 
 
 @pytest.mark.full
@@ -71,13 +64,12 @@ def test_any_combination(
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_every_pair(kind: str, one: str, other: str, dtype: torch.dtype, small_blocks: None) -> None:
-    hold(make_case(mask=every_mask(2, 4, 19, 23)[kind], extras=[one, other], dtype=dtype), blockwise)
+    hold(make_case(**LARGE, mask=every_mask(**LARGE)[kind], extras=[one, other], dtype=dtype), blockwise)
 
 
 @pytest.mark.parametrize("extras", ([], list(EXTRAS)))
 def test_gradcheck(extras: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ROWS", 2)
-    monkeypatch.setattr(blocks, "_KEYS", 2)
+    monkeypatch.setattr(blocks, "CPU", blocks.Sizes(2, 2, 4))
     sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 3, "keys": 5, "features": 3}
     case = make_case(**sizes, dtype=torch.float64, mask=Mask(right=0), extras=extras)
     names = list(case.inputs())
@@ -114,8 +106,8 @@ def test_any_layout(small_blocks: None) -> None:
     qkv = torch.cat([x.detach().transpose(2, 3) for x in (case.k, case.v)], 2)
     other = Case(
         case.q.detach().contiguous().requires_grad_(),
-        qkv[:, :, :8].mT.detach().requires_grad_(),
-        qkv[:, :, 8:].mT.detach().requires_grad_(),
+        qkv[:, :, :16].mT.detach().requires_grad_(),
+        qkv[:, :, 16:].mT.detach().requires_grad_(),
         case.mask,
         case.scores,
     )
@@ -135,6 +127,28 @@ def test_padding_that_holds_nan_is_not_seen(small_blocks: None) -> None:
     with torch.no_grad():
         case.k[:, :, 16:], case.v[:, :, 16:] = torch.nan, torch.nan
     torch.testing.assert_close(blockwise(case)[0], out)
+
+
+@pytest.mark.parametrize("extras", ([], list(EXTRAS)))
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_16_bit_products_as_on_a_gpu(
+    extras: list[str], dtype: torch.dtype, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums in fp32, which this torch has on GPUs alone."""
+
+    def wide(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == dtype
+        return a.float() @ b.float()
+
+    init = blocks.Blocks.__init__
+
+    def on_gpu(self: blocks.Blocks, q: Tensor, *arguments: object) -> None:
+        init(self, q, *arguments)
+        self.factors = q.dtype
+
+    monkeypatch.setattr(blocks, "wide_product", wide)
+    monkeypatch.setattr(blocks.Blocks, "__init__", on_gpu)
+    hold(make_case(**LARGE, mask=Mask(left=20, right=0), extras=extras, dtype=dtype), blockwise)
 
 
 def test_a_second_derivative_is_refused() -> None:

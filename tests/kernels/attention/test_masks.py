@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpeft_kernels.attention import ranges
@@ -30,6 +30,7 @@ def in_window(distance: int, left: int | None, right: int | None) -> bool:
     return (left is None or -distance <= left) and (right is None or distance <= right)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 5)))
 def test_causal(queries: int, keys: int, window: int | None) -> None:
     def seen(_: int, i: int, j: int) -> bool:
@@ -39,6 +40,7 @@ def test_causal(queries: int, keys: int, window: int | None) -> None:
     assert_same(ranges.causal(window), queries, keys, seen)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(-4, 12), st.integers(-4, 12))
 def test_bounds_that_no_query_meets_are_left_out(queries: int, keys: int, left: int, right: int) -> None:
     mask = Mask(left=left, right=right)
@@ -48,6 +50,7 @@ def test_bounds_that_no_query_meets_are_left_out(queries: int, keys: int, left: 
     assert (simpler.right is None) == (right >= queries - 1)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4), st.booleans(), bounds, bounds,
        st.integers(0, 3), st.integers(0, 3))  # fmt: skip
 def test_packed(
@@ -66,6 +69,7 @@ def test_packed(
     assert (mask.start.diff() >= 0).all() and (mask.stop.diff() >= 0).all(), "decreasing, so no block is skipped"
 
 
+@settings(max_examples=40)
 @given(lengths, st.booleans(), bounds, bounds, st.integers(0, 2))
 def test_the_ways_to_say_packed_agree(
     documents: list[int], causal: bool, left: int | None, right: int | None, first: int
@@ -90,12 +94,14 @@ def test_positions_as_transformers_reads_them() -> None:
     assert_same(mask, 8, 8, lambda b, i, j: j <= i and bool(document[b, i] == document[b, j]), batch=2)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3))
 def test_padding(real: list[list[bool]]) -> None:
     for mask in (torch.tensor(real), torch.tensor(real).long()):
         assert_same(ranges.padding(mask), 3, 5, lambda b, _, j: real[b][j], batch=len(real))
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 5), st.lists(st.integers(0, 4), min_size=1, max_size=2))
 def test_chunked(chunk: int, queries: int, past: int, first: list[int]) -> None:
     keys = queries + past
@@ -109,6 +115,7 @@ def test_chunked(chunk: int, queries: int, past: int, first: list[int]) -> None:
         assert_same(ranges.chunked(chunk, queries, keys), queries, keys, seen)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=2), st.integers(1, 7), st.integers(0, 3))
 def test_prefix(length: list[int], queries: int, past: int) -> None:
     keys = queries + past
