@@ -9,6 +9,7 @@ parallel = True
 
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu as activation
+    from fastpeft_kernels.attention import gpu as attention
     from fastpeft_kernels.experts import gpu as experts
     from fastpeft_kernels.fp8 import gpu as fp8
     from fastpeft_kernels.lora import gpu as lora
@@ -18,6 +19,14 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.quant import gpu as quant
     from fastpeft_kernels.weights import gpu_decode as weights
 
-    suites = {"fp8": fp8, "quant": quant, "activation": activation, "lora": lora, "mlp": mlp, "experts": experts}
+    suites = {
+        "attention": attention,
+        "fp8": fp8,
+        "quant": quant,
+        "activation": activation,
+        "lora": lora,
+        "mlp": mlp,
+        "experts": experts,
+    }
     suites |= {"lora_other": lora_other, "lycoris": lycoris, "weights": weights}
     recorder.run_suites({op: suite.checks() for op, suite in suites.items()})

@@ -42,7 +42,7 @@ def attention_bwd_keys_kernel(
     if start_ptr is not None:
         start_ptr += batch * bounds_batch
         stop_ptr += batch * bounds_batch
-        ranges_ptr += (batch * 4 if bounds_batch > 0 else 0) * blocks + program % blocks
+        ranges_ptr += tl.where(bounds_batch > 0, batch, 0) * 4 * blocks + program % blocks
     if padding_ptr is not None:
         padding_ptr += batch * padding_batch
 

@@ -1,0 +1,86 @@
+"""What to compile ahead of time: plain causal attention in the default tiles, and one problem with everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..common.aot import AotCase
+    from .tiles import Tile, Tiles
+
+_ROOMY, _NARROW = (80, 90, 100), (86, 89, 120)  # by the shared memory of a program
+_TYPES = {
+    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "padding_ptr": "*u8", "dense_ptr": "*u8",
+    "start_ptr": "*i32", "stop_ptr": "*i32", "ranges_ptr": "*i32", "sums_ptr": "*fp32",
+    "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "product_scale": "fp32",
+}  # fmt: skip
+_ABSENT = dict.fromkeys(
+    ("left", "start_ptr", "stop_ptr", "padding_ptr", "dense_ptr", "softcap", "relative_ptr", "bias_ptr", "seed_ptr")
+)
+
+
+def cases() -> Iterator[AotCase]:
+    """bf16 stands for fp16 too. Tiles that are not the default are compiled for one size of head."""
+    import torch
+
+    from .tiles import tiles_for
+
+    for targets in (_ROOMY, _NARROW):
+        for features in (64, 128, 256):
+            for i, tiles in enumerate(tiles_for(targets[0], torch.bfloat16, features, features)):
+                yield from _plain(features, tiles, targets, default=i == 0)
+    yield from _everything(tiles_for(90, torch.bfloat16, 64, 64)[0])
+
+
+def _plain(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool) -> Iterator[AotCase]:
+    from .backward_keys import attention_bwd_keys_kernel
+    from .backward_queries import attention_bwd_queries_kernel
+    from .forward import attention_fwd_kernel
+
+    constants = {**_ABSENT, "PLAIN": True, "LOWER": False}
+    name = f"causal_bf16_{features}_sm{targets[0]}"
+    yield _case(name, attention_fwd_kernel, {**constants, "sinks_ptr": None}, features, tiles.forward, targets, default)
+    yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, targets, default)
+    constants["ranges_ptr"] = None
+    yield _case(name, attention_bwd_keys_kernel, constants, features, tiles.keys, targets, default)
+
+
+def _everything(tiles: Tiles) -> Iterator[AotCase]:
+    from .backward import attention_bwd_rows_kernel
+    from .backward_keys import attention_bwd_keys_kernel
+    from .backward_queries import attention_bwd_queries_kernel
+    from .backward_scores import attention_bwd_scores_kernel
+    from .forward import attention_fwd_kernel
+
+    constants = {"PLAIN": False, "LOWER": True}
+    yield _case("everything", attention_fwd_kernel, constants, 64, tiles.forward, _ROOMY, False)
+    yield _case("everything", attention_bwd_queries_kernel, constants, 64, tiles.queries, _ROOMY, False)
+    yield _case("everything", attention_bwd_keys_kernel, constants, 64, tiles.keys, _ROOMY, False)
+    for relative in (True, False):
+        kind = {"RELATIVE": relative, "SUM_ROWS": not relative, "SUM_COLUMNS": False}
+        name = "relative" if relative else "bias"
+        yield _case(name, attention_bwd_scores_kernel, {**constants, **kind}, 64, tiles.scores, _ROOMY, False)
+    yield _case("rows", attention_bwd_rows_kernel, {}, 64, tiles.scores, _ROOMY, True, matrix=False)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    features: int,
+    tile: Tile,
+    targets: tuple[int, ...],
+    default: bool,
+    matrix: bool = True,
+) -> AotCase:
+    """Strides are multiples of 8, in whose units they come."""
+    from ..common.aot import AotCase, signature_of
+
+    sizes = {"UNIT": 8, "FEATURES": features, "V_FEATURES": features, "BLOCK_D": features, "BLOCK_V": features}
+    sizes |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK": tile.block_m}
+    constants = {**constants, **{key: size for key, size in sizes.items() if key in kernel.arg_names}}
+    pointers = {key: "*bf16" for key in kernel.arg_names if key.endswith("_ptr")}
+    signature = signature_of(kernel, constants, {**pointers, **_TYPES}, "i32")
+    label = f"{kernel.__name__.removeprefix('attention_').removesuffix('_kernel')}_{name}_{tile.label}"
+    return AotCase(label, kernel, signature, constants, tile.num_warps, tile.num_stages, default, matrix, targets)
