@@ -79,8 +79,13 @@ def _case(
 
     sizes = {"UNIT": 8, "FEATURES": features, "V_FEATURES": features, "BLOCK_D": features, "BLOCK_V": features}
     sizes |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK": tile.block_m}
-    constants = {**constants, **{key: size for key, size in sizes.items() if key in kernel.arg_names}}
+    sizes |= {"TMA": tile.tma}
     pointers = {key: "*bf16" for key in kernel.arg_names if key.endswith("_ptr")}
+    if tile.tma:
+        rows = {"q_ptr": tile.block_m, "k_ptr": tile.block_n, "v_ptr": tile.block_n, "do_ptr": tile.block_m}
+        described = {key: f"tensordesc<bf16[1,1,{block},{features}]>" for key, block in rows.items()}
+        pointers |= {key: kind for key, kind in described.items() if key in pointers}
+    constants = {**constants, **{key: size for key, size in sizes.items() if key in kernel.arg_names}}
     signature = signature_of(kernel, constants, {**pointers, **_TYPES}, "i32")
     label = f"{kernel.__name__.removeprefix('attention_').removesuffix('_kernel')}_{name}_{tile.label}"
     return AotCase(label, kernel, signature, constants, tile.num_warps, tile.num_stages, default, matrix, targets)

@@ -45,6 +45,8 @@ def common_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores
     kv_heads, keys, v_features = k.shape[1], k.shape[2], v.shape[3]
     far = queries + keys
     capped, dropped = scores.softcap, scores.dropout > 0.0
+    natural = q.dtype == torch.float32
+    per_nat = 1.0 if natural else _LOG2E
     plain = capped is None and scores.relative is None and scores.bias is None and scores.scale > 0.0
     arguments: dict[str, Any] = {
         "queries": queries,
@@ -53,12 +55,13 @@ def common_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores
         "group": heads // kv_heads,
         "left": None if mask.left is None else max(-far, min(mask.left, far)),
         "right": None if mask.right is None else max(-far, min(mask.right, far)),
-        "scale": scores.scale * _LOG2E if capped is None else scores.scale / capped,
-        "softcap": None if capped is None else capped * _LOG2E,
+        "scale": scores.scale * per_nat if capped is None else scores.scale / capped,
+        "softcap": None if capped is None else capped * per_nat,
         "seed_ptr": scores.seed if dropped else None,
         "threshold": keep_threshold(scores.dropout) if dropped else 0,
         "keep_scale": 1.0 / (1.0 - scores.dropout),
         "PLAIN": plain,
+        "NATURAL": natural,
         "LOWER": mask.left is not None or mask.start is not None,
         "FEATURES": features,
         "V_FEATURES": v_features,

@@ -14,11 +14,12 @@ from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .backward_keys import attention_bwd_keys_kernel
 from .backward_queries import attention_bwd_queries_kernel
 from .backward_scores import bias_gradient, relative_gradient
+from .descriptors import sources
 from .gradients import Gradients, Needs
 from .masks import Mask
 from .scores import Scores
 from .tiles import Tile, Tiles, default_tiles
-from .triton_score import LOG2E, load_rows
+from .triton_score import LOG2E, load_tile
 
 _ROWS = 64
 
@@ -27,20 +28,26 @@ _ROWS = 64
 def attention_bwd_rows_kernel(
     do_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr,
     queries, heads, do_batch, do_head, do_row, o_batch, o_head, o_row,
-    UNIT: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr, NATURAL: tl.constexpr,
+    V_FEATURES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta, the sum of dout * out over a row, and the rows' lse times log2(e), infinite where no key is seen, so that
-    all weights of such a row are 0."""
+    """delta, the sum of dout * out over a row, and the rows' lse in the units of the scores, infinite where no key is
+    seen, so that all weights of such a row are 0."""
     blocks = tl.cdiv(queries, BLOCK_M)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.program_id(0) % blocks) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
     batch, head = stream // heads, stream % heads
-    do = load_rows(do_ptr + (batch * do_batch + head * do_head) * UNIT, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
-    out = load_rows(out_ptr + (batch * o_batch + head * o_head) * UNIT, row, o_row * UNIT, queries, V_FEATURES, BLOCK_V)
+    do = load_tile(
+        do_ptr, batch, head, first, do_batch, do_head, do_row, queries, False, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
+    )
+    out = load_tile(
+        out_ptr, batch, head, first, o_batch, o_head, o_row, queries, False, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
+    )
     place, inside = stream * queries + row, row < queries
     tl.store(delta_ptr + place, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1), mask=inside)
     lse = tl.load(lse_ptr + place, mask=inside, other=0.0)
-    tl.store(lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
+    tl.store(lse2_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * (1.0 if NATURAL else LOG2E)), mask=inside)
 
 
 def attention_backward_triton(
@@ -81,26 +88,28 @@ def attention_backward_triton(
     )
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     arguments = common_arguments(q, k, v, mask, scores)
-    tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
+    rows = {"lse_ptr": lse2, "delta_ptr": delta}
     with torch.cuda.device_of(q):
         attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
             dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
-            V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
+            NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"], BLOCK_M=_ROWS, num_warps=4,
         )  # fmt: skip
         if dq is not None:
             attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
-                **tensors, product_scale=scores.scale, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
+                **sources(tiles.queries, q, k, v, dout), **rows, product_scale=scores.scale, dq_ptr=dq, **arguments, **strides_of(q=q, k=k, v=v, do=dout, dq=dq), **_of(tiles.queries)
             )
         if dk is not None and dv is not None:
             ranges = None
             if mask.start is not None and mask.stop is not None:
                 ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
             attention_bwd_keys_kernel[(batch * k.shape[1] * triton.cdiv(keys, tiles.keys.block_n),)](
-                **tensors, product_scale=scores.scale, dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
+                **sources(tiles.keys, q, k, v, dout), **rows, product_scale=scores.scale,
+                dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
                 **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
             )  # fmt: skip
         relative = bias = None
-        common = {**tensors, **arguments, **strides_of(q=q, k=k, v=v, do=dout)}
+        common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, **rows, **arguments}
+        common |= strides_of(q=q, k=k, v=v, do=dout)
         if needs.relative and scores.relative is not None:
             relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
         if needs.bias and scores.bias is not None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .triton_mask import query_ranges, row_bounds
-from .triton_score import load_rows, store_rows, tile_gradients, tile_scores
+from .triton_score import load_tile, store_rows, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -21,9 +21,9 @@ def attention_bwd_keys_kernel(
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
     scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, LOWER: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of one head of keys, which sums over the heads of queries that read it.
 
@@ -35,10 +35,6 @@ def attention_bwd_keys_kernel(
     batch = (program // blocks // kv_heads).to(tl.int64)
     kv_head = (program // blocks % kv_heads).to(tl.int64)
     heads = kv_heads * group
-    q_ptr += batch * q_batch * UNIT
-    do_ptr += batch * do_batch * UNIT
-    k_ptr += (batch * k_batch + kv_head * k_head) * UNIT
-    v_ptr += (batch * v_batch + kv_head * v_head) * UNIT
     if start_ptr is not None:
         start_ptr += batch * bounds_batch
         stop_ptr += batch * bounds_batch
@@ -47,8 +43,12 @@ def attention_bwd_keys_kernel(
         padding_ptr += batch * padding_batch
 
     column = n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, column, k_row * UNIT, keys, FEATURES, BLOCK_D)
-    v = load_rows(v_ptr, column, v_row * UNIT, keys, V_FEATURES, BLOCK_V)
+    k = load_tile(
+        k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D
+    )
+    v = load_tile(
+        v_ptr, batch, kv_head, n, v_batch, v_head, v_row, keys, TMA, UNIT, V_FEATURES, BLOCK_N, BLOCK_V
+    )
     begin, inner_begin, inner_end, end = query_ranges(
         n, queries, keys, left, right, ranges_ptr, blocks, BLOCK_M, BLOCK_N
     )
@@ -57,8 +57,6 @@ def attention_bwd_keys_kernel(
     unit = scale if PLAIN else 1.0
     for member in range(0, group):
         head = kv_head * group + member
-        q_head_ptr = q_ptr + head * q_head * UNIT
-        do_head_ptr = do_ptr + head * do_head * UNIT
         stream = batch * heads + head
         lse_head_ptr = lse_ptr + stream * queries
         delta_head_ptr = delta_ptr + stream * queries
@@ -75,7 +73,9 @@ def attention_bwd_keys_kernel(
                 last = inner_begin if part == 0 else (inner_end if part == 1 else end)
                 for m in range(first, last, BLOCK_M):
                     row = m + tl.arange(0, BLOCK_M)
-                    q = load_rows(q_head_ptr, row, q_row * UNIT, queries, FEATURES, BLOCK_D)
+                    q = load_tile(
+                        q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
+                    )
                     product = tl.dot(k, tl.trans(q), input_precision="ieee")
                     lower, upper = row, row
                     if part != 1:
@@ -86,15 +86,17 @@ def attention_bwd_keys_kernel(
                     score, slope = tile_scores(
                         product, row[None, :], column[:, None], lower[None, :], upper[None, :], queries, keys,
                         scale, softcap, relative_head_ptr, bias_head_ptr, bias_row, bias_column,
-                        padding_ptr, dense_head_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
+                        padding_ptr, dense_head_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                     )  # fmt: skip
                     lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))
-                    do = load_rows(do_head_ptr, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
+                    do = load_tile(
+                        do_ptr, batch, head, m, do_batch, do_head, do_row, queries, TMA, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
+                    )
                     dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
                     delta = tl.load(delta_head_ptr + row, mask=row < queries, other=0.0)
                     weights, dscore = tile_gradients(
                         score * unit, dweights, lse[None, :], delta[None, :],
-                        first_key[None, :], second_key[None, :], column[:, None], seed_ptr, threshold, keep_scale,
+                        first_key[None, :], second_key[None, :], column[:, None], seed_ptr, threshold, keep_scale, NATURAL,
                     )  # fmt: skip
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
                     if softcap is not None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .triton_mask import key_ranges, row_bounds
-from .triton_score import load_rows, store_rows, tile_gradients, tile_scores
+from .triton_score import load_tile, store_rows, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -20,9 +20,9 @@ def attention_bwd_queries_kernel(
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
     scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, LOWER: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of one head, in the order of the forward kernel."""
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -32,10 +32,6 @@ def attention_bwd_queries_kernel(
     batch = (inner // blocks // kv_heads).to(tl.int64)
     kv_head = (inner // blocks % kv_heads).to(tl.int64)
     head = kv_head * group + program % group
-    q_ptr += (batch * q_batch + head * q_head) * UNIT
-    do_ptr += (batch * do_batch + head * do_head) * UNIT
-    k_ptr += (batch * k_batch + kv_head * k_head) * UNIT
-    v_ptr += (batch * v_batch + kv_head * v_head) * UNIT
     dq_ptr += (batch * dq_batch + head * dq_head) * UNIT
     stream = batch * kv_heads * group + head
     if start_ptr is not None:
@@ -51,8 +47,12 @@ def attention_bwd_queries_kernel(
         bias_ptr += batch * bias_batch + head * bias_head
 
     row = m + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, row, q_row * UNIT, queries, FEATURES, BLOCK_D)
-    do = load_rows(do_ptr, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
+    q = load_tile(
+        q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
+    )
+    do = load_tile(
+        do_ptr, batch, head, m, do_batch, do_head, do_row, queries, TMA, UNIT, V_FEATURES, BLOCK_M, BLOCK_V
+    )
     lse = tl.load(lse_ptr + stream * queries + row, mask=row < queries, other=float("inf"))
     delta = tl.load(delta_ptr + stream * queries + row, mask=row < queries, other=0.0)
     lower, upper = row_bounds(row, queries, keys, left, right, start_ptr, stop_ptr)
@@ -68,18 +68,22 @@ def attention_bwd_queries_kernel(
             last = inner_begin if part == 0 else (inner_end if part == 1 else end)
             for n in range(first, last, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)
-                k = load_rows(k_ptr, column, k_row * UNIT, keys, FEATURES, BLOCK_D)
-                v = load_rows(v_ptr, column, v_row * UNIT, keys, V_FEATURES, BLOCK_V)
+                k = load_tile(
+                    k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D
+                )
+                v = load_tile(
+                    v_ptr, batch, kv_head, n, v_batch, v_head, v_row, keys, TMA, UNIT, V_FEATURES, BLOCK_N, BLOCK_V
+                )
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
                 score, slope = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
                     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
-                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
+                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
                 _, dscore = tile_gradients(
                     score * unit, dweights, lse[:, None], delta[:, None],
-                    first_key[:, None], second_key[:, None], column[None, :], seed_ptr, threshold, keep_scale,
+                    first_key[:, None], second_key[:, None], column[None, :], seed_ptr, threshold, keep_scale, NATURAL,
                 )  # fmt: skip
                 if softcap is not None:
                     dscore *= slope

@@ -18,7 +18,7 @@ from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .tiles import Tile
 from .triton_mask import row_bounds
-from .triton_score import load_rows, tile_gradients, tile_scores
+from .triton_score import load_tile, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "grid_batch", "grid_heads", "grid_rows", "grid_columns", "batches"])
@@ -31,7 +31,7 @@ def attention_bwd_scores_kernel(
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
     scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, LOWER: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK: tl.constexpr, RELATIVE: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -76,12 +76,18 @@ def attention_bwd_scores_kernel(
         stream = batch * heads + head
         row = row_block * BLOCK + tl.arange(0, BLOCK)
         column = column_block * BLOCK + tl.arange(0, BLOCK)
-        at_queries, at_output = batch * q_batch + head * q_head, batch * do_batch + head * do_head
-        at_keys, at_values = batch * k_batch + kv_head * k_head, batch * v_batch + kv_head * v_head
-        q = load_rows(q_ptr + at_queries * UNIT, row, q_row * UNIT, queries, FEATURES, BLOCK_D)
-        k = load_rows(k_ptr + at_keys * UNIT, column, k_row * UNIT, keys, FEATURES, BLOCK_D)
-        do = load_rows(do_ptr + at_output * UNIT, row, do_row * UNIT, queries, V_FEATURES, BLOCK_V)
-        v = load_rows(v_ptr + at_values * UNIT, column, v_row * UNIT, keys, V_FEATURES, BLOCK_V)
+        q = load_tile(
+            q_ptr, batch, head, row_block * BLOCK, q_batch, q_head, q_row, queries, False, UNIT, FEATURES, BLOCK, BLOCK_D
+        )
+        k = load_tile(
+            k_ptr, batch, kv_head, column_block * BLOCK, k_batch, k_head, k_row, keys, False, UNIT, FEATURES, BLOCK, BLOCK_D
+        )
+        do = load_tile(
+            do_ptr, batch, head, row_block * BLOCK, do_batch, do_head, do_row, queries, False, UNIT, V_FEATURES, BLOCK, BLOCK_V
+        )
+        v = load_tile(
+            v_ptr, batch, kv_head, column_block * BLOCK, v_batch, v_head, v_row, keys, False, UNIT, V_FEATURES, BLOCK, BLOCK_V
+        )
         lse = tl.load(lse_ptr + stream * queries + row, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + stream * queries + row, mask=row < queries, other=0.0)
         start_here, stop_here, padding_here = start_ptr, stop_ptr, padding_ptr
@@ -105,12 +111,12 @@ def attention_bwd_scores_kernel(
         score, _ = tile_scores(
             product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
             scale, softcap, relative_here, bias_here, bias_row, bias_column,
-            padding_here, dense_here, dense_row, dense_column, PLAIN, BOUNDED=True, LOWER=LOWER,
+            padding_here, dense_here, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=True, LOWER=LOWER,
         )  # fmt: skip
         dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
         _, dscore = tile_gradients(
             score * unit, dweights, lse[:, None], delta[:, None],
-            first_key[:, None], second_key[:, None], column[None, :], seed_ptr, threshold, keep_scale,
+            first_key[:, None], second_key[:, None], column[None, :], seed_ptr, threshold, keep_scale, NATURAL,
         )  # fmt: skip
         sums += dscore
 

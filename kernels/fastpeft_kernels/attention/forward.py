@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..common.triton_random import kept, row_keys
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
+from .descriptors import sources
 from .masks import Mask
 from .scores import Scores
 from .tiles import Tiles, default_tiles
 from .triton_mask import key_ranges, row_bounds
-from .triton_score import LN2, LOG2E, load_rows, store_rows, tile_scores
+from .triton_score import LN2, LOG2E, load_tile, power, store_rows, tile_scores
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -25,9 +26,9 @@ def attention_fwd_kernel(
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
     scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, LOWER: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of one head. Heads that share keys are neighbours; the last queries come first,
     which see the most keys where the mask is causal."""
@@ -38,9 +39,6 @@ def attention_fwd_kernel(
     batch = (inner // blocks // kv_heads).to(tl.int64)
     kv_head = (inner // blocks % kv_heads).to(tl.int64)
     head = kv_head * group + program % group
-    q_ptr += (batch * q_batch + head * q_head) * UNIT
-    k_ptr += (batch * k_batch + kv_head * k_head) * UNIT
-    v_ptr += (batch * v_batch + kv_head * v_head) * UNIT
     if start_ptr is not None:
         start_ptr += batch * bounds_batch
         stop_ptr += batch * bounds_batch
@@ -55,17 +53,19 @@ def attention_fwd_kernel(
 
     row = m + tl.arange(0, BLOCK_M)
     heads = kv_heads * group
-    q = load_rows(q_ptr, row, q_row * UNIT, queries, FEATURES, BLOCK_D)
+    q = load_tile(
+        q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
+    )
     lower, upper = row_bounds(row, queries, keys, left, right, start_ptr, stop_ptr)
     begin, inner_begin, inner_end, end = key_ranges(lower, upper, keys, BLOCK_N)
     first_key, second_key = row, row
     if seed_ptr is not None:
         first_key, second_key = row_keys(seed_ptr, row.to(tl.int64), batch * heads + head)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)  # of the exponentials, in units of 2**top, the largest score yet
+    total = tl.zeros((BLOCK_M,), tl.float32)  # of the exponentials, in units of the power of top, the largest score yet
     top = total + float("-inf")
     if sinks_ptr is not None:
-        top = total + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        top = total + tl.load(sinks_ptr + head).to(tl.float32) * (1.0 if NATURAL else LOG2E)
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     unit = scale if PLAIN else 1.0
     for part in tl.static_range(3):
@@ -74,23 +74,27 @@ def attention_fwd_kernel(
             last = inner_begin if part == 0 else (inner_end if part == 1 else end)
             for n in range(first, last, BLOCK_N):
                 column = n + tl.arange(0, BLOCK_N)
-                k = load_rows(k_ptr, column, k_row * UNIT, keys, FEATURES, BLOCK_D)
+                k = load_tile(
+                    k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D
+                )
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
                 score, _ = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
                     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
-                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, BOUNDED=part != 1, LOWER=LOWER,
+                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 above = tl.maximum(top, tl.max(score, 1) * unit)
                 finite = tl.where(above == float("-inf"), 0.0, above)
-                weights = tl.exp2(score * unit - finite[:, None])
-                shrink = tl.exp2(top - finite)
+                weights = power(score * unit - finite[:, None], NATURAL)
+                shrink = power(top - finite, NATURAL)
                 total = total * shrink + tl.sum(weights, 1)
                 acc = acc * shrink[:, None]
                 if seed_ptr is not None:
                     keep = kept(first_key[:, None], second_key[:, None], column[None, :], threshold)
                     weights = tl.where(keep, weights, 0.0)
-                v = load_rows(v_ptr, column, v_row * UNIT, keys, V_FEATURES, BLOCK_V)
+                v = load_tile(
+                    v_ptr, batch, kv_head, n, v_batch, v_head, v_row, keys, TMA, UNIT, V_FEATURES, BLOCK_N, BLOCK_V
+                )
                 acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
                 top = above
     total = tl.where(top == float("-inf"), 1.0, total)
@@ -100,7 +104,7 @@ def attention_fwd_kernel(
     out_row = heads * V_FEATURES
     out_ptr += batch * queries * out_row + head * V_FEATURES
     store_rows(out_ptr, acc * factor[:, None], row, out_row, queries, V_FEATURES, BLOCK_V)
-    lse = (top + tl.log2(total)) * LN2
+    lse = top + tl.log(total) if NATURAL else (top + tl.log2(total)) * LN2
     tl.store(lse_ptr + (batch * heads + head) * queries + row, lse, mask=row < queries)
 
 
@@ -126,7 +130,7 @@ def attention_triton(
     if lse.numel():
         with torch.cuda.device_of(q):
             attention_fwd_kernel[(batch * heads * triton.cdiv(queries, tile.block_m),)](
-                q, k, v, out, lse, scores.sinks,
+                **sources(tile, q, k, v), out_ptr=out, lse_ptr=lse, sinks_ptr=scores.sinks,
                 **common_arguments(q, k, v, mask, scores), **strides_of(q=q, k=k, v=v),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip

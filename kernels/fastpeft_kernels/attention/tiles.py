@@ -14,16 +14,18 @@ LARGEST_HEAD = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile (powers of two of at least 16), warps and stages of a program."""
+    """Queries and keys of a tile (powers of two of at least 16), warps and stages of a program; whether it reads through
+    tensor descriptors where it can."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.num_warps}x{self.num_stages}"
+        return f"{self.block_m}x{self.block_n}x{self.num_warps}x{self.num_stages}{'_tma' * self.tma}"
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_rows(ptr, row, stride, rows, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
-    """(len(row), BLOCK) of a matrix of rows; zeros past the last row and feature."""
+def load_tile(
+    source, batch, head, first, batch_stride, head_stride, row_stride, rows,
+    TMA: tl.constexpr, UNIT: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, BLOCK) of (batch, heads, rows, features) from row `first` on; zeros past the last row and feature.
+
+    TMA: source is a descriptor of blocks (1, 1, ROWS, BLOCK), else a pointer, with strides in units of UNIT.
+    """
+    if TMA:
+        return source.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(ROWS, BLOCK)
+    row = first + tl.arange(0, ROWS)
     feature = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None]
     if FEATURES < BLOCK:
         inside = inside & (feature < FEATURES)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + feature[None, :], mask=inside, other=0.0)
+    base = source + (batch * batch_stride + head * head_stride) * UNIT
+    return tl.load(base + row.to(tl.int64)[:, None] * (row_stride * UNIT) + feature[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, value, row, stride, rows, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse, rounded to what the pointer points at."""
+    """Rows of BLOCK features, rounded to what the pointer points at; nothing past the last row and feature."""
     feature = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None]
     if FEATURES < BLOCK:
@@ -51,12 +61,13 @@ def tile_scores(
     product, row, column, lower, upper, queries, keys,
     scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
     padding_ptr, dense_ptr, dense_row, dense_column,
-    PLAIN: tl.constexpr, BOUNDED: tl.constexpr, LOWER: tl.constexpr,
+    PLAIN: tl.constexpr, NATURAL: tl.constexpr, BOUNDED: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
-    """Scores times log2(e), -inf where a key is not seen, and the slope of the soft cap (else the scores again).
+    """Scores, -inf where a key is not seen, and the slope of the soft cap (else the scores again).
 
+    Scores are times log2(e), unless NATURAL, as for fp32, where that would add roundings to what has few.
     PLAIN: the product itself, whose factor `scale`, which is positive, is left to the caller, as a fused multiply-add.
-    softcap comes times log2(e), and scale divided by it; else scale times log2(e). relative_ptr points at the distance 0
+    With a softcap scale comes divided by it, and softcap times log2(e); else scale does. relative_ptr points at the distance 0
     of the head, the other pointers at the batch entry and head. row and column broadcast to the tile.
     """
     score = product
@@ -68,12 +79,13 @@ def tile_scores(
     elif not PLAIN:
         score = product * scale
     if (relative_ptr is not None) or (bias_ptr is not None):
+        per_nat = 1.0 if NATURAL else LOG2E
         inside = (row < queries) & (column < keys)
         if relative_ptr is not None:
-            score += tl.load(relative_ptr + (column - row), mask=inside, other=0.0).to(tl.float32) * LOG2E
+            score += tl.load(relative_ptr + (column - row), mask=inside, other=0.0).to(tl.float32) * per_nat
         if bias_ptr is not None:
             place = bias_ptr + row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
-            score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * per_nat
     if BOUNDED or (padding_ptr is not None) or (dense_ptr is not None):
         inside = seen(
             row, column, lower, upper, queries, keys,
@@ -84,15 +96,21 @@ def tile_scores(
 
 
 @triton.jit
+def power(x, NATURAL: tl.constexpr):
+    """e or 2 to the power of x."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
+
+
+@triton.jit
 def tile_gradients(
-    score, dweights, lse, delta, first_key, second_key, column, seed_ptr, threshold, keep_scale
-):  # fmt: skip
+    score, dweights, lse, delta, first_key, second_key, column, seed_ptr, threshold, keep_scale, NATURAL: tl.constexpr
+):
     """The weights that were kept, and the gradient of the scores as they went into the softmax.
 
-    score and lse times log2(e). lse and delta, the product of a row of the output with its gradient, broadcast to the
+    lse, in the units of the score, and delta, the product of a row of the output with its gradient, broadcast to the
     tile, and so do the keys of dropout and the columns.
     """
-    weights = tl.exp2(score - lse)
+    weights = power(score - lse, NATURAL)
     kept_weights = weights
     if seed_ptr is not None:
         keep = kept(first_key, second_key, column, threshold)
