@@ -53,7 +53,7 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
     """
     if 0 in (q.numel(), k.numel(), v.numel()):
         return "reference"
-    slow = product_dtype(q.dtype, q.device) != q.dtype  # 16 bits on a CPU without products in them; ours are in fp32
+    slow = _slow_in_16_bits(q)
     if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
         tiny = q.device.type == "cpu" and not slow and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _TINY
         return "reference" if tiny else "auto"
@@ -63,6 +63,13 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
         return default
     found = choice(OP, q.device, lambda: key_of(q, k, mask, scores, gradients), attention_backends, default)
     return default if found == "triton" and triton_refusal(q, k, v, mask, scores) is not None else found
+
+
+def _slow_in_16_bits(q: Tensor) -> bool:
+    """Whether the CPU multiplies 16-bit numbers in loops, where ours are fp32; under torch.compile taken to."""
+    if as_op():
+        return q.device.type == "cpu" and q.dtype.itemsize == 2
+    return product_dtype(q.dtype, q.device) != q.dtype
 
 
 def key_of(q: Tensor, k: Tensor, mask: Mask, scores: Scores, gradients: bool) -> AttentionKey:

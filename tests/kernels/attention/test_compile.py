@@ -39,6 +39,14 @@ def test_one_graph_by_the_inductor() -> None:
     check_one_graph(lambda q: ours(case, q, backend="blockwise"), case.q, parameters, "inductor")
 
 
+def test_one_graph_in_16_bits() -> None:
+    """As chosen, which asks what the processor can do, and may not while it is traced."""
+    case = make_case(dtype=torch.bfloat16)
+    with torch.no_grad():
+        function = torch.compile(lambda q: ours(case, q), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(function(case.q), ours(case, case.q))
+
+
 def test_masks_are_made_in_the_graph() -> None:
     case = make_case(queries=19, keys=19)
 
@@ -54,6 +62,7 @@ def test_pytorchs_own_in_the_graph() -> None:
         check_one_graph(functools.partial(ours, case, backend="sdpa"), case.q, [case.k, case.v], "aot_eager")
 
 
+@pytest.mark.full
 def test_changing_sizes() -> None:
     """For PyTorch's own, and for ours."""
 
