@@ -133,8 +133,8 @@ def _any_all(x: Tensor) -> tuple[bool, bool]:
 class Blocks:
     """Computes blocks of scores of one attention, in fp32 (fp64 in fp64), (parts' kv heads, rows, keys of the block).
 
-    The rows of a kv head are its heads' queries, head by head, so that keys need not be repeated. Products are of 16-bit
-    numbers on a GPU, whose sums are in fp32 all the same, and of fp32 elsewhere.
+    The rows of a kv head are its heads' queries, head by head, so that keys need not be repeated. Products are of
+    16-bit numbers on a GPU, whose sums are in fp32 all the same, and of fp32 elsewhere.
     """
 
     def __init__(self, q: Tensor, k: Tensor, mask: Mask, scores: Scores) -> None:

@@ -114,8 +114,11 @@ class _Backward:
                 self._add_sinks(part, at, log, delta)
             log = log.masked_fill(log == -torch.inf, torch.inf)  # nothing is seen: every weight is exp(-inf)
             dq = torch.zeros_like(q_rows, dtype=blocks.dtype) if self.dq is not None else None
-            for keys, whole in blocks.plan.key_blocks(blocks.mask, part, at):
-                self._block(part, at, keys, whole, q_rows, k_part, v_part, dout_rows, log, delta, dq, dk, dv)
+            key_blocks = list(blocks.plan.key_blocks(blocks.mask, part, at))
+            for keys, whole in key_blocks:
+                # Of a whole row delta is the sum of what it is taken from: exact where few keys are seen
+                known = None if len(key_blocks) == 1 and out.dtype == blocks.dtype else delta
+                self._block(part, at, keys, whole, q_rows, k_part, v_part, dout_rows, log, known, dq, dk, dv)
             if self.dq is not None and dq is not None:
                 self.dq[part.batches, part.heads, at] = blocks.split(dq, part)
         for grad, found in ((self.dk, dk), (self.dv, dv)):
@@ -133,7 +136,7 @@ class _Backward:
         v: Tensor,
         dout: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         dq: Tensor | None,
         dk: Tensor | None,
         dv: Tensor | None,
@@ -148,6 +151,8 @@ class _Backward:
             dscores = blocks.product(dout, v[:, keys], self.buffers[1], kept)
             if dropped is not None:
                 blocks.split(dscores, part).masked_fill_(dropped, 0.0)
+            if delta is None:
+                delta = (dscores * weights).sum(-1, keepdim=True)
             dscores.sub_(delta).mul_(weights)
             self._add_biases(part, queries, keys, dscores)
             if tanh is not None:

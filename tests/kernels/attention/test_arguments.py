@@ -100,6 +100,6 @@ def test_triton_takes_gpu_tensors() -> None:
     pytest.importorskip("triton")
     with pytest.raises(
         ValueError,
-        match="backend: 'triton' was asked for, which cannot serve: expected (q on a GPU|fp16, bf16 or fp32)",
+        match=r"backend: 'triton' was asked for, which cannot serve: expected (q on a GPU|fp16, bf16 or fp32)",
     ):
         call(backend="triton", q=X.double(), k=K.double(), v=K.double())
