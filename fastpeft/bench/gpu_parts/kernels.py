@@ -10,6 +10,7 @@ parallel = True
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu as activation
     from fastpeft_kernels.attention import gpu as attention
+    from fastpeft_kernels.attention import gpu_op as attention_op
     from fastpeft_kernels.experts import gpu as experts
     from fastpeft_kernels.fp8 import gpu as fp8
     from fastpeft_kernels.lora import gpu as lora
@@ -28,5 +29,5 @@ def run(recorder: Recorder, depth: str) -> None:
         "mlp": mlp,
         "experts": experts,
     }
-    suites |= {"lora_other": lora_other, "lycoris": lycoris, "weights": weights}
+    suites |= {"attention_op": attention_op, "lora_other": lora_other, "lycoris": lycoris, "weights": weights}
     recorder.run_suites({op: suite.checks() for op, suite in suites.items()})
