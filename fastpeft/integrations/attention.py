@@ -68,7 +68,7 @@ def attention_forward(
         s_aux: (heads,), sinks.
         position_bias: (1, heads, queries, keys), or (1, heads, 1, queries + keys - 1) by distance, as
             `relative_bias` makes it, or empty for none.
-        others: documents (`cu_seq_lens_q` and so on), `position_ids`, `output_attentions`; `sliding_window` is in the mask.
+        others: documents (`cu_seq_lens_q` and so on), `position_ids`, `output_attentions`. A window is in the mask.
 
     Returns:
         (batch, queries, heads, v_features), and None, or the weights where `output_attentions` asks for them.
@@ -161,7 +161,7 @@ def _original(
     s_aux: Tensor | None,
     others: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The function that the model's own file has for `eager`, else transformers' `sdpa`, over a mask of queries x keys."""
+    """The function of the model's own file for `eager`, else transformers' `sdpa`, over a mask of queries x keys."""
     seen = dense_mask(mask, query.shape[2], key.shape[2], query.device)
     if seen is not None:
         hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)

@@ -1,13 +1,13 @@
 """transformers' masks as one interval of keys for each query, in a tensor that models carry like any other mask.
 
-transformers describes a mask by a function of (batch, head, query, key) and hands it to the mask function of the attention
-implementation, which makes a tensor of it. The functions that it composes itself are told by their code and read from their
-closures. Of those ours makes, in place of queries x keys values:
+transformers describes a mask by a function of (batch, head, query, key) and hands it to the mask function of the
+attention implementation, which makes a tensor of it. The functions that it composes itself are told by their code and
+read from their closures. Of those ours makes, in place of queries x keys values:
 
 - None where all is seen, or all up to the query itself, as transformers' own does;
 - a bool (batch, 1, queries, keys) whose rows are one row in memory, where only padding hides keys;
-- else int32 (batch, 1, queries + keys, 2): (start, stop) of each query, then (seen, 0) of each key. It has four dimensions,
-  so that models and caches take it for a mask that is prepared already.
+- else int32 (batch, 1, queries + keys, 2): (start, stop) of each query, then (seen, 0) of each key. It has four
+  dimensions, so that models and caches take it for a mask that is prepared already.
 
 Whatever else a model asks for becomes transformers' own bool mask of queries x keys.
 """
@@ -31,8 +31,8 @@ class Part(NamedTuple):
     Attributes:
         kind: "band" (left, right), "chunk" (size, left padding) or "documents" (ids that do not decrease).
         values: of the kind.
-        positions: int64 (batch, tokens) that the kind counts in, where they are not the tokens' indices: consecutive within
-            a document.
+        positions: int64 (batch, tokens) that the kind counts in, where they are not the tokens' indices: consecutive
+            within a document.
     """
 
     kind: str
@@ -64,9 +64,8 @@ def interval_mask(
     mask_function = causal_mask_function if mask_function is None else mask_function
     parts = None if use_vmap or q_length == 1 else parts_of(mask_function)
     packed = parts is not None and any(part.kind == "documents" for part in parts)
-    if parts is None or (
-        parts and not allow_is_causal_skip and not packed
-    ):  # asked for queries x keys, or small anyway
+    in_full = not (allow_is_causal_skip or allow_is_bidirectional_skip or packed)  # to be added to, for one
+    if parts is None or (parts and in_full):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -124,13 +123,14 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
             alike = given.shape[1] == 1 and given.shape[3] == keys and (given.shape[2] == 1 or given.stride(2) == 0)
             return (Mask(keys=given[:, 0, 0]) if alike else Mask(dense=given)), None
     raise ValueError(
-        f"attention_mask: expected None, a bool or floating mask that broadcasts to (batch, heads, {queries}, {keys}), a mask "
-        f"of keys (batch, {keys}), or what fastpeft's mask function made; got {given.dtype} of shape {tuple(given.shape)}"
+        f"attention_mask: expected None, a bool or floating mask that broadcasts to (batch, heads, {queries}, {keys}), "
+        f"a mask of keys (batch, {keys}), or what fastpeft's mask function made; "
+        f"got {given.dtype} of shape {tuple(given.shape)}"
     )
 
 
 def parts_of(function: Any) -> tuple[Part, ...] | None:
-    """The conditions that a mask function of transformers is made of; empty where it hides nothing, None if it is unknown."""
+    """What a mask function of transformers is made of; empty where it hides nothing, None if it is unknown."""
     kind = _known().get(getattr(function, "__code__", None))
     if kind is None:
         return None

@@ -51,7 +51,7 @@ def multiply_experts_one_by_one(experts: Any) -> None:
 
 
 ATTENTION = "fastpeft"
-"""The name of our implementation of attention; transformers takes every name with "flash" in it for FlashAttention's."""
+"""The name of our implementation; transformers takes every name with "flash" in it for FlashAttention's."""
 
 
 def attention_implementation(module: Any) -> str | None:
@@ -61,8 +61,10 @@ def attention_implementation(module: Any) -> str | None:
 
 
 def set_attention_implementation(module: Any, name: str) -> None:
-    """Have a model or an attention module, and all that share its configuration, run other code; parts with a configuration
-    of their own go on as before."""
+    """Have a model or an attention module, and all that share its configuration, run other code.
+
+    Parts with a configuration of their own go on as before.
+    """
     module.config._attn_implementation_internal = name
 
 
@@ -78,16 +80,18 @@ def has_its_own_attention(model: Any) -> bool:
 
 
 @cache
-def asks_for_attention(kind: type[nn.Module]) -> bool:
+def asks_for_attention(kind: type[Any]) -> bool:
     """Whether modules of a class call the attention function that is registered under their configuration's name."""
     forward = inspect.unwrap(kind.forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 @cache
-def attention_is_an_argument(kind: type[nn.Module]) -> bool:
-    """Whether the models of the file that an attention class is from may run another attention function than `eager`: then all
-    that it needs is handed to that function."""
+def attention_is_an_argument(kind: type[Any]) -> bool:
+    """Whether models of the file that an attention class is from may run another function than `eager`.
+
+    Then all that it needs is handed to that function.
+    """
     home = sys.modules[kind.__module__]
     models = [each for each in vars(home).values() if isinstance(each, type) and is_model_class(each)]
     flags = ("_supports_sdpa", "_supports_flash_attn")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-
 DENSE = "a mask of queries x keys"
 """Outcome of a call of attention that the op served, in more memory than others take."""
 

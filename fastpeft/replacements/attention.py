@@ -84,7 +84,7 @@ class AttentionReplacement:
             set_attention_implementation(module, ATTENTION)
         for model in root.modules():
             if is_model_class(type(model)) and attention_implementation(model) in SWITCHED and _all_ours(model):
-                model.fastpeft_attention = Before(model.config._attn_implementation)  # type: ignore[assignment, union-attr]
+                model.fastpeft_attention = Before(str(attention_implementation(model)))  # type: ignore[assignment]
                 set_attention_implementation(model, ATTENTION)
 
     def undo(self, module: nn.Module) -> bool:
@@ -107,7 +107,7 @@ class AttentionReplacement:
         return "", "; ".join(notes)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def _own_class(module: nn.Module) -> type[Any]:
     return stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
 
 
