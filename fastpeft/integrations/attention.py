@@ -80,16 +80,9 @@ def attention_forward(
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return _sdpa(module, query, key, value, attention_mask, **given, softcap=softcap, **others)
-    query, key, value = _autocast(query, key, value)
     mask, bias = decoded(attention_mask, queries, keys)
     relative, bias = _position_bias(position_bias, bias, queries, keys)
-    found = documents(
-        queries,
-        keys,
-        query.shape[0],
-        causal,
-        *(others.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")),
-    )
+    found = documents(queries, keys, query.shape[0], causal, others)
     if attention_mask is None and causal:
         if found is None and keys > queries:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]
@@ -98,7 +91,7 @@ def attention_forward(
             keys = queries
         if found is None and keys == queries:
             found = restarted_documents(others.get("position_ids"), queries)
-        if keys == queries:
+        if found is None and keys == queries:
             mask = replace(mask, right=0)
     if found is not None:
         mask = _within(mask, found)
@@ -193,15 +186,6 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return out
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """As autocast does with the arguments of PyTorch's own attention."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [each.to(dtype) if each.is_floating_point() and each.dtype != torch.float64 else each for each in tensors]
-
-
 def _position_bias(
     given: Tensor | None, bias: Tensor | None, queries: int, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -223,8 +207,9 @@ def _expanded(relative: Tensor | None, bias: Tensor | None, queries: int, keys: 
     return full if bias is None else full + bias
 
 
-def _within(mask: Mask, interval: tuple[Tensor, Tensor]) -> Mask:
-    start, stop = interval
-    if mask.start is None or mask.stop is None:
+def _within(mask: Mask, documents: Mask) -> Mask:
+    """Both, of which the second has but start and stop."""
+    start, stop = documents.start, documents.stop
+    if mask.start is None or mask.stop is None or start is None or stop is None:
         return replace(mask, start=start, stop=stop)
     return replace(mask, start=torch.maximum(mask.start, start), stop=torch.minimum(mask.stop, stop))

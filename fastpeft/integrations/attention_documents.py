@@ -8,50 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_masks import document_bounds
+from fastpeft_kernels.attention.masks import Mask
+from fastpeft_kernels.attention.ranges import packed, packed_by_index
 
-Interval = tuple[Tensor, Tensor]
 
-
-def documents(
-    queries: int,
-    keys: int,
-    batch: int,
-    causal: bool,
-    cu_seq_lens_q: Tensor | None,
-    cu_seq_lens_k: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Interval | None:
-    """start and stop, int32 (1 or batch, queries), of what each query may see of its own document; None without any.
+def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str, Any]) -> Mask | None:
+    """What each query may see of its own document; None without any.
 
     Args:
         queries, keys, batch: of the call.
         causal: the last query of a document stands at its last key.
-        cu_seq_lens_q, cu_seq_lens_k: int32 (documents + 1,), the documents' ends among all tokens of the batch.
-        seq_idx: (batch, tokens), the number of each token's document; read where there are no cu_seq_lens.
+        given: `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), among all tokens of the batch one row after the
+            other; or `seq_idx`, (batch or 1, tokens), the number of each token's document.
     """
-    if cu_seq_lens_q is not None:
-        ends_q = cu_seq_lens_q
-        ends_k = ends_q if cu_seq_lens_k is None else cu_seq_lens_k
-        token = torch.arange(batch * queries, device=ends_q.device, dtype=ends_q.dtype).view(batch, queries)
-        row = torch.arange(batch, device=ends_q.device, dtype=ends_q.dtype)[:, None] * keys
-        document = (torch.searchsorted(ends_q, token, right=True) - 1).clamp(0, max(ends_q.shape[0] - 2, 0))
-        start, stop = ends_k[document], ends_k[document + 1]
-        if causal:
-            stop = torch.minimum(stop, token + 1 + stop - ends_q[document + 1])
-        return (start - row).to(torch.int32), (stop - row).to(torch.int32)
-    if seq_idx is not None and queries == keys and seq_idx.shape[-1] == queries:
-        start, stop = document_bounds(seq_idx.view(-1, queries))
-        return start.to(torch.int32), stop.to(torch.int32)
+    if (ends_q := given.get("cu_seq_lens_q")) is not None:
+        ends_k = given.get("cu_seq_lens_k")
+        found = packed(ends_q, batch * queries, ends_q if ends_k is None else ends_k, batch * keys, causal=causal)
+        if batch == 1:
+            return found
+        assert found.start is not None and found.stop is not None
+        row = torch.arange(batch, device=ends_q.device, dtype=torch.int32)[:, None] * keys
+        return Mask(start=found.start.view(batch, queries) - row, stop=found.stop.view(batch, queries) - row)
+    index = given.get("seq_idx")
+    if index is not None and queries == keys and index.shape[-1] == queries:
+        return packed_by_index(index.view(-1, queries), causal=causal)
     return None
 
 
-_last: tuple[weakref.ref[Tensor], int, Interval | None] | None = None
+_last: tuple[weakref.ref[Tensor], int, Mask | None] | None = None
 """Of the positions that were looked at last: the layers of one forward share theirs."""
 
 
-def restarted_documents(position_ids: Any, queries: int) -> Interval | None:
-    """The same of positions that go back to 0 within a row, as packed ones do; None if they don't.
+def restarted_documents(position_ids: Any, queries: int) -> Mask | None:
+    """The same, causal, of positions that go back to 0 within a row, as packed ones do; None if they don't.
 
     FlashAttention's functions in transformers take such positions for documents too; `eager` and `sdpa` only without a
     cache and an attention mask.
@@ -71,7 +60,5 @@ def restarted_documents(position_ids: Any, queries: int) -> Interval | None:
     return found
 
 
-def _restarted(position_ids: Tensor) -> Interval:
-    restarts = position_ids == 0
-    start, stop = document_bounds(restarts.cumsum(-1))
-    return start.to(torch.int32), stop.to(torch.int32)
+def _restarted(position_ids: Tensor) -> Mask:
+    return packed_by_index((position_ids == 0).cumsum(-1))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.attention.masks import Mask
+from fastpeft_kernels.attention.ranges import packed_by_index
 
 
 class Part(NamedTuple):
@@ -219,13 +220,8 @@ def _edges(part: Part, at: Tensor) -> tuple[Tensor | None, Tensor | None]:
         size, padding = part.values[0], part.values[1][:, None]
         first = (at - padding) // size * size + padding
         return first, first + size
-    return document_bounds(part.values[0])
-
-
-def document_bounds(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First token and one past the last of each token's document; ids (batch, tokens) do not decrease along a row."""
-    ids = ids.contiguous()
-    return torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True)
+    own = packed_by_index(part.values[0], causal=False)
+    return own.start, own.stop
 
 
 def _seen_keys(attention_mask: Tensor | None, keys: int, offset: int | Tensor) -> Tensor | None:

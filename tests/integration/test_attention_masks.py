@@ -153,36 +153,36 @@ def test_a_mask_that_says_nothing_is_an_error(mask: Tensor, words: str) -> None:
         decoded(mask, 9, 9)
 
 
+def ends(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def rows(mask: Any) -> tuple[list[list[int]], list[list[int]]]:
+    return mask.start.tolist(), mask.stop.tolist()
+
+
 class TestDocuments:
     def test_ends_of_one_row(self) -> None:
-        ends = torch.tensor([0, 4, 9], dtype=torch.int32)
-        start, stop = documents(9, 9, 1, False, ends, ends, None)  # type: ignore[misc]
-        assert start.tolist() == [[0] * 4 + [4] * 5] and stop.tolist() == [[4] * 4 + [9] * 5]
-        _, stop = documents(9, 9, 1, True, ends, None, None)  # type: ignore[misc]
-        assert stop.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+        given = {"cu_seq_lens_q": ends(0, 4, 9), "cu_seq_lens_k": ends(0, 4, 9)}
+        assert rows(documents(9, 9, 1, False, given)) == ([[0] * 4 + [4] * 5], [[4] * 4 + [9] * 5])
+        start, stop = rows(documents(9, 9, 1, True, {"cu_seq_lens_q": ends(0, 4, 9)}))
+        assert start == [[0] * 4 + [4] * 5] and stop == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
 
     def test_ends_of_several_rows(self) -> None:
-        ends = torch.tensor([0, 2, 4, 7, 8], dtype=torch.int32)
-        start, stop = documents(4, 4, 2, False, ends, ends, None)  # type: ignore[misc]
-        assert start.tolist() == [[0, 0, 2, 2], [0, 0, 0, 3]] and stop.tolist() == [[2, 2, 4, 4], [3, 3, 3, 4]]
+        given = {"cu_seq_lens_q": ends(0, 2, 4, 7, 8)}
+        assert rows(documents(4, 4, 2, False, given)) == ([[0, 0, 2, 2], [0, 0, 0, 3]], [[2, 2, 4, 4], [3, 3, 3, 4]])
 
     def test_more_keys_than_queries_stand_at_the_end(self) -> None:
-        start, stop = documents(  # type: ignore[misc]
-            3, 7, 1, True, torch.tensor([0, 1, 3]), torch.tensor([0, 3, 7]), None
-        )
-        assert start.tolist() == [[0, 3, 3]] and stop.tolist() == [[3, 6, 7]]
-
-    def test_tokens_after_the_last_document(self) -> None:
-        start, _ = documents(5, 5, 1, True, torch.tensor([0, 2, 4]), None, None)  # type: ignore[misc]
-        assert start.tolist() == [[0, 0, 2, 2, 2]]
+        given = {"cu_seq_lens_q": ends(0, 1, 3), "cu_seq_lens_k": ends(0, 3, 7)}
+        assert rows(documents(3, 7, 1, True, given)) == ([[0, 3, 3]], [[3, 6, 7]])
 
     def test_numbers_of_documents(self) -> None:
-        start, stop = documents(5, 5, 1, True, None, None, torch.tensor([[0, 0, 1, 1, 1]]))  # type: ignore[misc]
-        assert start.tolist() == [[0, 0, 2, 2, 2]] and stop.tolist() == [[2, 2, 5, 5, 5]]
+        given = {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}
+        assert rows(documents(5, 5, 1, False, given)) == ([[0, 0, 2, 2, 2]], [[2, 2, 5, 5, 5]])
 
     def test_positions_that_go_back(self) -> None:
-        start, stop = restarted_documents(PACKED, TOKENS)  # type: ignore[misc]
-        assert start.tolist()[1] == [0, 0, 2, 3, 3, 3, 3, 3, 3] and stop.tolist()[0] == [4] * 4 + [9] * 5
+        start, stop = rows(restarted_documents(PACKED, TOKENS))
+        assert start[1] == [0, 0, 2, 3, 3, 3, 3, 3, 3] and stop[0] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
     def test_positions_that_do_not(self) -> None:
         """A jump is no document: a user may place tokens anywhere."""
