@@ -83,14 +83,14 @@ def attention_forward(
     mask, bias = decoded(attention_mask, queries, keys)
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
+    if found is None and causal and keys == queries and mask.dense is None and bias is None:
+        found = restarted_documents(others.get("position_ids"), queries)
     if attention_mask is None and causal:
         if found is None and keys > queries:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]
             relative = None if relative is None else relative[:, : 2 * queries - 1]
             bias = None if bias is None else bias[..., :queries]
             keys = queries
-        if found is None and keys == queries:
-            found = restarted_documents(others.get("position_ids"), queries)
         if found is None and keys == queries:
             mask = replace(mask, right=0)
     if found is not None:
