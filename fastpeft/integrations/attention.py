@@ -80,6 +80,7 @@ def attention_forward(
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return _sdpa(module, query, key, value, attention_mask, **given, softcap=softcap, **others)
+    query, key, value = _autocast(query, key, value)
     mask, bias = decoded(attention_mask, queries, keys)
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
@@ -184,6 +185,14 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
 
     out: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
     return out
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """In one dtype, as autocast makes the arguments of PyTorch's own attention."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [each.to(torch.get_autocast_dtype(kind)) for each in tensors]
 
 
 def _position_bias(

@@ -18,8 +18,8 @@ def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str
     Args:
         queries, keys, batch: of the call.
         causal: the last query of a document stands at its last key.
-        given: `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), among all tokens of the batch one row after the
-            other; or `seq_idx`, (batch or 1, tokens), the number of each token's document.
+        given: `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), among all tokens of the batch, one row after
+            the other; or `seq_idx`, (batch or 1, tokens), the number of each token's document.
     """
     if (ends_q := given.get("cu_seq_lens_q")) is not None:
         ends_k = given.get("cu_seq_lens_k")

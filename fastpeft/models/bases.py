@@ -215,6 +215,8 @@ def load_base(
     if bits is not None and getattr(load_config(model, key), "quantization_config", None) is None:
         options["quantization_config"] = bits
     if model.attention is not None:
+        if model.attention == ATTENTION:
+            register_attention()
         options["attn_implementation"] = model.attention
     if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}
