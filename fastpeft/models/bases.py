@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fastpeft
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
 from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
+from fastpeft.integrations.transformers import ATTENTION
 
 from .tasks import auto_class
 
@@ -216,7 +218,7 @@ def load_base(
         options["quantization_config"] = bits
     if model.attention is not None:
         if model.attention == ATTENTION:
-            register_attention()
+            fastpeft.register_attention()
         options["attn_implementation"] = model.attention
     if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}

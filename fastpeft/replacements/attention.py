@@ -107,7 +107,7 @@ class AttentionReplacement:
         return "", "; ".join(notes)
 
 
-def _own_class(module: nn.Module) -> type[Any]:
+def _own_class(module: nn.Module) -> Any:
     return stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
 
 
