@@ -132,6 +132,12 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
 
 def parts_of(function: Any) -> tuple[Part, ...] | None:
     """What a mask function of transformers is made of; empty where it hides nothing, None if it is unknown."""
+    if torch.compiler.is_compiling():  # it cannot read closures
+        from transformers import masking_utils as masks
+
+        if function is masks.bidirectional_mask_function:
+            return ()
+        return (Part("band", (None, 0)),) if function is masks.causal_mask_function else None
     kind = _known().get(getattr(function, "__code__", None))
     if kind is None:
         return None

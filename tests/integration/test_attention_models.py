@@ -220,7 +220,8 @@ class TestSwitching:
         plain = eager(fastpeft.restore(copy.deepcopy(model)))
         oracle, reference = exact(plain, given), step(plain, given)
         for name in ("eager", "sdpa", "fastpeft"):
-            model.set_attn_implementation(name)
+            for part in (model, model.encoder, model.decoder):  # transformers 5.17 does not reach the stacks
+                part.set_attn_implementation(name)
             assert_step_close(step(model, given), reference, oracle)
             assert all(row.accelerated == (name == "fastpeft") for row in rows(model))
 
