@@ -138,11 +138,12 @@ def parts_of(function: Any) -> tuple[Part, ...] | None:
         if function is masks.bidirectional_mask_function:
             return ()
         return (Part("band", (None, 0)),) if function is masks.causal_mask_function else None
-    kind = _known().get(getattr(function, "__code__", None))
+    code: Any = getattr(function, "__code__", None)
+    kind = _known().get(code)
     if kind is None:
         return None
     closure = dict(
-        zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
+        zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
     )
     try:
         return _READERS[kind](closure)

@@ -52,7 +52,7 @@ def why_not_by_distance(module: Any) -> str | None:
     has = getattr(module, "has_relative_attention_bias", None)
     if not isinstance(has, bool) or not hasattr(module, "compute_bias"):
         return ""
-    kind = stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
+    kind: Any = stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
     if not has:
         return None if _takes_a_bias(kind) else "zeros of queries x keys in place of a bias"
     try:
@@ -83,7 +83,7 @@ def give_in_full(module: nn.Module) -> None:
     """Undo it."""
     fast = type(module)
     if isinstance(module, RelativeBias) and is_mixed(fast):
-        module.__class__ = stock = stock_class(RelativeBias, fast)
+        module.__class__ = stock = stock_class(RelativeBias, fast)  # type: ignore[assignment]
         rebind_hooked_forward(module, fast, stock)
 
 
