@@ -12,8 +12,8 @@ from fastpeft_kernels import __version__
 
 if TYPE_CHECKING:
     from .applying import accelerate, restore
-    from .integrations.attention import register_attention
     from .fp8_reporting import fp8_report
+    from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
     from .reporting import report
     from .tuning import tune, use_tuned
