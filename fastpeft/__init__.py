@@ -13,6 +13,7 @@ from fastpeft_kernels import __version__
 if TYPE_CHECKING:
     from .applying import accelerate, restore
     from .fp8_reporting import fp8_report
+    from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
     from .reporting import report
     from .tuning import tune, use_tuned
@@ -29,6 +30,7 @@ _HOME = {
     "use_tuned": "tuning",
     "lora_config": "integrations.peft",
     "mixed_batch": "integrations.peft",
+    "register_attention": "integrations.attention",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "fp8_report",
     "lora_config",
     "mixed_batch",
+    "register_attention",
     "report",
     "restore",
     "tune",

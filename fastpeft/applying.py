@@ -64,7 +64,10 @@ def accelerate(
         mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
             some is told by their parts, and proved by trying each on random numbers. "recompute" keeps their input, but
             neither gate nor up, for backward, which computes these again, but not down: less memory, more time.
-        attention, loss, norms: replace those too; not built yet, the report says so.
+        attention: run attention by our function, whose memory grows with the number of tokens, in models that call it
+            through transformers' interface and run "sdpa" or "eager" at present; other implementations were asked for
+            by name and stay.
+        loss, norms: replace those too; not built yet, the report says so.
         memory: a memory budget; not built yet.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.

@@ -67,6 +67,8 @@ class Report:
             lines[0] += f", {frozen} frozen projections computed with them"
         if any(row.kind == "mlp" for row in self.rows):
             lines[0] += f", {self._share('mlp')} MLPs as one op"
+        if any(row.kind == "attention" for row in self.rows):
+            lines[0] += f", {self._share('attention')} attentions"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:

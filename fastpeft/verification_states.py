@@ -18,7 +18,8 @@ from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer, fast_classes
 from .layers.lycoris import FastLycorisLayer
 from .layers.lycoris import fast_classes as lycoris_classes
-from .layers.mlp import FastMlp, stock_class
+from .layers.mixing import stock_class
+from .layers.mlp import FastMlp
 
 
 def in_fp64(layer: nn.Module) -> nn.Module:
@@ -33,7 +34,7 @@ def in_fp64(layer: nn.Module) -> nn.Module:
 def whole_in_fp64(module: FastMlp | FastExperts | FastEmbedding) -> nn.Module:
     """The model's own MLP over PEFT's layers, or PEFT's layer around the model's own experts or embedding, likewise."""
     if isinstance(module, FastMlp):
-        return _copied(module, stock_class(type(module)))
+        return _copied(module, stock_class(FastMlp, type(module)))
     return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_embedding())
 
 

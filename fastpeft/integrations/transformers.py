@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -46,6 +48,54 @@ def multiply_experts_one_by_one(experts: Any) -> None:
     config: Any = getattr(experts, "config", None)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
+
+
+ATTENTION = "fastpeft"
+"""The name of our implementation; transformers takes every name with "flash" in it for FlashAttention's."""
+
+
+def attention_implementation(module: Any) -> str | None:
+    """Which code a model or an attention module runs at present; None where its configuration says nothing."""
+    name: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name
+
+
+def set_attention_implementation(module: Any, name: str) -> None:
+    """Have a model or an attention module, and all that share its configuration, run other code.
+
+    Parts with a configuration of their own go on as before.
+    """
+    module.config._attn_implementation_internal = name
+
+
+def is_model_class(kind: type[Any]) -> bool:
+    """Whether a class is one of transformers' models."""
+    home = sys.modules.get("transformers.modeling_utils")
+    return home is not None and issubclass(kind, home.PreTrainedModel)
+
+
+def has_its_own_attention(model: Any) -> bool:
+    """Whether a model's code computes attention itself, without asking which implementation is wanted."""
+    return model.base_model is model and not model._can_set_attn_implementation()
+
+
+@cache
+def asks_for_attention(kind: type[Any]) -> bool:
+    """Whether modules of a class call the attention function that is registered under their configuration's name."""
+    forward = inspect.unwrap(kind.forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+@cache
+def attention_is_an_argument(kind: type[Any]) -> bool:
+    """Whether models of the file that an attention class is from may run another function than `eager`.
+
+    Then all that it needs is handed to that function.
+    """
+    home = sys.modules[kind.__module__]
+    models = [each for each in vars(home).values() if isinstance(each, type) and is_model_class(each)]
+    flags = ("_supports_sdpa", "_supports_flash_attn")
+    return any(getattr(each, flag, False) for each in models if each.__module__ == home.__name__ for flag in flags)
 
 
 def sample_batch(model: Any, seed: int = 0, rows: int = 2, tokens: int = 32) -> dict[str, Any]:

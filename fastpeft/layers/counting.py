@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+DENSE = "a mask of queries x keys"
+"""Outcome of a call of attention that the op served, in more memory than others take."""
+
 
 class Counting:
     """Counts calls by outcome in the instance attribute `fastpeft_calls`; not while torch.compile traces."""
@@ -14,8 +17,17 @@ class Counting:
 
     def _count(self, outcome: str) -> None:
         if not torch.compiler.is_compiling():
-            calls: dict[str, int] = self.__dict__.setdefault("fastpeft_calls", {})
-            calls[outcome] = calls.get(outcome, 0) + 1
+            self.__dict__.setdefault("fastpeft_calls", {})
+            count(self, outcome)
+
+
+def count(module: Any, outcome: str) -> None:
+    """One call more of this outcome, where calls of the module are counted."""
+    if torch.compiler.is_compiling():
+        return
+    calls: dict[str, int] | None = getattr(module, "__dict__", {}).get("fastpeft_calls")
+    if calls is not None:
+        calls[outcome] = calls.get(outcome, 0) + 1
 
 
 def outcomes(module: Any) -> tuple[int, dict[str, int]]:

@@ -21,6 +21,7 @@ from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
 from .few_tokens import FEW_TOKENS, is_few
 from .lora import FastLoraLayer
+from .mixing import is_mixed, reduced, stock_class
 from .mlp_structure import Roles
 from .requests import Request, agrees, leading_dtypes, plain_request
 
@@ -101,9 +102,9 @@ class FastMlp(nn.Module, Counting):
         for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_keep", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
         fast = type(self)
-        if fast not in _FAST.values():  # FSDP2 has put a class of its own before ours, which then does nothing more
+        if not is_mixed(fast):  # FSDP2 has put a class of its own before ours, which then does nothing more
             return
-        self.__class__ = stock = stock_class(fast)  # type: ignore[assignment]
+        self.__class__ = stock = stock_class(FastMlp, fast)  # type: ignore[assignment]
         rebind_hooked_forward(self, fast, stock)
 
     def _count(self, outcome: str) -> None:
@@ -115,8 +116,7 @@ class FastMlp(nn.Module, Counting):
                     child._count("fused")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are of the model's own class and this mixture, which has no name to be found by."""
-        return _blank, (stock_class(type(self)),), self.__dict__
+        return reduced(self, FastMlp)
 
 
 def _watched(layers: list[FastLoraLayer]) -> bool:
@@ -146,24 +146,3 @@ def common_dtypes(requests: list[Request]) -> Dtypes | str:
     dtypes = leading_dtypes(requests)
     agree = all([agrees(request, dtypes) for request in requests])
     return dtypes if agree else "projections of differing dtypes"
-
-
-_FAST: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def fast_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """`stock` with FastMlp before it."""
-    if stock not in _FAST:
-        members = {"__module__": __name__, "__doc__": stock.__doc__}
-        _FAST[stock] = type(f"Fast{stock.__name__}", (FastMlp, stock), members)
-    return _FAST[stock]
-
-
-def stock_class(fast: type[nn.Module]) -> type[nn.Module]:
-    """The class that `fast_class` was given, also where others stand before ours."""
-    return next(stock for stock, ours in _FAST.items() if issubclass(fast, ours))
-
-
-def _blank(stock: type[nn.Module]) -> nn.Module:
-    made = fast_class(stock)
-    return made.__new__(made)

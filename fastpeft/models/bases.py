@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fastpeft
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
 from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
+from fastpeft.integrations.transformers import ATTENTION
 
 from .tasks import auto_class
 
@@ -215,6 +217,8 @@ def load_base(
     if bits is not None and getattr(load_config(model, key), "quantization_config", None) is None:
         options["quantization_config"] = bits
     if model.attention is not None:
+        if model.attention == ATTENTION:
+            fastpeft.register_attention()
         options["attn_implementation"] = model.attention
     if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}

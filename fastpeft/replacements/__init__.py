@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention import AttentionReplacement
 from .base import Left, Match, Replacement
 from .embedding import EmbeddingReplacement
 from .experts import ExpertsReplacement
@@ -15,10 +16,10 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     LycorisReplacement(),
     LoraReplacement(),
     MlpReplacement(),
+    AttentionReplacement(),
 )
 
 NOT_BUILT = {
-    "attention": "fused attention",
     "loss": "losses without logits",
     "norms": "norms, activations and rotary embeddings",
     "memory": "memory by plan",

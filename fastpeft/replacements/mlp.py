@@ -8,7 +8,8 @@ from torch import nn
 
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
 from ..layers.counting import outcomes
-from ..layers.mlp import FastMlp, fast_class
+from ..layers.mixing import mixed
+from ..layers.mlp import FastMlp
 from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
 
@@ -37,7 +38,7 @@ class MlpReplacement:
     def install(self, module: nn.Module, proved: Match) -> None:
         stock, roles = type(module), proved.found
         if not isinstance(module, FastMlp):  # it is where `undo` could not take our class away
-            module.__class__ = fast = fast_class(stock)
+            module.__class__ = fast = mixed(FastMlp, stock)
             rebind_hooked_forward(module, stock, fast)
         module.fastpeft_roles = roles
         # a tuple, so that torch does not take them for children once more

@@ -59,7 +59,7 @@ def test_products_and_kept_bytes_of_a_layer(dtype: torch.dtype, monkeypatch: pyt
         ids = torch.randint(3, 90, (4, 64))
         embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
         frozen = kept_a_token(copy.deepcopy(base).requires_grad_(False), inputs_embeds=embedded)
-        model = fastpeft.accelerate(with_lora(base, r=8))
+        model = fastpeft.accelerate(with_lora(base, r=8), attention=False)
         step(model, {"input_ids": ids, "labels": ids})
         with every_product(monkeypatch) as count:
             model(input_ids=ids, labels=ids).loss.backward()
@@ -72,7 +72,7 @@ def test_products_of_a_layer_over_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for depth in (2, 4):
         base = make_base(num_hidden_layers=depth, hidden_size=256, intermediate_size=512, head_dim=64)
-        model = fastpeft.accelerate(with_lora(quantise(base), r=8))
+        model = fastpeft.accelerate(with_lora(quantise(base), r=8), attention=False)
         ids = torch.randint(3, 90, (4, 64))
         step(model, {"input_ids": ids, "labels": ids})
         with every_product(monkeypatch) as count:
@@ -86,7 +86,7 @@ def slope(measured: Callable[[PeftModel, dict[str, Tensor]], float], mlp: bool |
     found = []
     for depth in (2, 4):
         base = make_base(num_hidden_layers=depth, hidden_size=64, intermediate_size=128, head_dim=16)
-        model = fastpeft.accelerate(with_lora(base, **config), mlp=mlp)
+        model = fastpeft.accelerate(with_lora(base, **config), mlp=mlp, attention=False)
         ids = torch.randint(3, 90, (2, 8))
         given = {"input_ids": ids, "labels": ids}
         step(model, given)

@@ -1,0 +1,224 @@
+"""Our attention as an implementation of transformers': `attn_implementation="fastpeft"`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft_kernels.attention.api import attention
+from fastpeft_kernels.attention.masks import Mask, dense_mask
+
+from ..layers.counting import DENSE, count
+from .attention_documents import documents, restarted_documents
+from .attention_masks import decoded, interval_mask
+from .transformers import ATTENTION
+
+SPARSE = ("indices", "block_indices", "sinks")
+"""Arguments of functions that only some models have, and that no op of ours serves."""
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="fastpeft"` known to transformers, for every model of this process; again is no harm.
+
+    `accelerate` calls it. Call it yourself before `from_pretrained(..., attn_implementation="fastpeft")`,
+    `model.set_attn_implementation("fastpeft")` or a trainer that is given that name.
+
+    Raises:
+        ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
+    """
+    from ..requirements import require_core
+
+    require_core()
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, interval_mask)
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers.
+
+    Args:
+        module: the attention module; only `is_causal` and `training` are read.
+        query: (batch, heads, queries, features).
+        key, value: (batch, kv_heads, keys, features) and (..., v_features).
+        attention_mask: see `attention_masks.decoded`.
+        dropout: of the weights; drawn by a counter, so other elements than PyTorch's, with the same probability.
+        scaling: 1 / sqrt(features) by default.
+        is_causal: the module's by default; counts where there is no mask, as in transformers' `sdpa`.
+        softcap: bound of the scores.
+        s_aux: (heads,), sinks.
+        position_bias: (1, heads, queries, keys), or (1, heads, 1, queries + keys - 1) by distance, as
+            `relative_bias` makes it, or empty for none.
+        others: documents (`cu_seq_lens_q` and so on), `position_ids`, `output_attentions`. A window is in the mask.
+
+    Returns:
+        (batch, queries, heads, v_features), and None, or the weights where `output_attentions` asks for them.
+    """
+    module_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    causal = bool(module_causal) and queries > 1
+    if others.get("cache") is not None:  # of continuous batching, which holds keys that are not here
+        count(module, "a paged cache: transformers' sdpa")
+        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+        return _sdpa(module, query, key, value, attention_mask, **given, softcap=softcap, **others)
+    query, key, value = _autocast(query, key, value)
+    mask, bias = decoded(attention_mask, queries, keys)
+    relative, bias = _position_bias(position_bias, bias, queries, keys)
+    found = documents(queries, keys, query.shape[0], causal, others)
+    if found is None and causal and keys == queries and mask.dense is None and bias is None:
+        found = restarted_documents(others.get("position_ids"), queries)
+    if attention_mask is None and causal:
+        if found is None and keys > queries:  # the rest of a static cache, not yet written
+            key, value = key[:, :, :queries], value[:, :, :queries]
+            relative = None if relative is None else relative[:, : 2 * queries - 1]
+            bias = None if bias is None else bias[..., :queries]
+            keys = queries
+        if found is None and keys == queries:
+            mask = replace(mask, right=0)
+    if found is not None:
+        mask = _within(mask, found)
+    reason = _why_not(query, key, others) or ("dropout of all weights" if dropout >= 1.0 else None)
+    if reason is not None:
+        count(module, reason)
+        bias = _expanded(relative, bias, queries, keys)
+        return _original(module, query, key, value, mask, bias, scaling, dropout, softcap, s_aux, others)
+    count(module, "fused" if mask.dense is None else DENSE)
+    out = attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scaling,
+        softcap=softcap,
+        relative=relative,
+        bias=bias,
+        sinks=s_aux,
+        dropout=dropout if getattr(module, "training", True) else 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
+    """Why the model's own attention must compute a call; None if it need not."""
+    if others.get("output_attentions"):
+        return "output_attentions"
+    if named := [name for name in SPARSE if others.get(name) is not None]:
+        return f"called with {', '.join(named)}"
+    if query.shape[0] != key.shape[0]:
+        return f"{query.shape[0]} rows of queries over {key.shape[0]} of keys"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"queries of dtype {query.dtype}"
+    if type(query) not in (Tensor, torch.nn.Parameter):
+        return f"queries of type {type(query).__name__}"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
+def _original(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    bias: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The function of the model's own file for `eager`, else transformers' `sdpa`, over a mask of queries x keys."""
+    seen = dense_mask(mask, query.shape[2], key.shape[2], query.device)
+    if seen is not None:
+        hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+        hidden = hidden.masked_fill(~seen, torch.finfo(query.dtype).min)
+        bias = hidden if bias is None else hidden + bias
+    others = {name: each for name, each in others.items() if name not in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
+    optional = {"softcap": softcap, "s_aux": s_aux}
+    given = {"scaling": scaling, "dropout": dropout, **{n: v for n, v in optional.items() if v is not None}, **others}
+    eager = _eager(type(module))
+    function = _sdpa if eager is None else eager
+    if function is _sdpa:
+        given["is_causal"] = False
+    out, weights = function(module, query, key, value, bias, **given)
+    return out, weights
+
+
+def _eager(kind: type[Any]) -> Callable[..., Any] | None:
+    for each in kind.__mro__:
+        found: Callable[..., Any] | None = getattr(sys.modules.get(each.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    return None
+
+
+def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
+    return out
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """In one dtype, as autocast makes the arguments of PyTorch's own attention."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [each.to(torch.get_autocast_dtype(kind)) for each in tensors]
+
+
+def _position_bias(
+    given: Tensor | None, bias: Tensor | None, queries: int, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(relative, bias) of the op."""
+    if given is None or given.numel() == 0:
+        return None, bias
+    if given.shape[0] == given.shape[2] == 1 and given.shape[3] == queries + keys - 1:
+        return given[0, :, 0], bias
+    return None, given if bias is None else bias + given
+
+
+def _expanded(relative: Tensor | None, bias: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """relative as a bias of queries x keys, with the other one added."""
+    if relative is None:
+        return bias
+    query = torch.arange(queries, device=relative.device)[:, None]
+    key = torch.arange(keys, device=relative.device)
+    full = relative[:, key - query + queries - 1][None]
+    return full if bias is None else full + bias
+
+
+def _within(mask: Mask, documents: Mask) -> Mask:
+    """Both, of which the second has but start and stop."""
+    start, stop = documents.start, documents.stop
+    if mask.start is None or mask.stop is None or start is None or stop is None:
+        return replace(mask, start=start, stop=stop)
+    return replace(mask, start=torch.maximum(mask.start, start), stop=torch.minimum(mask.stop, stop))

@@ -1,0 +1,64 @@
+"""Packed documents, which a model hands to its attention function beside a mask that may know nothing of them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft_kernels.attention.masks import Mask
+from fastpeft_kernels.attention.ranges import packed, packed_by_index
+
+
+def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str, Any]) -> Mask | None:
+    """What each query may see of its own document; None without any.
+
+    Args:
+        queries, keys, batch: of the call.
+        causal: the last query of a document stands at its last key.
+        given: `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), among all tokens of the batch, one row after
+            the other; or `seq_idx`, (batch or 1, tokens), the number of each token's document.
+    """
+    if (ends_q := given.get("cu_seq_lens_q")) is not None:
+        ends_k = given.get("cu_seq_lens_k")
+        found = packed(ends_q, batch * queries, ends_q if ends_k is None else ends_k, batch * keys, causal=causal)
+        if batch == 1:
+            return found
+        assert found.start is not None and found.stop is not None
+        row = torch.arange(batch, device=ends_q.device, dtype=torch.int32)[:, None] * keys
+        return Mask(start=found.start.view(batch, queries) - row, stop=found.stop.view(batch, queries) - row)
+    index = given.get("seq_idx")
+    if index is not None and queries == keys and index.shape[-1] == queries:
+        return packed_by_index(index.view(-1, queries), causal=causal)
+    return None
+
+
+_last: tuple[weakref.ref[Tensor], int, Mask | None] | None = None
+"""Of the positions that were looked at last: the layers of one forward share theirs."""
+
+
+def restarted_documents(position_ids: Any, queries: int) -> Mask | None:
+    """The same, causal, of positions that go back to 0 within a row, as packed ones do; None if they don't.
+
+    FlashAttention's functions in transformers take such positions for documents too; `eager` and `sdpa` only without a
+    cache and an attention mask.
+    """
+    global _last
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != queries:
+        return None
+    if torch.compiler.is_compiling():
+        return _restarted(position_ids)
+    if position_ids.is_inference():  # has no version
+        return _restarted(position_ids) if bool((position_ids[:, 1:] == 0).any()) else None
+    known = _last
+    if known is not None and known[0]() is position_ids and known[1] == position_ids._version:
+        return known[2]
+    found = _restarted(position_ids) if bool((position_ids[:, 1:] == 0).any()) else None
+    _last = (weakref.ref(position_ids), position_ids._version, found)
+    return found
+
+
+def _restarted(position_ids: Tensor) -> Mask:
+    return packed_by_index((position_ids == 0).cumsum(-1))

@@ -1,0 +1,96 @@
+"""T5's position bias, and that of models like it, as one value for each distance in place of queries x keys.
+
+The first layer of a stack makes the bias, and every layer hands it on to the next, so what it makes here is what all of
+them give to their attention function. Cross-attention, which has none, makes queries x keys zeros; here nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.accelerate import rebind_hooked_forward
+from ..integrations.transformers import ATTENTION, attention_implementation
+from .mixing import is_mixed, mixed, reduced, stock_class
+
+SIZES = ((3, 3, 0), (5, 2, 0), (2, 7, 5), (1, 6, 5), (300, 2, 0), (2, 300, 0))
+"""(queries, keys, past) of the proof."""
+
+
+class RelativeBias(nn.Module):
+    """Mixed in before a model's own attention class, while its attention function is ours."""
+
+    def compute_bias(
+        self, query_length: int, key_length: int, *args: Any, past_seen_tokens: Any = 0, **kwargs: Any
+    ) -> Any:
+        """(1, heads, 1, query_length + key_length - 1): the bias at key - query + query_length - 1.
+
+        That is what the model's own code gives for one query that stands at the last one's place, over that many keys.
+        """
+        make: Any = super().compute_bias  # type: ignore[misc]
+        if not _ours(self):
+            return make(query_length, key_length, *args, past_seen_tokens=past_seen_tokens, **kwargs)
+        past = past_seen_tokens + query_length - 1
+        return make(1, query_length + key_length - 1, *args, past_seen_tokens=past, **kwargs)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        without = not self.has_relative_attention_bias and not args and kwargs.get("position_bias") is None
+        if without and _ours(self):
+            kwargs["position_bias"] = hidden_states.new_empty((1, 1, 1, 0))
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, RelativeBias)
+
+
+def why_not_by_distance(module: Any) -> str | None:
+    """Why an attention module's bias cannot be one of distances; None if it can, empty if the module knows of none."""
+    has = getattr(module, "has_relative_attention_bias", None)
+    if not isinstance(has, bool) or not hasattr(module, "compute_bias"):
+        return ""
+    kind: Any = stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
+    if not has:
+        return None if _takes_a_bias(kind) else "zeros of queries x keys in place of a bias"
+    try:
+        with torch.no_grad():
+            alike = all(_same(kind, module, *sizes) for sizes in SIZES)
+    except Exception as error:
+        return f"trying its position bias failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+    return None if alike else "a position bias that is not one of distances"
+
+
+def _same(kind: type[Any], module: Any, queries: int, keys: int, past: int) -> bool:
+    full: Tensor = kind.compute_bias(module, queries, keys, past_seen_tokens=past)
+    by_distance: Tensor = kind.compute_bias(module, 1, queries + keys - 1, past_seen_tokens=past + queries - 1)
+    key, query = torch.arange(keys), torch.arange(queries)[:, None]
+    wanted = by_distance[:, :, 0, (key - query + queries - 1).to(full.device)]
+    return full.shape == (1, full.shape[1], queries, keys) and torch.equal(full, wanted)
+
+
+def give_by_distance(module: nn.Module) -> None:
+    """Swap the module's class."""
+    if not isinstance(module, RelativeBias):
+        stock = type(module)
+        module.__class__ = fast = mixed(RelativeBias, stock)
+        rebind_hooked_forward(module, stock, fast)
+
+
+def give_in_full(module: nn.Module) -> None:
+    """Undo it."""
+    fast = type(module)
+    if isinstance(module, RelativeBias) and is_mixed(fast):
+        module.__class__ = stock = stock_class(RelativeBias, fast)  # type: ignore[assignment]
+        rebind_hooked_forward(module, fast, stock)
+
+
+def _ours(module: Any) -> bool:
+    return attention_implementation(module) == ATTENTION
+
+
+@cache
+def _takes_a_bias(kind: type[Any]) -> bool:
+    return "position_bias" in inspect.signature(kind.forward).parameters
