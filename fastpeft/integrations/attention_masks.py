@@ -142,9 +142,7 @@ def parts_of(function: Any) -> tuple[Part, ...] | None:
     kind = _known().get(code)
     if kind is None:
         return None
-    closure = dict(
-        zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
-    )
+    closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     try:
         return _READERS[kind](closure)
     except KeyError:  # another version's closure

@@ -8,12 +8,14 @@ time_limit_s = 300
 
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu_speed as activation
+    from fastpeft_kernels.attention import gpu_features as attention_features
     from fastpeft_kernels.attention import gpu_op as attention_op
     from fastpeft_kernels.attention import gpu_speed as attention
     from fastpeft_kernels.fp8 import gpu_speed as fp8
     from fastpeft_kernels.lora import gpu_speed as lora
     from fastpeft_kernels.mlp import gpu_speed as mlp
 
-    families = {"attention_op": attention_op, "fp8": fp8, "activation": activation, "lora": lora, "mlp": mlp}
+    families = {"attention_features": attention_features, "attention_op": attention_op, "fp8": fp8}
+    families |= {"activation": activation, "lora": lora, "mlp": mlp}
     suites = {op: family.speed_checks() for op, family in families.items()}
     recorder.run_suites({"attention": attention.speed_checks(depth), **suites})
