@@ -110,15 +110,17 @@ class _Backward:
             q_rows, dout_rows = (blocks.rows(x, part, at).to(blocks.factors) for x in (q, dout))
             log = blocks.rows(lse[..., None], part, at)
             delta = (dout_rows.to(blocks.dtype) * blocks.rows(out, part, at)).sum(-1, keepdim=True)
-            if self.dsinks is not None:
-                self._add_sinks(part, at, log, delta)
-            log = log.masked_fill(log == -torch.inf, torch.inf)  # nothing is seen: every weight is exp(-inf)
+            # nothing is seen: every weight is exp(-inf)
+            base = log.masked_fill(log == -torch.inf, torch.inf)
             dq = torch.zeros_like(q_rows, dtype=blocks.dtype) if self.dq is not None else None
             key_blocks = list(blocks.plan.key_blocks(blocks.mask, part, at))
             for keys, whole in key_blocks:
                 # Of a whole row delta is the sum of what it is taken from: exact where few keys are seen
                 known = None if len(key_blocks) == 1 and out.dtype == blocks.dtype else delta
-                self._block(part, at, keys, whole, q_rows, k_part, v_part, dout_rows, log, known, dq, dk, dv)
+                used = self._block(part, at, keys, whole, q_rows, k_part, v_part, dout_rows, base, known, dq, dk, dv)
+                delta = delta if used is None else used
+            if self.dsinks is not None:
+                self._add_sinks(part, at, log, delta)
             if self.dq is not None and dq is not None:
                 self.dq[part.batches, part.heads, at] = blocks.split(dq, part)
         for grad, found in ((self.dk, dk), (self.dv, dv)):
@@ -140,7 +142,8 @@ class _Backward:
         dq: Tensor | None,
         dk: Tensor | None,
         dv: Tensor | None,
-    ) -> None:
+    ) -> Tensor | None:
+        """Gives delta, which is made here for None where the scores' gradients are wanted."""
         blocks, scores = self.blocks, self.blocks.scores
         weights = blocks.product(q, k[:, keys], self.buffers[0], scores.scale)
         tanh = blocks.finish(weights, part, queries, keys, whole)
@@ -165,6 +168,7 @@ class _Backward:
             if dropped is not None:
                 blocks.split(weights, part).masked_fill_(dropped, 0.0)
             blocks.add_product_(dv[:, keys], weights.transpose(1, 2), dout, kept)
+        return delta
 
     def _add_biases(self, part: Part, queries: slice, keys: slice, dscores: Tensor) -> None:
         four = self.blocks.split(dscores, part)
