@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.attention.api import attention
+from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
 
 from ..layers.counting import DENSE, count
@@ -20,6 +20,7 @@ from .transformers import ATTENTION
 
 SPARSE = ("indices", "block_indices", "sinks")
 """Arguments of functions that only some models have, and that no op of ours serves."""
+_SEEN_TO = (*SPARSE, "cache", "cu_seq_lens_q", "seq_idx", "output_attentions")
 
 
 def register_attention() -> None:
@@ -61,7 +62,8 @@ def attention_forward(
         query: (batch, heads, queries, features).
         key, value: (batch, kv_heads, keys, features) and (..., v_features).
         attention_mask: see `attention_masks.decoded`.
-        dropout: of the weights; drawn by a counter, so other elements than PyTorch's, with the same probability.
+        dropout: of the weights; as PyTorch draws it where its own attention serves, else by a counter, other elements
+            with the same probability.
         scaling: 1 / sqrt(features) by default.
         is_causal: the module's by default; counts where there is no mask, as in transformers' `sdpa`.
         softcap: bound of the scores.
@@ -76,6 +78,12 @@ def attention_forward(
     module_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
     causal = bool(module_causal) and queries > 1
+    dropout = dropout if getattr(module, "training", True) else 0.0
+    if attention_mask is None and softcap is None and s_aux is None and position_bias is None:
+        plain = _plain(query, key, value, causal, dropout, scaling, others)
+        if plain is not None:
+            count(module, "fused")
+            return plain, None
     if others.get("cache") is not None:  # of continuous batching, which holds keys that are not here
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
@@ -112,11 +120,33 @@ def attention_forward(
         relative=relative,
         bias=bias,
         sinks=s_aux,
-        dropout=dropout if getattr(module, "training", True) else 0.0,
+        dropout=dropout,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    others: dict[str, Any],
+) -> Tensor | None:
+    """What most calls ask for, at little cost to the host: PyTorch's own where it serves; None where more is asked."""
+    if causal and key.shape[2] != query.shape[2]:
+        return None
+    if query.dtype.itemsize > 4 or any([others.get(name) is not None for name in _SEEN_TO]):
+        return None
+    if query.shape[0] != key.shape[0] or dropout >= 1.0 or torch.compiler.is_compiling():
+        return None
+    if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
+        return None
+    query, key, value = _autocast(query, key, value)
+    return plain_attention(query, key, value, causal=causal, scale=scaling, dropout=dropout)
 
 
 def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:

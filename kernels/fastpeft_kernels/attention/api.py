@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..common.validation import check_instance
 from . import autograd, custom_op
 from .choosing import backend_of, triton_refusal
 from .library import attention_sdpa, sdpa_refusal
-from .masks import Mask, bounded
+from .masks import Mask, bounded, dense_mask
 from .reference import attention_reference
 from .scores import Scores
 from .validation import check_mask, check_qkv, check_scores
@@ -78,8 +80,6 @@ def attention(
     scores = Scores(scale, softcap, relative, bias, sinks, dropout, seed)
     check_scores(scores, q, k)
     mask = bounded(mask, q.shape[2], k.shape[2])
-    if dropout > 0.0 and seed is None:
-        scores = Scores(scale, softcap, relative, bias, sinks, dropout, draw_seed(q.device))
     cast = autocast_dtype(q.device)
     if cast is not None and q.dtype != torch.float64:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
@@ -91,6 +91,25 @@ def attention(
     return out, lse.detach()
 
 
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, dropout: float = 0.0
+) -> Tensor | None:
+    """`attention` of valid arguments of one dtype and nothing else, where PyTorch's own is what it takes; else None.
+
+    For callers to whom its looking at arguments matters: it takes the host as long as the attention of a few tokens.
+
+    Returns:
+        (batch, queries, heads, v_features), contiguous, or None.
+    """
+    mask, scores = Mask(right=0) if causal else Mask(), Scores(q.shape[3] ** -0.5 if scale is None else scale)
+    if dropout > 0.0:
+        scores = replace(scores, dropout=dropout)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if backend_of(q, k, v, mask, scores, False, deterministic) != "sdpa":
+        return None
+    return attention_sdpa(q, k, v, mask, scores).transpose(1, 2).contiguous()
+
+
 def _compute(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
@@ -98,8 +117,12 @@ def _compute(
         backend = backend_of(q, k, v, mask, scores, with_lse, deterministic)
     elif reason := _refusal(backend, q, k, v, mask, scores, with_lse, deterministic):
         raise ValueError(f"backend: {backend!r} was asked for, which cannot serve: {reason}")
+    if backend == "dense":
+        backend, mask = "sdpa", Mask(dense=dense_mask(mask, q.shape[2], k.shape[2], q.device))
     if backend == "sdpa":
         return attention_sdpa(q, k, v, mask, scores), None
+    if scores.dropout > 0.0 and scores.seed is None:
+        scores = replace(scores, seed=draw_seed(q.device))
     if backend == "reference":
         out, lse = attention_reference(q, k, v, mask, scores)
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse

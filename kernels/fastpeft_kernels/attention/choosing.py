@@ -18,6 +18,8 @@ from .scores import Scores
 
 OP = "attention"
 _TINY = 1 << 17  # scores of the whole call: half a megabyte
+_FEW_SCORES = 1 << 26  # a quarter of a gigabyte in fp32
+_FEW_SEEN = 1 << 28  # of a mask's elements, a byte each
 
 
 class AttentionKey(NamedTuple):
@@ -49,20 +51,36 @@ class AttentionKey(NamedTuple):
 def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool) -> str:
     """The backend that "auto" stands for; "auto" itself is the one of ours that serves, asked for when it computes.
 
+    "dense" is PyTorch's own with the mask as queries x keys, as models do it, where our kernels do not serve a GPU.
     Under torch.compile only sizes and settings are looked at.
     """
     if 0 in (q.numel(), k.numel(), v.numel()):
         return "reference"
     slow = _slow_in_16_bits(q)
     if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
-        tiny = q.device.type == "cpu" and not slow and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _TINY
-        return "reference" if tiny else "auto"
+        count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        if q.device.type == "cuda":
+            return _without_kernels(q, k, v, mask, scores, with_lse, deterministic, count)
+        return "reference" if q.device.type == "cpu" and not slow and count <= _TINY else "auto"
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     default = "auto" if slow and gradients else "sdpa"
     if as_op() or q.dtype == torch.float64:
         return default
     found = choice(OP, q.device, lambda: key_of(q, k, mask, scores, gradients), attention_backends, default)
     return default if found == "triton" and triton_refusal(q, k, v, mask, scores) is not None else found
+
+
+def _without_kernels(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool, count: int
+) -> str:
+    """What serves a GPU where our kernels do not, and PyTorch's own not in linear memory: blocks are many launches."""
+    if as_op() or own_backend(q, k, v, mask, scores) == "triton":
+        return "auto"
+    if count // q.shape[1] <= _FEW_SEEN and not with_lse:
+        like = torch.ones((), dtype=torch.bool, device=q.device).expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        if sdpa_refusal(q, k, v, Mask(dense=like), scores, deterministic) is None:
+            return "dense"
+    return "reference" if count <= _FEW_SCORES else "auto"
 
 
 def _slow_in_16_bits(q: Tensor) -> bool:

@@ -75,8 +75,9 @@ def _sdpa(it: Problem, leaves: tuple[Tensor, ...], added: dict[str, Tensor]) -> 
     given = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -torch.inf)
     if given is not None and given.dim() < 4:
         given = given.view((1,) * (4 - given.dim()) + given.shape)
+    q, k, v = leaves
     return scaled_dot_product_attention(
-        *leaves, attn_mask=given, scale=it.scores.scale, enable_gqa=it.q.shape[1] != it.k.shape[1]
+        q, k, v, attn_mask=given, scale=it.scores.scale, enable_gqa=it.q.shape[1] != it.k.shape[1]
     )
 
 

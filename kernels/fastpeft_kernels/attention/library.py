@@ -24,8 +24,8 @@ def sdpa_refusal(
     for name in ("softcap", "relative", "sinks"):
         if getattr(scores, name) is not None:
             return f"expected no {name}, which it does not know"
-    if scores.dropout > 0.0:
-        return "expected no dropout, whose random numbers are others there"
+    if scores.dropout > 0.0 and scores.seed is not None:
+        return "expected no seed of the dropout, which it draws from torch's generator"
     if mask.start is not None:
         return "expected a mask without start and stop, which it would need as queries x keys"
     bounded = mask.right is not None or (mask.left is not None and q.shape[2] > 1)
@@ -67,6 +67,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
         k,
         v,
         attn_mask=_four(seen) if scores.bias is None else _four(scores.bias),
+        dropout_p=scores.dropout,
         is_causal=mask.right is not None,
         scale=scores.scale,
         **grouped,
@@ -87,7 +88,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> bool:
         k,
         v,
         _four(extra),
-        0.0,
+        scores.dropout,
         mask.right is not None,
         scale=scores.scale,
         enable_gqa=q.shape[1] != k.shape[1],

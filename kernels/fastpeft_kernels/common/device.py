@@ -120,8 +120,11 @@ def _version_of(path: str) -> tuple[int, int] | None:
     return None if release is None else (int(release[1]), int(release[2]))
 
 
-def hopper_dots_safe(device: torch.device | str) -> str | None:
+def hopper_dots_safe(device: torch.device | str, proved: tuple[tuple[int, int], ...] = ()) -> str | None:
     """Why a kernel with register-operand or chained dots must not run on `device`; None when it may.
+
+    Args:
+        proved: older assemblers, (major, minor), with which this kernel was held to fp64 on such a GPU.
 
     Returns:
         One sentence for the report, or None. Only sm_90 is affected, with an assembler older than 13.3.
@@ -129,7 +132,7 @@ def hopper_dots_safe(device: torch.device | str) -> str | None:
     if device_capability(device) != 90:
         return None
     version = ptxas_version(90)
-    if version is not None and version >= _FIRST_SAFE_PTXAS:
+    if version is not None and (version >= _FIRST_SAFE_PTXAS or version in proved):
         return None
     found = "no ptxas was found" if version is None else f"Triton uses ptxas {version[0]}.{version[1]}"
     needed = ".".join(map(str, _FIRST_SAFE_PTXAS))

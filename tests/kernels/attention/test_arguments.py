@@ -81,7 +81,7 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str) 
         ({"softcap": 2.0}, "expected no softcap"),
         ({"relative": torch.zeros(4, 11)}, "expected no relative"),
         ({"sinks": torch.zeros(4)}, "expected no sinks"),
-        ({"dropout": 0.1}, "expected no dropout"),
+        ({"dropout": 0.1, "seed": torch.tensor([3])}, "expected no seed of the dropout"),
         ({"return_lse": True}, "expected return_lse=False, got True"),
         ({"mask": Mask(start=INDICES, stop=INDICES)}, "expected a mask without start and stop"),
         ({"mask": Mask(right=0)}, "expected causal attention of as many queries as keys"),

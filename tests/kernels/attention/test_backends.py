@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastpeft_kernels import tuner
-from fastpeft_kernels.attention import Mask, attention, choosing
+from fastpeft_kernels.attention import Mask, api, attention, choosing
+from fastpeft_kernels.attention.scores import Scores
 from fastpeft_kernels.tuning.choosing import forced, meeting
 
 from .drawn import Case, assert_same, gradients, make_case
@@ -36,6 +37,36 @@ def chosen(case: Case, **more: Any) -> str:
 
 
 LARGE = {"queries": 200, "keys": 200}
+
+
+@pytest.mark.parametrize("mask", [Mask(left=30, right=0), Mask(right=0, keys=REAL), Mask(start=None), Mask()], ids=str)
+def test_a_gpu_without_our_kernels(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be chosen there, computed here."""
+    case = make_case(queries=40, keys=40, mask=mask, extras=[])
+    scores = Scores(0.3)
+    arguments = (case.q, case.k, case.v, mask, scores, False, False)
+    assert choosing._without_kernels(*arguments, count=1 << 20) == "dense"
+    assert choosing._without_kernels(*arguments, count=1 << 40) == "auto"
+    capped = (case.q, case.k, case.v, mask, Scores(0.3, softcap=2.0), False, False)
+    assert choosing._without_kernels(*capped, count=1 << 20) == "reference"
+    assert choosing._without_kernels(*capped, count=1 << 30) == "auto"
+    monkeypatch.setattr(api, "backend_of", lambda *_: "dense")
+    found = attention(case.q, case.k, case.v, mask=mask, scale=0.3)
+    wanted = attention(case.q, case.k, case.v, mask=mask, scale=0.3, backend="reference")
+    assert isinstance(found, Tensor) and isinstance(wanted, Tensor)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain(causal: bool) -> None:
+    case = make_case(**LARGE, mask=Mask(), extras=[])
+    found = api.plain_attention(case.q, case.k, case.v, causal=causal, scale=0.2)
+    wanted = attention(case.q, case.k, case.v, mask=Mask(right=0) if causal else None, scale=0.2)
+    assert found is not None and isinstance(wanted, Tensor)
+    assert found.is_contiguous() and torch.equal(found, wanted.transpose(1, 2))
+    odd = case.v[..., :5]  # of heads that PyTorch's own does not fuse
+    assert api.plain_attention(case.q, case.k, odd, causal=causal) is None
+    assert api.plain_attention(case.q, case.k, case.v, dropout=0.1) is None, "a CPU's has no dropout"
 
 
 @pytest.mark.parametrize(
