@@ -15,7 +15,7 @@ from fastpeft_kernels.attention.masks import Mask, dense_mask
 
 from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents
-from .attention_masks import decoded, interval_mask
+from .attention_masks import decoded, interval_mask, is_causal_alone
 from .transformers import ATTENTION
 
 SPARSE = ("indices", "block_indices", "sinks")
@@ -61,7 +61,7 @@ def attention_forward(
         module: the attention module; only `is_causal` and `training` are read.
         query: (batch, heads, queries, features).
         key, value: (batch, kv_heads, keys, features) and (..., v_features).
-        attention_mask: see `attention_masks.decoded`.
+        attention_mask: see `attention_masks`.
         dropout: of the weights; as PyTorch draws it where its own attention serves, else by a counter, other elements
             with the same probability.
         scaling: 1 / sqrt(features) by default.
@@ -75,6 +75,8 @@ def attention_forward(
     Returns:
         (batch, queries, heads, v_features), and None, or the weights where `output_attentions` asks for them.
     """
+    if is_causal_alone(attention_mask):
+        attention_mask, is_causal = None, True
     module_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
     causal = bool(module_causal) and queries > 1

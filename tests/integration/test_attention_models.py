@@ -23,7 +23,7 @@ from tests.integration.models import with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
-OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5")
+OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5", "pegasus_x")
 MODELS = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
 
 
