@@ -95,7 +95,7 @@ def attention_forward(
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
     if found is None and causal and keys == queries and mask.dense is None and bias is None:
-        found = restarted_documents(others.get("position_ids"), queries)
+        found = restarted_documents(others.get("position_ids"), queries, mask.keys)
     if attention_mask is None and causal:
         if found is None and keys > queries:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]

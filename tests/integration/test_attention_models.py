@@ -126,6 +126,16 @@ class TestPacked:
         torch.testing.assert_close(accelerated(model)(**given).loss, wanted)
 
 
+    def test_a_position_0_of_padding_begins_no_document(self) -> None:
+        """Also where it lies between tokens that see each other."""
+        model = make("llama").eval()
+        ids, mask = inputs(model)["input_ids"], torch.ones(2, 11, dtype=torch.long)
+        mask[0, 4:6] = mask[1, :3] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1) * mask}
+        wanted = eager(model)(**given).logits[mask.bool()]
+        torch.testing.assert_close(accelerated(model)(**given).logits[mask.bool()], wanted)
+
+
 def longest(model: Any, given: dict[str, Any]) -> int:
     """The most elements that any tensor has which is made in a forward and backward."""
 
