@@ -58,7 +58,7 @@ def attention_forward(
     """An attention function of transformers.
 
     Args:
-        module: the attention module; only `is_causal` and `training` are read.
+        module: the attention module; only `is_causal`, `training` and what it ran before are read.
         query: (batch, heads, queries, features).
         key, value: (batch, kv_heads, keys, features) and (..., v_features).
         attention_mask: see `attention_masks`.
@@ -77,9 +77,8 @@ def attention_forward(
     """
     if is_causal_alone(attention_mask):
         attention_mask, is_causal = None, True
-    module_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
-    causal = bool(module_causal) and queries > 1
+    causal = (_module_is_causal(module) if is_causal is None else is_causal) and queries > 1
     dropout = dropout if getattr(module, "training", True) else 0.0
     if attention_mask is None and softcap is None and s_aux is None and position_bias is None:
         plain = _plain(query, key, value, causal, dropout, scaling, others)
@@ -149,6 +148,12 @@ def _plain(
         return None
     query, key, value = _autocast(query, key, value)
     return plain_attention(query, key, value, causal=causal, scale=scaling, dropout=dropout)
+
+
+def _module_is_causal(module: Any) -> bool:
+    """What no mask means. Modules that don't say (Mllama's cross-attention): eager sees all, sdpa is causal."""
+    before = getattr(module, "fastpeft_attention", None)
+    return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
 
 
 def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:

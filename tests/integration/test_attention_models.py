@@ -14,7 +14,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, FalconConfig, FalconForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    FalconConfig,
+    FalconForCausalLM,
+    MllamaForCausalLM,
+    StaticCache,
+)
+from transformers.models.mllama import MllamaTextConfig
 
 import fastpeft
 from fastpeft.layers.relative_bias import RelativeBias
@@ -319,6 +327,19 @@ class TestCalls:
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs)
         assert "by the model's own function: output_attentions" in rows(model)[0].note
+
+    @pytest.mark.parametrize("before", ["eager", "sdpa"])
+    def test_no_mask_and_no_word_about_causality(self, before: str) -> None:
+        """Mllama's cross-attention: eager sees all keys, sdpa as many as queries before; ours as what ran."""
+        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        layers = {"num_hidden_layers": 1, "cross_attention_layers": [0], "num_key_value_heads": 2, "pad_token_id": 0}
+        model: Any = MllamaForCausalLM(MllamaTextConfig(**sizes, **layers, rope_parameters=rope)).eval()
+        model.model.layers[0].cross_attn_attn_gate.data.fill_(1.0)
+        model.set_attn_implementation(before)
+        given = {"input_ids": inputs(model)["input_ids"], "cross_attention_states": torch.randn(2, 14, 32)}
+        wanted = model(**given).logits
+        torch.testing.assert_close(accelerated(model)(**given).logits, wanted)
 
     def test_a_mask_that_is_prepared(self) -> None:
         """Bool and additive ones of queries x keys."""
