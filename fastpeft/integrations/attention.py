@@ -144,6 +144,8 @@ def _plain(
         return None
     if query.shape[0] != key.shape[0] or dropout >= 1.0 or torch.compiler.is_compiling():
         return None
+    if type(query) is not Tensor or _transformed() is not None:
+        return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
         return None
     query, key, value = _autocast(query, key, value)
@@ -168,6 +170,11 @@ def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
         return f"queries of dtype {query.dtype}"
     if type(query) not in (Tensor, torch.nn.Parameter):
         return f"queries of type {type(query).__name__}"
+    return _transformed()
+
+
+def _transformed() -> str | None:
+    """What is made of the call's operations that ours don't take part in."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None:

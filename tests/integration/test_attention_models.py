@@ -367,6 +367,24 @@ class TestCalls:
         model.eval()
         assert torch.equal(model(**given).loss, model(**given).loss)
 
+    @pytest.mark.parametrize("transform", ["jvp", "vmap"])
+    def test_inside_torch_func(self, transform: str) -> None:
+        """PyTorch's fused attention knows neither; the model's own eager function serves."""
+        model = make("llama").eval()
+        ids, plain = inputs(model, "none", 24)["input_ids"], eager(model)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+        def of(which: Any) -> Any:
+            def logits(weights: Any, ids: Tensor) -> Any:
+                return torch.func.functional_call(which, weights, kwargs={"input_ids": ids, "use_cache": False}).logits
+
+            if transform == "jvp":
+                return torch.func.jvp(lambda weights: logits(weights, ids), (weights,), (weights,))
+            return torch.func.vmap(lambda row: logits(weights, row[None]))(ids)
+
+        torch.testing.assert_close(of(accelerated(model)), of(plain))
+        assert rows(model)[0].note == "1 of 1 calls by the model's own function: a torch.func transform"
+
     def test_autocast(self) -> None:
         model = make("llama")
         given, plain = inputs(model), eager(model)
