@@ -15,7 +15,7 @@ from fastpeft_kernels.attention.masks import Mask, dense_mask
 
 from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents
-from .attention_masks import decoded, interval_mask
+from .attention_masks import decoded, interval_mask, is_causal_alone
 from .transformers import ATTENTION
 
 SPARSE = ("indices", "block_indices", "sinks")
@@ -58,10 +58,10 @@ def attention_forward(
     """An attention function of transformers.
 
     Args:
-        module: the attention module; only `is_causal` and `training` are read.
+        module: the attention module; only `is_causal`, `training` and what it ran before are read.
         query: (batch, heads, queries, features).
         key, value: (batch, kv_heads, keys, features) and (..., v_features).
-        attention_mask: see `attention_masks.decoded`.
+        attention_mask: see `attention_masks`.
         dropout: of the weights; as PyTorch draws it where its own attention serves, else by a counter, other elements
             with the same probability.
         scaling: 1 / sqrt(features) by default.
@@ -75,9 +75,10 @@ def attention_forward(
     Returns:
         (batch, queries, heads, v_features), and None, or the weights where `output_attentions` asks for them.
     """
-    module_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal_alone(attention_mask):
+        attention_mask, is_causal = None, True
     queries, keys = query.shape[2], key.shape[2]
-    causal = bool(module_causal) and queries > 1
+    causal = (_module_is_causal(module) if is_causal is None else is_causal) and queries > 1
     dropout = dropout if getattr(module, "training", True) else 0.0
     if attention_mask is None and softcap is None and s_aux is None and position_bias is None:
         plain = _plain(query, key, value, causal, dropout, scaling, others)
@@ -93,7 +94,7 @@ def attention_forward(
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
     if found is None and causal and keys == queries and mask.dense is None and bias is None:
-        found = restarted_documents(others.get("position_ids"), queries)
+        found = restarted_documents(others.get("position_ids"), queries, mask.keys)
     if attention_mask is None and causal:
         if found is None and keys > queries:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]
@@ -143,10 +144,18 @@ def _plain(
         return None
     if query.shape[0] != key.shape[0] or dropout >= 1.0 or torch.compiler.is_compiling():
         return None
+    if type(query) is not Tensor or _transformed() is not None:
+        return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
         return None
     query, key, value = _autocast(query, key, value)
     return plain_attention(query, key, value, causal=causal, scale=scaling, dropout=dropout)
+
+
+def _module_is_causal(module: Any) -> bool:
+    """What no mask means. Modules that don't say (Mllama's cross-attention): eager sees all, sdpa is causal."""
+    before = getattr(module, "fastpeft_attention", None)
+    return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
 
 
 def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
@@ -161,6 +170,11 @@ def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
         return f"queries of dtype {query.dtype}"
     if type(query) not in (Tensor, torch.nn.Parameter):
         return f"queries of type {type(query).__name__}"
+    return _transformed()
+
+
+def _transformed() -> str | None:
+    """What is made of the call's operations that ours don't take part in."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None:

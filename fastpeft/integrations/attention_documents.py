@@ -39,26 +39,38 @@ _last: tuple[weakref.ref[Tensor], int, Mask | None] | None = None
 """Of the positions that were looked at last: the layers of one forward share theirs."""
 
 
-def restarted_documents(position_ids: Any, queries: int) -> Mask | None:
+def restarted_documents(position_ids: Any, queries: int, seen: Tensor | None = None) -> Mask | None:
     """The same, causal, of positions that go back to 0 within a row, as packed ones do; None if they don't.
 
     FlashAttention's functions in transformers take such positions for documents too; `eager` and `sdpa` only without a
     cache and an attention mask.
+
+    Args:
+        position_ids: (batch or 1, queries); anything else has no documents.
+        queries: of the call, and as many keys.
+        seen: bool (batch or 1, queries), False for padding, whose positions say nothing.
     """
-    global _last
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != queries:
         return None
     if torch.compiler.is_compiling():
-        return _restarted(position_ids)
+        return _restarted(position_ids, seen)
     if position_ids.is_inference():  # has no version
-        return _restarted(position_ids) if bool((position_ids[:, 1:] == 0).any()) else None
+        found = _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
+    else:
+        found = _remembered(position_ids)
+    return found if found is None or seen is None else _restarted(position_ids, seen)
+
+
+def _remembered(position_ids: Tensor) -> Mask | None:
+    global _last
     known = _last
     if known is not None and known[0]() is position_ids and known[1] == position_ids._version:
         return known[2]
-    found = _restarted(position_ids) if bool((position_ids[:, 1:] == 0).any()) else None
+    found = _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
     _last = (weakref.ref(position_ids), position_ids._version, found)
     return found
 
 
-def _restarted(position_ids: Tensor) -> Mask:
-    return packed_by_index((position_ids == 0).cumsum(-1))
+def _restarted(position_ids: Tensor, seen: Tensor | None) -> Mask:
+    begins = position_ids == 0
+    return packed_by_index((begins if seen is None else begins & seen).cumsum(-1))

@@ -4,7 +4,9 @@ transformers describes a mask by a function of (batch, head, query, key) and han
 attention implementation, which makes a tensor of it. The functions that it composes itself are told by their code and
 read from their closures. Of those ours makes, in place of queries x keys values:
 
-- None where all is seen, or all up to the query itself, as transformers' own does;
+- None where all is seen;
+- `causal_alone`, four dimensions and no content, where all up to the query itself is seen: transformers' own None would
+  leave that to the module, and some modules say that they are not causal (Pegasus-X's);
 - a bool (batch, 1, queries, keys) whose rows are one row in memory, where only padding hides keys;
 - else int32 (batch, 1, queries + keys, 2): (start, stop) of each query, then (seen, 0) of each key. It has four
   dimensions, so that models and caches take it for a mask that is prepared already.
@@ -89,10 +91,20 @@ def interval_mask(
         return seen[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
     square = q_length == kv_length and type(q_offset) is type(kv_offset) is int and q_offset == kv_offset
     if seen is None and square and _is_causal(parts, kv_length):
-        return None
+        return causal_alone(batch_size, device)
     query = torch.arange(q_length, device=device) + q_offset
     start, stop = (edge - kv_offset for edge in _bounds(parts, query[None]))
     return encoded(start, stop, seen, batch_size, kv_length)
+
+
+def causal_alone(batch: int, device: torch.device | str) -> Tensor:
+    """int32 (batch, 1, 1, 2), which no call's intervals have."""
+    return torch.zeros((batch, 1, 1, 2), dtype=torch.int32, device=device)
+
+
+def is_causal_alone(mask: Tensor | None) -> bool:
+    """Whether it is what `causal_alone` makes."""
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1:] == (1, 1, 2)
 
 
 def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: int) -> Tensor:

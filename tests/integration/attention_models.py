@@ -40,6 +40,7 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(**{**_TRANSLATOR, **_SOUND, "bos_token_id": 1, "eos_token_id": 2})
     ),
+    "pegasus_x": lambda: hf.PegasusXForConditionalGeneration(hf.PegasusXConfig(**_TRANSLATOR, block_size=4)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**_PICTURE, intermediate_size=64, num_labels=3)),
 }
 

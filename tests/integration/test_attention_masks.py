@@ -12,7 +12,7 @@ from transformers import masking_utils as masks
 
 import fastpeft
 from fastpeft.integrations.attention_documents import documents, restarted_documents
-from fastpeft.integrations.attention_masks import decoded, parts_of
+from fastpeft.integrations.attention_masks import decoded, is_causal_alone, parts_of
 from fastpeft_kernels.attention.masks import dense_mask
 
 BATCH, TOKENS = 2, 9
@@ -56,8 +56,9 @@ def both(maker: str, queries: int, **given: Any) -> tuple[Tensor | None, Tensor]
 
 
 def dense(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
-    if mask is None:
+    if mask is None or is_causal_alone(mask):
         seen = torch.ones(queries, keys, dtype=torch.bool)
+        assert mask is None or (causal and queries == keys)
         return (seen.tril() if causal else seen).expand(BATCH, 1, queries, keys)
     described, bias = decoded(mask, queries, keys)
     assert bias is None
@@ -77,8 +78,8 @@ def test_padding(maker: str, padding: str) -> None:
     ours, theirs = both(maker, TOKENS, attention_mask=PADDING[padding])
     assert torch.equal(dense(ours, TOKENS, TOKENS, maker not in ("all", "around")), theirs)
     assert values(ours) <= BATCH * 2 * 2 * TOKENS
-    if padding in ("none", "ones") and maker in ("causal", "all"):
-        assert ours is None
+    if padding in ("none", "ones"):
+        assert is_causal_alone(ours) == (maker == "causal") and (ours is None) == (maker == "all")
 
 
 @pytest.mark.parametrize("maker", ["causal", "window", "chunk"])

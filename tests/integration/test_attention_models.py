@@ -14,7 +14,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, FalconConfig, FalconForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    FalconConfig,
+    FalconForCausalLM,
+    MllamaForCausalLM,
+    StaticCache,
+)
+from transformers.models.mllama import MllamaTextConfig
 
 import fastpeft
 from fastpeft.layers.relative_bias import RelativeBias
@@ -23,7 +31,7 @@ from tests.integration.models import with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
-OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5")
+OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5", "pegasus_x")
 MODELS = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
 
 
@@ -124,6 +132,16 @@ class TestPacked:
         wanted = self.loss_apart(eager(model))
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         torch.testing.assert_close(accelerated(model)(**given).loss, wanted)
+
+
+    def test_a_position_0_of_padding_begins_no_document(self) -> None:
+        """Also where it lies between tokens that see each other."""
+        model = make("llama").eval()
+        ids, mask = inputs(model)["input_ids"], torch.ones(2, 11, dtype=torch.long)
+        mask[0, 4:6] = mask[1, :3] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1) * mask}
+        wanted = eager(model)(**given).logits[mask.bool()]
+        torch.testing.assert_close(accelerated(model)(**given).logits[mask.bool()], wanted)
 
 
 def longest(model: Any, given: dict[str, Any]) -> int:
@@ -310,6 +328,19 @@ class TestCalls:
             torch.testing.assert_close(ours, theirs)
         assert "by the model's own function: output_attentions" in rows(model)[0].note
 
+    @pytest.mark.parametrize("before", ["eager", "sdpa"])
+    def test_no_mask_and_no_word_about_causality(self, before: str) -> None:
+        """Mllama's cross-attention: eager sees all keys, sdpa as many as queries before; ours as what ran."""
+        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        layers = {"num_hidden_layers": 1, "cross_attention_layers": [0], "num_key_value_heads": 2, "pad_token_id": 0}
+        model: Any = MllamaForCausalLM(MllamaTextConfig(**sizes, **layers, rope_parameters=rope)).eval()
+        model.model.layers[0].cross_attn_attn_gate.data.fill_(1.0)
+        model.set_attn_implementation(before)
+        given = {"input_ids": inputs(model)["input_ids"], "cross_attention_states": torch.randn(2, 14, 32)}
+        wanted = model(**given).logits
+        torch.testing.assert_close(accelerated(model)(**given).logits, wanted)
+
     def test_a_mask_that_is_prepared(self) -> None:
         """Bool and additive ones of queries x keys."""
         model = make("llama").eval()
@@ -335,6 +366,24 @@ class TestCalls:
         assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
         model.eval()
         assert torch.equal(model(**given).loss, model(**given).loss)
+
+    @pytest.mark.parametrize("transform", ["jvp", "vmap"])
+    def test_inside_torch_func(self, transform: str) -> None:
+        """PyTorch's fused attention knows neither; the model's own eager function serves."""
+        model = make("llama").eval()
+        ids, plain = inputs(model, "none", 24)["input_ids"], eager(model)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+        def of(which: Any) -> Any:
+            def logits(weights: Any, ids: Tensor) -> Any:
+                return torch.func.functional_call(which, weights, kwargs={"input_ids": ids, "use_cache": False}).logits
+
+            if transform == "jvp":
+                return torch.func.jvp(lambda weights: logits(weights, ids), (weights,), (weights,))
+            return torch.func.vmap(lambda row: logits(weights, row[None]))(ids)
+
+        torch.testing.assert_close(of(accelerated(model)), of(plain))
+        assert rows(model)[0].note == "1 of 1 calls by the model's own function: a torch.func transform"
 
     def test_autocast(self) -> None:
         model = make("llama")

@@ -28,6 +28,8 @@ def sdpa_refusal(
         return "expected no seed of the dropout, which it draws from torch's generator"
     if mask.start is not None:
         return "expected a mask without start and stop, which it would need as queries x keys"
+    if mask.left is not None and mask.left < 0:
+        return f"expected mask.left of 0 or more, got {mask.left}"
     bounded = mask.right is not None or (mask.left is not None and q.shape[2] > 1)
     if bounded + (mask.keys is not None) + (mask.dense is not None) + (scores.bias is not None) > 1:
         return "expected one of bounds, keys, dense and bias, whose sum it would need as queries x keys"

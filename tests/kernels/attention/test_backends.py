@@ -80,6 +80,7 @@ def test_plain(causal: bool) -> None:
         ({"queries": 200, "keys": 300}, Mask(right=0), [], "own"),
         ({"queries": 200, "keys": 40}, Mask(keys=REAL), [], "sdpa"),
         ({"queries": 1, "keys": 40}, Mask(left=7, right=0, keys=REAL), [], "sdpa"),
+        ({"queries": 1, "keys": 40}, Mask(left=-3), [], "reference"),  # the last three keys are not seen
         ({}, Mask(), ["sinks"], "reference"),
         ({"queries": 0}, Mask(), [], "reference"),
         ({"batch": 0}, Mask(), [], "reference"),
