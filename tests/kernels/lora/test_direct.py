@@ -104,6 +104,24 @@ def test_no_tokens() -> None:
     same(torch.randn(0, 16, requires_grad=True), grouped(projection(16, 8, 4)))
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("way", [direct.apply, by_python])
+def test_no_output_has_a_gradient(way: Any) -> None:
+    x, group = torch.randn(5, 16, requires_grad=True), grouped(projection(16, 8, 4), projection(16, 9))
+    outputs = [WithoutGradient.apply(y) for y in way(x, group)]
+    sum(y.sum() for y in outputs).backward()  # type: ignore[no-untyped-call]
+    assert all(t.grad is None for t in (x, *parameters(list(group.projections))))
+
+
 def test_what_is_kept_is_in_the_same_order() -> None:
     """A recomputation may find the C++ that was not there yet in forward."""
 
