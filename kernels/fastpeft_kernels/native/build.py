@@ -2,6 +2,7 @@
 
 The compiler is called directly, into a temporary file that is then renamed: `torch.utils.cpp_extension.load` would take
 a lock in that folder, and a process that is killed while it builds leaves the lock behind for all others to wait on.
+The shell that calls the compiler renames the file too: a process that ends meanwhile leaves the result to the next.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ HEADERS = ("decode_lookup.h", "half.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.
 THREADS = ("-fopenmp",)
+_FINISH = 'from=$1 to=$2; shift 2; "$@" && mv -f "$from" "$to"; code=$?; rm -f "$from"; exit $code'
 
 
 @cache
@@ -79,15 +81,16 @@ def built(
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        _run([cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last])
-        os.replace(unfinished, library)
+        command = [cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last]
+        _run(["sh", "-c", _FINISH, "sh", unfinished, str(library), *command])
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return library
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    # a session of its own: what ends this process by a signal to its group leaves the compiler at work
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, start_new_session=True)
 
 
 def _instruction_sets() -> str:

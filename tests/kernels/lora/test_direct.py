@@ -175,6 +175,17 @@ def test_under_checkpointing(reentrant: bool) -> None:
     assert torch.equal(x.grad, expected[1])
 
 
+def test_compiled_autograd_gets_python() -> None:
+    import torch._dynamo.compiled_autograd as compiled
+
+    x, group = torch.randn(5, 16, requires_grad=True), grouped(projection(16, 8, 4))
+    (expected,) = torch.autograd.grad(autograd.apply(x, group)[0].sum(), x)
+    with compiled._enable(lambda graph: graph):
+        assert not direct.serves(x, group)
+        autograd.apply(x, group)[0].sum().backward()
+    assert direct.serves(x, group) and torch.equal(x.grad, expected)
+
+
 def test_what_it_leaves_to_python() -> None:
     x = torch.randn(5, 16, requires_grad=True)
     plain = projection(16, 8, 4)
