@@ -91,21 +91,36 @@ def test_a_build_whose_process_ends_is_finished(monkeypatch, tmp_path):
     begun = []
 
     def ends(command, **options):
-        begun.append(subprocess.Popen(command, start_new_session=options["start_new_session"]))
+        names = ("start_new_session", "pass_fds")
+        begun.append(subprocess.Popen(command, **{name: options[name] for name in names}))
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(build.subprocess, "run", ends)
         build.built("some", ("dropout.cpp",), (), (), "")
     assert begun[0].wait(timeout=30) == 0
-    (library,) = (tmp_path / "fastpeft").iterdir()
+    (library,) = (tmp_path / "fastpeft").glob("*.so")
     assert library.read_text() == "compiled\n"
     assert build.built("some", ("dropout.cpp",), (), (), "") == library, "not compiled again"
     compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 3\n")
     with pytest.raises(subprocess.CalledProcessError) as raised:
         build.built("other", ("dropout.cpp",), (), (), "")
     assert build.first_line(raised.value) == "no such instruction"
-    assert list((tmp_path / "fastpeft").iterdir()) == [library]
+    assert list((tmp_path / "fastpeft").glob("*.so")) == [library]
+
+
+def test_processes_that_begin_together_compile_once(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho called >> {log}\nwhile [ "$1" != -o ]; do shift; done\nsleep 0.3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(compiler))
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    threads = [threading.Thread(target=build.built, args=("some", ("dropout.cpp",), (), (), "")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log.read_text() == "called\n" and len(list((tmp_path / "fastpeft").glob("*.so"))) == 1
 
 
 def test_a_forked_process_begins_its_own_build(monkeypatch):
