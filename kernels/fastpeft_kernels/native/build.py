@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "skinny.cpp")
@@ -95,9 +96,8 @@ def built(
 
 def _run(command: list[str], keep: Sequence[int]) -> None:
     # a session of its own: what ends this process by a signal to its group leaves the compiler at work
-    subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=300, start_new_session=True, pass_fds=keep
-    )
+    said: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+    subprocess.run(command, check=True, timeout=300, start_new_session=True, pass_fds=keep, **said)
 
 
 @contextmanager

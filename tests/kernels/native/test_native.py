@@ -123,6 +123,15 @@ def test_processes_that_begin_together_compile_once(monkeypatch, tmp_path):
     assert log.read_text() == "called\n" and len(list((tmp_path / "fastpeft").glob("*.so"))) == 1
 
 
+def test_groups_go_on_in_python_where_nothing_can_be_built(monkeypatch, caplog):
+    """A home folder that is a file, say: one line, and no second attempt."""
+    monkeypatch.setattr(extension, "_state", {})
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: __file__)
+    assert extension.group_extension(wait=True) is None and extension.group_extension() is None
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("the C++ for groups of projections could not be built, Python serves: [Errno ")
+
+
 def test_a_forked_process_begins_its_own_build(monkeypatch):
     """Threads do not go with it."""
     monkeypatch.setattr(extension, "_state", {"thread": threading.Thread()})
