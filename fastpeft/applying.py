@@ -81,9 +81,10 @@ def accelerate(
         The same model.
 
     Raises:
-        TypeError: `model` is not an nn.Module.
-        ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, or
-            the model is not on GPUs that multiply in FP8 (compute capability 8.9 or newer).
+        TypeError: `model` is not an nn.Module, or `fp8_exclude` not a list.
+        ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
+            LoRA layers are not to be replaced, or the model is not on GPUs that multiply in FP8 (compute capability 8.9
+            or newer).
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
@@ -91,7 +92,7 @@ def accelerate(
     if mlp not in (True, False, RECOMPUTE):
         raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
-    check_fp8(model, fp8_compute, fp8_exclude)
+    check_fp8(model, fp8_compute, fp8_exclude, lora)
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])

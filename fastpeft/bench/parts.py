@@ -170,10 +170,14 @@ class Run:
         return [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
 
     def proven(self, name: str) -> list[str]:
-        """Checks of a part that passed in an earlier run, of any version."""
-        paths = self.earlier.glob(f"{name}*.jsonl") if self.earlier else ()
-        records = [record for path in paths for record in load(path)]
-        return sorted({record.case for record in records if record.metric == "passed" and record.median})
+        """Checks of a part that passed in earlier runs, of any version, and failed in none."""
+        became: dict[bool, set[str]] = {True: set(), False: set()}
+        for path in self.earlier.glob(f"{name}*.jsonl") if self.earlier else ():
+            with suppress(ValueError):  # of another schema, or cut off: what comes first is no reason to run nothing
+                for record in load(path):
+                    if record.metric == "passed":
+                        became[bool(record.median)].add(record.case)
+        return sorted(became[True] - became[False])
 
     def log(self, name: str) -> Path:
         return self.out / f"{name}.log"
@@ -194,11 +198,13 @@ def supervise(run: Run, part: Part) -> Outcome:
         return run.outcome(part.name, "failed", 0.0, part.broken)
     if run.dry_run and part.dry_run is None:
         return run.outcome(part.name, "skipped", 0.0, "needs a GPU")
-    names.write_text(json.dumps(proven))
     start = time.monotonic()
-    codes = _codes(run, part, run.jobs if part.parallel else 1)
+    try:
+        names.write_text(json.dumps(proven))
+        codes = _codes(run, part, run.jobs if part.parallel else 1)
+    finally:
+        names.unlink(missing_ok=True)
     seconds = time.monotonic() - start
-    names.unlink()
     if None in codes:
         return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
     if not any(codes):

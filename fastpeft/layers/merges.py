@@ -1,4 +1,4 @@
-"""PEFT's layers whose merges are seen: a pending backward must notice that its base changed."""
+"""PEFT's layers whose merges are seen: a pending backward, and copies in FP8, must notice that their base changed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ class SeenMerges:
 
     def unmerge(self) -> None:
         super().unmerge()  # type: ignore[misc]
+        self._count_write()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Some ways to begin a new adapter (OLoRA) take it out of the base."""
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
         self._count_write()
 
     def _count_write(self) -> None:

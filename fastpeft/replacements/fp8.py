@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,13 +16,16 @@ from ..layers.lora import FastLoraLayer
 EXCLUDED = "named by fp8_exclude"
 
 
-def check_fp8(model: nn.Module, setting: Any, exclude: Any) -> None:
+def check_fp8(model: nn.Module, setting: Any, exclude: Any, lora: bool) -> None:
     """Raise TypeError or ValueError unless `accelerate` can do what its arguments of these names ask."""
     if setting is not None and setting not in SETTINGS:
         raise ValueError(f"fp8_compute: expected None or one of {SETTINGS}, got {setting!r}")
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+    listed = isinstance(exclude, Collection) and not isinstance(exclude, str)  # no iterator, which could be read once
+    if not listed or not all(isinstance(pattern, str) for pattern in exclude):
         raise TypeError(f"fp8_exclude: expected a list of patterns of modules' names, got {exclude!r}")
     in_fp8 = setting in (FORWARD, BOTH)
+    if in_fp8 and not lora:
+        raise ValueError(f"fp8_compute: expected None with lora=False, got {setting!r}")
     if exclude and not in_fp8:
         raise ValueError(f"fp8_exclude: expected no patterns without products in FP8, got fp8_compute={setting!r}")
     names = [name for name, _ in model.named_modules()]

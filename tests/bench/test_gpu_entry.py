@@ -12,7 +12,7 @@ import pytest
 
 from fastpeft.bench import gpu, parts
 from fastpeft.bench.recorder import unit_of
-from fastpeft.bench.records import load
+from fastpeft.bench.records import RecordFile, environment, load
 from tests.fresh import ROOT, run_fresh
 
 HEAD = "order, time_limit_s = {order}, {limit}\ndef run(recorder, depth): raise RuntimeError('not on a CPU')\n"
@@ -176,6 +176,17 @@ def test_what_passed_before_comes_last(runner: Runner) -> None:
     assert runner("--dry-run", "--jobs", "1", "--earlier", str(runner.out)) == 0
     assert [r.case for r in load(runner.out / "shared.jsonl") if r.metric == "passed"] == ["a", "c", "e", "b", "d"]
     assert not list(runner.out.glob("*.proven.json"))
+
+
+def test_what_failed_before_has_not_passed(tmp_path: Path) -> None:
+    """Whatever another run found; records that cannot be read say nothing."""
+    file = RecordFile(tmp_path / "shared-first-run.jsonl", environment())
+    for case, passed in (("a", 1), ("b", 1), ("b", 0), ("c", 1)):
+        file.add(suite="shared", case=case, op="o", peer="fastpeft", metric="passed", unit="1", samples=passed)
+    line = file.path.read_text().partition("\n")[0]
+    (tmp_path / "shared.jsonl").write_text(line.replace('"a"', '"d"')[:-20])
+    run = parts.Run(tmp_path / "out", "quick", True, None, "parts", earlier=tmp_path)
+    assert run.proven("shared") == ["a", "c"]
 
 
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(

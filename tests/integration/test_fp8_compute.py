@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import fastpeft
@@ -115,6 +116,20 @@ def test_a_changed_weight_is_quantised_again() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_an_adapter_that_begins_in_the_base_s_place() -> None:
+    """OLoRA writes into it through `.data`, which torch does not count."""
+    model = make(dtype=torch.float32, target_modules=["q_proj"])
+    fastpeft.accelerate(model, fp8_compute="both")
+    layer, x = layer_of(model), torch.randn(2, 30, 64)
+    before, y = layer.base_layer.weight.clone(), layer(x.requires_grad_())
+    model.add_adapter("olora", LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"))
+    assert not torch.equal(layer.base_layer.weight, before)
+    with pytest.raises(RuntimeError, match="frozen base weight"):
+        y.sum().backward()
+    assert torch.equal(frozen_product(layer, x), in_e4m3(x, layer.base_layer.weight))
+
+
+@pytest.mark.usefixtures("emulated")
 def test_copies_pickles_casts_and_state() -> None:
     model = make(dtype=torch.float32, target_modules=["q_proj"])
     keys = list(model.state_dict())
@@ -180,6 +195,9 @@ def test_over_other_bases() -> None:
         ({"fp8_compute": True}, ValueError, "fp8_compute: expected None or one of"),
         ({"fp8_exclude": ["*"]}, ValueError, "fp8_exclude: expected no patterns without products in FP8"),
         ({"fp8_compute": "both", "fp8_exclude": "*"}, TypeError, "fp8_exclude: expected a list of patterns"),
+        ({"fp8_compute": "both", "fp8_exclude": None}, TypeError, "fp8_exclude: expected a list of patterns"),
+        ({"fp8_compute": "both", "fp8_exclude": iter(["*"])}, TypeError, "fp8_exclude: expected a list of patterns"),
+        ({"fp8_compute": "both", "lora": False}, ValueError, "fp8_compute: expected None with lora=False, got 'both'"),
         ({"fp8_compute": "both", "fp8_exclude": ["x"]}, ValueError, r"match a module's name, got \['x'\]"),
     ],
 )

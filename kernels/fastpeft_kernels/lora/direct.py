@@ -8,6 +8,7 @@ plain PyTorch on the same busy machine.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -29,8 +30,11 @@ _MOST_DECIDED = 4096
 
 
 def serves(x: Tensor, group: Group) -> bool:
-    """Whether `apply` computes what the library would, and is there."""
-    return fits(x, group) and group_extension() is not None
+    """Whether `apply` computes what the library would, and is there.
+
+    torch's compiled autograd takes no C++ node that holds what ours does.
+    """
+    return fits(x, group) and not _backward_is_compiled() and group_extension() is not None
 
 
 def fits(x: Tensor, group: Group) -> bool:
@@ -67,6 +71,11 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
         partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
     )
     return tuple(found)
+
+
+def _backward_is_compiled() -> bool:
+    state = sys.modules.get("torch._dynamo.compiled_autograd")
+    return state is not None and bool(getattr(state, "compiled_autograd_enabled", False))
 
 
 def _check_unchanged(weights: Sequence[FrozenWeight], stamps: Sequence[Any]) -> None:

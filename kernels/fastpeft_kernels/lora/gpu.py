@@ -6,7 +6,7 @@ assembler is decided by what is found here. Needs neither peft nor bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -32,20 +32,18 @@ from .gpu_support import (
     F64,
     MASK,
     capability,
-    copied,
     derive,
     dropped,
     dtype_name,
     make_projection,
-    moved,
     product_in_fp32,
     rand,
+    reference,
     reference_device,
     same_dtypes,
     within,
 )
 from .projection import Dtypes, Group
-from .reference import lora_group_reference
 
 Check = tuple[str, Callable[[], dict[str, Any]]]
 _DTYPES = (BF16, F16, F32)
@@ -337,26 +335,8 @@ def _check_group(
             ours, again = (derive(run, x, group, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):
             verdicts.equal(b, a, "another result the second time")
-        same = _reference(x, whole, dys, dtypes, reference_device(dtypes))
-        exact = _reference(x, whole, dys, same_dtypes(F64), DEVICE, F64)
+        same = reference(x, whole, dys, dtypes, reference_device(dtypes))
+        exact = reference(x, whole, dys, same_dtypes(F64), DEVICE, F64)
         for i, triple in enumerate(zip(ours, same, exact, strict=True)):
             verdicts.within(*triple, f"result {i} of {tokens} tokens")
     return {"share_of_budget": verdicts.settle()}
-
-
-def _reference(
-    x: Tensor,
-    group: Group,
-    dys: Sequence[Tensor],
-    dtypes: Dtypes,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """What plain PyTorch gives on a device, in another dtype if one is given."""
-    copies = [copied(projection, device, dtype) for projection in group.projections]
-    seeds = [None if seed is None else seed.to(device) for seed in group.seeds]
-    index = None if group.adapter_index is None else group.adapter_index.to(device)
-    run = partial(lora_group_reference, adapter_index=index)
-    given = [moved(dy, device, dtype) for dy in dys]
-    results = derive(run, moved(x, device, dtype).requires_grad_(), copies, dtypes, seeds, given)
-    return [t.to(DEVICE) for t in results]

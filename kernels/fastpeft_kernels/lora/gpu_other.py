@@ -1,4 +1,4 @@
-"""Checks that need a CUDA GPU: ops of this family that are made of the library's products."""
+"""Checks that need a CUDA GPU: what of this family is made of the library's products."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.gpu_verdicts import Verdicts
 from .embedding import lora_embedding
+from .gpu_direct import direct_checks
 from .gpu_support import BF16, DEVICE, F16, F32, F64, dtype_name, moved, rand, reference_device, same_dtypes
 
 VOCABULARY, FEATURES, RANK = 1000, 384, 16
@@ -20,6 +21,7 @@ VOCABULARY, FEATURES, RANK = 1000, 384, 16
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Named checks. Each returns figures, or raises AssertionError."""
+    yield from direct_checks()
     for dtype in (BF16, F16, F32):
         yield f"embedding {dtype_name(dtype)}", partial(_check_embedding, dtype)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
 from .keys import LINEAR, RANK
-from .projection import Dtypes, LoraAdapter, LoraProjection
+from .projection import Dtypes, Group, LoraAdapter, LoraProjection
+from .reference import lora_group_reference
 
 DEVICE = torch.device("cuda")
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -69,6 +72,30 @@ def copied(projection: LoraProjection, device: torch.device, dtype: torch.dtype 
     bias = None if projection.bias is None else copy(projection.bias)
     weight = DenseWeight(moved(projection.weight.decode(), device, dtype))
     return LoraProjection(weight, bias, adapters, None if projection.magnitude is None else copy(projection.magnitude))
+
+
+def reference(
+    x: Tensor,
+    group: Group,
+    dys: Sequence[Tensor],
+    dtypes: Dtypes,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What plain PyTorch gives on a device, in another dtype if one is given."""
+    copies = [copied(projection, device, dtype) for projection in group.projections]
+    seeds = [None if seed is None else seed.to(device) for seed in group.seeds]
+    index = None if group.adapter_index is None else group.adapter_index.to(device)
+    run = partial(lora_group_reference, adapter_index=index)
+    given = [moved(dy, device, dtype) for dy in dys]
+    results = derive(run, moved(x, device, dtype).requires_grad_(), copies, dtypes, seeds, given)
+    return [t.to(DEVICE) for t in results]
+
+
+def with_numbers(projection: LoraProjection) -> LoraProjection:
+    """With scalings that are numbers, as PEFT's are."""
+    adapters = tuple(replace(adapter, scaling=0.5) for adapter in projection.adapters)
+    return replace(projection, adapters=adapters)
 
 
 def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -27,10 +28,12 @@ from ..lora.gpu_support import (
     rand,
     reference_device,
     same_dtypes,
+    with_numbers,
 )
 from ..lora.projection import Dtypes
+from ..native.extension import group_extension
 from ..tuning.choosing import forced
-from . import fused_gpu
+from . import apart, fused_gpu
 from .api import run_mlp
 from .fused import FUSED
 from .reference import lora_mlp_reference
@@ -44,6 +47,8 @@ VARIANTS = (("dense", 0.0), ("nf4", 0.25), ("dense", 0.25), ("nf4", 0.0))
 
 def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 96, 200))) -> Iterator[Any]:
     """Named checks of (tokens, inputs, features). Each returns figures, or raises AssertionError."""
+    for layout, base in product(LAYOUTS, ("dense", "nf4")):
+        yield f"small mlp {layout} {base}", partial(_check_small, layout, base, shapes)
     yield from fused_gpu.checks()
     for layout in LAYOUTS:
         for dtypes in (same_dtypes(BF16), Dtypes(BF16, F32, BF16), same_dtypes(F16), same_dtypes(F32)):
@@ -72,6 +77,25 @@ def _check(
             for i, triple in enumerate(zip(ours, same, exact, strict=True)):
                 verdicts.within(*triple, f"result {i} of {tokens} tokens, {keep=}, {choices}")
     return {"share_of_budget": verdicts.settle()}
+
+
+def _check_small(layout: str, base: str, shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    """As three nodes, by C++ where it can be built."""
+    built, verdicts = group_extension(wait=True) is not None, Verdicts()
+    every = (same_dtypes(BF16), Dtypes(BF16, F32, BF16), same_dtypes(F32))
+    for (tokens, size, features), dtypes in product(shapes, every):
+        made = make_mlp(layout, size, features, 16, dtypes, base, 0.0)
+        mlp = replace(made, inner=tuple(map(with_numbers, made.inner)), down=with_numbers(made.down))
+        x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
+        seeds = [None] * len(mlp.projections)
+        same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
+        exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
+        with forced(CHOICES["library"]):
+            assert apart.serves(x, mlp, dtypes, seeds), f"{tokens} tokens, {dtypes}"
+            ours = derive(run_mlp, x, mlp, dtypes, seeds, dy)
+        for i, triple in enumerate(zip(ours, same, exact, strict=True)):
+            verdicts.within(*triple, f"result {i} of {tokens} tokens, {dtypes}")
+    return {"share_of_budget": verdicts.settle(), "by": "C++" if built else "Python"}
 
 
 def _reference(

@@ -2,6 +2,8 @@
 
 The compiler is called directly, into a temporary file that is then renamed: `torch.utils.cpp_extension.load` would take
 a lock in that folder, and a process that is killed while it builds leaves the lock behind for all others to wait on.
+The shell that calls the compiler renames the file too: a process that ends meanwhile leaves the result to the next.
+The lock here is the kernel's, which nobody who is dead holds: several processes that begin together compile once.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "skinny.cpp")
@@ -24,6 +28,7 @@ HEADERS = ("decode_lookup.h", "half.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.
 THREADS = ("-fopenmp",)
+_FINISH = 'from=$1 to=$2; shift 2; "$@" && mv -f "$from" "$to"; code=$?; rm -f "$from"; exit $code'
 
 
 @cache
@@ -76,18 +81,40 @@ def built(
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        _run([cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last])
-        os.replace(unfinished, library)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    with _alone(library.with_suffix(".lock")) as lock:
+        if library.exists():  # another process had it compiled meanwhile
+            return library
+        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            command = [cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last]
+            _run(["sh", "-c", _FINISH, "sh", unfinished, str(library), *command], lock)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
     return library
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+def _run(command: list[str], keep: Sequence[int]) -> None:
+    # a session of its own: what ends this process by a signal to its group leaves the compiler at work
+    said: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+    subprocess.run(command, check=True, timeout=300, start_new_session=True, pass_fds=keep, **said)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[tuple[int, ...]]:
+    """One process at a time, or all where files cannot be locked; gives what a child needs to hold the lock too."""
+    with open(path, "ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            yield ()
+            return
+        try:
+            yield (file.fileno(),)
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have the file open for longer
 
 
 def _instruction_sets() -> str:

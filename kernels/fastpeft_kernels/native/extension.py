@@ -1,13 +1,14 @@
 """The C++ that uses torch's own library: a group of LoRA projections (group.cpp), compiled against the torch installed.
 
 torch's headers take the compiler half a minute to a minute. So it works beside the process that first wants the
-result, which goes on without, and the file stays for all others.
+result, which goes on without, and the file stays for all others, also where that process ends before.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 import sysconfig
@@ -38,12 +39,23 @@ def group_extension(wait: bool = False) -> Any | None:
     with _lock:
         thread = _state.get("thread")
         if thread is None:
-            # a daemon: a process that ends before is not held up, and leaves nothing half done
+            # a daemon: a process that ends before is not held up
             thread = _state["thread"] = threading.Thread(target=_build, name="fastpeft builds C++", daemon=True)
             thread.start()
     if wait:
         thread.join()
     return _state.get("module")
+
+
+def _begin_in_child() -> None:
+    """A forked process has no thread of its parent's, and a lock that one of them may have held."""
+    global _lock
+    _lock = threading.Lock()
+    _state.pop("thread", None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def _build() -> None:

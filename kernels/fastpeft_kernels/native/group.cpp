@@ -206,14 +206,16 @@ variable_list derive(const variable_list& given, const std::vector<int64_t>& sha
     variable_list results(1 + 2 * as.size());
     std::vector<Tensor> dys(count);
     int64_t tokens = 0;
-    bool all = true;
+    bool all = true, some = false;
     for (size_t i = 0; i < count; ++i) {
         if (given[i].defined()) {
             dys[i] = rows_contiguous(given[i].reshape({-1, given[i].size(-1)}));
             tokens = dys[i].size(0);
         }
         all = all && given[i].defined();
+        some = some || given[i].defined();
     }
+    if (!some) return results;
     const Packed packed = pack(group, as, bs);
     Tensor ds;
     if (packed.a.defined()) {

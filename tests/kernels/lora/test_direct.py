@@ -104,6 +104,24 @@ def test_no_tokens() -> None:
     same(torch.randn(0, 16, requires_grad=True), grouped(projection(16, 8, 4)))
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("way", [direct.apply, by_python])
+def test_no_output_has_a_gradient(way: Any) -> None:
+    x, group = torch.randn(5, 16, requires_grad=True), grouped(projection(16, 8, 4), projection(16, 9))
+    outputs = [WithoutGradient.apply(y) for y in way(x, group)]
+    sum(y.sum() for y in outputs).backward()  # type: ignore[no-untyped-call]
+    assert all(t.grad is None for t in (x, *parameters(list(group.projections))))
+
+
 def test_what_is_kept_is_in_the_same_order() -> None:
     """A recomputation may find the C++ that was not there yet in forward."""
 
@@ -155,6 +173,17 @@ def test_under_checkpointing(reentrant: bool) -> None:
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     y.backward(dy)
     assert torch.equal(x.grad, expected[1])
+
+
+def test_compiled_autograd_gets_python() -> None:
+    import torch._dynamo.compiled_autograd as compiled
+
+    x, group = torch.randn(5, 16, requires_grad=True), grouped(projection(16, 8, 4))
+    (expected,) = torch.autograd.grad(autograd.apply(x, group)[0].sum(), x)
+    with compiled._enable(lambda graph: graph):
+        assert not direct.serves(x, group)
+        autograd.apply(x, group)[0].sum().backward()
+    assert direct.serves(x, group) and torch.equal(x.grad, expected)
 
 
 def test_what_it_leaves_to_python() -> None:

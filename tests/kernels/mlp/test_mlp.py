@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.activation import KINDS
@@ -54,6 +55,17 @@ def test_small_ones_in_parts(layout, dtypes, monkeypatch):
     assert not apart.serves(x, m, dtypes, [None] * 3), "a CPU has our own activation"
     monkeypatch.setattr(apart, "serves", lambda *_: True)
     check_mlp(x, m, dtypes)
+
+
+def test_both_groups_are_asked_about_for_as_many_tokens(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        apart.direct, "fits", lambda x, group: asked.append((x.numel() // x.shape[-1], x.shape[-1])) or True
+    )
+    with FakeTensorMode():
+        x = torch.empty(3, 5, 16, device="cuda")
+        assert apart.serves(x, mlp("gate and up", 16, 24), SAME[F32], [None] * 3)
+    assert asked == [(15, 16), (15, 24)]
 
 
 def test_gradcheck_of_the_reference_and_of_the_op():

@@ -1,13 +1,17 @@
 """The C++ library: the same bits as PyTorch, rebuilt when its source changes, and never required."""
 
+import os
+import signal
 import subprocess
+import threading
 import time
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from fastpeft_kernels.common import random
-from fastpeft_kernels.native import build, dropout_native, native_library
+from fastpeft_kernels.native import build, dropout_native, extension, native_library
 
 
 @pytest.fixture
@@ -75,6 +79,70 @@ def test_without_compiler_pytorch_serves_and_one_line_says_so(monkeypatch, caplo
         ]
     finally:
         native_library.cache_clear()
+
+
+def test_a_build_whose_process_ends_is_finished(monkeypatch, tmp_path):
+    """By the shell that called the compiler: half a minute's work is not begun anew by each short process."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nsleep 0.2\necho compiled > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(compiler))
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    begun = []
+
+    def ends(command, **options):
+        names = ("start_new_session", "pass_fds")
+        begun.append(subprocess.Popen(command, **{name: options[name] for name in names}))
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(build.subprocess, "run", ends)
+        build.built("some", ("dropout.cpp",), (), (), "")
+    assert begun[0].wait(timeout=30) == 0
+    (library,) = (tmp_path / "fastpeft").glob("*.so")
+    assert library.read_text() == "compiled\n"
+    assert build.built("some", ("dropout.cpp",), (), (), "") == library, "not compiled again"
+    compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 3\n")
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        build.built("other", ("dropout.cpp",), (), (), "")
+    assert build.first_line(raised.value) == "no such instruction"
+    assert list((tmp_path / "fastpeft").glob("*.so")) == [library]
+
+
+def test_processes_that_begin_together_compile_once(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho called >> {log}\nwhile [ "$1" != -o ]; do shift; done\nsleep 0.3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(compiler))
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    threads = [threading.Thread(target=build.built, args=("some", ("dropout.cpp",), (), (), "")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log.read_text() == "called\n" and len(list((tmp_path / "fastpeft").glob("*.so"))) == 1
+
+
+def test_groups_go_on_in_python_where_nothing_can_be_built(monkeypatch, caplog):
+    """A home folder that is a file, say: one line, and no second attempt."""
+    monkeypatch.setattr(extension, "_state", {})
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: __file__)
+    assert extension.group_extension(wait=True) is None and extension.group_extension() is None
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("the C++ for groups of projections could not be built, Python serves: [Errno ")
+
+
+def test_a_forked_process_begins_its_own_build(monkeypatch):
+    """Threads do not go with it."""
+    monkeypatch.setattr(extension, "_state", {"thread": threading.Thread()})
+    monkeypatch.setattr(extension, "_lock", threading.Lock())
+    monkeypatch.setattr(extension, "_build", lambda: extension._state.update(module="built"))
+    with extension._lock:  # as another thread has it at that moment
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # in place of waiting for ever
+            os._exit(0 if extension.group_extension(wait=True) == "built" else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_dropout_of_any_number_of_threads_is_the_same() -> None:
