@@ -8,8 +8,10 @@ read from their closures. Of those ours makes, in place of queries x keys values
 - `causal_alone`, four dimensions and no content, where all up to the query itself is seen: transformers' own None would
   leave that to the module, and some modules say that they are not causal (Pegasus-X's);
 - a bool (batch, 1, queries, keys) whose rows are one row in memory, where only padding hides keys;
-- else int32 (batch, 1, queries + keys, 2): (start, stop) of each query, then (seen, 0) of each key. It has four
-  dimensions, so that models and caches take it for a mask that is prepared already.
+- else int32 (batch, 1, queries, 2): (start, stop) of each query, within what padding on either side leaves;
+- where padding has holes, or torch.compile traces, int32 (batch, 1, queries + keys, 2): then (seen, 0) of each key, too.
+
+They have four dimensions, so that models and caches take them for masks that are prepared already.
 
 Whatever else a model asks for becomes transformers' own bool mask of queries x keys.
 """
@@ -108,11 +110,24 @@ def is_causal_alone(mask: Tensor | None) -> bool:
 
 
 def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: int) -> Tensor:
-    """int32 (batch, 1, queries + keys, 2) of start and stop (1 or batch, queries), and seen, bool (batch, keys)."""
+    """One of the int32 tensors above, of start and stop (1 or batch, queries), and seen, bool (batch, keys)."""
+    if seen is not None and not torch.compiler.is_compiling():
+        first, end = _run(seen)
+        if bool((end - first == seen.sum(-1)).all()):  # blocks of keys need not be looked at one by one
+            start, stop = torch.maximum(start, first[:, None]), torch.minimum(stop, end[:, None])
+            seen = None
     rows = torch.stack([start, stop], dim=-1).clamp(0, keys).expand(batch, -1, -1)
-    columns = torch.ones((batch, keys), dtype=rows.dtype, device=rows.device) if seen is None else seen.to(rows.dtype)
-    columns = torch.stack([columns, torch.zeros_like(columns)], dim=-1)
+    if seen is None:
+        return rows.to(torch.int32)[:, None]
+    columns = torch.stack([seen.to(rows.dtype), torch.zeros_like(seen, dtype=rows.dtype)], dim=-1)
     return torch.cat([rows, columns], dim=1).to(torch.int32)[:, None]
+
+
+def _run(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The first key that is seen and the one after the last, int64 (batch,); 0 and 0 where none is."""
+    found = seen.to(torch.int64)
+    end = seen.shape[1] - found.flip(-1).argmax(-1)
+    return found.argmax(-1), end.masked_fill(~seen.any(-1), 0)
 
 
 def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mask, Tensor | None]:
@@ -124,6 +139,9 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
     given = attention_mask
     if given is None:
         return Mask(), None
+    if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries, 2):
+        start, stop = given[:, 0].unbind(-1)
+        return Mask(start=start, stop=stop), None
     if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries + keys, 2):
         start, stop = given[:, 0, :queries].unbind(-1)
         return Mask(start=start, stop=stop, keys=given[:, 0, queries:, 0] != 0), None
