@@ -133,7 +133,6 @@ class TestPacked:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         torch.testing.assert_close(accelerated(model)(**given).loss, wanted)
 
-
     def test_a_position_0_of_padding_begins_no_document(self) -> None:
         """Also where it lies between tokens that see each other."""
         model = make("llama").eval()
