@@ -9,7 +9,7 @@ read from their closures. Of those ours makes, in place of queries x keys values
   leave that to the module, and some modules say that they are not causal (Pegasus-X's);
 - a bool (batch, 1, queries, keys) whose rows are one row in memory, where only padding hides keys;
 - else int32 (batch, 1, queries, 2): (start, stop) of each query, within what padding on either side leaves;
-- where padding has holes, or torch.compile traces, int32 (batch, 1, queries + keys, 2): then (seen, 0) of each key, too.
+- where padding has holes, or torch.compile traces, int32 (batch, 1, queries + keys, 2): then (seen, 0) of each key.
 
 They have four dimensions, so that models and caches take them for masks that are prepared already.
 

@@ -12,6 +12,7 @@ from ..common.device import product_dtype, triton_available, triton_serves
 from ..common.tracing import as_op
 from ..tuning.choosing import choice
 from ..tuning.keys import bucket, dtype_name
+from .blocks import CPU
 from .library import sdpa_refusal
 from .masks import Mask
 from .scores import Scores
@@ -20,8 +21,8 @@ OP = "attention"
 _TINY = 1 << 17  # scores of the whole call: half a megabyte
 _FEW_SCORES = 1 << 26  # a quarter of a gigabyte in fp32
 _FEW_SEEN = 1 << 28  # of a mask's elements, a byte each
-_FEW_SEEN_ON_CPU = 1 << 22
-"""Measured on an EPYC, one thread, fp32, causal with padding, 8 heads of 64, forward and backward, ms, so and in blocks:
+_FEW_SEEN_ON_CPU = CPU.scores  # no more memory than a block's
+"""Measured on an EPYC, one thread, fp32, causal with padding, 8 heads of 64, forward and backward, ms, dense and blocks:
 4 rows of 256 tokens 36 and 61, of 512 137 and 177, 2 of 1024 289 and 290."""
 
 
