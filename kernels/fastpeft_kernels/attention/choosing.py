@@ -86,9 +86,8 @@ def _without_kernels(
     """What serves a GPU where our kernels do not, and PyTorch's own not in linear memory: blocks are many launches."""
     if as_op() or own_backend(q, k, v, mask, scores) == "triton":
         return "auto"
-    if count // q.shape[1] <= _FEW_SEEN and not with_lse:
-        if _serves_dense(q, k, v, scores, deterministic):
-            return "dense"
+    if count // q.shape[1] <= _FEW_SEEN and not with_lse and _serves_dense(q, k, v, scores, deterministic):
+        return "dense"
     return "reference" if count <= _FEW_SCORES else "auto"
 
 
