@@ -31,7 +31,9 @@ def measure(rounds: int, adapted: bool) -> dict[str, dict[str, tuple[float, floa
         adapted: with LoRA on all projections; else frozen ones.
     """
     import fastpeft
+    from fastpeft_kernels.native.extension import group_extension
 
+    group_extension(wait=True)
     case = StepCase("llama", "lora", torch.float32, hidden=HIDDEN, layers=1, tokens=TOKENS, rank=4)
     models: dict[str, Any] = {"PEFT": build(case, "cpu")}
     if not adapted:
