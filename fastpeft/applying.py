@@ -97,7 +97,7 @@ def accelerate(
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
     modules = dict(model.named_modules())
-    found = False
+    found: set[str] = set()
     for replacement in REPLACEMENTS:
         setting = getattr(switches, replacement.switch)
         if not setting:
@@ -114,10 +114,11 @@ def accelerate(
                 replacement.install(module, proved)
             mine[path] = module
         replacement.finish(model, mine, setting)
-        found = found or bool(mine)
+        found |= {replacement.switch} if mine else set()
     ask_fp8(modules, fp8_compute, fp8_exclude)
-    if not found:
-        logger.warning("nothing was replaced in this %s; fastpeft.report(model) says why", type(model).__name__)
+    if found <= {"attention"}:
+        what = "nothing but attention" if found else "nothing"
+        logger.warning("%s was replaced in this %s; fastpeft.report(model) says why", what, type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)
     return model
 

@@ -15,7 +15,7 @@ from fastpeft_kernels.attention.masks import Mask, dense_mask
 
 from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents
-from .attention_masks import decoded, interval_mask, is_causal_alone
+from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
 from .transformers import ATTENTION
 
 SPARSE = ("indices", "block_indices", "sinks")
@@ -94,7 +94,7 @@ def attention_forward(
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
     if found is None and causal and keys == queries and mask.dense is None and bias is None:
-        found = restarted_documents(others.get("position_ids"), queries, mask.keys)
+        found = restarted_documents(others.get("position_ids"), queries, lambda: seen_keys(mask, keys))
     if attention_mask is None and causal:
         if found is None and keys > queries:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ _last: tuple[weakref.ref[Tensor], int, Mask | None] | None = None
 """Of the positions that were looked at last: the layers of one forward share theirs."""
 
 
-def restarted_documents(position_ids: Any, queries: int, seen: Tensor | None = None) -> Mask | None:
+def restarted_documents(
+    position_ids: Any, queries: int, seen_keys: Callable[[], Tensor | None] = lambda: None
+) -> Mask | None:
     """The same, causal, of positions that go back to 0 within a row, as packed ones do; None if they don't.
 
     FlashAttention's functions in transformers take such positions for documents too; `eager` and `sdpa` only without a
@@ -48,17 +51,19 @@ def restarted_documents(position_ids: Any, queries: int, seen: Tensor | None = N
     Args:
         position_ids: (batch or 1, queries); anything else has no documents.
         queries: of the call, and as many keys.
-        seen: bool (batch or 1, queries), False for padding, whose positions say nothing.
+        seen_keys: gives bool (batch or 1, queries), False for padding, whose positions say nothing, or None.
     """
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != queries:
         return None
     if torch.compiler.is_compiling():
-        return _restarted(position_ids, seen)
+        return _restarted(position_ids, seen_keys())
     if position_ids.is_inference():  # has no version
         found = _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
     else:
         found = _remembered(position_ids)
-    return found if found is None or seen is None else _restarted(position_ids, seen)
+    if found is None or (seen := seen_keys()) is None:
+        return found
+    return _restarted(position_ids, seen)
 
 
 def _remembered(position_ids: Tensor) -> Mask | None:

@@ -160,6 +160,14 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
     )
 
 
+def seen_keys(mask: Mask, keys: int) -> Tensor | None:
+    """bool (batch, keys): what some query may see, of a mask that `decoded` gave; None where it is not told."""
+    if mask.keys is not None or mask.start is None or mask.stop is None:
+        return mask.keys
+    key = torch.arange(keys, device=mask.start.device)
+    return (key >= mask.start.amin(-1, keepdim=True)) & (key < mask.stop.amax(-1, keepdim=True))
+
+
 def parts_of(function: Any) -> tuple[Part, ...] | None:
     """What a mask function of transformers is made of; empty where it hides nothing, None if it is unknown."""
     if torch.compiler.is_compiling():  # it cannot read closures

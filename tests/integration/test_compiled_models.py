@@ -95,7 +95,7 @@ def check_one_graph(model: PeftModel, compiled: Compiled) -> None:
     """One node a group, PEFT's numbers at each step, nothing computed again."""
     given = batch(model)
     peft, exact = step(model, given), truth(model, given)
-    fastpeft.accelerate(model)
+    fastpeft.accelerate(model, attention=False)
     step(model, given)  # the plan is learned here
     traced = compiled(model, fullgraph=True)
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_without_a_plan_each_layer_is_a_node(compiled: Compiled) -> None:
     model = of_one_layer("llama")
     given = batch(model)
     peft, exact = step(model, given), truth(model, given)
-    traced = compiled(fastpeft.accelerate(model), fullgraph=True)
+    traced = compiled(fastpeft.accelerate(model, attention=False), fullgraph=True)
     assert_step_close(compiled_step(model, traced, given), peft, exact)
     assert compiled.forward == nodes(lora_group=4, lora_mlp_up_to_down=1, lora_mlp_down=1)
     assert_step_close(step(model, given), peft, exact)  # uncompiled: the plan is learned
@@ -131,7 +131,7 @@ def test_four_bit(compiled: Compiled) -> None:
     model = make_quantised(sizes={"num_hidden_layers": 1})
     given = batch(model)
     peft = step(model, given)
-    fastpeft.accelerate(model)
+    fastpeft.accelerate(model, attention=False)
     eager = [step(model, given) for _ in range(2)][1]
     found = compiled_step(model, compiled(model, fullgraph=True), given)
     assert found.gradients.keys() == peft.gradients.keys()

@@ -16,7 +16,7 @@ X, W, A, B = torch.randn(3, 7), torch.randn(5, 7), torch.randn(2, 7), torch.rand
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(monkeypatch: pytest.MonkeyPatch, groups_in_python: None) -> list[str]:
     """Names of the library's functions that were called."""
     found: list[str] = []
     for name in ("pack", "forward", "backward"):

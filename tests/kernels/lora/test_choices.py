@@ -18,6 +18,7 @@ from tests.kernels.lora.groups import check_group, parameters, projection, seeds
 
 CPU, F16 = torch.device("cpu"), torch.float16
 HALF = Dtypes(F16, F16, F16)
+pytestmark = pytest.mark.usefixtures("groups_in_python")
 OURS, LIBRARY = {RANK: "triton", LINEAR: "triton"}, {RANK: "library", LINEAR: "torch"}
 
 

@@ -23,7 +23,7 @@ FORWARD, DX = LinearKey(32, 24, 40, "float16", False), LinearKey(32, 40, 24, "fl
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def taken(monkeypatch: pytest.MonkeyPatch, groups_in_python: None) -> list[str]:
     """What computes the products, in order, on a Hopper that Triton's interpreter plays."""
     pytest.importorskip("triton")
     from fastpeft_kernels.lora import forward, linear
