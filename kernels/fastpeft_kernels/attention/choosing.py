@@ -20,6 +20,9 @@ from .scores import Scores
 OP = "attention"
 _TINY = 1 << 17  # scores of the whole call: half a megabyte
 _FEW_SCORES = 1 << 26  # a quarter of a gigabyte in fp32
+_FEW_FOR_LAUNCHES = 1 << 23
+"""Scores, by arithmetic and not measured: 32 heads of 512 tokens take an H200 some 20 us, four launches of ours forward
+and backward the host ten times as long, a mask of queries x keys and PyTorch's own less than half of that."""
 _FEW_SEEN = 1 << 28  # of a mask's elements, a byte each
 _FEW_SEEN_ON_CPU = CPU.scores  # no more memory than a block's
 """Measured on an EPYC, one thread, fp32, causal with padding, 8 heads of 64, forward and backward, in ms, dense and in
@@ -65,7 +68,7 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
     if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
         count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         if q.device.type == "cuda":
-            return _without_kernels(q, k, v, mask, scores, with_lse, deterministic, count)
+            return _on_a_gpu(q, k, v, mask, scores, with_lse, deterministic, count)
         if q.device.type != "cpu" or slow or as_op():
             return "auto"
         if count <= _TINY:
@@ -80,12 +83,19 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
     return default if found == "triton" and triton_refusal(q, k, v, mask, scores) is not None else found
 
 
-def _without_kernels(
+def _on_a_gpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool, count: int
 ) -> str:
-    """What serves a GPU where our kernels do not, and PyTorch's own not in linear memory: blocks are many launches."""
-    if as_op() or own_backend(q, k, v, mask, scores) == "triton":
+    """What serves a GPU where PyTorch's own does not in linear memory.
+
+    Our kernels, but where there is so little to do that their launches would take the host longer; where they do not
+    serve, not blocks, which are many launches, unless there is much.
+    """
+    if as_op():
         return "auto"
+    if own_backend(q, k, v, mask, scores) == "triton":
+        few = count <= _FEW_FOR_LAUNCHES and not with_lse
+        return "dense" if few and _serves_dense(q, k, v, scores, deterministic) else "auto"
     if count // q.shape[1] <= _FEW_SEEN and not with_lse and _serves_dense(q, k, v, scores, deterministic):
         return "dense"
     return "reference" if count <= _FEW_SCORES else "auto"

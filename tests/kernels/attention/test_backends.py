@@ -45,11 +45,16 @@ def test_a_gpu_without_our_kernels(mask: Mask, monkeypatch: pytest.MonkeyPatch) 
     case = make_case(queries=40, keys=40, mask=mask, extras=[])
     scores = Scores(0.3)
     arguments = (case.q, case.k, case.v, mask, scores, False, False)
-    assert choosing._without_kernels(*arguments, count=1 << 20) == "dense"
-    assert choosing._without_kernels(*arguments, count=1 << 40) == "auto"
+    assert choosing._on_a_gpu(*arguments, count=1 << 20) == "dense"
+    assert choosing._on_a_gpu(*arguments, count=1 << 40) == "auto"
     capped = (case.q, case.k, case.v, mask, Scores(0.3, softcap=2.0), False, False)
-    assert choosing._without_kernels(*capped, count=1 << 20) == "reference"
-    assert choosing._without_kernels(*capped, count=1 << 30) == "auto"
+    assert choosing._on_a_gpu(*capped, count=1 << 20) == "reference"
+    assert choosing._on_a_gpu(*capped, count=1 << 30) == "auto"
+    with monkeypatch.context() as kernels:
+        kernels.setattr(choosing, "own_backend", lambda *_: "triton")
+        assert choosing._on_a_gpu(*arguments, count=1 << 20) == "dense", "launches would take longer"
+        assert choosing._on_a_gpu(*arguments, count=1 << 24) == "auto"
+        assert choosing._on_a_gpu(*capped, count=1 << 20) == "auto"
     monkeypatch.setattr(api, "backend_of", lambda *_: "dense")
     found = attention(case.q, case.k, case.v, mask=mask, scale=0.3)
     wanted = attention(case.q, case.k, case.v, mask=mask, scale=0.3, backend="reference")
