@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
@@ -85,6 +86,11 @@ def attention_forward(
         if plain is not None:
             count(module, "fused")
             return plain, None
+    if queries == 1 and position_bias is not None and softcap is None and s_aux is None and dropout == 0.0:
+        one = _one_query(query, key, value, attention_mask, position_bias, scaling, others)
+        if one is not None:
+            count(module, "fused")
+            return one, None
     if others.get("cache") is not None:  # of continuous batching, which holds keys that are not here
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
@@ -156,6 +162,34 @@ def _module_is_causal(module: Any) -> bool:
     """What no mask means. Modules that don't say (Mllama's cross-attention): eager sees all, sdpa is causal."""
     before = getattr(module, "fastpeft_attention", None)
     return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
+
+
+def _one_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor,
+    scaling: float | None,
+    others: dict[str, Any],
+) -> Tensor | None:
+    """A step of generation with T5's bias, which for one query is a row, by PyTorch's own; None for others."""
+    if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
+        return None
+    if type(query) is not Tensor or _transformed() is not None or query.requires_grad or key.requires_grad:
+        return None
+    keys = key.shape[2]
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (1, keys)):
+        return None
+    if bias.shape[2:] != (1, keys) or bias.requires_grad:
+        return None
+    query, key, value = _autocast(query, key, value)
+    bias = bias.to(query.dtype)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, **grouped)
+    return out.transpose(1, 2).contiguous()
 
 
 def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
