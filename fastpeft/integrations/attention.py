@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
 
+from ..layers.bypass import transformed
 from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents
 from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
@@ -150,7 +151,7 @@ def _plain(
         return None
     if query.shape[0] != key.shape[0] or dropout >= 1.0 or torch.compiler.is_compiling():
         return None
-    if type(query) is not Tensor or _transformed() is not None:
+    if type(query) is not Tensor or transformed() is not None:
         return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
         return None
@@ -176,7 +177,7 @@ def _one_query(
     """A step of generation with T5's bias, which for one query is a row, by PyTorch's own; None for others."""
     if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
         return None
-    if type(query) is not Tensor or _transformed() is not None or query.requires_grad or key.requires_grad:
+    if type(query) is not Tensor or transformed() is not None or query.requires_grad or key.requires_grad:
         return None
     keys = key.shape[2]
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (1, keys)):
@@ -204,20 +205,7 @@ def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
         return f"queries of dtype {query.dtype}"
     if type(query) not in (Tensor, torch.nn.Parameter):
         return f"queries of type {type(query).__name__}"
-    return _transformed()
-
-
-def _transformed() -> str | None:
-    """What is made of the call's operations that ours don't take part in."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit tracing"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return None
+    return None if torch.compiler.is_compiling() else transformed()
 
 
 def _original(

@@ -82,8 +82,11 @@ def _why_not_in(layer: nn.Module) -> str | None:
 
 def _global_reason() -> str | None:
     """The reason why no module may be bypassed at present, or None."""
-    if has_global_hooks():
-        return "a global module hook"
+    return "a global module hook" if has_global_hooks() else transformed()
+
+
+def transformed() -> str | None:
+    """What torch makes of a call's operations at present that no op of ours takes part in, or None."""
     if torch._C._get_tracing_state() is not None:  # it cannot see what our C++ writes
         return "torch.jit tracing"
     if torch._C._are_functorch_transforms_active():

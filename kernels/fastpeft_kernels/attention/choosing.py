@@ -58,9 +58,8 @@ class AttentionKey(NamedTuple):
 def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool) -> str:
     """The backend that "auto" stands for; "auto" itself is the one of ours that serves, asked for when it computes.
 
-    "dense" is PyTorch's own with the mask as queries x keys, as models do it: where that is little on a CPU, and on a
-    GPU that our kernels do not serve.
-    Under torch.compile only sizes and settings are looked at.
+    "dense" is PyTorch's own with the mask as queries x keys, as models do it: where that is little, and on a GPU that
+    our kernels do not serve. Under torch.compile only sizes and settings are looked at.
     """
     if 0 in (q.numel(), k.numel(), v.numel()):
         return "reference"
