@@ -48,6 +48,8 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
         StepCase("llama", "qlora", bf16),
         StepCase("bert", "lora", fp32, autocast=True),
         StepCase("t5", "lora", fp32, autocast=True),
+        StepCase("llama", "qlora", bf16, rows=1),
+        StepCase("llama", "lora", bf16, autocast=True, rows=1),
         StepCase("llama", "lora", bf16, autocast=True, dropout=0.05),
         StepCase("llama", "lora", fp32, autocast=True, checkpointing=True),
         StepCase("llama", "dora", bf16, autocast=True),
@@ -73,6 +75,8 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
 def _sized(case: StepCase, small: bool) -> StepCase:
     if small:
         return replace(case, hidden=64, layers=2, tokens=16)
+    if case.rows == 1:  # a single short text: the host's time
+        return replace(case, hidden=4096, layers=4)
     if case.family in ("llama", "moe"):  # the width of 8 billion parameters
         return replace(case, hidden=4096, layers=2, rows=4, tokens=2048)
     return replace(case, hidden=1024, layers=4, rows=16, tokens=512)
