@@ -20,6 +20,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -32,21 +33,57 @@ using torch::autograd::variable_list;
 
 namespace {
 
+// Objects that were let go by threads without Python's lock. Such a thread must not wait for it: where the interpreter is
+// on its way out, waiting ends the thread in the middle of a destructor, and with it the process.
+class LetGo {
+public:
+    void add(PyObject* object) {
+        const std::lock_guard<std::mutex> guard(mutex_);
+        objects_.push_back(object);
+        if (objects_.size() == 1) Py_AddPendingCall(&LetGo::from_python, this);  // needs no lock; else the next call drops
+    }
+
+    void drop() {  // with Python's lock
+        std::vector<PyObject*> objects;
+        {
+            const std::lock_guard<std::mutex> guard(mutex_);
+            objects.swap(objects_);
+        }
+        for (PyObject* object : objects) Py_DECREF(object);
+    }
+
+private:
+    static int from_python(void* self) {
+        static_cast<LetGo*>(self)->drop();
+        return 0;
+    }
+
+    std::mutex mutex_;
+    std::vector<PyObject*> objects_;
+};
+
+LetGo& let_go() {
+    static auto* const it = new LetGo;  // outlives all threads
+    return *it;
+}
+
 // A reference to a Python object that any thread may let go.
 class Held {
 public:
     explicit Held(py::object object)
-        : object_(new py::object(std::move(object)), [](py::object* object) {
-              if (!Py_IsInitialized()) return;
-              py::gil_scoped_acquire gil;
-              delete object;
+        : object_(object.release().ptr(), [](PyObject* object) {
+              if (Py_IsInitialized() && PyGILState_Check()) {
+                  Py_DECREF(object);
+              } else {
+                  let_go().add(object);
+              }
           }) {}
 
-    py::object operator()() const { return (*object_)(); }
-    bool none() const { return object_->is_none(); }
+    py::object operator()() const { return py::handle(object_.get())(); }
+    bool none() const { return object_.get() == Py_None; }
 
 private:
-    std::shared_ptr<py::object> object_;
+    std::shared_ptr<PyObject> object_;
 };
 
 struct Projection {
@@ -354,6 +391,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
                           const std::vector<int64_t>& out_features, const std::vector<std::optional<Tensor>>& given_a,
                           const std::vector<std::optional<Tensor>>& given_b, const std::vector<double>& scalings,
                           ScalarType compute, ScalarType lora, ScalarType out, py::object check) {
+    let_go().drop();
     auto group = c10::make_intrusive<Group>();
     group->compute = compute;
     group->lora = lora;
