@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..common.random import keep_threshold
 from .masks import Mask
+from .relative import UNIT, in_copies
 from .scores import Scores
 from .tiles import block_of
 
 _LOG2E = math.log2(math.e)
 UNSPECIALISED = [
     *("queries", "keys", "kv_heads", "group", "left", "right", "bounds_batch", "padding_batch", "relative_head"),
+    "relative_copy",
     *(f"{name}_{part}" for name in ("q", "k", "v", "do", "o", "dq", "dk", "dv") for part in ("batch", "head", "row")),
     *("dense_batch", "dense_head", "dense_row", "dense_column", "bias_batch", "bias_head", "bias_row", "bias_column"),
     *("threshold", "heads"),
@@ -71,8 +73,9 @@ def common_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores
     arguments |= _per_batch("start_ptr", "bounds_batch", mask.start)
     arguments["stop_ptr"] = None if mask.stop is None else mask.stop.contiguous()
     arguments |= _per_batch("padding_ptr", "padding_batch", None if mask.keys is None else mask.keys.view(torch.uint8))
-    relative = None if scores.relative is None else scores.relative.contiguous()
-    arguments |= {"relative_ptr": relative, "relative_head": queries + keys - 1}
+    relative = None if scores.relative is None else in_copies(scores.relative)
+    steps = (0, 0) if relative is None else (relative.stride(0) // UNIT, relative.stride(1) // UNIT)
+    arguments |= {"relative_ptr": relative, "relative_head": steps[0], "relative_copy": steps[1]}
     shape = (batch, heads, queries, keys)
     arguments |= _broadcast("dense", None if mask.dense is None else mask.dense.view(torch.uint8), shape)
     arguments |= _broadcast("bias", scores.bias, shape)

@@ -17,6 +17,7 @@ from .backward_scores import bias_gradient, relative_gradient
 from .descriptors import sources
 from .gradients import Gradients, Needs
 from .masks import Mask
+from .relative import in_copies
 from .scores import Scores
 from .tiles import Tile, Tiles, default_tiles
 from .triton_score import LOG2E, load_tile
@@ -113,7 +114,7 @@ def attention_backward_triton(
                 ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
             attention_bwd_keys_kernel[(batch * k.shape[1] * triton.cdiv(keys, tiles.keys.block_n),)](
                 **sources(tiles.keys, q, k, v, dout), **rows, product_scale=scores.scale,
-                dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **arguments,
+                dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **_along_queries(arguments, scores),
                 **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
             )  # fmt: skip
         relative = bias = None
@@ -125,6 +126,13 @@ def attention_backward_triton(
             bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
     sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
     return Gradients(dq, dk if needs.k else None, dv if needs.v else None, relative, bias, sinks)
+
+
+def _along_queries(arguments: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """The same for a kernel whose tiles are keys x queries."""
+    if scores.relative is None:
+        return arguments
+    return {**arguments, "relative_ptr": in_copies(scores.relative.flip(1))}
 
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Needs) -> Gradients:

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .triton_mask import query_ranges, row_bounds
-from .triton_score import load_tile, store_rows, tile_gradients, tile_scores
+from .triton_score import COPY_UNIT, load_tile, store_rows, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -19,7 +19,7 @@ def attention_bwd_keys_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -61,7 +61,7 @@ def attention_bwd_keys_kernel(
         if dense_ptr is not None:
             dense_head_ptr = dense_ptr + batch * dense_batch + head * dense_head
         if relative_ptr is not None:
-            relative_head_ptr = relative_ptr + head * relative_head + queries - 1
+            relative_head_ptr = relative_ptr + head * (relative_head * COPY_UNIT)
         if bias_ptr is not None:
             bias_head_ptr = bias_ptr + batch * bias_batch + head * bias_head
         for part in tl.static_range(3):
@@ -69,7 +69,7 @@ def attention_bwd_keys_kernel(
                 first = begin if part == 0 else (inner_begin if part == 1 else inner_end)
                 last = inner_begin if part == 0 else (inner_end if part == 1 else end)
                 for m in tl.range(first, last, BLOCK_M, disable_licm=True):
-                    row = m + tl.arange(0, BLOCK_M)
+                    row = m // 16 * 16 + tl.arange(0, BLOCK_M)  # a multiple it is, which Triton cannot know
                     q = load_tile(
                         q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D
                     )
@@ -82,9 +82,9 @@ def attention_bwd_keys_kernel(
                         first_key, second_key = row_keys(seed_ptr, row.to(tl.int64), stream)
                     score, slope = tile_scores(
                         product, row[None, :], column[:, None], lower[None, :], upper[None, :], queries, keys,
-                        scale, softcap, relative_head_ptr, bias_head_ptr, bias_row, bias_column,
+                        scale, softcap, relative_head_ptr, relative_copy, bias_head_ptr, bias_row, bias_column,
                         padding_ptr, dense_head_ptr, dense_row, dense_column,
-                        PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
+                        PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER, ALONG_QUERIES=True,
                     )  # fmt: skip
                     lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))
                     do = load_tile(

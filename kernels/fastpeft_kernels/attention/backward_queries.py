@@ -8,7 +8,7 @@ import triton.language as tl
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .triton_mask import key_ranges, row_bounds
-from .triton_score import load_tile, store_rows, tile_gradients, tile_scores
+from .triton_score import COPY_UNIT, load_tile, store_rows, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -18,7 +18,7 @@ def attention_bwd_queries_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -42,7 +42,7 @@ def attention_bwd_queries_kernel(
     if dense_ptr is not None:
         dense_ptr += batch * dense_batch + head * dense_head
     if relative_ptr is not None:
-        relative_ptr += head * relative_head + queries - 1
+        relative_ptr += head * (relative_head * COPY_UNIT)
     if bias_ptr is not None:
         bias_ptr += batch * bias_batch + head * bias_head
 
@@ -63,7 +63,7 @@ def attention_bwd_queries_kernel(
             first = begin if part == 0 else (inner_begin if part == 1 else inner_end)
             last = inner_begin if part == 0 else (inner_end if part == 1 else end)
             for n in range(first, last, BLOCK_N):
-                column = n + tl.arange(0, BLOCK_N)
+                column = n // 16 * 16 + tl.arange(0, BLOCK_N)  # a multiple it is, which Triton cannot know
                 k = load_tile(
                     k_ptr, batch, kv_head, n, k_batch, k_head, k_row, keys, TMA, UNIT, FEATURES, BLOCK_N, BLOCK_D
                 )
@@ -73,7 +73,7 @@ def attention_bwd_queries_kernel(
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
                 score, slope = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
-                    scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
+                    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row, bias_column,
                     padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 dweights = tl.dot(do, tl.trans(v), input_precision="ieee")

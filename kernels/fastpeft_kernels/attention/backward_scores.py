@@ -18,7 +18,7 @@ from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .tiles import Tile
 from .triton_mask import row_bounds
-from .triton_score import load_tile, tile_gradients, tile_scores
+from .triton_score import COPY_UNIT, load_tile, tile_gradients, tile_scores
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "grid_batch", "grid_heads", "grid_rows", "grid_columns", "batches"])
@@ -29,7 +29,7 @@ def attention_bwd_scores_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
     dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -148,7 +148,7 @@ def attention_bwd_scores_kernel(
         if dense_ptr is not None:
             dense_here = dense_ptr + batch * dense_batch + head * dense_head
         if relative_ptr is not None:
-            relative_here = relative_ptr + head * relative_head + queries - 1
+            relative_here = relative_ptr + head * (relative_head * COPY_UNIT)
         if bias_ptr is not None:
             bias_here = bias_ptr + batch * bias_batch + head * bias_head
         lower, upper = row_bounds(row, queries, keys, left, right, start_here, stop_here)
@@ -158,7 +158,7 @@ def attention_bwd_scores_kernel(
         product = tl.dot(q, tl.trans(k), input_precision="ieee")
         score, _ = tile_scores(
             product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
-            scale, softcap, relative_here, bias_here, bias_row, bias_column,
+            scale, softcap, relative_here, relative_copy, bias_here, bias_row, bias_column,
             padding_here, dense_here, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=True, LOWER=LOWER,
         )  # fmt: skip
         dweights = tl.dot(do, tl.trans(v), input_precision="ieee")

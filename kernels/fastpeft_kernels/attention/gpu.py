@@ -43,6 +43,10 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 f"attention causal {head[0]} bf16 {tiles.label}",
                 partial(_check, shape, _BF16, ("causal",), (), tiles),
             )
+        for tiles in tiles_for(capability, _BF16, *head, loaded=True):
+            for score in ("relative", "softcap"):
+                name = f"attention {score} {head[0]} bf16 {tiles.label}"
+                yield name, partial(_check, shape, _BF16, (), (score,), tiles)
     for name in MASKS:
         if name != "causal":
             yield f"attention mask {name}", partial(_check, Shape(), _BF16, (name,), ())

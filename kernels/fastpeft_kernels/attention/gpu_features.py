@@ -98,9 +98,19 @@ def _with(shape: Shape, mask: Callable[[], Mask], scores: tuple[str, ...] = (), 
     return replace(it, mask=mask(), scores=replace(it.scores, **changes) if changes else it.scores)
 
 
+_LENGTHS = (4096, 3000, 2000, 1000)
+
+
 def _padded() -> Mask:
-    """Rows of 4096, 3000, 2000 and 1000 tokens, padded on the right."""
-    lengths = torch.tensor([4096, 3000, 2000, 1000], device=_DEVICE)
+    """Rows of such lengths, padded on the right, as models are given it: in the intervals of keys."""
+    lengths = torch.tensor(_LENGTHS, device=_DEVICE)
+    stop = torch.minimum(torch.arange(1, 4097, device=_DEVICE), lengths[:, None])
+    return Mask(start=torch.zeros_like(stop, dtype=torch.int32), stop=stop.to(torch.int32))
+
+
+def _padded_anywhere() -> Mask:
+    """The same as a mark a key, which serves padding with holes."""
+    lengths = torch.tensor(_LENGTHS, device=_DEVICE)
     return Mask(right=0, keys=torch.arange(4096, device=_DEVICE) < lengths[:, None])
 
 
@@ -112,8 +122,9 @@ def _documents() -> Mask:
 _CASES: dict[str, _Case] = {
     "padding": _Case(
         lambda: _with(_LLAMA, _padded),
-        lambda it: lambda b, h, i, j: (i >= j) & it.mask.keys[b, j],  # type: ignore[index]
+        lambda it: lambda b, h, i, j: j < it.mask.stop[b, i],  # type: ignore[index]
     ),
+    "padding, a mark a key": _Case(lambda: _with(_LLAMA, _padded_anywhere)),
     "documents": _Case(
         lambda: _with(_LLAMA, _documents),
         lambda it: lambda b, h, i, j: (i >= j) & (i // (4096 // _DOCUMENTS) == j // (4096 // _DOCUMENTS)),

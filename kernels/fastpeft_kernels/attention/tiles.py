@@ -89,9 +89,16 @@ _NARROW = {
     256: (Tiles(Tile(64, 32, 8, 1), Tile(16, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
 }
 _LOADED = {  # for any GPU, where much is done to scores, which takes registers
-    64: Tiles(Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2)),
-    128: Tiles(Tile(64, 32, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(32, 32, 4, 2)),
-    256: Tiles(Tile(64, 32, 8, 1, True), Tile(16, 32, 4, 1, True), Tile(32, 32, 4, 1, True), Tile(32, 32, 4, 1)),
+    64: (
+        Tiles(Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2)),
+        Tiles(Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 1)),
+        Tiles(Tile(64, 64, 4, 2, True), Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(32, 32, 4, 2)),
+    ),
+    128: (
+        Tiles(Tile(64, 32, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(32, 32, 4, 2)),
+        Tiles(Tile(128, 64, 8, 2, True), Tile(64, 64, 8, 2, True), Tile(128, 64, 8, 2, True), Tile(64, 64, 8, 2)),
+    ),
+    256: (Tiles(Tile(64, 32, 8, 1, True), Tile(16, 32, 4, 1, True), Tile(32, 32, 4, 1, True), Tile(32, 32, 4, 1)),),
 }
 _FP32 = {  # ordinary cores multiply
     64: (Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
@@ -119,7 +126,7 @@ def tiles_for(
     if dtype == torch.float32:
         return _FP32[block]
     if loaded:
-        return (_LOADED[block],)
+        return _LOADED[block]
     known = [shared for target, shared in SHARED_LIMITS.items() if target <= capability]
     if not known or known[-1] < _NEEDED:
         return _NARROW[block]

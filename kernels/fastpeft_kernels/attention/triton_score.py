@@ -6,10 +6,14 @@ import triton
 import triton.language as tl
 
 from ..common.triton_random import kept
+from . import relative
 from .triton_mask import seen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+COPY_BITS = tl.constexpr(relative.COPY_BITS)
+COPY_UNIT = tl.constexpr(relative.UNIT)
+MARGIN = tl.constexpr(relative.MARGIN)
 
 
 @triton.jit
@@ -63,16 +67,19 @@ def tanh(x):
 @triton.jit
 def tile_scores(
     product, row, column, lower, upper, queries, keys,
-    scale, softcap, relative_ptr, bias_ptr, bias_row, bias_column,
+    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row, bias_column,
     padding_ptr, dense_ptr, dense_row, dense_column,
     PLAIN: tl.constexpr, NATURAL: tl.constexpr, BOUNDED: tl.constexpr, LOWER: tl.constexpr,
+    ALONG_QUERIES: tl.constexpr = False,
 ):  # fmt: skip
     """Scores, -inf where a key is not seen, and the slope of the soft cap (else the scores again).
 
     Scores are times log2(e), unless NATURAL, as for fp32, where that would add roundings to what has few.
     PLAIN: the product itself, whose factor `scale`, which is positive, is left to the caller, as a fused multiply-add.
     With a softcap scale comes divided by it, and softcap times log2(e); else scale does. relative_ptr points at the
-    distance 0 of the head, the other pointers at the batch entry and head. row and column broadcast to the tile.
+    head's copies, as `relative.in_copies` makes them, the other pointers at the batch entry and head. row and column
+    broadcast to the tile; both begin at a multiple of 16. ALONG_QUERIES: for tiles of keys x queries; the copies are of
+    the bias in reversed order.
     """
     score = product
     slope = product
@@ -82,14 +89,17 @@ def tile_scores(
         score = capped * softcap
     elif not PLAIN:
         score = product * scale
-    if (relative_ptr is not None) or (bias_ptr is not None):
-        per_nat = 1.0 if NATURAL else LOG2E
+    per_nat = 1.0 if NATURAL else LOG2E
+    if relative_ptr is not None:
+        COPIES: tl.constexpr = COPY_BITS // relative_ptr.dtype.element_ty.primitive_bitwidth
+        place = (keys - column if ALONG_QUERIES else queries - row) + (MARGIN - 1)
+        aligned = place // COPIES * COPIES
+        in_copy = (place - aligned) * (relative_copy * COPY_UNIT) + aligned
+        score += tl.load(relative_ptr + in_copy + (row if ALONG_QUERIES else column)).to(tl.float32) * per_nat
+    if bias_ptr is not None:
         inside = (row < queries) & (column < keys)
-        if relative_ptr is not None:
-            score += tl.load(relative_ptr + (column - row), mask=inside, other=0.0).to(tl.float32) * per_nat
-        if bias_ptr is not None:
-            place = bias_ptr + row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
-            score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * per_nat
+        place = bias_ptr + row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
+        score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * per_nat
     if BOUNDED or (padding_ptr is not None) or (dense_ptr is not None):
         inside = seen(
             row, column, lower, upper, queries, keys,
