@@ -1,4 +1,5 @@
-"""The choices of `fastpeft tune` for layers of well-known sizes: winners in tuned/, to be shipped as defaults."""
+"""The choices of `fastpeft tune` for layers of well-known sizes: winners in tuned/, to be shipped as defaults, and the
+steps that they make beside those of the analytic defaults."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ def _run(recorder: Recorder, sizes: dict[str, dict[str, Any]], tokens: list[int]
         return
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     recorder.run_checks("tuning", _checks(recorder, sizes, methods, tokens, seconds))
+    recorder.run_checks("tuning", _steps(recorder, sizes, methods, max(tokens), 1 if seconds == 0.0 else 15))
 
 
 def _checks(
@@ -43,6 +45,52 @@ def _checks(
     for name, size in sizes.items():
         for method in methods:
             yield f"{name} {method}", partial(_tune, recorder, size, method, tokens, seconds)
+
+
+def _steps(
+    recorder: Recorder, sizes: dict[str, dict[str, Any]], methods: list[str], tokens: int, rounds: int
+) -> Iterator[Any]:
+    for name, size in sizes.items():
+        for method in methods:
+            yield f"step {name} {method}", partial(_step, recorder, name, size, method, tokens, rounds)
+
+
+def _step(
+    recorder: Recorder, name: str, size: dict[str, Any], method: str, tokens: int, rounds: int
+) -> dict[str, float]:
+    """Two layers forward and backward with what was measured, which this process uses by now, and without."""
+    import torch
+
+    import fastpeft
+    from fastpeft.bench.steps import StepCase, adapt, make_batch
+    from fastpeft.bench.timer import interleaved, ratio
+    from fastpeft_kernels.tuning.choosing import use_tuned
+
+    dtype = torch.bfloat16 if recorder.device == "cuda" else torch.float32
+    case = StepCase("llama", method, dtype, layers=2, rows=2, tokens=tokens // 2, autocast=dtype == torch.bfloat16)
+    with torch.device(recorder.device):
+        base = _layer(**size, layers=2)
+    model: Any = fastpeft.accelerate(adapt(base, case, recorder.device))
+    batch = make_batch(case, recorder.device)
+
+    def step(tuned: bool) -> None:
+        use_tuned(tuned)
+        with torch.autocast(recorder.device, torch.bfloat16, enabled=case.autocast):
+            model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    steps = {"tuned": partial(step, True), "untuned": partial(step, False)}
+    try:
+        samples = interleaved(steps, rounds, device=recorder.device)
+    finally:
+        use_tuned(True)
+    for peer, times in samples.items():
+        settings = {"model": name, "tokens": tokens}
+        recorder.add(
+            case=f"step {name} {method}", op="tuning", peer=peer, metric="step time", unit="ms", samples=times,
+            settings=settings,
+        )  # fmt: skip
+    return {"tuned_to_untuned": ratio(samples, "tuned", "untuned")}
 
 
 def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[int], seconds: float) -> dict[str, float]:
@@ -75,11 +123,11 @@ def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[in
     return {"cases": len(outcomes), "not_the_library": len(others), "dropped": len(wrong)}
 
 
-def _layer(hidden_size: int, intermediate_size: int, heads: tuple[int, int]) -> Any:
-    """A Llama of one layer and few words, random."""
+def _layer(hidden_size: int, intermediate_size: int, heads: tuple[int, int], layers: int = 1) -> Any:
+    """A Llama of few layers and words, random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
     return LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=heads[0], num_key_value_heads=heads[1], vocab_size=1000)
     )
