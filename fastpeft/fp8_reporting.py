@@ -100,13 +100,17 @@ def fp8_report(
         A `Fp8Report`: `.rows`, `.above`, and a table when printed.
 
     Raises:
-        TypeError: `model` is not an nn.Module.
+        TypeError: `model` is not an nn.Module, `batch` not a mapping or `limit` not a number.
         ValueError: the model holds no accelerated layer, `fp8_compute` is none of these, or no batch can be made up.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if fp8_compute not in (FORWARD, BOTH):
         raise ValueError(f"fp8_compute: expected {FORWARD!r} or {BOTH!r}, got {fp8_compute!r}")
+    if batch is not None and not isinstance(batch, Mapping):
+        raise TypeError(f"batch: expected a mapping of the forward's arguments, got {type(batch).__name__}")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
+        raise TypeError(f"limit: expected a number or None, got {limit!r}")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
     if not layers:
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")

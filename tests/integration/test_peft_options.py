@@ -54,6 +54,28 @@ def test_served(option: str) -> None:
     assert not notes(model)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda(method: str) -> None:
+    """CorDA's weights come of a run over samples, one row at a time."""
+    pytest.importorskip("attr", reason="PEFT's CorDA imports attrs")
+    from peft import get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    base = make_base(dtype=torch.float32)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(
+        r=4, init_lora_weights="corda", target_modules=targets, corda_config=CordaConfig(corda_method=method)
+    )
+    rows = torch.randint(3, 60, (8, 32), generator=torch.Generator().manual_seed(0))
+    preprocess_corda(base, config, run_model=lambda: [base(input_ids=row[None]) for row in rows])
+    model = get_peft_model(base, config)
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert not notes(model)
+
+
 def test_adapters_in_the_dtype_of_a_bf16_base() -> None:
     from peft import get_peft_model
 
