@@ -264,6 +264,10 @@ class TestReport:
             fastpeft.fp8_report(nn.Linear(2, 2))
         with pytest.raises(ValueError, match="fp8_compute: expected 'forward' or 'both'"):
             fastpeft.fp8_report(nn.Linear(2, 2), fp8_compute="never")
+        with pytest.raises(TypeError, match="batch: expected a mapping of the forward's arguments, got list"):
+            fastpeft.fp8_report(nn.Linear(2, 2), [1])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="limit: expected a number or None, got 'x'"):
+            fastpeft.fp8_report(nn.Linear(2, 2), limit="x")  # type: ignore[arg-type]
 
 
 def test_no_products_in_fp8_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +277,3 @@ def test_no_products_in_fp8_under_compile(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         weight: Any = object()
         assert products_of(base).weight(weight) is weight
-        with pytest.raises(TypeError, match="batch: expected a mapping of the forward's arguments, got list"):
-            fastpeft.fp8_report(nn.Linear(2, 2), [1])  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="limit: expected a number or None, got 'x'"):
-            fastpeft.fp8_report(nn.Linear(2, 2), limit="x")  # type: ignore[arg-type]
