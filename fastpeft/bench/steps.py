@@ -28,6 +28,7 @@ class StepCase:
         dropout: LoRA's.
         checkpointing: recompute every layer in backward.
         compiled: by torch.compile, as it comes.
+        words: of the vocabulary.
     """
 
     family: str
@@ -42,6 +43,7 @@ class StepCase:
     dropout: float = 0.0
     checkpointing: bool = False
     compiled: bool = False
+    words: int = 1000
 
     @property
     def name(self) -> str:
@@ -52,24 +54,30 @@ class StepCase:
             f"{self.layers}x{self.hidden}",
             f"{self.rows}x{self.tokens} tokens",
         ]
+        parts += [f"{self.words} words"] * (self.words != 1000)
         parts += [f"r={self.rank}"] + ["autocast"] * self.autocast + [f"dropout {self.dropout}"] * (self.dropout > 0)
         return " ".join(parts + ["checkpointing"] * self.checkpointing + ["torch.compile"] * self.compiled)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Milliseconds a step, in rounds of the same order; bytes that one forward keeps for backward."""
+    """Milliseconds a step, in rounds of the same order; bytes that one forward keeps for backward, and `Sides.peak`."""
 
     case: StepCase
     samples: dict[str, list[float]]
     kept: dict[str, int]
+    peak: dict[str, int]
 
 
 class Sides(NamedTuple):
-    """What `side_by_side` measured, and the accelerated model as it is afterwards."""
+    """What `side_by_side` measured, and the accelerated model as it is afterwards.
+
+    peak: bytes that a step takes at the most beside the model, on a GPU alone.
+    """
 
     samples: dict[str, list[float]]
     kept: dict[str, int]
+    peak: dict[str, int]
     accelerated: nn.Module
 
 
@@ -78,7 +86,7 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
     batch = make_batch(case, device)
     loss = partial(_loss, batch=batch, case=case, device=device)
     sides = side_by_side(build(case, device), loss, rounds, device, case.compiled)
-    return StepResult(case, sides.samples, sides.kept)
+    return StepResult(case, sides.samples, sides.kept, sides.peak)
 
 
 def side_by_side(
@@ -104,7 +112,16 @@ def side_by_side(
     samples = interleaved(steps, rounds, device=device)
     count = bytes_saved if compiled else bytes_kept
     kept = {name: count(models[name], partial(loss, each)) for name, each in called.items()}
-    return Sides(samples, kept, models["fastpeft"])
+    peak = {name: _peak(steps[name]) for name in called} if device == "cuda" else {}
+    return Sides(samples, kept, peak, models["fastpeft"])
+
+
+def _peak(step: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def build(case: StepCase, device: str) -> nn.Module:
@@ -154,7 +171,7 @@ def _config(case: StepCase, targets: list[str]) -> Any:
 
 
 def make_batch(case: StepCase, device: str) -> dict[str, Any]:
-    ids = torch.randint(0, 1000, (case.rows, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(0, case.words, (case.rows, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
     if case.family == "bert":
         return {"input_ids": ids, "labels": ids[:, 0] % 2}
     return {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -179,28 +196,28 @@ def base_model(case: StepCase) -> nn.Module:
     if case.family == "llama":
         return t.LlamaForCausalLM(
             t.LlamaConfig(
-                vocab_size=1000, hidden_size=h, intermediate_size=inner, num_hidden_layers=n,
+                vocab_size=case.words, hidden_size=h, intermediate_size=inner, num_hidden_layers=n,
                 num_attention_heads=h // 64, num_key_value_heads=max(1, h // 256), max_position_embeddings=positions,
             )
         )  # fmt: skip
     if case.family == "bert":
         return t.BertForSequenceClassification(
             t.BertConfig(
-                vocab_size=1000, hidden_size=h, intermediate_size=4 * h, num_hidden_layers=n,
+                vocab_size=case.words, hidden_size=h, intermediate_size=4 * h, num_hidden_layers=n,
                 num_attention_heads=h // 64, max_position_embeddings=positions,
             )
         )  # fmt: skip
     if case.family == "t5":
         return t.T5ForConditionalGeneration(
             t.T5Config(
-                vocab_size=1000, d_model=h, d_kv=64, d_ff=inner, num_layers=n, num_heads=h // 64,
+                vocab_size=case.words, d_model=h, d_kv=64, d_ff=inner, num_layers=n, num_heads=h // 64,
                 feed_forward_proj="gated-gelu", decoder_start_token_id=0,
             )
         )  # fmt: skip
     if case.family == "moe":
         return t.Qwen3MoeForCausalLM(
             t.Qwen3MoeConfig(
-                vocab_size=1000, hidden_size=h, moe_intermediate_size=inner // 2, num_hidden_layers=n,
+                vocab_size=case.words, hidden_size=h, moe_intermediate_size=inner // 2, num_hidden_layers=n,
                 num_attention_heads=h // 64, num_key_value_heads=max(1, h // 256), head_dim=64,
                 num_experts=16, num_experts_per_tok=2, max_position_embeddings=positions,
             )

@@ -46,6 +46,7 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
     cases = [
         StepCase("llama", "lora", fp32, autocast=True),
         StepCase("llama", "qlora", bf16),
+        StepCase("llama", "lora", bf16, autocast=True, words=128256),
         StepCase("bert", "lora", fp32, autocast=True),
         StepCase("t5", "lora", fp32, autocast=True),
         StepCase("llama", "qlora", bf16, rows=1),
@@ -74,7 +75,7 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
 
 def _sized(case: StepCase, small: bool) -> StepCase:
     if small:
-        return replace(case, hidden=64, layers=2, tokens=16)
+        return replace(case, hidden=64, layers=2, tokens=16, words=1000)
     if case.rows == 1:  # a single short text: the host's time
         return replace(case, hidden=4096, layers=4)
     if case.family in ("llama", "moe"):  # the width of 8 billion parameters
@@ -99,6 +100,8 @@ def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
         recorder.add(case=case.name, op="lora", peer=peer, metric="step time", unit="ms", samples=samples)
     for peer, kept in result.kept.items():
         recorder.add(case=case.name, op="lora", peer=peer, metric="kept for backward", unit="MiB", samples=kept / 2**20)
+    for peer, peak in result.peak.items():
+        recorder.add(case=case.name, op="lora", peer=peer, metric="peak memory", unit="MiB", samples=peak / 2**20)
     return {
         "time_ratio": ratio(result.samples, "fastpeft", "peft"),
         "kept_ratio": result.kept["fastpeft"] / result.kept["peft"],
