@@ -6,15 +6,14 @@ apart because the compiler may make them symbolic.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.traced_json import parsed, to_json
 from ..weights import unflatten_weight
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection
 
@@ -67,19 +66,19 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
             "magnitude": projection.magnitude is not None,
             "adapters": adapters,
         }
-        parts.append(_to_json(described))
+        parts.append(to_json(described))
     dtypes = group.dtypes
     names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
     if group.adapter_index is not None:
         tensors.append(group.adapter_index)
-    mixed = _to_json(group.adapter_index is not None)
-    head = f'"backend": {_to_json(group.backend)}, "dtypes": {_to_json(names)}, "mixed": {mixed}'
+    mixed = to_json(group.adapter_index is not None)
+    head = f'"backend": {to_json(group.backend)}, "dtypes": {to_json(names)}, "mixed": {mixed}'
     return tensors, numbers, f'{{{head}, "projections": [{", ".join(parts)}]}}'
 
 
 def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout: str) -> FlatGroup:
     """The group of `flatten_group`, over the same tensors, in the dtypes that their device is fast in."""
-    described = _parsed(layout)
+    described = parsed(layout)
     number = iter(numbers)
     place = 0
 
@@ -111,22 +110,3 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
         all_tracked.append([*tracked, magnitude])
     adapter_index = at(take(described["mixed"]))
     return FlatGroup(Group(projections, dtypes, seeds, described["backend"], adapter_index), all_tracked)
-
-
-@lru_cache(maxsize=4096)
-def _parsed(layout: str) -> Any:
-    return json.loads(layout)
-
-
-def _to_json(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join([_to_json(item) for item in value]) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join([f'"{key}": {_to_json(item)}' for key, item in value.items()]) + "}"
-    return str(value)

@@ -7,10 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.device import autocast_dtype, product_dtype
+from ..common.tracing import as_op
+from ..weights import DenseWeight, FrozenWeight
+from . import autograd, custom_op
+from .call import Fixed, Outputs, Trained
 from .head import Head, Options
-from .reference import entropy_reference, logits_reference, token_losses_reference
-
-REDUCTIONS = ("mean", "sum", "none")
+from .problem import Wants
+from .validation import check_head, check_hidden, check_labels, check_options, check_reduction, check_weights
 
 
 class LinearLoss(NamedTuple):
@@ -20,7 +24,7 @@ class LinearLoss(NamedTuple):
         loss: 0-d, or (...) as the labels for reduction "none"; fp32 (fp64 in fp64). Differentiable.
         log_probs: (...) log-probability of each label, zero where it is ignored; None unless asked for. Differentiable.
         entropy: (...) -sum p log p in nats, zero where the label is ignored; None unless asked for. No gradient.
-        correct: (...) bool, whether the label has the largest logit; None unless asked for.
+        correct: (...) bool, whether the label has the largest logit, the first of several; None unless asked for.
     """
 
     loss: Tensor
@@ -45,47 +49,124 @@ def linear_cross_entropy(
     entropy: bool = False,
     correct: bool = False,
 ) -> LinearLoss:
-    """Cross-entropy of the labels under the head's distribution.
+    """Cross-entropy of the labels under the head's distribution, without logits in memory.
 
     Equivalent PyTorch: `F.cross_entropy(cap(scale * F.linear(hidden, W, bias)).float(), labels)`; see `Head`, `Options`
-    and `loss.reference`. Labels belong to the hidden states beside them: nothing is shifted.
+    and `loss.reference`. Labels belong to the hidden states beside them: nothing is shifted. Sums are in fp32 at least.
+    Under autocast hidden, weight, s and b are multiplied in its dtype.
+
+    With a head that is not trained, and without label smoothing, the gradient comes out of the forward pass: two
+    products of tokens x words x hidden_size in all. Else the logits are made once more in backward. Ignored tokens are
+    left out, but under `torch.compile` and in a CUDA graph, where their number cannot be asked.
 
     Args:
-        hidden: (..., hidden_size), floating.
+        hidden: (..., hidden_size), floating, any strides.
         head: the map onto words.
         labels: (...) int64, each in [0, words) or `ignore_index`.
         reduction: "mean", over the class weights of the counted labels, as `F.cross_entropy`; "sum"; or "none".
         num_items: divides the sum of the losses in place of the mean's own count (transformers' `num_items_in_batch`);
             a number or a 0-d tensor; only with "mean".
         ignore_index, label_smoothing, z_loss: see `Options`.
-        class_weight: (words,) or None.
-        token_weight: (...) or None; factor of each token's loss; it does not change what the mean divides by.
+        class_weight: (words,) floating, or None; no gradient.
+        token_weight: (...) floating, or None; factor of each token's loss; it does not change what the mean divides by.
         log_probs, entropy, correct: whether these are wanted too.
 
     Returns:
-        `LinearLoss`.
+        `LinearLoss`. Gradients flow to hidden, to a weight that is a tensor, bias, s, b and token_weight, once: a second
+        derivative is an error. With no counted label the mean is NaN, as in PyTorch, and gradients are zero.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above. Labels outside [0, words) are found on a CPU alone; on a GPU
+            they fail a device's assertion, as in PyTorch, or their loss is infinite.
+        RuntimeError: in backward, a frozen weight was written to or moved since forward.
+
+    Source: Cut Your Losses, Wijmans et al. 2024, arXiv:2411.09009, for a loss without logits; `loss.online` for the rest.
     """
+    check_hidden(hidden)
+    check_head(head, hidden)
+    check_labels(labels, hidden, head.words, ignore_index)
     options = Options(ignore_index, label_smoothing, z_loss)
-    logits = logits_reference(hidden, head).flatten(0, -2)
-    flat = labels.flatten()
+    check_options(options)
+    check_weights(class_weight, token_weight, labels, head.words)
+    check_reduction(reduction, num_items)
+    flat = labels.reshape(-1)
     counted = flat != ignore_index
-    losses = token_losses_reference(logits, flat, options, class_weight)
+    safe = torch.where(counted, flat, 0)
+    wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct)
+    found = _compute(hidden, head, safe, counted, class_weight, wants)
+    losses = _losses(found, options, class_weight, safe, head.words)
+    losses = torch.where(counted, losses, 0.0)
     if token_weight is not None:
-        losses = losses * token_weight.flatten()
-    if reduction == "none":
-        loss = losses.view(labels.shape)
-    elif reduction == "sum":
-        loss = losses.sum()
-    else:
-        count = counted.sum() if class_weight is None else class_weight[flat.where(counted, 0)].where(counted, 0).sum()
-        loss = losses.sum() / (count if num_items is None else num_items)
-    zero = torch.zeros((), dtype=losses.dtype, device=losses.device)
+        losses = losses * token_weight.reshape(-1)
     return LinearLoss(
-        loss,
-        -token_losses_reference(logits, flat, Options(ignore_index)).view(labels.shape) if log_probs else None,
-        entropy_reference(logits.detach()).where(counted, zero).view(labels.shape) if entropy else None,
-        ((logits.argmax(-1) == flat) & counted).view(labels.shape) if correct else None,
+        _reduced(losses, labels, counted, safe, reduction, num_items, class_weight),
+        torch.where(counted, -found.nll, 0.0).view(labels.shape) if log_probs else None,
+        None if found.entropy is None else torch.where(counted, found.entropy, 0.0).view(labels.shape),
+        None if found.correct is None else (found.correct & counted).view(labels.shape),
     )
+
+
+def _compute(
+    hidden: Tensor, head: Head, labels: Tensor, counted: Tensor, class_weight: Tensor | None, wants: Wants
+) -> Outputs:
+    trained_weight, stored = _weights(head.weight)
+    dtype, low_dtype = _product_dtype(hidden), hidden.dtype if head.s is None else _product_dtype(head.s)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    s = None if head.s is None else head.s.reshape(-1, head.s.shape[-1])
+    trained = Trained(rows, trained_weight, head.bias, s, head.b)
+    op = as_op()
+    index = None if op else _computed(counted)
+    fixed = Fixed(labels, index, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants)
+    return (custom_op if op else autograd).apply(trained, fixed)
+
+
+def _weights(weight: FrozenWeight | Tensor) -> tuple[Tensor | None, FrozenWeight | None]:
+    """(trained, stored), one of them None."""
+    if isinstance(weight, FrozenWeight):
+        return None, weight
+    return (weight, None) if weight.requires_grad and torch.is_grad_enabled() else (None, DenseWeight(weight.detach()))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    return product_dtype(autocast or x.dtype, x.device)
+
+
+def _computed(counted: Tensor) -> Tensor | None:
+    """The tokens that are computed; None for all, also where asking would be an error."""
+    if counted.device.type == "meta" or (counted.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    index = counted.nonzero()[:, 0]
+    return None if index.shape[0] == counted.shape[0] else index
+
+
+def _losses(found: Outputs, options: Options, class_weight: Tensor | None, labels: Tensor, words: int) -> Tensor:
+    """Of each token, by the formula in `Options`."""
+    losses, e = found.nll, options.label_smoothing
+    classes = None if class_weight is None else class_weight.to(losses.dtype)
+    if classes is not None:
+        losses = losses * classes[labels]
+    if found.total is not None:
+        every = words if classes is None else classes.sum()
+        losses = (1 - e) * losses + e / words * (every * found.lse - found.total)
+    return losses + options.z_loss * found.lse**2 if options.z_loss else losses
+
+
+def _reduced(
+    losses: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    safe: Tensor,
+    reduction: str,
+    num_items: int | Tensor | None,
+    class_weight: Tensor | None,
+) -> Tensor:
+    if reduction == "none":
+        return losses.view(labels.shape)
+    if reduction == "sum":
+        return losses.sum()
+    if num_items is not None:
+        return losses.sum() / num_items
+    if class_weight is None:
+        return losses.sum() / counted.sum()
+    return losses.sum() / torch.where(counted, class_weight.to(losses.dtype)[safe], 0.0).sum()

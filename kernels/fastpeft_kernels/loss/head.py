@@ -20,8 +20,8 @@ class Head:
         weight: (words, hidden_size): a FrozenWeight, which gets no gradient, or a floating tensor, which gets one where
             it requires it.
         bias: (words,) or None; may be trained.
-        s: (..., rank), as the hidden states but for the last size, or None without an update.
-        b: (words, rank), dtype of s; None when, and only when, s is.
+        s: (..., rank), as the hidden states but for the last size, any floating dtype; or None without an update.
+        b: (words, rank), multiplied in the dtype of s; None when, and only when, s is.
         scale: factor of the logits before the cap (Cohere's and Granite's models have one).
         softcap: bound of the logits (Gemma 2: 30), or None.
     """

@@ -87,8 +87,8 @@ def online_step(
 
     Args:
         raw: (tokens, C), floating, rows contiguous. Where `write`, overwritten with exp(z - top) * cap'(scale * (raw +
-            bias)) for the new top, and with zero at the label's word: what multiplies the words' rows of W in a sum over
-            v != y that is yet to be divided, and multiplied by scale. Else its values are lost.
+            bias)) for the new top, and with zero at the label's word: what multiplies the words' rows of W in a sum
+            over v != y that is yet to be divided, and multiplied by scale. Else its values are lost.
         first: the chunk's first word.
         labels: (tokens,) int64.
         bias, class_weight: (C,), of the chunk, any floating dtype; class_weight is read for `total` alone.
@@ -146,9 +146,10 @@ def gradient_step(
 
     But for the factor scale, which belongs into the three (they are row factors):
 
-        cap'(scale * (raw + bias)) * ((d_nll + d_lse) p[v] - d_nll [v = y] + d_total c[v]),  p[v] = exp(z[v] - top) inverse
+        cap'(scale * (raw + bias)) * ((d_nll + d_lse) p[v] - d_nll [v = y] + d_total c[v])
 
-    where the label's is computed as d_lse p[y] - d_nll others + d_total c[y].
+    with p[v] = exp(z[v] - top) inverse,
+    and the label's is computed as d_lse p[y] - d_nll others + d_total c[y].
 
     Args:
         raw, first, labels, bias, class_weight: as for `online_step`.
@@ -174,6 +175,12 @@ def gradient_step(
         gradient.mul_(slope)
     if gradient is not raw:
         raw.copy_(gradient)
+
+
+def rescale(sums: Tensor, factor: Tensor) -> None:
+    """sums (tokens, columns) *= factor (tokens,), both wide; rows whose factor is 1 need not be touched."""
+    if sums.device.type != "cpu" or bool((factor != 1).any()):
+        sums.mul_(factor[:, None])
 
 
 @dataclass(slots=True)

@@ -1,0 +1,63 @@
+"""How many tokens and how many words are worked on at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+SHARE = 0.02
+"""Of the bytes of all logits in fp32: what the working memory may take."""
+_LEAST = (2048, 4096)
+"""Tokens x words that are worth their launches on a GPU, whatever the share says."""
+_ON_CPU = (512, 1024)
+"""Logits of 2 MiB in fp32 stay in the caches between the product that makes them and the one that reads them."""
+
+
+class Blocks(NamedTuple):
+    tokens: int
+    words: int
+
+
+class Sizes(NamedTuple):
+    """Bytes of working memory.
+
+    Attributes:
+        logit: for each token and word of a block.
+        token: for each token of a block: sums as wide as the hidden states.
+        word: for each word of a chunk: a decoded row of the weight.
+    """
+
+    logit: int
+    token: int
+    word: int
+
+    def of(self, blocks: Blocks) -> int:
+        return blocks.tokens * blocks.words * self.logit + blocks.tokens * self.token + blocks.words * self.word
+
+
+def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *, whole: bool = False) -> Blocks:
+    """Blocks whose working memory is within SHARE, or the least that is worth while.
+
+    For each chunk the sums over words are read and written once, 8 bytes a token and feature beside 2 C multiplications,
+    so wide chunks matter more than large blocks of tokens; each block reads the weight once more.
+
+    Args:
+        whole: all tokens in one block.
+    """
+    if device.type == "cpu":
+        wanted = [Blocks(tokens, max(64, _ON_CPU[0] * _ON_CPU[1] // max(tokens, 1)))] if whole else [Blocks(*_ON_CPU)]
+    else:
+        heights = [tokens] if whole else [4096, 2048, 1024]
+        wanted = [Blocks(height, width) for width in (8192, 4096, 2048, 1024) for height in heights]
+    wanted = [Blocks(_even(tokens, height), _even(words, width)) for height, width in wanted]
+    limit = max(int(SHARE * 4 * tokens * words), sizes.of(Blocks(*_LEAST)))
+    return next((blocks for blocks in wanted if sizes.of(blocks) <= limit), wanted[-1])
+
+
+def _even(count: int, most: int) -> int:
+    """The size of parts of `count`, about equal, of at most `most`; a multiple of 64 where there are several."""
+    if count <= most:
+        return max(count, 1)
+    size = -(-count // -(-count // most))
+    return min(most, -(-size // 64) * 64)

@@ -1,0 +1,195 @@
+"""What the loops of a fused loss work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..weights import FrozenWeight
+from .blocks import Blocks, Sizes
+
+
+class Needs(NamedTuple):
+    """Of which inputs gradients are wanted."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    s: bool = False
+    b: bool = False
+
+
+class Wants(NamedTuple):
+    """What is wanted beyond nll and lse."""
+
+    total: bool = False
+    entropy: bool = False
+    correct: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """Tokens, a head, and in which dtypes they are multiplied; no gradients flow through it.
+
+    Attributes:
+        hidden: (tokens, hidden_size).
+        weight: (words, hidden_size); a trained weight too, as a view of its values.
+        labels: (tokens,) int64 in [0, words) where they are computed.
+        index: (count,) int64, the tokens that are computed, in order; None for all.
+        bias: (words,) or None.
+        s, b: (tokens, rank) and (words, rank), or None.
+        class_weight: (words,) or None; read for `total` alone.
+        scale, softcap: see `Head`.
+        dtype: of the product with the weight.
+        low_dtype: of the product with b.
+    """
+
+    hidden: Tensor
+    weight: FrozenWeight
+    labels: Tensor
+    index: Tensor | None
+    bias: Tensor | None
+    s: Tensor | None
+    b: Tensor | None
+    class_weight: Tensor | None
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    low_dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """How many are computed."""
+        return self.hidden.shape[0] if self.index is None else self.index.shape[0]
+
+    @property
+    def words(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether the gradient of hidden can be summed up where it is to lie."""
+        return self.index is None and self.hidden.dtype == self.wide
+
+    def sizes(self, *, sums: bool, weight_sums: bool = False) -> Sizes:
+        """What working memory takes.
+
+        Args:
+            sums: with sums as wide as hidden for each token.
+            weight_sums: with such sums for each word of a chunk.
+        """
+        features, size, wide = self.weight.shape[1], self.dtype.itemsize, self.wide.itemsize
+        summed = sums and not self.sums_in_place
+        copied = self.index is not None or self.hidden.dtype != self.dtype
+        return Sizes(
+            logit=size + (wide if self.low_dtype != self.dtype else 0),
+            token=features * (wide * summed + size * copied),
+            word=features * (size * (not self.weight.is_ready(self.dtype)) + wide * weight_sums),
+        )
+
+    def sums(self, *shape: int) -> Tensor:
+        """Room for sums."""
+        return torch.empty(shape, dtype=self.wide, device=self.device)
+
+    def of(self, values: Tensor, first: int, last: int) -> Tensor:
+        """The rows of values (all tokens, ...) that belong to the computed tokens first..last - 1."""
+        return values[first:last] if self.index is None else values.index_select(0, self.index[first:last])
+
+    def put(self, values: Tensor, first: int, rows: Tensor) -> None:
+        """Writes what `of` reads."""
+        last = first + rows.shape[0]
+        if self.index is None:
+            values[first:last].copy_(rows)
+        else:
+            values.index_copy_(0, self.index[first:last], rows.to(values.dtype))
+
+    def empty(self, *columns: int, dtype: torch.dtype) -> Tensor:
+        """(all tokens, *columns) to `put` into; zeros for tokens that are not computed."""
+        shape = (self.hidden.shape[0], *columns)
+        make = torch.empty if self.index is None else torch.zeros
+        return make(shape, dtype=dtype, device=self.device)
+
+
+class Tokens(NamedTuple):
+    """A block of computed tokens: x (T, hidden_size) and s (T, rank) in the dtypes of the products, labels (T,)."""
+
+    first: int
+    last: int
+    x: Tensor
+    s: Tensor | None
+    labels: Tensor
+
+
+class Words(NamedTuple):
+    """A chunk of words: w (C, hidden_size), b (C, rank), bias (C,), class_weight (C,)."""
+
+    first: int
+    last: int
+    w: Tensor
+    b: Tensor | None
+    bias: Tensor | None
+    class_weight: Tensor | None
+
+
+def token_blocks(problem: Problem, blocks: Blocks) -> Iterator[Tokens]:
+    for first in range(0, problem.tokens, blocks.tokens):
+        last = min(first + blocks.tokens, problem.tokens)
+        s = None if problem.s is None else problem.of(problem.s, first, last).to(problem.low_dtype)
+        x = problem.of(problem.hidden, first, last).to(problem.dtype)
+        yield Tokens(first, last, x, s, problem.of(problem.labels, first, last))
+
+
+def decoded_chunks(weight: FrozenWeight, dtype: torch.dtype, words: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last, rows first..last - 1 in a dtype), the rows valid until the next are asked for."""
+    ready, room = weight.ready(dtype), None
+    if ready is None and weight.fills:
+        room = torch.empty((min(words, weight.shape[0]), weight.shape[1]), dtype=dtype, device=weight.device)
+    for first in range(0, weight.shape[0], words):
+        last = min(first + words, weight.shape[0])
+        if ready is not None:
+            yield first, last, ready[first:last]
+        elif room is not None:
+            yield first, last, weight.decode(out=room[: last - first], rows=(first, last))
+        else:
+            yield first, last, weight.decode(rows=(first, last), dtype=dtype)
+
+
+class Vocabulary:
+    """The chunks of words, and room for the raw logits of a block under one."""
+
+    def __init__(self, problem: Problem, blocks: Blocks) -> None:
+        self.problem, self.step = problem, min(blocks.words, problem.words)
+        self._raw = problem.hidden.new_empty(min(blocks.tokens, problem.tokens) * self.step, dtype=problem.dtype)
+
+    def __iter__(self) -> Iterator[Words]:
+        problem = self.problem
+        for first, last, w in decoded_chunks(problem.weight, problem.dtype, self.step):
+            b = None if problem.b is None else problem.b[first:last].to(problem.low_dtype)
+            bias = None if problem.bias is None else problem.bias[first:last]
+            classes = None if problem.class_weight is None else problem.class_weight[first:last]
+            yield Words(first, last, w, b, bias, classes)
+
+    def raw(self, tokens: Tokens, words: Words) -> Tensor:
+        """x W^T + s B^T, (T, C), in memory that the next call uses again."""
+        shape = (tokens.last - tokens.first, words.last - words.first)
+        raw = self._raw[: shape[0] * shape[1]].view(shape)
+        torch.mm(tokens.x, words.w.t(), out=raw)
+        if tokens.s is not None and words.b is not None:
+            if words.b.dtype == raw.dtype:
+                raw.addmm_(tokens.s, words.b.t())
+            else:
+                raw.add_(torch.mm(tokens.s, words.b.t()))
+        return raw
