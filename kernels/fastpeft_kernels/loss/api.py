@@ -72,15 +72,15 @@ def linear_cross_entropy(
         log_probs, entropy, correct: whether these are wanted too.
 
     Returns:
-        `LinearLoss`. Gradients flow to hidden, to a weight that is a tensor, bias, s, b and token_weight, once: a second
-        derivative is an error. With no counted label the mean is NaN, as in PyTorch, and gradients are zero.
+        `LinearLoss`. Gradients flow to hidden, to a weight that is a tensor, bias, s, b and token_weight, once: a
+        second derivative is an error. With no counted label the mean is NaN, as in PyTorch, and gradients are zero.
 
     Raises:
         TypeError, ValueError: an argument is not as above. Labels outside [0, words) are found on a CPU alone; on a GPU
             they fail a device's assertion, as in PyTorch, or their loss is infinite.
         RuntimeError: in backward, a frozen weight was written to or moved since forward.
 
-    Source: Cut Your Losses, Wijmans et al. 2024, arXiv:2411.09009, for a loss without logits; `loss.online` for the rest.
+    Source: Cut Your Losses in Large-Vocabulary Language Models, Wijmans et al. 2024, arXiv:2411.09009; and `online`.
     """
     check_hidden(hidden)
     check_head(head, hidden)
@@ -115,8 +115,8 @@ def _compute(
     s = None if head.s is None else head.s.reshape(-1, head.s.shape[-1])
     trained = Trained(rows, trained_weight, head.bias, s, head.b)
     op = as_op()
-    index = None if op else _computed(counted)
-    fixed = Fixed(labels, index, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants)
+    computed = None if op else _computed(counted)
+    fixed = Fixed(labels, computed, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants)
     return (custom_op if op else autograd).apply(trained, fixed)
 
 

@@ -12,8 +12,6 @@ from ..mlp.autograd import graph_is_kept
 from .call import Fixed, Kept, Outputs, Trained, compute, compute_backward, read_by_backward
 from .problem import Needs
 
-_TENSORS = ("labels", "index", "class_weight")
-
 
 class FusedLoss(torch.autograd.Function):
     """Keeps the gradients of rows, or else the inputs and three numbers a token; no logits."""
@@ -23,10 +21,9 @@ class FusedLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         trained, needs = Trained(*tensors), Needs(*ctx.needs_input_grad[1:])
         outputs, kept = compute(trained, fixed, needs)
-        ctx.needs, ctx.fixed = needs, fixed._replace(**dict.fromkeys(_TENSORS))
+        ctx.needs, ctx.fixed = needs, fixed[3:]
         ctx.stamp = None if fixed.stored is None else fixed.stored.stamp()
-        saved = (*kept, *read_by_backward(trained, kept), *(getattr(fixed, name) for name in _TENSORS))
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept, *read_by_backward(trained, kept), *fixed[:3])
         ctx.mark_non_differentiable(*(t for t in (outputs.entropy, outputs.correct) if t is not None))
         return tuple(outputs)
 
@@ -39,7 +36,7 @@ class FusedLoss(torch.autograd.Function):
         if not given:
             return (None,) * 6
         saved = ctx.saved_tensors
-        fixed = ctx.fixed._replace(**dict(zip(_TENSORS, saved[11:], strict=True)))
+        fixed = Fixed(*saved[11:], *ctx.fixed)
         if fixed.stored is not None:
             fixed.stored.check_unchanged(ctx.stamp)
         spend = not graph_is_kept(given[0].device)

@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *, whole: bool = False) -> Blocks:
     """Blocks whose working memory is within SHARE, or the least that is worth while.
 
-    For each chunk the sums over words are read and written once, 8 bytes a token and feature beside 2 C multiplications,
+    For each chunk the sums over words are read and written once, 8 bytes a token and feature beside C multiplications,
     so wide chunks matter more than large blocks of tokens; each block reads the weight once more.
 
     Args:

@@ -17,10 +17,10 @@ from .recompute import recompute
 
 
 class Fixed(NamedTuple):
-    """What is not trained. Attributes as of `Problem`, but for stored: the weight, None where that is trained."""
+    """What is not trained: three tensors, and more. As of `Problem`; stored is the weight, None where it is trained."""
 
     labels: Tensor
-    index: Tensor | None
+    computed: Tensor | None
     class_weight: Tensor | None
     stored: FrozenWeight | None
     scale: float
@@ -140,7 +140,7 @@ def _problem(trained: Trained, fixed: Fixed) -> Problem:
         hidden,
         frozen,
         fixed.labels,
-        fixed.index,
+        fixed.computed,
         bias,
         s,
         b,

@@ -137,7 +137,8 @@ def linear_loss_backward_op(
     """
     fixed = Fixed(labels, None, class_weight, _unflat(stored, layout), scale, softcap, dtype, low_dtype, Wants(*wants))
     trained = Trained(hidden, weight, bias, s, b)
-    found = compute_backward(trained, fixed, Needs(*needs), Kept(*kept), *gradients, spend=False)
+    d_nll, d_lse, d_total = gradients
+    found = compute_backward(trained, fixed, Needs(*needs), Kept(*kept), d_nll, d_lse, d_total, spend=False)
     return [grad for grad in found if grad is not None]
 
 

@@ -1,8 +1,9 @@
 """Gradients of each token's nll in its own hidden state and s, out of the forward pass.
 
-In the sum over words softmax's numerators can stand for its probabilities until their sum is known, as in attention with
-K = V = W (FlashAttention's online softmax): d nll / d h = sum_v p[v] W[v] - W[y] comes out of the pass that makes the
-logits, and none are made a second time. The label's word is left out of the sum, and added as -(sum of other p) W[y].
+In the sum over words softmax's numerators can stand for its probabilities until their sum is known, as in attention
+with K = V = W (FlashAttention's online softmax): d nll / d h = sum_v p[v] W[v] - W[y] comes out of the pass that makes
+the logits, and none are made a second time. The label's word is left out of the sum, and added as
+-(sum of other p) W[y].
 
 Source: Milakov and Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """

@@ -39,7 +39,7 @@ class Problem:
         hidden: (tokens, hidden_size).
         weight: (words, hidden_size); a trained weight too, as a view of its values.
         labels: (tokens,) int64 in [0, words) where they are computed.
-        index: (count,) int64, the tokens that are computed, in order; None for all.
+        computed: (count,) int64, the tokens that are computed, in order; None for all.
         bias: (words,) or None.
         s, b: (tokens, rank) and (words, rank), or None.
         class_weight: (words,) or None; read for `total` alone.
@@ -51,7 +51,7 @@ class Problem:
     hidden: Tensor
     weight: FrozenWeight
     labels: Tensor
-    index: Tensor | None
+    computed: Tensor | None
     bias: Tensor | None
     s: Tensor | None
     b: Tensor | None
@@ -64,7 +64,7 @@ class Problem:
     @property
     def tokens(self) -> int:
         """How many are computed."""
-        return self.hidden.shape[0] if self.index is None else self.index.shape[0]
+        return self.hidden.shape[0] if self.computed is None else self.computed.shape[0]
 
     @property
     def words(self) -> int:
@@ -82,7 +82,7 @@ class Problem:
     @property
     def sums_in_place(self) -> bool:
         """Whether the gradient of hidden can be summed up where it is to lie."""
-        return self.index is None and self.hidden.dtype == self.wide
+        return self.computed is None and self.hidden.dtype == self.wide
 
     def sizes(self, *, sums: bool, weight_sums: bool = False) -> Sizes:
         """What working memory takes.
@@ -93,7 +93,7 @@ class Problem:
         """
         features, size, wide = self.weight.shape[1], self.dtype.itemsize, self.wide.itemsize
         summed = sums and not self.sums_in_place
-        copied = self.index is not None or self.hidden.dtype != self.dtype
+        copied = self.computed is not None or self.hidden.dtype != self.dtype
         return Sizes(
             logit=size + (wide if self.low_dtype != self.dtype else 0),
             token=features * (wide * summed + size * copied),
@@ -106,20 +106,20 @@ class Problem:
 
     def of(self, values: Tensor, first: int, last: int) -> Tensor:
         """The rows of values (all tokens, ...) that belong to the computed tokens first..last - 1."""
-        return values[first:last] if self.index is None else values.index_select(0, self.index[first:last])
+        return values[first:last] if self.computed is None else values.index_select(0, self.computed[first:last])
 
     def put(self, values: Tensor, first: int, rows: Tensor) -> None:
         """Writes what `of` reads."""
         last = first + rows.shape[0]
-        if self.index is None:
+        if self.computed is None:
             values[first:last].copy_(rows)
         else:
-            values.index_copy_(0, self.index[first:last], rows.to(values.dtype))
+            values.index_copy_(0, self.computed[first:last], rows.to(values.dtype))
 
     def empty(self, *columns: int, dtype: torch.dtype) -> Tensor:
         """(all tokens, *columns) to `put` into; zeros for tokens that are not computed."""
         shape = (self.hidden.shape[0], *columns)
-        make = torch.empty if self.index is None else torch.zeros
+        make = torch.empty if self.computed is None else torch.zeros
         return make(shape, dtype=dtype, device=self.device)
 
 

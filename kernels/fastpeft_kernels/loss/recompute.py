@@ -36,7 +36,7 @@ def recompute(
     d_lse: Tensor | None,
     d_total: Tensor | None,
 ) -> Gradients:
-    """The gradients of sum_t d_nll nll + d_lse lse + d_total total; each argument (tokens,), see `steps.gradient_step`."""
+    """The gradients of sum_t d_nll nll + d_lse lse + d_total total; see `steps.gradient_step`, of (tokens,) each."""
     # The gradient of a weight in 16 bits is one sum over all tokens: parts of it would be rounded.
     weight_dtype = problem.weight.dtype
     narrow = needs.weight and weight_dtype.itemsize < problem.wide.itemsize
