@@ -12,6 +12,7 @@ from ..common.tracing import as_op
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op
 from .call import Fixed, Outputs, Trained
+from .combining import reduced, token_losses
 from .head import Head, Options
 from .problem import Wants
 from .validation import check_head, check_hidden, check_labels, check_options, check_reduction, check_weights
@@ -94,12 +95,13 @@ def linear_cross_entropy(
     safe = torch.where(counted, flat, 0)
     wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct)
     found = _compute(hidden, head, safe, counted, class_weight, wants)
-    losses = _losses(found, options, class_weight, safe, head.words)
+    losses = token_losses(found.nll, found.lse, found.total, options, class_weight, safe, head.words)
     losses = torch.where(counted, losses, 0.0)
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1)
+    loss = reduced(losses, safe, counted, reduction, num_items, class_weight)
     return LinearLoss(
-        _reduced(losses, labels, counted, safe, reduction, num_items, class_weight),
+        loss.view(labels.shape) if reduction == "none" else loss,
         torch.where(counted, -found.nll, 0.0).view(labels.shape) if log_probs else None,
         None if found.entropy is None else torch.where(counted, found.entropy, 0.0).view(labels.shape),
         None if found.correct is None else (found.correct & counted).view(labels.shape),
@@ -138,35 +140,3 @@ def _computed(counted: Tensor) -> Tensor | None:
         return None
     index = counted.nonzero()[:, 0]
     return None if index.shape[0] == counted.shape[0] else index
-
-
-def _losses(found: Outputs, options: Options, class_weight: Tensor | None, labels: Tensor, words: int) -> Tensor:
-    """Of each token, by the formula in `Options`."""
-    losses, e = found.nll, options.label_smoothing
-    classes = None if class_weight is None else class_weight.to(losses.dtype)
-    if classes is not None:
-        losses = losses * classes[labels]
-    if found.total is not None:
-        every = words if classes is None else classes.sum()
-        losses = (1 - e) * losses + e / words * (every * found.lse - found.total)
-    return losses + options.z_loss * found.lse**2 if options.z_loss else losses
-
-
-def _reduced(
-    losses: Tensor,
-    labels: Tensor,
-    counted: Tensor,
-    safe: Tensor,
-    reduction: str,
-    num_items: int | Tensor | None,
-    class_weight: Tensor | None,
-) -> Tensor:
-    if reduction == "none":
-        return losses.view(labels.shape)
-    if reduction == "sum":
-        return losses.sum()
-    if num_items is not None:
-        return losses.sum() / num_items
-    if class_weight is None:
-        return losses.sum() / counted.sum()
-    return losses.sum() / torch.where(counted, class_weight.to(losses.dtype)[safe], 0.0).sum()

@@ -6,9 +6,14 @@ from types import ModuleType
 
 import torch
 
+from ..common.device import triton_serves
 from . import steps
 
 
-def steps_of(device: torch.device) -> ModuleType:
-    """The module with `online_step`, `gradient_step` and `rescale` for tensors on `device`."""
+def steps_of(raw_dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module with `online_step`, `gradient_step` and `rescale` for raw logits like these."""
+    if raw_dtype != torch.float64 and triton_serves(device):
+        from . import triton_steps
+
+        return triton_steps
     return steps

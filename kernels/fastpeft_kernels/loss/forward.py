@@ -45,7 +45,7 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
         needs: hidden and s may be set; no others are looked at.
     """
     blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=needs.hidden), problem.device)
-    steps, vocabulary = steps_of(problem.device), Vocabulary(problem, blocks)
+    steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
     rows = RowGradients(problem, needs, blocks)
     result = _room(problem, wants, rows)
     for tokens in token_blocks(problem, blocks):

@@ -42,7 +42,7 @@ def recompute(
     narrow = needs.weight and weight_dtype.itemsize < problem.wide.itemsize
     sizes = problem.sizes(sums=needs.hidden, weight_sums=narrow)
     blocks = choose_blocks(problem.tokens, problem.words, sizes, problem.device, whole=narrow)
-    steps, vocabulary = steps_of(problem.device), Vocabulary(problem, blocks)
+    steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
     sums = _Sums(problem, needs, blocks, weight_dtype)
     upstream = [None if d is None else d * problem.scale for d in (d_nll, d_lse, d_total)]
     for tokens in token_blocks(problem, blocks):
