@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.device import autocast_dtype, product_dtype
+from ..common.device import autocast_dtype
 from ..common.tracing import as_op
 from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op
@@ -112,7 +112,7 @@ def _compute(
     hidden: Tensor, head: Head, labels: Tensor, counted: Tensor, class_weight: Tensor | None, wants: Wants
 ) -> Outputs:
     trained_weight, stored = _weights(head.weight)
-    dtype, low_dtype = _product_dtype(hidden), hidden.dtype if head.s is None else _product_dtype(head.s)
+    dtype, low_dtype = _compute_dtype(hidden), hidden.dtype if head.s is None else _compute_dtype(head.s)
     rows = hidden.reshape(-1, hidden.shape[-1])
     s = None if head.s is None else head.s.reshape(-1, head.s.shape[-1])
     trained = Trained(rows, trained_weight, head.bias, s, head.b)
@@ -129,9 +129,9 @@ def _weights(weight: FrozenWeight | Tensor) -> tuple[Tensor | None, FrozenWeight
     return (weight, None) if weight.requires_grad and torch.is_grad_enabled() else (None, DenseWeight(weight.detach()))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    return product_dtype(autocast or x.dtype, x.device)
+    return autocast or x.dtype
 
 
 def _computed(counted: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..mlp.autograd import graph_is_kept
-from .call import Fixed, Kept, Outputs, Trained, compute, compute_backward, read_by_backward
+from .call import Fixed, Kept, Outputs, Trained, compute, compute_backward, read_by_backward, reads_weight
 from .problem import Needs
 
 
@@ -36,11 +36,10 @@ class FusedLoss(torch.autograd.Function):
         if not given:
             return (None,) * 6
         saved = ctx.saved_tensors
-        fixed = Fixed(*saved[11:], *ctx.fixed)
-        if fixed.stored is not None:
+        kept, trained, fixed = Kept(*saved[:6]), Trained(*saved[6:11]), Fixed(*saved[11:], *ctx.fixed)
+        if fixed.stored is not None and reads_weight(kept, d_lse):
             fixed.stored.check_unchanged(ctx.stamp)
         spend = not graph_is_kept(given[0].device)
-        kept, trained = Kept(*saved[:6]), Trained(*saved[6:11])
         return None, *compute_backward(trained, fixed, ctx.needs, kept, d_nll, d_lse, d_total, spend)
 
 

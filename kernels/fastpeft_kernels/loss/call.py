@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.device import product_dtype
 from ..lora.autograd import in_use
 from ..weights import DenseWeight, FrozenWeight
 from .forward import forward
@@ -17,7 +18,12 @@ from .recompute import recompute
 
 
 class Fixed(NamedTuple):
-    """What is not trained: three tensors, and more. As of `Problem`; stored is the weight, None where it is trained."""
+    """What is not trained: three tensors, and more; as of `Problem`.
+
+    Attributes:
+        stored: the weight; None where it is trained.
+        dtype, low_dtype: of the products, wherever the device multiplies these fast.
+    """
 
     labels: Tensor
     computed: Tensor | None
@@ -81,6 +87,11 @@ def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept
 
 def read_by_backward(trained: Trained, kept: Kept) -> Trained:
     return trained if kept.slope is None else Trained(None, None, None, None, trained.b)
+
+
+def reads_weight(kept: Kept, d_lse: Tensor | None) -> bool:
+    """Whether `compute_backward` does."""
+    return kept.slope is None or d_lse is not None
 
 
 def compute_backward(
@@ -147,6 +158,6 @@ def _problem(trained: Trained, fixed: Fixed) -> Problem:
         None if fixed.class_weight is None else fixed.class_weight.contiguous(),
         fixed.scale,
         fixed.softcap,
-        fixed.dtype,
-        fixed.low_dtype,
+        product_dtype(fixed.dtype, hidden.device),
+        product_dtype(fixed.low_dtype, hidden.device),
     )
