@@ -26,16 +26,16 @@ def check_instance(name: str, value: Any, *kinds: type) -> None:
         raise TypeError(f"{name}: expected a {expected}, got {type(value).__name__}")
 
 
-def check_device(name: str, device: torch.device, expected: torch.device) -> None:
-    """Raise ValueError unless a tensor is where x is."""
+def check_device(name: str, device: torch.device, expected: torch.device, like: str = "x") -> None:
+    """Raise ValueError unless a tensor is where x, or the argument `like`, is."""
     if device != expected:
-        raise ValueError(f"{name}: expected a tensor on {expected} like x, got {device}")
+        raise ValueError(f"{name}: expected a tensor on {expected} like {like}, got {device}")
 
 
-def check_tensor(name: str, tensor: Any, device: torch.device, shape: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError unless it is a dense floating tensor of this shape where x is."""
+def check_tensor(name: str, tensor: Any, device: torch.device, shape: tuple[int, ...], like: str = "x") -> None:
+    """Raise TypeError or ValueError unless it is a dense floating tensor of this shape where x, or `like`, is."""
     check_instance(name, tensor, Tensor)
-    check_device(name, tensor.device, device)
+    check_device(name, tensor.device, device, like)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,34 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor, begin: bool) -> None:
             torch.mm(a, b, out=sums)
         else:
             sums.addmm_(a, b)
-    elif a.device.type == "cuda" and sums.dtype == torch.float32:
-        if begin:
-            torch.mm(a, b, out_dtype=sums.dtype, out=sums)
-        else:
-            torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+    elif not a.is_cuda:
+        _add(sums, torch.mm(a, b), begin)
+    elif sums.dtype != torch.float32:
+        _add(sums, torch.mm(a.to(sums.dtype), b.to(sums.dtype)), begin)
     elif begin:
-        sums.copy_(torch.mm(a, b))
+        torch.mm(a, b, out_dtype=sums.dtype, out=sums)
+    elif _adds_to_fp32(a.dtype, a.device):
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
     else:
-        sums.add_(torch.mm(a, b))
+        sums.add_(torch.mm(a, b, out_dtype=sums.dtype))
+
+
+def _add(sums: Tensor, product: Tensor, begin: bool) -> None:
+    if begin:
+        sums.copy_(product)
+    else:
+        sums.add_(product)
+
+
+@lru_cache
+def _adds_to_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's addmm takes an fp32 matrix to add a product of 16-bit ones to; its first versions did not."""
+    sums, factor = torch.zeros((16, 16), device=device), torch.zeros((16, 16), dtype=dtype, device=device)
+    try:
+        torch.addmm(sums, factor, factor, out_dtype=torch.float32, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def rank_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

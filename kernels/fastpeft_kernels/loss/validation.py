@@ -31,20 +31,20 @@ def check_head(head: Any, hidden: Tensor) -> None:
     check_instance("head.weight", weight, FrozenWeight, Tensor)
     if isinstance(weight, Tensor):
         check_floating("head.weight", weight)
-    check_device("head.weight", weight.device, device)
+    check_device("head.weight", weight.device, device, "hidden")
     if len(weight.shape) != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         raise ValueError(
             f"head.weight: expected shape (words, {hidden.shape[-1]}) with words >= 1, got {tuple(weight.shape)}"
         )
     words = weight.shape[0]
     if head.bias is not None:
-        check_tensor("head.bias", head.bias, device, (words,))
+        check_tensor("head.bias", head.bias, device, (words,), "hidden")
     if (head.s is None) != (head.b is None):
         raise ValueError("head.s, head.b: expected both or neither, got one")
     if head.s is not None and head.b is not None:
         check_instance("head.s", head.s, Tensor)
-        check_tensor("head.s", head.s, device, (*hidden.shape[:-1], *head.s.shape[-1:]))
-        check_tensor("head.b", head.b, device, (words, head.s.shape[-1]))
+        check_tensor("head.s", head.s, device, (*hidden.shape[:-1], *head.s.shape[-1:]), "hidden")
+        check_tensor("head.b", head.b, device, (words, *head.s.shape[-1:]), "hidden")
     _check_number("head.scale", head.scale)
     if head.softcap is not None:
         _check_number("head.softcap", head.softcap)
@@ -58,7 +58,7 @@ def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any) -> 
     check_instance("ignore_index", ignore_index, int)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
-    check_device("labels", labels.device, hidden.device)
+    check_device("labels", labels.device, hidden.device, "hidden")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
     if labels.device.type == "cpu" and not as_op():
@@ -81,11 +81,11 @@ def check_options(options: Options) -> None:
 def check_weights(class_weight: Any, token_weight: Any, labels: Tensor, words: int) -> None:
     """Raise TypeError or ValueError unless each is None or as `linear_cross_entropy` says."""
     if class_weight is not None:
-        check_tensor("class_weight", class_weight, labels.device, (words,))
+        check_tensor("class_weight", class_weight, labels.device, (words,), "labels")
         if class_weight.requires_grad:
             raise ValueError("class_weight: expected a tensor without gradient, got one that requires it")
     if token_weight is not None:
-        check_tensor("token_weight", token_weight, labels.device, tuple(labels.shape))
+        check_tensor("token_weight", token_weight, labels.device, tuple(labels.shape), "labels")
 
 
 def check_reduction(reduction: Any, num_items: Any) -> None:

@@ -29,7 +29,7 @@ def bad(message: str, kind: type[Exception] = ValueError, **changed: Any) -> Any
         bad("head.weight: expected a floating tensor", TypeError, head=Head(torch.zeros(9, 8, dtype=torch.int8))),
         bad(r"head.weight: expected shape \(words, 8\)", head=Head(WEIGHT.t())),
         bad(r"words >= 1, got \(0, 8\)", head=Head(WEIGHT[:0])),
-        bad("head.weight: expected a tensor on cpu", head=Head(WEIGHT.to("meta"))),
+        bad("head.weight: expected a tensor on cpu like hidden, got meta", head=Head(WEIGHT.to("meta"))),
         bad(r"head.bias: expected shape \(9,\), got \(8,\)", head=Head(WEIGHT, WEIGHT[0])),
         bad("head.s, head.b: expected both or neither, got one", head=Head(WEIGHT, s=S)),
         bad(r"head.s: expected shape \(2, 3, 4\), got \(2, 4\)", head=Head(WEIGHT, s=S[:, 0], b=B)),
