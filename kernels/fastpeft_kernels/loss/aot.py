@@ -36,9 +36,8 @@ def _online(dtype: str, config: Config, default: bool, write: bool, full: bool =
     absent = [] if full else ["bias", "weight", *_EXTRAS]
     constexprs = {"WRITE": write, **({"ignore_index": None} if write else {})}
     types = {"best_ptr": "*i64", "ignore_index": "i32"}
-    return _case(
-        "written" if write else "read", online_step_kernel, dtype, config, default, full, absent, constexprs, types
-    )
+    what = "written" if write else "read"
+    return _case(what, online_step_kernel, dtype, config, default, full, absent, constexprs, types)
 
 
 def _gradient(dtype: str, config: Config, default: bool, full: bool = False) -> AotCase:

@@ -35,7 +35,7 @@ def cross_entropy(
 
     Args:
         logits: (..., words), floating.
-        labels: (...) int64, each in [0, words) or `ignore_index`: the label of the logits beside it, nothing is shifted.
+        labels: (...) int64, each in [0, words) or `ignore_index`, of the logits beside it: nothing is shifted.
         reduction, num_items, ignore_index, label_smoothing, z_loss, class_weight, token_weight: as for
             `linear_cross_entropy`.
         backend: "torch"; "triton" (fp32, fp16 and bf16 on CUDA); or "auto": triton where it serves, else torch.

@@ -27,7 +27,7 @@ def kl_divergence(
 ) -> Tensor:
     """How far the student's distribution is from the teacher's, summed over words, of each token.
 
-    With q = softmax(student_logits / temperature), p = softmax(teacher_logits / temperature), m = (1 - beta) q + beta p:
+    With q = softmax(student_logits / temperature), p = that of the teacher, and m = (1 - beta) q + beta p:
 
         beta = 0        KL(p || q), the forward direction: q is to cover p
         beta = 1        KL(q || p), the reverse direction: q is to stay within p

@@ -40,13 +40,13 @@ def divergence_fwd_kernel(
     counted_ptr: (tokens,) bool or None: a row that is not counted is not read, and its value is zero.
     out_ptr: (tokens,) fp32. kept_ptr: (5, tokens) fp32, contiguous: for student and teacher the reference point of the
     exponentials and the logarithm of their sum; and the mean under q of what multiplies q in the gradient.
-    KIND: "forward" is KL(p || q) with the teacher's p and the student's q, "reverse" KL(q || p), "mixed" beta KL(p || m)
-    + (1 - beta) KL(q || m).
+    KIND: "forward" is KL(p || q) with the teacher's p and the student's q, "reverse" KL(q || p), "mixed" beta times
+    KL(p || m) plus 1 - beta times KL(q || m).
     """
     token = tl.program_id(0).to(tl.int64)
     out_ptr += token
     kept_ptr += token
-    if counted_ptr is not None:
+    if counted_ptr is not None:  # noqa: SIM102 (told when it is compiled, and when it runs)
         if tl.load(counted_ptr + token) == 0:
             tl.store(out_ptr, 0.0)
             return
@@ -156,7 +156,7 @@ def divergence_bwd_kernel(
             if KIND == "reverse":
                 less = log_q - log_p
             else:
-                less, p_less = _less_mixture(log_q, log_p, beta, EXACT)
+                less, _p_less = _less_mixture(log_q, log_p, beta, EXACT)
                 upstream *= 1.0 - beta
             gradient = tl.where(q == 0.0, 0.0, upstream * (q * (less - centre)))
     tl.store(dstudent_ptr + token * dstudent_stride + column, gradient.to(dstudent_ptr.dtype.element_ty), mask=inside)

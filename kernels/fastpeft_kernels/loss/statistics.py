@@ -77,17 +77,18 @@ def statistics_backward(
 ) -> Tensor:
     """The gradient in logits, of their dtype, in memory of its own; zero where the label is ignored."""
     counted = labels != ignore_index
-    upstream = [None if d is None else torch.where(counted, d, 0.0) for d in (d_nll, d_lse, d_total)]
+    d_nll, d_lse, d_total = (None if d is None else torch.where(counted, d, 0.0) for d in (d_nll, d_lse, d_total))
     dlogits = torch.empty(tuple(logits.shape), dtype=logits.dtype, device=logits.device)
     if logits_backend(backend, logits) == "triton":
         from .triton_steps import gradient_step
 
-        rows = (top, inverse, others, *upstream)
-        gradient_step(logits, 0, labels, *rows, class_weight=class_weight, out=dlogits)
+        known_rows = (top, inverse, others, d_nll, d_lse, d_total)
+        gradient_step(logits, 0, labels, *known_rows, class_weight=class_weight, out=dlogits)
         return dlogits
     for part in pieces(logits):
         own = dlogits[part].copy_(logits[part])
-        rows = (None if x is None else x[part] for x in (top, inverse, others, *upstream))
-        steps.gradient_step(own, 0, labels[part], *rows, class_weight=class_weight)
+        of_nll, of_lse, of_total = (None if d is None else d[part] for d in (d_nll, d_lse, d_total))
+        known_rows = (top[part], inverse[part], others[part], of_nll, of_lse, of_total)
+        steps.gradient_step(own, 0, labels[part], *known_rows, class_weight=class_weight)
         own.masked_fill_(~counted[part, None], 0.0)  # whatever the logits are
     return dlogits

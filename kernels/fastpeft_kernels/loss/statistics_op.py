@@ -17,8 +17,9 @@ def statistics_op(
     logits: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None, total: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Statistics`, an empty tensor for a total that is not wanted."""
-    nll, lse, sums, *kept = statistics(logits, labels, ignore_index, class_weight, total, backend)
-    return nll, lse, lse.new_empty(0) if sums is None else sums, *kept
+    found = statistics(logits, labels, ignore_index, class_weight, total, backend)
+    sums = found.lse.new_empty(0) if found.total is None else found.total
+    return found.nll, found.lse, sums, found.top, found.inverse, found.others
 
 
 @statistics_op.register_fake
@@ -93,11 +94,11 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_nll: Tensor | None, d_lse: Tensor | None, d_total: Tensor | None) -> tuple[Any, ...]:
         dlogits = None
-        if any(gradient is not None for gradient in gradients):
+        if not (d_nll is None and d_lse is None and d_total is None):
             logits, labels, class_weight, *kept = ctx.saved_tensors
-            given = (*gradients, logits, labels, ctx.ignore_index, class_weight)
+            given = (d_nll, d_lse, d_total, logits, labels, ctx.ignore_index, class_weight)
             dlogits = statistics_backward(*given, *kept, ctx.backend)
         return dlogits, None, None, None, None, None
 

@@ -21,9 +21,9 @@ def gradient_step_kernel(
 ):  # fmt: skip
     """A block of a token's row of `steps.gradient_step`'s result.
 
-    raw_ptr, out_ptr: (tokens, words), columns contiguous; may be the same. bias_ptr, weight_ptr: (words,) of this chunk,
-    or None. labels_ptr: (tokens,) int64. The others: (tokens,) fp32, the last three may be None, which is zero. Where all
-    three are zero so is the row, whatever the logits are, which are not read.
+    raw_ptr, out_ptr: (tokens, words), columns contiguous; may be the same. bias_ptr, weight_ptr: (words,) of this
+    chunk, or None. labels_ptr: (tokens,) int64. The others: (tokens,) fp32; the last three may be None, which is zero.
+    Where all three are zero so is the row, whatever the logits are, which are not read.
     """
     blocks = tl.cdiv(words, LANES * WIDTH)
     token = (tl.program_id(0) // blocks).to(tl.int64)
@@ -57,7 +57,7 @@ def gradient_step_kernel(
 
 @triton.jit
 def rescale_kernel(acc_ptr, factor_ptr, columns, acc_stride, BLOCK: tl.constexpr):
-    """A row of acc_ptr (rows, columns) fp32, columns contiguous, times factor_ptr (rows,); untouched where that is 1."""
+    """A row of acc_ptr (rows, columns) fp32 times factor_ptr (rows,); nothing is read or written where that is 1."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row)
     if factor != 1.0:

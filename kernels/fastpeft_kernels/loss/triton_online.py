@@ -32,7 +32,7 @@ def online_step_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + token)
-    if ignore_index is not None:
+    if ignore_index is not None:  # noqa: SIM102 (told when it is compiled, and when it runs)
         if label == ignore_index:
             return
     y = label - first
@@ -43,7 +43,7 @@ def online_step_kernel(
     others_before = tl.load(others_ptr + token)
     z_before = tl.load(label_ptr + token)
     here = (y >= 0) & (y < words)
-    z_label, at_label = logits_and_slopes(raw_ptr, bias_ptr, y, here, factor, softcap, CAPPED, True)
+    z_label, _at_label = logits_and_slopes(raw_ptr, bias_ptr, y, here, factor, softcap, CAPPED, True)
 
     new = top
     reference = tl.full((LANES,), LOWEST, tl.float32)
