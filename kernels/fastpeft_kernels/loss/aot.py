@@ -9,13 +9,23 @@ if TYPE_CHECKING:
     from ..common.aot import AotCase
     from .tiles import Config
 
-_NUMBERS = {"factor": "fp32", "softcap": "fp32", "slack": "fp32"}
+_TYPES = {
+    **dict.fromkeys(("factor", "softcap", "slack", "beta"), "fp32"),
+    **dict.fromkeys(("labels_ptr", "best_ptr"), "*i64"),
+    "counted_ptr": "*u8",
+    "ignore_index": "i32",
+}
+_LOGITS = ("raw_ptr", "out_ptr", "bias_ptr", "student_ptr", "teacher_ptr", "dstudent_ptr")
 _WIDTHS = {"bf16": 8, "fp16": 8, "fp32": 4}
 _EXTRAS = ("tilted", "high", "best", "total")
 
 
 def cases() -> Iterator[AotCase]:
-    """The default configuration with nothing and with everything, bf16 and fp32; the others in bf16."""
+    """The default configuration with nothing and with everything, bf16 and fp32; the others in bf16.
+
+    Of what the default configuration serves, only the kinds that differ in kernel count as default: the others take
+    seconds each.
+    """
     from .tiles import CONFIGS
 
     for config in CONFIGS:
@@ -23,28 +33,42 @@ def cases() -> Iterator[AotCase]:
         yield _online("bf16", config, default, write=True)
         yield _online("bf16", config, default, write=False)
         yield _gradient("bf16", config, default)
+        for kind in ("forward", "reverse", "mixed"):
+            yield from _divergence(kind, "bf16", config, default and kind == "mixed")
     for dtype in ("bf16", "fp32"):
-        yield _online(dtype, CONFIGS[0], dtype == "bf16", write=True, full=True)
+        yield _online(dtype, CONFIGS[0], False, write=True, full=True)
         yield _online(dtype, CONFIGS[0], False, write=False, full=True)
-        yield _gradient(dtype, CONFIGS[0], dtype == "bf16", full=True)
+        yield _gradient(dtype, CONFIGS[0], False, full=True)
+    yield from _divergence("mixed", "fp32", CONFIGS[0], False)
     yield _rescale()
 
 
 def _online(dtype: str, config: Config, default: bool, write: bool, full: bool = False) -> AotCase:
     from .triton_online import online_step_kernel
 
-    absent = [] if full else ["bias", "weight", *_EXTRAS]
-    constexprs = {"WRITE": write, **({"ignore_index": None} if write else {})}
-    types = {"best_ptr": "*i64", "ignore_index": "i32"}
-    what = "written" if write else "read"
-    return _case(what, online_step_kernel, dtype, config, default, full, absent, constexprs, types)
+    constants = {} if full else _none("bias", "weight", *_EXTRAS)
+    constants |= {"CAPPED": full, "WRITE": write} | ({"ignore_index": None} if write else {})
+    what = ("written" if write else "read") + "_full" * full
+    return _case(what, online_step_kernel, dtype, config, default, constants)
 
 
 def _gradient(dtype: str, config: Config, default: bool, full: bool = False) -> AotCase:
     from .triton_gradient import gradient_step_kernel
 
-    absent = [] if full else ["bias", "weight", "d_lse", "d_total"]
-    return _case("gradient", gradient_step_kernel, dtype, config, default, full, absent, {}, {})
+    constants = {"CAPPED": full} | ({} if full else _none("bias", "weight", "d_lse", "d_total"))
+    return _case("gradient" + "_full" * full, gradient_step_kernel, dtype, config, default, constants)
+
+
+def _divergence(kind: str, dtype: str, config: Config, default: bool) -> Iterator[AotCase]:
+    from .divergence_kernels import divergence_bwd_kernel, divergence_fwd_kernel
+
+    for what, kernel in (("fwd", divergence_fwd_kernel), ("bwd", divergence_bwd_kernel)):
+        types = {"out_ptr": "*fp32"} if what == "fwd" else {}
+        yield _case(f"divergence_{what}_{kind}", kernel, dtype, config, default, {"KIND": kind}, types)
+
+
+def _none(*names: str) -> dict[str, Any]:
+    return {f"{name}_ptr": None for name in names}
 
 
 def _case(
@@ -53,22 +77,19 @@ def _case(
     dtype: str,
     config: Config,
     default: bool,
-    full: bool,
-    absent: list[str],
-    constexprs: dict[str, Any],
-    types: dict[str, str],
+    constants: dict[str, Any],
+    types: dict[str, str] | None = None,
 ) -> AotCase:
-    """Pointers are fp32 but for the logits, the bias and the labels; sizes multiples of 16, for loads of 16 bytes."""
+    """Pointers are fp32 unless they are said to be others; sizes multiples of 16, for loads of 16 bytes."""
     from ..common.aot import AotCase, signature_of
 
     width = _WIDTHS[dtype]
-    constants = {f"{name}_ptr": None for name in absent} | constexprs
-    constants |= {"CAPPED": full, "EXACT": dtype == "fp32", "LANES": config.block // width, "WIDTH": width}
-    types = types | _NUMBERS | dict.fromkeys(("raw_ptr", "out_ptr", "bias_ptr"), f"*{dtype}") | {"labels_ptr": "*i64"}
-    types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in types}
-    known = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}
-    name = f"{what}_{dtype}_{config.block}x{config.num_warps}{'_full' if full else ''}"
+    constants = constants | {"EXACT": dtype == "fp32", "LANES": config.block // width, "WIDTH": width}
+    every = _TYPES | dict.fromkeys(_LOGITS, f"*{dtype}") | (types or {})
+    names = [name for name in kernel.arg_names if name not in constants]
+    known = {name: every.get(name, "*fp32") for name in names if name in every or name.endswith("_ptr")}
     signature = signature_of(kernel, constants, known, "i32:16")
+    name = f"{what}_{dtype}_{config.block}x{config.num_warps}"
     return AotCase(name, kernel, signature, constants, num_warps=config.num_warps, default=default)
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import LOWEST, block_of_words, exponential, moved_reference
+from .triton_rows import LOWEST, block_of_words, exponential, moved_reference, within
 
 
 @triton.jit
-def _load(x_ptr, column, inside, factor):
+def _load(x_ptr, column, inside, partly, factor):
     x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32) * factor
-    return tl.where(inside, x, float("-inf"))
+    return within(x, inside, partly)
 
 
 @triton.jit
@@ -61,8 +61,9 @@ def divergence_fwd_kernel(
     for start in range(0, words, LANES * WIDTH):
         column = start + columns
         inside = column < words
-        s = _load(student_ptr, column, inside, factor)
-        t = _load(teacher_ptr, column, inside, factor)
+        partly = start + LANES * WIDTH > words
+        s = _load(student_ptr, column, inside, partly, factor)
+        t = _load(teacher_ptr, column, inside, partly, factor)
         top_q, shift_q, shrink_q = moved_reference(top_q, s, EXACT)
         top_p, shift_p, shrink_p = moved_reference(top_p, t, EXACT)
         if KIND == "forward":
@@ -105,8 +106,9 @@ def divergence_fwd_kernel(
         for start in range(0, words, LANES * WIDTH):
             column = start + columns
             inside = column < words
-            log_q = _load(student_ptr, column, inside, factor) - row_q - log_q_sum
-            log_p = _load(teacher_ptr, column, inside, factor) - row_p - log_p_sum
+            partly = start + LANES * WIDTH > words
+            log_q = _load(student_ptr, column, inside, partly, factor) - row_q - log_q_sum
+            log_p = _load(teacher_ptr, column, inside, partly, factor) - row_p - log_p_sum
             q_less, p_less = _less_mixture(log_q, log_p, beta, EXACT)
             q = exponential(log_q, EXACT)
             p = exponential(log_p, EXACT)
@@ -146,8 +148,8 @@ def divergence_bwd_kernel(
         log_q_sum = tl.load(kept_ptr + distance)
         top_p = tl.load(kept_ptr + 2 * distance)
         log_p_sum = tl.load(kept_ptr + 3 * distance)
-        log_q = _load(student_ptr + token * student_stride, column, inside, factor) - top_q - log_q_sum
-        log_p = _load(teacher_ptr + token * teacher_stride, column, inside, factor) - top_p - log_p_sum
+        log_q = _load(student_ptr + token * student_stride, column, inside, False, factor) - top_q - log_q_sum
+        log_p = _load(teacher_ptr + token * teacher_stride, column, inside, False, factor) - top_p - log_p_sum
         q = exponential(log_q, EXACT)
         if KIND == "forward":
             gradient = upstream * (q - exponential(log_p, EXACT))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import block_of_words, exponential, logits_and_slopes
+from .triton_rows import block_of_words, column_of, exponential, logits_and_slopes
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def gradient_step_kernel(
         raw_ptr += token * raw_stride
         z, slope = logits_and_slopes(raw_ptr, bias_ptr, column, inside, factor, softcap, CAPPED, EXACT)
         p = exponential(z - tl.load(top_ptr + token), EXACT) * tl.load(inverse_ptr + token)
-        y = tl.load(labels_ptr + token) - first
+        y = column_of(tl.load(labels_ptr + token), first, words)
         at_label = d_lse * p - d_nll * tl.load(others_ptr + token)
         gradient = tl.where(column == y, at_label, (d_nll + d_lse) * p)
         if d_total_ptr is not None:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..activation.triton_math import exp_of_negative, reciprocal
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Reference point of exponentials where nothing but -inf was met: -inf - LOWEST is -inf, not NaN."""
 
@@ -17,8 +18,16 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 @triton.jit
 def exponential(x, EXACT: tl.constexpr):
     """exp(x) for x up to a few units above zero, and zero for -inf."""
-    e = exp_of_negative(x, EXACT)
-    return tl.where(x < -104.0, 0.0, e) if EXACT else e
+    if not EXACT:
+        return tl.exp2(x * _LOG2E)  # unlike tl.exp without instructions for results below 2^-126, which are zero here
+    return tl.where(x < -104.0, 0.0, exp_of_negative(x, EXACT))
+
+
+@triton.jit
+def column_of(label, first, words):
+    """Of a label, int64, in a chunk of words, int32; -1 where it is of none."""
+    y = label - first
+    return tl.where((y >= 0) & (y < words), y, -1).to(tl.int32)
 
 
 @triton.jit
@@ -49,7 +58,7 @@ def tanh_and_slope(x, EXACT: tl.constexpr):
 def logits_and_slopes(
     raw_ptr, bias_ptr, column, inside, factor, softcap, CAPPED: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """z = factor (raw + bias), or softcap tanh of that if CAPPED, -inf outside; and the tanh's slope, or 1.
+    """z = factor (raw + bias), or softcap tanh of that if CAPPED; and the tanh's slope, or 1. Outside anything.
 
     raw_ptr: the row; bias_ptr: (words,) or None.
     """
@@ -61,7 +70,15 @@ def logits_and_slopes(
     if CAPPED:
         tanh, slope = tanh_and_slope(x, EXACT)
         x = softcap * tanh
-    return tl.where(inside, x, float("-inf")), slope
+    return x, slope
+
+
+@triton.jit
+def within(z, inside, partly):
+    """z where it is inside and -inf elsewhere. partly: whether any is outside, so that most blocks skip this."""
+    if partly:
+        z = tl.where(inside, z, float("-inf"))
+    return z
 
 
 @triton.jit
