@@ -15,6 +15,7 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.fp8 import gpu as fp8
     from fastpeft_kernels.lora import gpu as lora
     from fastpeft_kernels.lora import gpu_other as lora_other
+    from fastpeft_kernels.loss import gpu as loss
     from fastpeft_kernels.lycoris import gpu as lycoris
     from fastpeft_kernels.mlp import gpu as mlp
     from fastpeft_kernels.quant import gpu as quant
@@ -25,6 +26,7 @@ def run(recorder: Recorder, depth: str) -> None:
         "experts": experts,
         "attention_op": attention_op,
         "lora_other": lora_other,
+        "loss": loss,
         "lycoris": lycoris,
         "weights": weights,
     }

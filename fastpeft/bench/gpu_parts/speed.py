@@ -13,9 +13,10 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.attention import gpu_speed as attention
     from fastpeft_kernels.fp8 import gpu_speed as fp8
     from fastpeft_kernels.lora import gpu_speed as lora
+    from fastpeft_kernels.loss import gpu_speed as loss
     from fastpeft_kernels.mlp import gpu_speed as mlp
 
     families = {"attention_features": attention_features, "attention_op": attention_op, "fp8": fp8}
-    families |= {"activation": activation, "lora": lora, "mlp": mlp}
+    families |= {"activation": activation, "lora": lora, "mlp": mlp, "loss": loss}
     suites = {op: family.speed_checks() for op, family in families.items()}
     recorder.run_suites({"attention": attention.speed_checks(depth), **suites})
