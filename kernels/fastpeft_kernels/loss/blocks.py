@@ -46,10 +46,11 @@ def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *
         whole: all tokens in one block.
     """
     if device.type == "cpu":
-        wanted = [Blocks(tokens, max(64, _ON_CPU[0] * _ON_CPU[1] // max(tokens, 1)))] if whole else [Blocks(*_ON_CPU)]
-    else:
-        heights = [tokens] if whole else [4096, 2048, 1024]
-        wanted = [Blocks(height, width) for width in (8192, 4096, 2048, 1024) for height in heights]
+        height = tokens if whole else _even(tokens, _ON_CPU[0])
+        least = 64 if whole else 1
+        return Blocks(height, _even(words, max(least, _ON_CPU[0] * _ON_CPU[1] // max(height, 1))))
+    heights = [tokens] if whole else [4096, 2048, 1024]
+    wanted = [Blocks(height, width) for width in (8192, 4096, 2048, 1024) for height in heights]
     wanted = [Blocks(_even(tokens, height), _even(words, width)) for height, width in wanted]
     limit = max(int(SHARE * 4 * tokens * words), sizes.of(Blocks(*_LEAST)))
     return next((blocks for blocks in wanted if sizes.of(blocks) <= limit), wanted[-1])
