@@ -17,7 +17,7 @@ from .products import add_product, rank_factors
 
 
 class Gradients(NamedTuple):
-    """None where not wanted; hidden's and the weight's in their dtypes, the others in that of sums."""
+    """None where not wanted; hidden's and the weight's in their dtypes, the others in that of sums or fp64."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -37,10 +37,11 @@ def recompute(
     d_total: Tensor | None,
 ) -> Gradients:
     """The gradients of sum_t d_nll nll + d_lse lse + d_total total; see `steps.gradient_step`, of (tokens,) each."""
-    # The gradient of a weight in 16 bits is one sum over all tokens: parts of it would be rounded.
+    # The gradient of a weight in 16 bits is one sum over all tokens: parts of it would be rounded. So the sums of all
+    # tokens' hidden states are needed at once, however the chunks are chosen.
     weight_dtype = problem.weight.dtype
     narrow = needs.weight and weight_dtype.itemsize < problem.wide.itemsize
-    sizes = problem.sizes(sums=needs.hidden, weight_sums=narrow)
+    sizes = problem.sizes(sums=needs.hidden and not narrow, weight_sums=narrow and weight_dtype != problem.dtype)
     blocks = choose_blocks(problem.tokens, problem.words, sizes, problem.device, whole=narrow)
     steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
     sums = _Sums(problem, needs, blocks, weight_dtype)
@@ -81,7 +82,7 @@ class _Sums:
         self.s = problem.empty(rank, dtype=problem.wide) if needs.s else None
         self._block_s = problem.sums(count, rank) if needs.s else None
         self.weight = make(words, features, dtype=weight_dtype, device=problem.device) if needs.weight else None
-        self.bias = problem.sums(words).zero_() if needs.bias else None
+        self.bias = torch.zeros(words, dtype=torch.float64, device=problem.device) if needs.bias else None
         self.b = problem.sums(words, rank).zero_() if needs.b else None
 
     def begin(self, first: int, last: int) -> None:
@@ -96,7 +97,7 @@ class _Sums:
         if self.weight is not None:
             self._add_weight(self.weight[place], raw.t(), tokens)
         if self.bias is not None:
-            self.bias[place] += raw.sum(0, dtype=self.bias.dtype)
+            self.bias[place] += raw.sum(0, dtype=self.problem.wide)
         if self.b is not None and tokens.s is not None:
             add_product(self.b[place], *rank_factors(raw.t(), tokens.s), begin=False)
 

@@ -22,8 +22,8 @@ class Running:
     """Of a block of tokens, after some chunks of words; fp32, or fp64 where raw is. A step leaves the new values here.
 
     Attributes:
-        top: (tokens,) reference point of the exponentials: largest logit of an earlier moment, no more than SLACK under
-            the largest so far; the dtype's least number before the first step, and after it where that met only -inf.
+        top: (tokens,) reference point of the exponentials: largest logit of an earlier moment, no more than `slack`
+            under the largest so far; the dtype's least number before the first step, and where all were -inf.
         others: (tokens,) sum over v != y of exp(z[v] - top).
         label: (tokens,) z[y]; -inf until its chunk was met.
         factor: (tokens,) what sums made before the last step are to be multiplied with: exp(old top - new top), which
@@ -42,6 +42,11 @@ class Running:
     high: Tensor | None = None
     best: Tensor | None = None
     total: Tensor | None = None
+
+    @property
+    def slack(self) -> float:
+        """By how much a logit must exceed top to become it. None for the entropy, of which no digits are to cancel."""
+        return SLACK if self.tilted is None else 0.0
 
     @classmethod
     def start(
@@ -104,7 +109,7 @@ def online_step(
         higher = highest > running.high
         running.best = torch.where(higher, index + first, running.best)
         running.high = torch.where(higher, highest, running.high)
-    top = torch.where(highest > running.top + SLACK, highest, running.top)
+    top = torch.where(highest > running.top + running.slack, highest, running.top)
     shift = (running.top - top).clamp_(min=-1e4)  # of which the exponential is zero
     running.factor = shift.exp()
     column, inside = _label_column(labels, first, z.shape[1])
@@ -205,10 +210,13 @@ class Known:
 def known(running: Running) -> Known:
     """What the steps have gathered."""
     top, label = running.top, running.label
-    whole = running.others + torch.exp(label - top)
+    at_label = torch.exp(label - top)
+    whole = running.others + at_label
     nll = F.softplus(running.others.log() + (top - label), threshold=50.0)
     inverse = whole.reciprocal()
-    return Known(nll, top + whole.log(), top, inverse, running.others * inverse, label)
+    p = at_label * inverse
+    others = torch.where(p < 0.5, 1 - p, running.others * inverse)  # of the two the one that rounds less
+    return Known(nll, top + whole.log(), top, inverse, others, label)
 
 
 def entropy(running: Running) -> Tensor:

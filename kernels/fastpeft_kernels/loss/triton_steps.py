@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .steps import SLACK, Running
+from .steps import Running
 from .tiles import CONFIGS, Config, check_launch
 from .triton_gradient import gradient_step_kernel, rescale_kernel
 from .triton_online import online_step_kernel
@@ -45,7 +45,7 @@ def online_step(
             raw, bias, class_weight, labels,
             running.top, running.others, running.label, running.factor,
             running.tilted, running.high, running.best, running.total,
-            words, first, raw.stride(0), *_map(scale, softcap), SLACK, ignore_index,
+            words, first, raw.stride(0), *_map(scale, softcap), running.slack, ignore_index,
             WRITE=write, CAPPED=softcap is not None, EXACT=raw.dtype == torch.float32,
             **config.fitted(words, raw), num_warps=config.num_warps,
         )  # fmt: skip
