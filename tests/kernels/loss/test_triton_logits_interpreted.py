@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 F32, F16 = torch.float32, torch.float16  # the interpreter computes bfloat16 wrongly
-TOKENS, WORDS = 4, 43
+TOKENS, WORDS = 4, 27
 
 every_beta = pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
 
@@ -45,7 +45,7 @@ def draw(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", (F32, F16))
 def test_cross_entropy(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    logits, labels = draw(dtype), torch.tensor([3, -100, 42, 0])
+    logits, labels = draw(dtype), torch.tensor([3, -100, 26, 0])
     logits[1] = torch.nan
     options = {"label_smoothing": 0.2, "class_weight": torch.rand(WORDS)}
     results = []
@@ -62,8 +62,9 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
     assert not results[0][1][1].any()
 
 
-@every_beta
-@pytest.mark.parametrize("dtypes", ((F32, F32), (F16, F32), (F16, F16)), ids=str)
+@pytest.mark.parametrize(
+    ("dtypes", "beta"), (((F32, F32), 0.3), ((F16, F32), 0.0), ((F16, F16), 1.0), ((F16, F16), 0.3))
+)
 def test_divergence(module: ModuleType, small: Any, dtypes: tuple[torch.dtype, torch.dtype], beta: float) -> None:
     student, teacher = (draw(dtype) for dtype in dtypes)
     counted, upstream = torch.tensor([True, True, False, True]), torch.tensor([1.0, 0.5, 0.0, -2.0])
@@ -90,16 +91,13 @@ def test_extremes(module: ModuleType, small: Any, beta: float) -> None:
     student[2] += 3e3 + 9.0 * torch.arange(WORDS)
     teacher[2] -= 1.0 * torch.arange(WORDS)
     teacher[3] = student[3] - 7.0
-    ours = {
-        name: kl_divergence(student, teacher, beta=beta, reduction="none", backend=name) for name in ("torch", "triton")
-    }
+    wanted = kl_divergence(student, teacher, beta=beta, reduction="none", backend="torch")
     sound = [0, 2, 3]
-    torch.testing.assert_close(ours["triton"][sound], ours["torch"][sound], rtol=1e-5, atol=1e-6)
-    assert ours["triton"][1].isnan()
     values, kept = torch.full((TOKENS,), torch.nan), torch.full((5, TOKENS), torch.nan)
     gradient = torch.full_like(student, torch.nan)
     module.divergence_triton(student, teacher, None, 1.0, beta, values, kept, small)
-    torch.testing.assert_close(values[sound], ours["torch"][sound], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[sound], wanted[sound], rtol=1e-5, atol=1e-6)
+    assert values[1].isnan()
     module.divergence_backward_triton(torch.ones(TOKENS), student, teacher, kept, 1.0, beta, gradient, small)
     leaf = student.clone().requires_grad_()
     kl_divergence(leaf, teacher, beta=beta, reduction="sum", backend="torch").backward()

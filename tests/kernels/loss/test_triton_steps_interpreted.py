@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of infinities
 ]
 
-TOKENS, WORDS = 4, 43
-CHUNKS = ((0, 24), (24, 40), (40, 43))  # two blocks, the last in part; one; narrower than a lane
+TOKENS, WORDS = 3, 27
+CHUNKS = ((0, 24), (24, 27))  # two blocks, the last in part; narrower than a lane
 F32, F16, F64 = torch.float32, torch.float16, torch.float64  # the interpreter computes bfloat16 wrongly
 EXTRAS = {"tilted": True, "best": True, "total": True}
 
@@ -148,11 +148,11 @@ def test_extremes(module: ModuleType, small: Any, write: bool) -> None:
     raw[0, ::2] = -torch.inf
     raw[1] = -torch.inf
     raw[2] *= 1e4
-    raw[3, 30] = 60.0
+    raw[3, 20] = 60.0
     raw[4, 7] = torch.nan
-    raw[5, 42] = torch.inf
+    raw[5, 26] = torch.inf
     raw[6] += torch.arange(WORDS) * 9.0  # the reference point moves with every block
-    labels = torch.tensor([1, 4, 5, 30, 9, 3, 40])
+    labels = torch.tensor([1, 4, 5, 20, 9, 3, 25])
     ours, _, left = walk(module, raw, labels, {}, write, EXTRAS, **small)
     same, _, theirs = walk(steps, raw, labels, {}, write, EXTRAS)
     sound = [0, 2, 3, 6]
@@ -170,13 +170,13 @@ def test_left_out_tokens(module: ModuleType, small: Any) -> None:
     raw, labels, _ = draw(F32, False)
     raw[1] = torch.nan
     ours = walk(module, raw, labels, {}, False, {}, **small, ignore_index=-100)[0]
-    every = walk(module, raw, labels, {}, False, {}, **small)[0]
+    every = walk(steps, raw, labels, {}, False, {})[0]
     start = Running.start(TOKENS, F32, raw.device)
     rest = labels != -100
     for name in ("top", "others", "label"):
         value = getattr(ours, name)
         assert value[1] == getattr(start, name)[1]
-        assert torch.equal(value[rest], getattr(every, name)[rest])
+        torch.testing.assert_close(value[rest], getattr(every, name)[rest], rtol=1e-6, atol=0.0)
 
 
 def test_rescale(module: ModuleType) -> None:
