@@ -47,8 +47,8 @@ def _check_steps(
     for (dtype, mapped, write), shape in product(combinations, shapes):
         what = f"{dtype} {mapped=} {write=} {shape} {config}"
         raw, labels, given = _draw(dtype, mapped, shape)
-        ours = _statistics(verdicts, config, raw, labels, given, write, what)
-        _gradients(verdicts, config, raw, labels, given, ours, what)
+        _statistics(verdicts, config, raw, labels, given, write, what)
+        _gradients(verdicts, config, raw, labels, given, what)
     return {"largest_share_of_budget": verdicts.settle()}
 
 
@@ -87,7 +87,7 @@ def _of_words(given: dict[str, Any], first: int, last: int, dtype: torch.dtype) 
 
 def _statistics(
     verdicts: Verdicts, config: Any, raw: Tensor, labels: Tensor, given: dict[str, Any], write: bool, what: str
-) -> Running:
+) -> None:
     from . import triton_steps
 
     ours, left = _walk(triton_steps, raw, labels, given, write, config=config)
@@ -98,12 +98,12 @@ def _statistics(
     verdicts.equal(ours.others, again.others, f"others are not the same twice, {what}")
     results = [_known(running) for running in (ours, same, exact)]
     for name in results[0]:
-        verdicts.within(*(result[name] for result in results), f"{name}, {what}")
+        mine, theirs, true = (result[name] for result in results)
+        verdicts.within(mine, theirs, true, f"{name}, {what}")
     if write:
         verdicts.within(left, same_left, exact_left, f"written, {what}")
     else:
         verdicts.equal(left, raw, f"wrote into raw, {what}")
-    return ours
 
 
 def _known(running: Running) -> dict[str, Tensor]:
@@ -114,9 +114,7 @@ def _known(running: Running) -> dict[str, Tensor]:
     return {"nll": nll, "lse": known.lse, "entropy": entropy, "total": running.total, "high": running.high}
 
 
-def _gradients(
-    verdicts: Verdicts, config: Any, raw: Tensor, labels: Tensor, given: dict[str, Any], running: Running, what: str
-) -> None:
+def _gradients(verdicts: Verdicts, config: Any, raw: Tensor, labels: Tensor, given: dict[str, Any], what: str) -> None:
     from . import triton_steps
 
     known = steps.known(_walk(steps, raw.double(), labels, given, False)[0])
@@ -124,28 +122,18 @@ def _gradients(
     for row in upstream:
         row[2] = 0.0
     for wanted in ((True, True, True), (True, False, False)):
-        rows = [
-            known.top,
-            known.inverse,
-            known.others,
-            *(d if w else None for d, w in zip(upstream, wanted, strict=True)),
-        ]
-        narrow = [None if row is None else row.float() for row in rows]
-        results = []
-        for module, kind, given_rows in (
-            (triton_steps, raw.dtype, narrow),
-            (steps, raw.dtype, narrow),
-            (steps, F64, rows),
-        ):
-            left = raw.to(kind, copy=True)
-            own: dict[str, Any] = {"config": config} if module is triton_steps else {}
-            module.gradient_step(left, 0, labels, *given_rows, **_of_words(given, 0, raw.shape[1], kind), **own)
-            results.append(left)
-        verdicts.within(*results, f"gradient of {wanted}, {what}")
+        chosen = [d if flag else None for d, flag in zip(upstream, wanted, strict=True)]
+        rows: list[Any] = [known.top, known.inverse, known.others, *chosen]
+        narrow: list[Any] = [None if row is None else row.float() for row in rows]
+        ours, same, exact = raw.clone(), raw.clone(), raw.double()
+        triton_steps.gradient_step(ours, 0, labels, *narrow, **given, config=config)
+        steps.gradient_step(same, 0, labels, *narrow, **given)
+        steps.gradient_step(exact, 0, labels, *rows, **_of_words(given, 0, raw.shape[1], F64))
+        verdicts.within(ours, same, exact, f"gradient of {wanted}, {what}")
         apart = torch.full_like(raw, torch.nan)
         before = raw.clone()
-        triton_steps.gradient_step(raw, 0, labels, *narrow, **given, out=apart, config=config)  # type: ignore[arg-type]
-        verdicts.equal(apart, results[0], f"gradient elsewhere, {what}")
+        triton_steps.gradient_step(raw, 0, labels, *narrow, **given, out=apart, config=config)
+        verdicts.equal(apart, ours, f"gradient elsewhere, {what}")
         verdicts.equal(raw, before, f"wrote into raw, {what}")
 
 

@@ -102,8 +102,11 @@ def _make(
         trained = tuple({*trained, "s"})
     tensors = {name: x.to(dtype).requires_grad_(name in trained) for name, x in tensors.items()}
     labels = torch.randint(0, words, (tokens,), device=_DEVICE)
+    case = _Case(tensors, labels, trained, quantised, map or {}, options or {})
+    with torch.no_grad():  # every third label is a hit
+        labels[::3] = logits_reference(tensors["hidden"], case.head()).argmax(-1)[::3]
     labels[1::_IGNORED] = -100
-    return _Case(tensors, labels, trained, quantised, map or {}, options or {})
+    return case
 
 
 def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
@@ -119,16 +122,17 @@ def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
         on_cpu = {name: x.to(_DEVICE) for name, x in _gradients_on_cpu(same_case, upstream).items()}
     exact, exact_gradients = _derived(exact_case, upstream, _defined(exact_case))
     for name in ("loss", "log_probs", "entropy"):
-        figures = [getattr(x, name).detach() for x in (ours, same, exact)]
-        verdicts.within(*figures, name)
-        verdicts.equal(figures[0], getattr(twice, name), f"{name}: not the same twice")
+        mine, theirs, wanted = (getattr(x, name).detach() for x in (ours, same, exact))
+        verdicts.within(mine, theirs, wanted, name)
+        verdicts.equal(mine, getattr(twice, name), f"{name}: not the same twice")
     for name, gradient in ours_gradients.items():
         theirs = worse(same_gradients[name], on_cpu[name], exact_gradients[name])
         verdicts.within(gradient, theirs, exact_gradients[name], f"gradient of {name}")
         verdicts.equal(gradient, gradients_twice[name], f"gradient of {name}: not the same twice")
-    assert ours.correct is not None and exact.correct is not None
-    differing = int((ours.correct != exact.correct).sum())
-    assert differing <= len(case.labels) // 500, f"correct: {differing} tokens differ"
+    hits, hits_of_torch, true_hits = (x.correct for x in (ours, same, exact))
+    assert hits is not None and hits_of_torch is not None and true_hits is not None
+    differing, allowed = int((hits != true_hits).sum()), 2 * int((hits_of_torch != true_hits).sum()) + 5
+    assert differing <= allowed, f"correct: {differing} tokens differ, {allowed} may"
     return {"largest_share_of_budget": verdicts.settle()}
 
 
@@ -139,8 +143,8 @@ def _gradients_on_cpu(case: _Case, upstream: Tensor) -> dict[str, Tensor]:
 
 
 def _fused(case: _Case) -> LinearLoss:
-    wanted = {"reduction": "none", "log_probs": True, "entropy": True, "correct": True}
-    return linear_cross_entropy(case.tensors["hidden"], case.head(), case.labels, **case.options, **wanted)
+    wanted: dict[str, Any] = {"log_probs": True, "entropy": True, "correct": True, **case.options}
+    return linear_cross_entropy(case.tensors["hidden"], case.head(), case.labels, reduction="none", **wanted)
 
 
 def _defined(case: _Case) -> LinearLoss:
@@ -158,9 +162,9 @@ def _derived(case: _Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLo
     names = [name for name in _NAMES if name in case.trained and name in case.tensors]
     given = upstream.to(found.loss.dtype)
     leaves = [case.tensors[name] for name in names]
-    return found, dict(
-        zip(names, torch.autograd.grad([found.loss, found.log_probs], leaves, [given, -0.3 * given]), strict=True)
-    )
+    assert found.log_probs is not None
+    gradients = torch.autograd.grad([found.loss, found.log_probs], leaves, [given, -0.3 * given])
+    return found, dict(zip(names, gradients, strict=True))
 
 
 def _check_ignored() -> dict[str, Any]:

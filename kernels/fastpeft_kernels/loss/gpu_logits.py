@@ -53,10 +53,15 @@ def _check_cross_entropy(dtype: torch.dtype) -> dict[str, Any]:
         labels[1] = -100
         weight = torch.rand(shape[1], device=_DEVICE) if weighted else None
         upstream = torch.rand(shape[0], device=_DEVICE) + 0.5
-        named = {"label_smoothing": smoothing, "z_loss": z_loss, "class_weight": weight, "reduction": "none"}
+        named: dict[str, Any] = {
+            "label_smoothing": smoothing,
+            "z_loss": z_loss,
+            "class_weight": weight,
+            "reduction": "none",
+        }
         before = logits.clone()
-        ours = _derived(lambda x, y=labels, n=named: cross_entropy(x, y, **n, backend="triton"), logits, upstream)
-        twice = _derived(lambda x, y=labels, n=named: cross_entropy(x, y, **n, backend="triton"), logits, upstream)
+        fused = partial(cross_entropy, labels=labels, **named, backend="triton")
+        ours, twice = (_derived(fused, logits, upstream) for _ in range(2))
         options = Options(label_smoothing=smoothing, z_loss=z_loss)
         plain = partial(_plain, labels, options, weight)
         same, exact = _derived(plain, logits, upstream), _derived(plain, logits.double(), upstream)

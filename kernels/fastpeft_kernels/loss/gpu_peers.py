@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,8 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, labels)
+    loss: Tensor = import_module("cut_cross_entropy").linear_cross_entropy(hidden, weight, labels)
+    return loss
 
 
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -97,9 +97,9 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, d_nll: Tensor | None, d_lse: Tensor | None, d_total: Tensor | None) -> tuple[Any, ...]:
         dlogits = None
         if not (d_nll is None and d_lse is None and d_total is None):
-            logits, labels, class_weight, *kept = ctx.saved_tensors
+            logits, labels, class_weight, top, inverse, others = ctx.saved_tensors
             given = (d_nll, d_lse, d_total, logits, labels, ctx.ignore_index, class_weight)
-            dlogits = statistics_backward(*given, *kept, ctx.backend)
+            dlogits = statistics_backward(*given, top, inverse, others, ctx.backend)
         return dlogits, None, None, None, None, None
 
 
