@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastpeft_kernels.loss import Options, cross_entropy
 from fastpeft_kernels.loss import rows as walking
@@ -168,3 +170,31 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str) 
         pytest.importorskip("triton")
     with pytest.raises(error, match=message):
         cross_entropy(**{"logits": torch.zeros(3, WORDS), "labels": torch.zeros(3, dtype=torch.int64), **changes})
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the tensors of so many elements or more that operations make."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.storages: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= self.elements * x.element_size():
+                self.storages[x.untyped_storage().data_ptr()] = x  # kept, so that no other takes its place
+        return result
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16))
+def test_nothing_as_large_as_the_logits_but_their_gradient(dtype: torch.dtype) -> None:
+    logits, labels = draw(dtype, 40)
+    logits.requires_grad_()
+    with Sizes(logits.numel() // 2) as sizes:
+        loss = cross_entropy(logits, labels, **OPTIONS["everything"])
+        assert not sizes.storages.keys() - {logits.untyped_storage().data_ptr()}
+        (gradient,) = torch.autograd.grad(loss, logits)
+    made = sizes.storages.keys() - {logits.untyped_storage().data_ptr()}
+    assert made == {gradient.untyped_storage().data_ptr()}
