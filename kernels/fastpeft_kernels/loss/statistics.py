@@ -90,5 +90,5 @@ def statistics_backward(
         of_nll, of_lse, of_total = (None if d is None else d[part] for d in (d_nll, d_lse, d_total))
         known_rows = (top[part], inverse[part], others[part], of_nll, of_lse, of_total)
         steps.gradient_step(own, 0, labels[part], *known_rows, class_weight=class_weight)
-        own.masked_fill_(~counted[part, None], 0.0)  # whatever the logits are
+        own[~counted[part]] = 0.0  # whatever the logits are
     return dlogits
