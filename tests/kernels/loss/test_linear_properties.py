@@ -93,12 +93,13 @@ def test_every_option(options: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("head, options, dtype", list(product(HEADS, OPTIONS, DTYPES)))
-def test_every_combination(head: str, options: str, dtype: torch.dtype) -> None:
+def test_every_combination(head: str, options: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ON_CPU", (24, 50))
     if dtype == torch.float64:  # the oracle's own
         _exact(head, options)
         return
-    for lead in ((23,), (3, 5)):
-        hold(make_case(*lead, dtype=dtype, words=40, **HEADS[head], **OPTIONS[options]))
+    for lead in ((60,), (6, 11)):  # of fewer numbers PyTorch's largest error is a matter of luck
+        hold(make_case(*lead, dtype=dtype, words=160, **HEADS[head], **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("trained", (False, True))
