@@ -18,6 +18,7 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.loss import gpu as loss
     from fastpeft_kernels.lycoris import gpu as lycoris
     from fastpeft_kernels.mlp import gpu as mlp
+    from fastpeft_kernels.norm import gpu as norm
     from fastpeft_kernels.quant import gpu as quant
     from fastpeft_kernels.weights import gpu_decode as weights
 
@@ -28,6 +29,7 @@ def run(recorder: Recorder, depth: str) -> None:
         "lora_other": lora_other,
         "loss": loss,
         "lycoris": lycoris,
+        "norm": norm,
         "weights": weights,
     }
     recorder.run_suites({op: suite.checks() for op, suite in suites.items()})

@@ -1,0 +1,68 @@
+"""What to compile ahead of time: both kernels as launched for the norms of usual models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..common.aot import AotCase
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def cases() -> Iterator[AotCase]:
+    """Llama's, Gemma's and LayerNorm, frozen and trained, of a head, of a hidden state and of the longest rows."""
+    for features in (128, 4096):
+        for kind in ("input", "gemma", "layer"):
+            yield _case("fwd", features, kind, "bf16")
+            yield _case("bwd", features, kind, "bf16")
+            yield _case("bwd", features, kind, "bf16", trained=True)
+    for dtype in ("fp16", "fp32"):
+        yield _case("fwd", 4096, "input", dtype)
+        yield _case("bwd", 4096, "input", dtype)
+    for stage in ("fwd", "bwd"):
+        yield _case(stage, 4096, "input", "bf16", with_residual=True)
+        yield _case(stage, 1023, "layer", "bf16", aligned=False)
+        yield _case(stage, 16384, "input", "bf16")
+        yield _case(stage, 32768, "input", "bf16", default=False)
+
+
+def _case(
+    stage: str,
+    features: int,
+    kind: str,
+    dtype: str,
+    *,
+    trained: bool = False,
+    with_residual: bool = False,
+    aligned: bool = True,
+    default: bool = True,
+) -> AotCase:
+    import triton.language as tl
+
+    from ..common.aot import AotCase, signature_of
+    from .backward import norm_bwd_kernel
+    from .forward import norm_fwd_kernel
+    from .tiles import tile
+
+    backward, centred = stage == "bwd", kind == "layer"
+    block_rows, block_columns, num_warps = tile(features)
+    constants: dict[str, Any] = {"OFFSET": 1.0 if kind == "gemma" else 0.0, "CENTRED": centred}
+    constants |= {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+    if not backward:
+        constants["MIDDLE"] = getattr(tl, _DTYPES[dtype]) if kind == "input" else tl.float32
+    pointers = ["dy", "x", "weight", "rstd", "dx"] if backward else ["x", "weight", "y", "rstd"]
+    pointers += ["mean"] if centred else []
+    pointers += ["dtotal"] if backward and with_residual else ["residual", "total"] if with_residual else []
+    pointers += ["dweight"] if trained else []
+    pointers += ["dbias"] if trained and centred else ["bias"] if centred and not backward else []
+    kernel = norm_bwd_kernel if backward else norm_fwd_kernel
+    wide = ("rstd", "mean", "dweight", "dbias")
+    types = {f"{name}_ptr": "*fp32" if name in wide else f"*{dtype}" for name in pointers}
+    constants |= {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in types}
+    types |= {"eps": "fp32"} if not backward else {}
+    signature = signature_of(kernel, constants, types, "i32:16" if aligned else "i32")
+    flags = {"trained": trained, "residual": with_residual, "unaligned": not aligned}
+    name = "_".join([stage, str(features), kind, dtype, *(flag for flag, is_set in flags.items() if is_set)])
+    return AotCase(name, kernel, signature, constants, num_warps=num_warps, default=default)

@@ -1,0 +1,103 @@
+"""The norms for autograd: kept are x, or its sum with the residual, and one or two numbers a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common.device import autocast_off
+from .form import Form
+from .library import Gradients, Kept, norm_backward_library, norm_library
+
+
+class Norm(torch.autograd.Function):
+    """y, and where there is a residual (y, x + residual). Nothing of x's size is kept but x itself, or that sum."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        y, total, kept = compute(x, residual, weight, bias, form, backend)
+        ctx.form, ctx.backend = form, backend
+        ctx.save_for_backward(x if total is None else total, weight, bias, *kept)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        x, weight, bias, *kept = ctx.saved_tensors
+        of_x, of_residual, of_weight, of_bias = ctx.needs_input_grad[:4]
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None
+        needs = (of_x or of_residual, of_weight, of_bias)
+        with autocast_off(x.device):
+            found = compute_backward(dy, x, weight, Kept(*kept), ctx.form, needs, dtotal, ctx.backend)
+        dx = None if found.x is None else found.x.view(x.shape)
+        dweight, dbias = (
+            None if grad is None else grad.to(parameter.dtype)
+            for grad, parameter in ((found.weight, weight), (found.bias, bias))
+        )
+        return dx if of_x else None, dx if of_residual else None, dweight, dbias, None, None
+
+
+def apply(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
+) -> Any:
+    """y, or (y, x + residual), differentiable where grad mode and the inputs ask for it. Autocast must be off.
+
+    Args:
+        backend: "torch" or "triton".
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
+        return Norm.apply(x, residual, weight, bias, form, backend)
+    y, total, _ = compute(x, residual, weight, bias, form, backend)
+    return y if total is None else (y, total)
+
+
+def compute(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
+) -> tuple[Tensor, Tensor | None, Kept]:
+    """(y, x + residual, what backward needs), without a gradient; x (..., features)."""
+    shape = x.shape
+    if backend == "triton" and x.numel():
+        from .forward import norm_triton
+
+        rows, others = matrix(x), None if residual is None else matrix(residual)
+        y, total, kept = norm_triton(rows, others, weight, bias, form)
+    else:
+        total = None if residual is None else x + residual
+        y, kept = norm_library((x if total is None else total).reshape(-1, shape[-1]), weight, bias, form)
+    return y.view(shape), None if total is None else total.view(shape), kept
+
+
+def compute_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    kept: Kept,
+    form: Form,
+    needs: tuple[bool, bool, bool],
+    dtotal: Tensor | None,
+    backend: str,
+) -> Gradients:
+    """The gradients by the implementation that forward took; that of x is a matrix."""
+    others = None if dtotal is None else matrix(dtotal)
+    if backend == "triton" and x.numel():
+        from .backward import norm_backward_triton
+
+        return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs, others)
+    return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs, others)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x (..., features) as (rows, features) with contiguous columns and rows that do not overlap; a view if it can be.
+
+    An expanded gradient, as of `y.sum()`, is copied.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dense = rows.shape[1] <= 1 or rows.stride(1) == 1
+    return rows if dense and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]) else rows.contiguous()

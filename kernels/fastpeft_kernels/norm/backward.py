@@ -1,0 +1,139 @@
+"""Triton kernel for the gradients of RMSNorm and LayerNorm: x's in one pass, with the weight's where it is wanted.
+
+On paper. An element costs two reads and a write, with the gradient of the residual's sum three reads: 6 or 8 bytes in
+bf16. 8192 x 4096 moves 201 MB, for which an H200's 4.8 TB/s need 42 us. A frozen weight costs nothing more: it is read
+by every program, from the second-level cache. For a trained one, and the bias, each of a fixed number of programs sums
+up its rows in fp32, and PyTorch sums up the programs: 512 x 4096 x 4 bytes, written and read, 4 us; in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .form import Form
+from .library import Gradients, Kept
+from .tiles import PARTIAL_SUMS, check_launch, on, tile
+
+
+@triton.jit
+def norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dtotal_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    columns,
+    dy_stride,
+    x_stride,
+    dtotal_stride,
+    steps,
+    OFFSET: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """`steps` tiles of whole rows, one after the other.
+
+    dy_ptr, x_ptr, dtotal_ptr: (rows, columns), columns contiguous; dx_ptr: as x, dense. weight_ptr: (columns,).
+    mean_ptr, rstd_ptr: (rows,), fp32. dweight_ptr, dbias_ptr: (programs, columns), fp32. All but dy_ptr, x_ptr and
+    rstd_ptr may be None; mean_ptr unless CENTRED.
+    """
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    used = column < columns
+    scale = tl.full((BLOCK_COLUMNS,), 1.0, tl.float32)
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + column, mask=used, other=0.0).to(tl.float32) + OFFSET
+    if dweight_ptr is not None:
+        dweight = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    if dbias_ptr is not None:
+        dbias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+
+    for step in range(steps):
+        row = (program.to(tl.int64) * steps + step) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & used[None, :]
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTRED:
+            x = tl.where(inside, x - tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None], 0.0)
+        normalised = x * rstd[:, None]
+        if dweight_ptr is not None:
+            dweight += tl.sum(dy * normalised, axis=0)
+        if dbias_ptr is not None:
+            dbias += tl.sum(dy, axis=0)
+        if dx_ptr is not None:
+            gradient = dy * scale[None, :]
+            share = tl.sum(gradient * normalised, axis=1) / columns
+            dx = gradient - normalised * share[:, None]
+            if CENTRED:
+                dx -= (tl.sum(gradient, axis=1) / columns)[:, None]
+            dx *= rstd[:, None]
+            if dtotal_ptr is not None:
+                place = row[:, None] * dtotal_stride + column[None, :]
+                dx += tl.load(dtotal_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row[:, None] * columns + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+    place = program.to(tl.int64) * columns + column
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + place, dweight, mask=used)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + place, dbias, mask=used)
+
+
+def norm_backward_triton(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    kept: Kept,
+    form: Form,
+    needs: tuple[bool, bool, bool],
+    dtotal: Tensor | None = None,
+) -> Gradients:
+    """As `library.norm_backward_library`; all matrices with contiguous columns, not empty.
+
+    Raises:
+        ValueError: as `tiles.check_launch`.
+    """
+    check_launch(norm_bwd_kernel, x)
+    rows, columns = x.shape
+    block_rows, block_columns, num_warps = tile(columns)
+    tiles = triton.cdiv(rows, block_rows)
+    steps = triton.cdiv(tiles, PARTIAL_SUMS) if any(needs[1:]) else 1
+    programs = triton.cdiv(tiles, steps)
+    dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if needs[0] else None
+    dweight, dbias = (
+        torch.empty((programs, columns), dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
+    )
+    with on(x.device):
+        norm_bwd_kernel[(programs,)](
+            dy,
+            x,
+            weight,
+            kept.mean,
+            kept.rstd,
+            dtotal,
+            dx,
+            dweight,
+            dbias,
+            rows,
+            columns,
+            dy.stride(0),
+            x.stride(0),
+            0 if dtotal is None else dtotal.stride(0),
+            steps,
+            OFFSET=form.offset,
+            CENTRED=form.centred,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=num_warps,
+        )
+    return Gradients(dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias)))

@@ -1,0 +1,50 @@
+"""Which norm it is, as numbers: what the implementations are told."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+ROUNDINGS = ("input", "weight", "once")
+"""Where a model's RMSNorm rounds, see `api.rms_norm`."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Form(NamedTuple):
+    """One norm, for inputs of one dtype.
+
+    Attributes:
+        eps: is added to the mean square, or to the variance.
+        offset: is added to the weight.
+        centred: whether the mean is taken away first: LayerNorm.
+        middle: to which dtype the normalised values are rounded before the weight; None for none.
+        out: the dtype of the result.
+    """
+
+    eps: float
+    offset: float
+    centred: bool
+    middle: torch.dtype | None
+    out: torch.dtype
+
+
+def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rounding: str) -> Form:
+    """RMSNorm's, for x and a weight of these dtypes."""
+    if rounding == "once":
+        return Form(eps, offset, False, None, x)
+    if rounding == "input":
+        return Form(eps, offset, False, x if x in _HALF else None, torch.promote_types(x, weight))
+    if weight in _HALF:
+        return Form(eps, offset, False, weight, weight)
+    return Form(eps, offset, False, None, torch.promote_types(wide_dtype(x), weight))
+
+
+def layer_form(x: torch.dtype, eps: float) -> Form:
+    """LayerNorm's: computed in fp32, rounded once to x's dtype."""
+    return Form(eps, 0.0, True, None, x)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a tensor of `dtype` is computed: fp32, or fp64 as it is."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,170 @@
+"""Checks that need a CUDA GPU: every way to compute the norms within its budget, on any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.device import holds_huge_tensors
+from ..common.gpu_verdicts import Verdicts
+from .api import DTYPES, run_norm
+from .form import Form, layer_form, rms_form
+from .reference import norm_reference
+
+_DEVICE = torch.device("cuda")
+# A head; a hidden state; odd; narrow; one; wide; the widest that a program holds.
+_SHAPES = ((3, 50, 128), (65, 4096), (37, 333), (1000, 7), (1, 1), (5, 16384), (3, 32768))
+_MANY = 2**31
+_KINDS = ("input", "weight", "once", "gemma", "layer")
+
+
+def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Named checks. Each returns figures, or raises AssertionError."""
+    for kind in _KINDS:
+        yield f"correct {kind} triton", partial(_check, kind, "triton")
+    for kind in ("input", "once", "layer"):
+        yield f"correct {kind} aten", partial(_check, kind, "aten")
+    yield "the default, in any layout", _check_default
+    yield "longer rows than a program holds", _check_wide
+    yield "the same in a CUDA graph", _check_graph
+    if holds_huge_tensors():
+        yield "more than 2**31 elements", _check_many
+
+
+def _form(kind: str, x: torch.dtype, weight: torch.dtype, eps: float) -> Form:
+    if kind == "layer":
+        return layer_form(x, eps)
+    return rms_form(x, weight, eps, 1.0, "once") if kind == "gemma" else rms_form(x, weight, eps, 0.0, kind)
+
+
+def _check(kind: str, backend: str) -> dict[str, Any]:
+    verdicts = Verdicts()
+    for shape, dtype in product(_SHAPES, DTYPES):
+        for weight, with_residual, trained in product((dtype, torch.float32), (False, True), (False, True)):
+            if backend == "aten" and (with_residual or trained or weight != dtype):
+                continue  # what it does not take, and sums over rows in PyTorch's own rounding
+            _compare(verdicts, kind, backend, shape, dtype, weight, with_residual, trained)
+    return {"largest_share_of_budget": verdicts.settle()}
+
+
+def _check_default() -> dict[str, Any]:
+    """Rows of a wider tensor, transposed ones, and expanded gradients."""
+    verdicts = Verdicts()
+    whole = torch.randn((6, 40, 3 * 64), device=_DEVICE).bfloat16()
+    for x in (whole[..., 64:128], whole.transpose(0, 1), whole.transpose(1, 2), whole[:1].expand(3, -1, -1)):
+        form = _form("gemma", x.dtype, torch.bfloat16, 1e-6)
+        weight = torch.randn(x.shape[-1], device=_DEVICE).bfloat16()
+        leaf = x.detach().requires_grad_()
+        y = run_norm(leaf, weight, None, None, form)
+        (dx,) = torch.autograd.grad(y.sum(), leaf)
+        same, exact = (
+            norm_reference(x.to(d), weight.to(d), None, _form("gemma", d, d, 1e-6)) for d in (x.dtype, torch.float64)
+        )
+        verdicts.within(y.detach(), same, exact, f"strides {x.stride()}")
+        dense = x.contiguous().requires_grad_()
+        (want,) = torch.autograd.grad(run_norm(dense, weight, None, None, form).sum(), dense)
+        verdicts.equal(dx.contiguous(), want, f"gradient, strides {x.stride()}")
+    return {"largest_share_of_budget": verdicts.settle()}
+
+
+def _check_wide() -> dict[str, Any]:
+    verdicts = Verdicts()
+    for kind in ("gemma", "layer"):
+        _compare(verdicts, kind, "auto", (3, 40000), torch.bfloat16, torch.bfloat16, True, True)
+    return {"largest_share_of_budget": verdicts.settle()}
+
+
+def _check_graph() -> dict[str, Any]:
+    x = torch.randn((64, 1024), device=_DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1024, device=_DEVICE, dtype=torch.bfloat16)
+    form = _form("gemma", x.dtype, x.dtype, 1e-6)
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = run_norm(x, weight, None, None, form, "triton")
+        return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    verdicts = Verdicts()
+    for replayed, called, what in zip(captured, step(), ("y", "dx"), strict=True):
+        verdicts.equal(replayed, called, what)
+    verdicts.settle()
+    return {}
+
+
+def _check_many() -> dict[str, Any]:
+    features = 4096
+    rows = _MANY // features + 70
+    x = torch.randn((rows, features), dtype=torch.bfloat16, device=_DEVICE, requires_grad=True)
+    weight = torch.randn(features, dtype=torch.bfloat16, device=_DEVICE)
+    form = _form("gemma", x.dtype, x.dtype, 1e-6)
+    y = run_norm(x, weight, None, None, form, "triton")
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    for part in (slice(0, 64), slice(_MANY // features - 32, _MANY // features + 32), slice(rows - 5, rows)):
+        own = x.detach()[part].clone().requires_grad_()
+        want = run_norm(own, weight, None, None, form, "triton")
+        assert torch.equal(y[part], want), f"y, rows {part}"
+        assert torch.equal(dx[part], torch.autograd.grad(want, own, want.detach())[0]), f"dx, rows {part}"
+    return {"elements": rows * features}
+
+
+def _compare(
+    verdicts: Verdicts,
+    kind: str,
+    backend: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    with_residual: bool,
+    trained: bool,
+) -> None:
+    # With one element only what eps leaves of the gradient is not rounding.
+    eps = 20.0 if shape[-1] < 8 else 1e-5
+    x, residual, dy, dtotal = (torch.randn(shape, device=_DEVICE).to(dtype) for _ in range(4))
+    x += 0.5
+    weight, bias = (torch.randn(shape[-1], device=_DEVICE).to(weight_dtype) for _ in range(2))
+    given = {"x": x, "weight": weight}
+    given |= ({"residual": residual} if with_residual else {}) | ({"bias": bias} if kind == "layer" else {})
+
+    def step(compute: Any, in_dtype: torch.dtype | None) -> dict[str, Tensor]:
+        leaves = {name: t.detach().to(in_dtype or t.dtype) for name, t in given.items()}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(trained or name in ("x", "residual"))
+        form = _form(kind, leaves["x"].dtype, leaves["weight"].dtype, eps)
+        found = compute(leaves["x"], leaves["weight"], leaves.get("bias"), leaves.get("residual"), form)
+        outputs = list(found) if isinstance(found, tuple) else [found]
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        grads = torch.autograd.grad(
+            outputs,
+            list(wanted.values()),
+            [d.to(y.dtype) for d, y in zip((dy, dtotal), outputs, strict=False)],
+        )
+        named = {name: y.detach() for name, y in zip(("y", "total"), outputs, strict=False)}
+        return named | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+    ours, twice = (step(partial(run_norm, backend=backend), None) for _ in range(2))
+    same, exact = step(_plain, None), step(_plain, torch.float64)
+    for name, value in ours.items():
+        what = f"{name} of {kind}, {shape} {dtype} {weight_dtype} {with_residual=} {trained=}"
+        if backend == "triton":
+            verdicts.equal(twice[name], value, f"{what}: not the same twice")
+        verdicts.within(value, same[name], exact[name], what)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, form: Form) -> Any:
+    total = x if residual is None else x + residual
+    y = norm_reference(total, weight, bias, form)
+    return y if residual is None else (y, total)

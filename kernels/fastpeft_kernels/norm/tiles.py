@@ -1,0 +1,58 @@
+"""What the Triton launchers of this family share: tile sizes and checks."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_FEATURES = 32768
+"""A row is held in registers as a whole; of longer ones PyTorch computes the norm."""
+PARTIAL_SUMS = 512
+"""Programs that sum up the weight's gradient, each over rows of its own: the same on every GPU, so that sums are."""
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, powers of two, and its warps."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int
+
+
+def tile(features: int, elements: int = 2048) -> Tile:
+    """A whole row, and of short rows as many as make up `elements`: 16 elements a thread, 32 of the longest rows."""
+    block = triton.next_power_of_2(max(features, 1))
+    rows = max(1, elements // block)
+    return Tile(rows, block, min(32, max(4, rows * block // 512)))
+
+
+def triton_type(dtype: torch.dtype | None) -> Any:
+    """Triton's name of a dtype; fp32 for None."""
+    return tl.float32 if dtype is None else _TYPES[dtype]
+
+
+def check_launch(kernel: Any, x: Tensor) -> None:
+    """Raise ValueError unless `kernel` can be launched for x (rows, features)."""
+    if isinstance(kernel, triton.JITFunction):
+        if x.device.type != "cuda":
+            raise ValueError(f"backend: expected CUDA tensors for 'triton', got tensors on {x.device}")
+    elif x.dtype == torch.bfloat16:
+        raise ValueError("backend: expected fp32 or fp16 in Triton's interpreter, which computes bfloat16 wrongly")
+    if x.shape[1] > MOST_FEATURES:
+        raise ValueError(f"x: expected at most {MOST_FEATURES} features for 'triton', got {x.shape[1]}")
+    if x.shape[0] >= 2**31:
+        raise ValueError(f"x: expected fewer than 2**31 rows for 'triton', got {x.shape[0]}")
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,47 @@
+"""The definition: its gradients, and what transformers' classes compute, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpeft_kernels.norm.form import rms_form
+from fastpeft_kernels.norm.reference import norm_reference
+
+from .conftest import KINDS, Case, make_case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str) -> None:
+    case = make_case(kind, (3, 5), torch.float64, with_residual=True).leaves()
+    names = list(case.tensors())
+    assert torch.autograd.gradcheck(
+        lambda *given: Case(kind, **{"bias": None, **dict(zip(names, given, strict=True))}).plain(),
+        tuple(case.tensors().values()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "offset", "rounding"),
+    [
+        ("llama", "LlamaRMSNorm", 0.0, "input"),
+        ("qwen3", "Qwen3RMSNorm", 0.0, "input"),
+        ("t5", "T5LayerNorm", 0.0, "weight"),
+        ("olmo2", "Olmo2RMSNorm", 0.0, "once"),
+        ("gpt_oss", "GptOssRMSNorm", 0.0, "once"),
+        ("gemma", "GemmaRMSNorm", 1.0, "once"),
+        ("gemma3", "Gemma3RMSNorm", 1.0, "once"),
+    ],
+)
+def test_the_bits_of_transformers(module: str, name: str, offset: float, rounding: str) -> None:
+    models = pytest.importorskip("transformers.models")
+    norm = getattr(getattr(models, module), f"modeling_{module}").__dict__[name](24)
+    norm.weight.data.normal_()
+    for weight in DTYPES:
+        norm.to(weight)
+        for dtype in DTYPES:
+            x = torch.randn(5, 24).to(dtype)
+            form = rms_form(dtype, weight, 1e-6, offset, rounding)
+            assert torch.equal(norm(x), norm_reference(x, norm.weight, None, form))
