@@ -21,6 +21,7 @@ from .layers.frozen import FrozenSibling
 from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
+from .layers.norm import FastNorm
 from .layers.siblings import Sibling
 from .verification_modules import Check, Whole, check_layers, check_wholes
 from .verification_states import calm, noisy, suspended
@@ -102,7 +103,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
-        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings}
+        norms = {path: module for path, module in model.named_modules() if isinstance(module, FastNorm)}
+        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms}
         _, traffic = recorded_step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
         ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
         with suspended(replaced):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..integrations.accelerate import rebind_hooked_forward
+
 _MADE: dict[tuple[type[Any], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -25,6 +27,27 @@ def stock_class(mixture: type[Any], fast: type[nn.Module]) -> type[nn.Module]:
 def is_mixed(fast: type[nn.Module]) -> bool:
     """Whether `mixed` made this very class; FSDP2 puts one of its own before."""
     return fast in _MADE.values()
+
+
+def unmixed(kind: type[Any]) -> Any:
+    """The model's own class, whatever of ours stands before it."""
+    return next((stock for (_, stock), made in _MADE.items() if issubclass(kind, made)), kind)
+
+
+def swap_in(module: nn.Module, mixture: type[Any]) -> None:
+    """`mixture` before the module's class, unless it is there already."""
+    if not isinstance(module, mixture):
+        stock = type(module)
+        module.__class__ = fast = mixed(mixture, stock)
+        rebind_hooked_forward(module, stock, fast)
+
+
+def swap_out(module: nn.Module, mixture: type[Any]) -> None:
+    """Undo it, if nothing stands before ours: FSDP2 puts a class there, and ours then has to do nothing more."""
+    fast = type(module)
+    if isinstance(module, mixture) and is_mixed(fast):
+        module.__class__ = stock = stock_class(mixture, fast)  # type: ignore[assignment]
+        rebind_hooked_forward(module, fast, stock)
 
 
 def reduced(module: nn.Module, mixture: type[Any]) -> tuple[Any, ...]:

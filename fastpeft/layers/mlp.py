@@ -16,12 +16,11 @@ from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
 from fastpeft_kernels.mlp.api import run_mlp
 
-from ..integrations.accelerate import rebind_hooked_forward
 from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
 from .few_tokens import FEW_TOKENS, is_few
 from .lora import FastLoraLayer
-from .mixing import is_mixed, reduced, stock_class
+from .mixing import reduced, swap_out
 from .mlp_structure import Roles
 from .requests import Request, agrees, leading_dtypes, plain_request
 
@@ -101,11 +100,7 @@ class FastMlp(nn.Module, Counting):
         """This instance as it was before."""
         for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_keep", "fastpeft_calls", "fastpeft_suspended"):
             self.__dict__.pop(name, None)
-        fast = type(self)
-        if not is_mixed(fast):  # FSDP2 has put a class of its own before ours, which then does nothing more
-            return
-        self.__class__ = stock = stock_class(FastMlp, fast)  # type: ignore[assignment]
-        rebind_hooked_forward(self, fast, stock)
+        swap_out(self, FastMlp)
 
     def _count(self, outcome: str) -> None:
         super()._count(outcome)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.accelerate import rebind_hooked_forward
 from ..integrations.transformers import ATTENTION, attention_implementation
-from .mixing import is_mixed, mixed, reduced, stock_class
+from .mixing import reduced, unmixed
 
 SIZES = ((3, 3, 0), (5, 2, 0), (2, 7, 5), (1, 6, 5), (300, 2, 0), (2, 300, 0))
 """(queries, keys, past) of the proof."""
@@ -52,7 +51,7 @@ def why_not_by_distance(module: Any) -> str | None:
     has = getattr(module, "has_relative_attention_bias", None)
     if not isinstance(has, bool) or not hasattr(module, "compute_bias"):
         return ""
-    kind: Any = stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
+    kind: Any = unmixed(type(module))
     if not has:
         return None if _takes_a_bias(kind) else "zeros of queries x keys in place of a bias"
     try:
@@ -69,22 +68,6 @@ def _same(kind: type[Any], module: Any, queries: int, keys: int, past: int) -> b
     key, query = torch.arange(keys), torch.arange(queries)[:, None]
     wanted = by_distance[:, :, 0, (key - query + queries - 1).to(full.device)]
     return full.shape == (1, full.shape[1], queries, keys) and torch.equal(full, wanted)
-
-
-def give_by_distance(module: nn.Module) -> None:
-    """Swap the module's class."""
-    if not isinstance(module, RelativeBias):
-        stock = type(module)
-        module.__class__ = fast = mixed(RelativeBias, stock)
-        rebind_hooked_forward(module, stock, fast)
-
-
-def give_in_full(module: nn.Module) -> None:
-    """Undo it."""
-    fast = type(module)
-    if isinstance(module, RelativeBias) and is_mixed(fast):
-        module.__class__ = stock = stock_class(RelativeBias, fast)  # type: ignore[assignment]
-        rebind_hooked_forward(module, fast, stock)
 
 
 def _ours(module: Any) -> bool:

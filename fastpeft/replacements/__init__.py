@@ -9,6 +9,7 @@ from .experts import ExpertsReplacement
 from .lora import LoraReplacement
 from .lycoris import LycorisReplacement
 from .mlp import MlpReplacement
+from .norm import NormReplacement
 
 REPLACEMENTS: tuple[Replacement, ...] = (
     EmbeddingReplacement(),
@@ -17,11 +18,11 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     LoraReplacement(),
     MlpReplacement(),
     AttentionReplacement(),
+    NormReplacement(),
 )
 
 NOT_BUILT = {
     "loss": "losses without logits",
-    "norms": "norms, activations and rotary embeddings",
     "memory": "memory by plan",
 }
 """Switches of `accelerate` whose replacements are not built yet, in words for the report."""

@@ -17,8 +17,8 @@ from ..integrations.transformers import (
     set_attention_implementation,
 )
 from ..layers.counting import DENSE, outcomes
-from ..layers.mixing import stock_class
-from ..layers.relative_bias import RelativeBias, give_by_distance, give_in_full, why_not_by_distance
+from ..layers.mixing import swap_in, swap_out, unmixed
+from ..layers.relative_bias import RelativeBias, why_not_by_distance
 from .base import Left, Match
 
 OP = "attention"
@@ -49,7 +49,7 @@ class AttentionReplacement:
     switch = "attention"
 
     def match(self, module: nn.Module) -> Match | Left | None:
-        kind = _own_class(module)
+        kind = unmixed(type(module))
         if is_model_class(kind) and has_its_own_attention(module):
             return Left("its class has attention of its own, which is not called through transformers' interface")
         name = attention_implementation(module)
@@ -73,11 +73,11 @@ class AttentionReplacement:
         module.fastpeft_attention = Before(proved.found)  # type: ignore[assignment]
         module.__dict__.setdefault("fastpeft_calls", {})
         if why_not_by_distance(module) is None:
-            give_by_distance(module)
+            swap_in(module, RelativeBias)
 
     def installed(self, module: nn.Module) -> Match | None:
         served = "fastpeft_attention" in module.__dict__ and attention_implementation(module) == ATTENTION
-        return Match(OP) if served and asks_for_attention(_own_class(module)) else None
+        return Match(OP) if served and asks_for_attention(unmixed(type(module))) else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         for module in modules.values():
@@ -94,7 +94,7 @@ class AttentionReplacement:
         module.__dict__.pop("fastpeft_calls", None)
         if attention_implementation(module) == ATTENTION:
             set_attention_implementation(module, before.name)
-        give_in_full(module)
+        swap_out(module, RelativeBias)
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:
@@ -107,11 +107,7 @@ class AttentionReplacement:
         return "", "; ".join(notes)
 
 
-def _own_class(module: nn.Module) -> Any:
-    return stock_class(RelativeBias, type(module)) if isinstance(module, RelativeBias) else type(module)
-
-
 def _all_ours(model: nn.Module) -> bool:
     """Whether every attention module within that asks for an implementation was given ours."""
-    asking = [each for each in model.modules() if asks_for_attention(_own_class(each))]
+    asking = [each for each in model.modules() if asks_for_attention(unmixed(type(each)))]
     return bool(asking) and all(attention_implementation(each) == ATTENTION for each in asking)

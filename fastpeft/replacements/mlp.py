@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward
 from ..layers.counting import outcomes
-from ..layers.mixing import mixed
+from ..layers.mixing import swap_in
 from ..layers.mlp import FastMlp
 from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
@@ -36,10 +36,8 @@ class MlpReplacement:
         return Left(roles if has_activation(module) else "")  # projections alone may be anything: attention has some
 
     def install(self, module: nn.Module, proved: Match) -> None:
-        stock, roles = type(module), proved.found
-        if not isinstance(module, FastMlp):  # it is where `undo` could not take our class away
-            module.__class__ = fast = mixed(FastMlp, stock)
-            rebind_hooked_forward(module, stock, fast)
+        roles = proved.found
+        swap_in(module, FastMlp)  # it is there where `undo` could not take our class away
         module.fastpeft_roles = roles
         # a tuple, so that torch does not take them for children once more
         module.fastpeft_bypassed = tuple(module.get_submodule(name) for name in roles.bypassed)  # type: ignore[assignment]

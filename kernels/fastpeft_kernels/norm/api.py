@@ -137,6 +137,8 @@ def _run_checked(
 def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form) -> str:
     """By arithmetic: PyTorch's own LayerNorm everywhere, its RMSNorm for few elements on a GPU; else ours."""
     one_kernel = _aten_serves(x, weight, bias, residual, form) and (form.centred or x.is_cuda)
+    if not x.is_cuda and x.dtype.itemsize == 2 and any(t is not None and t.requires_grad for t in (weight, bias)):
+        one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
         return "aten"
     if x.dtype in DTYPES and 0 < x.shape[-1] <= _MOST_FEATURES and triton_serves(x.device):

@@ -48,6 +48,8 @@ def _check(kind: str, backend: str) -> dict[str, Any]:
         for weight, with_residual, trained in product((dtype, torch.float32), (False, True), (False, True)):
             if backend == "aten" and (with_residual or trained or weight != dtype):
                 continue  # what it does not take, and sums over rows in PyTorch's own rounding
+            if trained and shape[-1] < 5:
+                continue  # one sum over rows: chance decides which rounding is nearer
             _compare(verdicts, kind, backend, shape, dtype, weight, with_residual, trained)
     return {"largest_share_of_budget": verdicts.settle()}
 

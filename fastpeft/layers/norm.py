@@ -1,0 +1,70 @@
+"""Norms of any model with a fused forward: the same module, computed in one pass each way, x kept and nothing wider.
+
+A module becomes one of these by a swap of `__class__`, once `norm_structure` has proved on this instance what it
+computes. Each forward reads eps and weight anew; what the op does not cover runs the module's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.norm.api import run_norm
+
+from .bypass import transformed
+from .counting import Counting
+from .mixing import reduced, swap_out
+from .norm_structure import DTYPES, Norm
+
+FEW_ON_CPU = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20, torch.float16: 1 << 20}
+"""Numbers up to which PyTorch's operations, called from the model's Python, take less time on a CPU than ours."""
+FEW = "few numbers on a CPU"
+
+
+class FastNorm(nn.Module, Counting):
+    """Mixed in before a model's own class; overrides `forward`. Under torch.compile it is the model's own again, which
+    the compiler makes one kernel."""
+
+    fastpeft_norm: Norm | None = None
+    fastpeft_suspended: bool = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        norm = self.fastpeft_norm
+        if norm is None or self.fastpeft_suspended or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        parameters = self._parameters
+        weight: Any = parameters.get("weight")
+        reason = self._why_not(norm, weight, args, kwargs)
+        self._count(reason or "fused")
+        if reason is not None:
+            return super().forward(*args, **kwargs)
+        x: Tensor = args[0]
+        return run_norm(x, weight, parameters.get("bias"), None, norm.form(x.dtype, getattr(self, norm.eps_name)))
+
+    def _why_not(self, norm: Norm, weight: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the module's own forward must run, or None."""
+        if len(args) != 1 or kwargs:
+            return "called with other arguments than x"
+        x = args[0]
+        if type(x) is not Tensor:
+            return f"an input of type {type(x).__name__}"
+        if type(weight) is not nn.Parameter:  # sharded, or a view that FSDP1 or a replica keeps elsewhere
+            return f"a weight of type {type(weight).__name__}"
+        if weight.dtype != norm.weight_dtype or x.dtype not in DTYPES:
+            return f"an input in {x.dtype}, a weight in {weight.dtype}"
+        if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
+            return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
+        if x.device.type == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
+            return FEW
+        return transformed()
+
+    def leave(self) -> None:
+        """This instance as it was before."""
+        for name in ("fastpeft_norm", "fastpeft_calls", "fastpeft_suspended"):
+            self.__dict__.pop(name, None)
+        swap_out(self, FastNorm)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, FastNorm)
