@@ -20,6 +20,7 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.mlp import gpu as mlp
     from fastpeft_kernels.norm import gpu as norm
     from fastpeft_kernels.quant import gpu as quant
+    from fastpeft_kernels.rope import gpu as rope
     from fastpeft_kernels.weights import gpu_decode as weights
 
     suites = {"attention": attention, "fp8": fp8, "quant": quant, "activation": activation, "lora": lora, "mlp": mlp}
@@ -30,6 +31,7 @@ def run(recorder: Recorder, depth: str) -> None:
         "loss": loss,
         "lycoris": lycoris,
         "norm": norm,
+        "rope": rope,
         "weights": weights,
     }
     recorder.run_suites({op: suite.checks() for op, suite in suites.items()})

@@ -16,9 +16,9 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.loss import gpu_speed as loss
     from fastpeft_kernels.mlp import gpu_speed as mlp
     from fastpeft_kernels.norm import gpu_speed as norm
+    from fastpeft_kernels.rope import gpu_speed as rope
 
     families = {"attention_features": attention_features, "attention_op": attention_op, "fp8": fp8}
-    families |= {"activation": activation, "lora": lora, "mlp": mlp, "loss": loss}
-    families |= {"norm": norm}
+    families |= {"activation": activation, "lora": lora, "mlp": mlp, "loss": loss, "norm": norm, "rope": rope}
     suites = {op: family.speed_checks() for op, family in families.items()}
     recorder.run_suites({"attention": attention.speed_checks(depth), **suites})

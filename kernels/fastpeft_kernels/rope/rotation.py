@@ -1,0 +1,26 @@
+"""Which rotation it is: what the implementations are told."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LAYOUTS = ("halved", "interleaved")
+"""Which elements of x are turned together, see `api.rotary`."""
+ANGLES = ("each", "pairs")
+"""What an element of cos belongs to, see `api.rotary`."""
+
+
+class Rotation(NamedTuple):
+    """One rotation.
+
+    Attributes:
+        layout: one of LAYOUTS.
+        angles: one of ANGLES.
+        out: the dtype of the results.
+    """
+
+    layout: str
+    angles: str
+    out: torch.dtype
