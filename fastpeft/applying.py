@@ -68,7 +68,8 @@ def accelerate(
             through transformers' interface and run "sdpa" or "eager" at present; other implementations were asked for
             by name and stay.
         norms: compute RMSNorm, in every form that models have, in one pass each way, keeping its input and no copy of
-            it. Which modules are some, and where they round, is told by their parts and proved on each instance.
+            it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
+            told by their parts and proved on each instance.
         loss: replace it too; not built yet, the report says so.
         memory: a memory budget; not built yet.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each

@@ -70,7 +70,7 @@ class Report:
         if any(row.kind == "attention" for row in self.rows):
             lines[0] += f", {self._share('attention')} attentions"
         if any(row.kind == "norms" for row in self.rows):
-            lines[0] += f", {self._share('norms')} norms"
+            lines[0] += f", {self._share('norms')} norms and rotary embeddings"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:

@@ -22,6 +22,7 @@ from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
+from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
 from .verification_modules import Check, Whole, check_layers, check_wholes
 from .verification_states import calm, noisy, suspended
@@ -103,7 +104,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
-        norms = {path: module for path, module in model.named_modules() if isinstance(module, FastNorm)}
+        norms = {path: module for path, module in model.named_modules() if isinstance(module, (FastNorm, FastRotary))}
         replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms}
         _, traffic = recorded_step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
         ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)

@@ -30,8 +30,8 @@ def count(module: Any, outcome: str) -> None:
         calls[outcome] = calls.get(outcome, 0) + 1
 
 
-def outcomes(module: Any) -> tuple[int, dict[str, int]]:
-    """(all calls so far, those that the op did not serve, by reason)."""
-    calls: dict[str, int] = dict(getattr(module, "fastpeft_calls", {}))
+def outcomes(module: Any, name: str = "fastpeft_calls") -> tuple[int, dict[str, int]]:
+    """(all calls so far, those that the op did not serve, by reason); they are counted in the attribute `name`."""
+    calls: dict[str, int] = dict(getattr(module, name, {}))
     total, _ = sum(calls.values()), calls.pop("fused", 0)
     return total, calls

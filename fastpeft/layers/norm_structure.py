@@ -14,6 +14,8 @@ from fastpeft_kernels.norm.api import run_norm
 from fastpeft_kernels.norm.form import ROUNDINGS, Form, layer_form, rms_form
 from fastpeft_kernels.norm.reference import norm_reference
 
+from .proving import failure, within_budget
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (0.001, 1.0, 30.0, 1.0)
 """Of the rows that are tried: in the first one eps counts."""
@@ -87,7 +89,7 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
         found = _tried(module, known, list(_cases(weight.device))[:2]) if known else {}
         found = found or _tried(module, wanted, list(_cases(weight.device)))
     except Exception as error:
-        return f"trying it failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+        return failure(error)
     if not found:
         return "it computes none of the known norms"
     _KNOWN[key] = norm = min(found, key=lambda norm: found[norm])
@@ -129,7 +131,7 @@ def _try(module: nn.Module, dtype: torch.dtype, distances: dict[Norm, float]) ->
         )
         lowest = max(torch.finfo(t).eps for t in (dtype, norm.weight_dtype, theirs[0].dtype))
         pairs = list(zip(ours, theirs, exact, strict=True))
-        if all(a.dtype == b.dtype and _within(a, b, c, lowest) for a, b, c in pairs):
+        if all(within_budget(a, b, c, lowest) for a, b, c in pairs):
             plain = norm_reference(x, parameters["weight"], parameters.get("bias"), form)
             distances[norm] += (plain.double() - theirs[0].double()).norm().item()
         else:
@@ -164,13 +166,3 @@ def _exact(form: Form, x: Tensor, parameters: dict[str, Tensor], dy: Tensor) -> 
         return _differentiated(
             lambda x, p: norm_reference(x, p["weight"], p.get("bias"), wide), x.double(), given, dy.double()
         )
-
-
-def _within(ours: Tensor, theirs: Tensor, exact: Tensor, eps: float) -> bool:
-    """Row by row: theirs is the exact result within rounding, and ours errs at most as an op may."""
-    if ours.shape != theirs.shape or theirs.shape != exact.shape:
-        return False
-    error, reference, size = ((t.double() - exact).norm(dim=-1) for t in (ours, theirs, torch.zeros_like(exact)))
-    slack = 2.0 * (1.0 + 4.0 / max(1, exact.shape[-1]) ** 0.5)
-    right = reference <= 8.0 * eps * size + torch.finfo(torch.float32).tiny
-    return bool((right & (error <= slack * reference + torch.finfo(ours.dtype).eps * size)).all())

@@ -10,6 +10,7 @@ from .lora import LoraReplacement
 from .lycoris import LycorisReplacement
 from .mlp import MlpReplacement
 from .norm import NormReplacement
+from .rotary import RotaryReplacement
 
 REPLACEMENTS: tuple[Replacement, ...] = (
     EmbeddingReplacement(),
@@ -19,6 +20,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     MlpReplacement(),
     AttentionReplacement(),
     NormReplacement(),
+    RotaryReplacement(),
 )
 
 NOT_BUILT = {

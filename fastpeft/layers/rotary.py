@@ -1,0 +1,104 @@
+"""Attention of any model with queries and keys turned in one pass: the model's own forward, in which one name is ours.
+
+Every module of a file calls the one function that its file names, so nothing can be put in its place for one instance.
+Here the instance's forward runs with globals of its own: a mapping that holds that name, and asks the file for all
+others whenever they are looked up. The file, its other classes and instances are untouched.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.rope.api import kernel_serves, run_rotary
+
+from .bypass import transformed
+from .mixing import reduced, swap_out, unmixed
+from .rotary_structure import NAME, Turn
+
+NO_KERNEL = "no kernel for this device and dtype"
+
+
+class FastRotary(nn.Module):
+    """Mixed in before a model's own class; overrides `forward`. Under torch.compile it is the model's own again."""
+
+    fastpeft_turn: Turn | None = None
+    fastpeft_turns: dict[str, int]  # calls by outcome; attention counts its own
+    fastpeft_suspended: bool = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fastpeft_turn is None or self.fastpeft_suspended or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        return _with_ours(unmixed(type(self)).forward, self._turned)(self, *args, **kwargs)
+
+    def _turned(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the file's function, which runs where the op does not serve."""
+        turn = self.fastpeft_turn
+        reason = "called otherwise than with q, k, cos and sin" if turn is None else _why_not(turn, args, kwargs)
+        turns = self.__dict__.setdefault("fastpeft_turns", {})
+        turns[reason or "fused"] = turns.get(reason or "fused", 0) + 1
+        if turn is None or reason is not None:
+            return unmixed(type(self)).forward.__globals__[NAME](*args, **kwargs)
+        q, k, cos, sin = args
+        return run_rotary(q, k, cos, sin, turn.rotation(q.dtype, cos.dtype))
+
+    def leave(self) -> None:
+        """This instance as it was before."""
+        for name in ("fastpeft_turn", "fastpeft_turns", "fastpeft_suspended"):
+            self.__dict__.pop(name, None)
+        swap_out(self, FastRotary)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, FastRotary)
+
+
+class _Globals(dict[str, Any]):
+    """One name of our own; all others are those of `file` at that moment."""
+
+    def __init__(self, file: dict[str, Any], ours: Any) -> None:
+        # Builtins are read when a function is made, without asking for what is missing.
+        super().__init__({NAME: ours, "__builtins__": file["__builtins__"]})
+        self._file = file
+
+    def __missing__(self, name: str) -> Any:
+        return self._file[name]
+
+
+def _with_ours(forward: FunctionType, ours: Any) -> FunctionType:
+    """`forward` with `ours` for NAME. A new function costs about a microsecond, so none is kept and none goes stale."""
+    made = FunctionType(
+        forward.__code__,
+        _Globals(forward.__globals__, ours),
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _why_not(turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the file's own function must run, or None."""
+    if len(args) != 4 or any(name != "unsqueeze_dim" or value != 1 for name, value in kwargs.items()):
+        return "called otherwise than with q, k, cos and sin"
+    q, k, cos, sin = args
+    for x in args:
+        if type(x) is not Tensor:
+            return f"an input of type {type(x).__name__}"
+    if not kernel_serves(q, cos):
+        return NO_KERNEL
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return f"inputs of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(cos.shape)}"
+    batch, _, tokens, dim = q.shape
+    whole = cos.shape[2] == dim or (turn.partial and 0 < cos.shape[2] < dim and cos.shape[2] % 2 == 0)
+    alike = (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, dim)
+    if not whole or not alike or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
+        return f"inputs of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(cos.shape)}"
+    if k.dtype != q.dtype or sin.dtype != cos.dtype or any(x.device != q.device for x in (k, cos, sin)):
+        return "inputs of several dtypes or devices"
+    if cos.requires_grad or sin.requires_grad:
+        return "angles that are trained"
+    return transformed()

@@ -1,0 +1,172 @@
+"""Queries and keys of models turned by our op: recognised and proved on the instance, its file left as it is."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import fastpeft
+from fastpeft.layers import rotary
+from fastpeft.layers.rotary import NO_KERNEL, FastRotary
+from fastpeft.layers.rotary_structure import Turn, own_function, proved
+from fastpeft.reporting import ReportRow
+from tests.integration.models import batch, make
+from tests.integration.steps import assert_step_close, step, truth
+
+
+@pytest.fixture
+def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no kernel the op computes its definition."""
+    monkeypatch.setattr(rotary, "kernel_serves", lambda q, cos: True)
+
+
+def rows(model: nn.Module) -> list[ReportRow]:
+    return [row for row in fastpeft.report(model).rows if row.op == "rotary"]
+
+
+def attentions(model: nn.Module) -> list[FastRotary]:
+    return [module for module in model.modules() if isinstance(module, FastRotary)]
+
+
+def attention_of(model: str, kind: str) -> nn.Module:
+    """Without anything in it."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    made: nn.Module = module.__dict__[kind].__new__(module.__dict__[kind])
+    nn.Module.__init__(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "turn"),
+    [
+        ("llama", "LlamaAttention", Turn("halved", "each", False, False)),
+        ("phi3", "Phi3Attention", Turn("halved", "each", False, True)),
+        ("cohere", "CohereAttention", Turn("interleaved", "each", True, False)),
+        ("glm", "GlmAttention", Turn("interleaved", "pairs", False, True)),
+        ("gpt_oss", "GptOssAttention", "trying it failed with RuntimeError"),
+        ("gptj", "GPTJAttention", "trying it failed with TypeError"),
+    ],
+)
+def test_recognised_by_what_it_computes(model: str, kind: str, turn: Turn | str) -> None:
+    module = attention_of(model, kind)
+    function = own_function(module)
+    assert callable(function)
+    found = proved(module, function)
+    assert found == turn if isinstance(turn, Turn) else isinstance(found, str) and found.startswith(turn)
+
+
+def test_a_function_that_only_looks_like_one_is_left() -> None:
+    def doubled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return tuple(2 * x for x in modeling_llama.apply_rotary_pos_emb(q, k, cos, sin))
+
+    def detached(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        turned = modeling_llama.apply_rotary_pos_emb(q.detach(), k.detach(), cos, sin)
+        return tuple(y + 0 * x for x, y in zip((q, k), turned, strict=True))
+
+    for function in (doubled, detached):
+        assert proved(nn.Identity(), function) == "it turns queries and keys in a way that is not known"
+
+
+@pytest.mark.usefixtures("on_any_device")
+@pytest.mark.parametrize("name", ("llama", "qwen3", "gemma2", "phi3"))
+def test_whole_models(name: str) -> None:
+    model = make(name)
+    given = batch(model)
+    theirs, exact = step(model, given), truth(model, given)
+    fastpeft.accelerate(model)
+    assert_step_close(step(model, given), theirs, exact)
+    assert len(rows(model)) == len(attentions(model)) == 2 and {row.note for row in rows(model)} == {""}
+    assert all(set(module.fastpeft_turns) == {"fused"} for module in attentions(model))
+    kinds = {row.kind for row in fastpeft.report(model).rows if row.path == rows(model)[0].path}
+    assert kinds == {"attention", "norms"}
+    assert fastpeft.verify(model).passed
+    fastpeft.restore(model)
+    assert not attentions(model) and not rows(model)
+    assert not [n for m in model.modules() for n in m.__dict__ if n.startswith("fastpeft_turn")]
+
+
+def test_without_a_kernel_the_model_s_own_function_runs() -> None:
+    model = make()
+    given = batch(model)
+    fastpeft.accelerate(model, norms=False)
+    theirs = step(model, given)
+    fastpeft.accelerate(model)
+    assert step(model, given).equals(theirs)
+    assert {row.note for row in rows(model)} == {f"2 of 2 calls by the model's own function: {NO_KERNEL}"}
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_the_file_is_untouched_and_what_changes_there_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = fastpeft.accelerate(make()), make()
+    file, before = modeling_llama.__dict__, dict(modeling_llama.__dict__)
+    step(model, batch(model))
+    assert file == before and not attentions(other) and "apply_rotary_pos_emb" in file
+    asked: list[str] = []
+    attend = modeling_llama.ALL_ATTENTION_FUNCTIONS
+
+    class Noted:
+        def get_interface(self, name: str, default: Any) -> Any:
+            asked.append(name)
+            return attend.get_interface(name, default)
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Noted())
+    step(model, batch(model))
+    assert asked == ["fastpeft"] * 2
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_copies_and_pickles() -> None:
+    model = fastpeft.accelerate(make()).eval()
+    given = batch(model)
+    with torch.no_grad():
+        wanted = model(**given).loss
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(attentions(other)) == 2 and torch.equal(other(**given).loss, wanted)
+
+
+class Turning(nn.Module):
+    """The least that calls such a function."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_compiled_it_is_the_module_s_own() -> None:
+    module: Any = fastpeft.accelerate(nn.ModuleDict({"turning": Turning()}))["turning"]
+    given = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    found = torch.compile(module, fullgraph=True, backend="eager")(*given)
+    torch.testing.assert_close(found, apply_rotary_pos_emb(*given))
+    assert isinstance(module, FastRotary) and "fastpeft_turns" not in module.__dict__
+    module(*given)
+    assert module.fastpeft_turns == {"fused": 1}
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_calls_that_are_left_to_the_file_s_function() -> None:
+    attention: Any = attentions(fastpeft.accelerate(make()))[0]
+    q, k, cos = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16)
+    turned = attention._turned
+    want = modeling_llama.apply_rotary_pos_emb(q, k, cos, cos)
+    torch.testing.assert_close(turned(q, k, cos, cos, unsqueeze_dim=1), want)
+    torch.testing.assert_close(turned(q, k, cos=cos, sin=cos), want)
+    turned(q, k, cos[:, :1], cos[:, :1])
+    turned(q, k.double(), cos, cos)
+    turned(q, k, cos.clone().requires_grad_(), cos)
+    torch.func.vmap(turned)(q[None], k[None], cos[None], cos[None])
+    assert attention.fastpeft_turns == {
+        "fused": 1,
+        "called otherwise than with q, k, cos and sin": 1,
+        "inputs of shapes (2, 4, 5, 16), (2, 2, 5, 16) and (1, 1, 16)": 1,
+        "inputs of several dtypes or devices": 1,
+        "angles that are trained": 1,
+        "a torch.func transform": 1,
+    }
