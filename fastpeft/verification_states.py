@@ -21,6 +21,9 @@ from .layers.lycoris import fast_classes as lycoris_classes
 from .layers.mixing import stock_class
 from .layers.mlp import FastMlp
 
+CALLS = ("fastpeft_calls", "fastpeft_turns")
+"""Attributes in which modules count their calls."""
+
 
 def in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
@@ -110,7 +113,7 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     loaded_for_inference = not any(parameter.requires_grad for parameter in model.parameters())
     frozen = [parameter for parameter, _ in own] if loaded_for_inference else []
     zeros = [(parameter, rank) for parameter, rank in own if not parameter.any()]
-    calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
+    calls = [(m, name, dict(m.__dict__.get(name, {}))) for m in model.modules() for name in CALLS]
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -130,9 +133,9 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for factor, _ in zeros:
                 factor.zero_()
-        for module in model.modules():
-            if "fastpeft_calls" in module.__dict__:
-                module.__dict__["fastpeft_calls"] = calls[module]
+        for module, name, before in calls:
+            if name in module.__dict__:
+                module.__dict__[name] = before
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
