@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward
 from ..layers.counting import outcomes
 from ..layers.mixing import swap_in
 from ..layers.mlp import FastMlp
 from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
+from .swap import why_not_its_own
 
 OP = "lora_mlp"
 RECOMPUTE = "recompute"
@@ -28,8 +28,8 @@ class MlpReplacement:
         return Match(OP, wanted) if wanted else None
 
     def prove(self, module: nn.Module, matched: Match) -> Match | Left:
-        if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or has_hook_on_its_forward(module)):
-            return Left("forward was replaced on the instance")
+        if replaced := why_not_its_own(module):
+            return replaced
         roles = proved(module, matched.found)
         if not isinstance(roles, str):
             return Match(matched.op, roles)

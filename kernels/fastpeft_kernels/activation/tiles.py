@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+from ..common.device import launching_on
 
 _MAX_PROGRAMS = 2**31 - 1
 
@@ -65,12 +66,5 @@ def launch(kernel: Any, like: Tensor, config: Config, launcher: Callable[[Any, d
         raise ValueError(
             f"up: expected at most {_MAX_PROGRAMS} tiles of {block_rows} x {block_columns}, got {programs}"
         )
-    with _on(like.device):
+    with launching_on(like.device):
         launcher(kernel[(programs,)], {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns})
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.device import launching_on
 from .form import Form
 from .library import Gradients, Kept
-from .tiles import PARTIAL_SUMS, check_launch, on, tile
+from .tiles import PARTIAL_SUMS, check_launch, tile
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def norm_backward_triton(
     dweight, dbias = (
         torch.empty((programs, columns), dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
     )
-    with on(x.device):
+    with launching_on(x.device):
         norm_bwd_kernel[(programs,)](
             dy,
             x,

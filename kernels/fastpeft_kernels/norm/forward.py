@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.device import launching_on
 from .form import Form
 from .library import Kept
-from .tiles import check_launch, on, tile, triton_type
+from .tiles import check_launch, tile, triton_type
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def norm_triton(
     total = None if residual is None else torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None
-    with on(x.device):
+    with launching_on(x.device):
         norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](
             x,
             residual,

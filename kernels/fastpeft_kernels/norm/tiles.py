@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +48,3 @@ def check_launch(kernel: Any, x: Tensor) -> None:
         raise ValueError(f"x: expected at most {MOST_FEATURES} features for 'triton', got {x.shape[1]}")
     if x.shape[0] >= 2**31:
         raise ValueError(f"x: expected fewer than 2**31 rows for 'triton', got {x.shape[0]}")
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

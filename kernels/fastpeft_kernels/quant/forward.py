@@ -19,15 +19,14 @@ Encode runs once in a model's life. An element costs 2.56 bytes and 74 instructi
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.device import launching_on
 from .storage import Packed4bit
 from .tables import TINY, rank_tables
 
@@ -171,7 +170,7 @@ def decode_4bit_triton(
     programs = triton.cdiv(words if aligned else words + 1, config.block_words)
     if not one_run and programs > _MAX_GRID_Y:
         raise ValueError(f"out: expected a contiguous tensor for {columns} in_features, got strides {out.stride()}")
-    with _on(out.device):
+    with launching_on(out.device):
         decode_4bit_kernel[(programs,) if one_run else (out.shape[0], programs)](
             _as_words(packed.packed, -(-last * columns // 8)),
             packed.absmax,
@@ -269,7 +268,7 @@ def encode_4bit_triton(
         return packed, absmax
     thresholds, nibbles = rank_tables(quant_type, weight.device)
     per_program = max(1, config.tile // blocksize)
-    with _on(weight.device):
+    with launching_on(weight.device):
         encode_4bit_kernel[(triton.cdiv(blocks, per_program),)](
             flat,
             thresholds,
@@ -292,10 +291,3 @@ def _check_device(device: torch.device, dtype: torch.dtype) -> None:
             raise ValueError(f"backend: expected CUDA tensors for 'triton', got tensors on {device}")
     elif dtype == torch.bfloat16:
         raise ValueError("backend: expected fp32 or fp16 in Triton's interpreter, which computes bfloat16 wrongly")
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -8,14 +8,12 @@ token, so that any strides of batch, heads and tokens will do.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.device import launching_on
 from .rotation import Rotation
 
 HEADS = 16
@@ -174,7 +172,7 @@ def rotary_triton(
     grid = (batch * tokens, triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS))
     strides = [s for x in (q, k, *outs) for s in ((0, 0, 0) if x is None else x.stride()[:3])]
     tables = [s for table in (cos, sin) for s in (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))]
-    with _on(given.device):
+    with launching_on(given.device):
         rotary_kernel[grid](
             q,
             k,
@@ -206,10 +204,3 @@ def _check_launch(x: Tensor, rows: int) -> None:
         raise ValueError("backend: expected fp32 or fp16 in Triton's interpreter, which computes bfloat16 wrongly")
     if rows > _MOST_TOKENS:
         raise ValueError(f"q: expected at most {_MOST_TOKENS} tokens for 'triton', got {rows}")
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
