@@ -67,7 +67,9 @@ def accelerate(
         attention: run attention by our function, whose memory grows with the number of tokens, in models that call it
             through transformers' interface and run "sdpa" or "eager" at present; other implementations were asked for
             by name and stay.
-        loss, norms: replace those too; not built yet, the report says so.
+        loss: let calls with labels compute the loss from hidden states and head, without all logits, which are made
+            where somebody reads them.
+        norms: replace those too; not built yet, the report says so.
         memory: a memory budget; not built yet.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
@@ -116,8 +118,8 @@ def accelerate(
         replacement.finish(model, mine, setting)
         found |= {replacement.switch} if mine else set()
     ask_fp8(modules, fp8_compute, fp8_exclude)
-    if found <= {"attention"}:
-        what = "nothing but attention" if found else "nothing"
+    if found <= {"attention", "loss"}:
+        what = f"nothing but {' and '.join(sorted(found))}" if found else "nothing"
         logger.warning("%s was replaced in this %s; fastpeft.report(model) says why", what, type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)
     return model

@@ -69,6 +69,8 @@ class Report:
             lines[0] += f", {self._share('mlp')} MLPs as one op"
         if any(row.kind == "attention" for row in self.rows):
             lines[0] += f", {self._share('attention')} attentions"
+        if any(row.kind == "loss" for row in self.rows):
+            lines[0] += f", {self._share('loss')} losses without logits"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:
@@ -101,11 +103,12 @@ def report(model: nn.Module) -> Report:
     settings = next((m.__dict__[SETTINGS] for m in model.modules() if SETTINGS in m.__dict__), None)
     rows = []
     for path, module in model.named_modules():
+        kinds: set[str] = set()
         for replacement in REPLACEMENTS:
-            row = _row(path, module, replacement, settings)
+            row = None if replacement.switch in kinds else _row(path, module, replacement, settings)
             if row is not None:
                 rows.append(row)
-                break
+                kinds.add(row.kind)
     notes = []
     if settings is None:
         notes.append("this model was not accelerated: call fastpeft.accelerate(model)")

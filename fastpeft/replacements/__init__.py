@@ -7,6 +7,7 @@ from .base import Left, Match, Replacement
 from .embedding import EmbeddingReplacement
 from .experts import ExpertsReplacement
 from .lora import LoraReplacement
+from .loss import LossReplacement
 from .lycoris import LycorisReplacement
 from .mlp import MlpReplacement
 
@@ -17,10 +18,10 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     LoraReplacement(),
     MlpReplacement(),
     AttentionReplacement(),
+    LossReplacement(),
 )
 
 NOT_BUILT = {
-    "loss": "losses without logits",
     "norms": "norms, activations and rotary embeddings",
     "memory": "memory by plan",
 }
