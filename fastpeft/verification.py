@@ -18,6 +18,8 @@ from .integrations.transformers import sample_batch
 from .layers.embedding import FastEmbedding
 from .layers.experts import FastExperts
 from .layers.frozen import FrozenSibling
+from .layers.head import own_heads
+from .layers.lazy_logits import plain
 from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
@@ -102,7 +104,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
-        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings}
+        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **dict(own_heads(model))}
         _, traffic = recorded_step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
         ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
         with suspended(replaced):
@@ -137,7 +139,7 @@ def recorded_step(
         for handle in handles:
             handle.remove()
     found = {name: g.detach() for name, g in zip(named, gradients, strict=True) if g is not None}
-    return {"output": output.detach(), "loss": loss.detach(), **found}, traffic
+    return {"output": plain(output).detach(), "loss": loss.detach(), **found}, traffic
 
 
 def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:

@@ -111,6 +111,10 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     frozen = [parameter for parameter, _ in own] if loaded_for_inference else []
     zeros = [(parameter, rank) for parameter, rank in own if not parameter.any()]
     calls = {module: dict(module.__dict__.get("fastpeft_calls", {})) for module in model.modules()}
+    losses = [m.__dict__["fastpeft_loss"] for m in model.modules() if "fastpeft_loss" in m.__dict__]
+    outcomes = [(loss, loss.outcomes) for loss in losses]
+    for loss, counted in outcomes:
+        loss.outcomes = dict(counted)
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -133,6 +137,8 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         for module in model.modules():
             if "fastpeft_calls" in module.__dict__:
                 module.__dict__["fastpeft_calls"] = calls[module]
+        for loss, counted in outcomes:
+            loss.outcomes = counted
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

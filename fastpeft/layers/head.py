@@ -47,6 +47,9 @@ def lazy_logits(head: Any, x: Any) -> Tensor | None:
     calls: LossCalls | None = head.fastpeft_loss
     if calls is None or not calls.labelled or head.fastpeft_suspended or torch.compiler.is_compiling():
         return None
+    watch = getattr(head, "fastpeft_watch", None)
+    if watch is not None and watch.watching:  # by a hook of ours, in a run whose result nobody sees
+        return None
     call = _call(head, x, calls)
     if isinstance(call, str):
         calls.count(call)
@@ -60,6 +63,8 @@ def _call(head: Any, x: Any, calls: LossCalls) -> HeadCall | str:
         return reason
     if as_op():
         return "a dispatch mode that records operations"
+    if x.shape[-1] != head.in_features:
+        return f"an input of {x.shape[-1]} features in place of {head.in_features}"
     if isinstance(head, FastHead):
         trained = head._parameters.get("weight")
         if trained is not None and trained.requires_grad:

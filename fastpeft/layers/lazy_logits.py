@@ -67,7 +67,7 @@ class LazyLogits(Tensor):
             served = _cross_entropy(*args, **kwargs)
             if served is not None:
                 return served
-        elif func in _HOOKS:
+        elif func in _WANT_GRADIENTS:
             args[0].family.hooked(func.__name__)
         elif func in _OUTSIDE_TORCH:
             args = tree_map_only(LazyLogits, plain, args)
@@ -187,8 +187,6 @@ def _cross_entropy(
         return None
     if labels.dtype != torch.int64 or labels.shape != logits.shape[:1] or labels.device != logits.device:
         return None
-    if logits.requires_grad and logits.is_leaf:  # cut off, and then asked for a gradient of its own
-        return None
     family = logits.family
     with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(torch.is_grad_enabled() and logits.requires_grad):
         loss = family.call.loss(
@@ -205,7 +203,7 @@ def _cross_entropy(
     return loss
 
 
-_HOOKS = (Tensor.register_hook, Tensor.retain_grad)
+_WANT_GRADIENTS = (Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _OUTSIDE_TORCH = (
     Tensor.__repr__,
     Tensor.__deepcopy__,

@@ -47,8 +47,10 @@ class LossReplacement:
         calls = LossCalls()
         module.__dict__[CALLS] = calls
         for head in proved.found:
-            if not isinstance(head, FastLoraLayer):
+            if not isinstance(head, (FastLoraLayer, FastHead)):
                 make_head(head)
+            elif isinstance(base := head._modules.get("base_layer"), FastHead):  # it has got adapters since
+                unmake_head(base)
             head.__dict__[CALLS] = calls
 
     def installed(self, module: nn.Module) -> Match | None:
