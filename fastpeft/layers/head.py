@@ -116,7 +116,8 @@ def _share(adapter: LoraAdapter, x: Tensor) -> Tensor:
 def make_head(module: nn.Module) -> None:
     """A projection without adapters becomes a `FastHead`."""
     stock = type(module)
-    module.__class__ = fast = head_class(stock)
+    fast: Any = head_class(stock)
+    module.__class__ = fast
     rebind_hooked_forward(module, stock, fast)
 
 
@@ -125,12 +126,13 @@ def unmake_head(module: nn.Module) -> None:
     module.__dict__.pop("fastpeft_loss", None)
     if not isinstance(module, FastHead):
         return
-    fast, stock = type(module), own_class(module)
+    fast: type[nn.Module] = type(module)
+    stock = own_class(module)
     if fast is stock:  # FSDP2 has put a class of its own before ours
         module.fastpeft_suspended = True
         return
     module.__dict__.pop("fastpeft_suspended", None)
-    module.__class__ = stock
+    module.__class__ = stock  # type: ignore[assignment]
     rebind_hooked_forward(module, fast, stock)
 
 

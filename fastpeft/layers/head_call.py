@@ -210,8 +210,8 @@ class HeadCall:
         same = all(torch.equal(now, then) for now, then in zip(samples, sampled, strict=True))
         if freed or signs != seen or not same:
             raise RuntimeError(
-                "logits: expected to be read before the head or the hidden states change, but an optimizer's step, a "
-                "merge or a write came between; read them earlier, or use fastpeft.accelerate(model, loss=False)"
+                "logits: expected to be read before the head or its input changes, got a change between; "
+                "read them earlier, or call fastpeft.accelerate(model, loss=False)"
             )
 
     def _memory(self) -> Sequence[Tensor]:
@@ -239,5 +239,5 @@ def _sample(parameter: Tensor) -> Tensor:
 def _loss_dtype(device: str, dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
     """What F.cross_entropy returns for logits of a dtype in the present autocast state: tried once."""
     with torch.no_grad():
-        logits, label = torch.zeros((1, 2), dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        return F.cross_entropy(logits, label).dtype
+        label = torch.zeros(1, dtype=torch.int64, device=device)
+        return F.cross_entropy(torch.zeros((1, 2), dtype=dtype, device=device), label).dtype

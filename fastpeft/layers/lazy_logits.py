@@ -1,9 +1,9 @@
 """Logits that are made when somebody reads them, and not for a cross-entropy.
 
 `LazyLogits` is a tensor to autograd, with a node of its own, and to whoever looks at shape, dtype or device; it has no
-memory. Views, slices and casts of it, scalings, a soft-cap and a bias stay lazy, and `cross_entropy` of such is computed
-from the hidden states. Any other operation gets the values, which are made once and kept: autograd, hooks and writes
-then work as on any tensor.
+memory. Views, slices and casts of it, scalings, a soft-cap and a bias stay lazy, and `cross_entropy` of such is
+computed from the hidden states. Any other operation gets the values, which are made once and kept: autograd, hooks and
+writes then work as on any tensor.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .head_call import HeadCall
 from .lazy_steps import STEPS, Trail
 
 IGNORED = -100
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class LazyLogits(Tensor):
@@ -30,12 +31,12 @@ class LazyLogits(Tensor):
     Attributes:
         family: shared by all that come from one call of a head.
         trail: the recorded operations.
-        values: the logits themselves, once they were asked for; what was written is in them.
+        kept: the logits themselves, once they were asked for; what was written is in them.
     """
 
     family: Family
     trail: Trail
-    values: Tensor | None
+    kept: Tensor | None
     _parent: tuple[LazyLogits, Any, tuple[Any, ...], dict[str, Any]] | None
 
     @staticmethod
@@ -44,21 +45,21 @@ class LazyLogits(Tensor):
         lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=family.call.device
         )
-        lazy.family, lazy.trail, lazy.values, lazy._parent = family, trail, None, parent
+        lazy.family, lazy.trail, lazy.kept, lazy._parent = family, trail, None, parent
         family.members.append(ref(lazy))
         return lazy
 
     def made(self, asked_by: str) -> Tensor:
         """The values, without a graph."""
-        if self.values is None:
+        if self.kept is None:
             self.family.close(asked_by)
             if self._parent is None:
-                self.values = self.family.call.logits()
+                self.kept = self.family.call.logits()
             else:
                 parent, func, args, kwargs = self._parent
-                self.values = func(parent.made(asked_by), *args, **kwargs)
+                self.kept = func(parent.made(asked_by), *args, **kwargs)
                 self._parent = None
-        return self.values
+        return self.kept
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -75,11 +76,13 @@ class LazyLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Below autograd: what is returned here gets its graph from the operation itself."""
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LazyLogits) and first.values is None and func in STEPS:
+        if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
                 return LazyLogits(first.family, trail, (first, func, args[1:], kwargs))
@@ -185,10 +188,16 @@ def _cross_entropy(
         return None
     if size_average is not None or reduce is not None or not logits.trail.serves or logits.dim() != 2:
         return None
-    if labels.dtype != torch.int64 or labels.shape != logits.shape[:1] or labels.device != logits.device:
+    if (
+        reduction not in REDUCTIONS
+        or labels.dtype != torch.int64
+        or labels.shape != logits.shape[:1]
+        or labels.device != logits.device
+    ):
         return None
     family = logits.family
-    with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(torch.is_grad_enabled() and logits.requires_grad):
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(wanted):
         loss = family.call.loss(
             logits.trail,
             labels,

@@ -31,7 +31,8 @@ class LossReplacement:
     switch = "loss"
 
     def match(self, module: nn.Module) -> Match | Left | None:
-        if not is_model_class(type(module)) or not takes_labels(type(module)):
+        kind: Any = type(module)
+        if not is_model_class(kind) or not takes_labels(kind):
             return None
         head = output_head(module)
         if head is None:
@@ -111,14 +112,14 @@ def _why_not_a_head(head: nn.Module) -> str | None:
     """Why a module that gives logits cannot be asked for hidden states instead."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    name = f"a head of type {type(head).__name__}"
+    name = type(head).__name__
     if isinstance(head, (FastHead, FastLoraLayer)):
         return None
     if isinstance(head, BaseTunerLayer):
-        return f"{name}, which is not accelerated itself"
+        return f"a head of type {name}, which is not accelerated itself"
     dense = type(head) is nn.Linear or bitsandbytes.is_linear_4bit(head)
-    if not dense and quantised.reader(head) is None or own_class(head) is not type(head):
-        return name
+    if (not dense and quantised.reader(head) is None) or own_class(head) is not type(head):
+        return f"a head of type {name}"
     if "forward" in head.__dict__ and not (forward_is_its_class_s(head) or has_hook_on_its_forward(head)):
-        return f"{name} whose forward was replaced on the instance"
+        return f"a head of type {name} whose forward was replaced on the instance"
     return None

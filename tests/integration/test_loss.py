@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
-    BertForMaskedLM,
     BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma3ForCausalLM,

@@ -109,9 +109,7 @@ class TestTRL:
                 dataset_kwargs={"skip_prepare_dataset": True},
             )
             rows = [{"input_ids": each, "labels": each} for each in ids]
-            trainer = SFTTrainer(
-                model, settings, train_dataset=Table.from_list(rows), processing_class=tokenizer()
-            )
+            trainer = SFTTrainer(model, settings, train_dataset=Table.from_list(rows), processing_class=tokenizer())
             trainer.train()
             found.append((losses(trainer), flat(trained_values(model)) - flat(trained_values(start))))
         torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
