@@ -26,10 +26,6 @@ SAMPLE = 4096
 through `.data` leave no other sign."""
 
 
-WORTH_TAKING_OUT = 0.75
-"""Of all rows: with so many labels or fewer the others are taken out, which copies the hidden states that are left."""
-
-
 class LossCalls:
     """Hooks on a model that tell its head whether labels came, and what became of the head's calls since.
 
@@ -178,15 +174,9 @@ class HeadCall:
         for more in trail.biases:
             bias = more if bias is None else bias + more
         with autocast_off(self.device):
-            hidden, s = trail.rows_of(self.hidden), None if self.s is None else trail.rows_of(self.s)
-            kept = _rows_with_labels(labels, options["ignore_index"])
-            if kept is not None:
-                hidden, s = hidden.index_select(0, kept), None if s is None else s.index_select(0, kept)
+            s = None if self.s is None else trail.rows_of(self.s)
             head = Head(self.weight, bias, s, self.b, trail.head_scale, trail.softcap)
-            loss = linear_cross_entropy(hidden, head, labels if kept is None else labels[kept], **options).loss
-            if kept is not None and options["reduction"] == "none":
-                loss = loss.new_zeros(labels.shape).index_copy(0, kept, loss)
-            return loss.to(dtype)
+            return linear_cross_entropy(trail.rows_of(self.hidden), head, labels, **options).loss.to(dtype)
 
     def _values(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.weight, FrozenWeight):
@@ -216,14 +206,6 @@ class HeadCall:
 
     def _memory(self) -> Sequence[Tensor]:
         return self.weight.flatten()[0] if isinstance(self.weight, FrozenWeight) else (self.weight,)
-
-
-def _rows_with_labels(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """The rows that have a label, where enough have none for the others to be taken out; waits for the device."""
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    kept = (labels != ignore_index).nonzero()[:, 0]
-    return kept if kept.numel() <= WORTH_TAKING_OUT * labels.numel() else None
 
 
 def _version(tensor: Tensor) -> int:
