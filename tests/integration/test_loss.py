@@ -12,6 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,6 +23,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import fastpeft
@@ -63,6 +67,19 @@ def assert_served(model: PeftModel, inputs: dict[str, Tensor]) -> None:
             assert_step_close(step(model, inputs), peft, exact)
     row = loss_row(model)
     assert row.op == "loss without logits" and not row.note
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits):
+                self.elements = max(self.elements, tensor.numel())
+        return results
 
 
 def masked_model() -> PeftModel:
@@ -110,6 +127,24 @@ class TestModels:
         inputs["num_items_in_batch"] = torch.tensor(37)
         model.config.use_cache = False  # with a cache the plain model mixes the documents
         assert_served(model, inputs)
+
+    @pytest.mark.parametrize("on_head", [False, True])
+    def test_nothing_of_tokens_by_words_is_made(self, on_head: bool) -> None:
+        words, tokens = 9000, 320
+        base = LlamaForCausalLM(
+            LlamaConfig(**_DECODER | {"vocab_size": words, "hidden_size": 16, "num_hidden_layers": 1})
+        )
+        model = with_lora(base, target_modules=ON_HEAD if on_head else ["q_proj"])
+        ids = torch.randint(3, words, (2, tokens))
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        largest = []
+        for switch in (False, True):
+            fastpeft.accelerate(model, loss=switch)
+            step(model, {"input_ids": ids[:, :4], "labels": ids[:, :4]})
+            with Largest() as watched:
+                model(**inputs).loss.backward()
+            largest.append(watched.elements)
+        assert largest[0] == 2 * tokens * words and largest[1] <= largest[0] // 8
 
     def test_no_label_at_all(self) -> None:
         model = fastpeft.accelerate(make())
