@@ -77,7 +77,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits):
+            if type(tensor) is Tensor and not tensor.is_meta:
                 self.elements = max(self.elements, tensor.numel())
         return results
 
