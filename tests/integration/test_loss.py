@@ -38,7 +38,7 @@ from tests.integration.steps import assert_step_close, step, truth
 full = pytest.mark.full
 ON_HEAD = ["q_proj", "v_proj", "lm_head"]
 GENERATORS = [name for name in ARCHITECTURES if ARCHITECTURES[name].task != "SEQ_CLS"]
-SERVED = [pytest.param(n, marks=[] if n in ("llama", "gemma2", "t5", "bart") else full) for n in GENERATORS]
+SERVED = [pytest.param(n, marks=[] if n in ("llama", "gemma2", "t5") else full) for n in GENERATORS]
 
 
 def loss_row(model: nn.Module) -> ReportRow:
@@ -128,7 +128,7 @@ class TestModels:
         model.config.use_cache = False  # with a cache the plain model mixes the documents
         assert_served(model, inputs)
 
-    @pytest.mark.parametrize("on_head", [False, True])
+    @pytest.mark.parametrize("on_head", [pytest.param(False, marks=full), True])
     def test_nothing_of_tokens_by_words_is_made(self, on_head: bool) -> None:
         words, tokens = 9000, 320
         base = LlamaForCausalLM(
@@ -155,6 +155,7 @@ class TestModels:
         loss.backward()
         assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
+    @full
     def test_checkpointed(self) -> None:
         model = make()
         model.enable_input_require_grads()

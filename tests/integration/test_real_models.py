@@ -21,6 +21,7 @@ import fastpeft
 from tests.integration.models import trained
 from tests.integration.reports import adapter_rows, notes, siblings
 from tests.integration.steps import assert_step_close, step, truth
+from tests.integration.test_loss import loss_row, never_made
 
 TEXT = ["Once upon a time there was a little girl who", "The cat sat.", "One day, he went out to play in the snow and"]
 LLAMA = {frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"})}
@@ -32,7 +33,9 @@ def test_decoder_with_lora(real_models: Path) -> None:
     inputs = texts(folder, model)
     peft, exact = step(model, inputs), truth(model, inputs)
     check(model)
-    assert_step_close(step(model, inputs), peft, exact)
+    with never_made():
+        assert_step_close(step(model, inputs), peft, exact)
+    assert not loss_row(model).note
     assert siblings(model) == LLAMA
     assert every_projection(model, {"embed_tokens", "lm_head"})
 
