@@ -25,7 +25,7 @@ from .layers.mlp import FastMlp
 def in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
     if isinstance(layer, FrozenSibling):
-        return _child_copy(layer).double()
+        return child_copy(layer).double()
     classes = {**fast_classes(), **lycoris_classes()}
     stock = next(stock for stock, ours in classes.items() if ours is type(layer))
     return _copied(layer, stock)
@@ -47,12 +47,13 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     made: dict[nn.Module | None, nn.Module | None] = {None: None}
     for name, child in module._modules.items():
         if child not in made:  # PEFT's layers over GPTQ and AWQ hold their base under two names
-            made[child] = _child_copy(child)
+            made[child] = child_copy(child)
         wide._modules[name] = made[child]
     return wide.double().train(module.training)
 
 
-def _child_copy(module: Any) -> nn.Module:
+def child_copy(module: Any) -> nn.Module:
+    """A copy whose weights are as they are decoded, of PEFT's classes."""
     if isinstance(module, FastLoraLayer):
         return in_fp64(module)
     if isinstance(module, FastExperts):

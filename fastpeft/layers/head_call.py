@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,14 @@ class LossCalls:
     Attributes:
         labelled: how many calls with labels are going on.
         outcomes: number of calls by outcome, "fused" or why all logits were made.
+        records: gets what each loss is computed from, where somebody keeps it.
     """
 
     def __init__(self) -> None:
         self.labelled = 0
         self.outcomes: dict[str, int] = {}
         self.noted = False
+        self.records: list[Recorded] | None = None
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
@@ -125,7 +127,7 @@ class HeadCall:
             h, bias = self.hidden, self.bias
             y = self.weight.linear(h.flatten(0, -2)) if isinstance(self.weight, FrozenWeight) else None
             if y is None:
-                y = F.linear(h, self._values(h.dtype), None if bias is None else bias.to(h.dtype))
+                y = F.linear(h, self.values(h.dtype), None if bias is None else bias.to(h.dtype))
             else:
                 y = y.view(*h.shape[:-1], self.words)
                 y = y if bias is None else y + bias
@@ -145,7 +147,7 @@ class HeadCall:
             if needed[0]:
                 d = dz.to(hidden.dtype)
                 dh = self.weight.linear_t(d) if isinstance(self.weight, FrozenWeight) else None
-                dh = d @ self._values(hidden.dtype) if dh is None else dh
+                dh = d @ self.values(hidden.dtype) if dh is None else dh
                 dh = dh.view(hidden.shape)
             dw = (dz.to(hidden.dtype).t() @ hidden.reshape(-1, hidden.shape[-1])) if needed[1] else None
             db = ds = None
@@ -169,6 +171,8 @@ class HeadCall:
             labels: (tokens,) int64.
             options: keywords of `linear_cross_entropy`.
         """
+        if self.calls.records is not None:
+            self.calls.records.append(Recorded(self, trail, labels, options))
         dtype = _loss_dtype(self.device.type, trail.like.dtype, autocast_dtype(self.device))
         bias = self.bias
         for more in trail.biases:
@@ -178,7 +182,8 @@ class HeadCall:
             head = Head(self.weight, bias, s, self.b, trail.head_scale, trail.softcap)
             return linear_cross_entropy(trail.rows_of(self.hidden), head, labels, **options).loss.to(dtype)
 
-    def _values(self, dtype: torch.dtype) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """(words, hidden_size), without a graph."""
         if isinstance(self.weight, FrozenWeight):
             return self.weight.decode(dtype=dtype)
         return self.weight.detach().to(dtype)
@@ -206,6 +211,20 @@ class HeadCall:
 
     def _memory(self) -> Sequence[Tensor]:
         return self.weight.flatten()[0] if isinstance(self.weight, FrozenWeight) else (self.weight,)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One loss, and what it is computed from; `options` are keywords of `linear_cross_entropy`."""
+
+    call: HeadCall
+    trail: Trail
+    labels: Tensor
+    options: dict[str, Any]
+
+    def again(self, hidden: Tensor) -> Tensor:
+        """The same loss of other hidden states (..., hidden_size)."""
+        return replace(self.call, hidden=hidden, calls=LossCalls()).loss(self.trail, self.labels, **self.options)
 
 
 def _version(tensor: Tensor) -> int:
