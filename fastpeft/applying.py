@@ -67,10 +67,11 @@ def accelerate(
         attention: run attention by our function, whose memory grows with the number of tokens, in models that call it
             through transformers' interface and run "sdpa" or "eager" at present; other implementations were asked for
             by name and stay.
+        loss: let calls with labels compute the loss from hidden states and head, without all logits, which are made
+            where somebody reads them.
         norms: compute RMSNorm, in every form that models have, in one pass each way, keeping its input and no copy of
             it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
             told by their parts and proved on each instance.
-        loss: replace it too; not built yet, the report says so.
         memory: a memory budget; not built yet.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
@@ -119,7 +120,7 @@ def accelerate(
         replacement.finish(model, mine, setting)
         found |= {replacement.switch} if mine else set()
     ask_fp8(modules, fp8_compute, fp8_exclude)
-    if found <= {"attention", "norms"}:
+    if found <= {"attention", "norms", "loss"}:
         what = f"nothing but {' and '.join(sorted(found))}" if found else "nothing"
         logger.warning("%s was replaced in this %s; fastpeft.report(model) says why", what, type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)

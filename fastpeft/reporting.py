@@ -71,6 +71,8 @@ class Report:
             lines[0] += f", {self._share('attention')} attentions"
         if any(row.kind == "norms" for row in self.rows):
             lines[0] += f", {self._share('norms')} norms and rotary embeddings"
+        if any(row.kind == "loss" for row in self.rows):
+            lines[0] += f", {self._share('loss')} losses without logits"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:

@@ -18,17 +18,25 @@ from .integrations.transformers import sample_batch
 from .layers.embedding import FastEmbedding
 from .layers.experts import FastExperts
 from .layers.frozen import FrozenSibling
+from .layers.head import own_heads
+from .layers.lazy_logits import plain
 from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
 from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
-from .verification_modules import Check, Whole, check_layers, check_wholes
+from .verification_losses import check_losses, noisy_gradients, recorded_losses
+from .verification_modules import Check, Whole, check_layers, check_wholes, rounding_of_heads
 from .verification_states import calm, noisy, suspended
 
 MODEL_SLACK = 4.0
 """Whole model: our distance from PEFT may be this many times the twin's, which repeats the forward's rounding only."""
+
+
+ONE_SIDED = 2.0
+"""The twin's gradient at a head carries this many times the error of PEFT's loss, which is not random: the error of a
+softmax's denominator goes one way, and further through the layers than as much noise."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +113,28 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
         norms = {path: module for path, module in model.named_modules() if isinstance(module, (FastNorm, FastRotary))}
-        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms}
-        _, traffic = recorded_step(model, layers, inputs, record=True)  # a hook on its projections takes an MLP apart
-        ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
+        heads = dict(own_heads(model))
+        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms, **heads}
+        # A hook on its projections takes an MLP apart, one on a head makes logits.
+        _, traffic = recorded_step(model, {**layers, **heads}, inputs, record=True)
+        adapted_heads = {path: layer for path, layer in layers.items() if "fastpeft_loss" in layer.__dict__}
+        every_head: dict[str, nn.Module] = {**heads, **adapted_heads}
+        with recorded_losses(every_head) as losses:
+            ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
+        of_losses, of_peft = check_losses(losses)
         with suspended(replaced):
             peft, _ = recorded_step(model, layers, inputs)
+        of_heads = rounding_of_heads(heads, traffic)
         checks, rounding = check_layers(layers, traffic)
         of_wholes, rounding_of_wholes = check_wholes(wholes, traffic_of_wholes)
         outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
-        with suspended(replaced), noisy({**layers, **experts, **embeddings}, outputs, seed):
+        outputs |= of_heads
+        noisy_layers = {**layers, **experts, **embeddings, **heads}
+        loss_noise = noisy_gradients(every_head, ONE_SIDED * of_peft["gradient"], seed)
+        with suspended(replaced), noisy(noisy_layers, outputs, seed), loss_noise:
             twin, _ = recorded_step(model, layers, inputs)
-    checks += of_wholes + _compare_models(ours, peft, twin, rounding.gradients | rounding_of_wholes.gradients)
+    of_gradients = rounding.gradients | rounding_of_wholes.gradients | {"loss": of_peft["loss"]}
+    checks += of_wholes + of_losses + _compare_models(ours, peft, twin, of_gradients)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
     served = {**layers, **wholes}
@@ -140,7 +159,7 @@ def recorded_step(
         for handle in handles:
             handle.remove()
     found = {name: g.detach() for name, g in zip(named, gradients, strict=True) if g is not None}
-    return {"output": output.detach(), "loss": loss.detach(), **found}, traffic
+    return {"output": plain(output).detach(), "loss": loss.detach(), **found}, traffic
 
 
 def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
@@ -173,7 +192,7 @@ def output_and_loss(outputs: Any) -> tuple[Tensor, Tensor]:
 def _compare_models(
     ours: dict[str, Tensor], peft: dict[str, Tensor], twin: dict[str, Tensor], rounding: dict[str, float]
 ) -> list[Check]:
-    """`rounding` is PEFT's in gradients in their own layers: the twin repeats it, so it adds to the twin's distance."""
+    """`rounding` is PEFT's in gradients in their own layers, and in the loss: it adds to the twin's distance."""
     checks = []
     rows = max(1, peft["output"].numel() // peft["output"].shape[-1])
     for name in ["output", "loss", *sorted((ours.keys() | peft.keys()) - {"output", "loss"})]:
@@ -186,10 +205,9 @@ def _compare_models(
         noise = (twin[name].double() - reference).norm().item() / scale
         if name == "output":
             output_noise = noise
-        elif name in rounding:
-            noise += rounding[name]
         elif name == "loss":  # one number can be close by chance: it is a mean over rows of the output
             noise = max(noise, output_noise / rows**0.5)
+        noise += rounding.get(name, 0.0)
         eps = torch.finfo(peft[name].dtype).eps
         checks.append(Check("", _named(name), error, noise, MODEL_SLACK * max(noise, eps)))
     return checks

@@ -18,7 +18,7 @@ from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
 from .layers.siblings import Sibling
-from .verification_states import in_fp64, suspended, whole_in_fp64
+from .verification_states import child_copy, in_fp64, suspended, whole_in_fp64
 
 Layer = Sibling | FastLycorisLayer
 Whole = FastMlp | FastExperts | FastEmbedding
@@ -142,6 +142,24 @@ def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) 
         if x.is_floating_point():
             checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
     return checks, rounding
+
+
+def rounding_of_heads(heads: Mapping[str, nn.Module], traffic: dict[str, list[Tensor]]) -> dict[str, float]:
+    """By path, the root mean square of the error that the model's own head makes in its logits.
+
+    A loss without logits makes none, so it is that far from PEFT's.
+    """
+    found = {}
+    for path, head in heads.items():
+        inputs = traffic.pop(path, [])
+        if len(inputs) == 2:
+            x = inputs[0]
+            with torch.no_grad(), suspended({path: head}):
+                logits = head(x)
+            wide = child_copy(head).double()
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                found[path] = (logits.double() - wide(x.double())).square().mean().sqrt().item()
+    return found
 
 
 @dataclass

@@ -28,7 +28,7 @@ CALLS = ("fastpeft_calls", "fastpeft_turns")
 def in_fp64(layer: nn.Module) -> nn.Module:
     """PEFT's layer in fp64, read from the parameters and not through our own code, so that no misreading escapes."""
     if isinstance(layer, FrozenSibling):
-        return _child_copy(layer).double()
+        return child_copy(layer).double()
     classes = {**fast_classes(), **lycoris_classes()}
     stock = next(stock for stock, ours in classes.items() if ours is type(layer))
     return _copied(layer, stock)
@@ -50,12 +50,13 @@ def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     made: dict[nn.Module | None, nn.Module | None] = {None: None}
     for name, child in module._modules.items():
         if child not in made:  # PEFT's layers over GPTQ and AWQ hold their base under two names
-            made[child] = _child_copy(child)
+            made[child] = child_copy(child)
         wide._modules[name] = made[child]
     return wide.double().train(module.training)
 
 
-def _child_copy(module: Any) -> nn.Module:
+def child_copy(module: Any) -> nn.Module:
+    """A copy whose weights are as they are decoded, of PEFT's classes."""
     if isinstance(module, FastLoraLayer):
         return in_fp64(module)
     if isinstance(module, FastExperts):
@@ -114,6 +115,10 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     frozen = [parameter for parameter, _ in own] if loaded_for_inference else []
     zeros = [(parameter, rank) for parameter, rank in own if not parameter.any()]
     calls = [(m, name, dict(m.__dict__.get(name, {}))) for m in model.modules() for name in CALLS]
+    losses = [m.__dict__["fastpeft_loss"] for m in model.modules() if "fastpeft_loss" in m.__dict__]
+    outcomes = [(loss, loss.outcomes) for loss in losses]
+    for loss, counted in outcomes:
+        loss.outcomes = dict(counted)
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -136,6 +141,8 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         for module, name, before in calls:
             if name in module.__dict__:
                 module.__dict__[name] = before
+        for loss, counted in outcomes:
+            loss.outcomes = counted
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

@@ -84,6 +84,16 @@ def is_plain(variant: Any) -> bool:
     )
 
 
+def saved_copies(module: nn.Module) -> list[nn.Module]:
+    """What PEFT calls in the place of a module that is trained and saved as a whole (`modules_to_save`): the original
+    and each adapter's copy. Empty for any other module."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if not isinstance(module, ModulesToSaveWrapper):
+        return []
+    return [module.original_module, *module.modules_to_save.children()]
+
+
 def why_not_active(layer: Any) -> str | None:
     """The reason, in the state of a layer of PEFT, why its own forward must run; or None."""
     if layer._disable_adapters:

@@ -74,6 +74,18 @@ def is_model_class(kind: type[Any]) -> bool:
     return home is not None and issubclass(kind, home.PreTrainedModel)
 
 
+@cache
+def takes_labels(kind: type[Any]) -> bool:
+    """Whether models of a class compute a loss when they are given labels."""
+    return "labels" in inspect.signature(kind.forward).parameters
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The module that makes a model's logits over words; None without one."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None
+
+
 def has_its_own_attention(model: Any) -> bool:
     """Whether a model's code computes attention itself, without asking which implementation is wanted."""
     return model.base_model is model and not model._can_set_attn_implementation()

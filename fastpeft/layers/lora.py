@@ -20,6 +20,8 @@ from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
 from .few_tokens import FEW_TOKENS, is_few, plain_forward
 from .fp8 import ask, products_of
+from .head import lazy_logits
+from .head_call import LossCalls
 from .merges import SeenMerges
 from .requests import Request, base_bias, compute, frozen_base, lora_dtype
 from .siblings import RowNames, Sibling
@@ -35,6 +37,7 @@ class FastLoraLayer(SeenMerges, Sibling):
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
     fastpeft_fp8_left: str | None = None  # why products in FP8 were asked for in vain
+    fastpeft_loss: LossCalls | None = None  # of a model's head
     adapted = True
     op_name = "lora_linear"
     over_four_bits = False
@@ -86,6 +89,9 @@ class FastLoraLayer(SeenMerges, Sibling):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        if self.fastpeft_loss is not None and not args and not kwargs and (lazy := lazy_logits(self, x)) is not None:
+            self._count("fused")
+            return lazy
         row_names = kwargs.get("adapter_names")
         group = self.fastpeft_group
         if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):

@@ -7,6 +7,7 @@ from .base import Left, Match, Replacement
 from .embedding import EmbeddingReplacement
 from .experts import ExpertsReplacement
 from .lora import LoraReplacement
+from .loss import LossReplacement
 from .lycoris import LycorisReplacement
 from .mlp import MlpReplacement
 from .norm import NormReplacement
@@ -21,10 +22,10 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     AttentionReplacement(),
     NormReplacement(),
     RotaryReplacement(),
+    LossReplacement(),
 )
 
 NOT_BUILT = {
-    "loss": "losses without logits",
     "memory": "memory by plan",
 }
 """Switches of `accelerate` whose replacements are not built yet, in words for the report."""

@@ -179,7 +179,7 @@ class TestVerifyLeavesNoTrace:
         for module in left:
             module.fastpeft_suspended = True
         fastpeft.verify(model)
-        assert len(left) == 3 and all(module.fastpeft_suspended for module in left)
+        assert len(left) == 4 and all(module.fastpeft_suspended for module in left)
 
     def test_when_it_is_interrupted(self) -> None:
         model = fastpeft.accelerate(make())
@@ -199,8 +199,9 @@ def passes(model: nn.Module) -> None:
     assert outcome.passed, str(outcome)
     assert not outcome.unserved and "verify: passed" in str(outcome)
     served = {check.path for check in outcome.checks if check.path}
-    # attention is in the whole model's figures alone
-    assert served == {row.path for row in fastpeft.report(model).rows if row.kind not in ("attention", "norms")}
+    # attention, norms and loss are in the whole model's figures alone
+    others = ("attention", "norms", "loss")
+    assert served == {row.path for row in fastpeft.report(model).rows if row.kind not in others}
 
 
 def spoiled(name: str, change: Callable[[Any], Any]) -> tuple[str, Callable[..., Any]]:

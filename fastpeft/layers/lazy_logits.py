@@ -1,0 +1,229 @@
+"""Logits that are made when somebody reads them, and not for a cross-entropy.
+
+`LazyLogits` is a tensor to autograd, with a node of its own, and to whoever looks at shape, dtype or device; it has no
+memory. Views, slices and casts of it, scalings, a soft-cap and a bias stay lazy, and `cross_entropy` of such is
+computed from the hidden states. Any other operation gets the values, which are made once and kept: autograd, hooks and
+writes then work as on any tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from .head_call import HeadCall
+from .lazy_steps import STEPS, Trail
+
+IGNORED = -100
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LazyLogits(Tensor):
+    """What `logits_of` returns, and what recorded operations make of it.
+
+    Attributes:
+        family: shared by all that come from one call of a head.
+        trail: the recorded operations.
+        kept: the logits themselves, once they were asked for; what was written is in them.
+    """
+
+    family: Family
+    trail: Trail
+    kept: Tensor | None
+    _parent: tuple[LazyLogits, Any, tuple[Any, ...], dict[str, Any]] | None
+
+    @staticmethod
+    def __new__(cls, family: Family, trail: Trail, parent: Any = None) -> LazyLogits:
+        like = trail.like
+        lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=family.call.device
+        )
+        lazy.family, lazy.trail, lazy.kept, lazy._parent = family, trail, None, parent
+        family.members.append(ref(lazy))
+        return lazy
+
+    def made(self, asked_by: str) -> Tensor:
+        """The values, without a graph."""
+        if self.kept is None:
+            self.family.close(asked_by)
+            if self._parent is None:
+                self.kept = self.family.call.logits()
+            else:
+                parent, func, args, kwargs = self._parent
+                self.kept = func(parent.made(asked_by), *args, **kwargs)
+                self._parent = None
+        return self.kept
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            served = _cross_entropy(*args, **kwargs)
+            if served is not None:
+                return served
+        elif func in _WANT_GRADIENTS:
+            args[0].family.hooked(func.__name__)
+        elif func in _OUTSIDE_TORCH:
+            args = tree_map_only(LazyLogits, plain, args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Below autograd: what is returned here gets its graph from the operation itself."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
+            trail = STEPS[func](first.trail, func, args[1:], kwargs)
+            if trail is not None:
+                return LazyLogits(first.family, trail, (first, func, args[1:], kwargs))
+        asked_by = str(func)
+        owners: dict[int, LazyLogits] = {}
+
+        def made(lazy: LazyLogits) -> Tensor:
+            if func._schema.is_mutable:  # what was derived before must not see a write, but where it is a view
+                for member in lazy.family.alive():
+                    member.made(asked_by)
+            values = lazy.made(asked_by)
+            owners[id(values)] = lazy
+            return values
+
+        args, kwargs = tree_map_only(LazyLogits, made, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)
+
+
+class Family:
+    """All lazy logits of one call of a head.
+
+    Attributes:
+        lazy: whether a loss may still be computed from the hidden states: nobody has the values, no hook waits for a
+            gradient of them.
+        served: whether one was.
+    """
+
+    def __init__(self, call: HeadCall) -> None:
+        self.call, self.members = call, list[ref[LazyLogits]]()
+        self.lazy, self.served = True, False
+
+    def alive(self) -> Iterator[LazyLogits]:
+        yield from (member for each in self.members if (member := each()) is not None)
+
+    def close(self, asked_by: str) -> None:
+        """From now on a loss is computed from the logits."""
+        if self.lazy:
+            self.lazy = False
+            self.call.calls.asked_for(asked_by, self.served)
+
+    def hooked(self, what: str) -> None:
+        """A hook waits for the gradient of logits: it gets one, unless their loss has been computed already."""
+        if self.served:
+            self.call.calls.hooked_late(what)
+        else:
+            self.close(what)
+
+
+class _Node(torch.autograd.Function):
+    """hidden, weight, bias, s, b -> lazy logits. Backward is that of the plain head, for logits that were read."""
+
+    @staticmethod
+    def forward(ctx: Any, call: HeadCall, *inputs: Tensor | None) -> LazyLogits:
+        ctx.call = call
+        ctx.save_for_backward(*inputs)
+        family = Family(call)
+        hidden = inputs[0]
+        assert hidden is not None
+        return LazyLogits(family, Trail(torch.empty((*hidden.shape[:-1], call.words), dtype=call.out, device="meta")))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.call.gradients(dlogits, ctx.saved_tensors, ctx.needs_input_grad[1:]))
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
+        return lazy.made("something outside torch's operations").detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def logits_of(call: HeadCall) -> LazyLogits:
+    """The logits of a head's call, not made yet; differentiable in all that the call holds."""
+    return _Node.apply(call, *call.inputs)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same as an ordinary tensor, with its graph; any other tensor as it is."""
+    if not isinstance(tensor, LazyLogits):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Plain.apply(tensor)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _cross_entropy(
+    logits: Any,
+    labels: Any,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = IGNORED,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """F.cross_entropy of (tokens, words) and (tokens,) without logits; None where torch's own must have them."""
+    if type(logits) is not LazyLogits or not logits.family.lazy or type(labels) is not Tensor:
+        return None
+    if size_average is not None or reduce is not None or not logits.trail.serves or logits.dim() != 2:
+        return None
+    if (
+        reduction not in REDUCTIONS
+        or labels.dtype != torch.int64
+        or labels.shape != logits.shape[:1]
+        or labels.device != logits.device
+    ):
+        return None
+    family = logits.family
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(wanted):
+        loss = family.call.loss(
+            logits.trail,
+            labels,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=weight,
+        )
+    if not family.served:
+        family.served = True
+        family.call.calls.served()
+    return loss
+
+
+_WANT_GRADIENTS = (Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+_OUTSIDE_TORCH = (
+    Tensor.__repr__,
+    Tensor.__deepcopy__,
+    Tensor.__reduce_ex__,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+    Tensor.share_memory_,
+)
+"""What reads memory without an operation of torch's."""
