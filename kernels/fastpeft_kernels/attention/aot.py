@@ -30,7 +30,10 @@ def cases() -> Iterator[AotCase]:
         for features in (64, 128, 256):
             for i, tiles in enumerate(tiles_for(targets[0], torch.bfloat16, features, features)):
                 yield from _plain(features, tiles, targets, default=i == 0)
-    yield from _everything(tiles_for(90, torch.bfloat16, 64, 64, loaded=True)[0])
+    for features in (64, 128):
+        for tiles in tiles_for(90, torch.bfloat16, features, features, added=1):
+            yield from _added(features, tiles)
+    yield from _everything(tiles_for(90, torch.bfloat16, 64, 64, added=2)[0])
 
 
 def _plain(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool) -> Iterator[AotCase]:
@@ -44,6 +47,22 @@ def _plain(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool)
     yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, targets, default)
     constants["ranges_ptr"] = None
     yield _case(name, attention_bwd_keys_kernel, constants, features, tiles.keys, targets, default)
+
+
+def _added(features: int, tiles: Tiles) -> Iterator[AotCase]:
+    from .backward_keys import attention_bwd_keys_kernel
+    from .backward_queries import attention_bwd_queries_kernel
+    from .forward import attention_fwd_kernel
+
+    part = "relative_ptr" if features == 64 else "softcap"
+    constants: dict[str, Any] = {name: None for name in _ABSENT if name != part}
+    constants |= {"PLAIN": False, "NATURAL": False, "LOWER": False}
+    fwd = {**constants, "sinks_ptr": None}
+    name = f"{part.removesuffix('_ptr')}_{features}"
+    yield _case(name, attention_fwd_kernel, fwd, features, tiles.forward, _DESCRIBED, False)
+    yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, _DESCRIBED, False)
+    keys = {**constants, "ranges_ptr": None}
+    yield _case(name, attention_bwd_keys_kernel, keys, features, tiles.keys, _DESCRIBED, False)
 
 
 def _everything(tiles: Tiles) -> Iterator[AotCase]:
@@ -79,7 +98,7 @@ def _case(
 
     sizes = {"UNIT": 8, "FEATURES": features, "V_FEATURES": features, "BLOCK_D": features, "BLOCK_V": features}
     sizes |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK": tile.block_m}
-    sizes |= {"TMA": tile.tma}
+    sizes |= {"TMA": tile.tma, "BIAS_COLUMN": 1, "BIAS_UNIT": 8, "DENSE_COLUMN": 1, "DENSE_UNIT": 8}
     pointers = {key: "*bf16" for key in kernel.arg_names if key.endswith("_ptr")}
     if tile.tma:
         rows = {"q_ptr": tile.block_m, "k_ptr": tile.block_n, "v_ptr": tile.block_n, "do_ptr": tile.block_m}

@@ -19,7 +19,7 @@ UNSPECIALISED = [
     *("queries", "keys", "kv_heads", "group", "left", "right", "bounds_batch", "padding_batch", "relative_head"),
     "relative_copy",
     *(f"{name}_{part}" for name in ("q", "k", "v", "do", "o", "dq", "dk", "dv") for part in ("batch", "head", "row")),
-    *("dense_batch", "dense_head", "dense_row", "dense_column", "bias_batch", "bias_head", "bias_row", "bias_column"),
+    *("dense_batch", "dense_head", "dense_row", "bias_batch", "bias_head", "bias_row"),
     *("threshold", "heads"),
 ]
 """Arguments whose values compile nothing anew. Strides of q, k, v and dout come in units of UNIT elements instead."""
@@ -90,6 +90,12 @@ def _per_batch(name: str, stride: str, t: Tensor | None) -> dict[str, Any]:
 
 
 def _broadcast(name: str, t: Tensor | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    parts = [f"{name}_{part}" for part in ("batch", "head", "row", "column")]
-    strides = [0] * 4 if t is None else t.expand(shape).stride()
-    return {f"{name}_ptr": t, **dict(zip(parts, strides, strict=True))}
+    """The strides of what broadcasts to (batch, heads, queries, keys), in units of which rows of keys are whole ones.
+
+    The unit is the 8 elements that one load may take where keys lie side by side, each row beginning aligned; else 1.
+    """
+    strides = (0, 0, 0, 0) if t is None else t.expand(shape).stride()
+    *others, column = strides
+    unit = 8 if column == 1 and shape[3] % 8 == 0 and all(stride % 8 == 0 for stride in others) else 1
+    steps = {f"{name}_{part}": stride // unit for part, stride in zip(("batch", "head", "row"), others, strict=True)}
+    return {f"{name}_ptr": t, **steps, f"{name.upper()}_COLUMN": column, f"{name.upper()}_UNIT": unit}

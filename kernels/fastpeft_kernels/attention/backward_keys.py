@@ -18,11 +18,12 @@ def attention_bwd_keys_kernel(
     queries, keys, kv_heads, group,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
-    dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    dense_ptr, dense_batch, dense_head, dense_row,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BIAS_COLUMN: tl.constexpr, BIAS_UNIT: tl.constexpr, DENSE_COLUMN: tl.constexpr, DENSE_UNIT: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys of one head of keys, which sums over the heads of queries that read it.
@@ -59,11 +60,11 @@ def attention_bwd_keys_kernel(
         delta_head_ptr = delta_ptr + stream * queries
         dense_head_ptr, relative_head_ptr, bias_head_ptr = dense_ptr, relative_ptr, bias_ptr
         if dense_ptr is not None:
-            dense_head_ptr = dense_ptr + batch * dense_batch + head * dense_head
+            dense_head_ptr = dense_ptr + (batch * dense_batch + head * dense_head) * DENSE_UNIT
         if relative_ptr is not None:
             relative_head_ptr = relative_ptr + head * (relative_head * COPY_UNIT)
         if bias_ptr is not None:
-            bias_head_ptr = bias_ptr + batch * bias_batch + head * bias_head
+            bias_head_ptr = bias_ptr + (batch * bias_batch + head * bias_head) * BIAS_UNIT
         for part in tl.static_range(3):
             if part < 2 or LOWER:
                 first = begin if part == 0 else (inner_begin if part == 1 else inner_end)
@@ -82,8 +83,8 @@ def attention_bwd_keys_kernel(
                         first_key, second_key = row_keys(seed_ptr, row.to(tl.int64), stream)
                     score, slope = tile_scores(
                         product, row[None, :], column[:, None], lower[None, :], upper[None, :], queries, keys,
-                        scale, softcap, relative_head_ptr, relative_copy, bias_head_ptr, bias_row, bias_column,
-                        padding_ptr, dense_head_ptr, dense_row, dense_column,
+                        scale, softcap, relative_head_ptr, relative_copy, bias_head_ptr, bias_row,
+                        padding_ptr, dense_head_ptr, dense_row, BIAS_COLUMN, BIAS_UNIT, DENSE_COLUMN, DENSE_UNIT,
                         PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER, ALONG_QUERIES=True,
                     )  # fmt: skip
                     lse = tl.load(lse_head_ptr + row, mask=row < queries, other=float("inf"))

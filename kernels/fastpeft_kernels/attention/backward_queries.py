@@ -17,11 +17,12 @@ def attention_bwd_queries_kernel(
     queries, keys, kv_heads, group,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
-    dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    dense_ptr, dense_batch, dense_head, dense_row,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BIAS_COLUMN: tl.constexpr, BIAS_UNIT: tl.constexpr, DENSE_COLUMN: tl.constexpr, DENSE_UNIT: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries of one head, in the order of the forward kernel."""
@@ -40,11 +41,11 @@ def attention_bwd_queries_kernel(
     if padding_ptr is not None:
         padding_ptr += batch * padding_batch
     if dense_ptr is not None:
-        dense_ptr += batch * dense_batch + head * dense_head
+        dense_ptr += (batch * dense_batch + head * dense_head) * DENSE_UNIT
     if relative_ptr is not None:
         relative_ptr += head * (relative_head * COPY_UNIT)
     if bias_ptr is not None:
-        bias_ptr += batch * bias_batch + head * bias_head
+        bias_ptr += (batch * bias_batch + head * bias_head) * BIAS_UNIT
 
     row = m + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, batch, head, m, q_batch, q_head, q_row, queries, TMA, UNIT, FEATURES, BLOCK_M, BLOCK_D)
@@ -73,8 +74,9 @@ def attention_bwd_queries_kernel(
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
                 score, slope = tile_scores(
                     product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
-                    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row, bias_column,
-                    padding_ptr, dense_ptr, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
+                    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row,
+                    padding_ptr, dense_ptr, dense_row, BIAS_COLUMN, BIAS_UNIT, DENSE_COLUMN, DENSE_UNIT,
+                    PLAIN, NATURAL, BOUNDED=part != 1, LOWER=LOWER,
                 )  # fmt: skip
                 dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
                 _, dscore = tile_gradients(

@@ -28,11 +28,12 @@ def attention_bwd_scores_kernel(
     queries, keys, kv_heads, group,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     left, right, start_ptr, stop_ptr, bounds_batch, padding_ptr, padding_batch,
-    dense_ptr, dense_batch, dense_head, dense_row, dense_column,
-    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row, bias_column,
+    dense_ptr, dense_batch, dense_head, dense_row,
+    scale, softcap, relative_ptr, relative_head, relative_copy, bias_ptr, bias_batch, bias_head, bias_row,
     seed_ptr, threshold, keep_scale,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr, LOWER: tl.constexpr,
     FEATURES: tl.constexpr, V_FEATURES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BIAS_COLUMN: tl.constexpr, BIAS_UNIT: tl.constexpr, DENSE_COLUMN: tl.constexpr, DENSE_UNIT: tl.constexpr,
     BLOCK: tl.constexpr, RELATIVE: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """RELATIVE: one program a head and diagonal of tiles, from the lower left; sums_ptr (heads, diagonals, 2 BLOCK).
@@ -146,11 +147,11 @@ def attention_bwd_scores_kernel(
         if padding_ptr is not None:
             padding_here = padding_ptr + batch * padding_batch
         if dense_ptr is not None:
-            dense_here = dense_ptr + batch * dense_batch + head * dense_head
+            dense_here = dense_ptr + (batch * dense_batch + head * dense_head) * DENSE_UNIT
         if relative_ptr is not None:
             relative_here = relative_ptr + head * (relative_head * COPY_UNIT)
         if bias_ptr is not None:
-            bias_here = bias_ptr + batch * bias_batch + head * bias_head
+            bias_here = bias_ptr + (batch * bias_batch + head * bias_head) * BIAS_UNIT
         lower, upper = row_bounds(row, queries, keys, left, right, start_here, stop_here)
         first_key, second_key = row, row
         if seed_ptr is not None:
@@ -158,8 +159,9 @@ def attention_bwd_scores_kernel(
         product = tl.dot(q, tl.trans(k), input_precision="ieee")
         score, _ = tile_scores(
             product, row[:, None], column[None, :], lower[:, None], upper[:, None], queries, keys,
-            scale, softcap, relative_here, relative_copy, bias_here, bias_row, bias_column,
-            padding_here, dense_here, dense_row, dense_column, PLAIN, NATURAL, BOUNDED=True, LOWER=LOWER,
+            scale, softcap, relative_here, relative_copy, bias_here, bias_row,
+            padding_here, dense_here, dense_row, BIAS_COLUMN, BIAS_UNIT, DENSE_COLUMN, DENSE_UNIT,
+            PLAIN, NATURAL, BOUNDED=True, LOWER=LOWER,
         )  # fmt: skip
         dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
         _, dscore = tile_gradients(
@@ -176,7 +178,7 @@ def attention_bwd_scores_kernel(
         sums_ptr += program.to(tl.int64) * 2 * BLOCK
         tl.store(sums_ptr + place, tl.sum(tl.where(inside, skewed, 0.0), 0))
     else:
-        rows, columns = (1 if SUM_ROWS else queries), (1 if SUM_COLUMNS else keys)
+        rows, columns = (1 if SUM_ROWS else queries), (1 if SUM_COLUMNS else keys // BIAS_UNIT * BIAS_UNIT)
         if SUM_ROWS:
             sums = tl.sum(sums, 0)[None, :]
         if SUM_COLUMNS:
@@ -185,7 +187,8 @@ def attention_bwd_scores_kernel(
         column = column_place * BLOCK + tl.arange(0, 1 if SUM_COLUMNS else BLOCK)
         first_row = (program // grid_columns // grid_rows).to(tl.int64) * rows
         place = sums_ptr + (first_row + row[:, None]) * columns + column[None, :]
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        unit_of_columns: tl.constexpr = 1 if SUM_COLUMNS else BIAS_UNIT
+        inside = (row < rows)[:, None] & (column // unit_of_columns * unit_of_columns < columns)[None, :]
         tl.store(place, sums.to(sums_ptr.dtype.element_ty), mask=inside)
 
 

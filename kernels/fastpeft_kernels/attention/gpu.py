@@ -43,8 +43,8 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 f"attention causal {head[0]} bf16 {tiles.label}",
                 partial(_check, shape, _BF16, ("causal",), (), tiles),
             )
-        for tiles in tiles_for(capability, _BF16, *head, loaded=True):
-            for score in ("relative", "softcap"):
+        for tiles in tiles_for(capability, _BF16, *head, added=1):
+            for score in ("relative", "softcap", "bias"):
                 name = f"attention {score} {head[0]} bf16 {tiles.label}"
                 yield name, partial(_check, shape, _BF16, (), (score,), tiles)
     for name in MASKS:

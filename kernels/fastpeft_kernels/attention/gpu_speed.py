@@ -41,8 +41,8 @@ def speed_checks(depth: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
         "speed attention 64 4096 tokens, documents",
         partial(_measure, _shape(64, 4096), None, ("documents", "causal")),
     )
-    for features, masks, score in ((64, (), "relative"), (128, ("causal",), "softcap")):
-        for tiles in tiles_for(capability, torch.bfloat16, features, features, loaded=True):
+    for features, masks, score in ((64, (), "relative"), (64, (), "bias"), (128, ("causal",), "softcap")):
+        for tiles in tiles_for(capability, torch.bfloat16, features, features, added=1):
             name = f"speed attention {features} 4096 tokens, {score}, {tiles.label}"
             yield name, partial(_measure, _shape(features, 4096), tiles, masks, (score,))
     if depth != "quick":

@@ -74,7 +74,7 @@ def query_ranges(
 @triton.jit
 def seen(
     row, column, lower, upper, queries, keys,
-    padding_ptr, dense_ptr, dense_row, dense_column,
+    padding_ptr, dense_ptr, dense_row, DENSE_COLUMN: tl.constexpr, DENSE_UNIT: tl.constexpr,
     BOUNDED: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
     """Whether the row sees the column, where that depends on the element: shapes that broadcast to a tile."""
@@ -86,7 +86,7 @@ def seen(
         if LOWER:
             inside &= column >= lower
     if dense_ptr is not None:
-        place = dense_ptr + row.to(tl.int64) * dense_row + column.to(tl.int64) * dense_column
-        inside = inside & (row < queries)
-        inside &= tl.load(place, mask=inside, other=0) != 0
+        place = dense_ptr + row.to(tl.int64) * (dense_row * DENSE_UNIT) + column.to(tl.int64) * DENSE_COLUMN
+        there = (row < queries) & (column // DENSE_UNIT * DENSE_UNIT < keys)
+        inside = inside & (tl.load(place, mask=there, other=0) != 0)
     return inside

@@ -67,8 +67,8 @@ def tanh(x):
 @triton.jit
 def tile_scores(
     product, row, column, lower, upper, queries, keys,
-    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row, bias_column,
-    padding_ptr, dense_ptr, dense_row, dense_column,
+    scale, softcap, relative_ptr, relative_copy, bias_ptr, bias_row, padding_ptr, dense_ptr, dense_row,
+    BIAS_COLUMN: tl.constexpr, BIAS_UNIT: tl.constexpr, DENSE_COLUMN: tl.constexpr, DENSE_UNIT: tl.constexpr,
     PLAIN: tl.constexpr, NATURAL: tl.constexpr, BOUNDED: tl.constexpr, LOWER: tl.constexpr,
     ALONG_QUERIES: tl.constexpr = False,
 ):  # fmt: skip
@@ -97,13 +97,13 @@ def tile_scores(
         in_copy = (place - aligned) * (relative_copy * COPY_UNIT) + aligned
         score += tl.load(relative_ptr + in_copy + (row if ALONG_QUERIES else column)).to(tl.float32) * per_nat
     if bias_ptr is not None:
-        inside = (row < queries) & (column < keys)
-        place = bias_ptr + row.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
+        inside = (row < queries) & (column // BIAS_UNIT * BIAS_UNIT < keys)
+        place = bias_ptr + row.to(tl.int64) * (bias_row * BIAS_UNIT) + column.to(tl.int64) * BIAS_COLUMN
         score += tl.load(place, mask=inside, other=0.0).to(tl.float32) * per_nat
     if BOUNDED or (padding_ptr is not None) or (dense_ptr is not None):
         inside = seen(
             row, column, lower, upper, queries, keys,
-            padding_ptr, dense_ptr, dense_row, dense_column, BOUNDED, LOWER,
+            padding_ptr, dense_ptr, dense_row, DENSE_COLUMN, DENSE_UNIT, BOUNDED, LOWER,
         )  # fmt: skip
         score = tl.where(inside, score, float("-inf"))
     return score, slope

@@ -66,6 +66,14 @@ def test_all_that_happens_to_scores_at_once() -> None:
     check(problem(SHAPE, F16, CPU, ("both sides", "any intervals"), tuple(SCORES)))
 
 
+def test_rows_of_whole_loads_of_bias_and_mask() -> None:
+    it = problem(SHAPE._replace(keys=40), F16, CPU, ("dense",), ("bias",))
+    assert it.scores.bias is not None and it.scores.bias.is_contiguous()
+    check(it)
+    wider = torch.randn(2, 19, 48).to(F16)[..., 8:]  # each row begins aligned, further apart than the keys are many
+    check(replace(it, scores=replace(it.scores, bias=wider)))
+
+
 def test_all_masks_at_once_and_a_batch_entry_without_keys() -> None:
     check(problem(SHAPE._replace(batch=2), F16, CPU, tuple(MASKS)[5:]))
 
