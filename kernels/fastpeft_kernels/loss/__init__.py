@@ -2,7 +2,19 @@
 
 from .api import LinearLoss, linear_cross_entropy
 from .cross_entropy import cross_entropy
+from .distillation import LinearDistillation, linear_distillation
 from .divergence import kl_divergence
-from .head import Head, Options
+from .head import Head, Options, Teacher, TopLogits
 
-__all__ = ["Head", "LinearLoss", "Options", "cross_entropy", "kl_divergence", "linear_cross_entropy"]
+__all__ = [
+    "Head",
+    "LinearDistillation",
+    "LinearLoss",
+    "Options",
+    "Teacher",
+    "TopLogits",
+    "cross_entropy",
+    "kl_divergence",
+    "linear_cross_entropy",
+    "linear_distillation",
+]

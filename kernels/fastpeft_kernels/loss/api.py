@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.device import autocast_dtype
 from ..common.tracing import as_op
-from ..weights import DenseWeight, FrozenWeight
 from . import autograd, custom_op
 from .call import Fixed, Outputs, Trained
 from .combining import reduced, token_losses
 from .head import Head, Options
+from .inputs import compute_dtype, computed_tokens, trained_and_stored
 from .problem import Wants
 from .validation import check_head, check_hidden, check_labels, check_options, check_reduction, check_weights
 
@@ -111,32 +110,12 @@ def linear_cross_entropy(
 def _compute(
     hidden: Tensor, head: Head, labels: Tensor, counted: Tensor, class_weight: Tensor | None, wants: Wants
 ) -> Outputs:
-    trained_weight, stored = _weights(head.weight)
-    dtype, low_dtype = _compute_dtype(hidden), hidden.dtype if head.s is None else _compute_dtype(head.s)
+    trained_weight, stored = trained_and_stored(head.weight)
+    dtype, low_dtype = compute_dtype(hidden), hidden.dtype if head.s is None else compute_dtype(head.s)
     rows = hidden.reshape(-1, hidden.shape[-1])
     s = None if head.s is None else head.s.reshape(-1, head.s.shape[-1])
     trained = Trained(rows, trained_weight, head.bias, s, head.b)
     op = as_op()
-    computed = None if op else _computed(counted)
+    computed = None if op else computed_tokens(counted)
     fixed = Fixed(labels, computed, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants)
     return (custom_op if op else autograd).apply(trained, fixed)
-
-
-def _weights(weight: FrozenWeight | Tensor) -> tuple[Tensor | None, FrozenWeight | None]:
-    """(trained, stored), one of them None."""
-    if isinstance(weight, FrozenWeight):
-        return None, weight
-    return (weight, None) if weight.requires_grad and torch.is_grad_enabled() else (None, DenseWeight(weight.detach()))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    return autocast or x.dtype
-
-
-def _computed(counted: Tensor) -> Tensor | None:
-    """The tokens that are computed; None for all, also where asking would be an error."""
-    if counted.device.type == "meta" or (counted.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    index = counted.nonzero()[:, 0]
-    return None if index.shape[0] == counted.shape[0] else index

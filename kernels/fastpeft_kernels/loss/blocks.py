@@ -14,6 +14,12 @@ _ON_CPU = (512, 1024)
 """Logits of 2 MiB in fp32 stay in the caches between the product that makes them and the one that reads them."""
 
 
+_WHOLE_ROWS = (256 << 20, 512)
+"""Bytes of rows of logits over all words, and the tokens that they hold at least: fewer read the weight too often."""
+_WHOLE_ROWS_ON_CPU = (16 << 20, 64)
+_DECODED = {"cpu": 1024, "cuda": 8192}
+
+
 class Blocks(NamedTuple):
     tokens: int
     words: int
@@ -54,6 +60,19 @@ def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *
     wanted = [Blocks(_even(tokens, height), _even(words, width)) for height, width in wanted]
     limit = max(int(SHARE * 4 * tokens * words), sizes.of(Blocks(*_LEAST)))
     return next((blocks for blocks in wanted if sizes.of(blocks) <= limit), wanted[-1])
+
+
+def choose_whole_rows(tokens: int, words: int, row: int, device: torch.device, *, decoded: bool) -> Blocks:
+    """Blocks of tokens whose logits of all words lie in memory at once.
+
+    Args:
+        row: bytes of a token's logits.
+        decoded: whether the weight is decoded, a chunk of words at a time.
+    """
+    on_cpu = device.type == "cpu"
+    most, least = _WHOLE_ROWS_ON_CPU if on_cpu else _WHOLE_ROWS
+    width = _DECODED["cpu" if on_cpu else "cuda"] if decoded else words
+    return Blocks(_even(tokens, max(most // row, least)), min(width, words))
 
 
 def _even(count: int, most: int) -> int:

@@ -21,7 +21,7 @@ def apply(trained: Trained, fixed: Fixed) -> Outputs:
     """As `autograd.apply`, of all tokens."""
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in trained]
-    stored, layout = _flat(fixed.stored)
+    stored, layout = flat(fixed.stored)
     found = linear_loss_op(
         *trained,
         fixed.labels,
@@ -63,10 +63,10 @@ def linear_loss_op(
     """`Outputs`, then `Kept` of `call.compute`; without a value where there is none.
 
     Args:
-        stored, layout: of `_flat`.
+        stored, layout: of `flat`.
         wants, needs: `Wants` and `Needs`.
     """
-    fixed = Fixed(labels, None, class_weight, _unflat(stored, layout), scale, softcap, dtype, low_dtype, Wants(*wants))
+    fixed = Fixed(labels, None, class_weight, unflat(stored, layout), scale, softcap, dtype, low_dtype, Wants(*wants))
     outputs, kept = compute(Trained(hidden, weight, bias, s, b), fixed, Needs(*needs))
     return [hidden.new_empty(0) if t is None else t for t in (*outputs, *kept)]
 
@@ -135,7 +135,7 @@ def linear_loss_backward_op(
         gradients: those of nll, lse and total, not all None.
         kept: `Kept`.
     """
-    fixed = Fixed(labels, None, class_weight, _unflat(stored, layout), scale, softcap, dtype, low_dtype, Wants(*wants))
+    fixed = Fixed(labels, None, class_weight, unflat(stored, layout), scale, softcap, dtype, low_dtype, Wants(*wants))
     trained = Trained(hidden, weight, bias, s, b)
     d_nll, d_lse, d_total = gradients
     found = compute_backward(trained, fixed, Needs(*needs), Kept(*kept), d_nll, d_lse, d_total, spend=False)
@@ -182,7 +182,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 linear_loss_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _flat(weight: FrozenWeight | None) -> tuple[list[Tensor], str]:
+def flat(weight: FrozenWeight | None) -> tuple[list[Tensor], str]:
     """Its tensors, and what it is in JSON; neither where there is none."""
     if weight is None:
         return [], ""
@@ -190,7 +190,7 @@ def _flat(weight: FrozenWeight | None) -> tuple[list[Tensor], str]:
     return list(tensors), to_json({"kind": weight.kind, "meta": meta})
 
 
-def _unflat(tensors: Sequence[Tensor], layout: str) -> FrozenWeight | None:
+def unflat(tensors: Sequence[Tensor], layout: str) -> FrozenWeight | None:
     if not layout:
         return None
     described = parsed(layout)

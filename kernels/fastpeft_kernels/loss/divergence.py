@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..common.validation import check_device, check_floating, check_instance
+from ..common.validation import check_device, check_floating
 from . import divergence_op
 from .backends import check_backend
 from .rows import as_rows
-from .validation import check_reduction
+from .validation import check_beta, check_mask, check_reduction, check_temperature
 
 
 def kl_divergence(
@@ -83,15 +81,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float, beta: float, ma
     check_device("teacher_logits", teacher.device, student.device)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logits: expected a tensor that requires no gradient, got one that does: detach it")
-    for name, value in (("temperature", temperature), ("beta", beta)):
-        check_instance(name, value, float, int)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected 0 <= beta <= 1, got {beta}")
+    check_temperature(temperature)
+    check_beta(beta)
     if mask is not None:
-        check_instance("mask", mask, Tensor)
-        if mask.dtype != torch.bool or mask.shape != student.shape[:-1]:
-            shape = tuple(student.shape[:-1])
-            raise ValueError(f"mask: expected bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
-        check_device("mask", mask.device, student.device)
+        check_mask(mask, student)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import LOWEST, block_of_words, exponential, moved_reference, within
-
-
-@triton.jit
-def _load(x_ptr, column, inside, partly, factor):
-    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32) * factor
-    return within(x, inside, partly)
+from .triton_rows import (
+    LOWEST,
+    block_of_words,
+    column_of,
+    exponential,
+    logits_and_slopes,
+    moved_reference,
+    within,
+)
 
 
 @triton.jit
@@ -31,12 +33,16 @@ def _less_mixture(log_q, log_p, beta, EXACT: tl.constexpr):
 
 @triton.jit
 def divergence_fwd_kernel(
-    student_ptr, teacher_ptr, counted_ptr, out_ptr, kept_ptr,
-    tokens, words, student_stride, teacher_stride, factor, beta,
-    KIND: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, counted_ptr, out_ptr, kept_ptr,
+    tokens, words, student_stride, teacher_stride,
+    student_factor, student_softcap, teacher_factor, teacher_softcap, beta,
+    KIND: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    EXACT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A token. student_ptr, teacher_ptr: (tokens, words), columns contiguous, logits to be multiplied with factor.
+    """A token. student_ptr, teacher_ptr: (tokens, words), columns contiguous.
 
+    student_bias_ptr, student_factor, student_softcap, STUDENT_CAPPED and the teacher's: `logits_and_slopes` makes
+    logits over temperature with them.
     counted_ptr: (tokens,) bool or None: a row that is not counted is not read, and its value is zero.
     out_ptr: (tokens,) fp32. kept_ptr: (5, tokens) fp32, contiguous: for student and teacher the reference point of the
     exponentials and the logarithm of their sum; and the mean under q of what multiplies q in the gradient.
@@ -62,8 +68,14 @@ def divergence_fwd_kernel(
         column = start + columns
         inside = column < words
         partly = start + LANES * WIDTH > words
-        s = _load(student_ptr, column, inside, partly, factor)
-        t = _load(teacher_ptr, column, inside, partly, factor)
+        s, _slope = logits_and_slopes(
+            student_ptr, student_bias_ptr, column, inside, student_factor, student_softcap, STUDENT_CAPPED, EXACT
+        )
+        s = within(s, inside, partly)
+        t, _slope = logits_and_slopes(
+            teacher_ptr, teacher_bias_ptr, column, inside, teacher_factor, teacher_softcap, TEACHER_CAPPED, EXACT
+        )
+        t = within(t, inside, partly)
         top_q, shift_q, shrink_q = moved_reference(top_q, s, EXACT)
         top_p, shift_p, shrink_p = moved_reference(top_p, t, EXACT)
         if KIND == "forward":
@@ -107,8 +119,14 @@ def divergence_fwd_kernel(
             column = start + columns
             inside = column < words
             partly = start + LANES * WIDTH > words
-            log_q = _load(student_ptr, column, inside, partly, factor) - row_q - log_q_sum
-            log_p = _load(teacher_ptr, column, inside, partly, factor) - row_p - log_p_sum
+            s, _slope = logits_and_slopes(
+                student_ptr, student_bias_ptr, column, inside, student_factor, student_softcap, STUDENT_CAPPED, EXACT
+            )
+            log_q = within(s, inside, partly) - row_q - log_q_sum
+            t, _slope = logits_and_slopes(
+                teacher_ptr, teacher_bias_ptr, column, inside, teacher_factor, teacher_softcap, TEACHER_CAPPED, EXACT
+            )
+            log_p = within(t, inside, partly) - row_p - log_p_sum
             q_less, p_less = _less_mixture(log_q, log_p, beta, EXACT)
             q = exponential(log_q, EXACT)
             p = exponential(log_p, EXACT)
@@ -127,29 +145,45 @@ def divergence_fwd_kernel(
 
 @triton.jit
 def divergence_bwd_kernel(
-    dvalue_ptr, student_ptr, teacher_ptr, kept_ptr, dstudent_ptr,
-    tokens, words, student_stride, teacher_stride, dstudent_stride, factor, beta,
-    KIND: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    dvalue_ptr, student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, kept_ptr, dstudent_ptr,
+    labels_ptr, top_ptr, inverse_ptr, others_ptr, d_nll_ptr,
+    tokens, words, first, kept_stride, student_stride, teacher_stride, dstudent_stride,
+    student_factor, student_softcap, teacher_factor, teacher_softcap, temperature, beta,
+    KIND: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    EXACT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of a token's row of dstudent_ptr (tokens, words). dvalue_ptr: (tokens,) fp32. Others as in forward.
+    """A block of a token's row of dstudent_ptr (tokens, words), which may be student_ptr. dvalue_ptr: (tokens,) fp32.
 
-    A row whose dvalue is zero gets zeros, and is not read.
+    kept_ptr: (5, tokens), rows kept_stride apart. labels_ptr and the four behind it: `HardLabels`, (tokens,) each, or
+    None: the gradient of nll is added, of words whose first is `first`. Others as in forward.
+    A row whose dvalue is zero, and d_nll where there is one, gets zeros, and is not read.
     """
     blocks = tl.cdiv(words, LANES * WIDTH)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * (LANES * WIDTH) + block_of_words(LANES, WIDTH)
     inside = column < words
-    upstream = tl.load(dvalue_ptr + token) * factor
+    upstream = tl.load(dvalue_ptr + token) / temperature
     gradient = tl.zeros((LANES, WIDTH), tl.float32)
-    if upstream != 0.0:
+    d_nll = 0.0
+    if d_nll_ptr is not None:
+        d_nll = tl.load(d_nll_ptr + token)
+    if (upstream != 0.0) | (d_nll != 0.0):
         kept_ptr += token
-        distance = tokens.to(tl.int64)
+        distance = kept_stride.to(tl.int64)
         top_q = tl.load(kept_ptr)
         log_q_sum = tl.load(kept_ptr + distance)
         top_p = tl.load(kept_ptr + 2 * distance)
         log_p_sum = tl.load(kept_ptr + 3 * distance)
-        log_q = _load(student_ptr + token * student_stride, column, inside, False, factor) - top_q - log_q_sum
-        log_p = _load(teacher_ptr + token * teacher_stride, column, inside, False, factor) - top_p - log_p_sum
+        s, slope = logits_and_slopes(
+            student_ptr + token * student_stride, student_bias_ptr, column, inside,
+            student_factor, student_softcap, STUDENT_CAPPED, EXACT,
+        )  # fmt: skip
+        t, _slope = logits_and_slopes(
+            teacher_ptr + token * teacher_stride, teacher_bias_ptr, column, inside,
+            teacher_factor, teacher_softcap, TEACHER_CAPPED, EXACT,
+        )  # fmt: skip
+        log_q = s - top_q - log_q_sum
+        log_p = t - top_p - log_p_sum
         q = exponential(log_q, EXACT)
         if KIND == "forward":
             gradient = upstream * (q - exponential(log_p, EXACT))
@@ -161,4 +195,11 @@ def divergence_bwd_kernel(
                 less, _p_less = _less_mixture(log_q, log_p, beta, EXACT)
                 upstream *= 1.0 - beta
             gradient = tl.where(q == 0.0, 0.0, upstream * (q * (less - centre)))
+        if labels_ptr is not None:
+            gradient = tl.where(upstream == 0.0, 0.0, gradient)  # whatever the teacher says
+            y = column_of(tl.load(labels_ptr + token), first, words)
+            e = exponential(s * temperature - tl.load(top_ptr + token), EXACT) * tl.load(inverse_ptr + token)
+            gradient += d_nll * tl.where(column == y, -tl.load(others_ptr + token), e)
+        if STUDENT_CAPPED:
+            gradient *= slope
     tl.store(dstudent_ptr + token * dstudent_stride + column, gradient.to(dstudent_ptr.dtype.element_ty), mask=inside)

@@ -11,18 +11,28 @@ from torch.autograd.function import once_differentiable
 from ..common.tracing import as_op
 from .backends import logits_backend
 from .divergence_library import divergence_backward_library, divergence_library
+from .hard_labels import HardLabels
+from .logit_map import PLAIN, LogitMap
 
-_KEPT = 5
+KEPT = 5
 
 
 def compute(
-    student: Tensor, teacher: Tensor, counted: Tensor | None, temperature: float, beta: float, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    temperature: float,
+    beta: float,
+    backend: str,
+    student_map: LogitMap = PLAIN,
+    teacher_map: LogitMap = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(values, kept) of logits (tokens, words), columns contiguous.
 
     Args:
         counted: (tokens,) bool, or None for all.
         temperature, beta: see `kl_divergence`.
+        student_map, teacher_map: what is still to be done to the logits.
 
     Returns:
         values: (tokens,), fp32 at least, zero where a token is not counted.
@@ -32,13 +42,14 @@ def compute(
     """
     wide = _wide(student, teacher)
     out = torch.empty(student.shape[0], dtype=wide, device=student.device)
-    kept = torch.empty((_KEPT, student.shape[0]), dtype=wide, device=student.device)
+    kept = torch.empty((KEPT, student.shape[0]), dtype=wide, device=student.device)
+    arguments = (student, teacher, counted, temperature, beta, out, kept)
     if logits_backend(backend, student, teacher) == "triton":
         from .divergence_triton import divergence_triton
 
-        divergence_triton(student, teacher, counted, temperature, beta, out, kept)
+        divergence_triton(*arguments, student_map=student_map, teacher_map=teacher_map)
     else:
-        divergence_library(student, teacher, counted, temperature, beta, out, kept)
+        divergence_library(*arguments, student_map, teacher_map)
     return out, kept
 
 
@@ -51,17 +62,29 @@ def compute_backward(
     temperature: float,
     beta: float,
     backend: str,
+    student_map: LogitMap = PLAIN,
+    teacher_map: LogitMap = PLAIN,
+    hard: HardLabels | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient in student, in its dtype and memory of its own. dvalues: (tokens,), of the dtype of the values."""
+    """The gradient in student, in its dtype, but for the scale of `student_map`; a chunk of words has one of its own.
+
+    Args:
+        dvalues: (tokens,), of the dtype of the values; where it is zero nothing is read.
+        hard: the loss of labels that is added.
+        out: for the gradient, may be student; None for memory of its own.
+    """
     dvalues = dvalues.contiguous() if counted is None else torch.where(counted, dvalues, 0.0)
-    dstudent = torch.empty(tuple(student.shape), dtype=student.dtype, device=student.device)
+    if out is None:
+        out = torch.empty(tuple(student.shape), dtype=student.dtype, device=student.device)
+    arguments = (dvalues, student, teacher, kept, temperature, beta, out)
     if logits_backend(backend, student, teacher) == "triton":
         from .divergence_triton import divergence_backward_triton
 
-        divergence_backward_triton(dvalues, student, teacher, kept, temperature, beta, dstudent)
+        divergence_backward_triton(*arguments, student_map=student_map, teacher_map=teacher_map, hard=hard)
     else:
-        divergence_backward_library(dvalues, student, teacher, kept, temperature, beta, dstudent)
-    return dstudent
+        divergence_backward_library(*arguments, student_map, teacher_map, hard)
+    return out
 
 
 @torch.library.custom_op("fastpeft::divergence", mutates_args=())
@@ -75,7 +98,7 @@ def divergence_op(
 @divergence_op.register_fake
 def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide, tokens = _wide(student, teacher), student.shape[0]
-    return student.new_empty(tokens, dtype=wide), student.new_empty((_KEPT, tokens), dtype=wide)
+    return student.new_empty(tokens, dtype=wide), student.new_empty((KEPT, tokens), dtype=wide)
 
 
 @torch.library.custom_op("fastpeft::divergence_backward", mutates_args=())

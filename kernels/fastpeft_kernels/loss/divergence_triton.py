@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 
 from .divergence_kernels import divergence_bwd_kernel, divergence_fwd_kernel
+from .hard_labels import HardLabels
+from .logit_map import PLAIN, LogitMap
 from .tiles import CONFIGS, Config, check_launch
 
 
@@ -19,6 +21,9 @@ def divergence_triton(
     out: Tensor,
     kept: Tensor,
     config: Config = CONFIGS[0],
+    *,
+    student_map: LogitMap = PLAIN,
+    teacher_map: LogitMap = PLAIN,
 ) -> None:
     """Fill `out` and `kept`, as `divergence_op.compute` gives them.
 
@@ -32,9 +37,12 @@ def divergence_triton(
     flags = None if counted is None else counted.contiguous().view(torch.uint8)
     with torch.cuda.device_of(student):
         divergence_fwd_kernel[(tokens,)](
-            student, teacher, flags, out, kept, tokens, words, student.stride(0), teacher.stride(0), 1.0 / temperature,
-            beta, KIND=kind_of(beta), EXACT=_exact(student, teacher), **config.fitted(words, student, teacher),
-            num_warps=config.num_warps,
+            student, teacher, student_map.bias, teacher_map.bias, flags, out, kept,
+            tokens, words, student.stride(0), teacher.stride(0),
+            *_map(student_map, temperature), *_map(teacher_map, temperature), beta,
+            KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
+            TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher),
+            **config.fitted(words, student, teacher), num_warps=config.num_warps,
         )  # fmt: skip
 
 
@@ -47,8 +55,12 @@ def divergence_backward_triton(
     beta: float,
     dstudent: Tensor,
     config: Config = CONFIGS[0],
+    *,
+    student_map: LogitMap = PLAIN,
+    teacher_map: LogitMap = PLAIN,
+    hard: HardLabels | None = None,
 ) -> None:
-    """Fill `dstudent`; a row whose value in `dvalues` is zero gets zeros, and is not read.
+    """Fill `dstudent`, as `divergence_op.compute_backward` gives it; it may be student.
 
     Raises:
         ValueError: as `tiles.check_launch`.
@@ -61,14 +73,24 @@ def divergence_backward_triton(
         return
     with torch.cuda.device_of(student):
         divergence_bwd_kernel[(programs,)](
-            dvalues, student, teacher, kept, dstudent, tokens, words, student.stride(0), teacher.stride(0),
-            dstudent.stride(0), 1.0 / temperature, beta, KIND=kind_of(beta), EXACT=_exact(student, teacher), **tile,
+            dvalues, student, teacher, student_map.bias, teacher_map.bias, kept, dstudent,
+            *(hard[1:] if hard else [None] * 5),
+            tokens, words, hard.first if hard else 0, kept.stride(0), student.stride(0), teacher.stride(0),
+            dstudent.stride(0), *_map(student_map, temperature), *_map(teacher_map, temperature), temperature, beta,
+            KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
+            TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher), **tile,
             num_warps=config.num_warps,
         )  # fmt: skip
 
 
 def kind_of(beta: float) -> str:
     return "forward" if beta == 0 else "reverse" if beta == 1 else "mixed"
+
+
+def _map(logit_map: LogitMap, temperature: float) -> tuple[float, float]:
+    """factor and softcap of `logits_and_slopes`, for logits over temperature."""
+    scale, softcap = logit_map.scale, logit_map.softcap
+    return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)
 
 
 def _exact(student: Tensor, teacher: Tensor) -> bool:

@@ -38,6 +38,35 @@ class Head:
         return int(self.weight.shape[0])
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Teacher:
+    """Whose distribution a student is to have: hidden states under a head. Neither gets a gradient.
+
+    Attributes:
+        hidden: (..., teacher_size), one for each of the student's hidden states, any floating dtype.
+        head: onto the student's words.
+    """
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TopLogits:
+    """A teacher of which only the largest logits of each token are stored: its probabilities are theirs, and sum to 1.
+
+    All other words have probability zero. Adding a number to all logits of a token changes nothing, so logarithms of
+    probabilities serve too.
+
+    Attributes:
+        logits: (..., k), floating, k in [1, words].
+        words: (..., k) int64, the words that they belong to; those of one token distinct.
+    """
+
+    logits: Tensor
+    words: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How the logits z of one token and its label y become its loss, all in fp32 (fp64 in fp64).

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..weights import FrozenWeight
 from .blocks import Blocks, Sizes
+from .logit_map import LogitMap
 
 
 class Needs(NamedTuple):
@@ -100,6 +101,10 @@ class Problem:
             word=features * (size * (not self.weight.is_ready(self.dtype)) + wide * weight_sums),
         )
 
+    def map_of(self, first: int, last: int) -> LogitMap:
+        """From the products of these words to their logits."""
+        return LogitMap(None if self.bias is None else self.bias[first:last], self.scale, self.softcap)
+
     def sums(self, *shape: int) -> Tensor:
         """Room for sums."""
         return torch.empty(shape, dtype=self.wide, device=self.device)
@@ -146,10 +151,13 @@ class Words(NamedTuple):
 
 def token_blocks(problem: Problem, blocks: Blocks) -> Iterator[Tokens]:
     for first in range(0, problem.tokens, blocks.tokens):
-        last = min(first + blocks.tokens, problem.tokens)
-        s = None if problem.s is None else problem.of(problem.s, first, last).to(problem.low_dtype)
-        x = problem.of(problem.hidden, first, last).to(problem.dtype)
-        yield Tokens(first, last, x, s, problem.of(problem.labels, first, last))
+        yield token_block(problem, first, min(first + blocks.tokens, problem.tokens))
+
+
+def token_block(problem: Problem, first: int, last: int) -> Tokens:
+    s = None if problem.s is None else problem.of(problem.s, first, last).to(problem.low_dtype)
+    x = problem.of(problem.hidden, first, last).to(problem.dtype)
+    return Tokens(first, last, x, s, problem.of(problem.labels, first, last))
 
 
 def decoded_chunks(weight: FrozenWeight, dtype: torch.dtype, words: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -167,13 +175,17 @@ def decoded_chunks(weight: FrozenWeight, dtype: torch.dtype, words: int) -> Iter
             yield first, last, weight.decode(rows=(first, last), dtype=dtype)
 
 
-class Vocabulary:
-    """The chunks of words, and room for the raw logits of a block under one."""
+def padded(columns: int) -> int:
+    return -(-columns // 8) * 8
 
-    def __init__(self, problem: Problem, blocks: Blocks) -> None:
-        self.problem, self.step = problem, min(blocks.words, problem.words)
+
+class Vocabulary:
+    """The chunks of words, and room for the raw logits of a block under one; or, `whole`, under all of them."""
+
+    def __init__(self, problem: Problem, blocks: Blocks, *, whole: bool = False) -> None:
+        self.problem, self.step, self.whole = problem, min(blocks.words, problem.words), whole
         # Rows begin at multiples of 16 bytes, without which matrix products of 16 bits are slow.
-        room = (min(blocks.tokens, problem.tokens), -(-self.step // 8) * 8)
+        room = (min(blocks.tokens, problem.tokens), padded(problem.words if whole else self.step))
         self._raw = problem.hidden.new_empty(room, dtype=problem.dtype)
 
     def __iter__(self) -> Iterator[Words]:
@@ -184,9 +196,16 @@ class Vocabulary:
             classes = None if problem.class_weight is None else problem.class_weight[first:last]
             yield Words(first, last, w, b, bias, classes)
 
+    def rows(self, tokens: Tokens) -> Tensor:
+        """x W^T + s B^T of all words, (T, words), in memory that the next call uses again; only where `whole`."""
+        for words in self:
+            self.raw(tokens, words)
+        return self._raw[: tokens.last - tokens.first, : self.problem.words]
+
     def raw(self, tokens: Tokens, words: Words) -> Tensor:
-        """x W^T + s B^T, (T, C), in memory that the next call uses again."""
-        raw = self._raw[: tokens.last - tokens.first, : words.last - words.first]
+        """x W^T + s B^T, (T, C), in memory that the next call uses again, or in its place in `rows`."""
+        first = words.first if self.whole else 0
+        raw = self._raw[: tokens.last - tokens.first, first : first + words.last - words.first]
         torch.mm(tokens.x, words.w.t(), out=raw)
         if tokens.s is not None and words.b is not None:
             if words.b.dtype == raw.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import steps
 from .backends import logits_backend
+from .logit_map import PLAIN, LogitMap
 from .rows import pieces
 from .steps import Running, known
 
@@ -30,7 +31,13 @@ class Statistics(NamedTuple):
 
 
 def statistics(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None, total: bool, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    total: bool,
+    backend: str,
+    logit_map: LogitMap = PLAIN,
 ) -> Statistics:
     """Of logits (tokens, words), columns contiguous, that are not written to.
 
@@ -38,15 +45,20 @@ def statistics(
         labels: (tokens,) int64, each in [0, words) or ignore_index.
         class_weight: (words,) or None; read for `total` alone.
         backend: see `backends`.
+        logit_map: what is still to be done to the logits.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     running = Running.start(logits.shape[0], wide, logits.device, total=total)
     if logits_backend(backend, logits) == "triton":
         from .triton_steps import online_step
 
-        online_step(logits, 0, labels, running, class_weight=class_weight, ignore_index=ignore_index)
+        named = logit_map._asdict() | {"class_weight": class_weight, "ignore_index": ignore_index}
+        online_step(logits, 0, labels, running, **named)
     else:
-        parts = [_piece(logits[rows].to(wide, copy=True), labels[rows], class_weight, total) for rows in pieces(logits)]
+        parts = [
+            _piece(logits[rows].to(wide, copy=True), labels[rows], class_weight, total, logit_map)
+            for rows in pieces(logits)
+        ]
         for name in ("top", "others", "label", *(["total"] if total else [])):
             setattr(running, name, torch.cat([getattr(running, name)[:0], *(getattr(part, name) for part in parts)]))
     found, counted = known(running), labels != ignore_index
@@ -55,10 +67,10 @@ def statistics(
     return Statistics(nll, lse, sums, found.top, found.inverse, found.others)
 
 
-def _piece(own: Tensor, labels: Tensor, class_weight: Tensor | None, total: bool) -> Running:
+def _piece(own: Tensor, labels: Tensor, class_weight: Tensor | None, total: bool, logit_map: LogitMap) -> Running:
     running = Running.start(own.shape[0], own.dtype, own.device, total=total)
     if own.shape[1]:
-        steps.online_step(own, 0, labels, running, class_weight=class_weight)
+        steps.online_step(own, 0, labels, running, class_weight=class_weight, **logit_map._asdict())
     return running
 
 

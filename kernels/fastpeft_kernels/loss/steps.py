@@ -98,7 +98,7 @@ def online_step(
         labels: (tokens,) int64.
         bias, class_weight: (C,), of the chunk, any floating dtype; class_weight is read for `total` alone.
     """
-    z = _logits(raw, bias, scale, softcap)
+    z = to_logits(raw, bias, scale, softcap)
     if running.total is not None:
         weighted = z.sum(-1) if class_weight is None else z @ class_weight.to(z.dtype)
         running.total = running.total + weighted
@@ -163,7 +163,7 @@ def gradient_step(
         others: (tokens,) the sum over v != y of p[v].
         d_nll, d_lse, d_total: (tokens,) each, dtype of top, or None for zeros.
     """
-    z = _logits(raw, bias, scale, softcap)
+    z = to_logits(raw, bias, scale, softcap)
     column, inside = _label_column(labels, first, z.shape[1])
     slope = None if softcap is None else _cap_slope(z, softcap)
     of_p = d_nll if d_lse is None else d_lse if d_nll is None else d_nll + d_lse
@@ -226,12 +226,7 @@ def entropy(running: Running) -> Tensor:
     return whole.log() - running.tilted / whole
 
 
-def cap_slope(z: Tensor, softcap: float | None) -> Tensor:
-    """cap'(x) where cap(x) = z, of any shape."""
-    return torch.ones_like(z) if softcap is None else _cap_slope(z, softcap)
-
-
-def _logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def to_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """z in fp32 at least; in the memory of raw where that is wide."""
     z = raw if raw.dtype.itemsize >= 4 else raw.float()
     if bias is not None:
@@ -239,6 +234,11 @@ def _logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
     if softcap is not None:
         return z.mul_(scale / softcap).tanh_().mul_(softcap)
     return z if scale == 1.0 else z.mul_(scale)
+
+
+def cap_slope(z: Tensor, softcap: float | None) -> Tensor:
+    """cap'(x) where cap(x) = z, of any shape."""
+    return torch.ones_like(z) if softcap is None else _cap_slope(z, softcap)
 
 
 def _cap_slope(z: Tensor, softcap: float) -> Tensor:

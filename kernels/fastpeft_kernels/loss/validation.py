@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,32 +25,32 @@ def check_hidden(hidden: Any) -> None:
         raise ValueError(f"hidden: expected shape (..., hidden_size), got {tuple(hidden.shape)}")
 
 
-def check_head(head: Any, hidden: Tensor) -> None:
-    """Raise TypeError or ValueError unless it maps `hidden` as `Head` says."""
-    check_instance("head", head, Head)
+def check_head(head: Any, hidden: Tensor, name: str = "head", like: str = "hidden") -> None:
+    """Raise TypeError or ValueError unless it maps `hidden` as `Head` says; name, like: what these are called."""
+    check_instance(name, head, Head)
     weight, device = head.weight, hidden.device
-    check_instance("head.weight", weight, FrozenWeight, Tensor)
+    check_instance(f"{name}.weight", weight, FrozenWeight, Tensor)
     if isinstance(weight, Tensor):
-        check_floating("head.weight", weight)
-    check_device("head.weight", weight.device, device, "hidden")
+        check_floating(f"{name}.weight", weight)
+    check_device(f"{name}.weight", weight.device, device, like)
     if len(weight.shape) != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         raise ValueError(
-            f"head.weight: expected shape (words, {hidden.shape[-1]}) with words >= 1, got {tuple(weight.shape)}"
+            f"{name}.weight: expected shape (words, {hidden.shape[-1]}) with words >= 1, got {tuple(weight.shape)}"
         )
     words = weight.shape[0]
     if head.bias is not None:
-        check_tensor("head.bias", head.bias, device, (words,), "hidden")
+        check_tensor(f"{name}.bias", head.bias, device, (words,), like)
     if (head.s is None) != (head.b is None):
-        raise ValueError("head.s, head.b: expected both or neither, got one")
+        raise ValueError(f"{name}.s, {name}.b: expected both or neither, got one")
     if head.s is not None and head.b is not None:
-        check_instance("head.s", head.s, Tensor)
-        check_tensor("head.s", head.s, device, (*hidden.shape[:-1], *head.s.shape[-1:]), "hidden")
-        check_tensor("head.b", head.b, device, (words, *head.s.shape[-1:]), "hidden")
-    _check_number("head.scale", head.scale)
+        check_instance(f"{name}.s", head.s, Tensor)
+        check_tensor(f"{name}.s", head.s, device, (*hidden.shape[:-1], *head.s.shape[-1:]), like)
+        check_tensor(f"{name}.b", head.b, device, (words, *head.s.shape[-1:]), like)
+    check_number(f"{name}.scale", head.scale)
     if head.softcap is not None:
-        _check_number("head.softcap", head.softcap)
+        check_number(f"{name}.softcap", head.softcap)
         if not head.softcap > 0:
-            raise ValueError(f"head.softcap: expected a number > 0 or None, got {head.softcap}")
+            raise ValueError(f"{name}.softcap: expected a number > 0 or None, got {head.softcap}")
 
 
 def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any) -> None:
@@ -70,8 +71,8 @@ def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any) -> 
 
 def check_options(options: Options) -> None:
     """Raise TypeError or ValueError unless label_smoothing and z_loss are in their ranges."""
-    _check_number("label_smoothing", options.label_smoothing)
-    _check_number("z_loss", options.z_loss)
+    check_number("label_smoothing", options.label_smoothing)
+    check_number("z_loss", options.z_loss)
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {options.label_smoothing}")
     if not options.z_loss >= 0:
@@ -101,6 +102,29 @@ def check_reduction(reduction: Any, num_items: Any) -> None:
         raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_temperature(temperature: Any) -> None:
+    """Raise TypeError or ValueError unless it is a finite number > 0."""
+    check_number("temperature", temperature)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+
+
+def check_beta(beta: Any) -> None:
+    """Raise TypeError or ValueError unless it is a number in [0, 1]."""
+    check_number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected 0 <= beta <= 1, got {beta}")
+
+
+def check_mask(mask: Any, like: Tensor) -> None:
+    """Raise TypeError or ValueError unless it is bool, of the shape of `like` but for its last size."""
+    check_instance("mask", mask, Tensor)
+    shape = tuple(like.shape[:-1])
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask: expected bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
+    check_device("mask", mask.device, like.device)
+
+
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
