@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from .tiles import Config
 
 _TYPES = {
-    **dict.fromkeys(("factor", "softcap", "slack", "beta"), "fp32"),
+    **dict.fromkeys(("factor", "softcap", "slack", "beta", "temperature"), "fp32"),
+    **{f"{whose}_{what}": "fp32" for whose in ("student", "teacher") for what in ("factor", "softcap")},
     **dict.fromkeys(("labels_ptr", "best_ptr"), "*i64"),
     "counted_ptr": "*u8",
     "ignore_index": "i32",
 }
 _LOGITS = ("raw_ptr", "out_ptr", "bias_ptr", "student_ptr", "teacher_ptr", "dstudent_ptr")
+_BIASES = ("student_bias", "teacher_bias")
+_HARD = ("labels", "top", "inverse", "others", "d_nll")
 _WIDTHS = {"bf16": 8, "fp16": 8, "fp32": 4}
 _EXTRAS = ("tilted", "high", "best", "total")
 
@@ -38,6 +41,7 @@ def cases() -> Iterator[AotCase]:
         yield _online(dtype, CONFIGS[0], False, write=True, full=True)
         yield _online(dtype, CONFIGS[0], False, write=False, full=True)
         yield _gradient(dtype, CONFIGS[0], False, full=True)
+        yield from _divergence("mixed", dtype, CONFIGS[0], full=True)
     yield from _divergence("mixed", "fp32", CONFIGS[0])
     yield _rescale()
 
@@ -58,12 +62,14 @@ def _gradient(dtype: str, config: Config, default: bool, full: bool = False) -> 
     return _case("gradient" + "_full" * full, gradient_step_kernel, dtype, config, default, constants)
 
 
-def _divergence(kind: str, dtype: str, config: Config) -> Iterator[AotCase]:
+def _divergence(kind: str, dtype: str, config: Config, full: bool = False) -> Iterator[AotCase]:
     from .divergence_kernels import divergence_bwd_kernel, divergence_fwd_kernel
 
     for what, kernel in (("fwd", divergence_fwd_kernel), ("bwd", divergence_bwd_kernel)):
         types = {"out_ptr": "*fp32"} if what == "fwd" else {}
-        yield _case(f"divergence_{what}_{kind}", kernel, dtype, config, False, {"KIND": kind}, types)
+        absent = {} if full else _none(*_BIASES, *(_HARD if what == "bwd" else ()))
+        constants = {"KIND": kind, "STUDENT_CAPPED": full, "TEACHER_CAPPED": full, **absent}
+        yield _case(f"divergence_{what}_{kind}" + "_full" * full, kernel, dtype, config, False, constants, types)
 
 
 def _none(*names: str) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def _case(
 
     width = _WIDTHS[dtype]
     constants = constants | {"EXACT": dtype == "fp32", "LANES": config.block // width, "WIDTH": width}
-    every = _TYPES | dict.fromkeys(_LOGITS, f"*{dtype}") | (types or {})
+    every = _TYPES | dict.fromkeys((*_LOGITS, *(f"{name}_ptr" for name in _BIASES)), f"*{dtype}") | (types or {})
     names = [name for name in kernel.arg_names if name not in constants]
     known = {name: every.get(name, "*fp32") for name in names if name in every or name.endswith("_ptr")}
     signature = signature_of(kernel, constants, known, "i32:16")

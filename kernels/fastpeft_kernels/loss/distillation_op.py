@@ -143,7 +143,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    rest = ([None] * TENSORS, *([None] * count for count in ctx.counts), None, None, None, None)
+    rest = (None, *([None] * count for count in ctx.counts), None, None, None, None)
     if gradients[0] is None:
         return (*[None] * _TRAINED, *rest)
     sizes = (_KEPT, _TRAINED, TENSORS, *ctx.counts)

@@ -14,6 +14,19 @@ from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight, FrozenWeight
 from tests.budget import assert_within_budget
 
+HEADS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "bias": {"bias": True},
+    "low_rank": {"rank": 3},
+    "four_bit": {"storage": "four_bit"},
+    "four_bit_low_rank": {"storage": "four_bit", "rank": 2, "bias": True},
+    "trained": {"frozen": False},
+    "trained_bias": {"frozen": False, "bias": True},
+    "trained_low_rank": {"frozen": False, "rank": 3, "bias": True},
+    "low_rank_alone": {"storage": "four_bit", "frozen": False, "rank": 3},
+    "trained_weight_alone": {"frozen": False, "hidden_trained": False},
+}
+"""Of `make_case`."""
 TRAINED = ("hidden", "weight", "bias", "s", "b", "token_weight")
 
 

@@ -12,21 +12,9 @@ from hypothesis import strategies as st
 
 from fastpeft_kernels.loss import blocks
 
-from .heads import Case, hold, make_case
+from .heads import HEADS, Case, hold, make_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADS: dict[str, dict[str, Any]] = {
-    "frozen": {},
-    "bias": {"bias": True},
-    "low_rank": {"rank": 3},
-    "four_bit": {"storage": "four_bit"},
-    "four_bit_low_rank": {"storage": "four_bit", "rank": 2, "bias": True},
-    "trained": {"frozen": False},
-    "trained_bias": {"frozen": False, "bias": True},
-    "trained_low_rank": {"frozen": False, "rank": 3, "bias": True},
-    "low_rank_alone": {"storage": "four_bit", "frozen": False, "rank": 3},
-    "trained_weight_alone": {"frozen": False, "hidden_trained": False},
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
