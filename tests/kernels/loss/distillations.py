@@ -98,10 +98,10 @@ def hold_distillation(case: Distillation) -> None:
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tokens and seven words at a time."""
-    monkeypatch.setattr(blocks, "_ON_CPU", (4, 7))
+    """Four tokens and sixteen words at a time: more parts of a short sum would be more roundings than a long one has."""
+    monkeypatch.setattr(blocks, "_ON_CPU", (4, 16))
     monkeypatch.setattr(blocks, "_WHOLE_ROWS_ON_CPU", (0, 4))
-    monkeypatch.setattr(blocks, "_DECODED", {"cpu": 7})
+    monkeypatch.setattr(blocks, "_DECODED", {"cpu": 16})
     monkeypatch.setattr(walking, "_PIECE", 50)
 
 

@@ -83,7 +83,7 @@ def test_every_combination(head: str, teacher: str, ways: str) -> None:
     sizes = sizes_of(head, teacher)
     exact(make(11, teacher=teacher, ways=ways, dtype=F64, **sizes, **HEADS[head]))
     for dtype in DTYPES:
-        hold_distillation(make(61, teacher=teacher, ways=ways, dtype=dtype, **sizes, **HEADS[head]))
+        hold_distillation(make(200, teacher=teacher, ways=ways, dtype=dtype, **sizes, **HEADS[head]))
 
 
 @pytest.mark.parametrize("frozen", (True, False))

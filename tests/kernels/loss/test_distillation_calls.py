@@ -115,7 +115,7 @@ def test_a_teacher_that_changes_before_backward() -> None:
         if frozen:
             loss.backward()
         else:
-            with pytest.raises(RuntimeError, match="changed|written"):
+            with pytest.raises(RuntimeError, match=r"changed|written"):
                 loss.backward()
 
 
