@@ -5,8 +5,10 @@ from .cross_entropy import cross_entropy
 from .distillation import LinearDistillation, linear_distillation
 from .divergence import kl_divergence
 from .head import Head, Options, Teacher, TopLogits
+from .preference import DpoLoss, dpo_loss
 
 __all__ = [
+    "DpoLoss",
     "Head",
     "LinearDistillation",
     "LinearLoss",
@@ -14,6 +16,7 @@ __all__ = [
     "Teacher",
     "TopLogits",
     "cross_entropy",
+    "dpo_loss",
     "kl_divergence",
     "linear_cross_entropy",
     "linear_distillation",

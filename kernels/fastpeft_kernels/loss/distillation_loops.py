@@ -99,10 +99,10 @@ def distil_again(
         known: of `Result`.
         d_losses: (tokens,).
     """
-    # The gradient of a weight in 16 bits is one sum over all tokens: parts of it would be rounded.
+    # As in `recompute`.
     weight_dtype = student.weight.dtype
     narrow = needs.weight and weight_dtype.itemsize < student.wide.itemsize
-    sizes = student.sizes(sums=needs.hidden, weight_sums=narrow)
+    sizes = student.sizes(sums=needs.hidden and not narrow, weight_sums=narrow and weight_dtype != student.dtype)
     sizes = sizes._replace(logit=sizes.logit + teacher.dtype.itemsize, word=sizes.word + teacher.bytes_a_word)
     blocks = choose_blocks(student.tokens, student.words, sizes, student.device, whole=narrow)
     vocabulary, room = Vocabulary(student, blocks), teacher.room(blocks, student.words, whole=False)

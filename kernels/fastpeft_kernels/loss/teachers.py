@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import Blocks
 from .logit_map import PLAIN, LogitMap
-from .problem import Problem, Vocabulary, token_block
+from .problem import Problem, Vocabulary, padded, token_block
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,7 +88,7 @@ class GivenLogits:
         self.given, self.words, self.step = given, words, words if whole else min(blocks.words, words)
         count = given.logits.shape[0] if given.computed is None else given.computed.shape[0]
         # What is of other chunks goes into one column more.
-        self._room = given.logits.new_empty((min(blocks.tokens, count), self.step + 1))
+        self._room = given.logits.new_empty((min(blocks.tokens, count), padded(self.step + 1)))
 
     def rows(self, first: int, last: int) -> Tensor:
         return next(self.chunks(first, last))

@@ -98,7 +98,7 @@ def hold_distillation(case: Distillation) -> None:
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tokens and sixteen words at a time: more parts of a short sum would be more roundings than a long one has."""
+    """Four tokens and sixteen words at a time: a short sum in more parts would round more than the definition."""
     monkeypatch.setattr(blocks, "_ON_CPU", (4, 16))
     monkeypatch.setattr(blocks, "_WHOLE_ROWS_ON_CPU", (0, 4))
     monkeypatch.setattr(blocks, "_DECODED", {"cpu": 16})
