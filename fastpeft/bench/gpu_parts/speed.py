@@ -13,6 +13,7 @@ def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.attention import gpu_speed as attention
     from fastpeft_kernels.fp8 import gpu_speed as fp8
     from fastpeft_kernels.lora import gpu_speed as lora
+    from fastpeft_kernels.loss import gpu_distillation_speed as distillation
     from fastpeft_kernels.loss import gpu_speed as loss
     from fastpeft_kernels.mlp import gpu_speed as mlp
     from fastpeft_kernels.norm import gpu_speed as norm
@@ -20,5 +21,6 @@ def run(recorder: Recorder, depth: str) -> None:
 
     families = {"attention_features": attention_features, "attention_op": attention_op, "fp8": fp8}
     families |= {"activation": activation, "lora": lora, "mlp": mlp, "loss": loss, "norm": norm, "rope": rope}
+    families |= {"distillation": distillation}
     suites = {op: family.speed_checks() for op, family in families.items()}
     recorder.run_suites({"attention": attention.speed_checks(depth), **suites})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.device import holds_huge_tensors
 from ..common.gpu_verdicts import Verdicts
-from . import gpu_linear, gpu_logits, steps
+from . import gpu_distillation, gpu_linear, gpu_logits, steps
 from .steps import Running
 
 _DEVICE = torch.device("cuda")
@@ -30,6 +30,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "loss rescale", _check_rescale
     yield "loss steps, infinities, NaN and large values", _check_extremes
     yield from gpu_linear.checks()
+    yield from gpu_distillation.checks()
     yield from gpu_logits.checks()
     for dtype in (BF16, F32, F16):
         every = tuple(product((dtype,), (True, False), (True, False)))

@@ -26,7 +26,7 @@ _NAMES = ("hidden", "weight", "bias", "s", "b")
 
 
 @dataclass(frozen=True, eq=False)
-class _Case:
+class Case:
     """Tensors by name, those that are trained among them; `packed` in place of a weight."""
 
     tensors: dict[str, Tensor]
@@ -42,7 +42,7 @@ class _Case:
         frozen = DenseWeight(weight) if self.packed is None else self.packed
         return Head(weight if "weight" in self.trained else frozen, get("bias"), get("s"), get("b"), **self.map)
 
-    def to(self, dtype: torch.dtype) -> _Case:
+    def to(self, dtype: torch.dtype) -> Case:
         """As leaves in another dtype, the weight dense."""
         tensors = {
             name: x.detach().to(dtype, copy=True).requires_grad_(name in self.trained)
@@ -74,7 +74,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "linear cross-entropy, ignored labels of NaN states", _check_ignored
 
 
-def _make(
+def make(
     dtype: torch.dtype,
     tokens: int = _SIZES[0],
     rank: int = 0,
@@ -83,7 +83,7 @@ def _make(
     trained: tuple[str, ...] = ("hidden",),
     map: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
-) -> _Case:
+) -> Case:
     _, features, words = _SIZES
 
     def rand(*shape: int) -> Tensor:
@@ -102,7 +102,7 @@ def _make(
         trained = tuple({*trained, "s"})
     tensors = {name: x.to(dtype).requires_grad_(name in trained) for name, x in tensors.items()}
     labels = torch.randint(0, words, (tokens,), device=_DEVICE)
-    case = _Case(tensors, labels, trained, quantised, map or {}, options or {})
+    case = Case(tensors, labels, trained, quantised, map or {}, options or {})
     with torch.no_grad():  # every third label is a hit
         labels[::3] = logits_reference(tensors["hidden"], case.head()).argmax(-1)[::3]
     labels[1::_IGNORED] = -100
@@ -111,7 +111,7 @@ def _make(
 
 def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
     verdicts = Verdicts()
-    case = _make(dtype, **variant)
+    case = make(dtype, **variant)
     upstream = torch.rand(len(case.labels), device=_DEVICE) + 0.5
     ours, ours_gradients = _derived(case, upstream, _fused(case))
     twice, gradients_twice = _derived(case, upstream, _fused(case))
@@ -136,18 +136,18 @@ def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
     return {"largest_share_of_budget": verdicts.settle()}
 
 
-def _gradients_on_cpu(case: _Case, upstream: Tensor) -> dict[str, Tensor]:
+def _gradients_on_cpu(case: Case, upstream: Tensor) -> dict[str, Tensor]:
     tensors = {name: x.detach().cpu().requires_grad_(x.requires_grad) for name, x in case.tensors.items()}
     moved = replace(case, tensors=tensors, labels=case.labels.cpu())
     return _derived(moved, upstream.cpu(), _defined(moved))[1]
 
 
-def _fused(case: _Case) -> LinearLoss:
+def _fused(case: Case) -> LinearLoss:
     wanted: dict[str, Any] = {"log_probs": True, "entropy": True, "correct": True, **case.options}
     return linear_cross_entropy(case.tensors["hidden"], case.head(), case.labels, reduction="none", **wanted)
 
 
-def _defined(case: _Case) -> LinearLoss:
+def _defined(case: Case) -> LinearLoss:
     """Of all logits at once."""
     labels, counted = case.labels, case.labels != -100
     logits = logits_reference(case.tensors["hidden"], case.head())
@@ -157,7 +157,7 @@ def _defined(case: _Case) -> LinearLoss:
     return LinearLoss(losses, -token_losses_reference(logits, labels), entropy, correct)
 
 
-def _derived(case: _Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLoss, dict[str, Tensor]]:
+def _derived(case: Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLoss, dict[str, Tensor]]:
     """The gradients of the losses and, with another factor, of the log-probabilities."""
     names = [name for name in _NAMES if name in case.trained and name in case.tensors]
     given = upstream.to(found.loss.dtype)
@@ -169,7 +169,7 @@ def _derived(case: _Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLo
 
 def _check_ignored() -> dict[str, Any]:
     """Their loss and gradient are zero, whatever their hidden states are."""
-    case = _make(BF16, tokens=64)
+    case = make(BF16, tokens=64)
     ignored = case.labels == -100
     hidden = case.tensors["hidden"].detach().clone()
     hidden[ignored] = torch.nan

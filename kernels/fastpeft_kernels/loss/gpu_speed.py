@@ -22,7 +22,7 @@ from .products import add_product
 from .steps import Running, known
 
 _DEVICE = torch.device("cuda")
-_TOKENS, _FEATURES, _WORDS = 8192, 4096, 128256
+TOKENS, FEATURES, WORDS = 8192, 4096, 128256
 _CHUNK = (2048, 4096)  # tokens and words of a step
 BF16 = torch.bfloat16
 
@@ -47,29 +47,30 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def _inputs(trained: bool) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)  # so that all losses are the same
-    hidden = torch.randn((_TOKENS, _FEATURES), device=_DEVICE, dtype=BF16).requires_grad_()
-    weight = torch.randn((_WORDS, _FEATURES), device=_DEVICE, dtype=BF16).mul_(_FEATURES**-0.5).requires_grad_(trained)
-    return hidden, weight, torch.randint(0, _WORDS, (_TOKENS,), device=_DEVICE)
+    hidden = torch.randn((TOKENS, FEATURES), device=_DEVICE, dtype=BF16).requires_grad_()
+    weight = torch.randn((WORDS, FEATURES), device=_DEVICE, dtype=BF16).mul_(FEATURES**-0.5).requires_grad_(trained)
+    return hidden, weight, torch.randint(0, WORDS, (TOKENS,), device=_DEVICE)
 
 
 def _measure_linear(trained: bool) -> dict[str, Any]:
     hidden, weight, labels = _inputs(trained)
     head = Head(weight if trained else DenseWeight(weight))
-    return _measured(lambda: linear_cross_entropy(hidden, head, labels).loss, hidden, weight, labels)
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+    return measured(lambda: linear_cross_entropy(hidden, head, labels).loss, wanted, 3 if trained else 2)
 
 
 def _measure_peer(peer: Callable[[Tensor, Tensor, Tensor], Tensor], trained: bool) -> dict[str, Any]:
     """What a peer cannot do here is no failure of ours."""
     hidden, weight, labels = _inputs(trained)
     try:
-        return _measured(lambda: peer(hidden, weight, labels), hidden, weight, labels)
+        wanted = [x for x in (hidden, weight) if x.requires_grad]
+        return measured(lambda: peer(hidden, weight, labels), wanted, 3 if trained else 2)
     except Exception as error:
         return {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
-def _measured(loss: Callable[[], Tensor], hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Any]:
+def measured(loss: Callable[[], Tensor], wanted: list[Tensor], products: int) -> dict[str, Any]:
     """Forward and backward: time, the rate over the products of the definition, and memory beside the gradients."""
-    wanted = [x for x in (hidden, weight) if x.requires_grad]
 
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(), wanted)
@@ -82,32 +83,31 @@ def _measured(loss: Callable[[], Tensor], hidden: Tensor, weight: Tensor, labels
     peak = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
     del gradients
     us = median_us(step)
-    products = 3 if weight.requires_grad else 2
     return {
         "loss": float(loss()),
         "step_us": us,
-        "step_tflops": products * _product_operations() / us / 1e6,
+        "step_tflops": products * product_operations() / us / 1e6,
         "peak_mib": peak / 2**20,
-        "peak_share_of_fp32_logits": peak / (4 * _TOKENS * _WORDS),
+        "peak_share_of_fp32_logits": peak / (4 * TOKENS * WORDS),
     }
 
 
-def _product_operations() -> float:
-    return 2.0 * _TOKENS * _FEATURES * _WORDS
+def product_operations() -> float:
+    return 2.0 * TOKENS * FEATURES * WORDS
 
 
 def _measure_products() -> dict[str, Any]:
     """The two products of a frozen head alone: in the blocks of the fused loss, and whole."""
     hidden, weight, _ = _inputs(False)
     x = hidden.detach()
-    sizes = Sizes(logit=2, token=4 * _FEATURES, word=0)
-    blocks = choose_blocks(_TOKENS, _WORDS, sizes, _DEVICE)
-    sums = torch.empty((blocks.tokens, _FEATURES), device=_DEVICE)
+    sizes = Sizes(logit=2, token=4 * FEATURES, word=0)
+    blocks = choose_blocks(TOKENS, WORDS, sizes, _DEVICE)
+    sums = torch.empty((blocks.tokens, FEATURES), device=_DEVICE)
     raw = torch.empty(blocks.tokens * blocks.words, device=_DEVICE, dtype=BF16)
 
     def chunked(logits: bool, gradient: bool) -> None:
         for rows in x.split(blocks.tokens):
-            for first in range(0, _WORDS, blocks.words):
+            for first in range(0, WORDS, blocks.words):
                 words = weight[first : first + blocks.words]
                 chunk = raw[: len(rows) * len(words)].view(len(rows), len(words))
                 if logits:
@@ -115,7 +115,7 @@ def _measure_products() -> dict[str, Any]:
                 if gradient:
                     add_product(sums[: len(rows)], chunk, words, first == 0)
 
-    every = torch.empty((_TOKENS, _WORDS), device=_DEVICE, dtype=BF16)
+    every = torch.empty((TOKENS, WORDS), device=_DEVICE, dtype=BF16)
     figures: dict[str, Any] = {
         "tokens_of_a_block": blocks.tokens,
         "words_of_a_chunk": blocks.words,
@@ -126,7 +126,7 @@ def _measure_products() -> dict[str, Any]:
         "whole_gradient_us": median_us(lambda: torch.mm(every, weight)),
     }
     for name in ("chunked_logits", "chunked_gradient", "whole_logits", "whole_gradient"):
-        figures[f"{name}_tflops"] = _product_operations() / figures[f"{name}_us"] / 1e6
+        figures[f"{name}_tflops"] = product_operations() / figures[f"{name}_us"] / 1e6
     return figures
 
 
@@ -135,8 +135,8 @@ def _measure_steps(config: Any) -> dict[str, Any]:
     from .triton_steps import gradient_step, online_step, rescale
 
     tokens, words = _CHUNK
-    x = torch.randn((tokens, _FEATURES), device=_DEVICE, dtype=BF16)
-    w = torch.randn((words, _FEATURES), device=_DEVICE, dtype=BF16).mul_(_FEATURES**-0.5)
+    x = torch.randn((tokens, FEATURES), device=_DEVICE, dtype=BF16)
+    w = torch.randn((words, FEATURES), device=_DEVICE, dtype=BF16).mul_(FEATURES**-0.5)
     raw, labels = torch.mm(x, w.t()), torch.randint(0, words, (tokens,), device=_DEVICE)
     running = Running.start(tokens, torch.float32, _DEVICE)
     online_step(raw.clone(), 0, labels, running)
@@ -159,7 +159,7 @@ def _measure_steps(config: Any) -> dict[str, Any]:
 
         figures[f"{name}_after_product_us"] = median_us(both) - product
         figures[f"{name}_from_memory_us"] = median_us(step)
-    sums, ones = torch.zeros((tokens, _FEATURES), device=_DEVICE), torch.ones(tokens, device=_DEVICE)
+    sums, ones = torch.zeros((tokens, FEATURES), device=_DEVICE), torch.ones(tokens, device=_DEVICE)
     figures["rescale_by_one_us"] = median_us(lambda: rescale(sums, ones))
     return figures
 
@@ -168,11 +168,11 @@ def _measure_logits(config: Any) -> dict[str, Any]:
     """Statistics and gradient of whole rows."""
     from .triton_steps import gradient_step, online_step
 
-    logits = torch.randn((_TOKENS, _WORDS), device=_DEVICE, dtype=BF16)
-    out, labels = torch.empty_like(logits), torch.randint(0, _WORDS, (_TOKENS,), device=_DEVICE)
-    running = Running.start(_TOKENS, torch.float32, _DEVICE)
+    logits = torch.randn((TOKENS, WORDS), device=_DEVICE, dtype=BF16)
+    out, labels = torch.empty_like(logits), torch.randint(0, WORDS, (TOKENS,), device=_DEVICE)
+    running = Running.start(TOKENS, torch.float32, _DEVICE)
     forward = median_us(lambda: online_step(logits, 0, labels, running, config=config))
-    found, d = known(running), torch.rand(_TOKENS, device=_DEVICE)
+    found, d = known(running), torch.rand(TOKENS, device=_DEVICE)
     rows = (found.top, found.inverse, found.others, d, None, None)
     backward = median_us(lambda: gradient_step(logits, 0, labels, *rows, out=out, config=config))
     return {
@@ -186,9 +186,9 @@ def _measure_logits(config: Any) -> dict[str, Any]:
 def _measure_divergences(config: Any) -> dict[str, Any]:
     from .divergence_triton import divergence_backward_triton, divergence_triton
 
-    student, teacher = (torch.randn((_TOKENS, _WORDS), device=_DEVICE, dtype=BF16) for _ in range(2))
-    values, kept = (torch.empty((*n, _TOKENS), device=_DEVICE) for n in ((), (5,)))
-    gradient, d = torch.empty_like(student), torch.rand(_TOKENS, device=_DEVICE)
+    student, teacher = (torch.randn((TOKENS, WORDS), device=_DEVICE, dtype=BF16) for _ in range(2))
+    values, kept = (torch.empty((*n, TOKENS), device=_DEVICE) for n in ((), (5,)))
+    gradient, d = torch.empty_like(student), torch.rand(TOKENS, device=_DEVICE)
     figures: dict[str, Any] = {}
     for name, beta in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)):
         forward = partial(divergence_triton, student, teacher, None, 1.0, beta, values, kept, config)
