@@ -62,24 +62,9 @@ def linear_distillation_op(
 
 @linear_distillation_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    s: Tensor | None,
-    b: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    stored: Sequence[Tensor],
-    teacher_stored: Sequence[Tensor],
-    layout: str,
-    teacher_layout: str,
-    numbers: str,
-    needs: Sequence[bool],
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, s: Tensor | None, b: Tensor | None, *others: Any
 ) -> list[Tensor]:
-    fixed, needed, tokens = (
-        _fixed(tensors, stored, teacher_stored, layout, teacher_layout, numbers),
-        Needs(*needs),
-        hidden.shape[0],
-    )
+    fixed, needed, tokens = _fixed(*others[:-1]), Needs(*others[-1]), hidden.shape[0]
     wide, rows = wide_dtype(fixed.dtype, fixed.teacher_dtype), makes_rows(needed)
     none = hidden.new_empty(0)
     return [
@@ -112,21 +97,10 @@ def linear_distillation_backward_op(
 
 
 @linear_distillation_backward_op.register_fake
-def _(
-    d_losses: Tensor,
-    kept: Sequence[Tensor | None],
-    trained: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    stored: Sequence[Tensor],
-    teacher_stored: Sequence[Tensor],
-    layout: str,
-    teacher_layout: str,
-    numbers: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _(d_losses: Tensor, kept: Sequence[Tensor | None], trained: Sequence[Tensor | None], *others: Any) -> list[Tensor]:
     found = Kept(*kept)
     of = trained if found.known is not None else (found.d_hidden, None, None, found.d_s, None)
-    return [t.new_empty(t.shape) for t, flag in zip(of, needs, strict=True) if flag and t is not None]
+    return [t.new_empty(t.shape) for t, flag in zip(of, others[-1], strict=True) if flag and t is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -26,17 +26,6 @@ F32, F16 = torch.float32, torch.float16  # the interpreter computes bfloat16 wro
 TOKENS, WORDS, TEMPERATURE = 6, 43, 1.5
 
 
-@pytest.fixture
-def module() -> ModuleType:
-    return pytest.importorskip("fastpeft_kernels.loss.divergence_triton")
-
-
-@pytest.fixture
-def small() -> Any:
-    """Blocks that the interpreter can afford, so that a row has several."""
-    return pytest.importorskip("fastpeft_kernels.loss.tiles").Config(16, 1)
-
-
 def draw(dtype: torch.dtype) -> Tensor:
     """Rows with memory of others beside them."""
     return (torch.randn(TOKENS, WORDS + 5) * 2).to(dtype)[:, :WORDS]

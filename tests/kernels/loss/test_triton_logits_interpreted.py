@@ -26,17 +26,6 @@ TOKENS, WORDS = 4, 27
 every_beta = pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
 
 
-@pytest.fixture
-def module() -> ModuleType:
-    return pytest.importorskip("fastpeft_kernels.loss.divergence_triton")
-
-
-@pytest.fixture
-def small() -> Any:
-    """Blocks that the interpreter can afford, so that a row has several."""
-    return pytest.importorskip("fastpeft_kernels.loss.tiles").Config(16, 1)
-
-
 def draw(dtype: torch.dtype) -> Tensor:
     """Rows with memory of others beside them."""
     return (torch.randn(TOKENS, WORDS + 5) * 2).to(dtype)[:, :WORDS]
