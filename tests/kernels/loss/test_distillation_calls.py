@@ -36,14 +36,14 @@ def parameters(case: Distillation) -> list[Tensor]:
     return [x for name, x in case.student.tensors.items() if x.requires_grad and name != "hidden"]
 
 
-@every_case
+@pytest.mark.parametrize("name", ("frozen", "top", pytest.param("trained", marks=pytest.mark.full)))
 def test_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_blocks(monkeypatch)
     case = make(9, dtype=torch.float32, ignored=0.0, **CASES[name])
     check_one_graph(lambda x: (losses(case, x),), case.student.tensors["hidden"], parameters(case), "aot_eager")
 
 
-@pytest.mark.parametrize("frozen", (True, False))
+@pytest.mark.parametrize("frozen", (True, pytest.param(False, marks=pytest.mark.full)))
 def test_tokens_that_do_not_count_in_one_graph(frozen: bool) -> None:
     """They are computed there, and count for nothing; NaN times zero stays NaN in a sum over tokens, a weight's."""
     case = make(3, 5, dtype=torch.float32, ways="mixed_with_labels", ignored=0.5, frozen=frozen)
