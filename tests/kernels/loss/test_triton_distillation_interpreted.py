@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpeft_kernels.loss import divergence_op
+from fastpeft_kernels.loss import statistics as statistics_of_logits
 from fastpeft_kernels.loss.distillation_reference import distillation_reference
 from fastpeft_kernels.loss.divergence_op import KEPT
 from fastpeft_kernels.loss.hard_labels import HardLabels
 from fastpeft_kernels.loss.logit_map import PLAIN, LogitMap
 from fastpeft_kernels.loss.statistics import statistics
 from tests.budget import assert_within_budget
+
+from .distillations import hold_distillation, make, shrink_blocks
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -112,3 +116,17 @@ def test_words_that_the_teacher_does_not_name(module: ModuleType, small: Any, be
     module.divergence_backward_triton(torch.ones(TOKENS), student, teacher, kept, TEMPERATURE, beta, gradient, small)
     assert_within_budget(values, want[0][0], want[1][0], "divergence")
     assert_within_budget(gradient, want[0][2], want[1][2], "gradient")
+
+
+@pytest.mark.parametrize("frozen", (True, pytest.param(False, marks=pytest.mark.full)))
+def test_the_whole_op(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    """Forward in place of whole rows, backward a chunk at a time, on these kernels."""
+    pytest.importorskip("triton")
+    shrink_blocks(monkeypatch)
+    for module in (divergence_op, statistics_of_logits):
+        monkeypatch.setattr(module, "logits_backend", lambda *_: "triton")
+    hold_distillation(
+        make(
+            9, teacher="wider", ways="mixed_with_labels", dtype=F32, frozen=frozen, bias=True, softcap=3.0, ignored=0.3
+        )
+    )
