@@ -10,6 +10,9 @@ SHARE = 0.02
 """Of the bytes of all logits in fp32: what the working memory may take."""
 _LEAST = (2048, 4096)
 """Tokens x words that are worth their launches on a GPU, whatever the share says."""
+_LEAST_BYTES = 80 << 20
+"""Likewise, where hidden states are narrow: a chunk costs the host four launches, and a slow one took longer for these
+than an H200 for the products of 1024 tokens of 2048 features with 8192 words."""
 _ON_CPU = (512, 1024)
 """Logits of 2 MiB in fp32 stay in the caches between the product that makes them and the one that reads them."""
 
@@ -58,7 +61,7 @@ def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *
     heights = [tokens] if whole else [4096, 2048, 1024]
     wanted = [Blocks(height, width) for width in (8192, 4096, 2048, 1024) for height in heights]
     wanted = [Blocks(_even(tokens, height), _even(words, width)) for height, width in wanted]
-    limit = max(int(SHARE * 4 * tokens * words), sizes.of(Blocks(*_LEAST)))
+    limit = max(int(SHARE * 4 * tokens * words), sizes.of(Blocks(*_LEAST)), _LEAST_BYTES)
     return next((blocks for blocks in wanted if sizes.of(blocks) <= limit), wanted[-1])
 
 

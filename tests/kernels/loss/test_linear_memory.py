@@ -119,6 +119,8 @@ def test_blocks_on_a_gpu() -> None:
         assert sizes.of(found) <= 0.02 * 4 * 8192 * 128_256
         assert found.tokens >= 1024 and found.words >= 4000
     assert choose_blocks(100, 300, Sizes(2, 4 * 4096, 0), device) == Blocks(100, 300)
+    narrow = choose_blocks(4096, 128_256, Sizes(2, 4 * 2048, 0), device)  # more than 2 %, for fewer launches
+    assert narrow == Blocks(2048, 8064)
 
 
 @pytest.mark.parametrize("count", (1, 63, 64, 65, 1000, 128_256))
