@@ -121,7 +121,8 @@ def accelerate(
         found |= {replacement.switch} if mine else set()
     ask_fp8(modules, fp8_compute, fp8_exclude)
     if found <= {"attention", "norms", "loss"}:
-        what = f"nothing but {' and '.join(sorted(found))}" if found else "nothing"
+        *others, last = sorted(found) or [""]
+        what = f"nothing but {', '.join(others)}{' and ' * bool(others)}{last}" if found else "nothing"
         logger.warning("%s was replaced in this %s; fastpeft.report(model) says why", what, type(model).__name__)
     model.__dict__[SETTINGS] = asdict(switches)
     return model

@@ -61,7 +61,7 @@ class Verification:
         lines = [
             f"fastpeft verify: {'passed' if self.passed else 'FAILED'}, {len(self.checks)} checks",
             f"loss: ours {self.loss:.7g}, PEFT {self.loss_peft:.7g}",
-            f"{'':36}{'worst error':>12}{'reference':>12}{'budget':>12}  where",
+            f"{'':40}{'worst error':>12}{'reference':>12}{'budget':>12}  where",
         ]
         kinds = dict.fromkeys((bool(check.path), _kind(check.what)) for check in self.checks)
         for in_module, kind in kinds:
@@ -69,7 +69,7 @@ class Verification:
             worst = max(mine, key=lambda c: c.error / c.budget if c.budget else float(c.error > 0))
             name = f"{'each layer' if in_module else 'whole model'}: {kind}"
             where = worst.path or worst.what
-            lines.append(f"{name:36}{worst.error:12.2e}{worst.reference:12.2e}{worst.budget:12.2e}  {where}")
+            lines.append(f"{name:40}{worst.error:12.2e}{worst.reference:12.2e}{worst.budget:12.2e}  {where}")
         lines += [f"not served by an op, so not checked: {path}" for path in self.unserved]
         lines += [f"FAILED {c.path} {c.what}: error {c.error:.3e}, budget {c.budget:.3e}" for c in self.failures]
         return "\n".join(lines)

@@ -49,7 +49,7 @@ def test_a_quiet_run_shows_no_warnings_of_its_own(
     assert (answer.code, answer.err, caplog.text) == (0, "", "")
     assert "fastpeft: 0 of 14 adapter layers accelerated" in Path("out/report.md").read_text()
     assert run(capsys, *settings, "--overwrite").code == 0
-    assert "nothing but attention was replaced in this PeftModelForCausalLM" in caplog.text
+    assert "nothing but attention, loss and norms was replaced in this PeftModelForCausalLM" in caplog.text
 
 
 def test_a_bar_on_a_terminal_is_gone_when_all_is_read() -> None:

@@ -148,7 +148,7 @@ def test_other_methods_of_peft_are_left_and_named() -> None:
     model = get_peft_model(make_base(), IA3Config(task_type="CAUSAL_LM"))
     inputs = batch(model)
     before = step(model, inputs)
-    assert step(fastpeft.accelerate(model, attention=False), inputs).equals(before)
+    assert step(fastpeft.accelerate(model, attention=False, loss=False, norms=False), inputs).equals(before)
     notes = {row.note for row in adapter_rows(model)}
     assert notes and all("ia3" in note for note in notes)
 
