@@ -194,12 +194,50 @@ def combinations_table(records: Sequence[Record]) -> str:
     return "\n".join(rows)
 
 
+def losses_table(records: Sequence[Record]) -> str:
+    """Time and memory of the loss of hidden states, one row a case.
+
+    Raises:
+        ValueError: records of more than one environment, or none.
+    """
+    records = [record for record in records if record.suite == "losses"]
+    where = place(records)
+    by_key = {(r.case, r.peer, r.metric): r for r in records}
+    names = {"plain": "plain PyTorch", "fastpeft": "fastpeft", "trl": "TRL's chunked function"}
+    shown = [peer for peer in names if any(r.peer == peer for r in records)]
+    others = [peer for peer in shown if peer != "fastpeft"]
+    against = ", ".join(names[peer] for peer in others)
+    rows = [
+        f"| | {', '.join(names[peer] for peer in shown)}, ms | time, fastpeft / {against} | peak, MiB |",
+        "|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(r.case for r in records):
+        times = [by_key[case, peer, "step time"] for peer in shown]
+        ratios = [time_ratio(by_key[case, "fastpeft", "step time"], by_key[case, peer, "step time"]) for peer in others]
+        peaks = [by_key[case, peer, "peak memory"].median for peer in shown]
+        cells = (
+            ", ".join(f"{time.median:.0f}" for time in times),
+            ", ".join(f"{each:.2f}" for each in ratios),
+            ", ".join(f"{mib:.0f}" for mib in peaks),
+        )
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    first = records[0]
+    rows += [
+        "",
+        f"Forward and backward in fp32; medians of {len(first.samples)} interleaved rounds on {where.device}, torch on "
+        f"{first.settings['threads']} of them; {versions(where, ('torch', 'trl'))}; {where.date[:10]}; "
+        "`python -m fastpeft.bench.losses`. Peak: rise of the process's resident memory in one step.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "": steps_table,
     "steps": steps_table,
     "layer": layer_table,
     "decode": decode_table,
     "combinations": combinations_table,
+    "losses": losses_table,
 }
 """By the name in the markers."""
 
