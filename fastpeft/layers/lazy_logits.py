@@ -85,7 +85,8 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
-                return LazyLogits(first.family, trail, (first, func, args[1:], kwargs))
+                rest = tree_map_only(Tensor, lambda bias: trail.biases[-1].view(bias.shape), args[1:])
+                return LazyLogits(first.family, trail, (first, func, rest, kwargs))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from tests.integration.models import batch, make
+from tests.integration.models import VOCABULARY, batch, make
 
 Outputs = tuple[Tensor, dict[str, Tensor]]
 
@@ -60,6 +60,17 @@ def checkpointed(outputs: Any, labels: Tensor) -> Tensor:
     return loss.detach()
 
 
+def biased(outputs: Any, labels: Tensor) -> Tensor:
+    """A trained row, another call's row, and a constant that is written to before the loss."""
+    bias, constant = torch.ones(VOCABULARY, requires_grad=True), torch.arange(VOCABULARY) / 50
+    rows = outputs.logits + bias, outputs.logits + outputs.logits[0, 0], outputs.logits + constant
+    constant[3] = 100.0
+    loss = sum(entropy(each, labels) for each in rows)
+    loss.backward()
+    assert bias.grad is not None
+    return torch.cat([loss.detach()[None], bias.grad])
+
+
 def gradients(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -71,7 +82,7 @@ def assert_the_same(plain: Outputs, ours: Outputs) -> None:
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("use", [detached, scaled, retained, checkpointed])
+@pytest.mark.parametrize("use", [detached, scaled, retained, checkpointed, biased])
 def test_gradients_of_further_losses(use: Callable[[Any, Tensor], Tensor]) -> None:
     model = make()
     inputs, found = batch(model), []
@@ -100,3 +111,15 @@ def test_a_backward_hook_around_the_head() -> None:
         fastpeft.accelerate(model)
         model(**inputs)
     assert_the_same(found[0], found[1])
+
+
+def test_a_loss_after_the_optimizer_s_step_is_an_error() -> None:
+    model = make(modules_to_save=["lm_head"])
+    inputs = batch(model)
+    fastpeft.accelerate(model)
+    outputs = model(**inputs)
+    entropy(outputs.logits, inputs["labels"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="read before the head or its input changes"):
+        entropy(outputs.logits, inputs["labels"])
