@@ -170,7 +170,12 @@ class HeadCall:
             trail: what was done with the logits.
             labels: (tokens,) int64.
             options: keywords of `linear_cross_entropy`.
+
+        Raises:
+            RuntimeError: as in `logits`, for losses after the model's call.
         """
+        if not self.calls.labelled:
+            self._check_unchanged()
         if self.calls.records is not None:
             self.calls.records.append(Recorded(self, trail, labels, options))
         dtype = _loss_dtype(self.device.type, trail.like.dtype, autocast_dtype(self.device))

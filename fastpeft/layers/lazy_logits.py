@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from .head_call import HeadCall
@@ -85,7 +85,8 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
-                return LazyLogits(first.family, trail, (first, func, args[1:], kwargs))
+                rest = tree_map_only(Tensor, lambda bias: trail.biases[-1].view(bias.shape), args[1:])
+                return LazyLogits(first.family, trail, (first, func, rest, kwargs))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}
 
@@ -109,11 +110,12 @@ class Family:
         lazy: whether a loss may still be computed from the hidden states: nobody has the values, no hook waits for a
             gradient of them.
         served: whether one was.
+        watched: whether a hook came after that; it gets the gradients of further losses.
     """
 
     def __init__(self, call: HeadCall) -> None:
         self.call, self.members = call, list[ref[LazyLogits]]()
-        self.lazy, self.served = True, False
+        self.lazy, self.served, self.watched = True, False, False
 
     def alive(self) -> Iterator[LazyLogits]:
         yield from (member for each in self.members if (member := each()) is not None)
@@ -127,6 +129,7 @@ class Family:
     def hooked(self, what: str) -> None:
         """A hook waits for the gradient of logits: it gets one, unless their loss has been computed already."""
         if self.served:
+            self.watched = True
             self.call.calls.hooked_late(what)
         else:
             self.close(what)
@@ -184,7 +187,9 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """F.cross_entropy of (tokens, words) and (tokens,) without logits; None where torch's own must have them."""
-    if type(logits) is not LazyLogits or not logits.family.lazy or type(labels) is not Tensor:
+    if type(logits) is not LazyLogits or type(labels) is not Tensor:
+        return None
+    if not logits.family.lazy or logits.family.watched:
         return None
     if size_average is not None or reduce is not None or not logits.trail.serves or logits.dim() != 2:
         return None
@@ -197,6 +202,8 @@ def _cross_entropy(
         return None
     family = logits.family
     wanted = torch.is_grad_enabled() and logits.requires_grad
+    if wanted and not _from_the_head(logits):
+        return None
     with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(wanted):
         loss = family.call.loss(
             logits.trail,
@@ -210,6 +217,19 @@ def _cross_entropy(
         family.served = True
         family.call.calls.served()
     return loss
+
+
+def _from_the_head(logits: LazyLogits) -> bool:
+    """Whether gradients go from logits to the head by the recorded operations alone.
+
+    They do not from logits that were detached and want a gradient again, nor through an autograd function of somebody's
+    own, as torch puts one below a module with backward hooks: it may give its input, and another gradient.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        node = logits.grad_fn
+    while node is not None and not isinstance(node, BackwardCFunction):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return isinstance(node, _Node._backward_cls)
 
 
 _WANT_GRADIENTS = (Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]

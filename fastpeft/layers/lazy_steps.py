@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 aten: Any = torch.ops.aten
 
@@ -111,15 +112,17 @@ def _tanh(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _plus(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail | None:
-    """One row for all tokens, added to logits as the head gave them."""
+    """One row for all tokens, a constant, added to logits as the head gave them. Kept as it is now."""
     bias = args[0]
     words = trail.like.shape[-1]
-    if kwargs or not isinstance(bias, Tensor) or bias.numel() != words or bias.shape[-1:] != (words,):
+    if kwargs or type(bias) not in (Tensor, Parameter) or bias.requires_grad:
+        return None
+    if bias.numel() != words or bias.shape[-1:] != (words,):
         return None
     if trail.tanh or trail.scale != 1.0 or not bias.is_floating_point() or bias.dim() > trail.like.dim():
         return None
     like = func(trail.like, torch.empty(bias.shape, dtype=bias.dtype, device="meta"))
-    return replace(trail, like=like, biases=(*trail.biases, bias.reshape(words)))
+    return replace(trail, like=like, biases=(*trail.biases, bias.reshape(words).clone()))
 
 
 STEPS: dict[Any, Step] = {

@@ -24,6 +24,8 @@ CALLS = "fastpeft_loss"
 class LossReplacement:
     """A row of the report is a model of transformers with a head over words and a loss of its own.
 
+    Models that have a head in common, as one around another, share what it learns.
+
     Its heads learn from hooks on the modules above them that labels came: libraries call a model through what is around
     it, PEFT's layers of wrapping by `forward`, past hooks.
     """
@@ -45,7 +47,8 @@ class LossReplacement:
         return matched
 
     def install(self, module: nn.Module, proved: Match) -> None:
-        calls = LossCalls()
+        others = [each.__dict__[CALLS] for each in proved.found if CALLS in each.__dict__]
+        calls = others[0] if others else LossCalls()
         module.__dict__[CALLS] = calls
         for head in proved.found:
             if not isinstance(head, (FastLoraLayer, FastHead)):

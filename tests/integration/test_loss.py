@@ -19,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -339,3 +341,24 @@ class TestModules:
         monkeypatch.setattr(HeadCall, "loss", lambda *args, **options: served(*args, **options) * 1.01)
         outcome = fastpeft.verify(fastpeft.accelerate(make()))
         assert {"loss"} <= {check.what for check in outcome.failures}
+
+    def test_a_model_around_another_with_the_same_head(self) -> None:
+        sizes = {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes.pop("num_labels")
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), BertConfig(**sizes))
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+        model = EncoderDecoderModel(config).train()
+        ids = torch.randint(3, VOCABULARY, (2, 6))
+        wanted = model(input_ids=ids, labels=ids).loss
+        hooks = []
+        for _ in range(3):
+            fastpeft.accelerate(model)
+            with never_made():
+                torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, wanted)
+            rows = [row for row in fastpeft.report(model).rows if row.kind == "loss"]
+            assert [(row.op, row.note) for row in rows] == [("loss without logits", "")] * 2
+            hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
+        assert hooks[0] == hooks[1] == hooks[2]
+        fastpeft.restore(model)
+        assert type(model(input_ids=ids, labels=ids).logits) is Tensor
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
