@@ -25,7 +25,7 @@ class Trail:
         scale: factor of the logits.
         after: factor of the tanh; None without one.
         tanh: whether the tanh was taken; `after` is its factor.
-        biases: (words,) each.
+        biases: of `words` elements each, as they were added: a view made below autograd would have no graph.
     """
 
     like: Tensor
@@ -119,7 +119,7 @@ def _plus(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if trail.tanh or trail.scale != 1.0 or not bias.is_floating_point() or bias.dim() > trail.like.dim():
         return None
     like = func(trail.like, torch.empty(bias.shape, dtype=bias.dtype, device="meta"))
-    return replace(trail, like=like, biases=(*trail.biases, bias.reshape(words)))
+    return replace(trail, like=like, biases=(*trail.biases, bias))
 
 
 STEPS: dict[Any, Step] = {
