@@ -170,7 +170,7 @@ def test_a_norm_cast_since_is_proved_anew() -> None:
     module: Any = model["norm"].bfloat16()
     x = torch.randn(4, WIDTH).bfloat16()
     module(x)
-    assert rows(model)[0].note == "its own forward: a weight cast from torch.float32 to torch.bfloat16"
+    assert rows(model)[0].note == "every call by its own forward: a weight cast from torch.float32 to torch.bfloat16"
     fastpeft.accelerate(model)
     assert torch.equal(module(x), LlamaRMSNorm.forward(fastpeft.restore(copy.deepcopy(module)), x))
     assert [row.note for row in rows(model)] == ["", ""] and module.fastpeft_calls == {"fused": 1}

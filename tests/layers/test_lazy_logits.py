@@ -322,8 +322,9 @@ class TestChangesBeforeTheyAreRead:
             lambda pair: torch.optim.AdamW(pair.ours.parameters(), fused=True).step(),
             lambda pair: pair.ours.weight.data.add_(1.0),
             lambda pair: pair.kept.add_(1.0),
+            lambda pair: pair.ours.weight.untyped_storage().resize_(0),  # as FSDP2 frees it after backward
         ],
-        ids=["optimizer", "weight", "hidden states"],
+        ids=["optimizer", "weight", "hidden states", "freed"],
     )
     def test_are_an_error(self, change: Callable[[Any], Any]) -> None:
         pair: Any = Pair()
