@@ -181,6 +181,7 @@ class HeadCall:
         dtype = _loss_dtype(self.device.type, trail.like.dtype, autocast_dtype(self.device))
         bias = self.bias
         for more in trail.biases:
+            more = more.reshape(self.words)
             bias = more if bias is None else bias + more
         with autocast_off(self.device):
             s = None if self.s is None else trail.rows_of(self.s)
@@ -194,8 +195,7 @@ class HeadCall:
         return self.weight.detach().to(dtype)
 
     def _signs(self) -> tuple[Any, ...]:
-        weight = self.weight
-        parameters = [self.bias, self.b, None if isinstance(weight, FrozenWeight) else weight]
+        weight, parameters = self.weight, self._parameters()
         return (
             weight.stamp() if isinstance(weight, FrozenWeight) else None,
             _version(self.hidden),
@@ -204,18 +204,23 @@ class HeadCall:
         )
 
     def _check_unchanged(self) -> None:
-        *signs, samples = self._signs()
-        *seen, sampled = self._seen
-        freed = any(each.untyped_storage().nbytes() == 0 < each.numel() for each in self._memory())
-        same = all(torch.equal(now, then) for now, then in zip(samples, sampled, strict=True))
-        if freed or signs != seen or not same:
+        if not self._is_unchanged():
             raise RuntimeError(
                 "logits: expected to be read before the head or its input changes, got a change between; "
                 "read them earlier, or call fastpeft.accelerate(model, loss=False)"
             )
 
-    def _memory(self) -> Sequence[Tensor]:
-        return self.weight.flatten()[0] if isinstance(self.weight, FrozenWeight) else (self.weight,)
+    def _is_unchanged(self) -> bool:
+        frozen = self.weight.flatten()[0] if isinstance(self.weight, FrozenWeight) else ()
+        memory = [each for each in (*frozen, *self._parameters()) if each is not None]
+        if any(each.untyped_storage().nbytes() == 0 < each.numel() for each in memory):  # FSDP2 frees after backward
+            return False
+        *signs, samples = self._signs()
+        *seen, sampled = self._seen
+        return signs == seen and all(torch.equal(now, then) for now, then in zip(samples, sampled, strict=True))
+
+    def _parameters(self) -> Sequence[Tensor | None]:
+        return self.bias, self.b, None if isinstance(self.weight, FrozenWeight) else self.weight
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Trail:
         scale: factor of the logits.
         after: factor of the tanh; None without one.
         tanh: whether the tanh was taken; `after` is its factor.
-        biases: (words,) each.
+        biases: (words,) each, constants.
     """
 
     like: Tensor

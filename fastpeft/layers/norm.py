@@ -52,8 +52,10 @@ class FastNorm(nn.Module, Counting):
             return f"an input of type {type(x).__name__}"
         if type(weight) is not nn.Parameter:  # sharded, or a view that FSDP1 or a replica keeps elsewhere
             return f"a weight of type {type(weight).__name__}"
-        if weight.dtype != norm.weight_dtype or x.dtype not in DTYPES:
-            return f"an input in {x.dtype}, a weight in {weight.dtype}"
+        if weight.dtype != norm.weight_dtype:
+            return f"a weight cast from {norm.weight_dtype} to {weight.dtype}"
+        if x.dtype not in DTYPES:
+            return f"an input in {x.dtype}"
         if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
         if x.device.type == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:

@@ -138,11 +138,6 @@ def _try(module: nn.Module, dtype: torch.dtype, distances: dict[Norm, float]) ->
             del distances[norm]
 
 
-def _op(form: Form, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    y: Tensor = run_norm(x, parameters["weight"], parameters.get("bias"), None, form)
-    return y
-
-
 def _forward_of(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     twin = type(module).__new__(type(module))
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})

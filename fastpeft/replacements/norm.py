@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..layers.norm import FastNorm
@@ -30,3 +32,15 @@ class NormReplacement(MixedIn):
             return replaced
         norm = proved(module, matched.found)
         return Left(norm) if isinstance(norm, str) else Match(norm.op, norm)
+
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
+        """Those whose weight was cast since they were proved are proved anew."""
+        for module in modules.values():
+            norm, weight = getattr(module, self.attribute), module._parameters.get("weight")
+            if weight is None or weight.dtype == norm.weight_dtype:
+                continue
+            self.undo(module)
+            matched = self.match(module)
+            proved = self.prove(module, matched) if isinstance(matched, Match) else None
+            if isinstance(proved, Match):
+                self.install(module, proved)

@@ -156,11 +156,27 @@ def test_calls_that_are_left_to_the_module() -> None:
     torch.func.vmap(module)(x)
     module.half()(x)
     assert set(module.fastpeft_calls) == {
-        "an input in torch.float64, a weight in torch.float32",
+        "an input in torch.float64",
         "called with other arguments than x",
         "a torch.func transform",
-        "an input in torch.float32, a weight in torch.float16",
+        "a weight cast from torch.float32 to torch.float16",
     }
+
+
+@pytest.mark.usefixtures("however_few")
+def test_a_norm_cast_since_is_proved_anew() -> None:
+    model = nn.ModuleDict({"norm": norm_of(LlamaRMSNorm), "other": norm_of(LlamaRMSNorm)})
+    fastpeft.accelerate(model)
+    module: Any = model["norm"].bfloat16()
+    x = torch.randn(4, WIDTH).bfloat16()
+    module(x)
+    assert rows(model)[0].note == "every call by its own forward: a weight cast from torch.float32 to torch.bfloat16"
+    fastpeft.accelerate(model)
+    assert torch.equal(module(x), LlamaRMSNorm.forward(fastpeft.restore(copy.deepcopy(module)), x))
+    assert [row.note for row in rows(model)] == ["", ""] and module.fastpeft_calls == {"fused": 1}
+    module.double()
+    fastpeft.accelerate(model)
+    assert [type(each) is LlamaRMSNorm for each in model.values()] == [True, False]
 
 
 def test_few_numbers_on_a_cpu_are_the_module_s() -> None:

@@ -110,6 +110,24 @@ def test_losses_need_no_logits(name: str, trained: bool) -> None:
     assert pair.calls.outcomes == {"fused": 1}
 
 
+@pytest.mark.parametrize("shape", [(WORDS,), (1, 1, WORDS)])
+def test_a_bias_added_outside_the_head_is_trained(shape: tuple[int, ...]) -> None:
+    """As the heads of ESM and other encoders add theirs."""
+    pair = Pair(bias=False)
+    bias = torch.randn(shape)
+
+    def gradient(head: Any, bias: Tensor) -> Tensor:
+        leaf = bias.clone().requires_grad_()
+        z = head(pair.x.to(bias.dtype)) + leaf * 2
+        (found,) = torch.autograd.grad(F.cross_entropy(flat(z), pair.labels.view(-1)), leaf)
+        return found
+
+    with never_made():
+        ours = gradient(pair.ours, bias)
+    wide = copy.deepcopy(pair.theirs).double()
+    assert_within_budget(ours, gradient(pair.theirs, bias), gradient(wide, bias.double()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_of_the_loss(dtype: torch.dtype) -> None:
     pair = Pair(dtype)
@@ -304,8 +322,9 @@ class TestChangesBeforeTheyAreRead:
             lambda pair: torch.optim.AdamW(pair.ours.parameters(), fused=True).step(),
             lambda pair: pair.ours.weight.data.add_(1.0),
             lambda pair: pair.kept.add_(1.0),
+            lambda pair: pair.ours.weight.untyped_storage().resize_(0),  # as FSDP2 frees it after backward
         ],
-        ids=["optimizer", "weight", "hidden states"],
+        ids=["optimizer", "weight", "hidden states", "freed"],
     )
     def test_are_an_error(self, change: Callable[[Any], Any]) -> None:
         pair: Any = Pair()

@@ -63,6 +63,7 @@ def rms_norm(
     Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     _check(x, weight, None, residual, eps)
+    check_instance("offset", offset, float, int)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
     dtype = x.dtype if weight is None else weight.dtype

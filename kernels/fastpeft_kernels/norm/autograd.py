@@ -70,7 +70,7 @@ def compute(
         y, total, kept = norm_triton(rows, others, weight, bias, form)
     else:
         total = None if residual is None else x + residual
-        y, kept = norm_library((x if total is None else total).reshape(-1, shape[-1]), weight, bias, form)
+        y, kept = norm_library(_flat(x if total is None else total), weight, bias, form)
     return y.view(shape), None if total is None else total.view(shape), kept
 
 
@@ -98,6 +98,11 @@ def matrix(x: Tensor) -> Tensor:
 
     An expanded gradient, as of `y.sum()`, is copied.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _flat(x)
     dense = rows.shape[1] <= 1 or rows.stride(1) == 1
     return rows if dense and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]) else rows.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(rows, features), also where there are no features."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

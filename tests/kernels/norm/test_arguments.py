@@ -22,6 +22,7 @@ X, W = torch.zeros(4, 6), torch.ones(6)
         ({"weight": 1.0}, TypeError, "weight: expected a Tensor, got float"),
         ({"weight": W.to("meta")}, ValueError, "weight: expected a tensor on cpu like x, got meta"),
         ({"eps": None}, TypeError, "eps: expected a float or int, got NoneType"),
+        ({"offset": "1"}, TypeError, "offset: expected a float or int, got str"),
         ({"rounding": "twice"}, ValueError, r"rounding: expected one of \('input', .*\), got 'twice'"),
         ({"residual": X[:2]}, ValueError, r"residual: expected shape \(4, 6\), got \(2, 6\)"),
         ({"residual": X.half()}, ValueError, "residual: expected x's dtype, torch.float32, got torch.float16"),

@@ -110,3 +110,13 @@ def test_the_same_twice_and_inputs_untouched() -> None:
     first, second = (results(case.leaves(), lambda c: c.ours("torch"), dys) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(t, before[name]) for name, t in case.tensors().items())
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (2, 3, 0)])
+def test_no_features(shape: tuple[int, ...]) -> None:
+    for residual in (None, torch.randn(shape)):
+        x, weight = (torch.randn(size, requires_grad=True) for size in (shape, shape[-1:]))
+        y = rms_norm(x, weight, 1e-6, residual=residual)
+        (y if residual is None else y[0]).sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+        assert weight.grad is not None and weight.grad.shape == (0,)
