@@ -85,7 +85,7 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
-                rest = tree_map_only(Tensor, lambda bias: trail.biases[-1].view(bias.shape), args[1:])
+                rest = tree_map_only(Tensor, lambda _: trail.biases[-1], args[1:])
                 return LazyLogits(first.family, trail, (first, func, rest, kwargs))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}

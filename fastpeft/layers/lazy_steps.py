@@ -26,7 +26,7 @@ class Trail:
         scale: factor of the logits.
         after: factor of the tanh; None without one.
         tanh: whether the tanh was taken; `after` is its factor.
-        biases: (words,) each, constants.
+        biases: of `words` elements each.
     """
 
     like: Tensor
@@ -112,17 +112,19 @@ def _tanh(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _plus(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail | None:
-    """One row for all tokens, a constant, added to logits as the head gave them. Kept as it is now."""
+    """One row for all tokens, added to logits as the head gave them. A constant is kept as it is now; of one that is
+    trained no view is taken, which would have no graph below autograd."""
     bias = args[0]
     words = trail.like.shape[-1]
-    if kwargs or type(bias) not in (Tensor, Parameter) or bias.requires_grad:
+    if kwargs or type(bias) not in (Tensor, Parameter):
         return None
     if bias.numel() != words or bias.shape[-1:] != (words,):
         return None
     if trail.tanh or trail.scale != 1.0 or not bias.is_floating_point() or bias.dim() > trail.like.dim():
         return None
     like = func(trail.like, torch.empty(bias.shape, dtype=bias.dtype, device="meta"))
-    return replace(trail, like=like, biases=(*trail.biases, bias.reshape(words).clone()))
+    kept = bias if bias.requires_grad else bias.clone()
+    return replace(trail, like=like, biases=(*trail.biases, kept))
 
 
 STEPS: dict[Any, Step] = {
