@@ -61,14 +61,20 @@ def checkpointed(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def biased(outputs: Any, labels: Tensor) -> Tensor:
-    """A trained row, another call's row, and a constant that is written to before the loss."""
-    bias, constant = torch.ones(VOCABULARY, requires_grad=True), torch.arange(VOCABULARY) / 50
-    rows = outputs.logits + bias, outputs.logits + outputs.logits[0, 0], outputs.logits + constant
-    constant[3] = 100.0
-    loss = sum(entropy(each, labels) for each in rows)
+    bias = torch.ones(VOCABULARY, requires_grad=True)
+    loss = entropy(outputs.logits + bias, labels)
     loss.backward()
-    assert bias.grad is not None
-    return torch.cat([loss.detach()[None], bias.grad])
+    return bias.grad
+
+
+def written(outputs: Any, labels: Tensor) -> Tensor:
+    """What was added is another by the time of the loss, and of the values."""
+    constant = torch.arange(VOCABULARY) / 50
+    logits = outputs.logits + constant
+    constant[3] = 100.0
+    loss = entropy(logits, labels)
+    loss.backward()
+    return torch.cat([loss.detach()[None], logits.log_softmax(-1).detach().flatten()])
 
 
 def gradients(model: PeftModel) -> dict[str, Tensor]:
@@ -82,13 +88,27 @@ def assert_the_same(plain: Outputs, ours: Outputs) -> None:
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("use", [detached, scaled, retained, checkpointed, biased])
+@pytest.mark.parametrize("use", [detached, scaled, retained, checkpointed, biased, written])
 def test_gradients_of_further_losses(use: Callable[[Any, Tensor], Tensor]) -> None:
     model = make()
     inputs, found = batch(model), []
     for _ in range(2):
         model.zero_grad()
         found.append((use(model(**inputs), inputs["labels"]), gradients(model)))
+        fastpeft.accelerate(model)
+        model(**inputs)
+    assert_the_same(found[0], found[1])
+
+
+def test_a_row_of_another_call_s_logits_as_bias() -> None:
+    model = make()
+    inputs, found = batch(model), []
+    for _ in range(2):
+        model.zero_grad()
+        row = model(**inputs).logits[0, 0]
+        loss = entropy(model(**inputs).logits + row, inputs["labels"])
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
         fastpeft.accelerate(model)
         model(**inputs)
     assert_the_same(found[0], found[1])
