@@ -32,18 +32,25 @@ class FastRotary(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.fastpeft_turn is None or self.fastpeft_suspended or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
+        x = args[0] if args else kwargs.get("hidden_states")
+        if type(x) is Tensor and x.device.type == "cpu" and not kernel_serves(x, x):  # names are looked up faster there
+            self._count(NO_KERNEL)
+            return super().forward(*args, **kwargs)
         return _with_ours(unmixed(type(self)).forward, self._turned)(self, *args, **kwargs)
 
     def _turned(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the file's function, which runs where the op does not serve."""
         turn = self.fastpeft_turn
         reason = "called otherwise than with q, k, cos and sin" if turn is None else _why_not(turn, args, kwargs)
-        turns = self.__dict__.setdefault("fastpeft_turns", {})
-        turns[reason or "fused"] = turns.get(reason or "fused", 0) + 1
+        self._count(reason or "fused")
         if turn is None or reason is not None:
             return unmixed(type(self)).forward.__globals__[NAME](*args, **kwargs)
         q, k, cos, sin = args
         return run_rotary(q, k, cos, sin, turn.rotation(q.dtype, cos.dtype))
+
+    def _count(self, outcome: str) -> None:
+        turns = self.__dict__.setdefault("fastpeft_turns", {})
+        turns[outcome] = turns.get(outcome, 0) + 1
 
     def leave(self) -> None:
         """This instance as it was before."""

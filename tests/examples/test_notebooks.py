@@ -86,7 +86,7 @@ def check(printed: str, folder: Path) -> None:
 
 def report(printed: str) -> str:
     """The report among all that a notebook printed."""
-    found = re.search(r"^fastpeft: \d+ of .*?^note: not built yet", printed, re.MULTILINE | re.DOTALL)
+    found = re.search(r"^fastpeft: \d+ of .*\n(?:(?:module|base_model|note:).*\n)+", printed, re.MULTILINE)
     assert found, printed
     return found[0]
 
