@@ -112,9 +112,9 @@ def test_what_a_path_of_a_machine_is(text: str, found: bool) -> None:
     assert bool(MACHINE_PATHS.search(text)) == found
 
 
-@pytest.mark.parametrize("name", ["", "layer", "decode", "steps", "combinations"])
+@pytest.mark.parametrize("name", ["", "layer", "decode", "steps", "combinations", "losses"])
 def test_the_measurements_are_those_of_the_records(name: str) -> None:
-    named = {"": "cpu/steps", "steps": "nvidia-h200/steps", "combinations": "cpu/combinations"}
+    named = {"": "cpu/steps", "steps": "nvidia-h200/steps", "combinations": "cpu/combinations", "losses": "cpu/losses"}
     records = named.get(name, "nvidia-h200/layer")
     table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
     assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")
