@@ -29,7 +29,8 @@ def ours(case: Case, q: Tensor, **more: Any) -> tuple[Tensor, ...]:
 def test_one_graph(backend: str) -> None:
     case = make_case(mask=Mask(left=4, right=0), extras=EXTRAS)
     parameters = [x for name, x in case.inputs().items() if name != "q"]
-    check_one_graph(lambda q: ours(case, q, backend=backend), case.q, parameters, "aot_eager")
+    roundings = 64 if backend == "auto" else 0  # of so few an eager call makes all scores at once, a graph blocks
+    check_one_graph(lambda q: ours(case, q, backend=backend), case.q, parameters, "aot_eager", roundings)
 
 
 @pytest.mark.full

@@ -47,7 +47,8 @@ def parameters(case: Case) -> list[Tensor]:
 )
 def test_one_graph(name: str, backend: str) -> None:
     case = make_case(9, ignored=0.0, **CASES[name])
-    check_one_graph(lambda x: asked(case, x), case.tensors["hidden"], parameters(case), backend)
+    roundings = 4 if backend == "inductor" else 0  # of what makes losses of the op's results
+    check_one_graph(lambda x: asked(case, x), case.tensors["hidden"], parameters(case), backend, roundings)
 
 
 def test_ignored_tokens_in_one_graph() -> None:
