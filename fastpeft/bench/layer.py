@@ -17,6 +17,7 @@ from torch import Tensor
 from .layer_peers import PRODUCTS, REFERENCE, Peer, builders
 from .layer_work import Case, Work, prepare
 from .left_out import NotHereError, reason_of
+from .memory import peak_of_step
 from .timer import Step, interleaved, ratio, wall_ms
 
 TOLERANCE = 2e-2  # relative, of the Frobenius norm: bf16 against bf16, so that nothing broken is timed
@@ -116,9 +117,7 @@ def _deviation(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def _memory_mib(step: Any) -> tuple[float, float]:
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_of_step(step)
     if not isinstance(step, Peer):
         return peak / 2**20, 0.0
     outputs = step.forward()

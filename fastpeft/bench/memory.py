@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -50,6 +51,15 @@ class PeakMemory:
             return
         highest = _status_bytes("VmHWM") if self._sampler is None else self._sampler.stop()
         self.mib = max(0, highest - self._before) / MIB
+
+
+def peak_of_step(step: Callable[[], object]) -> int:
+    """Bytes on the GPU that a step takes at the most beside what lies there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 class _Sampler(threading.Thread):

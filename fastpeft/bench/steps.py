@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .kept import bytes_kept, bytes_saved
+from .memory import peak_of_step
 from .timer import interleaved
 
 
@@ -112,16 +113,8 @@ def side_by_side(
     samples = interleaved(steps, rounds, device=device)
     count = bytes_saved if compiled else bytes_kept
     kept = {name: count(models[name], partial(loss, each)) for name, each in called.items()}
-    peak = {name: _peak(steps[name]) for name in called} if device == "cuda" else {}
+    peak = {name: peak_of_step(steps[name]) for name in called} if device == "cuda" else {}
     return Sides(samples, kept, peak, models["fastpeft"])
-
-
-def _peak(step: Callable[[], None]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def build(case: StepCase, device: str) -> nn.Module:

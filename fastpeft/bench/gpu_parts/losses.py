@@ -35,6 +35,7 @@ def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, f
     import torch
 
     import fastpeft
+    from fastpeft.bench.memory import peak_of_step
     from fastpeft.bench.timer import interleaved, ratio
 
     device, dtype = recorder.device, torch.float32 if name.endswith("fp32") else torch.bfloat16
@@ -57,7 +58,7 @@ def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, f
         recorder.add(case=name, op="loss", peer=peer, metric="step time", unit="ms", samples=taken)
     figures = {"time_ratio": ratio(samples, "fastpeft", "with logits")}
     if device == "cuda":
-        figures |= {f"peak_{peer.replace(' ', '_')}_mib": _peak(step) for peer, step in steps.items()}
+        figures |= {f"peak_{peer.replace(' ', '_')}_mib": peak_of_step(step) / 2**20 for peer, step in steps.items()}
     return figures
 
 
@@ -75,17 +76,6 @@ def _error(value: Any, truth: Any) -> float:
     """Relative, in norm."""
     distance: float = (value.double() - truth.double()).norm().item()
     return distance / (truth.double().norm().item() or 1.0)
-
-
-def _peak(step: Any) -> float:
-    """MiB above what lies there before a step."""
-    import torch
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _model(name: str, small: bool) -> Any:
