@@ -2,6 +2,18 @@
 
 Records are kept as JSON Lines: one record a line, appended as soon as it is measured, so that a run that is killed
 loses nothing. Nothing measured is imported here: versions come from the packages' metadata.
+
+What benchmarks share, so that reports need to know no benchmark:
+
+- peers: "fastpeft", "torch", "torch.compile", "peft", "peft + liger", "liger", "unsloth", "trl", "bitsandbytes",
+  "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flash-attn"; one that is measured twice, to show the noise,
+  has " again" after its name the second time.
+- metrics: "time" in ms, "peak memory" in MiB beside what lay there before, "speed" in tokens/s; "left out" (one
+  sample, 1) for a peer that has no figure, with settings["reason"].
+- settings: "direction" ("forward", "backward", "both"), "dtype", "model", "tokens", "rank", "threads"; "flops" and
+  "bytes" of the floor of a time.
+- ceilings of the machine, measured in the same run: op "ceiling", peer "torch", metric "rate"; case "copy" in GB/s,
+  case "matrix float32", "matrix bfloat16", ... in TFLOP/s.
 """
 
 from __future__ import annotations
