@@ -1,0 +1,1 @@
+"""Memory by plan: what a training will take, and how each layer is made to take less."""

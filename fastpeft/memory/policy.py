@@ -1,0 +1,55 @@
+"""How each layer of a model spends memory: what a plan decides, and `accelerate(memory=...)` carries out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Activations = Literal["keep", "selective", "recompute", "offload"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """One layer, the modules that transformers' own activation checkpointing wraps. Results are the same under each.
+
+    Attributes:
+        activations: what forward keeps for backward. "keep": all that backward reads. "selective": attention's output,
+            its log-sum-exp and the inputs of products; norms, activations, gate and up are computed again. "recompute":
+            the layer's input only. "offload": that input too, but in pinned host memory, brought back ahead of use.
+        streamed: frozen base weights stay in host memory, as they are stored, and are copied to the device ahead of
+            each use, forward and backward; adapters stay on the device.
+    """
+
+    activations: Activations = "keep"
+    streamed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """A whole model.
+
+    Attributes:
+        layers: one for each layer, in the order of the model's modules (an encoder's before its decoder's), or one for
+            all of them.
+        ring: device buffers that streamed layers take turns in; 2 copy one layer while another computes.
+    """
+
+    layers: LayerPolicy | tuple[LayerPolicy, ...] = LayerPolicy()
+    ring: int = 2
+
+    def __post_init__(self) -> None:
+        if self.ring < 1:
+            raise ValueError(f"ring: expected 1 or more buffers, got {self.ring}")
+
+    def of(self, count: int) -> tuple[LayerPolicy, ...]:
+        """The policies of a model of `count` layers. Raises ValueError for another number of them."""
+        if isinstance(self.layers, LayerPolicy):
+            return (self.layers,) * count
+        if len(self.layers) != count:
+            raise ValueError(f"layers: expected {count} policies, one for each layer, got {len(self.layers)}")
+        return self.layers
