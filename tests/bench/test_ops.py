@@ -185,7 +185,7 @@ def test_the_table_gives_ratios_and_shares_of_the_ceiling(measure: Callable[...,
     outcome = measure(CASE)
     lines = table(outcome.records).splitlines()
     assert lines[0].split()[-8:] == ["ms", "of", "ceiling", "peak", "MiB", "ours", "/", "it"]
-    line = next(line for line in lines if line.startswith("    torch "))
+    line = next(line for line in lines if line.startswith("    torch  "))
     ours, theirs = (found(outcome, "time", direction="forward")[peer] for peer in ("fastpeft", "torch"))
     rate = {r.case: r.median for r in outcome.records if r.op == "ceiling"}
     seconds = max(FLOPS / 1e12 / rate["matrix float32"], 3 * 4 * SIZE**2 / 1e9 / rate["copy"])
