@@ -18,7 +18,8 @@ from .layer_peers import PRODUCTS, REFERENCE, Peer, builders
 from .layer_work import Case, Work, prepare
 from .left_out import NotHereError, reason_of
 from .memory import peak_of_step
-from .timer import Step, interleaved, ratio, wall_ms
+from .timer import Step, interleaved, ratio
+from .timer import device_clock as device_clock
 
 TOLERANCE = 2e-2  # relative, of the Frobenius norm: bf16 against bf16, so that nothing broken is timed
 
@@ -48,16 +49,6 @@ class Result:
     def ratio(self, peer: str, to: str) -> float | None:
         """Median over rounds of one's time divided by another's; None where either was left out."""
         return ratio(self.ms, peer, to) if peer in self.ms and to in self.ms else None
-
-
-def device_clock(device: str) -> Callable[[Step], float]:
-    """Milliseconds of one call: on a GPU its own time, the host's hidden behind work queued before; else the wall's."""
-    if device != "cuda":
-        return wall_ms
-    from fastpeft_kernels.common.gpu_clock import GpuClock
-
-    clock = GpuClock()
-    return lambda step: clock.once_us(step) / 1e3
 
 
 def measure(case: Case, device: str, rounds: int, wall_rounds: int, clock: Callable[[Step], float]) -> Result:

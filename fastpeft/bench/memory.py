@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -53,13 +57,47 @@ class PeakMemory:
         self.mib = max(0, highest - self._before) / MIB
 
 
-def peak_of_step(step: Callable[[], object]) -> int:
-    """Bytes on the GPU that a step takes at the most beside what lies there before."""
+def peak_of_step(step: Callable[[], object], device: str = "cuda") -> int:
+    """Bytes of torch's allocator that a step takes at the most beside what lies there before.
+
+    On a CPU from the profiler's record of allocations, with buffers that fastpeft keeps from call to call counted in.
+    """
+    if device != "cuda":
+        return _peak_on_cpu(step)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(step: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    from fastpeft_kernels.common.scratch import release_scratch
+
+    release_scratch()
+    gc.collect()
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max([0, *taken])
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without the lines that the profiler's C++ writes there at its beginning and end."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class _Sampler(threading.Thread):

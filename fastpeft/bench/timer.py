@@ -4,7 +4,7 @@ disturbs all alike, and ratios are taken within a round."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from statistics import median
 
@@ -42,6 +42,28 @@ def interleaved(
     return samples
 
 
+def device_clock(device: str) -> Callable[[Step], float]:
+    """Milliseconds of one call: on a GPU its own time, the host's hidden behind work queued before; else the wall's.
+
+    A step with a method `prepare` has it called before, unmeasured.
+    """
+    if device != "cuda":
+
+        def wall(step: Step) -> float:
+            _prepare(step)
+            return wall_ms(step)
+
+        return wall
+    from fastpeft_kernels.common.gpu_clock import GpuClock
+
+    clock = GpuClock()
+    return lambda step: clock.once_us(step, partial(_prepare, step)) / 1e3
+
+
+def _prepare(step: Step) -> None:
+    getattr(step, "prepare", lambda: None)()
+
+
 def wall_ms(step: Step, device: str = "cpu") -> float:
     """Milliseconds of one call, with the host's time; "cuda" waits for the GPU before each reading of the clock."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -54,4 +76,9 @@ def wall_ms(step: Step, device: str = "cpu") -> float:
 
 def ratio(samples: Mapping[str, list[float]], of: str, to: str) -> float:
     """Median over rounds of the time of one step divided by the time of another."""
-    return median(a / b for a, b in zip(samples[of], samples[to], strict=True))
+    return median_ratio(samples[of], samples[to])
+
+
+def median_ratio(of: Iterable[float], to: Iterable[float]) -> float:
+    """Median over rounds of one sample divided by the other."""
+    return median(a / b for a, b in zip(of, to, strict=True))

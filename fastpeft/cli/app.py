@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import generate, merge, responsible, train, tune, verify
+from . import bench, generate, merge, responsible, train, tune, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
@@ -30,6 +30,7 @@ LESS_MEMORY = {
     "generate": "--quantization nf4, a smaller --batch-size, or shorter prompts",
     "verify": "--quantization nf4",
     "tune": "--quantization nf4 or a smaller --tokens",
+    "bench": "--quick or --case",
     "memorization": "a smaller --prefix and --tokens",
     "groups": "a smaller --batch-size",
     "quickstart": "a smaller --batch-size or --sequence-length",
@@ -53,6 +54,7 @@ _add(generate.generate, generate.EPILOG)
 _add(merge.merge, merge.EPILOG)
 _add(verify.verify, verify.EPILOG)
 _add(tune.tune, tune.EPILOG)
+_add(bench.bench, bench.EPILOG)
 _add(responsible.memorization, responsible.MEMORIZATION_EPILOG)
 _add(responsible.groups, responsible.GROUPS_EPILOG)
 _add(quickstart)

@@ -23,9 +23,11 @@ class GpuClock:
         self._room = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # more than any second-level cache holds
         self._fills = _LEAST
 
-    def once_us(self, function: Callable[[], object]) -> float:
-        """Microseconds of one call; `function` runs once or more."""
+    def once_us(self, function: Callable[[], object], prepare: Callable[[], object] | None = None) -> float:
+        """Microseconds of one call; `function` runs once or more, each time after `prepare`, which is not measured."""
         while True:
+            if prepare is not None:
+                prepare()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             for _ in range(self._fills):
                 self._room.zero_()

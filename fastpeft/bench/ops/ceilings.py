@@ -1,0 +1,43 @@
+"""What the machine can do at the most: copying memory, and multiplying matrices in each dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+import torch
+
+from ..timer import Step, interleaved
+from .case import Floor
+
+COPY = "copy"
+_SIZES = {"cpu": (2**24, 512), "cuda": (2**28, 8192)}  # fp32 numbers copied, rows and columns of a matrix
+
+
+def matrix(dtype: torch.dtype) -> str:
+    """Name of the rate of products in a dtype."""
+    return f"matrix {str(dtype).removeprefix('torch.')}"
+
+
+def measure(
+    device: str, dtypes: Iterable[torch.dtype], rounds: int, clock: Callable[[Step], float]
+) -> dict[str, list[float]]:
+    """Samples by name: "copy" in GB/s, each byte read and each written counted; "matrix <dtype>" in TFLOP/s."""
+    elements, size = _SIZES[device]
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    steps: dict[str, Step] = {COPY: lambda: target.copy_(source)}
+    work = {COPY: 2 * source.nbytes / 1e9}
+    for dtype in dtypes:
+        a, b = (torch.randn((size, size), device=device).to(dtype) for _ in range(2))
+        steps[matrix(dtype)] = lambda a=a, b=b: torch.mm(a, b)  # type: ignore[misc]
+        work[matrix(dtype)] = 2 * size**3 / 1e12
+    samples = interleaved(steps, rounds, clock=clock)
+    return {name: [work[name] / (ms / 1e3) for ms in each] for name, each in samples.items()}
+
+
+def share(floor: Floor, dtype: torch.dtype, ms: float, ceilings: Mapping[str, list[float]]) -> float:
+    """The time that the floor takes at the ceilings, as a share of the time measured."""
+    products = floor.flops / 1e12 / median(ceilings[matrix(dtype)])
+    traffic = floor.bytes / 1e9 / median(ceilings[COPY])
+    return 1e3 * max(products, traffic) / ms

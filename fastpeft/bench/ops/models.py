@@ -1,0 +1,40 @@
+"""Shapes of real models, from their published configurations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Sizes of a model's layers; `activation` as its configuration names it, `gated`: the MLP has a gate."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    activation: str = "silu"
+    gated: bool = True
+
+    @property
+    def q_size(self) -> int:
+        """Outputs of the query's projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of the key's projection, and of the value's."""
+        return self.kv_heads * self.head_dim
+
+
+LLAMA_8B = Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128_256)
+LLAMA_70B = Shape("Llama-3.1-70B", 8192, 28672, 64, 8, 128, 128_256)
+QWEN3_600M = Shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151_936)
+QWEN3_4B = Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151_936)
+QWEN3_32B = Shape("Qwen3-32B", 5120, 25600, 64, 8, 128, 151_936)
+GEMMA3_4B = Shape("Gemma-3-4B", 2560, 10240, 8, 4, 256, 262_208, "gelu_pytorch_tanh")
+BERT_BASE = Shape("BERT-base", 768, 3072, 12, 12, 64, 30_522, "gelu", gated=False)
+T5_BASE = Shape("T5-base", 768, 3072, 12, 12, 64, 32_128, "relu", gated=False)
+MODERNBERT_BASE = Shape("ModernBERT-base", 768, 1152, 12, 12, 64, 50_368, "gelu")

@@ -1,0 +1,205 @@
+"""The runner of ops: who is timed, who is not and why, and what the records say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from fastpeft.bench.left_out import NotHereError
+from fastpeft.bench.ops import ceilings
+from fastpeft.bench.ops.case import Floor, Forward, Inputs, OpCase, Peer
+from fastpeft.bench.ops.finding import ops
+from fastpeft.bench.ops.run import Outcome, Runner
+from fastpeft.bench.ops.table import table
+from fastpeft.bench.recorder import Recorder
+from fastpeft.bench.records import Record, RecordFile, environment, load
+
+SIZE = 96
+
+
+def make(device: str, dtype: torch.dtype, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    x, w, dy = (torch.randn((SIZE, SIZE), generator=generator).to(dtype) for _ in range(3))
+    return Inputs({"x": x.requires_grad_(), "w": w}, (x,), (dy,))
+
+
+def product(inputs: Inputs) -> Forward:
+    x, w = inputs.tensors.values()
+    return lambda: (x @ w,)
+
+
+def scaled(factor: float) -> Peer:
+    def peer(inputs: Inputs) -> Forward:
+        forward = product(inputs)
+        return lambda: tuple(factor * y for y in forward())
+
+    return peer
+
+
+def absent(inputs: Inputs) -> Forward:
+    raise NotHereError("no module named 'nowhere'")
+
+
+def broken(inputs: Inputs) -> Forward:
+    raise RuntimeError("it broke")
+
+
+def raising(error: BaseException) -> Peer:
+    def peer(inputs: Inputs) -> Forward:
+        raise error
+
+    return peer
+
+
+FLOPS = 2.0 * SIZE**3
+CASE = OpCase(
+    op="product",
+    name=f"{SIZE} x {SIZE}",
+    dtype=torch.float32,
+    make=make,
+    floors={
+        "forward": Floor(FLOPS, 3 * 4 * SIZE**2),
+        "backward": Floor(FLOPS, 3 * 4 * SIZE**2),
+        "both": Floor(2 * FLOPS, 5 * 4 * SIZE**2),
+    },
+    reference=product,
+    peers={"fastpeft": product},
+    settings={"tokens": SIZE},
+)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_SIZES", {"cpu": (2**12, 32)})
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Callable[..., Outcome]:
+    def run(*cases: OpCase, depth: str = "quick", peers: tuple[str, ...] = ()) -> Outcome:
+        recorder = Recorder(RecordFile(tmp_path / "ops.jsonl", environment("cpu")), "bench", "cpu", depth)
+        return Runner(recorder.add, "cpu", depth, 3, peers).run(cases)
+
+    return run
+
+
+def found(outcome: Outcome, metric: str, **settings: Any) -> dict[str, Record]:
+    records = [r for r in outcome.records if r.metric == metric and settings.items() <= r.settings.items()]
+    return {record.peer: record for record in records}
+
+
+def test_every_direction_and_who_is_measured_twice(measure: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = measure(CASE)
+    assert not outcome.failures and load(tmp_path / "ops.jsonl") == outcome.records
+    for direction in ("forward", "backward", "both"):
+        times = found(outcome, "time", direction=direction)
+        assert set(times) == {"fastpeft", "torch", "torch again"}
+        for record in times.values():
+            assert len(record.samples) == 3 and record.unit == "ms" and record.error is not None
+            assert record.error <= (record.budget or 0.0)
+            floor = CASE.floors[direction]  # type: ignore[index]
+            assert (record.settings["flops"], record.settings["bytes"]) == (floor.flops, floor.bytes)
+            assert {"dtype": "float32", "tokens": SIZE, "depth": "quick"}.items() <= record.settings.items()
+    peaks = found(outcome, "peak memory", direction="forward")
+    assert peaks["torch"].median == SIZE**2 * 4 / 2**20 and "torch again" not in peaks
+    rates = {r.case: r.unit for r in outcome.records if r.op == "ceiling"}
+    assert rates == {"copy": "GB/s", "matrix float32": "TFLOP/s"}
+
+
+def test_forward_and_backward_are_parts_of_both(measure: Callable[..., Outcome]) -> None:
+    def slow(inputs: Inputs) -> Forward:
+        x, w = inputs.tensors.values()
+
+        def forward() -> tuple[torch.Tensor]:
+            for _ in range(300):
+                y = x.detach() @ w
+            return (y + (x - x.detach()) @ w,)
+
+        return forward
+
+    outcome = measure(replace(CASE, peers={"fastpeft": slow}))
+    parts = {each: found(outcome, "time", direction=each)["fastpeft"].median for each in CASE.floors}
+    assert parts["backward"] < parts["forward"] / 5 and parts["both"] > parts["forward"] / 2
+
+
+def test_wrong_numbers_get_no_time(measure: Callable[..., Outcome]) -> None:
+    outcome = measure(replace(CASE, peers={"fastpeft": scaled(1.001), "liger": scaled(0.999)}))
+    assert set(found(outcome, "time")) == {"torch", "torch again"}
+    left = found(outcome, "left out")
+    assert set(left) == {"fastpeft", "liger"} and "is over its budget" in left["liger"].settings["reason"]
+    assert all((record.error or 0.0) > (record.budget or 0.0) > 0.0 for record in left.values())
+    assert len(outcome.failures) == 1 and outcome.failures[0].startswith("product, 96 x 96, float32: fastpeft: Over")
+
+
+def test_a_wrong_gradient_gets_no_time(measure: Callable[..., Outcome]) -> None:
+    def wrong(inputs: Inputs) -> Forward:
+        x, w = inputs.tensors.values()
+        return lambda: (x.detach() @ w + 0.999 * (x - x.detach()) @ w,)
+
+    outcome = measure(replace(CASE, peers={"fastpeft": wrong}))
+    assert len(outcome.failures) == 1 and "result 1: " in outcome.failures[0]
+
+
+def test_peers_that_are_absent_or_broken_stop_nobody(measure: Callable[..., Outcome]) -> None:
+    peers = {"fastpeft": product, "trl": absent, "liger": broken, "unsloth": scaled(1.0)}
+    outcome = measure(replace(CASE, peers=peers))
+    assert set(found(outcome, "time")) == {"fastpeft", "unsloth", "torch", "torch again"}
+    reasons = {peer: record.settings["reason"] for peer, record in found(outcome, "left out").items()}
+    assert reasons == {"trl": "no module named 'nowhere'", "liger": "RuntimeError: it broke"}
+    assert not outcome.failures
+
+
+def test_a_case_whose_numbers_differ_in_float64_fails(measure: Callable[..., Outcome]) -> None:
+    case = replace(CASE, dtype=torch.bfloat16)  # drawn in fp32, rounded to bf16, but not for float64
+    outcome = measure(case, CASE)
+    assert len(outcome.failures) == 1 and "expected the numbers of torch.bfloat16 in float64 too" in outcome.failures[0]
+    assert set(found(outcome, "time", dtype="float32")) == {"fastpeft", "torch", "torch again"}
+
+
+def test_memory_that_runs_out_is_nobody_s_fault(measure: Callable[..., Outcome]) -> None:
+    outcome = measure(replace(CASE, peers={"fastpeft": raising(torch.OutOfMemoryError("out of memory"))}))
+    assert not outcome.failures and "out of memory" in found(outcome, "left out")["fastpeft"].settings["reason"]
+
+
+def test_what_was_measured_stays_after_an_interruption(tmp_path: Path) -> None:
+    recorder = Recorder(RecordFile(tmp_path / "ops.jsonl", environment("cpu")), "bench", "cpu", "quick")
+    runner = Runner(recorder.add, "cpu", "quick", 3)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([CASE, replace(CASE, name="second", peers={"fastpeft": raising(KeyboardInterrupt())})])
+    kept = load(tmp_path / "ops.jsonl")
+    assert kept == runner.outcome.records and {"fastpeft"} <= set(found(runner.outcome, "time", direction="both"))
+    assert f"product: {CASE.name}, float32, both" in table(kept)
+
+
+def test_named_peers_alone_are_measured(measure: Callable[..., Outcome]) -> None:
+    outcome = measure(replace(CASE, peers={"fastpeft": product, "liger": product}), peers=("liger",))
+    assert set(found(outcome, "time")) == {"liger", "liger again"}
+
+
+def test_the_table_gives_ratios_and_shares_of_the_ceiling(measure: Callable[..., Outcome]) -> None:
+    outcome = measure(CASE)
+    lines = table(outcome.records).splitlines()
+    assert lines[0].split()[-8:] == ["ms", "of", "ceiling", "peak", "MiB", "ours", "/", "it"]
+    line = next(line for line in lines if line.startswith("    torch  "))
+    ours, theirs = (found(outcome, "time", direction="forward")[peer] for peer in ("fastpeft", "torch"))
+    rate = {r.case: r.median for r in outcome.records if r.op == "ceiling"}
+    seconds = max(FLOPS / 1e12 / rate["matrix float32"], 3 * 4 * SIZE**2 / 1e9 / rate["copy"])
+    ratio = median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
+    expected = ["torch", f"{theirs.median:.3f}", f"{seconds / theirs.median * 1e3:.0%}", "0.0", f"{ratio:.2f}"]
+    assert line.split() == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("depth", ["quick", "default", "full"])
+def test_every_op_has_cases_of_distinct_names(device: str, depth: str) -> None:
+    for op, (words, cases) in ops().items():
+        every = list(cases(device, depth))
+        names = [(case.name, case.dtype) for case in every]
+        assert every and words and len(set(names)) == len(names), op
+        assert all(case.op == op and next(iter(case.peers)) == "fastpeft" for case in every), op
+        assert all("torch" not in case.peers and case.floors for case in every), op
