@@ -158,11 +158,11 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
                 yield number, Record.from_dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
 
 

@@ -1,0 +1,54 @@
+"""Text of records in documents. Records may come from anybody: whatever they say is shown, and nothing of it runs."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+_MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>&#!|~$^\"'=+@"}
+_FOLDERS = re.compile(r"(?<![\w.~/:-])/(?:[\w.+-]+/)+|\b[A-Z]:\\(?:[\w.+-]+\\)*")
+
+
+def plain(value: object, most: int = 200) -> str:
+    """One line of printable text: no line breaks, control characters, marks of direction or lone surrogates."""
+    text = " ".join(str(value).split())
+    text = "".join(letter for letter in text if unicodedata.category(letter)[0] != "C" or letter == " ")
+    return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+def markdown(value: object, most: int = 200) -> str:
+    """Text for a cell or a line of Markdown, in which no character means anything."""
+    # An address that Markdown would turn into a link; a mark at the start of a line that would make a list or heading.
+    text = plain(value, most).translate(_MARKS).replace("://", "&#58;//").replace("www.", "www&#46;")
+    return re.sub(r"^([-:.])|^(\d+)\.", lambda m: f"&#{ord(m[1])};" if m[1] else f"{m[2]}&#46;", text)
+
+
+def markup(value: object, most: int = 200) -> str:
+    """Text for HTML, between tags or in a quoted attribute."""
+    return html.escape(plain(value, most), quote=True)
+
+
+def reason(value: object) -> str:
+    """What kept a peer from being measured, without the folders of the machine it was tried on."""
+    return _FOLDERS.sub("", plain(value))
+
+
+def number(value: float | None) -> str:
+    """Three digits that count; whole from a hundred on; "" for None."""
+    if value is None:
+        return ""
+    size = abs(value)
+    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}" if size >= 0.9995 else f"{value:.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells must be Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def slug(*words: str) -> str:
+    """A file name of letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") or "unnamed"
