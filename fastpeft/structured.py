@@ -38,7 +38,7 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
     for name, field in known.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{_join(key, name)}: expected a value, got none")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{name: convert(hints[name], value, _join(key, name)) for name, value in data.items()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def time_ratio(ours: Record, theirs: Record) -> float:
 
 
 def kind_of(record: Record) -> str | None:
-    """"time", "memory" or "rate" by the unit; None for shares, counts and marks."""
+    """ "time", "memory" or "rate" by the unit; None for shares, counts and marks."""
     if record.unit in ("s", "ms", "us"):
         return "time"
     if record.unit in ("B", "MiB", "GiB"):
@@ -84,3 +85,14 @@ def setting(record: Record, name: str) -> str:
     """A setting that is a word or a number, as text; "" where there is none."""
     value = record.settings.get(name, "")
     return str(value).removeprefix("torch.") if isinstance(value, (str, int, float)) else ""
+
+
+def numeric(record: Record, name: str) -> float | None:
+    """A setting that is a finite number; None where it is something else or not there."""
+    value = record.settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

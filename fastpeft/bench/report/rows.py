@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from ..reading import AGAIN, kind_of, setting
+from ..reading import AGAIN, kind_of, numeric, setting
 from ..records import Environment, Record
 
 OURS = "fastpeft"
@@ -117,13 +117,12 @@ def same_rounds(ours: Record | None, theirs: Record | None) -> float | None:
 
 def floor_seconds(record: Record, ceilings: Mapping[str, float]) -> float | None:
     """max(operations / matrix rate, bytes / copy rate), with rates in TFLOP/s and GB/s of the same run."""
-    flops, moved = (record.settings.get(name, 0) for name in ("flops", "bytes"))
-    if not all(isinstance(value, (int, float)) and value >= 0 for value in (flops, moved)):
-        return None
+    flops, moved = (numeric(record, name) or 0.0 for name in ("flops", "bytes"))
     matrix, copy = ceilings.get(f"matrix {setting(record, 'dtype')}", 0.0), ceilings.get("copy", 0.0)
     if (flops and matrix <= 0) or (moved and copy <= 0):
         return None
-    return max(flops / (matrix * 1e12) if flops else 0.0, moved / (copy * 1e9) if moved else 0.0) or None
+    seconds = max(flops / (matrix * 1e12) if flops else 0.0, moved / (copy * 1e9) if moved else 0.0)
+    return seconds if seconds > 0 else None
 
 
 def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:

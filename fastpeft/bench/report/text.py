@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>&#!|~$^\"'=+@"}
+_MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]<>&#|~$^"}
 _FOLDERS = re.compile(r"(?<![\w.~/:-])/(?:[\w.+-]+/)+|\b[A-Z]:\\(?:[\w.+-]+\\)*")
 
 
@@ -19,15 +19,20 @@ def plain(value: object, most: int = 200) -> str:
 
 
 def markdown(value: object, most: int = 200) -> str:
-    """Text for a cell or a line of Markdown, in which no character means anything."""
-    # An address that Markdown would turn into a link; a mark at the start of a line that would make a list or heading.
-    text = plain(value, most).translate(_MARKS).replace("://", "&#58;//").replace("www.", "www&#46;")
-    return re.sub(r"^([-:.])|^(\d+)\.", lambda m: f"&#{ord(m[1])};" if m[1] else f"{m[2]}&#46;", text)
+    """Text for Markdown, in which no character means anything; not for the start of a line."""
+    # GitHub makes links of bare addresses.
+    return plain(value, most).translate(_MARKS).replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def markup(value: object, most: int = 200) -> str:
     """Text for HTML, between tags or in a quoted attribute."""
     return html.escape(plain(value, most), quote=True)
+
+
+def short(value: object, most: int) -> str:
+    """Plain text of a length, without its middle: cases differ at their ends."""
+    text = plain(value)
+    return text if len(text) <= most else f"{text[: most - 25]} ... {text[-20:]}"
 
 
 def reason(value: object) -> str:
@@ -41,6 +46,10 @@ def number(value: float | None) -> str:
         return ""
     size = abs(value)
     return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}" if size >= 0.9995 else f"{value:.3g}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,140 @@
+"""The tables of one op on one device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from ..reading import setting, versions
+from ..records import Record
+from .rows import OURS, Row, is_ours
+from .text import markdown, number, ratio, table
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "trl", "flash-attn")
+_UNIT = re.compile(r"_(us|ms|s|gb_s|tflops|mib|gib|bytes)$")  # as `fastpeft.bench.recorder` reads units of names
+
+
+def section(rows: Sequence[Row]) -> list[str]:
+    """Parts of Markdown: for each run and model a table of what several peers took, then what fastpeft alone took."""
+    parts = []
+    for _, those in groupby(sorted(rows, key=_same_table), key=_same_table):
+        here = list(those)
+        compared = [row for row in here if row.kind != "memory" and len(row.peers) > 1]
+        cases = {_case(row) for row in compared}
+        memory = [row for row in here if row.kind == "memory" and len(row.peers) > 1 and _case(row) in cases]
+        alone = [row for row in here if row not in compared and row not in memory]
+        for _, of_unit in groupby(sorted(compared, key=lambda row: row.unit), key=lambda row: row.unit):
+            parts.append(_table(list(of_unit), memory))
+            memory = []
+        if alone:
+            parts.append(_figures(alone))
+        parts.append(caption(here))
+    return parts
+
+
+def _same_table(row: Row) -> tuple[Any, ...]:
+    where = row.run.environment
+    model = setting(next(iter(row.peers.values())), "model")
+    return (row.run.file, model, where.commit or "", sorted(where.versions.items()), where.driver or "")
+
+
+def _case(row: Row) -> tuple[str, str, str]:
+    return (row.what.case, row.what.direction, row.what.dtype)
+
+
+def _table(rows: Sequence[Row], memory: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.peers))
+    variants = [name for name in names if is_ours(name) and name != OURS]
+    columns = sorted((name for name in names if name not in variants), key=lambda name: name != OURS)
+    sizes = {(_case(row), row.what.metric): row for row in memory}
+    metrics = list(dict.fromkeys(row.what.metric for row in memory))
+    units = {row.what.metric: row.unit for row in memory}
+    optional = {
+        "fastpeft / best": [_best(row) for row in rows],
+        "again": [", ".join(f"{markdown(name)} {value:.2f}" for name, value in row.noise().items()) for row in rows],
+        "ceiling": [f"{share:.0%}" if (share := row.share_of_ceiling(OURS)) else "" for row in rows],
+        "variants of fastpeft": [_variants(row, variants) for row in rows],
+        **{
+            f"{markdown(metric)}, {markdown(units[metric])}": [
+                _sizes(sizes.get((_case(row), metric)), columns) for row in rows
+            ]
+            for metric in metrics
+        },
+    }
+    extra = {name: cells for name, cells in optional.items() if any(cells)}
+    head = [f"case, {markdown(rows[0].unit)}", *map(markdown, columns), *extra]
+    body = [
+        [markdown(row.what.label), *(_cell(row, name) for name in columns), *(cells[i] for cells in extra.values())]
+        for i, row in enumerate(rows)
+    ]
+    return table(head, body)
+
+
+def _cell(row: Row, peer: str) -> str:
+    if peer not in row.peers:
+        return ""
+    beside = None if peer == OURS else row.ratio(peer)
+    return number(row.peers[peer].median) + ("" if beside is None else f" ({ratio(beside)})")
+
+
+def _best(row: Row) -> str:
+    best = row.best()
+    return f"**{ratio(row.ratio(best) or 0.0)}** {markdown(best)}" if best else ""
+
+
+def _variants(row: Row, names: Iterable[str]) -> str:
+    short = {name: name.removeprefix(OURS).lstrip(", ") for name in names if name in row.peers}
+    return "; ".join(f"{markdown(word)} {number(row.peers[name].median)}" for name, word in short.items())
+
+
+def _sizes(row: Row | None, peers: Sequence[str]) -> str:
+    if row is None:
+        return ""
+    return " / ".join(number(row.peers[name].median) if name in row.peers else "-" for name in peers)
+
+
+def _figures(rows: Sequence[Row]) -> str:
+    """What has nothing beside it in its rounds: a line a case."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        label = row.what.case + f", {row.what.direction}" * bool(row.what.direction)
+        figures = cases.setdefault(label, [])
+        for name, record in row.peers.items():
+            who = "" if name == OURS else f"{markdown(name)}: "
+            metric = _UNIT.sub("", row.what.metric).replace("_", " ")
+            figures.append(f"{who}{markdown(metric)} {number(record.median)} {markdown(row.unit)}")
+    return table(("case", "figures"), [[markdown(case), ", ".join(figures)] for case, figures in cases.items()])
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Where, when, with what and how often the rows of one table were measured."""
+    where = rows[0].run.environment
+    records: list[Record] = [record for row in rows for record in row.peers.values()]
+    counts = sorted({len(r.samples) for row in rows if row.kind != "memory" for r in row.peers.values()})
+    days = sorted({row.run.date[:10] for row in rows})
+    threads = sorted({setting(record, "threads") for record in records} - {""})
+    models = sorted({setting(record, "model") for record in records} - {""})
+    parts = [
+        f"benchmarks/results/{markdown(rows[0].run.file)}",
+        f"model {markdown(', '.join(models))}" if models else "",
+        _span(counts, "medians of {} rounds") if counts and counts != [1] else "each measured once",
+        markdown(where.device),
+        f"{markdown(', '.join(threads))} threads of torch" if threads else "",
+        *(f"{name} {markdown(value)}" for name, value in _gpu(rows).items()),
+        markdown(versions(where, PACKAGES), 400),
+        f"commit {markdown(where.commit[:10])}" + " with changes" * bool(where.dirty) if where.commit else "",
+        _span(days),
+    ]
+    return f"*{'; '.join(part for part in parts if part)}*"
+
+
+def _span(values: Sequence[Any], words: str = "{}") -> str:
+    return words.format(markdown(" to ".join(dict.fromkeys((str(values[0]), str(values[-1]))))))
+
+
+def _gpu(rows: Sequence[Row]) -> dict[str, str]:
+    where = rows[0].run.environment
+    found = {"driver": where.driver, "CUDA": where.cuda, "ptxas": where.ptxas}
+    return {name: value for name, value in found.items() if value}
