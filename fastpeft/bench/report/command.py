@@ -58,8 +58,7 @@ def _threshold(text: str) -> float:
 def _report(options: argparse.Namespace) -> int:
     made = report(options.results)
     if not options.check:
-        write(made, options.docs)
-        print(f"{len(made)} files in {options.docs}")
+        print(f"{write(made, options.docs)} files in {options.docs}")
         return 0
     different = stale(made, options.docs)
     for name in different:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PEERS = ("peft", "torch", "torch.compile", "peft + liger", "unsloth", "trl", "bitsandbytes")
 """Have the first colours, in this order, in every picture."""
+GREY = {"color": "#CCCCCC", "zorder": 1}
 MOST_ROWS = 80
 WIDTH = 12.0  # inches of 72 units: 1200 pixels make 11 units 15 pixels high
 TEXT = 11
@@ -32,42 +34,46 @@ TEXT = 11
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: `place` is its device, suite and op; `data` is SVG."""
+    """A picture: `place` is its device, suite and op; `name` that of its file, `words` what it shows."""
 
     place: tuple[str, str, str]
     name: str
     words: str
-    data: bytes
+    make: Callable[[], Any]
+
+    def svg(self) -> bytes:
+        """Draw it.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        with _style():
+            return _svg(self.make())
 
     def as_markdown(self) -> str:
         return f"![{markdown(self.words)}](assets/benchmarks/{self.name})"
 
 
 def figures(every: Sequence[Row], growths: Sequence[Growth]) -> list[Figure]:
-    """A picture for each device, suite and op in which fastpeft has a rival, and one for each axis of growth.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
-    """
+    """A picture for each device, suite and op in which fastpeft has a rival, and one for each axis of growth."""
     made: list[Figure] = []
 
-    def add(place: tuple[str, str, str], words: str, figure: Any, *names: str) -> None:
+    def add(place: tuple[str, str, str], words: str, make: Callable[[], Any], *names: str) -> None:
         name, taken = slug(*names), {each.name for each in made}
         name = next(n for i in range(len(made) + 1) if (n := f"{name}{f'-{i + 1}' * bool(i)}.svg") not in taken)
-        made.append(Figure(place, name, words, _svg(figure)))
+        made.append(Figure(place, name, words, make))
 
     def where(row: Row) -> tuple[str, str, str]:
         return (row.what.device, row.what.suite, row.what.op)
 
-    with _style():
-        told = [row for row in newest(every) if row.kind != "memory" and row.best() and row.what.suite != SUITE]
-        for place, rows in groupby(sorted(told, key=where), key=where):
-            device, suite, op = place
-            words = f"{device}, {op}{f' ({suite})' * (op != suite)}: figures of other peers beside fastpeft's"
-            add(place, words, beside(list(rows), words), device, suite, op)
-        for (device, op, axis), lines in groupby(sorted(growths, key=_axis), key=_axis):
-            words = f"{device}, {op}: time and memory against {axis}"
-            add((device, SUITE, op), words, growing(list(lines), words), device, SUITE, op, axis)
+    told = [row for row in newest(every) if row.kind != "memory" and row.best() and row.what.suite != SUITE]
+    for place, rows in groupby(sorted(told, key=where), key=where):
+        device, suite, op = place
+        words = f"{device}, {op}{f' ({suite})' * (op != suite)}: figures of other peers beside fastpeft's"
+        add(place, words, partial(beside, list(rows), words), device, suite, op)
+    for (device, op, axis), lines in groupby(sorted(growths, key=_axis), key=_axis):
+        words = f"{device}, {op}: time and memory against {axis}"
+        add((device, SUITE, op), words, partial(growing, list(lines), words), device, SUITE, op, axis)
     return made
 
 
@@ -77,16 +83,15 @@ def beside(rows: Sequence[Row], title: str) -> Any:
     height = 1.3 + 0.3 * len(rows)
     figure, axes = _axes(height)
     style = _styles({name for row in rows for name in row.rivals})
+    away = [math.exp(max((abs(math.log(value)) for value in row.noise().values()), default=0.0)) for row in rows]
+    axes.barh(range(len(rows)), [far - 1 / far for far in away], left=[1 / far for far in away], height=0.7, **GREY)
     seen: dict[str, Any] = {}
+    for name, look in style.items():
+        points = [(y, row.kind, ratio) for y, row in enumerate(rows) if (ratio := row.ratio(name)) is not None]
+        times = [ratio if kind == "rate" else 1 / ratio for _, kind, ratio in points]
+        if times:
+            seen[name] = axes.plot(times, [y for y, *_ in points], linestyle="", markersize=8, zorder=3, **look)[0]
     for y, row in enumerate(rows):
-        away = max((abs(math.log(value)) for value in row.noise().values()), default=0.0)
-        if away:
-            axes.barh(y, math.exp(away) - math.exp(-away), left=math.exp(-away), height=0.7, color="#CCCCCC", zorder=1)
-        for name in row.rivals:
-            ratio = row.ratio(name)
-            if ratio is not None:
-                times = ratio if row.kind == "rate" else 1 / ratio
-                seen[name] = axes.plot(times, y, linestyle="", markersize=8, zorder=3, **style[name])[0]
         ours = f"{number(row.peers[OURS].median)} {plain(row.unit, 12)}"
         axes.text(1.01, y, ours, transform=axes.get_yaxis_transform(), va="center", fontsize=TEXT)
     axes.axvline(1.0, color="#333333", linewidth=1.2, zorder=2)

@@ -16,14 +16,18 @@ def left_out(device: str, files: Mapping[str, Sequence[Record]]) -> list[str]:
     """A table of peers that were left out, one row a reason, of the newest run of each case."""
     last: dict[tuple[object, ...], Record] = {}
     for run, records in sorted(runs(files), key=lambda each: each[0].date):
+        here: dict[tuple[object, ...], Record] = {}
         for record in records if run.environment.device == device else ():
             what = what_of(record)
-            last[(what.suite, what.op, what.case, what.direction, what.dtype, record.peer)] = record
+            key = (what.suite, what.op, what.case, what.dtype, record.peer)
+            if record.metric in ABSENT or key not in here:
+                here[key] = record
+        last.update(here)
     cases: dict[tuple[str, str, str], list[str]] = {}
     for record in last.values():
         if record.metric in ABSENT:
-            key = (record.op, record.peer, reason(record.settings.get("reason", "no reason given")))
-            cases.setdefault(key, []).append(record.case)
+            row = (record.op, record.peer, reason(record.settings.get("reason", "no reason given")))
+            cases.setdefault(row, []).append(record.case)
     if not cases:
         return []
     rows = []

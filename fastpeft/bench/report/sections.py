@@ -23,7 +23,7 @@ def section(rows: Sequence[Row]) -> list[str]:
         here = list(those)
         compared = [row for row in here if row.kind != "memory" and len(row.peers) > 1]
         cases = {_case(row) for row in compared}
-        memory = [row for row in here if row.kind == "memory" and len(row.peers) > 1 and _case(row) in cases]
+        memory = [row for row in here if row.kind == "memory" and _case(row) in cases]
         alone = [row for row in here if row not in compared and row not in memory]
         for _, of_unit in groupby(sorted(compared, key=lambda row: row.unit), key=lambda row: row.unit):
             parts.append(_table(list(of_unit), memory))
@@ -112,7 +112,9 @@ def caption(rows: Sequence[Row]) -> str:
     """Where, when, with what and how often the rows of one table were measured."""
     where = rows[0].run.environment
     records: list[Record] = [record for row in rows for record in row.peers.values()]
-    counts = sorted({len(r.samples) for row in rows if row.kind != "memory" for r in row.peers.values()})
+    timed = [row for row in rows if row.kind != "memory"]
+    several = [row for row in timed if len(row.peers) > 1] or timed
+    counts = sorted({len(record.samples) for row in several for record in row.peers.values()})
     days = sorted({row.run.date[:10] for row in rows})
     threads = sorted({setting(record, "threads") for record in records} - {""})
     models = sorted({setting(record, "model") for record in records} - {""})

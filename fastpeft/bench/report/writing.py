@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..reading import read
-from .figures import figures
+from .figures import Figure, figures
 from .growth import growths
 from .page import page
 from .rows import rows
@@ -17,45 +18,65 @@ FOLDER = "assets/benchmarks"
 _CREATOR = re.compile(rb"<dc:title>(Matplotlib [^<]*)</dc:title>")
 
 
-def report(results: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Every file of the report, by its path below the documentation's folder.
+@dataclass(frozen=True)
+class Report:
+    """All of it: texts by their path below the documentation's folder, and pictures, which are not drawn yet."""
 
-    Args:
-        results: folder of records, one sub-folder a machine.
+    texts: dict[str, str]
+    pictures: list[Figure]
+
+
+def report(results: str | os.PathLike[str]) -> Report:
+    """The report of a folder of records, one sub-folder a machine.
 
     Raises:
         FileNotFoundError, ValueError: as `fastpeft.bench.reading.read`.
-        MissingExtraError: Matplotlib is not installed.
     """
     files = read(results)
     every, lines = rows(files), growths(files)
     pictures = figures(every, lines)
-    return {
-        "benchmarks.md": page(files, every, pictures, lines).encode(),
-        f"{FOLDER}/index.html": site(files, every).encode(),
-        **{f"{FOLDER}/{each.name}": each.data for each in pictures},
-    }
+    texts = {"benchmarks.md": page(files, every, pictures, lines), f"{FOLDER}/index.html": site(files, every)}
+    return Report(texts, pictures)
 
 
-def write(made: dict[str, bytes], docs: str | os.PathLike[str]) -> None:
-    """Write the files of `report`; pictures that it no longer makes are removed."""
-    for name, data in made.items():
+def write(made: Report, docs: str | os.PathLike[str]) -> int:
+    """Write all files, remove pictures that are no longer made; returns how many were written.
+
+    Raises:
+        MissingExtraError: Matplotlib is not installed; nothing is written then.
+    """
+    data = {name: text.encode() for name, text in made.texts.items()}
+    data |= {f"{FOLDER}/{each.name}": each.svg() for each in made.pictures}
+    for name, content in data.items():
         path = Path(docs, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    for name in _pictures(docs) - set(made):
+        path.write_bytes(content)
+    for name in _pictures(docs) - set(data):
         Path(docs, name).unlink()
+    return len(data)
 
 
-def stale(made: dict[str, bytes], docs: str | os.PathLike[str]) -> list[str]:
-    """Files that are missing, different or no longer made. What another version of Matplotlib drew is not compared."""
-    different = []
-    for name, data in made.items():
-        path = Path(docs, name)
-        lies = path.read_bytes() if path.is_file() else b""
-        if lies != data and not (lies and _CREATOR.findall(lies) != _CREATOR.findall(data)):
+def stale(made: Report, docs: str | os.PathLike[str], draw: bool = True) -> list[str]:
+    """Files that are missing, different or no longer made.
+
+    Args:
+        made: the report as it should be.
+        docs: the documentation's folder.
+        draw: compare pictures too, where this version of Matplotlib drew them; otherwise only their names.
+    """
+    different = [name for name, text in made.texts.items() if _content(docs, name) != text.encode()]
+    names = {f"{FOLDER}/{each.name}": each for each in made.pictures}
+    different += sorted(_pictures(docs) ^ set(names))
+    for name in sorted(_pictures(docs) & set(names)) if draw else ():
+        lies, drawn = _content(docs, name), names[name].svg()
+        if lies != drawn and _CREATOR.findall(lies) == _CREATOR.findall(drawn):
             different.append(name)
-    return different + sorted(_pictures(docs) - set(made))
+    return different
+
+
+def _content(docs: str | os.PathLike[str], name: str) -> bytes:
+    path = Path(docs, name)
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _pictures(docs: str | os.PathLike[str]) -> set[str]:
