@@ -178,7 +178,9 @@ def test_the_page_shows_what_the_records_say() -> None:
     files = made_files()
     text = page(files, rows(files), (), ())
     peers = "3.00 | 4.00 (0.75) | 2.00 (1.50) | 1.00 (3.00)"
-    assert f"| one, forward, bfloat16 | {peers} | **1.50** liger | peft 1.50 | 33% | 8.00 / - / - / - |" in text
+    assert "| time, ms | fastpeft | peft | liger | copy | fastpeft / best | again | ceiling |" in text
+    assert f"| one, forward, bfloat16 | {peers} | **1.50** liger | peft 1.50 | 33% |" in text
+    assert "| one, forward, bfloat16 | peak memory 8.00 MiB |" in text
     assert "| lonely | gemm 9.00 ms |" in text
     assert "| lora | unsloth | one | no libcuda.so &#124; here |" in text
     assert "gpu/new.jsonl; medians of 2 rounds; Some GPU; torch 2.11; commit cccccccccc; 2026-01-02" in text

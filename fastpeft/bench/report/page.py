@@ -23,12 +23,11 @@ table to sort and filter. What was learned from them is told under [Measurements
 How to read a table:
 
 - A row is one case. A peer's cell is its median and, in brackets, **fastpeft's figure over that peer's**: the median of
-  the ratios of the same round. Under 1 fastpeft is ahead in time, over 1 in speed.
+  the ratios of the same round. Under 1 fastpeft is ahead in time and memory, over 1 in speed.
 - *fastpeft / best* is the same beside the best other peer of the row, which it names.
 - *again* is a peer's second measurement over its first, in the same rounds. What lies within it is noise.
 - *ceiling* is the time that the case's operations and bytes take at the rates of a matrix product and of a copy,
   measured in the same run, over fastpeft's time; it is left out where that run measured no rates.
-- Memory is in the order of the peers' columns; "-" is not measured.
 
 `python -m benchmarks compare A B` says what got worse between two files or folders of records, and exits with 1 if a
 figure did by more than the noise.
@@ -46,25 +45,31 @@ def page(
         pictures: to be shown before the tables of their device and op.
         growths: `growth.growths` of them.
     """
-    shown = sorted(newest(every), key=_order)
+    shown = sorted((row for row in newest(every) if row.what.suite != SUITE), key=_place)
     parts = [HEAD]
-    for device, here in groupby(shown, key=lambda row: row.what.device):
+    for device in _devices(files):
+        sections = []
+        for place, those in groupby((row for row in shown if row.what.device == device), key=_place):
+            here = list(those)
+            _, op, suite = place
+            heading = f"### {markdown(op)}" + f" ({markdown(suite)})" * (suite != op)
+            images = [each.as_markdown() for each in pictures if each.place == (device, suite, op)]
+            sections.append((not any(row.best() for row in here), [heading, *images, *section(here)]))
         parts.append(f"## {markdown(device)}")
-        for (op, suite), those in groupby(here, key=lambda row: (row.what.op, row.what.suite)):
-            if suite == SUITE:
-                continue
-            parts.append(f"### {markdown(op)}" + f" ({markdown(suite)})" * (suite != op))
-            parts += [each.as_markdown() for each in pictures if each.place == (device, suite, op)]
-            parts += section(list(those))
-        parts += _growth(device, pictures, growths)
-        parts += left_out(device, files)
-        parts += raw(device, files)
+        for _, each in sorted(sections, key=lambda pair: pair[0]):  # what stands beside rivals first
+            parts += each
+        parts += [*_growth(device, pictures, growths), *left_out(device, files), *raw(device, files)]
     return "\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
-def _order(row: Row) -> tuple[object, ...]:
-    what = row.what
-    return (row.run.environment.device_type != "cuda", what.device, what.op, what.suite)
+def _place(row: Row) -> tuple[str, str, str]:
+    return (row.what.device, row.what.op, row.what.suite)
+
+
+def _devices(files: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Names of all devices, GPUs first."""
+    found = {(r.environment.device_type != "cuda", r.environment.device) for records in files.values() for r in records}
+    return list(dict.fromkeys(device for _, device in sorted(found)))
 
 
 def _growth(device: str, pictures: Sequence[Figure], growths: Sequence[Growth]) -> list[str]:

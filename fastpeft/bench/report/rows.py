@@ -42,10 +42,16 @@ class What:
     metric: str
 
     @property
+    def name(self) -> str:
+        """The case, with the direction and the dtype where its words leave them out."""
+        return ", ".join(
+            [self.case, *(each for each in (self.direction, self.dtype) if each and each not in self.case)]
+        )
+
+    @property
     def label(self) -> str:
-        """The case with what its words leave out."""
-        parts = [self.case, *(each for each in (self.direction, self.dtype) if each and each not in self.case)]
-        return ", ".join(parts if self.metric in ("time", "step time", "speed") else [*parts, self.metric])
+        """The name, with the metric where that is not plain time or speed."""
+        return self.name if self.metric in ("time", "step time", "speed") else f"{self.name}, {self.metric}"
 
 
 @dataclass(frozen=True)

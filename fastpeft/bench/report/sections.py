@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,21 +17,21 @@ _UNIT = re.compile(r"_(us|ms|s|gb_s|tflops|mib|gib|bytes)$")  # as `fastpeft.ben
 
 
 def section(rows: Sequence[Row]) -> list[str]:
-    """Parts of Markdown: for each run and model a table of what several peers took, then what fastpeft alone took."""
+    """Parts of Markdown: for each run and model a table of each metric of several peers, then what stands alone."""
     parts = []
     for _, those in groupby(sorted(rows, key=_same_table), key=_same_table):
         here = list(those)
-        compared = [row for row in here if row.kind != "memory" and len(row.peers) > 1]
-        cases = {_case(row) for row in compared}
-        memory = [row for row in here if row.kind == "memory" and _case(row) in cases]
-        alone = [row for row in here if row not in compared and row not in memory]
-        for _, of_unit in groupby(sorted(compared, key=lambda row: row.unit), key=lambda row: row.unit):
-            parts.append(_table(list(of_unit), memory))
-            memory = []
-        if alone:
-            parts.append(_figures(alone))
+        compared = sorted((row for row in here if len(row.peers) > 1), key=_metric)
+        for _, of_metric in groupby(compared, key=_metric):
+            parts += _tables(list(of_metric))
+        alone = [row for row in here if len(row.peers) == 1]
+        parts += [_figures(alone)] if alone else []
         parts.append(caption(here))
     return parts
+
+
+def _metric(row: Row) -> tuple[bool, str, str]:
+    return (row.kind == "memory", row.what.metric, row.unit)
 
 
 def _same_table(row: Row) -> tuple[Any, ...]:
@@ -40,36 +40,32 @@ def _same_table(row: Row) -> tuple[Any, ...]:
     return (row.run.file, model, where.commit or "", sorted(where.versions.items()), where.driver or "")
 
 
-def _case(row: Row) -> tuple[str, str, str]:
-    return (row.what.case, row.what.direction, row.what.dtype)
-
-
-def _table(rows: Sequence[Row], memory: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.peers))
+def _tables(rows: Sequence[Row]) -> list[str]:
+    """fastpeft beside the others, and where there are variants of it beside those."""
+    names = sorted({name: 0 for row in rows for name in row.peers}, key=lambda name: name != OURS)
     variants = [name for name in names if is_ours(name) and name != OURS]
-    columns = sorted((name for name in names if name not in variants), key=lambda name: name != OURS)
-    sizes = {(_case(row), row.what.metric): row for row in memory}
-    metrics = list(dict.fromkeys(row.what.metric for row in memory))
-    units = {row.what.metric: row.unit for row in memory}
-    optional = {
-        "fastpeft / best": [_best(row) for row in rows],
-        "again": [", ".join(f"{markdown(name)} {value:.2f}" for name, value in row.noise().items()) for row in rows],
-        "ceiling": [f"{share:.0%}" if (share := row.share_of_ceiling(OURS)) else "" for row in rows],
-        "variants of fastpeft": [_variants(row, variants) for row in rows],
-        **{
-            f"{markdown(metric)}, {markdown(units[metric])}": [
-                _sizes(sizes.get((_case(row), metric)), columns) for row in rows
-            ]
-            for metric in metrics
-        },
-    }
-    extra = {name: cells for name, cells in optional.items() if any(cells)}
-    head = [f"case, {markdown(rows[0].unit)}", *map(markdown, columns), *extra]
+    tables = []
+    if others := [name for name in names if name not in variants]:
+        extra = {
+            "fastpeft / best": [_best(row) for row in rows],
+            "again": [", ".join(f"{markdown(name)} {each:.2f}" for name, each in row.noise().items()) for row in rows],
+            "ceiling": [f"{share:.0%}" if (share := row.share_of_ceiling(OURS)) else "" for row in rows],
+        }
+        tables.append(_table(rows, others, {name: cells for name, cells in extra.items() if any(cells)}))
+    if variants:
+        tables.append(_table(rows, [name for name in names if is_ours(name)], {}))
+    return tables
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str], extra: dict[str, list[str]]) -> str:
+    what = rows[0].what
+    metric = _UNIT.sub("", what.metric).replace("_", " ")
     body = [
-        [markdown(row.what.label), *(_cell(row, name) for name in columns), *(cells[i] for cells in extra.values())]
+        [markdown(row.what.name), *(_cell(row, name) for name in columns), *(cells[i] for cells in extra.values())]
         for i, row in enumerate(rows)
+        if any(name in row.peers for name in columns)
     ]
-    return table(head, body)
+    return table([f"{markdown(metric)}, {markdown(rows[0].unit)}", *map(markdown, columns), *extra], body)
 
 
 def _cell(row: Row, peer: str) -> str:
@@ -84,23 +80,11 @@ def _best(row: Row) -> str:
     return f"**{ratio(row.ratio(best) or 0.0)}** {markdown(best)}" if best else ""
 
 
-def _variants(row: Row, names: Iterable[str]) -> str:
-    short = {name: name.removeprefix(OURS).lstrip(", ") for name in names if name in row.peers}
-    return "; ".join(f"{markdown(word)} {number(row.peers[name].median)}" for name, word in short.items())
-
-
-def _sizes(row: Row | None, peers: Sequence[str]) -> str:
-    if row is None:
-        return ""
-    return " / ".join(number(row.peers[name].median) if name in row.peers else "-" for name in peers)
-
-
 def _figures(rows: Sequence[Row]) -> str:
     """What has nothing beside it in its rounds: a line a case."""
     cases: dict[str, list[str]] = {}
     for row in rows:
-        label = row.what.case + f", {row.what.direction}" * bool(row.what.direction)
-        figures = cases.setdefault(label, [])
+        figures = cases.setdefault(row.what.name, [])
         for name, record in row.peers.items():
             who = "" if name == OURS else f"{markdown(name)}: "
             metric = _UNIT.sub("", row.what.metric).replace("_", " ")

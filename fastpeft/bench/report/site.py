@@ -16,7 +16,7 @@ from .rows import RAW, Row, newest, runs, what_of
 from .text import markup, number, ratio, reason
 
 COLUMNS = (
-    *("device", "op", "suite", "case", "direction", "dtype", "peer", "metric", "median", "unit", "least to most"),
+    *("case", "device", "op", "suite", "direction", "dtype", "peer", "metric", "median", "unit", "least to most"),
     *("rounds", "fastpeft / peer", "ceiling", "newest", "date", "commit", "file"),
 )
 NUMBERS = ("median", "rounds", "fastpeft / peer", "ceiling")
@@ -31,7 +31,9 @@ select, input { font: inherit; max-width: 18rem; }
 .wide { overflow: auto; max-height: 80vh; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 13px; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td:nth-child(4), td:nth-child(8) { white-space: normal; min-width: 14rem; }
+td:nth-child(1), td:nth-child(8) { white-space: normal; min-width: 14rem; }
+td:nth-child(1), th:nth-child(1) { position: sticky; left: 0; background: Canvas; }
+th:nth-child(1) { z-index: 1; }
 td:nth-child(9), td:nth-child(n+11):nth-child(-n+14) { text-align: right; font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: Canvas; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
@@ -134,7 +136,7 @@ def _figures(every: Sequence[Row]) -> Iterator[list[str]]:
         for name, record in both.items():
             share, beside = row.share_of_ceiling(name), row.ratio(name) if name in row.rivals else None
             yield [
-                *(what.device, what.op, what.suite, what.case, what.direction, what.dtype, name, what.metric),
+                *(what.case, what.device, what.op, what.suite, what.direction, what.dtype, name, what.metric),
                 *(number(record.median), record.unit),
                 f"{number(min(record.samples))} to {number(max(record.samples))}" if len(record.samples) > 1 else "",
                 *(str(len(record.samples)), ratio(beside) if beside else "", f"{share:.0%}" if share else ""),
@@ -148,7 +150,7 @@ def _absent(files: Mapping[str, Sequence[Record]]) -> Iterator[list[str]]:
             if record.metric in ABSENT and record.suite not in RAW:
                 what, why = what_of(record), reason(record.settings.get("reason", "no reason given"))
                 yield [
-                    *(what.device, what.op, what.suite, what.case, what.direction, what.dtype, record.peer),
+                    *(what.case, what.device, what.op, what.suite, what.direction, what.dtype, record.peer),
                     *(f"{record.metric}: {why}", "", "", "", "", "", "", "", *_source(run.date, record, run.file)),
                 ]
 
