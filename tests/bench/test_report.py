@@ -274,7 +274,7 @@ def test_the_command_writes_checks_and_removes(tmp_path: Path, capsys: pytest.Ca
     ("value", "text"),
     [
         *[(1234.5, "1234"), (99.96, "100"), (12.34, "12.3"), (9.996, "10.0"), (1.0, "1.00"), (0.9996, "1.00")],
-        *[(0.01234, "0.0123"), (0.0, "0"), (None, ""), (-3.21, "-3.21")],
+        *[(0.01234, "0.0123"), (0.5, "0.500"), (0.0, "0"), (None, ""), (-3.21, "-3.21")],
     ],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:

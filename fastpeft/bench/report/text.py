@@ -45,7 +45,9 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     size = abs(value)
-    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}" if size >= 0.9995 else f"{value:.3g}"
+    if 0 < size < 0.9995:
+        return f"{value:#.3g}"
+    return f"{value:.{0 if size >= 99.95 or not size else 1 if size >= 9.995 else 2}f}"
 
 
 def ratio(value: float) -> str:
