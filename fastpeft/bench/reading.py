@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -67,9 +67,14 @@ def versions(where: Environment, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {where.versions[name]}" for name in names if name in where.versions)
 
 
+def median_ratio(of: Iterable[float], to: Iterable[float]) -> float:
+    """Median over rounds of one sample divided by the other."""
+    return median(a / b for a, b in zip(of, to, strict=True))
+
+
 def time_ratio(ours: Record, theirs: Record) -> float:
-    """The median over rounds of the two times of one round."""
-    return median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
+    """`median_ratio` of two records."""
+    return median_ratio(ours.samples, theirs.samples)
 
 
 def kind_of(record: Record) -> str | None:

@@ -294,3 +294,23 @@ def test_old_records_are_read(tmp_path: Path) -> None:
     del data["settings"], data["error"], data["budget"], data["schema"]
     (tmp_path / "a.jsonl").write_text("\n" + json.dumps(data) + "\n\n")
     assert read(tmp_path) == {"a.jsonl": [record()]}
+
+
+def test_rounds_of_two_peers_alone_are_rows_of_their_own() -> None:
+    def pair(peer: str, time: float, peft: float) -> list[Record]:
+        return [record([t], peer=p, settings={"beside": peer}) for p, t in ((peer, time), ("peft", peft))]
+
+    every = rows({"gpu/a.jsonl": [*pair("fastpeft", 1.0, 2.0), *pair("liger", 3.0, 9.0)]})
+    assert [(row.what.name, row.ratio("peft")) for row in every] == [
+        ("one, beside fastpeft", 0.5),
+        ("one, beside liger", None),
+    ]
+
+
+def test_plain_numbers_are_shown_where_several_peers_have_them() -> None:
+    loss = [record([x], peer=peer, metric="final loss", unit="1") for peer, x in (("fastpeft", 2.5), ("peft", 2.6))]
+    marks = [record([1.0], metric=metric, unit="1") for metric in ("passed", "share_of_budget")]
+    (row,) = rows({"gpu/a.jsonl": [*loss, *marks]})
+    assert (row.what.metric, row.ratio("peft"), row.best()) == ("final loss", None, None)
+    text = page({"gpu/a.jsonl": [*loss, *marks]}, [row], (), ())
+    assert "| final loss | fastpeft | peft |\n| --- | --- | --- |\n| one | 2.50 | 2.60 |" in text

@@ -14,8 +14,7 @@ from typing import Any
 
 from ..reading import kind_of, setting
 from ..records import Record
-from .notes import ABSENT
-from .rows import Row, What, is_ours, rows, runs, what_of
+from .rows import ABSENT, Row, What, is_ours, rows, runs, what_of
 
 LEAST_SAMPLES = 3
 DRAWS = 4000
@@ -115,7 +114,7 @@ def compare(
 
 def _figures(files: Mapping[str, Sequence[Record]], peers: set[str]) -> Figures:
     found: Figures = {}
-    for row in sorted(rows(files), key=lambda row: row.run.date):
+    for row in sorted((row for row in rows(files) if row.kind), key=lambda row: row.run.date):
         found.update({(row.what, name): (it, row) for name, it in row.peers.items() if not peers or name in peers})
     return found
 

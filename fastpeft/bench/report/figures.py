@@ -66,7 +66,7 @@ def figures(every: Sequence[Row], growths: Sequence[Growth]) -> list[Figure]:
     def where(row: Row) -> tuple[str, str, str]:
         return (row.what.device, row.what.suite, row.what.op)
 
-    told = [row for row in newest(every) if row.kind != "memory" and row.best() and row.what.suite != SUITE]
+    told = [row for row in newest(every) if row.kind in ("time", "rate") and row.best() and row.what.suite != SUITE]
     for place, rows in groupby(sorted(told, key=where), key=where):
         device, suite, op = place
         words = f"{device}, {op}{f' ({suite})' * (op != suite)}: figures of other peers beside fastpeft's"

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..records import Record
-from .rows import RAW, runs, what_of
+from .rows import ABSENT, RAW, runs, what_of
 from .text import markdown, reason, table
-
-ABSENT = ("left out", "refused")
-"""Metrics of a peer that has no figure; settings["reason"] says why."""
 
 
 def left_out(device: str, files: Mapping[str, Sequence[Record]]) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 
-from ..reading import AGAIN, kind_of, numeric, setting
+from ..reading import AGAIN, kind_of, numeric, setting, time_ratio
 from ..records import Environment, Record
 
 OURS = "fastpeft"
 FLOORS = ("copy", "frozen products", "frozen layer", "one adapter")
 """Measured beside the peers as what they are held against: no rivals."""
+ABSENT = ("left out", "refused")
+"""Metrics of a peer that has no figure; settings["reason"] says why."""
+MARKS = (*ABSENT, "passed", "served")
 RAW = ("kernels", "tiles", "tuning", "check")
 """Suites of which reports say only how much there is: proofs and every candidate of a choice."""
 
@@ -31,7 +33,10 @@ class Run:
 
 @dataclass(frozen=True)
 class What:
-    """What one row says, whoever measured it. Rows of two runs with the same What measure the same."""
+    """What one row says, whoever measured it. Rows of two runs with the same What measure the same.
+
+    `beside` is settings["beside"]: a peer that had rounds of its own with another.
+    """
 
     device: str
     suite: str
@@ -40,13 +45,13 @@ class What:
     direction: str
     dtype: str
     metric: str
+    beside: str = ""
 
     @property
     def name(self) -> str:
         """The case, with the direction and the dtype where its words leave them out."""
-        return ", ".join(
-            [self.case, *(each for each in (self.direction, self.dtype) if each and each not in self.case)]
-        )
+        words = (self.direction, self.dtype, self.beside and f"beside {self.beside}")
+        return ", ".join([self.case, *(word for word in words if word and word not in self.case)])
 
     @property
     def label(self) -> str:
@@ -84,8 +89,8 @@ class Row:
         return [name for name in self.peers if not is_ours(name) and name not in FLOORS]
 
     def ratio(self, peer: str) -> float | None:
-        """fastpeft's figure over that peer's; None where either is missing or not above 0."""
-        return same_rounds(self.peers.get(OURS), self.peers.get(peer))
+        """fastpeft's figure over that peer's; None where either is missing or not above 0, and of plain numbers."""
+        return same_rounds(self.peers.get(OURS), self.peers.get(peer)) if self.kind else None
 
     def best(self) -> str | None:
         """The rival that comes out best beside fastpeft."""
@@ -116,9 +121,8 @@ def same_rounds(ours: Record | None, theirs: Record | None) -> float | None:
     """The median of the ratios of each round; of two medians where the numbers of rounds differ."""
     if ours is None or theirs is None or min(*ours.samples, *theirs.samples) <= 0:
         return None
-    if len(ours.samples) != len(theirs.samples):
-        return ours.median / theirs.median
-    return median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
+    same = len(ours.samples) == len(theirs.samples)
+    return time_ratio(ours, theirs) if same else ours.median / theirs.median
 
 
 def floor_seconds(record: Record, ceilings: Mapping[str, float]) -> float | None:
@@ -135,14 +139,14 @@ def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:
     """All figures of records, in their order; of a peer measured twice in one run under one name, the last.
 
     Args:
-        files: records by file, as `fastpeft.bench.reading.read` gives them; RAW suites, ceilings and records that are
-            no time, memory or rate are passed over.
+        files: records by file, as `fastpeft.bench.reading.read` gives them; RAW suites and ceilings are passed over,
+            and so is what is no time, memory or rate, unless several peers have it.
     """
     found: dict[tuple[str, str, What], Row] = {}
     for run, records in runs(files):
         ceilings = {r.case: r.median for r in records if r.op == "ceiling" and r.metric == "rate"}
         for record in records:
-            if record.suite in RAW or record.op == "ceiling" or kind_of(record) is None:
+            if record.suite in RAW or record.op == "ceiling" or record.metric in MARKS:
                 continue
             what = what_of(record)
             row = found.setdefault((run.file, run.date, what), Row(what, run, {}, {}, ceilings))
@@ -150,13 +154,13 @@ def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:
                 row.again[record.peer.removesuffix(AGAIN)] = record
             else:
                 row.peers[record.peer] = record
-    return [row for row in found.values() if row.peers]
+    return [row for row in found.values() if len(row.peers) > (row.kind is None)]
 
 
 def what_of(record: Record) -> What:
     device = record.environment.device
     words = (setting(record, "direction"), setting(record, "dtype"), record.metric)
-    return What(device, record.suite, record.op, record.case, *words)
+    return What(device, record.suite, record.op, record.case, *words, setting(record, "beside"))
 
 
 def runs(files: Mapping[str, Iterable[Record]]) -> list[tuple[Run, list[Record]]]:

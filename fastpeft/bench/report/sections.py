@@ -30,8 +30,8 @@ def section(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _metric(row: Row) -> tuple[bool, str, str]:
-    return (row.kind == "memory", row.what.metric, row.unit)
+def _metric(row: Row) -> tuple[int, str, str]:
+    return (("time", "rate", "memory", None).index(row.kind), row.what.metric, row.unit)
 
 
 def _same_table(row: Row) -> tuple[Any, ...]:
@@ -65,7 +65,8 @@ def _table(rows: Sequence[Row], columns: Sequence[str], extra: dict[str, list[st
         for i, row in enumerate(rows)
         if any(name in row.peers for name in columns)
     ]
-    return table([f"{markdown(metric)}, {markdown(rows[0].unit)}", *map(markdown, columns), *extra], body)
+    unit = "" if rows[0].unit == "1" else f", {markdown(rows[0].unit)}"
+    return table([f"{markdown(metric)}{unit}", *map(markdown, columns), *extra], body)
 
 
 def _cell(row: Row, peer: str) -> str:
@@ -96,7 +97,7 @@ def caption(rows: Sequence[Row]) -> str:
     """Where, when, with what and how often the rows of one table were measured."""
     where = rows[0].run.environment
     records: list[Record] = [record for row in rows for record in row.peers.values()]
-    timed = [row for row in rows if row.kind != "memory"]
+    timed = [row for row in rows if row.kind in ("time", "rate")] or rows
     several = [row for row in timed if len(row.peers) > 1] or timed
     counts = sorted({len(record.samples) for row in several for record in row.peers.values()})
     days = sorted({row.run.date[:10] for row in rows})
@@ -107,7 +108,7 @@ def caption(rows: Sequence[Row]) -> str:
         f"model {markdown(', '.join(models))}" if models else "",
         _span(counts, "medians of {} rounds") if counts and counts != [1] else "each measured once",
         markdown(where.device),
-        f"{markdown(', '.join(threads))} threads of torch" if threads else "",
+        f"threads of torch: {markdown(', '.join(threads))}" if threads else "",
         *(f"{name} {markdown(value)}" for name, value in _gpu(rows).items()),
         markdown(versions(where, PACKAGES), 400),
         f"commit {markdown(where.commit[:10])}" + " with changes" * bool(where.dirty) if where.commit else "",

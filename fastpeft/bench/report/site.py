@@ -11,8 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..records import Record
-from .notes import ABSENT
-from .rows import RAW, Row, newest, runs, what_of
+from .rows import ABSENT, RAW, Row, newest, runs, what_of
 from .text import markup, number, ratio, reason
 
 COLUMNS = (
@@ -136,7 +135,16 @@ def _figures(every: Sequence[Row]) -> Iterator[list[str]]:
         for name, record in both.items():
             share, beside = row.share_of_ceiling(name), row.ratio(name) if name in row.rivals else None
             yield [
-                *(what.case, what.device, what.op, what.suite, what.direction, what.dtype, name, what.metric),
+                *(
+                    what.name if what.beside else what.case,
+                    what.device,
+                    what.op,
+                    what.suite,
+                    what.direction,
+                    what.dtype,
+                    name,
+                    what.metric,
+                ),
                 *(number(record.median), record.unit),
                 f"{number(min(record.samples))} to {number(max(record.samples))}" if len(record.samples) > 1 else "",
                 *(str(len(record.samples)), ratio(beside) if beside else "", f"{share:.0%}" if share else ""),
@@ -150,7 +158,15 @@ def _absent(files: Mapping[str, Sequence[Record]]) -> Iterator[list[str]]:
             if record.metric in ABSENT and record.suite not in RAW:
                 what, why = what_of(record), reason(record.settings.get("reason", "no reason given"))
                 yield [
-                    *(what.case, what.device, what.op, what.suite, what.direction, what.dtype, record.peer),
+                    *(
+                        what.name if what.beside else what.case,
+                        what.device,
+                        what.op,
+                        what.suite,
+                        what.direction,
+                        what.dtype,
+                        record.peer,
+                    ),
                     *(f"{record.metric}: {why}", "", "", "", "", "", "", "", *_source(run.date, record, run.file)),
                 ]
 
