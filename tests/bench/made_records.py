@@ -17,7 +17,7 @@ HOSTILE = (
     "](javascript:alert(1)) [x](javascript:alert(1))",
     "![x](https://example.com/x.png) <https://example.com> https://example.com",
     "a | b || c |",
-    "`code` ``` *bold* __strong__ $x^2$ \\frac{ &lt; &#60;",
+    "`code` ``` *bold* __strong__ $\\frac{$ &lt; &#60;",
     "line\n\n# heading\n--8<-- 'x'\n::: module\r\n- item",
     "-->\n<!-- test: setup import os -->",
     "../../../x\x00\x1b[31m\u202e\ud800\u2028",

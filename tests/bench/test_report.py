@@ -32,7 +32,7 @@ NAMES = st.text(min_size=1, max_size=12)
 NUMBERS = st.floats(1e-6, 1e6)
 PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=5)
 PLAIN |= st.lists(PLAIN, max_size=3) | st.dictionaries(NAMES, PLAIN, max_size=3)
-DRAWN = ("<script>alert(1)</script>", "`code` ``` *bold* __strong__ $x^2$ \\frac{ &lt; &#60;", HOSTILE[-2])
+DRAWN = (HOSTILE[0], HOSTILE[7], HOSTILE[-2])  # pictures take longest
 
 
 class Parsed(HTMLParser):
