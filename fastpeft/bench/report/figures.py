@@ -98,6 +98,7 @@ def beside(rows: Sequence[Row], title: str) -> Any:
     axes.set_yticks(range(len(rows)), [short(row.what.label, 62) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _logarithmic(axes, "x")
+    axes.tick_params(axis="x", labeltop=len(rows) > 24, length=3)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8, zorder=0)
     kinds = {row.kind for row in rows}
     words = " or ".join(
