@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastpeft.hints import did_you_mean
@@ -37,15 +38,15 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
     for name, field in known.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{_join(key, name)}: expected a value, got none")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{name: convert(hints[name], value, _join(key, name)) for name, value in data.items()})
 
 
 def convert(kind: Any, value: Any, key: str) -> Any:
     """`value` as the type `kind`, or an error as `build` raises it. An int may stand where a float is expected."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind is Any or type(value) is kind:
         return value
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, key)
     if origin is Literal:
@@ -84,6 +85,9 @@ def type_name(kind: Any) -> str:
     if origin is None:
         return "a mapping" if is_dataclass(kind) else getattr(kind, "__name__", str(kind))
     return str(kind).replace("typing.", "")
+
+
+_hints = cache(get_type_hints)  # what each of thousands of records would evaluate anew
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:

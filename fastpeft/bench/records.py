@@ -11,7 +11,8 @@ What benchmarks share, so that reports need to know no benchmark:
 - metrics: "time" in ms, "peak memory" in MiB beside what lay there before, "speed" in tokens/s; "left out" (one
   sample, 1) for a peer that has no figure, with settings["reason"].
 - settings: "direction" ("forward", "backward", "both"), "dtype", "model", "tokens", "rank", "threads"; "flops" and
-  "bytes" of the floor of a time.
+  "bytes" of the floor of a time; "beside" names a peer that had rounds of its own with another; "axis" in suite
+  "scaling" names the setting that varies.
 - ceilings of the machine, measured in the same run: op "ceiling", peer "torch", metric "rate"; case "copy" in GB/s,
   case "matrix float32", "matrix bfloat16", ... in TFLOP/s.
 """
@@ -158,11 +159,11 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
                 yield number, Record.from_dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
 
 

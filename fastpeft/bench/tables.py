@@ -9,33 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from textwrap import shorten
 
-from .records import Environment, Record, load
-
-
-def place(records: Sequence[Record]) -> Environment:
-    """Where all the records were measured.
-
-    Raises:
-        ValueError: in more than one place, with more than one set of versions, or there are none.
-    """
-    places = {
-        (r.environment.device, r.environment.commit, tuple(sorted(r.environment.versions.items()))) for r in records
-    }
-    if len(places) != 1:
-        raise ValueError(f"records: expected one run on one machine, got {len(places)}")
-    return records[0].environment
-
-
-def versions(where: Environment, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {where.versions[name]}" for name in names if name in where.versions)
-
-
-def time_ratio(ours: Record, theirs: Record) -> float:
-    """The median over rounds of the two times of one round."""
-    return median(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
+from .reading import place, time_ratio, versions
+from .records import Record, load
 
 
 def steps_table(records: Sequence[Record]) -> str:

@@ -4,11 +4,12 @@ disturbs all alike, and ratios are taken within a round."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import median
 
 import torch
+
+from .reading import median_ratio
 
 Step = Callable[[], object]
 
@@ -77,8 +78,3 @@ def wall_ms(step: Step, device: str = "cpu") -> float:
 def ratio(samples: Mapping[str, list[float]], of: str, to: str) -> float:
     """Median over rounds of the time of one step divided by the time of another."""
     return median_ratio(samples[of], samples[to])
-
-
-def median_ratio(of: Iterable[float], to: Iterable[float]) -> float:
-    """Median over rounds of one sample divided by the other."""
-    return median(a / b for a, b in zip(of, to, strict=True))

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from fastpeft.bench.records import load
+from fastpeft.bench.report.writing import report, stale
 from fastpeft.bench.tables import TABLES, insert
 from tests.fresh import ROOT
 
@@ -57,9 +58,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
 
 
 def test_every_page_is_there(site: dict[Path, Page]) -> None:
-    folder = next(path.parent for path in site if path.name == "index.html")
+    folder = min((path.parent for path in site), key=lambda path: len(path.parts))
     built = {path.relative_to(folder).with_suffix(".md").as_posix() for path in site}
-    assert built == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert built == written | {"assets/benchmarks/index.md"}
 
 
 def test_no_link_leads_nowhere(site: dict[Path, Page]) -> None:
@@ -118,6 +120,11 @@ def test_the_measurements_are_those_of_the_records(name: str) -> None:
     records = named.get(name, "nvidia-h200/layer")
     table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
     assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")
+
+
+@pytest.mark.parametrize("draw", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_the_benchmarks_are_those_of_the_records(draw: bool) -> None:
+    assert not stale(report(ROOT / "benchmarks" / "results"), DOCS, draw=draw)
 
 
 def test_the_figures_in_words_are_those_of_the_table() -> None:

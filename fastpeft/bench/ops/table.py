@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..reading import median_ratio
 from ..records import Record
-from ..timer import median_ratio
 from . import ceilings
 from .case import Floor
 
