@@ -1,0 +1,358 @@
+"""Attention by others: what each is asked for, what is refused, and that a measured choice is taken where it serves."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpeft_kernels.attention import Mask, attention, choosing
+from fastpeft_kernels.attention.candidates import flash, flash4, flex, flex_blocks, registry
+from fastpeft_kernels.attention.candidates.request import NotServedError, Request
+from fastpeft_kernels.attention.keys import MASKED, OP, key_of, masked_key_of
+from fastpeft_kernels.attention.masks import bounded, dense_mask
+from fastpeft_kernels.attention.reference import attention_reference
+from fastpeft_kernels.attention.scores import Scores
+from fastpeft_kernels.attention.tunables import TUNABLES
+from fastpeft_kernels.tuning.choosing import forced, learn
+from fastpeft_kernels.tuning.records import Winner
+from tests.budget import assert_within_budget
+
+from .drawn import every_mask, gradients, hold, make_case
+
+CPU = torch.device("cpu")
+LARGE = {"queries": 150, "keys": 290}  # more than one block of FlexAttention's, not a multiple
+
+
+def _flex(case: Any) -> tuple[Tensor, None]:
+    return attention(case.q, case.k, case.v, **case.arguments(), backend="flex"), None
+
+
+@pytest.fixture
+def flex_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without tracing: plain PyTorch over the scores of all."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@pytest.mark.usefixtures("flex_in_eager")
+@pytest.mark.parametrize("extras", [[], ["softcap"]], ids=str)
+def test_flex(extras: list[str]) -> None:
+    masks = every_mask(2, 4, **LARGE)
+    for name in ("causal", "ranges", "padding_left") if extras else ("all", "band", "holes"):
+        mask = masks[name]
+        case = make_case(**LARGE, mask=mask, extras=extras)
+        with torch.no_grad():
+            out, _ = _flex(case)
+        assert out.transpose(1, 2).is_contiguous()
+        arguments = mask, case.scores
+        same, _ = attention_reference(case.q, case.k, case.v, *arguments)
+        exact, _ = attention_reference(case.q.double(), case.k.double(), case.v.double(), *arguments)
+        assert_within_budget(out, same.detach(), exact.detach(), name)
+
+
+@pytest.mark.parametrize("queries", [37, 40])
+def test_blocks_say_what_the_mask_says(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_blocks, "BLOCK", 8)
+    keys = 45
+    for name, mask in every_mask(2, 4, queries, keys).items():
+        if mask.dense is not None:
+            continue
+        seen = dense_mask(mask, queries, keys, CPU)
+        seen = (
+            torch.ones(2, queries, keys, dtype=torch.bool) if seen is None else seen.expand(2, 1, queries, keys)[:, 0]
+        )
+        lower, upper = flex_blocks.row_bounds(mask, queries, keys, CPU)
+        some, whole = flex_blocks.seen_blocks(lower, upper, mask.keys, keys)
+        rows, columns = -(-queries // 8), -(-keys // 8)
+        padded = torch.nn.functional.pad(seen, (0, columns * 8 - keys, 0, rows * 8 - queries))
+        blocks = padded.view(2, rows, 8, columns, 8).transpose(2, 3).flatten(-2)
+        assert not (blocks.any(-1) & ~some).any(), f"{name}: a block that is seen is left out"
+        assert torch.equal(whole.expand(2, -1, -1), blocks.all(-1)), f"{name}: blocks without a mask"
+        if mask.start is None and mask.keys is None:
+            assert torch.equal(some.expand(2, -1, -1), blocks.any(-1)), f"{name}: a block that nobody sees"
+        made = flex_blocks.blocks_of(mask, torch.empty(2, 4, queries, 1), torch.empty(2, 2, keys, 1))
+        if made is None:
+            assert seen.all()
+            continue
+        at = torch.arange(2)[:, None, None], None, torch.arange(queries)[:, None], torch.arange(keys)
+        assert torch.equal(made.mask_mod(*at).expand(2, queries, keys), seen), name
+        partial, full = made.to_dense()[:, 0].bool(), whole.expand(2, -1, -1)
+        assert torch.equal(partial, some.expand(2, -1, -1) | full), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("extras", [[], ["softcap"]], ids=str)
+def test_flex_compiled(extras: list[str]) -> None:
+    case = make_case(**LARGE, mask=Mask(left=30, right=0), extras=extras)
+    q, k, v = case.q.detach(), case.k.detach(), case.v.detach()
+    capped, blocks = flex._cap(1.5) if extras else None, flex_blocks.blocks_of(case.mask, q, k)
+    found = torch.compile(flex._flex, fullgraph=True)(q, k, v, capped, blocks, None, True)
+    want, _ = attention_reference(q, k, v, case.mask, case.scores)
+    torch.testing.assert_close(found, want)
+
+
+class Package:
+    """A stand-in for a FlashAttention package: its documented function, strict about what it is given."""
+
+    def __init__(self, none: int | None, also: tuple[str, ...], pair: bool) -> None:
+        self.none, self.also, self.pair = none, also, pair
+        self.called: list[dict[str, Any]] = []
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Any:
+        self.called.append(dict(given))
+        assert not given.keys() - {"softmax_scale", "causal", "window_size", "softcap", "deterministic", *self.also}
+        for x, heads in ((q, q), (k, k), (v, k)):
+            assert x.stride(-1) == 1 and x.shape[0] == q.shape[0] and x.shape[2] == heads.shape[2]
+        left, right = (None if size == self.none else size for size in given["window_size"])
+        assert all(size is None or size >= 0 for size in (left, right))
+        if given["causal"]:
+            right = 0
+        scores = Scores(given["softmax_scale"], softcap=given.get("softcap"), sinks=given.get("learnable_sink"))
+        mask = bounded(Mask(left, right), q.shape[1], k.shape[1])
+        out, lse = attention_reference(*(x.transpose(1, 2) for x in (q, k, v)), mask, scores)
+        out = out.transpose(1, 2).contiguous()
+        return (out, lse) if self.pair else out
+
+
+PACKAGES: dict[str, tuple[str, Callable[[], Package], int]] = {
+    "fa2": ("flash_attn", lambda: Package(-1, ("dropout_p",), pair=False), 80),
+    "fa3": ("flash_attn_interface", lambda: Package(-1, (), pair=False), 90),
+    "fa4": ("flash_attn.cute", lambda: Package(None, ("learnable_sink",), pair=True), 90),
+}
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> Iterator[None]:
+    flash.function_of.cache_clear()
+    registry.labels.cache_clear()
+    flex._failed.clear()
+    yield
+    flash.function_of.cache_clear()
+    registry.labels.cache_clear()
+    flex._failed.clear()
+
+
+@pytest.fixture(params=PACKAGES)
+def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Package]:
+    """A package, as it were on a GPU."""
+    name: str = request.param
+    module, make, capability = PACKAGES[name]
+    package = make()
+    if "." in module:
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module, package)
+    for place in (flash, flash4):
+        monkeypatch.setattr(place, "device_capability", lambda device: capability)
+    return name, package
+
+
+@pytest.mark.parametrize(
+    ("mask", "extras"),
+    [
+        (Mask(), []),
+        (Mask(right=0), []),
+        (Mask(left=5, right=0), ["softcap"]),
+        (Mask(left=3, right=4), []),
+        (Mask(left=6), []),
+    ],
+    ids=str,
+)
+def test_packages_are_told_what_is_asked_for(installed: tuple[str, Package], mask: Mask, extras: list[str]) -> None:
+    name, package = installed
+    case = make_case(dtype=torch.bfloat16, mask=mask, extras=extras)
+
+    def ours(case: Any) -> tuple[Tensor, None]:
+        out = attention(case.q, case.k, case.v, **case.arguments(), backend=name)
+        assert out.transpose(1, 2).is_contiguous()
+        return out, None
+
+    hold(case, ours)
+    assert len(package.called) == 1 and package.called[0]["deterministic"] is False
+    with torch.no_grad():
+        attention(case.q, case.k, case.v, **case.arguments(), backend=name, deterministic=True)
+    assert package.called[1]["deterministic"] is True
+
+
+def test_what_packages_cannot_do(installed: tuple[str, Package]) -> None:
+    name, package = installed
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": torch.float32}, "fp16 or bf16"),
+        ({"features": 264}, "up to 256|up to 128"),
+        ({"v_features": 8}, "got 16 and 8"),
+        ({"queries": 30, "mask": Mask(right=0)}, "no query that sees no key"),
+        ({"mask": Mask(left=-2)}, "mask.left of 0 or more"),
+        ({"mask": Mask(right=-1)}, "mask.right of 0 or more"),
+        ({"mask": Mask(keys=torch.rand(2, 23) > 0.5)}, "a mask of bounds alone"),
+        ({"mask": every_mask(2, 4, 19, 23)["ranges"]}, "a mask of bounds alone"),
+        ({"mask": every_mask(2, 4, 19, 23)["dense"]}, "a mask of bounds alone"),
+        ({"extras": ["relative"]}, "no biases"),
+        ({"extras": ["bias"]}, "no biases"),
+        ({"extras": ["dropout"]}, "dropout"),
+        ({"extras": ["sinks"]}, "no sinks|sinks in bf16 without gradient"),
+    ]
+    for sizes, reason in refused:
+        case = make_case(**{"dtype": torch.bfloat16, **sizes})
+        with pytest.raises(ValueError, match=f"backend: '{name}' was asked for, which cannot serve: .*({reason})"):
+            attention(case.q, case.k, case.v, **case.arguments(), backend=name)
+    case = make_case(dtype=torch.bfloat16)
+    for more, reason in (({"return_lse": True}, "return_lse=False"), ({"scale": -0.3}, "scale above 0")):
+        with pytest.raises(ValueError, match=reason):
+            attention(case.q, case.k, case.v, backend=name, **more)
+    odd = make_case(dtype=torch.bfloat16, features=20)
+    if name == "fa2":
+        attention(odd.q, odd.k, odd.v, backend=name, dropout=0.25)
+        assert package.called[-1]["dropout_p"] == 0.25
+        with pytest.raises(ValueError, match="without softcap"):
+            attention(odd.q, odd.k, odd.v, backend=name, dropout=0.25, softcap=2.0)
+    else:
+        with pytest.raises(ValueError, match="multiple of 8"):
+            attention(odd.q, odd.k, odd.v, backend=name)
+    if name == "fa4":
+        sinks = torch.randn(4, dtype=torch.bfloat16)
+        found = attention(case.q, case.k, case.v, sinks=sinks, backend=name)
+        assert torch.equal(found, attention(case.q, case.k, case.v, sinks=sinks, backend="reference"))
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(dtype=torch.bfloat16)
+    for name, (module, _, capability) in PACKAGES.items():
+        with pytest.raises(ValueError, match="expected q on an NVIDIA GPU, got cpu"):
+            attention(case.q, case.k, case.v, backend=name)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(flash, "device_capability", lambda device: 75)
+            with pytest.raises(ValueError, match=f"expected a compute capability that {module} is built for, got 7.5"):
+                attention(case.q, case.k, case.v, backend=name)
+            on_a_gpu.setattr(flash, "device_capability", lambda device, it=capability: it)
+            on_a_gpu.setitem(sys.modules, module, None)
+            with pytest.raises(ValueError, match=f"{module} cannot be used: "):
+                attention(case.q, case.k, case.v, backend=name)
+    for name in ("cudnn", "flash", "efficient"):
+        with pytest.raises(ValueError, match="expected q on a GPU, got cpu"):
+            attention(case.q, case.k, case.v, backend=name)
+    assert registry.labels(CPU) == ("flex",) and choosing.attention_backends(CPU) == ("sdpa", "blockwise")
+
+
+def test_what_flex_cannot_do() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, "no gradients on a CPU"),
+        ({"dtype": torch.float64}, "16 bits or fp32"),
+        ({"features": 8}, "heads of 16 features or more"),
+        ({"mask": every_mask(2, 4, 19, 23)["dense"]}, "a mask that is not dense"),
+        *(({"extras": [name]}, f"no {name}") for name in ("relative", "bias", "sinks", "dropout")),
+    ]
+    for sizes, reason in refused:
+        case = make_case(**sizes)
+        with pytest.raises(ValueError, match=f"backend: 'flex' was asked for, which cannot serve: expected {reason}"):
+            _flex(case)
+    case = make_case()
+    with torch.no_grad(), pytest.raises(ValueError, match="does not promise the same bits"):
+        attention(case.q, case.k, case.v, backend="flex", deterministic=True)
+
+
+def test_one_kernel_of_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flash kernel, which a CPU has too."""
+    case = make_case(queries=40, keys=40, mask=Mask(right=0))
+    kernel = registry.CANDIDATES["flash"]
+    monkeypatch.setattr(kernel, "absence", lambda device: None)
+    with pytest.raises(
+        ValueError, match="cannot serve: expected sizes, dtypes and a device that PyTorch's FLASH_ATTENT"
+    ):
+        attention(case.q, case.k, case.v, mask=case.mask, backend="flash")
+    asked: list[Any] = []
+    monkeypatch.setattr("torch.backends.cuda.can_use_flash_attention", lambda params: asked.append(params) or True)
+    found = attention(case.q, case.k, case.v, mask=case.mask, backend="flash")
+    assert torch.equal(found, attention(case.q, case.k, case.v, mask=case.mask, backend="sdpa"))
+    assert asked[0].is_causal and asked[0].enable_gqa and asked[0].attn_mask is None
+    with pytest.raises(ValueError, match="expected no softcap"):
+        attention(case.q, case.k, case.v, softcap=2.0, backend="flash")
+
+
+def test_a_measured_choice_is_taken_where_it_serves(
+    monkeypatch: pytest.MonkeyPatch, measured_choices: Path, installed: tuple[str, Package]
+) -> None:
+    name, package = installed
+    case = make_case(queries=64, keys=64, dtype=torch.bfloat16, mask=Mask(right=0))
+    version = flash.version_of("flash-attn")
+    monkeypatch.setattr(registry.CANDIDATES[name], "version", lambda: version)
+    key = key_of(case.q, case.k, case.mask, case.scores, True)
+    monkeypatch.setattr(choosing, "attention_backends", lambda device: ("sdpa", *registry.labels(device)))
+    learn(CPU, Winner(OP, key._asdict(), f"{name} {version}", {}))
+    attention(case.q, case.k, case.v, mask=case.mask)
+    assert len(package.called) == 1
+    attention(case.q, case.k, case.v[..., :8], mask=case.mask)  # of the same case, not served
+    attention(case.q, case.k, case.v, mask=case.mask, return_lse=True)
+    assert len(package.called) == 1
+    learn(CPU, Winner(OP, key._asdict(), f"{name} 0.1", {}))
+    attention(case.q, case.k, case.v, mask=case.mask)
+    assert len(package.called) == 1
+
+
+def test_what_pytorchs_own_cannot_do_is_a_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that our kernels serve."""
+    monkeypatch.setattr(choosing, "own_backend", lambda *_: "triton")
+    monkeypatch.setattr(choosing, "triton_refusal", lambda *_: None)
+    case = make_case(queries=40, keys=40, mask=Mask(left=5, right=0), extras=["softcap"])
+
+    def chosen(mask: Mask = case.mask, with_lse: bool = False, **changes: Any) -> str:
+        scores = replace(case.scores, **changes)
+        arguments = case.q.detach(), case.k.detach(), case.v.detach(), mask, scores, with_lse, False
+        return choosing._on_a_gpu(*arguments, count=1 << 30)
+
+    assert chosen() == "auto"
+    with forced({MASKED: "flex"}):
+        assert chosen() == "flex"
+        assert chosen(with_lse=True) == chosen(dropout=0.1) == chosen(sinks=torch.randn(4)) == "auto"
+        assert chosen(Mask(left=-1)) == "auto"
+    with forced({MASKED: "triton"}):
+        assert chosen() == "triton"
+
+
+def test_a_candidate_that_fails_to_compile_is_refused_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(queries=200, keys=200, mask=Mask(right=0))
+
+    def fail(*_: Any) -> Tensor:
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("recompile_limit reached")
+
+    monkeypatch.setattr(flex, "_flex", fail)
+    with torch.no_grad(), forced({OP: "flex"}):
+        found = attention(case.q, case.k, case.v, mask=case.mask)
+        assert torch.equal(found, attention(case.q, case.k, case.v, mask=case.mask, backend="sdpa"))
+        with pytest.raises(
+            ValueError, match="FlexAttention was not compiled: FailOnRecompileLimitHit: recompile_limit"
+        ):
+            attention(case.q, case.k, case.v, mask=case.mask, backend="flex")
+        with pytest.raises(NotServedError, match="recompile_limit reached"):
+            attention(case.q, case.k, case.v, backend="flex")
+
+
+def test_masked_cases_are_problems() -> None:
+    tunable = TUNABLES[1]
+    for mask, extras in (
+        (Mask(left=5, right=0), ["softcap"]),
+        (Mask(right=0, keys=torch.rand(2, 40) > 0.5), ["sinks"]),
+        (every_mask(2, 4, 40, 40)["ranges"], []),
+    ):
+        case = make_case(queries=40, keys=40, features=16, v_features=24, mask=mask, extras=extras)
+        key = masked_key_of(case.q, case.k, case.v, mask, case.scores, True)
+        assert key is not None
+        problem = tunable.problem(key.at(64, CPU).smaller(), CPU)
+        for found, exact in zip(problem.run("blockwise"), problem.exact(), strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4)
+        request = Request(*problem.inputs, problem.mask, problem.scores)
+        again = masked_key_of(*request[:5], True)
+        assert again == key.at(64, CPU)._replace(batch=1), "the problem is of its own case"
+    assert str(key) == "2x4(2)x64x64x16, intervals, gradients, float32"
+
+
+def test_gradients_reach_all_by_a_package(installed: tuple[str, Package]) -> None:
+    name, _ = installed
+    case = make_case(dtype=torch.float16, mask=Mask(right=0))
+    out = attention(case.q, case.k, case.v, mask=case.mask, backend=name)
+    assert set(gradients(out, torch.ones_like(out), case.inputs())) == {"q", "k", "v"}
