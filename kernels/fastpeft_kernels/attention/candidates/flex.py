@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .flex_blocks import blocks_of
 from .request import NotServedError, Request
 
 _SMALLEST_HEAD = 16
+_numbers = count()
 _failed: dict[tuple[Any, ...], str] = {}  # why, of calls that could not be compiled
 
 
@@ -55,7 +58,7 @@ class Flex:
         q, k, v, mask, scores = request[:5]
         if not request.gradients:
             q, k, v = q.detach(), k.detach(), v.detach()
-        function = _compiled() if q.device.type == "cuda" else _flex
+        function = _flex if q.device.type == "cpu" else _compiled(_kind(request))
         capped = None if scores.softcap is None else _cap(scores.softcap)
         scale = None if scores.scale == q.shape[3] ** -0.5 else scores.scale  # a number that is given is compiled in
         from torch._dynamo import exc as dynamo
@@ -69,10 +72,15 @@ class Flex:
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _case(request: Request) -> tuple[Any, ...]:
+def _kind(request: Request) -> tuple[Any, ...]:
+    """What a kernel is compiled for, but for sizes."""
     q, k, v, mask, scores = request[:5]
-    parts = (mask.left, mask.right, mask.start is None, mask.keys is None, scores.softcap)
-    return (q.dtype, q.shape, k.shape, v.shape, request.gradients, *parts)
+    parts = (mask.left, mask.right, mask.start is None, mask.keys is None, scores.softcap, scores.scale)
+    return (q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], request.gradients, *parts)
+
+
+def _case(request: Request) -> tuple[Any, ...]:
+    return (request.q.shape, request.k.shape, *_kind(request))
 
 
 def _flex(
@@ -90,10 +98,14 @@ def _flex(
     return out
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    """In one graph: behind the limit of compilations it would else be computed with all scores in memory."""
-    return torch.compile(_flex, fullgraph=True)
+@lru_cache
+def _compiled(kind: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """`_flex` with compilations of its own: torch allows 8 a code object, for its sizes enough, but not for all kinds.
+
+    In one graph: beyond the limit it would else be computed with all scores in memory.
+    """
+    code = _flex.__code__.replace(co_name=f"_flex_{next(_numbers)}")
+    return torch.compile(FunctionType(code, _flex.__globals__), fullgraph=True)
 
 
 def _cap(cap: float) -> Callable[..., Tensor]:
