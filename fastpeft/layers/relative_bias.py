@@ -1,8 +1,8 @@
 """T5's position bias, and that of models like it, as one value for each distance in place of queries x keys.
 
 The first layer of a stack makes the bias, and every layer hands it on to the next, so what it makes here is what all of
-them give to their attention function; UMT5's layers make one each. Cross-attention, which has none, makes queries x keys
-zeros; here nothing.
+them give to their attention function; UMT5's layers make one each. Cross-attention, which has none, makes zeros of
+queries x keys; here nothing.
 """
 
 from __future__ import annotations

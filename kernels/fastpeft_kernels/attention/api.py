@@ -96,18 +96,26 @@ def attention(
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    keys: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor | None:
     """`attention` of valid arguments of one dtype and nothing else, where PyTorch's own is what it takes; else None.
+
+    `keys` is the mask's.
 
     For callers to whom its looking at arguments matters: it takes the host as long as the attention of a few tokens.
 
     Returns:
         (batch, queries, heads, v_features), contiguous, or None.
     """
-    mask, scores = Mask(right=0) if causal else Mask(), Scores(q.shape[3] ** -0.5 if scale is None else scale)
-    if dropout > 0.0:
-        scores = replace(scores, dropout=dropout)
+    mask = Mask(right=0 if causal else None, keys=keys)
+    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, dropout=dropout)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if backend_of(q, k, v, mask, scores, False, deterministic) != "sdpa":
         return None
