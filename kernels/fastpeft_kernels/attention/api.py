@@ -56,11 +56,12 @@ def attention(
         deterministic: the same bits in every backward; may be slower.
         backend: "triton", our kernels on a GPU; "sdpa", `torch.nn.functional.scaled_dot_product_attention`;
             "blockwise", PyTorch's operations on one block after the other; "reference", all scores in memory at once;
-            "cudnn", "flash" and "efficient", one kernel of sdpa's by itself; "flex", FlexAttention; "fa2", "fa3" and
-            "fa4", the packages flash-attn, flash-attn-3 and flash-attn-4; each serves or raises. "auto": what
-            `fastpeft tune` found to be fastest, where that is exact for the call; else sdpa where it is exact, but on a
-            CPU without products in 16 bits not for gradients in them; else triton on a GPU that it serves; else
-            blockwise, and for few numbers on a CPU the reference.
+            "cudnn", "flash" and "efficient", one kernel of sdpa's by itself; "flex", FlexAttention; "compact", ours
+            over the keys that padding leaves, put together; "fa2", "fa3" and "fa4", the packages flash-attn,
+            flash-attn-3 and flash-attn-4; each serves or raises. "auto": what `fastpeft tune` found to be fastest,
+            where that is exact for the call; else sdpa where it is exact, but on a CPU without products in 16 bits not
+            for gradients in them; else triton on a GPU that it serves; else blockwise, and for few numbers on a CPU the
+            reference.
 
     Returns:
         (batch, heads, queries, v_features), laid out so that `.transpose(1, 2)` is contiguous; with `return_lse` also

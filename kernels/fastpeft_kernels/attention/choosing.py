@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.device import product_dtype, triton_available, triton_serves
 from ..common.tracing import as_op
-from ..tuning.choosing import choice
+from ..tuning.choosing import choice, gathers
 from .blocks import CPU
 from .candidates import registry
 from .candidates.request import Request
@@ -76,7 +76,7 @@ def _on_a_gpu(
         return "auto"
     if own_backend(q, k, v, mask, scores) == "triton":
         few = count <= _FEW_FOR_LAUNCHES and not with_lse
-        if few and _serves_dense(q, k, v, scores, deterministic):
+        if few and not gathers() and _serves_dense(q, k, v, scores, deterministic):
             return "dense"
         request = Request(q, k, v, mask, scores, with_lse, deterministic)
         key = None if with_lse else masked_key_of(q, k, v, mask, scores, request.gradients)

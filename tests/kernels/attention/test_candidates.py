@@ -15,17 +15,18 @@ from torch import Tensor
 
 from fastpeft_kernels.attention import Mask, attention, choosing
 from fastpeft_kernels.attention.candidates import flash, flash4, flex, flex_blocks, registry
+from fastpeft_kernels.attention.candidates.compact import put_together
 from fastpeft_kernels.attention.candidates.request import NotServedError, Request
 from fastpeft_kernels.attention.keys import MASKED, OP, key_of, masked_key_of
 from fastpeft_kernels.attention.masks import bounded, dense_mask
 from fastpeft_kernels.attention.reference import attention_reference
 from fastpeft_kernels.attention.scores import Scores
 from fastpeft_kernels.attention.tunables import TUNABLES
-from fastpeft_kernels.tuning.choosing import forced, learn
+from fastpeft_kernels.tuning.choosing import forced, learn, meeting
 from fastpeft_kernels.tuning.records import Winner
 from tests.budget import assert_within_budget
 
-from .drawn import every_mask, gradients, hold, make_case
+from .drawn import assert_same, every_mask, gradients, hold, make_case
 
 CPU = torch.device("cpu")
 LARGE = {"queries": 150, "keys": 290}  # more than one block of FlexAttention's, not a multiple
@@ -85,6 +86,38 @@ def test_blocks_say_what_the_mask_says(queries: int, monkeypatch: pytest.MonkeyP
         assert torch.equal(made.mask_mod(*at).expand(2, queries, keys), seen), name
         partial, full = made.to_dense()[:, 0].bool(), whole.expand(2, -1, -1)
         assert torch.equal(partial, some.expand(2, -1, -1) | full), name
+
+
+@pytest.mark.parametrize("name", ["padding", "padding_left", "holes", "everything"])
+def test_keys_put_together(name: str) -> None:
+    mask = replace(every_mask(2, 4, 19, 23)[name], dense=None)
+    case = make_case(mask=mask, extras=["softcap", "sinks"], dtype=torch.float64)
+
+    def ours(case: Any) -> tuple[Tensor, None]:
+        out = attention(case.q, case.k, case.v, **case.arguments(), backend="compact")
+        assert out.transpose(1, 2).is_contiguous()
+        return out, None
+
+    assert_same(case, ours)
+    order, intervals = put_together(mask, 19, 23)
+    seen, moved = dense_mask(mask, 19, 23, CPU), dense_mask(intervals, 19, 23, CPU)
+    assert seen is not None and moved is not None and intervals.keys is None
+    batch = max(len(order), len(moved))
+    seen, moved, order = seen.expand(batch, 1, 19, 23), moved.expand(batch, 1, 19, 23), order.expand(batch, -1)
+    assert torch.equal(seen.take_along_dim(order[:, None, None], -1), moved)
+
+
+def test_what_keys_put_together_cannot_do() -> None:
+    masks = every_mask(2, 4, 19, 23)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, "a mask with keys"),
+        ({"mask": masks["everything"]}, "a mask that is not dense"),
+        *(({"mask": masks["holes"], "extras": [name]}, "no biases") for name in ("relative", "bias", "dropout")),
+    ]
+    for sizes, reason in refused:
+        case = make_case(**sizes)
+        with pytest.raises(ValueError, match=f"'compact' was asked for, which cannot serve: expected {reason}"):
+            attention(case.q, case.k, case.v, **case.arguments(), backend="compact")
 
 
 @pytest.mark.full
@@ -236,7 +269,7 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cudnn", "flash", "efficient"):
         with pytest.raises(ValueError, match="expected q on a GPU, got cpu"):
             attention(case.q, case.k, case.v, backend=name)
-    assert registry.labels(CPU) == ("flex",) and choosing.attention_backends(CPU) == ("sdpa", "blockwise")
+    assert registry.labels(CPU) == ("flex", "compact") and choosing.attention_backends(CPU) == ("sdpa", "blockwise")
 
 
 def test_what_flex_cannot_do() -> None:
@@ -312,6 +345,11 @@ def test_what_pytorchs_own_cannot_do_is_a_choice_too(monkeypatch: pytest.MonkeyP
         assert chosen(Mask(left=-1)) == "auto"
     with forced({MASKED: "triton"}):
         assert chosen() == "triton"
+    few = case.q.detach(), case.k.detach(), case.v.detach(), Mask(left=5, right=0), Scores(0.25), False, False
+    with forced({MASKED: "flex"}), meeting() as met:
+        assert choosing._on_a_gpu(*few, count=1 << 10) == "flex", "the tuner is to see it"
+    assert [op for op, _ in met] == [MASKED]
+    assert choosing._on_a_gpu(*few, count=1 << 10) == "dense"
 
 
 def test_a_candidate_that_fails_to_compile_is_refused_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

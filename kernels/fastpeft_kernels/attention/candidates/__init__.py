@@ -1,1 +1,4 @@
-"""Attention by others, one file each: chosen where `fastpeft tune` found one to be fastest, or asked for by name."""
+"""Attention by others, and ours in other ways, one file each.
+
+Each is chosen where `fastpeft tune` found it to be fastest, or asked for by name.
+"""

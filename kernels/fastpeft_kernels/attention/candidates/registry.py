@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from ...common.tracing import as_op
+from .compact import Compact
 from .flash2 import Flash2
 from .flash3 import Flash3
 from .flash4 import Flash4
@@ -14,7 +15,7 @@ from .flex import Flex
 from .request import Candidate, Request
 from .sdpa_kernels import SDPA_KERNELS
 
-_ALL: tuple[Candidate, ...] = (*SDPA_KERNELS, Flex(), Flash2(), Flash3(), Flash4())
+_ALL: tuple[Candidate, ...] = (*SDPA_KERNELS, Flex(), Compact(), Flash2(), Flash3(), Flash4())
 CANDIDATES = {each.name: each for each in _ALL}
 
 

@@ -33,7 +33,7 @@ class NotServedError(RuntimeError):
 
 
 class Candidate(Protocol):
-    """An implementation that is not ours.
+    """An implementation that is not taken untuned.
 
     Attributes:
         name: of `backend` in `api.attention`.
