@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.device import triton_serves
 from .. import autograd
 from ..masks import Mask
 from .flex_blocks import row_bounds
-from .request import Request
+from .request import Request, absence_of_triton
 
 
 class Compact:
@@ -26,9 +25,7 @@ class Compact:
     beyond_sdpa = True
 
     def absence(self, device: torch.device) -> str | None:
-        if device.type == "cpu" or triton_serves(device):
-            return None
-        return f"expected q on a CPU or a GPU that Triton serves, got {device}"
+        return absence_of_triton(device)
 
     def version(self) -> str:
         return ""

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.device import triton_serves
 from .flex_blocks import blocks_of
-from .request import NotServedError, Request
+from .request import NotServedError, Request, absence_of_triton
 
 _SMALLEST_HEAD = 16
 _numbers = count()
@@ -28,9 +27,7 @@ class Flex:
     beyond_sdpa = True
 
     def absence(self, device: torch.device) -> str | None:
-        if device.type == "cpu" or triton_serves(device):
-            return None
-        return f"expected q on a CPU or a GPU that Triton serves, got {device}"
+        return absence_of_triton(device)
 
     def version(self) -> str:
         return ""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...common.device import triton_serves
 from ..masks import Mask
 from ..scores import Scores
 
@@ -30,6 +31,13 @@ class Request(NamedTuple):
 
 class NotServedError(RuntimeError):
     """A candidate found out in the call that it cannot serve it; its `refusal` says so from now on."""
+
+
+def absence_of_triton(device: torch.device) -> str | None:
+    """Why what needs Triton on GPUs, and nothing on a CPU, is not to be had on a device."""
+    if device.type == "cpu" or triton_serves(device):
+        return None
+    return f"expected q on a CPU or a GPU that Triton serves, got {device}"
 
 
 class Candidate(Protocol):
