@@ -82,16 +82,17 @@ def attention_forward(
     queries, keys = query.shape[2], key.shape[2]
     causal = (_module_is_causal(module) if is_causal is None else is_causal) and queries > 1
     dropout = dropout if getattr(module, "training", True) else 0.0
-    if attention_mask is None and softcap is None and s_aux is None and position_bias is None:
-        plain = _plain(query, key, value, causal, dropout, scaling, others)
-        if plain is not None:
+    if position_bias is not None and position_bias.numel() == 0:
+        position_bias = None
+    if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, others):
+        done = None
+        if position_bias is None:
+            done = _plain(query, key, value, attention_mask, causal, dropout, scaling, others)
+        elif queries == 1 and dropout == 0.0:
+            done = _one_query(query, key, value, attention_mask, position_bias, scaling)
+        if done is not None:
             count(module, "fused")
-            return plain, None
-    if queries == 1 and position_bias is not None and softcap is None and s_aux is None and dropout == 0.0:
-        one = _one_query(query, key, value, attention_mask, position_bias, scaling, others)
-        if one is not None:
-            count(module, "fused")
-            return one, None
+            return done, None
     if others.get("cache") is not None:  # of continuous batching, which holds keys that are not here
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
@@ -135,28 +136,47 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _asks_for_more(query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
+    """Whether there is anything special about a call, before its mask and scores are looked at."""
+    if type(query) is not Tensor or query.dtype.itemsize > 4 or query.shape[0] != key.shape[0]:
+        return True
+    if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
+        return True
+    return transformed() is not None
+
+
+def _of_one_query(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether it marks the keys that the only query sees: a step of generation."""
+    return (
+        mask.dtype == torch.bool
+        and mask.dim() == 4
+        and mask.shape[2] == query.shape[2] == 1
+        and (mask.shape[3] == key.shape[2])
+    )
+
+
 def _plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     causal: bool,
     dropout: float,
     scaling: float | None,
     others: dict[str, Any],
 ) -> Tensor | None:
     """What most calls ask for, at little cost to the host: PyTorch's own where it serves; None where more is asked."""
+    keys = None
+    if mask is not None:
+        if not _of_one_query(mask, query, key) or mask.shape[1] != 1:
+            return None
+        keys = mask[:, 0, 0]
     if causal and key.shape[2] != query.shape[2]:
-        return None
-    if query.dtype.itemsize > 4 or any([others.get(name) is not None for name in _SEEN_TO]):
-        return None
-    if query.shape[0] != key.shape[0] or dropout >= 1.0 or torch.compiler.is_compiling():
-        return None
-    if type(query) is not Tensor or transformed() is not None:
         return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
         return None
     query, key, value = _autocast(query, key, value)
-    return plain_attention(query, key, value, causal=causal, scale=scaling, dropout=dropout)
+    return plain_attention(query, key, value, causal=causal, keys=keys, scale=scaling, dropout=dropout)
 
 
 def _module_is_causal(module: Any) -> bool:
@@ -172,17 +192,14 @@ def _one_query(
     mask: Tensor | None,
     bias: Tensor,
     scaling: float | None,
-    others: dict[str, Any],
 ) -> Tensor | None:
-    """A step of generation with T5's bias, which for one query is a row, by PyTorch's own; None for others."""
-    if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
+    """A step of generation with T5's bias, which for one query is a row, by PyTorch's own; None for others.
+
+    By itself, because `attention` looks at its arguments for as long as this takes.
+    """
+    if query.requires_grad or key.requires_grad or (mask is not None and not _of_one_query(mask, query, key)):
         return None
-    if type(query) is not Tensor or transformed() is not None or query.requires_grad or key.requires_grad:
-        return None
-    keys = key.shape[2]
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (1, keys)):
-        return None
-    if bias.shape[2:] != (1, keys) or bias.requires_grad:
+    if bias.shape[2:] != (1, key.shape[2]) or bias.requires_grad:
         return None
     query, key, value = _autocast(query, key, value)
     bias = bias.to(query.dtype)
@@ -265,7 +282,7 @@ def _position_bias(
     given: Tensor | None, bias: Tensor | None, queries: int, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(relative, bias) of the op."""
-    if given is None or given.numel() == 0:
+    if given is None:
         return None, bias
     if given.shape[0] == given.shape[2] == 1 and given.shape[3] == queries + keys - 1:
         return given[0, :, 0], bias

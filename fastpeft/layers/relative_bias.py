@@ -1,11 +1,13 @@
 """T5's position bias, and that of models like it, as one value for each distance in place of queries x keys.
 
 The first layer of a stack makes the bias, and every layer hands it on to the next, so what it makes here is what all of
-them give to their attention function. Cross-attention, which has none, makes queries x keys zeros; here nothing.
+them give to their attention function; UMT5's layers make one each. Cross-attention, which has none, makes zeros of
+queries x keys; here nothing.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 from functools import cache
 from typing import Any
@@ -46,6 +48,38 @@ class RelativeBias(nn.Module):
         return reduced(self, RelativeBias)
 
 
+class NoBias(nn.Module):
+    """Mixed in before UMT5's attention class where it is cross-attention, which takes no bias that could be handed in.
+
+    Its code asks `has_relative_attention_bias` whether to make zeros or to call `compute_bias`: it is told the latter.
+    """
+
+    def compute_bias(self, query_length: int, key_length: int, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        """(1, 1, 1, 0), for none."""
+        return torch.empty((1, 1, 1, 0), device=device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not _ours(self):
+            return super().forward(*args, **kwargs)
+        self.has_relative_attention_bias = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.has_relative_attention_bias = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, NoBias)
+
+
+MIXTURES = (RelativeBias, NoBias)
+
+
+def mixture_of(module: Any) -> type[nn.Module]:
+    """Which of them serves a module for which `why_not_by_distance` gives None."""
+    has = module.has_relative_attention_bias
+    return RelativeBias if has or _takes_a_bias(unmixed(type(module))) else NoBias
+
+
 def why_not_by_distance(module: Any) -> str | None:
     """Why an attention module's bias cannot be one of distances; None if it can, empty if the module knows of none."""
     has = getattr(module, "has_relative_attention_bias", None)
@@ -53,7 +87,8 @@ def why_not_by_distance(module: Any) -> str | None:
         return ""
     kind: Any = unmixed(type(module))
     if not has:
-        return None if _takes_a_bias(kind) else "zeros of queries x keys in place of a bias"
+        served = _takes_a_bias(kind) or _asks_whether_to_make_one(kind)
+        return None if served else "zeros of queries x keys in place of a bias"
     try:
         with torch.no_grad():
             alike = all(_same(kind, module, *sizes) for sizes in SIZES)
@@ -72,6 +107,13 @@ def _same(kind: type[Any], module: Any, queries: int, keys: int, past: int) -> b
 
 def _ours(module: Any) -> bool:
     return attention_implementation(module) == ATTENTION
+
+
+@cache
+def _asks_whether_to_make_one(kind: type[Any]) -> bool:
+    """Whether the code of its forward reads the flag and makes a bias once each, by arguments that `NoBias` takes."""
+    read = [each.argval for each in dis.get_instructions(kind.forward) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    return read.count("has_relative_attention_bias") == read.count("compute_bias") == 1
 
 
 @cache

@@ -18,7 +18,7 @@ from ..integrations.transformers import (
 )
 from ..layers.counting import DENSE, outcomes
 from ..layers.mixing import swap_in, swap_out, unmixed
-from ..layers.relative_bias import RelativeBias, why_not_by_distance
+from ..layers.relative_bias import MIXTURES, mixture_of, why_not_by_distance
 from .base import Left, Match
 
 OP = "attention"
@@ -59,7 +59,7 @@ class AttentionReplacement:
             return Left(f"attn_implementation={name!r} was asked for")
         if getattr(module.config, "output_attentions", False):
             return Left("output_attentions=True in its configuration, which only eager attention can do")
-        if not attention_is_an_argument(kind):
+        if not attention_is_an_argument(kind) and why_not_by_distance(module) is not None:
             return Left("only its own eager attention is known to compute what it needs")
         return Match(OP, name)
 
@@ -73,7 +73,7 @@ class AttentionReplacement:
         module.fastpeft_attention = Before(proved.found)  # type: ignore[assignment]
         module.__dict__.setdefault("fastpeft_calls", {})
         if why_not_by_distance(module) is None:
-            swap_in(module, RelativeBias)
+            swap_in(module, mixture_of(module))
 
     def installed(self, module: nn.Module) -> Match | None:
         served = "fastpeft_attention" in module.__dict__ and attention_implementation(module) == ATTENTION
@@ -94,7 +94,8 @@ class AttentionReplacement:
         module.__dict__.pop("fastpeft_calls", None)
         if attention_implementation(module) == ATTENTION:
             set_attention_implementation(module, before.name)
-        swap_out(module, RelativeBias)
+        for mixture in MIXTURES:
+            swap_out(module, mixture)
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:

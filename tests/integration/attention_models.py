@@ -36,6 +36,9 @@ MORE: dict[str, Callable[[], nn.Module]] = {
         hf.ModernBertConfig(**{**_ENCODER, **_MODERN, "bos_token_id": 1, "eos_token_id": 2})
     ),
     "mt5": lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**_T5)),
+    "switch": lambda: hf.SwitchTransformersForConditionalGeneration(
+        hf.SwitchTransformersConfig(**_T5, num_experts=2, router_jitter_noise=0.0)
+    ),
     "umt5": lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**_T5)),
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(**{**_TRANSLATOR, **_SOUND, "bos_token_id": 1, "eos_token_id": 2})

@@ -25,13 +25,13 @@ from transformers import (
 from transformers.models.mllama import MllamaTextConfig
 
 import fastpeft
-from fastpeft.layers.relative_bias import RelativeBias
+from fastpeft.layers.relative_bias import MIXTURES
 from tests.integration.attention_models import NAMES, inputs, make
 from tests.integration.models import with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
-OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5", "pegasus_x")
+OFTEN = ("llama", "gemma2", "gpt_oss", "bert", "t5", "umt5", "pegasus_x")
 MODELS = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
 
 
@@ -70,11 +70,11 @@ def rows(model: nn.Module) -> list[Any]:
 def test_loss_and_gradients_are_those_of_eager(name: str, padding: str) -> None:
     model = make(name)
     check(model, inputs(model, padding))
-    assert rows(model) and all(row.accelerated and (not row.note or name == "umt5") for row in rows(model))
+    assert rows(model) and all(row.accelerated and not row.note for row in rows(model))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["t5", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama", "umt5"))])
 def test_with_activation_checkpointing(name: str, use_reentrant: bool) -> None:
     model = make(name)
     model.enable_input_require_grads()
@@ -161,7 +161,7 @@ def longest(model: Any, given: dict[str, Any]) -> int:
     return seen.most
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["t5", "umt5", pytest.param("llama", marks=pytest.mark.full)])
 def test_no_tensor_of_queries_times_keys_of_t5_s_bias_or_of_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around the op, which is replaced by one that makes nothing: masks, T5's bias and its zeros."""
 
@@ -170,9 +170,9 @@ def test_no_tensor_of_queries_times_keys_of_t5_s_bias_or_of_a_mask(name: str, mo
         return (q + k.mean() + v.mean() + extra).transpose(1, 2).contiguous().transpose(1, 2)
 
     model = make(name)
-    tokens = 512 if name == "t5" else 400
+    tokens = 400 if name == "llama" else 512
     given = inputs(model, "left", tokens)
-    if name == "t5":
+    if name != "llama":
         given["labels"] = given["input_ids"]
     monkeypatch.setattr("fastpeft.integrations.attention.attention", nothing)
     assert longest(accelerated(model), given) < 2 * tokens * 128 + 1
@@ -181,7 +181,7 @@ def test_no_tensor_of_queries_times_keys_of_t5_s_bias_or_of_a_mask(name: str, mo
 class TestGenerating:
     @pytest.mark.parametrize(
         "name",
-        ["llama", "t5"]
+        ["llama", "t5", "umt5"]
         + [pytest.param(name, marks=pytest.mark.full) for name in ("mistral", "gemma2", "gpt_oss", "bart", "whisper")],
     )
     def test_the_tokens_of_eager(self, name: str) -> None:
@@ -219,7 +219,7 @@ class TestGenerating:
 
 class TestSwitching:
     def test_restore_leaves_no_trace(self) -> None:
-        for name in ("llama", "t5"):
+        for name in ("llama", "t5", "umt5"):
             model = make(name)
             shape, implementation = shape_of(model), model.config._attn_implementation
             given = inputs(model)
@@ -230,17 +230,18 @@ class TestSwitching:
             assert shape_of(model) == shape and model.config._attn_implementation == implementation
             assert step(model, given).equals(before)
 
-    def test_there_and_back_by_hand(self) -> None:
+    @pytest.mark.parametrize("name", ["t5", pytest.param("umt5", marks=pytest.mark.full)])
+    def test_there_and_back_by_hand(self, name: str) -> None:
         """T5's bias is queries x keys again for whoever wants it so."""
-        model = accelerated(make("t5"))
+        model = accelerated(make(name))
         given = inputs(model)
         plain = eager(fastpeft.restore(copy.deepcopy(model)))
         oracle, reference = exact(plain, given), step(plain, given)
-        for name in ("eager", "sdpa", "fastpeft"):
+        for there in ("eager", "sdpa", "fastpeft"):
             for part in (model, model.encoder, model.decoder):  # transformers 5.17 does not reach the stacks
-                part.set_attn_implementation(name)
+                part.set_attn_implementation(there)
             assert_step_close(step(model, given), reference, oracle)
-            assert all(row.accelerated == (name == "fastpeft") for row in rows(model))
+            assert all(row.accelerated == (there == "fastpeft") for row in rows(model))
 
     def test_what_was_asked_for_by_name_stays(self) -> None:
         model = make("llama")
@@ -254,7 +255,7 @@ class TestSwitching:
         fastpeft.accelerate(model, attention=False)
         assert {row.note for row in rows(model)} == {"attention=False"}
         assert model.config._attn_implementation == "sdpa"
-        assert not any(isinstance(module, RelativeBias) for module in model.modules())
+        assert not any(isinstance(module, MIXTURES) for module in model.modules())
 
     def test_two_models_of_one_process(self) -> None:
         ours, other = make("llama"), make("llama")

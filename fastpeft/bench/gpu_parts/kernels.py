@@ -10,6 +10,7 @@ parallel = True
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft_kernels.activation import gpu as activation
     from fastpeft_kernels.attention import gpu as attention
+    from fastpeft_kernels.attention import gpu_candidates as attention_candidates
     from fastpeft_kernels.attention import gpu_op as attention_op
     from fastpeft_kernels.experts import gpu as experts
     from fastpeft_kernels.fp8 import gpu as fp8
@@ -27,6 +28,7 @@ def run(recorder: Recorder, depth: str) -> None:
     suites |= {
         "experts": experts,
         "attention_op": attention_op,
+        "attention_candidates": attention_candidates,
         "lora_other": lora_other,
         "loss": loss,
         "lycoris": lycoris,

@@ -36,6 +36,7 @@ def _run(recorder: Recorder, sizes: dict[str, dict[str, Any]], tokens: list[int]
         return
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     recorder.run_checks("tuning", _checks(recorder, sizes, methods, tokens, seconds))
+    recorder.run_checks("tuning", _masked_checks(recorder, max(tokens), seconds))
     recorder.run_checks("tuning", _steps(recorder, sizes, methods, max(tokens), 1 if seconds == 0.0 else 15))
 
 
@@ -45,6 +46,30 @@ def _checks(
     for name, size in sizes.items():
         for method in methods:
             yield f"{name} {method}", partial(_tune, recorder, size, method, tokens, seconds)
+
+
+def _masked_checks(recorder: Recorder, tokens: int, seconds: float) -> Iterator[Any]:
+    """Attention that PyTorch's own cannot do, as Llama's, Mistral's, Gemma 2's and gpt-oss's layers ask for it."""
+    asked: dict[str, dict[str, Any]] = {
+        "padding or documents": {"intervals": True},
+        "padding with holes": {"right": 1, "marks": True},
+        "window": {"left": 1024, "right": 1},
+        "soft cap": {"right": 1, "softcap": True},
+        "window and sinks": {"left": 128, "right": 1, "sinks": True},
+    }
+    for name, parts in asked.items():
+        yield f"attention, {name}", partial(_tune_masked, recorder, parts, tokens, seconds)
+
+
+def _tune_masked(recorder: Recorder, parts: dict[str, Any], tokens: int, seconds: float) -> dict[str, float]:
+    from fastpeft_kernels import tuner
+    from fastpeft_kernels.attention.keys import MASKED, MaskedKey
+
+    dtype = "bfloat16" if recorder.device == "cuda" else "float32"
+    bounds = {"left": -1, "right": -1, "intervals": False, "marks": False, "softcap": False, "sinks": False}
+    sizes = (1, 32, 8, tokens, tokens, 128, 128) if recorder.device == "cuda" else (1, 2, 1, tokens, tokens, 16, 16)
+    key = MaskedKey(*sizes, **{**bounds, **parts}, gradients=True, dtype=dtype)
+    return _measure(recorder, tuner.cases_for([(MASKED, key)], _device(recorder), [tokens]), seconds)
 
 
 def _steps(
@@ -99,9 +124,8 @@ def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[in
     import fastpeft
     from fastpeft.bench.steps import StepCase, adapt
     from fastpeft.tuning import cases_of
-    from fastpeft_kernels import tuner
 
-    device = torch.device(recorder.device, 0) if recorder.device == "cuda" else torch.device("cpu")
+    device = _device(recorder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:  # random numbers are drawn faster on a GPU
         base = _layer(**size)
@@ -110,6 +134,20 @@ def _tune(recorder: Recorder, size: dict[str, Any], method: str, tokens: list[in
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):  # as Trainer's bf16
         cases = cases_of(model, tokens)
     del model
+    return _measure(recorder, cases, seconds)
+
+
+def _device(recorder: Recorder) -> Any:
+    import torch
+
+    return torch.device(recorder.device, 0) if recorder.device == "cuda" else torch.device("cpu")
+
+
+def _measure(recorder: Recorder, cases: list[Any], seconds: float) -> dict[str, float]:
+    """Times of every candidate of the cases; the winners go to tuned/."""
+    from fastpeft_kernels import tuner
+
+    device = _device(recorder)
     folder = recorder.file.path.parent / "tuned"
     outcomes = tuner.tune(cases, device, folder=folder, again=True, seconds=seconds)
     wrong = []

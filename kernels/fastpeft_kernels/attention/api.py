@@ -12,6 +12,8 @@ from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..common.validation import check_instance
 from . import autograd, custom_op
+from .candidates import registry
+from .candidates.request import NotServedError, Request
 from .choosing import backend_of, triton_refusal
 from .library import attention_sdpa, sdpa_refusal
 from .masks import Mask, bounded, dense_mask
@@ -19,7 +21,7 @@ from .reference import attention_reference
 from .scores import Scores
 from .validation import check_mask, check_qkv, check_scores
 
-BACKENDS = ("auto", "triton", "sdpa", "blockwise", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "blockwise", "reference", *registry.CANDIDATES)
 
 
 def attention(
@@ -54,9 +56,12 @@ def attention(
         deterministic: the same bits in every backward; may be slower.
         backend: "triton", our kernels on a GPU; "sdpa", `torch.nn.functional.scaled_dot_product_attention`;
             "blockwise", PyTorch's operations on one block after the other; "reference", all scores in memory at once;
-            each serves or raises. "auto": what `fastpeft tune` found to be fastest among those exact for the call; else
-            sdpa where it is exact, but on a CPU without products in 16 bits not for gradients in them; else triton on a
-            GPU that it serves; else blockwise, and for few numbers on a CPU the reference.
+            "cudnn", "flash" and "efficient", one kernel of sdpa's by itself; "flex", FlexAttention; "compact", ours
+            over the keys that padding leaves, put together; "fa2", "fa3" and "fa4", the packages flash-attn,
+            flash-attn-3 and flash-attn-4; each serves or raises. "auto": what `fastpeft tune` found to be fastest,
+            where that is exact for the call; else sdpa where it is exact, but on a CPU without products in 16 bits not
+            for gradients in them; else triton on a GPU that it serves; else blockwise, and for few numbers on a CPU the
+            reference.
 
     Returns:
         (batch, heads, queries, v_features), laid out so that `.transpose(1, 2)` is contiguous; with `return_lse` also
@@ -92,18 +97,26 @@ def attention(
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    keys: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor | None:
     """`attention` of valid arguments of one dtype and nothing else, where PyTorch's own is what it takes; else None.
+
+    `keys` is the mask's.
 
     For callers to whom its looking at arguments matters: it takes the host as long as the attention of a few tokens.
 
     Returns:
         (batch, queries, heads, v_features), contiguous, or None.
     """
-    mask, scores = Mask(right=0) if causal else Mask(), Scores(q.shape[3] ** -0.5 if scale is None else scale)
-    if dropout > 0.0:
-        scores = replace(scores, dropout=dropout)
+    mask = Mask(right=0 if causal else None, keys=keys)
+    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, dropout=dropout)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if backend_of(q, k, v, mask, scores, False, deterministic) != "sdpa":
         return None
@@ -113,10 +126,18 @@ def plain_attention(
 def _compute(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    if backend == "auto":
+    asked = backend != "auto"
+    if not asked:
         backend = backend_of(q, k, v, mask, scores, with_lse, deterministic)
     elif reason := _refusal(backend, q, k, v, mask, scores, with_lse, deterministic):
         raise ValueError(f"backend: {backend!r} was asked for, which cannot serve: {reason}")
+    if backend in registry.CANDIDATES:
+        try:
+            return registry.CANDIDATES[backend].run(Request(q, k, v, mask, scores, with_lse, deterministic)), None
+        except NotServedError:
+            if asked:
+                raise
+            return _compute(q, k, v, mask, scores, with_lse, deterministic, "auto")  # it refuses this case by now
     if backend == "dense":
         backend, mask = "sdpa", Mask(dense=dense_mask(mask, q.shape[2], k.shape[2], q.device))
     if backend == "sdpa":
@@ -144,6 +165,8 @@ def _refusal(
         if with_lse:
             return "expected return_lse=False, got True"
         return sdpa_refusal(q, k, v, mask, scores, deterministic)
+    if backend in registry.CANDIDATES:
+        return registry.refusal(backend, Request(q, k, v, mask, scores, with_lse, deterministic))
     if backend == "triton" and not as_op():
         return triton_refusal(q, k, v, mask, scores)
     return None

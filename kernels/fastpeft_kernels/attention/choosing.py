@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.device import product_dtype, triton_available, triton_serves
 from ..common.tracing import as_op
-from ..tuning.choosing import choice
-from ..tuning.keys import bucket, dtype_name
+from ..tuning.choosing import choice, gathers
 from .blocks import CPU
+from .candidates import registry
+from .candidates.request import Request
+from .keys import MASKED, OP, key_of, masked_key_of
 from .library import sdpa_refusal
 from .masks import Mask
 from .scores import Scores
 
-OP = "attention"
 _TINY = 1 << 17  # scores of the whole call: half a megabyte
 _FEW_SCORES = 1 << 26  # a quarter of a gigabyte in fp32
 _FEW_FOR_LAUNCHES = 1 << 23
@@ -27,32 +27,6 @@ _FEW_SEEN = 1 << 28  # of a mask's elements, a byte each
 _FEW_SEEN_ON_CPU = CPU.scores  # no more memory than a block's
 """Measured on an EPYC, one thread, fp32, causal with padding, 8 heads of 64, forward and backward, in ms, dense and in
 blocks: 4 rows of 256 tokens 36 and 61, of 512 137 and 177, 2 of 1024 289 and 290."""
-
-
-class AttentionKey(NamedTuple):
-    """A call that PyTorch's own attention could serve. Queries and keys are rounded up to powers of two."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    features: int
-    mask: str
-    gradients: bool
-    dtype: str
-
-    def __str__(self) -> str:
-        sizes = f"{self.batch}x{self.heads}({self.kv_heads})x{self.queries}x{self.keys}x{self.features}"
-        return f"{sizes}, {self.mask}, {self.dtype}{', with gradients' if self.gradients else ''}"
-
-    def at(self, tokens: int, device: torch.device) -> AttentionKey:
-        """So many tokens in sequences of as many queries and keys as before, no longer than the tokens are many."""
-        queries, keys = min(self.queries, bucket(tokens)), min(self.keys, bucket(tokens))
-        return self._replace(batch=max(1, bucket(tokens) // queries), queries=queries, keys=keys)
-
-    def smaller(self) -> AttentionKey:
-        return self._replace(batch=1, queries=min(self.queries, 512), keys=min(self.keys, 512))
 
 
 def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with_lse: bool, deterministic: bool) -> str:
@@ -79,7 +53,15 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
     if as_op() or q.dtype == torch.float64:
         return default
     found = choice(OP, q.device, lambda: key_of(q, k, mask, scores, gradients), attention_backends, default)
-    return default if found == "triton" and triton_refusal(q, k, v, mask, scores) is not None else found
+    return _serving(found, default, Request(q, k, v, mask, scores, with_lse, deterministic))
+
+
+def _serving(found: str, default: str, request: Request) -> str:
+    """The backend that was chosen, where it serves this very call; else the default."""
+    name = registry.named(found)
+    if name == "triton":
+        return default if triton_refusal(*request[:5]) is not None else name
+    return default if name in registry.CANDIDATES and registry.refusal(name, request) is not None else name
 
 
 def _on_a_gpu(
@@ -94,7 +76,13 @@ def _on_a_gpu(
         return "auto"
     if own_backend(q, k, v, mask, scores) == "triton":
         few = count <= _FEW_FOR_LAUNCHES and not with_lse
-        return "dense" if few and _serves_dense(q, k, v, scores, deterministic) else "auto"
+        if few and not gathers() and _serves_dense(q, k, v, scores, deterministic):
+            return "dense"
+        request = Request(q, k, v, mask, scores, with_lse, deterministic)
+        key = None if with_lse else masked_key_of(q, k, v, mask, scores, request.gradients)
+        if key is None:
+            return "auto"
+        return _serving(choice(MASKED, q.device, lambda: key, masked_backends, "auto"), "auto", request)
     if count // q.shape[1] <= _FEW_SEEN and not with_lse and _serves_dense(q, k, v, scores, deterministic):
         return "dense"
     return "reference" if count <= _FEW_SCORES else "auto"
@@ -113,18 +101,18 @@ def _slow_in_16_bits(q: Tensor) -> bool:
     return product_dtype(q.dtype, q.device) != q.dtype
 
 
-def key_of(q: Tensor, k: Tensor, mask: Mask, scores: Scores, gradients: bool) -> AttentionKey:
-    """The case of a call."""
-    batch, heads, queries, features = q.shape
-    kind = "causal" if mask.right is not None else "keys" if mask.keys is not None else "all"
-    kind = "dense" if mask.dense is not None or scores.bias is not None else kind
-    sizes = (bucket(queries), bucket(k.shape[2]), features)
-    return AttentionKey(batch, heads, k.shape[1], *sizes, kind, gradients, dtype_name(q.dtype))
-
-
 def attention_backends(device: torch.device) -> Sequence[str]:
-    """All that can be chosen on a device, PyTorch's own first."""
-    return ("sdpa", "triton") if triton_serves(device) else ("sdpa", "blockwise")
+    """All that can be chosen on a device where PyTorch's own serves, that first."""
+    if device.type != "cuda":
+        return ("sdpa", "blockwise")
+    return ("sdpa", "triton" if triton_serves(device) else "blockwise", *registry.labels(device))
+
+
+def masked_backends(device: torch.device) -> Sequence[str]:
+    """All that can be chosen on a device where PyTorch's own does not serve, ours first."""
+    if device.type != "cuda":
+        return ("blockwise",)
+    return ("triton" if triton_serves(device) else "blockwise", *registry.labels(device, beyond_sdpa=True))
 
 
 def own_backend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str:

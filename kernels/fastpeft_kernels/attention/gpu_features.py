@@ -48,6 +48,8 @@ def _measure(case: _Case) -> dict[str, Any]:
     }
     if case.flex_mask is not None:
         ways["flex_"] = _flex(case, it, tuple(leaves.values()))
+    if it.mask.keys is not None:
+        ways["compact_"] = lambda: attention(*leaves.values(), mask=it.mask, backend="compact", **settings)
     if it.scores.softcap is None:
         ways["sdpa_"] = lambda: _sdpa(it, tuple(leaves.values()), added)
     figures: dict[str, Any] = {}

@@ -29,7 +29,7 @@ _PLAIN = Shape(queries=300, keys=300)
 _TRAINED = ("relative", "bias", "sinks")
 
 
-_Cases = list[tuple[Shape, tuple[str, ...], tuple[str, ...]]]
+Cases = list[tuple[Shape, tuple[str, ...], tuple[str, ...]]]
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -61,31 +61,31 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def _check_blockwise(dtype: torch.dtype) -> dict[str, Any]:
     # More than one block of queries and keys, of which the second is seen in part
-    cases: _Cases = [(_PLAIN, (mask,), ()) for mask in MASKS] + [(_PLAIN, ("causal",), (kind,)) for kind in SCORES]
+    cases: Cases = [(_PLAIN, (mask,), ()) for mask in MASKS] + [(_PLAIN, ("causal",), (kind,)) for kind in SCORES]
     large = Shape(1, 4, 2, 1100, 1300, 64, 48)
     cases += [(large, ("both sides", "padding"), ("softcap", "sinks", "relative", "dropout")), (large, ("causal",), ())]
-    return _check(cases, dtype, "blockwise")
+    return check_cases(cases, dtype, "blockwise")
 
 
 def _check_sdpa(dtype: torch.dtype) -> dict[str, Any]:
     shapes = [_PLAIN._replace(features=size, v_features=size, kv_heads=4) for size in (64, 128, 80)]
     shapes.append(_PLAIN._replace(queries=1, kv_heads=4))
-    cases: _Cases = [(shape, (mask,), ()) for shape in shapes for mask in ("everything", "causal")]
+    cases: Cases = [(shape, (mask,), ()) for shape in shapes for mask in ("everything", "causal")]
     cases += [(shape, ("keys",), ()) for shape in shapes]
     cases += [(_PLAIN, ("causal",), ()), (_PLAIN._replace(queries=1), ("keys",), ())]
-    return _check(cases, dtype, "sdpa")
+    return check_cases(cases, dtype, "sdpa")
 
 
 def _check_chosen(dtype: torch.dtype) -> dict[str, Any]:
-    cases: _Cases = [(_PLAIN, (mask,), ()) for mask in MASKS]
+    cases: Cases = [(_PLAIN, (mask,), ()) for mask in MASKS]
     cases += [(_PLAIN, ("causal",), (kind,)) for kind in SCORES]
-    figures = _check(cases, dtype, "auto")
-    it = _problem(_PLAIN, dtype, ("causal",), ("softcap",))
+    figures = check_cases(cases, dtype, "auto")
+    it = problem_of(_PLAIN, dtype, ("causal",), ("softcap",))
     args = (it.q, it.k, it.v, it.mask, it.scores)
     return {**figures, "ours": own_backend(*args), "triton_refusal": triton_refusal(*args)}
 
 
-def _problem(shape: Shape, dtype: torch.dtype, masks: tuple[str, ...], scores: tuple[str, ...]) -> Problem:
+def problem_of(shape: Shape, dtype: torch.dtype, masks: tuple[str, ...], scores: tuple[str, ...]) -> Problem:
     """`problems.problem`; "keys" is padding without causality, and the last of the batch has nothing to see."""
     if masks != ("keys",):
         return problem(shape, dtype, _DEVICE, masks, scores)
@@ -93,10 +93,11 @@ def _problem(shape: Shape, dtype: torch.dtype, masks: tuple[str, ...], scores: t
     return replace(it, mask=Mask(keys=it.mask.keys))
 
 
-def _check(cases: _Cases, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+def check_cases(cases: Cases, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """Output and every gradient of a backend within budget."""
     verdicts = Verdicts()
     for shape, masks, scores in cases:
-        it = _problem(shape, dtype, masks, scores)
+        it = problem_of(shape, dtype, masks, scores)
         what = f"{shape} {masks} {scores}"
         out, ours = _run(it, backend)
         assert out.transpose(1, 2).is_contiguous(), what
@@ -128,7 +129,8 @@ def _call(leaves: dict[str, Tensor], mask: Mask, scores: Scores, backend: str) -
 
 
 @contextmanager
-def _no_wait() -> Iterator[None]:
+def no_wait() -> Iterator[None]:
+    """Within it a wait for the device is an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -146,7 +148,7 @@ def _check_no_wait() -> dict[str, Any]:
     for backend in ("auto", "blockwise"):
         for it in (plain, made):
             _run(it, backend)  # what is compiled, or measured of the device, at first
-    with _no_wait():
+    with no_wait():
         masks = [
             ranges.packed(cu_seqlens, 300, window=(50, None)),
             ranges.packed_by_position(position_ids),

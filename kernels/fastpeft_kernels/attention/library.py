@@ -79,17 +79,21 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def attn_mask_of(mask: Mask, scores: Scores) -> Tensor | None:
+    """Keys, dense mask or bias, of which there is one at most, with four dimensions, as PyTorch's own takes it."""
+    seen = mask.dense if mask.keys is None else mask.keys[:, None, None, :]
+    return _four(seen if scores.bias is None else scores.bias)
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> bool:
     if as_op() or q.device.type not in ("cpu", "cuda"):
         same = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256
         return same and q.stride(3) == k.stride(3) == v.stride(3) == 1
-    seen = mask.dense if mask.keys is None else mask.keys[:, None, None, :]
-    extra = seen if scores.bias is None else scores.bias
     chosen = torch._fused_sdp_choice(
         q,
         k,
         v,
-        _four(extra),
+        attn_mask_of(mask, scores),
         scores.dropout,
         mask.right is not None,
         scale=scores.scale,
