@@ -26,7 +26,6 @@ from .lazy_logits import logits_of
 from .mixing import mixed
 from .requests import Request, base_bias, plain_request
 
-
 FEW_ON_CPU = 1 << 19
 """Logits up to which a model's step takes less time on a CPU with them than without."""
 FEW_SLOW_ON_CPU = 1 << 15

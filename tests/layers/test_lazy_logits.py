@@ -140,7 +140,7 @@ def test_a_trained_bias_that_is_written_to_before_the_loss(write: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "slow"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_few_logits_are_made_on_a_cpu(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to a number, in 16 bits another where the CPU multiplies these slowly; a proof leaves them out all the same."""
+    """Up to a number, in 16 bits another where these are slow; a proof leaves them out all the same."""
     pair, multiplied = Pair(dtype), dtype.itemsize == 2 and slow
     monkeypatch.setattr(head_module, "product_dtype", lambda d, _: torch.float32 if slow else d)
     name = "FEW_SLOW_ON_CPU" if multiplied else "FEW_ON_CPU"
