@@ -31,6 +31,7 @@ class LossReplacement:
     """
 
     switch = "loss"
+    adapts = False
 
     def match(self, module: nn.Module) -> Match | Left | None:
         kind: Any = type(module)
