@@ -47,8 +47,8 @@ def norm_in_fp64(module: FastNorm) -> nn.Module:
     """The model's own norm, likewise; to be called within `Wide`."""
     wide = _copied(module, stock_class(FastNorm, type(module)))
     for name, parameter in module._parameters.items():
-        own = None if parameter is None else parameter.detach().double()
-        wide._parameters[name] = None if own is None else nn.Parameter(own, parameter.requires_grad)
+        own = None if parameter is None else nn.Parameter(parameter.detach().double(), parameter.requires_grad)
+        wide._parameters[name] = own
     return wide
 
 
