@@ -101,7 +101,7 @@ def accelerate(
     if memory is not None:
         logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
     modules = dict(model.named_modules())
-    found: set[str] = set()
+    found: dict[str, bool] = {}
     for replacement in REPLACEMENTS:
         setting = getattr(switches, replacement.switch)
         if not setting:
@@ -118,9 +118,10 @@ def accelerate(
                 replacement.install(module, proved)
             mine[path] = module
         replacement.finish(model, mine, setting)
-        found |= {replacement.switch} if mine else set()
+        if mine:
+            found[replacement.switch] = found.get(replacement.switch, False) or replacement.adapts
     ask_fp8(modules, fp8_compute, fp8_exclude)
-    if found <= {"attention", "norms", "loss"}:
+    if not any(found.values()):
         *others, last = sorted(found) or [""]
         what = f"nothing but {', '.join(others)}{' and ' * bool(others)}{last}" if found else "nothing"
         logger.warning("%s was replaced in this %s; fastpeft.report(model) says why", what, type(model).__name__)

@@ -27,7 +27,7 @@ from .layers.norm import FastNorm
 from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
 from .verification_losses import check_losses, noisy_gradients, recorded_losses
-from .verification_modules import Check, Whole, check_layers, check_wholes, rounding_of_heads
+from .verification_modules import Check, Whole, check_layers, check_norms, check_wholes, rounding_of_heads
 from .verification_states import calm, noisy, suspended
 
 MODEL_SLACK = 4.0
@@ -112,11 +112,12 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
         wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
-        norms = {path: module for path, module in model.named_modules() if isinstance(module, (FastNorm, FastRotary))}
+        norms = {path: module for path, module in model.named_modules() if isinstance(module, FastNorm)}
+        turns = {path: module for path, module in model.named_modules() if isinstance(module, FastRotary)}
         heads = dict(own_heads(model))
-        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms, **heads}
+        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms, **turns, **heads}
         # A hook on its projections takes an MLP apart, one on a head makes logits.
-        _, traffic = recorded_step(model, {**layers, **heads}, inputs, record=True)
+        _, traffic = recorded_step(model, {**layers, **norms, **heads}, inputs, record=True)
         adapted_heads = {path: layer for path, layer in layers.items() if "fastpeft_loss" in layer.__dict__}
         every_head: dict[str, nn.Module] = {**heads, **adapted_heads}
         with recorded_losses(every_head) as losses:
@@ -127,6 +128,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         of_heads = rounding_of_heads(heads, traffic)
         checks, rounding = check_layers(layers, traffic)
         of_wholes, rounding_of_wholes = check_wholes(wholes, traffic_of_wholes)
+        of_norms = check_norms(norms, traffic)
         outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
         outputs |= of_heads
         noisy_layers = {**layers, **experts, **embeddings, **heads}
@@ -134,7 +136,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         with suspended(replaced), noisy(noisy_layers, outputs, seed), loss_noise:
             twin, _ = recorded_step(model, layers, inputs)
     of_gradients = rounding.gradients | rounding_of_wholes.gradients | {"loss": of_peft["loss"]}
-    checks += of_wholes + of_losses + _compare_models(ours, peft, twin, of_gradients)
+    checks += of_wholes + of_norms + of_losses + _compare_models(ours, peft, twin, of_gradients)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
     served = {**layers, **wholes}

@@ -91,7 +91,7 @@ def _from_logits(record: Recorded, options: dict[str, Any], hidden: Tensor, wide
         if call.s is not None and call.b is not None:
             z = z + F.linear(cast(call.s, call.s.dtype), cast(call.b, call.s.dtype))
         z = z if wide else z.to(call.out)
-        for bias in (call.bias, *trail.biases):
+        for bias in (call.bias, *(added.values for added in trail.biases)):
             z = z if bias is None else z + cast(bias.reshape(-1), z.dtype)
         z = z * trail.scale
         z = torch.tanh(z) * trail.after if trail.tanh else z

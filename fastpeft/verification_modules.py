@@ -1,4 +1,4 @@
-"""Module by module: an accelerated layer, MLP, wrapper of experts or embedding against PEFT's and a copy in fp64.
+"""Module by module: an accelerated layer, MLP, wrapper of experts, embedding or norm against PEFT's and a copy in fp64.
 
 Our error against the truth may be twice PEFT's own (in the same dtype and autocast state) plus one rounding, and a
 little more where few numbers leave much to chance.
@@ -6,7 +6,7 @@ little more where few numbers leave much to chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,9 @@ from .layers.experts import FastExperts
 from .layers.lora import FastLoraLayer
 from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
+from .layers.norm import FEW, FastNorm
 from .layers.siblings import Sibling
-from .verification_states import child_copy, in_fp64, suspended, whole_in_fp64
+from .verification_states import Wide, child_copy, in_fp64, norm_in_fp64, suspended, whole_in_fp64
 
 Layer = Sibling | FastLycorisLayer
 Whole = FastMlp | FastExperts | FastEmbedding
@@ -144,6 +145,27 @@ def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) 
     return checks, rounding
 
 
+def check_norms(norms: Mapping[str, FastNorm], traffic: dict[str, list[Tensor]]) -> list[Check]:
+    """Checks of every norm that the op serves, however few its numbers."""
+    checks: list[Check] = []
+    for path, norm in norms.items():
+        x, *dys = traffic.pop(path, [torch.empty(0)])
+        if len(dys) != 1 or norm.why_not(x) not in (None, FEW):
+            continue
+        trained = [_trained(norm)]
+        ours = _differentiate([norm.fused], x, dys, trained)
+        with suspended({path: norm}):
+            peft = _differentiate([norm], x, dys, trained)
+        wide = norm_in_fp64(norm)
+        with torch.autocast(x.device.type, enabled=False), Wide():
+            exact = _differentiate([wide], x.double(), [dy.double() for dy in dys], [_trained(wide)])
+        checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
+        checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
+        triples = zip(ours.parameters[0], peft.parameters[0], exact.parameters[0], strict=True)
+        checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
+    return checks
+
+
 def rounding_of_heads(heads: Mapping[str, nn.Module], traffic: dict[str, list[Tensor]]) -> dict[str, float]:
     """By path, the root mean square of the error that the model's own head makes in its logits.
 
@@ -170,7 +192,7 @@ class _Derived:
 
 
 def _differentiate(
-    layers: Sequence[nn.Module],
+    layers: Sequence[Callable[..., Tensor]],
     x: Tensor,
     dys: list[Tensor],
     parameters: list[list[nn.Parameter]],

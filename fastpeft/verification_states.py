@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .integrations import bitsandbytes, quantised
 from .integrations.transformers import multiply_experts_one_by_one
@@ -20,6 +21,7 @@ from .layers.lycoris import FastLycorisLayer
 from .layers.lycoris import fast_classes as lycoris_classes
 from .layers.mixing import stock_class
 from .layers.mlp import FastMlp
+from .layers.norm import FastNorm
 
 CALLS = ("fastpeft_calls", "fastpeft_turns")
 """Attributes in which modules count their calls."""
@@ -39,6 +41,26 @@ def whole_in_fp64(module: FastMlp | FastExperts | FastEmbedding) -> nn.Module:
     if isinstance(module, FastMlp):
         return _copied(module, stock_class(FastMlp, type(module)))
     return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_embedding())
+
+
+def norm_in_fp64(module: FastNorm) -> nn.Module:
+    """The model's own norm, likewise; to be called within `Wide`."""
+    wide = _copied(module, stock_class(FastNorm, type(module)))
+    for name, parameter in module._parameters.items():
+        own = None if parameter is None else nn.Parameter(parameter.detach().double(), parameter.requires_grad)
+        wide._parameters[name] = own
+    return wide
+
+
+class Wide(TorchDispatchMode):
+    """Operations that are asked for a floating dtype give fp64: models' norms cast to fp32 by name."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        dtype = kwargs.get("dtype")
+        if dtype is not None and dtype.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def _copied(module: nn.Module, stock: type[nn.Module]) -> nn.Module:

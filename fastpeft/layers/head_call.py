@@ -180,8 +180,8 @@ class HeadCall:
             self.calls.records.append(Recorded(self, trail, labels, options))
         dtype = _loss_dtype(self.device.type, trail.like.dtype, autocast_dtype(self.device))
         bias = self.bias
-        for more in trail.biases:
-            more = more.reshape(self.words)
+        for added in trail.biases:
+            more = added.tensor.reshape(self.words)
             bias = more if bias is None else bias + more
         with autocast_off(self.device):
             s = None if self.s is None else trail.rows_of(self.s)

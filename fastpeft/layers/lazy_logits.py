@@ -85,7 +85,7 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
-                rest = tree_map_only(Tensor, lambda _: trail.biases[-1], args[1:])
+                rest = tree_map_only(Tensor, lambda _: trail.biases[-1].values, args[1:])
                 return LazyLogits(first.family, trail, (first, func, rest, kwargs))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}
@@ -201,6 +201,9 @@ def _cross_entropy(
     ):
         return None
     family = logits.family
+    if not all(added.unchanged for added in logits.trail.biases):  # its values then are in the logits, its graph too
+        family.close("cross_entropy, after a write to a bias that was added")
+        return None
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if wanted and not _from_the_head(logits):
         return None

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 aten: Any = torch.ops.aten
+
+
+class Added(NamedTuple):
+    """A bias of `words` elements: the tensor that gets the gradient, its values when it was added, its version then."""
+
+    tensor: Tensor
+    values: Tensor
+    version: int | None
+
+    @property
+    def unchanged(self) -> bool:
+        return self.version is None or self.tensor._version == self.version
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Trail:
         scale: factor of the logits.
         after: factor of the tanh; None without one.
         tanh: whether the tanh was taken; `after` is its factor.
-        biases: of `words` elements each.
+        biases: what was added, in order.
     """
 
     like: Tensor
@@ -34,7 +46,7 @@ class Trail:
     scale: float = 1.0
     tanh: bool = False
     after: float = 1.0
-    biases: tuple[Tensor, ...] = field(default=())
+    biases: tuple[Added, ...] = field(default=())
 
     @property
     def serves(self) -> bool:
@@ -112,8 +124,8 @@ def _tanh(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _plus(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail | None:
-    """One row for all tokens, added to logits as the head gave them. A constant is kept as it is now; of one that is
-    trained no view is taken, which would have no graph below autograd."""
+    """One row for all tokens, added to logits as the head gave them. The values are kept as they are now; of a
+    tensor that is trained no view is taken, which would have no graph below autograd."""
     bias = args[0]
     words = trail.like.shape[-1]
     if kwargs or type(bias) not in (Tensor, Parameter):
@@ -123,8 +135,9 @@ def _plus(trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if trail.tanh or trail.scale != 1.0 or not bias.is_floating_point() or bias.dim() > trail.like.dim():
         return None
     like = func(trail.like, torch.empty(bias.shape, dtype=bias.dtype, device="meta"))
-    kept = bias if bias.requires_grad else bias.clone()
-    return replace(trail, like=like, biases=(*trail.biases, kept))
+    values = bias.detach().clone()
+    added = Added(bias, values, bias._version) if bias.requires_grad else Added(values, values, None)
+    return replace(trail, like=like, biases=(*trail.biases, added))
 
 
 STEPS: dict[Any, Step] = {

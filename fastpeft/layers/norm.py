@@ -31,20 +31,25 @@ class FastNorm(nn.Module, Counting):
     fastpeft_suspended: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        norm = self.fastpeft_norm
-        if norm is None or self.fastpeft_suspended or torch.compiler.is_compiling():
+        if self.fastpeft_norm is None or self.fastpeft_suspended or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        parameters = self._parameters
-        weight: Any = parameters.get("weight")
-        reason = self._why_not(norm, weight, args, kwargs)
+        reason = self.why_not(*args, **kwargs)
         self._count(reason or "fused")
-        if reason is not None:
-            return super().forward(*args, **kwargs)
-        x: Tensor = args[0]
-        return run_norm(x, weight, parameters.get("bias"), None, norm.form(x.dtype, getattr(self, norm.eps_name)))
+        return super().forward(*args, **kwargs) if reason is not None else self.fused(args[0])
 
-    def _why_not(self, norm: Norm, weight: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def fused(self, x: Tensor) -> Tensor:
+        """The op, on what it serves."""
+        norm, parameters = self.fastpeft_norm, self._parameters
+        assert norm is not None
+        form = norm.form(x.dtype, getattr(self, norm.eps_name))
+        y: Tensor = run_norm(x, parameters["weight"], parameters.get("bias"), None, form)
+        return y
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why the module's own forward must run, or None."""
+        norm, weight = self.fastpeft_norm, self._parameters.get("weight")
+        if norm is None:
+            return "not proved"
         if len(args) != 1 or kwargs:
             return "called with other arguments than x"
         x = args[0]

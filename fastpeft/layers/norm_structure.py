@@ -81,6 +81,8 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
     instance of a class is known, the others are tried in two dtypes, with what was found there first.
     """
     weight: Any = module._parameters["weight"]
+    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        return "sharded by itself (fully_shard), so that no twin of it can be tried; accelerate before sharding"
     if weight.is_meta:
         return "its weight is on the meta device, so that it cannot be tried"
     key = (type(module), weight.dtype, weight.device.type)
@@ -117,7 +119,7 @@ def _tried(
 def _try(module: nn.Module, dtype: torch.dtype, distances: dict[Norm, float]) -> None:
     """Takes those out of `distances` that do not fit for inputs of `dtype`, and adds to the others' distances."""
     generator = torch.Generator().manual_seed(0)
-    parameters = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    parameters = {name: _values(p, generator) for name, p in module._parameters.items() if p is not None}
     features = parameters["weight"].shape[0]
     x, dy = (torch.randn((len(SCALES), features), generator=generator) for _ in range(2))
     x = ((x + 0.3) * torch.tensor(SCALES)[:, None]).to(parameters["weight"].device, dtype)
@@ -136,6 +138,13 @@ def _try(module: nn.Module, dtype: torch.dtype, distances: dict[Norm, float]) ->
             distances[norm] += (plain.double() - theirs[0].double()).norm().item()
         else:
             del distances[norm]
+
+
+def _values(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """To try with: a parameter's own, or others like it where FSDP2 keeps them sharded between forwards."""
+    if not hasattr(parameter, "placements"):
+        return parameter.detach()
+    return torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
 
 
 def _forward_of(module: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:

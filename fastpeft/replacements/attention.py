@@ -47,6 +47,7 @@ class AttentionReplacement:
     """A change of the configuration, and of T5's attention class; a row of the report is one attention module."""
 
     switch = "attention"
+    adapts = False
 
     def match(self, module: nn.Module) -> Match | Left | None:
         kind = unmixed(type(module))

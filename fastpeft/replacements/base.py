@@ -33,9 +33,11 @@ class Replacement(Protocol):
 
     Attributes:
         switch: the keyword of `accelerate` that turns it off.
+        adapts: whether it replaces what PEFT adapts or, as MLPs, what holds that; without any such `accelerate` warns.
     """
 
     switch: str
+    adapts: bool
 
     def match(self, module: nn.Module) -> Match | Left | None:
         """Can the module be replaced? None when it is none of this replacement's business. Changes nothing."""

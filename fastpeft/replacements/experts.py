@@ -20,6 +20,7 @@ class ExpertsReplacement:
     """LoRA on stacked parameters of experts, `LoraConfig(target_parameters=...)`."""
 
     switch = "lora"
+    adapts = True
 
     def match(self, module: nn.Module) -> Match | Left | None:
         if type(module) is not stock_wrapper():

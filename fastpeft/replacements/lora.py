@@ -26,6 +26,7 @@ class LoraReplacement:
     """LoRA and VeRA over nn.Linear and quantised layers, and what is frozen beside it and reads the same input."""
 
     switch = "lora"
+    adapts = True
 
     def match(self, module: nn.Module) -> Match | Left | None:
         from peft.tuners.lora import LoraLayer

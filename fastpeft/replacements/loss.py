@@ -12,7 +12,7 @@ from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_fo
 from ..integrations.peft import saved_copies
 from ..integrations.transformers import is_model_class, output_head, takes_labels
 from ..layers.bypass import own_class
-from ..layers.head import FastHead, make_head, unmake_head
+from ..layers.head import FEW, FastHead, make_head, unmake_head
 from ..layers.head_call import LossCalls
 from ..layers.lora import FastLoraLayer
 from .base import Left, Match
@@ -31,6 +31,7 @@ class LossReplacement:
     """
 
     switch = "loss"
+    adapts = False
 
     def match(self, module: nn.Module) -> Match | Left | None:
         kind: Any = type(module)
@@ -89,6 +90,8 @@ class LossReplacement:
     def status(self, module: nn.Module) -> tuple[str, str]:
         calls: dict[str, int] = dict(module.__dict__[CALLS].outcomes)
         total, _ = sum(calls.values()), calls.pop("fused", 0)
+        if calls.get(FEW) == total:  # what is so in every call needs no count
+            return "", f"every call with logits: {FEW}"
         return "", "; ".join(f"{count} of {total} calls with logits: {why}" for why, count in calls.items() if count)
 
 

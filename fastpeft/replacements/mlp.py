@@ -22,6 +22,7 @@ class MlpReplacement:
     """down(act(gate(x)) * up(x)) and down(act(up(x))), over nn.Linear and bitsandbytes' Linear4bit."""
 
     switch = "mlp"
+    adapts = True
 
     def match(self, module: nn.Module) -> Match | Left | None:
         wanted = candidates(module)

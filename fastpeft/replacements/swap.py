@@ -38,6 +38,7 @@ class MixedIn:
     """
 
     switch = "norms"
+    adapts = False
     mixture: type[Any]
     attribute: str
     calls: str
@@ -79,6 +80,7 @@ class ClassSwap:
     """
 
     switch = "lora"
+    adapts = True
     mixture: type[Any]
 
     def classes(self) -> dict[type[nn.Module], type[Any]]:

@@ -84,6 +84,42 @@ def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_layer, "FEW_ON_CPU", dict.fromkeys(DTYPES, 0))
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = norm_of(LlamaRMSNorm), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(x))
+        return y
+
+
+@pytest.mark.usefixtures("however_few")
+def test_sharded_before_it_is_accelerated(tmp_path: Any) -> None:
+    """FSDP2 in one process: a block's norm is served, its weight plain in forward; one sharded by itself is not."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    plain, x = Block(), torch.randn(3, WIDTH)
+    ours, alone = copy.deepcopy(plain), copy.deepcopy(plain)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(ours, mesh=mesh)
+        fully_shard(alone.norm, mesh=mesh)
+        found = []
+        for model in (fastpeft.accelerate(ours), fastpeft.accelerate(alone), plain):
+            leaf = x.clone().requires_grad_()
+            y = model(leaf)
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaf)])
+    finally:
+        dist.destroy_process_group()
+    for mine in found[:2]:
+        torch.testing.assert_close(mine, found[2])
+    assert ours.norm.fastpeft_calls == {"fused": 1} and not isinstance(alone.norm, FastNorm)
+    assert "sharded by itself (fully_shard)" in rows(alone)[0].note
+
+
 def rows(model: nn.Module) -> list[Any]:
     return [row for row in fastpeft.report(model).rows if row.kind == "norms" and row.op != "rotary"]
 

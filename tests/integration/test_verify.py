@@ -130,6 +130,21 @@ class TestVerifyFails:
         named = {failure.path for failure in fastpeft.verify(model).failures if failure.path}
         assert named == {path, path.rpartition(".")[0]}
 
+    @pytest.mark.parametrize("wrong", ["form", "values"])
+    def test_when_a_norm_is_wrong_it_is_the_one_named(self, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However few its numbers: on a CPU these are computed by the model's own code."""
+        model = fastpeft.accelerate(with_lora(make_base(num_hidden_layers=1)).train())
+        path = "base_model.model.model.layers.0.post_attention_layernorm"
+        norm: Any = model.get_submodule(path)
+        checked = {check.path for check in fastpeft.verify(model).checks}
+        assert {path, "base_model.model.model.norm"} <= checked
+        if wrong == "form":
+            norm.fastpeft_norm = norm.fastpeft_norm._replace(offset=1e-3)
+        else:
+            fused = norm.fused
+            monkeypatch.setattr(norm, "fused", lambda x: fused(x) * 1.001)
+        assert {failure.path for failure in fastpeft.verify(model).failures} == {path}
+
     @pytest.mark.parametrize("wrong", ["output", "gradients"])
     def test_when_an_embedding_is_wrong(self, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
         config = LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -199,9 +214,12 @@ def passes(model: nn.Module) -> None:
     assert outcome.passed, str(outcome)
     assert not outcome.unserved and "verify: passed" in str(outcome)
     served = {check.path for check in outcome.checks if check.path}
-    # attention, norms and loss are in the whole model's figures alone
+    rows = fastpeft.report(model).rows
+    norms = {row.path for row in rows if row.op in ("rms_norm", "layer_norm")}
+    assert bool(norms) == bool(served & norms)  # all but those in front of which nothing is trained
+    # attention, rotary embeddings and loss are in the whole model's figures alone
     others = ("attention", "norms", "loss")
-    assert served == {row.path for row in fastpeft.report(model).rows if row.kind not in others}
+    assert served - norms == {row.path for row in rows if row.kind not in others}
 
 
 def spoiled(name: str, change: Callable[[Any], Any]) -> tuple[str, Callable[..., Any]]:

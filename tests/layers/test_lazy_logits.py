@@ -15,12 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft.layers.head import FastHead, make_head, unmake_head
+from fastpeft.layers import head as head_module
+from fastpeft.layers.head import FEW, FastHead, make_head, unmake_head
 from fastpeft.layers.head_call import HeadCall, LossCalls
 from fastpeft.layers.lazy_logits import LazyLogits, plain
 from tests.budget import assert_within_budget
 
 ROWS, TOKENS, HIDDEN, WORDS = 2, 5, 8, 11
+
+
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "FEW_ON_CPU", 0)
+    monkeypatch.setattr(head_module, "FEW_SLOW_ON_CPU", 0)
 
 
 class Pair:
@@ -108,6 +115,42 @@ def test_losses_need_no_logits(name: str, trained: bool) -> None:
     for mine, other, exact in zip(ours, theirs, pair.truth(work), strict=False):
         assert_within_budget(mine, other, exact)
     assert pair.calls.outcomes == {"fused": 1}
+
+
+@pytest.mark.parametrize("write", ["leaf", "result"])
+def test_a_trained_bias_that_is_written_to_before_the_loss(write: str) -> None:
+    """The loss is of the values that were added, and so are the gradients: from logits."""
+    pair = Pair(bias=False)
+    start = torch.randn(WORDS)
+    found = []
+    for head in (pair.ours, pair.theirs):
+        leaf = start.clone().requires_grad_()
+        bias = leaf if write == "leaf" else leaf * 2
+        z = head(pair.x) + bias
+        if write == "leaf":
+            with torch.no_grad():
+                bias.add_(1.0)
+        else:
+            bias.mul_(3.0)
+        loss = F.cross_entropy(flat(z), pair.labels.view(-1))
+        found.append((loss.detach(), *torch.autograd.grad(loss, [leaf, head.weight])))
+    torch.testing.assert_close(*found)
+    assert "a write to a bias" in next(iter(pair.calls.outcomes))
+
+
+@pytest.mark.parametrize(("dtype", "slow"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_few_logits_are_made_on_a_cpu(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a number, in 16 bits another where these are slow; a proof leaves them out all the same."""
+    pair, multiplied = Pair(dtype), dtype.itemsize == 2 and slow
+    monkeypatch.setattr(head_module, "product_dtype", lambda d, _: torch.float32 if slow else d)
+    name = "FEW_SLOW_ON_CPU" if multiplied else "FEW_ON_CPU"
+    monkeypatch.setattr(head_module, name, ROWS * TOKENS * WORDS)
+    assert type(pair.ours(pair.x)) is Tensor and pair.calls.outcomes == {FEW: 1}
+    pair.calls.records = []
+    assert type(pair.ours(pair.x)) is LazyLogits
+    pair.calls.records = None
+    monkeypatch.setattr(head_module, name, ROWS * TOKENS * WORDS - 1)
+    assert type(pair.ours(pair.x)) is LazyLogits
 
 
 @pytest.mark.parametrize("shape", [(WORDS,), (1, 1, WORDS)])

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import steps
 from .backends import logits_backend
 from .logit_map import PLAIN, LogitMap
 from .rows import pieces
-from .steps import Running, known
+from .steps import Running, known, to_logits
+from .whole_rows import gradient_of, running_of
 
 
 class Statistics(NamedTuple):
@@ -55,23 +55,17 @@ def statistics(
         named = logit_map._asdict() | {"class_weight": class_weight, "ignore_index": ignore_index}
         online_step(logits, 0, labels, running, **named)
     else:
-        parts = [
-            _piece(logits[rows].to(wide, copy=True), labels[rows], class_weight, total, logit_map)
-            for rows in pieces(logits)
-        ]
+        room = _Room(logits, wide)
+        parts = []
+        for rows in pieces(logits):
+            z = room.logits(logits[rows], logit_map)
+            parts.append(running_of(z, labels[rows], class_weight, total=total, room=room.other(z.shape[0])))
         for name in ("top", "others", "label", *(["total"] if total else [])):
             setattr(running, name, torch.cat([getattr(running, name)[:0], *(getattr(part, name) for part in parts)]))
     found, counted = known(running), labels != ignore_index
     nll, lse = (torch.where(counted, x, 0.0) for x in (found.nll, found.lse))
     sums = None if running.total is None else torch.where(counted, running.total, 0.0)
     return Statistics(nll, lse, sums, found.top, found.inverse, found.others)
-
-
-def _piece(own: Tensor, labels: Tensor, class_weight: Tensor | None, total: bool, logit_map: LogitMap) -> Running:
-    running = Running.start(own.shape[0], own.dtype, own.device, total=total)
-    if own.shape[1]:
-        steps.online_step(own, 0, labels, running, class_weight=class_weight, **logit_map._asdict())
-    return running
 
 
 def statistics_backward(
@@ -97,10 +91,31 @@ def statistics_backward(
         known_rows = (top, inverse, others, d_nll, d_lse, d_total)
         gradient_step(logits, 0, labels, *known_rows, class_weight=class_weight, out=dlogits)
         return dlogits
+    room = _Room(logits, top.dtype)
     for part in pieces(logits):
-        own = dlogits[part].copy_(logits[part])
+        own = dlogits[part]
+        z = room.logits(logits[part], PLAIN)
         of_nll, of_lse, of_total = (None if d is None else d[part] for d in (d_nll, d_lse, d_total))
-        known_rows = (top[part], inverse[part], others[part], of_nll, of_lse, of_total)
-        steps.gradient_step(own, 0, labels[part], *known_rows, class_weight=class_weight)
+        out = own if own.dtype == z.dtype else room.other(own.shape[0])
+        gradient_of(z, labels[part], others[part], of_nll, of_lse, of_total, class_weight, out)
+        if out is not own:
+            own.copy_(out)
         own[~counted[part]] = 0.0  # whatever the logits are
     return dlogits
+
+
+class _Room:
+    """Memory for the logits of a piece of rows in `dtype`, and for as many values made of them."""
+
+    def __init__(self, logits: Tensor, dtype: torch.dtype) -> None:
+        tokens = min(logits.shape[0], next(pieces(logits), slice(0)).stop)
+        self._made, self._other = (torch.empty((tokens, logits.shape[1]), dtype=dtype) for _ in range(2))
+
+    def logits(self, raw: Tensor, logit_map: LogitMap) -> Tensor:
+        """What the map makes of raw (rows, words), which is not written to."""
+        if raw.dtype == self._made.dtype and logit_map is PLAIN:
+            return raw
+        return to_logits(self._made[: raw.shape[0]].copy_(raw), *logit_map)
+
+    def other(self, rows: int) -> Tensor:
+        return self._other[:rows]

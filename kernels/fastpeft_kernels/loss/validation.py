@@ -53,8 +53,8 @@ def check_head(head: Any, hidden: Tensor, name: str = "head", like: str = "hidde
             raise ValueError(f"{name}.softcap: expected a number > 0 or None, got {head.softcap}")
 
 
-def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any) -> None:
-    """Raise TypeError or ValueError unless they are int64, one for each token, on a CPU each in range or ignored."""
+def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any, *, in_range: bool = True) -> None:
+    """Raise TypeError or ValueError unless they are int64, one for each token and, `in_range`, as for `check_range`."""
     check_instance("labels", labels, Tensor)
     check_instance("ignore_index", ignore_index, int)
     if labels.dtype != torch.int64:
@@ -62,11 +62,18 @@ def check_labels(labels: Any, hidden: Tensor, words: int, ignore_index: Any) -> 
     check_device("labels", labels.device, hidden.device, "hidden")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
-    if labels.device.type == "cpu" and not as_op():
-        outside = ((labels < 0) | (labels >= words)) & (labels != ignore_index)
-        if bool(outside.any()):
-            got = int(labels[outside][0])
-            raise ValueError(f"labels: expected ignore_index ({ignore_index}) or 0 <= label < {words}, got {got}")
+    if in_range:
+        check_range(labels, words, ignore_index)
+
+
+def check_range(labels: Tensor, words: int, ignore_index: int) -> None:
+    """Raise ValueError unless each is a word or ignored, on a CPU; elsewhere asking would have the host wait."""
+    if labels.device.type != "cpu" or as_op():
+        return
+    outside = ((labels < 0) | (labels >= words)) & (labels != ignore_index)
+    if bool(outside.any()):
+        got = int(labels[outside][0])
+        raise ValueError(f"labels: expected ignore_index ({ignore_index}) or 0 <= label < {words}, got {got}")
 
 
 def check_options(options: Options) -> None:

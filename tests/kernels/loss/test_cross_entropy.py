@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastpeft_kernels.loss import Options, cross_entropy
+from fastpeft_kernels.loss import Options, cross_entropy, statistics_op
 from fastpeft_kernels.loss import rows as walking
 from fastpeft_kernels.loss.reference import token_losses_reference
 from tests.budget import assert_within_budget
 
 pytestmark = [pytest.mark.usefixtures("nan_filled"), pytest.mark.usefixtures("nothing_compiled_before")]
+
+given = importlib.import_module("fastpeft_kernels.loss.cross_entropy")  # its function has the module's name
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 WORDS = 29
@@ -32,8 +35,9 @@ every_option = pytest.mark.parametrize("name", OPTIONS)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows at a time."""
+    """Two rows at a time, however few the logits are."""
     monkeypatch.setattr(walking, "_PIECE", 2 * WORDS)
+    monkeypatch.setattr(given, "FEW_ON_CPU", 0)
 
 
 def draw(dtype: torch.dtype, *lead: int) -> tuple[Tensor, Tensor]:
@@ -94,6 +98,36 @@ def test_reductions_are_pytorchs() -> None:
     torch.testing.assert_close(cross_entropy(logits, labels, num_items=torch.tensor(7)), losses.sum() / 7)
     weight = OPTIONS["everything"]["class_weight"]
     torch.testing.assert_close(cross_entropy(logits, labels, class_weight=weight), plain(*flat, weight=weight))
+
+
+FEW: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "each": {"reduction": "none", "label_smoothing": 0.2},
+    "classes": {"class_weight": torch.rand(WORDS, dtype=F64) + 0.5, "label_smoothing": 0.1},
+    "tokens": {"token_weight": torch.rand(3, 5), "class_weight": torch.rand(WORDS) + 0.5},
+    "tokens, each": {"token_weight": torch.rand(3, 5), "reduction": "none"},
+    "items": {"num_items": torch.tensor(7), "ignore_index": 4},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("dtype", (F32, BF16, F64))
+def test_few_logits_are_pytorchs_operation(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every option that it has, and those that follow from its losses; the values are those of ours."""
+    logits, labels = draw(dtype, 3, 5)
+    labels[labels == -100] = FEW[name].get("ignore_index", -100)
+
+    def both(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(leaf, labels, **FEW[name])
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    ours = both(logits.clone().requires_grad_())
+    monkeypatch.setattr(given, "FEW_ON_CPU", logits.numel())
+    monkeypatch.setattr(statistics_op, "apply", None)
+    torch.testing.assert_close(both(logits.clone().requires_grad_()), ours)
+    with pytest.raises(ValueError, match=f"labels: expected .* 0 <= label < {WORDS}, got {WORDS}"):
+        cross_entropy(logits, labels.fill_(WORDS))
 
 
 def test_nothing_counted() -> None:
