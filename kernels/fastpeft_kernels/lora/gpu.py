@@ -325,7 +325,7 @@ def _check_group(
         ]
         if dora:
             group.append(make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True))
-        index = tuple([(0, 2, 1)[i * i % 5 % 3] for i in range(lead[0])]) if mixed else None
+        index = tuple([(0, 1, 2, 0, 1, 1, 2)[i % 7] for i in range(lead[0])]) if mixed else None
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(*lead, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
         run = partial(run_group, backend="triton" if backend == "triton" else "auto", adapter_index=index)
