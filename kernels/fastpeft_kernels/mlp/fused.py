@@ -27,7 +27,7 @@ Flags = Sequence[Sequence[bool]]
 
 
 class FusedKey(NamedTuple):
-    """The activation of an MLP whose three projections have an adapter each; all of one dtype, ranks `MAX_RANK` or less.
+    """The activation of an MLP whose projections have an adapter each, of `MAX_RANK` or less; all of one dtype.
 
     Tokens are rounded up to a power of two.
     """
