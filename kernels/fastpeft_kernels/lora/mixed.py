@@ -2,7 +2,7 @@
 
 Rows are multiplied in groups of one adapter each by one batched product. In S = x A^T, dS and the products a projection
 has as many columns as its largest adapter; adapters of lower rank are filled up with zeros, and rows without an adapter
-meet zeros alone. Measured on an EPYC, one thread: see `docs/measured.md`.
+meet zeros alone.
 """
 
 from __future__ import annotations
