@@ -36,9 +36,6 @@ def test_on_a_gpu_the_products_of_groups_and_mlps_are_found(
     """All projections' large products, in both directions, and those of rank width; the CPU stands for the GPU."""
     monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
     monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: False)
-    monkeypatch.setattr(
-        "fastpeft_kernels.lora.keys.default_fused", lambda pre: "fused"
-    )  # what is in it is met all the same
     base = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
     config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     model = fastpeft.accelerate(get_peft_model(base, config))
