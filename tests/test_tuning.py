@@ -46,6 +46,7 @@ def test_on_a_gpu_the_products_of_groups_and_mlps_are_found(
     assert {key for op, key in cases if op == "lora_linear"} == large
     narrow = {(64, 16), (64, 64), (64, 32), (128, 16)}  # one projection's; S of q, k and v, of gate and up; down's
     assert {(key.features, key.rank) for op, key in cases if op == "lora_rank_products"} == narrow
+    assert {key for op, key in cases if op == "lora_mlp_activation"} == {(64, 128, "silu", True, "bfloat16")}
 
 
 def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Module, measured_choices: Path) -> None:

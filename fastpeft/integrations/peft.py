@@ -110,17 +110,15 @@ def why_not_cast(layer: Any) -> str | None:
     return None
 
 
-def adapter_index(row_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-    """The index of each token's adapter among `used_adapters`, int64 (tokens,), for x (rows, ..., in_features)."""
-    by_row = _index_of_rows(tuple(row_names), x.device)
-    return by_row.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
+def adapter_index(row_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The index of each row's adapter among `used_adapters`; None where it is the same for all."""
+    return _index_of_rows(tuple(row_names))
 
 
 @lru_cache(maxsize=64)
-def _index_of_rows(row_names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+def _index_of_rows(row_names: tuple[str, ...]) -> tuple[int, ...] | None:
     order = {name: index for index, name in enumerate(dict.fromkeys(row_names))}
-    with torch.inference_mode(False):
-        return torch.tensor([order[name] for name in row_names], device=device)
+    return tuple([order[name] for name in row_names]) if len(order) > 1 else None
 
 
 @contextmanager

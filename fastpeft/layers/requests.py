@@ -127,7 +127,7 @@ def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     projections = [request.projection for request in requests]
     seeds = draw_seeds(x.device, projections, training=True)
     row_names = next((request.row_names for request in requests if request.row_names is not None), None)
-    index = None if row_names is None else peft.adapter_index(row_names, x)
+    index = None if row_names is None else peft.adapter_index(row_names)
     return run_group(x, projections, leading_dtypes(requests), seeds, adapter_index=index)
 
 

@@ -21,9 +21,10 @@ def tunables() -> list[Tunable]:
     from .activation import problems as activation
     from .attention import tunables as attention
     from .lora import problems as lora
+    from .mlp import problems as mlp
     from .quant import problems as quant
 
-    return [*quant.TUNABLES, *activation.TUNABLES, *attention.TUNABLES, *lora.TUNABLES]
+    return [*quant.TUNABLES, *activation.TUNABLES, *attention.TUNABLES, *lora.TUNABLES, *mlp.TUNABLES]
 
 
 def cases_for(met: Iterable[tuple[str, Any]], device: torch.device, tokens: Sequence[int]) -> list[Case]:

@@ -81,17 +81,33 @@ def test_gradients_are_those_of_each_row_alone() -> None:
 
 
 def test_a_row_does_not_reach_another_s_adapter() -> None:
-    """An adapter that gives infinity, and one whose rows are zero, change nothing for the others."""
+    """An adapter that is not finite any more changes nothing for the other rows, nor in the others' gradients."""
     ours, _ = several()
-    ours.eval()
     layer: Any = blocks(ours)[0].q
-    x = inputs(2, 3)
+    names = ["default", "b", "c", "default"]
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        ours.zero_grad(set_to_none=True)
+        x = inputs(4, 3).requires_grad_()
+        with fastpeft.mixed_batch(ours, names):
+            y = ours(x)
+        return y.detach(), gradients(ours, y, x)
+
+    run()  # finds siblings
+    torch.manual_seed(0)
+    y, expected = run()
     with torch.no_grad():
-        expected = ours(x, adapter_names=["default", "__base__"])
         layer.lora_A["b"].weight.fill_(float("inf"))
-        found = ours(x, adapter_names=["default", "b"])
-    torch.testing.assert_close(found[0], expected[0])
-    assert not found[1].isfinite().all()
+        layer.lora_B["b"].weight.fill_(float("nan"))
+    torch.manual_seed(0)
+    spoilt, found = run()
+    others = [0, 2, 3]
+    torch.testing.assert_close(spoilt[others], y[others])
+    torch.testing.assert_close(found["x"][others], expected["x"][others])
+    assert not spoilt[1].isfinite().any()
+    for name in expected:
+        if ".default." in name or ".c." in name:
+            torch.testing.assert_close(found[name], expected[name])
 
 
 def test_dropout_is_each_row_s_own() -> None:

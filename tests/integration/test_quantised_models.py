@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from peft import prepare_model_for_kbit_training
+from peft.utils.loftq_utils import _low_rank_decomposition
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpeft
 from fastpeft.integrations import bitsandbytes
 from fastpeft_kernels.common.device import product_dtype
 from tests.integration.models import batch, make_base, trained, with_lora
-from tests.integration.quantised import forbid_packing, four_bit_layers, make_quantised, quantised_truth
+from tests.integration.quantised import forbid_packing, four_bit_layers, make_quantised, quantise, quantised_truth
 from tests.integration.reports import adapter_rows, notes, shape_of
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step
 
@@ -152,6 +154,25 @@ class TestRearrangedStorage:
         assert {path: row[-1] for path, row in shape_of(model).items()} == {
             path: row[-1] for path, row in shape.items()
         }
+
+
+def test_loftq_s_initialisation() -> None:
+    """The adapters that `peft.replace_lora_weights_loftq` leaves; its own call computes on a GPU, by name."""
+    base = make_base("llama")
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    model = with_lora(quantise(base), lora_alpha=4).train()
+    errors = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear4bit):
+            weight = before[name.removeprefix("base_model.model.") + ".weight"]
+            stored = layer.get_base_layer().weight
+            residual = weight - bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+            found = _low_rank_decomposition(residual, reduced_rank=layer.r["default"])
+            layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = found["R"], found["L"]
+            errors.append((residual - layer.get_delta_weight("default")).norm() / residual.norm())
+    assert errors and max(errors) < 1.0
+    check_step(model)
+    assert {row.op for row in adapter_rows(model)} == {"lora_linear over 4-bit"}
 
 
 def check_step(model: Any) -> None:

@@ -68,7 +68,7 @@ def lora_linear_group(
     training: bool = True,
     seeds: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
-    adapter_index: Tensor | None = None,
+    adapter_index: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """All projections of one input, with any number of adapters each, as one differentiable operation.
 
@@ -89,8 +89,9 @@ def lora_linear_group(
         backend: who computes the products. "library": BLAS, cuBLAS and, on a CPU, C++ only. "triton": our kernels all
             that they can, never falling back; fp16 and bf16 on a GPU. "auto": for each product what `fastpeft tune`
             measured to be faster on this device, else its default.
-        adapter_index: for a mixed batch, in which each token has an adapter of its own: int64 of x's leading sizes, the
-            `index` of the token's adapter; a token whose number no adapter has gets the frozen projection alone.
+        adapter_index: for a mixed batch, x (rows, ..., in_features), in which each row has an adapter of its own: its
+            `index` for each row; a row whose number no adapter has gets the frozen projection alone. The products of
+            rank width are the library's then, whatever the backend.
 
     Returns:
         One new tensor (..., out_features) for each projection.
@@ -110,8 +111,7 @@ def lora_linear_group(
     )
     check_backend(x, Group(projections, dtypes, drawn, backend))
     if adapter_index is not None:
-        check_adapter_index(adapter_index, x, projections)
-        adapter_index = adapter_index.reshape(-1)
+        adapter_index = check_adapter_index(adapter_index, x, projections)
     return run_group(x, projections, dtypes, drawn, backend, adapter_index)
 
 
@@ -121,7 +121,7 @@ def run_group(
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
     backend: str = "auto",
-    adapter_index: Tensor | None = None,
+    adapter_index: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` for callers that have checked their arguments.
 

@@ -132,8 +132,7 @@ lora_group_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _no_s(x: Tensor, group: Group) -> Tensor:
-    rank = sum(projection.rank for projection in group.projections)
-    return x.new_empty((prod(x.shape[:-1]), rank), dtype=group.dtypes.lora)
+    return x.new_empty((prod(x.shape[:-1]), sum(group.widths())), dtype=group.dtypes.lora)
 
 
 def _lead(dys: Sequence[Tensor | None]) -> torch.Size:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import mixed
 from .linear import large_product, library_linear, sums_products
 from .parts import adapter_input_gradient, decoded, rows_contiguous
 from .projection import Group, LoraProjection, Packed
@@ -41,16 +42,20 @@ def project(
     Returns:
         W as it was decoded, valid as `decoded`'s; None where the storage made the product.
     """
-    dtypes, ours = group.dtypes, group.backend == "triton"
+    dtypes, ours, alike = group.dtypes, group.backend == "triton", group.adapter_index is None
     own, w = projection.weight.linear(inputs, shared), None
     bias = None if projection.bias is None else projection.bias.detach().to(dtypes.compute)
     one_dtype = update is None or dtypes.compute == dtypes.lora == torch.promote_types(dtypes.lora, dtypes.out)
-    if own is None and (ours or one_dtype):
+    if own is None and (one_dtype or (ours and alike)):
         bias = lora_bias if bias is None else bias if lora_bias is None else bias + lora_bias
         base = y if ours or y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
         s, up = update or (None, None)
         w = decoded(projection.weight, dtypes.compute)
-        large_product(inputs, w, s, up, bias, out=base, backend=group.backend)
+        if s is None or up is None or alike:
+            large_product(inputs, w, s, up, bias, out=base, backend=group.backend)
+        else:
+            mixed.fill_update(base, s, up, bias, group)
+            large_product(inputs, w, None, None, out=base, accumulate=True, backend=group.backend)
     else:
         base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
         if own is not None:
@@ -62,7 +67,10 @@ def project(
             wide = torch.promote_types(dtypes.compute, dtypes.lora)
             if base is not y:
                 base = y.copy_(base) if torch.promote_types(wide, dtypes.out) == dtypes.out else base.to(wide)
-            _add_update(base, *update, lora_bias, ours)
+            if alike:
+                _add_update(base, *update, lora_bias, ours)
+            else:
+                mixed.add_update(base, *update, group)
     if base is not y:
         y.copy_(base)
     return w
@@ -94,10 +102,11 @@ def large_input_gradient(
     one_dtype = dtypes.compute == dtypes.lora == wide
     dx: Tensor | None = None
     update: tuple[Tensor, Tensor] | None = None
-    if ds is not None and a is not None and (ours or one_dtype):
-        if not group.drops:
+    alike = group.adapter_index is None
+    if ds is not None and a is not None and (one_dtype or (ours and alike)):
+        if alike and not group.drops:
             update, ds = (ds, a.t()), None
-        elif not triton_takes((ds.shape[0], a.shape[1]), ds, next(group.masks()), group.backend):
+        elif not alike or not triton_takes((ds.shape[0], a.shape[1]), ds, next(group.masks()), group.backend):
             dx, ds = adapter_input_gradient(ds, a, group), None
     pairs: list[tuple[Tensor, Tensor]] = []
     together = _decodes_together(group, dys)

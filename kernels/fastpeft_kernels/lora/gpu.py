@@ -312,11 +312,12 @@ def _check_group(
 
     Args:
         dora: with a fourth that has a magnitude.
-        mixed: a token's adapter is the first, the second or none.
+        mixed: a row's adapter is the first, the second or none, for rows of many tokens and of one.
     """
     verdicts = Verdicts()
     for tokens, features in _GROUP_SHAPES:
-        x = rand(tokens, features, dtype=dtypes.compute).requires_grad_()
+        lead = (8, tokens // 8) if mixed and tokens % 8 == 0 else (tokens,)
+        x = rand(*lead, features, dtype=dtypes.compute).requires_grad_()
         group = [
             make_projection(features, 640, (16,), dtypes, base, p, bias=True),
             make_projection(features, 192, (8, 40), dtypes, base, p),
@@ -324,9 +325,9 @@ def _check_group(
         ]
         if dora:
             group.append(make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True))
-        index = torch.randint(0, 3, (tokens,), device=DEVICE) if mixed else None
+        index = tuple([(0, 1, 2, 0, 1, 1, 2)[i % 7] for i in range(lead[0])]) if mixed else None
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
-        dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
+        dys = [rand(*lead, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
         run = partial(run_group, backend="triton" if backend == "triton" else "auto", adapter_index=index)
         whole = Group(group, dtypes, seeds, adapter_index=index)
         if backend == "triton" and (reason := triton_refusal(x, whole)):

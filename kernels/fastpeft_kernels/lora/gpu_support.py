@@ -85,8 +85,7 @@ def reference(
     """What plain PyTorch gives on a device, in another dtype if one is given."""
     copies = [copied(projection, device, dtype) for projection in group.projections]
     seeds = [None if seed is None else seed.to(device) for seed in group.seeds]
-    index = None if group.adapter_index is None else group.adapter_index.to(device)
-    run = partial(lora_group_reference, adapter_index=index)
+    run = partial(lora_group_reference, adapter_index=group.adapter_index)
     given = [moved(dy, device, dtype) for dy in dys]
     results = derive(run, moved(x, device, dtype).requires_grad_(), copies, dtypes, seeds, given)
     return [t.to(DEVICE) for t in results]

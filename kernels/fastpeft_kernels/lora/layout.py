@@ -68,10 +68,10 @@ def flatten_group(group: Group) -> tuple[list[Tensor], list[float], str]:
         parts.append(to_json(described))
     dtypes = group.dtypes
     names = [str(dtype).removeprefix("torch.") for dtype in (dtypes.compute, dtypes.lora, dtypes.out)]
-    if group.adapter_index is not None:
-        tensors.append(group.adapter_index)
-    mixed = to_json(group.adapter_index is not None)
-    head = f'"backend": {to_json(group.backend)}, "dtypes": {to_json(names)}, "mixed": {mixed}'
+    index = group.adapter_index
+    numbers.extend(index or ())
+    rows = to_json(None if index is None else len(index))
+    head = f'"backend": {to_json(group.backend)}, "dtypes": {to_json(names)}, "rows": {rows}'
     return tensors, numbers, f'{{{head}, "projections": [{", ".join(parts)}]}}'
 
 
@@ -107,5 +107,6 @@ def unflatten_group(tensors: Sequence[Tensor], numbers: Sequence[float], layout:
             adapters.append(LoraAdapter(a, b, scaling, bias, next(number), int(next(number))))  # type: ignore[arg-type]
         projections.append(LoraProjection(weight, at(tracked[0]), tuple(adapters), at(magnitude)))
         all_tracked.append([*tracked, magnitude])
-    adapter_index = at(take(described["mixed"]))
+    rows = described["rows"]
+    adapter_index = None if rows is None else tuple([int(next(number)) for _ in range(rows)])
     return FlatGroup(Group(projections, dtypes, seeds, described["backend"], adapter_index), all_tracked)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
-from . import dora, parts
+from . import dora, mixed, parts
 from .frozen_products import large_input_gradient, project
-from .mixed import keep_own_
 from .parts import (
     bias_gradients,
     down_gradients,
@@ -45,6 +44,8 @@ __all__ = [
 def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
     dtype = group.dtypes.lora
+    if group.adapter_index is not None:
+        return mixed.pack(group)
     if group.one_a:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
@@ -93,15 +94,16 @@ def forward_into(
         s: S, if `down_projection` has made it already.
 
     Returns:
-        S, (tokens, total rank), or None; with `group.one_a` (tokens, rank), here and elsewhere.
+        S, (tokens, total rank), or None; with `group.one_a` (tokens, rank), in a mixed batch (tokens, sum of
+        `group.widths()`), here and elsewhere.
     """
     inputs = x.to(group.dtypes.compute)
     s = down_projection(x, group, packed) if s is None else s
     column, shared = 0, dict[str, Any]()
-    for i, projection in enumerate(group.projections):
+    for i, (projection, width) in enumerate(zip(group.projections, group.widths(), strict=True)):
         update, up = None, packed.b[i]
         first = 0 if group.one_a else column
-        column = first + projection.rank
+        column = first + width
         if up is not None and s is not None:
             update = (s[:, first:column], up)
         if projection.magnitude is None:
@@ -172,8 +174,8 @@ def backward_without_input(
     ds = empty_ds(dys, group, packed)
     dropped: list[tuple[Tensor, Tensor, Tensor, int]] = []
     column = 0
-    for i, projection in enumerate(group.projections):
-        first, column = column, column + projection.rank
+    for i, (projection, width) in enumerate(zip(group.projections, group.widths(), strict=True)):
+        first, column = column, column + width
         dy = dys[i]
         if dy is None:
             continue
@@ -192,14 +194,15 @@ def backward_without_input(
         dy = dy.to(group.dtypes.lora)
         ds_i = ds[:, first:column]
         s_i = s if s is None or group.one_a else s[:, first:column]
+        if group.adapter_index is not None:
+            mixed.up_gradients(dy, s_i, i, group, needs[i], grads[i], up=up, ds=ds_i)
+            continue
         up_gradients(dy, s_i, projection, needs[i], grads[i], up=up, ds=ds_i, backend=group.backend)
         db = grads[i][2] if gain is not None else None
         if db is not None and gain is not None:
             grads[i][2] = dora.scale_rows(db, gain)
-    if ds is not None:
-        keep_own_(ds, group)
-        if group.one_a and packed.a is not None:
-            ds = ds.view(ds.shape[0], -1, packed.a.shape[0]).sum(1)
+    if ds is not None and group.one_a and packed.a is not None:
+        ds = ds.view(ds.shape[0], -1, packed.a.shape[0]).sum(1)
     if dx_dtype is None:
         return None, ds, grads
     dx = large_input_gradient(dys, ds, group, packed, dx_dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
-from .mixed import keep_own_
+from . import mixed
 from .projection import Group, LoraProjection, Mask, Packed, trains_a
 from .rank_products import both_gradients, down_gradient, input_gradient, project_down
 
@@ -29,8 +29,7 @@ def empty_ds(dys: Sequence[Tensor | None], group: Group, packed: Packed) -> Tens
     given = [dy for dy in dys if dy is not None]
     if packed.a is None or not given:
         return None
-    rank = sum([projection.rank for projection in group.projections]) if group.one_a else packed.a.shape[0]
-    shape = (given[0].shape[0], rank)
+    shape = (given[0].shape[0], sum(group.widths()))
     return packed.a.new_empty(shape) if len(given) == len(dys) else packed.a.new_zeros(shape)
 
 
@@ -74,18 +73,23 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
     if packed.a is None:
         return None
     inputs = x2.to(group.dtypes.lora)
+    if group.adapter_index is not None:
+        return mixed.down_projection(inputs, group, packed)
     if not group.drops:
-        return keep_own_(project_down(inputs, packed.a.t(), backend=group.backend), group)
+        return project_down(inputs, packed.a.t(), backend=group.backend)
     s = inputs.new_empty((inputs.shape[0], packed.a.shape[0]))
     for first, last, mask, whole in group.adapter_columns():
         if whole:
             continue
         project_down(inputs, packed.a[first:last].t(), s[:, first:last], mask, group.backend)
-    return keep_own_(s, group)
+    return s
 
 
 def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor | None:
     """dropout(dS A), or added to dx, in the wider of the two dtypes: one product without dropout; none of `dora`'s."""
+    if group.adapter_index is not None:
+        part = mixed.input_gradient(ds, a, group)
+        return part if dx is None else dx.to(torch.promote_types(dx.dtype, part.dtype)).add_(part)
     if not group.drops:
         return input_gradient(ds, a, dx, None, group.backend)
     for first, last, mask, whole in group.adapter_columns():
@@ -137,6 +141,9 @@ def down_gradients(
         return down_gradient(ds, x, wanted, mask, group.backend)
 
     if not any(trains_a(flags) for flags in needs):
+        return
+    if group.adapter_index is not None:
+        mixed.down_gradients(ds, x, group, needs, grads)
         return
     joint = None if group.drops else product(ds, None)
     columns = group.adapter_columns()

@@ -24,7 +24,7 @@ class LoraAdapter:
         scaling: factor of the update; a float, or a 0-d tensor that stays on its device.
         bias: (out_features,) or None; PEFT's `lora_bias`.
         dropout: probability of dropping an element of x before `a`, in [0, 1).
-        index: in a mixed batch, the number in `Group.adapter_index` of the tokens that it serves.
+        index: in a mixed batch, the number in `Group.adapter_index` of the rows that it serves.
     """
 
     a: Tensor
@@ -126,8 +126,9 @@ class Group:
         dtypes: of all their products.
         seeds: seeds[i] is int64 (1,), or None where projection i drops nothing.
         backend: one of `backends.BACKENDS`.
-        adapter_index: of a mixed batch, int64 (tokens,): the `index` of each token's own adapter; a number that no
-            adapter has means none. Where it is None, every adapter serves every token.
+        adapter_index: of a mixed batch, the `index` of each row's own adapter, the tokens being those of so many rows,
+            one after the other; a number that no adapter has means none. Where it is None, every adapter serves every
+            token.
         one_a: all adapters' a are the same frozen matrix (`have_one_a`), which is multiplied once: S is (tokens, rank).
     """
 
@@ -135,13 +136,19 @@ class Group:
     dtypes: Dtypes
     seeds: Sequence[Tensor | None]
     backend: str = "auto"
-    adapter_index: Tensor | None = None
+    adapter_index: tuple[int, ...] | None = None
     one_a: bool = False
 
     @property
     def drops(self) -> bool:
         """Whether any adapter's input loses elements."""
         return any(seed is not None for seed in self.seeds)
+
+    def widths(self) -> list[int]:
+        """How many columns of S each projection has: in a mixed batch those of its largest adapter."""
+        if self.adapter_index is None:
+            return [projection.rank for projection in self.projections]
+        return [max([adapter.rank for adapter in p.adapters], default=0) for p in self.projections]
 
     def mask(self, i: int) -> Mask | None:
         """Of the first adapter of projection i, which is its only one where it has a magnitude."""

@@ -30,7 +30,7 @@ def lora_group_reference(
     projections: Sequence[LoraProjection],
     dtypes: Dtypes,
     seeds: Sequence[Tensor | None],
-    adapter_index: Tensor | None = None,
+    adapter_index: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Every projection of x: x W^T + bias + sum over adapters of scaling * (dropout(x) A^T B^T + bias_B).
 
@@ -42,7 +42,8 @@ def lora_group_reference(
         projections: what to compute; see `LoraProjection`.
         dtypes: of the frozen product, of the adapters' products, and of the results.
         seeds: one int64 tensor of shape (1,) for each projection with dropout, None for the others.
-        adapter_index: as `Group.adapter_index`.
+        adapter_index: as `Group.adapter_index`, for x (rows, ..., in_features); the adapters of a projection then share
+            its random numbers.
 
     Returns:
         One tensor (..., out_features) of dtype `dtypes.out` for each projection.
@@ -57,11 +58,14 @@ def lora_group_reference(
             inputs = x.to(dtypes.lora)
             if adapter.dropout > 0.0 and seed is not None:
                 flat = inputs.reshape(-1, inputs.shape[-1])
+                stream = stream if adapter_index is None else 0
                 inputs = _Dropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
             bias = None if adapter.bias is None else adapter.bias.to(dtypes.lora)
             update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
             if adapter_index is not None:
-                update = torch.where((adapter_index == adapter.index).view(*x.shape[:-1], 1), update, 0.0)
+                own = [number == adapter.index for number in adapter_index]
+                rows = torch.tensor(own, dtype=torch.bool, device=x.device).view(x.shape[0], *[1] * (x.dim() - 1))
+                update = torch.where(rows, update, 0.0)
             if gain is not None:
                 y = y + (gain - 1) * F.linear(inputs.to(dtypes.compute), weight)
                 update = gain * update

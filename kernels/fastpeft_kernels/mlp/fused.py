@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..lora import keys
 from ..lora.projection import Dtypes, Group, LoraProjection, Packed
-from ..tuning.choosing import choice
-from ..tuning.keys import bucket, dtype_name
+from ..tuning.choosing import choice, gathers
+from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .structure import Mlp
 
 FUSED = "lora_mlp_activation"
@@ -27,7 +27,10 @@ Flags = Sequence[Sequence[bool]]
 
 
 class FusedKey(NamedTuple):
-    """Tokens are rounded up to a power of two."""
+    """The activation of an MLP whose projections have an adapter each, of `MAX_RANK` or less; all of one dtype.
+
+    Tokens are rounded up to a power of two.
+    """
 
     tokens: int
     features: int
@@ -35,8 +38,18 @@ class FusedKey(NamedTuple):
     gated: bool
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.features}, {self.activation}{' gated' * self.gated}, {self.dtype}"
+
+    def at(self, tokens: int, device: torch.device) -> FusedKey:
+        return self._replace(tokens=bucket(tokens))
+
+    def smaller(self) -> FusedKey:
+        return self._replace(tokens=min(self.tokens, CHECKED_TOKENS))
+
 
 def candidates(device: torch.device) -> tuple[str, ...]:
+    """Candidates for the activation's pass and the adapters' products that read what it reads."""
     return ("apart", "fused") if keys.kernels_serve(device) else ("apart",)
 
 
@@ -141,4 +154,5 @@ def _chosen(pre: Tensor, mlp: Mlp, dtypes: Dtypes) -> bool:
         gated = mlp.width > mlp.features
         return FusedKey(bucket(pre.shape[0]), mlp.features, mlp.activation, gated, dtype_name(dtype))
 
-    return choice(FUSED, device, case, candidates, keys.default_fused(pre)) == "fused"
+    chosen = choice(FUSED, device, case, candidates, keys.default_fused(pre))
+    return chosen == "fused" and not gathers()  # apart, the products ask for themselves, and are met

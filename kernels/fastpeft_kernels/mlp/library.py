@@ -90,14 +90,18 @@ def up_to_down(
 ) -> tuple[Middle, Tensor, Tensor | None]:
     """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features)."""
     pre, s = inner(x, mlp, dtypes, seeds)
-    _, down = mlp.groups(dtypes, seeds)
+    return middle(pre, mlp, mlp.groups(dtypes, seeds)[1]), pre, s
+
+
+def middle(pre: Tensor, mlp: Mlp, down: Group) -> Middle:
+    """What the down projection, of group `down`, works on: of gate and up, (tokens, width)."""
     packed = library.pack(down)
-    h = pre.new_empty((x.shape[0], mlp.features))
+    h = pre.new_empty((pre.shape[0], mlp.features))
     s_down = fused.activation_with_down(pre, mlp, down, packed, h)
     if s_down is None:
         fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
         s_down = library.down_projection(h, down, packed)
-    return Middle(h, s_down, down, packed), pre, s
+    return Middle(h, s_down, down, packed)
 
 
 def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:

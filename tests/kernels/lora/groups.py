@@ -82,11 +82,12 @@ def check_group(x: Tensor, projections: list[LoraProjection], dtypes: Dtypes, **
     kept = [dy.clone() for dy in dys], x.detach().clone()
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}
     ours = derive(lambda x: lora_linear_group(x, projections, **named, **options), x, projections, dys)
-    same = derive(lambda x: lora_group_reference(x, projections, dtypes, seeds), x, projections, dys)
+    index = options.get("adapter_index")
+    same = derive(lambda x: lora_group_reference(x, projections, dtypes, seeds, index), x, projections, dys)
     wide = [widened(p) for p in projections]
     x64 = x.detach().double().requires_grad_(x.requires_grad)
     all64 = Dtypes(torch.float64, torch.float64, torch.float64)
-    exact = derive(lambda x: lora_group_reference(x, wide, all64, seeds), x64, wide, [dy.double() for dy in dys])
+    exact = derive(lambda x: lora_group_reference(x, wide, all64, seeds, index), x64, wide, [dy.double() for dy in dys])
     for i, triple in enumerate(zip(ours.outputs, same.outputs, exact.outputs, strict=True)):
         assert_within_budget(*triple, name=f"output {i}")
     for i, (mine, theirs, truth) in enumerate(zip(ours.gradients, same.gradients, exact.gradients, strict=True)):

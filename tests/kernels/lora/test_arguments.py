@@ -19,8 +19,8 @@ def grouped(x=X, **fields):
     )
 
 
-def mixed(adapter_index, bias=None):
-    group = [LoraProjection(DenseWeight(W), None, (LoraAdapter(A, B, bias=bias),))]
+def mixed(adapter_index, bias=None, count=1):
+    group = [LoraProjection(DenseWeight(W), None, (LoraAdapter(A, B, bias=bias),) * count)]
     return lora_linear_group(X, group, adapter_index=adapter_index)
 
 
@@ -41,10 +41,11 @@ def mixed(adapter_index, bias=None):
         (lambda: grouped(dropout=1.0), ValueError, r"adapters\[0\].dropout: expected a probability in \[0, 1\), got 1.0"),
         (lambda: grouped(a=A.to("meta")), ValueError, r"adapters\[0\].a: expected a tensor on cpu like x, got meta"),
         (lambda: grouped(x=X.to("meta")), ValueError, r"projections\[0\].weight: expected a tensor on meta like x, got cpu"),
-        (lambda: mixed(torch.zeros(3)), ValueError, r"adapter_index: expected int64 \(3,\) on cpu, got torch.float32 \(3,\) on cpu"),
-        (lambda: mixed(torch.zeros(2).long()), ValueError, r"adapter_index: expected int64 \(3,\) on cpu, got torch.int64 \(2,\) on cpu"),
-        (lambda: mixed([0, 1, 0]), TypeError, "adapter_index: expected a Tensor, got list"),
-        (lambda: mixed(torch.zeros(3).long(), torch.randn(6)), ValueError, "adapter_index: expected adapters without bias in a mixed batch, got one with"),
+        (lambda: mixed(torch.zeros(3).long()), TypeError, "adapter_index: expected a tuple or list, got Tensor"),
+        (lambda: mixed([0, 1.5, 0]), TypeError, r"adapter_index: expected integers, got \[0, 1.5, 0\]"),
+        (lambda: mixed([0, 0]), ValueError, r"adapter_index: expected a number for each row of x \(rows, ..., in_features\), got 2 for x of shape \(3, 8\)"),
+        (lambda: mixed([0, 0, 0], torch.randn(6)), ValueError, "adapter_index: expected adapters without bias in a mixed batch, got one with"),
+        (lambda: mixed([0, 0, 0], count=2), ValueError, r"adapter_index: expected adapters of differing index in each projection, got \[0, 0\]"),
         (lambda: lora_linear_group(X, []), ValueError, "projections: expected at least one, got none"),
         (lambda: lora_linear_group(X, [LoraProjection(W)]), TypeError, r"projections\[0\].weight: expected a FrozenWeight, got Tensor"),
         (lambda: lora_linear(X, W[0], A, B), ValueError, r"weight: expected \(out_features, in_features\), got shape \(8,\)"),

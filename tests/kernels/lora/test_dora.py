@@ -158,6 +158,6 @@ def test_a_magnitude_that_does_not_fit_is_refused():
         with pytest.raises(error, match=message):
             lora_linear_group(x, [wrong])
     with pytest.raises(ValueError, match="adapter_index: expected projections without magnitude in a mixed batch"):
-        lora_linear_group(x, [p], adapter_index=torch.zeros(3, dtype=torch.int64))
+        lora_linear_group(x, [p], adapter_index=[0, 0, 0])
     with pytest.raises(ValueError, match="mlp: expected projections without magnitude"):
         lora_mlp(x, Mlp((p,), projection(8, 12, 2), "silu"))

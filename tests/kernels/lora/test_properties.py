@@ -95,7 +95,7 @@ Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
 def triples(case: Group, numbers: Numbers, dtypes: Dtypes, **options: object) -> list[Triple]:
     """(ours, PyTorch's in the same dtypes, the oracle's) of every result; nothing given was written into."""
     parts = [part.without_lora_bias() for part in case.parts] if case.mixed else case.parts
-    index = torch.randint(-1, 2, case.lead) if case.mixed else None
+    index = torch.randint(-1, 2, case.lead[:1]).tolist() if case.mixed and case.lead else None
     wide_x = dtypes.out == F32
     x = laid_out(numbers(*case.lead, case.features).to(F32 if wide_x else dtypes.compute), case.layouts[0])
     x = x.detach().requires_grad_(case.x_trained)

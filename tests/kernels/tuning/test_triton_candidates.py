@@ -11,6 +11,8 @@ from fastpeft_kernels import tuner
 from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey, activation_backends
 from fastpeft_kernels.common import device
 from fastpeft_kernels.lora.keys import LINEAR, RANK, LinearKey, RankKey, linear_candidates, rank_backends
+from fastpeft_kernels.mlp.fused import FUSED, FusedKey
+from fastpeft_kernels.mlp.fused import candidates as fused_candidates
 from fastpeft_kernels.quant.choosing import DECODE, DecodeKey, decode_backends
 from fastpeft_kernels.tuning import measuring
 from fastpeft_kernels.tuning.measuring import measure
@@ -24,6 +26,8 @@ CASES = [
     (BACKWARD, ActivationKey(4, 40, "gelu", False, "float16")),
     *((LINEAR, LinearKey(16, 24, 40, "float16", transposed)) for transposed in (False, True)),
     *((RANK, RankKey(16, 40, rank, "float16")) for rank in (8, 32)),
+    (FUSED, FusedKey(16, 48, "silu", True, "float16")),
+    (FUSED, FusedKey(16, 32, "gelu", False, "float16")),
 ]
 
 
@@ -38,8 +42,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("op, key", CASES, ids=str)
 def test_all_are_right(
-    op: str, key: DecodeKey | ActivationKey | LinearKey | RankKey, monkeypatch: pytest.MonkeyPatch
+    op: str, key: DecodeKey | ActivationKey | LinearKey | RankKey | FusedKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fastpeft_kernels.lora.keys.triton_serves", lambda device: True)
     monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})
     tunable = next(one for one in tuner.tunables() if one.op == op)
     names = tunable.candidates(torch.device("cuda", 0))
@@ -61,6 +66,7 @@ def test_names_are_those_that_files_keep() -> None:
         *("torch", "triton", "triton 128x256x64 8w 4s tma g16 persistent"),
         *("triton 128x256x64 8w 3s tma g8 persistent", "triton 128x128x64 4w 3s tma g8"),
     )
+    assert fused_candidates(gpu) == ("apart", "fused") and fused_candidates(CPU) == ("apart",)
     assert rank_backends(gpu) == ("library", "triton") and rank_backends(CPU) == ("library",)
     assert decode_backends(CPU) == ("torch", "native") and linear_candidates(CPU) == ("torch",)
 

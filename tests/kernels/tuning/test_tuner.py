@@ -12,28 +12,48 @@ from fastpeft_kernels import tuner
 from fastpeft_kernels.activation import gated_activation
 from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey
 from fastpeft_kernels.lora.keys import LINEAR, RANK, LinearKey, RankKey
+from fastpeft_kernels.lora.projection import Dtypes, LoraProjection
+from fastpeft_kernels.mlp import fused
+from fastpeft_kernels.mlp.fused import FUSED, FusedKey
+from fastpeft_kernels.mlp.structure import Mlp
 from fastpeft_kernels.quant import decode_4bit, encode_4bit
 from fastpeft_kernels.quant.choosing import DECODE, DecodeKey
 from fastpeft_kernels.tuning import choosing, files
 from fastpeft_kernels.tuning.records import Winner
+from fastpeft_kernels.weights import DenseWeight
 
 CPU = torch.device("cpu")
 SILU = ActivationKey(16, 24, "silu", True, "float32")
 WEIGHT = DecodeKey(32, 64, "nf4", 64, True, "float32", True)
+MLP = FusedKey(16, 64, "silu", True, "bfloat16")
 Q, NARROW = LinearKey(16, 64, 64, "bfloat16", False), RankKey(16, 64, 8, "bfloat16")
-MET = [(LINEAR, Q), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU), (RANK, NARROW)]
+MET = [(LINEAR, Q), (DECODE, WEIGHT), (FORWARD, SILU), (BACKWARD, SILU), (FUSED, MLP), (RANK, NARROW)]
 
 
 def test_cases_are_in_the_order_of_the_ops_for_each_number_of_tokens() -> None:
     cases = [(tunable.op, key) for tunable, key in tuner.cases_for([*MET, *MET], CPU, [5, 8, 20])]
     assert [op for op, _ in cases] == [DECODE, *[FORWARD] * 2, *[BACKWARD] * 2]
     assert [key.tokens for op, key in cases if op != DECODE] == [8, 32] * 2
-    assert LINEAR not in dict(cases) and RANK not in dict(cases)  # nothing to choose on a CPU
+    assert not {LINEAR, RANK, FUSED} & {op for op, _ in cases}  # nothing to choose on a CPU
 
 
 def test_what_others_are_made_of_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
-    assert [tunable.op for tunable, _ in tuner.cases_for(MET, CPU, [8])] == [DECODE, FORWARD, BACKWARD, RANK, LINEAR]
+    found = [tunable.op for tunable, _ in tuner.cases_for(MET, CPU, [8])]
+    assert found == [DECODE, FORWARD, BACKWARD, RANK, LINEAR, FUSED]
+
+
+def test_while_choices_are_gathered_an_mlp_s_activation_is_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what its products ask for would not be met."""
+    monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
+    half, matrix = torch.bfloat16, DenseWeight(torch.zeros(32, 16, dtype=torch.bfloat16))
+    mlp = Mlp((LoraProjection(matrix),) * 2, LoraProjection(DenseWeight(matrix.weight.t())), "silu")
+    pre = torch.zeros(4, 64, dtype=half)
+    with choosing.forced({FUSED: "fused"}):
+        assert fused._chosen(pre, mlp, Dtypes(half, half, half))
+        with choosing.meeting() as met:
+            assert not fused._chosen(pre, mlp, Dtypes(half, half, half))
+    assert list(met) == [(FUSED, FusedKey(4, 32, "silu", True, "bfloat16"))]
 
 
 def test_every_op_is_measured_kept_and_used(measured_choices: Path) -> None:
