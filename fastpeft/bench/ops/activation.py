@@ -1,4 +1,4 @@
-"""Cases of gated activations, act(gate) * up, over the halves of one tensor."""
+"""Gated activations, act(gate) * up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of attention: what masks and scores models have, at the sizes of their heads."""
+"""Attention with the masks and the scores that models have, at the sizes of their heads."""
 
 from __future__ import annotations
 

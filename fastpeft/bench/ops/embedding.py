@@ -1,4 +1,4 @@
-"""Cases of LoRA on an embedding."""
+"""LoRA on an embedding."""
 
 from __future__ import annotations
 

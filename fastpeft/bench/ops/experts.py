@@ -1,4 +1,4 @@
-"""Cases of a mixture's experts with LoRA on their stacked matrices."""
+"""A mixture's experts with LoRA on their stacked matrices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mixture(NamedTuple):
 
 
 QWEN3_30B_A3B = Mixture("Qwen3-30B-A3B", 2048, 768, 128, 8)
-SMALL = Mixture("Qwen3-30B-A3B, an eighth of its experts, half its hidden size", 1024, 768, 16, 2)
+SMALL = Mixture("a quarter of Qwen3-30B-A3B's sizes, 8 experts", 512, 192, 8, 2)
 
 
 def cases(device: str, depth: str) -> Iterator[OpCase]:

@@ -1,4 +1,4 @@
-"""Cases of LoHa and LoKr on one projection."""
+"""LoHa and LoKr on one projection."""
 
 from __future__ import annotations
 

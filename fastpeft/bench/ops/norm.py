@@ -1,4 +1,4 @@
-"""Cases of RMSNorm, in the forms of Llama and Gemma, and of LayerNorm."""
+"""RMSNorm, in the forms of Llama and Gemma, and LayerNorm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of rotary embeddings: queries and keys, turned together."""
+"""Rotary embeddings: queries and keys, turned together."""
 
 from __future__ import annotations
 
