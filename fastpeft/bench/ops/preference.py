@@ -14,7 +14,7 @@ from .making import Numbers, by_name, floors, package
 from .models import BERT_BASE, LLAMA_8B, QWEN3_600M, T5_BASE, Shape
 from .peers import compiled
 
-BETA = 0.01
+BETA = 0.1
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -34,6 +34,9 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
 
 def case(shape: Shape, pairs: int, tokens: int, dtype: torch.dtype) -> OpCase:
     """Mean DPO loss of (2 pairs, tokens, hidden), chosen answers first, of the policy and of the reference.
+
+    An answer's log-probability is the mean over its tokens: the same work as the sum, whose rounding would be all that
+    is left of the error of a loss of one number, of any size by chance.
 
     Floor, with P = 2 (2 pairs tokens) hidden vocab: forward makes the logits of policy and reference, 2 P; backward
     the policy's gradient, P. Forward reads both hidden states, labels and the head; backward reads the policy's, for
@@ -72,16 +75,16 @@ def case(shape: Shape, pairs: int, tokens: int, dtype: torch.dtype) -> OpCase:
     )
 
 
-def _sums(log_probs: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _means(log_probs: LogProbs, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of the chosen and of the rejected answers, (pairs,) each."""
-    found = log_probs(hidden.flatten(0, 1), weight, labels.flatten()).view(labels.shape).sum(1)
+    found = log_probs(hidden.flatten(0, 1), weight, labels.flatten()).view(labels.shape).mean(1)
     return found[: len(found) // 2], found[len(found) // 2 :]
 
 
 def _loss(log_probs: LogProbs, hidden: Tensor, reference: Tensor, weight: Tensor, labels: Tensor) -> Sequence[Tensor]:
-    chosen, rejected = _sums(log_probs, hidden, weight, labels)
+    chosen, rejected = _means(log_probs, hidden, weight, labels)
     with torch.no_grad():
-        of_chosen, of_rejected = _sums(log_probs, reference, weight, labels)
+        of_chosen, of_rejected = _means(log_probs, reference, weight, labels)
     return (-F.logsigmoid(BETA * ((chosen - of_chosen) - (rejected - of_rejected))).mean(),)
 
 
@@ -104,14 +107,14 @@ def _fastpeft(hidden: Tensor, reference: Tensor, weight: Tensor, labels: Tensor)
         assert found is not None
         return found
 
-    chosen, rejected = _sums(log_probs, hidden, weight, labels)
+    chosen, rejected = _means(log_probs, hidden, weight, labels)
     with torch.no_grad():
-        of_reference = _sums(log_probs, reference, weight, labels)
+        of_reference = _means(log_probs, reference, weight, labels)
     return (dpo_loss(chosen, rejected, *of_reference, beta=BETA).losses.mean(),)
 
 
 def _liger(inputs: Inputs) -> Forward:
-    loss = package("liger_kernel.chunked_loss", inputs).LigerFusedLinearDPOLoss(beta=BETA)
+    loss = package("liger_kernel.chunked_loss", inputs).LigerFusedLinearDPOLoss(beta=BETA, average_log_prob=True)
     hidden, reference, weight, labels = (inputs.tensors[name] for name in ("hidden", "reference", "weight", "labels"))
     return lambda: (loss(weight, hidden, labels, ref_input=reference, ref_weight=weight)[0],)
 
