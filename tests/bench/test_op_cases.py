@@ -29,6 +29,7 @@ from fastpeft.bench.ops import (
 from fastpeft.bench.ops.case import Floor, Inputs, OpCase
 from fastpeft.bench.ops.checking import results, truth
 from fastpeft.bench.ops.models import Shape
+from fastpeft_kernels.common.budget import OverBudgetError
 
 F32 = torch.float32
 TINY = Shape("tiny", hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=16, vocab=300)
@@ -92,6 +93,21 @@ def test_those_who_take_long_compute_the_case(case: OpCase, peer: str) -> None:
     inputs = case.make("cpu", F32, 3)
     if peer in case.peers and not (peer == SLOW_TO_IMPORT and "a" in inputs.tensors):
         truth(case, inputs, "cpu", 3).deviation(results(case.peers[peer](inputs), inputs))
+
+
+def test_a_loss_of_one_number_is_held_in_the_dtype_of_its_inputs() -> None:
+    """PyTorch's own errs by 5e-7 here by chance, in a loss of 7.6 from inputs of 8 bits."""
+    sizes = TINY._replace(hidden=64, vocab=1000)
+    case = loss.case(sizes, 96, torch.bfloat16, "LoRA")
+    inputs = case.make("cpu", torch.bfloat16, 1)
+    true = truth(case, inputs, "cpu", 1)
+    found = results(case.peers["fastpeft"](inputs), inputs)
+    assert found[0].dtype == torch.float32
+    true.deviation(found)
+    with pytest.raises(OverBudgetError, match="result 0: "):
+        true.deviation([found[0] * 1.02, *found[1:]])
+    with pytest.raises(AssertionError, match="expected the dtype of plain PyTorch"):
+        true.deviation([found[0].double(), *found[1:]])
 
 
 def test_a_peer_that_is_not_installed_is_not_here() -> None:
