@@ -26,7 +26,7 @@ from fastpeft.bench.ops import (
     preference,
     rope,
 )
-from fastpeft.bench.ops.case import Floor, Inputs, OpCase
+from fastpeft.bench.ops.case import DIRECTIONS, Floor, Inputs, OpCase
 from fastpeft.bench.ops.checking import results, truth
 from fastpeft.bench.ops.models import Shape
 from fastpeft_kernels.common.budget import OverBudgetError
@@ -62,6 +62,7 @@ CASES: list[OpCase] = [
     experts.case(experts.Mixture("tiny", 32, 24, 4, 2), 24, 4, F32),
 ]
 NEED_A_GPU = {"sdpa efficient", "sdpa cudnn", "flex", "flash-attn", "liger", "liger on copies", "cut cross-entropy"}
+LOSSES = {"loss", "cross_entropy", "distillation", "preference"}
 COMPILED, SLOW_TO_IMPORT = "torch.compile", "trl"
 
 
@@ -126,9 +127,11 @@ def test_cases_of_real_models(module: Any, device: str) -> None:
         assert names and len(set(names)) == len(names)
         assert {case.op for case in cases} == {module.__name__.rpartition(".")[2]}
         for case in cases:
-            forward, backward, both = (case.floors[way] for way in ("forward", "backward", "both"))  # type: ignore[index]
-            assert both.flops == forward.flops + backward.flops
-            assert 0 < max(forward.bytes, backward.bytes) <= both.bytes < forward.bytes + backward.bytes + 1
+            assert set(case.floors) == {"both"} if case.op in LOSSES else set(case.floors) == set(DIRECTIONS)
+            alone = [case.floors[way] for way in DIRECTIONS[:2] if way in case.floors] or [case.floors["both"]]
+            assert case.floors["both"].flops == sum(floor.flops for floor in alone)
+            assert 0 < max(floor.bytes for floor in alone) <= case.floors["both"].bytes
+            assert case.floors["both"].bytes <= sum(floor.bytes for floor in alone)
     shallow, usual, deep = ({case.name for case in cases} for cases in every.values())
     assert shallow <= usual <= deep
 
@@ -144,11 +147,11 @@ def test_the_floor_of_causal_attention_by_hand() -> None:
 
 def test_the_floor_of_a_loss_by_hand() -> None:
     """24 tokens of 32 features, 300 words, 4 bytes a number and 8 a label: a product has 24 x 32 x 300 x 2."""
-    floors = loss.case(TINY, 24, F32, "trained").floors
     hidden, weight, labels = 24 * 32 * 4, 300 * 32 * 4, 24 * 8
-    assert floors["forward"] == Floor(460_800, hidden + weight + labels + 4)
-    assert floors["backward"] == Floor(2 * 460_800, 4 + hidden + weight + labels + hidden + weight)
-    assert loss.case(TINY, 24, F32, "frozen").floors["backward"].flops == 460_800
+    once = hidden + weight + labels + 4
+    frozen, trained = (loss.case(TINY, 24, F32, head).floors["both"] for head in ("frozen", "trained"))
+    assert frozen == Floor(2 * 460_800, once + 4 + hidden)
+    assert trained == Floor(3 * 460_800, once + 4 + hidden + weight)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .case import Forward, Inputs, OpCase
 from .loss_peers import at_least_fp32
-from .making import Numbers, by_name, floors, on_copies, package
+from .making import Numbers, by_name, floors, on_copies, only_both, package
 from .models import BERT_BASE, LLAMA_8B, QWEN3_600M, T5_BASE, Shape
 from .peers import compiled
 
@@ -46,7 +46,7 @@ def case(shape: Shape, tokens: int, dtype: torch.dtype) -> OpCase:
         name=f"{shape.name}, {tokens} tokens",
         dtype=dtype,
         make=make,
-        floors=floors((0, 0), logits + 8 * tokens, 4, logits + 8 * tokens, logits),
+        floors=only_both(floors((0, 0), logits + 8 * tokens, 4, logits + 8 * tokens, logits)),
         reference=by_name(_plain),
         peers={"fastpeft": by_name(_fastpeft), "torch.compile": compiled(by_name(_plain)), "liger on copies": _liger},
         settings={"model": shape.name, "tokens": tokens},
@@ -64,7 +64,7 @@ def _fastpeft(logits: Tensor, labels: Tensor) -> Sequence[Tensor]:
 
 
 def _liger(inputs: Inputs) -> Forward:
-    """It writes the gradient over the logits in forward, so it gets copies, whose making is in its forward's time."""
+    """It writes the gradient over the logits in forward, so it gets copies, whose making is timed."""
     run = package("liger_kernel.ops.cross_entropy", inputs).LigerCrossEntropyFunction
 
     def function(logits: Tensor, labels: Tensor) -> Sequence[Tensor]:

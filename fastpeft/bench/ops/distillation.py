@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..left_out import NotHereError
 from .case import Forward, Inputs, OpCase
 from .loss_peers import CHUNK
-from .making import Function, Numbers, by_name, floors, package
+from .making import Function, Numbers, by_name, floors, only_both, package
 from .models import BERT_BASE, LLAMA_8B, QWEN3_4B, QWEN3_32B, QWEN3_600M, Shape
 from .peers import compiled
 
@@ -71,7 +71,7 @@ def case(student: Shape, teacher: Shape, tokens: int, dtype: torch.dtype, diverg
         name=f"{student.name} of {teacher.name}, {divergence}, {tokens} tokens, {_head(trained)} head",
         dtype=dtype,
         make=make,
-        floors=floors(flops, operands, 4, operands, states + (weight if trained else 0)),
+        floors=only_both(floors(flops, operands, 4, operands, states + (weight if trained else 0))),
         reference=partial(_reference, beta),
         peers={
             "fastpeft": by_name(partial(_fastpeft, beta=beta)),

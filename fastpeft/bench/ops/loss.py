@@ -9,7 +9,7 @@ import torch
 
 from .case import Inputs, OpCase
 from .loss_peers import peers, plain, plain_with_lora
-from .making import Numbers, by_name, floors
+from .making import Numbers, by_name, floors, only_both
 from .models import BERT_BASE, GEMMA3_4B, LLAMA_8B, LLAMA_70B, QWEN3_4B, QWEN3_32B, QWEN3_600M, T5_BASE, Shape
 
 Head = Literal["frozen", "trained", "LoRA"]
@@ -67,8 +67,14 @@ def case(shape: Shape, tokens: int, dtype: torch.dtype, head: Head) -> OpCase:
         name=f"{shape.name}, {tokens} tokens, {head} head",
         dtype=dtype,
         make=make,
-        floors=floors(
-            (product + narrow, product * (2 if head == "trained" else 1) + 2 * narrow), operands, 4, operands, gradients
+        floors=only_both(
+            floors(
+                (product + narrow, product * (2 if head == "trained" else 1) + 2 * narrow),
+                operands,
+                4,
+                operands,
+                gradients,
+            )
         ),
         reference=by_name(plain_with_lora if head == "LoRA" else plain),
         peers=peers(lora=head == "LoRA"),

@@ -63,6 +63,11 @@ def floors(
     }
 
 
+def only_both(floors: dict[Direction, Floor]) -> dict[Direction, Floor]:
+    """Of an op whose gradients some make in forward, so that neither direction alone could be compared."""
+    return {"both": floors["both"]}
+
+
 def by_name(function: Function) -> Peer:
     """The peer that calls the function with the inputs' tensors."""
 

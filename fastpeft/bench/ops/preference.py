@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .case import Forward, Inputs, OpCase
 from .loss_peers import at_least_fp32, trl_log_probs
-from .making import Numbers, by_name, floors, package
+from .making import Numbers, by_name, floors, only_both, package
 from .models import BERT_BASE, LLAMA_8B, QWEN3_600M, T5_BASE, Shape
 from .peers import compiled
 
@@ -63,7 +63,9 @@ def case(shape: Shape, pairs: int, tokens: int, dtype: torch.dtype) -> OpCase:
         name=f"{shape.name}, DPO, {pairs} pairs of {tokens} tokens",
         dtype=dtype,
         make=make,
-        floors=floors((2 * product, product), 2 * states + weight + labels, 4, states + weight + labels, states),
+        floors=only_both(
+            floors((2 * product, product), 2 * states + weight + labels, 4, states + weight + labels, states)
+        ),
         reference=by_name(_plain),
         peers={
             "fastpeft": by_name(_fastpeft),
