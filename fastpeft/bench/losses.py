@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.loss import Head, linear_cross_entropy
-from fastpeft_kernels.weights import DenseWeight
-
+from .left_out import NotHereError
 from .memory import PeakMemory
+from .ops import loss_peers
 from .records import RecordFile, environment
 from .timer import interleaved, ratio
 
@@ -50,30 +48,22 @@ CASES = tuple(
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _fastpeft(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    head = Head(weight if weight.requires_grad else DenseWeight(weight))
-    return linear_cross_entropy(hidden, head, labels).loss
-
-
-def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
-
-
 def peers() -> dict[str, Loss]:
     """Those that can be imported here."""
     found: dict[str, Loss] = {"fastpeft": _fastpeft, "plain": _plain}
     try:
-        from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer import utils
-    except ImportError:
+        log_probs = loss_peers.trl_log_probs()
+    except NotHereError:
         return found
-    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    return found | {"trl": lambda *tensors: -log_probs(*tensors).mean()}
 
-    def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        log_probs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]
-        return -log_probs.mean()  # type: ignore[no-any-return]
 
-    return found | {"trl": trl}
+def _fastpeft(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return loss_peers.fastpeft(hidden, weight, labels)[0]
+
+
+def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return loss_peers.plain(hidden, weight, labels)[0]
 
 
 def measure(case: LossCase, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:

@@ -6,7 +6,8 @@ loses nothing. Nothing measured is imported here: versions come from the package
 What benchmarks share, so that reports need to know no benchmark:
 
 - peers: "fastpeft", "torch", "torch.compile", "peft", "peft + liger", "liger", "unsloth", "trl", "bitsandbytes",
-  "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flash-attn"; one that is measured twice, to show the noise,
+  "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flash-attn", "cut cross-entropy"; in other ways "torch fused",
+  "torch in chunks", "liger on copies" (of what it writes over); one that is measured twice, to show the noise,
   has " again" after its name the second time.
 - metrics: "time" in ms, "peak memory" in MiB beside what lay there before, "speed" in tokens/s; "left out" (one
   sample, 1) for a peer that has no figure, with settings["reason"].

@@ -15,10 +15,15 @@ from .case import Forward, Inputs, OpCase
 
 @dataclass(frozen=True)
 class Truth:
-    """Results of the reference: in the case's dtype, whose error sets the budget, and in float64."""
+    """Results of the reference: in the case's dtype, whose error sets the budget, and in float64.
+
+    A result of one number, such as a loss, is held in the case's dtype though it may come in a wider one: that of
+    PyTorch can be right by chance to more digits than the inputs have.
+    """
 
     same: Sequence[Tensor]
     exact: Sequence[Tensor]
+    dtype: torch.dtype
 
     def deviation(self, found: Sequence[Tensor]) -> Deviation:
         """Of the result that uses the largest share of its budget.
@@ -29,8 +34,11 @@ class Truth:
         """
         if len(found) != len(self.exact):
             raise AssertionError(f"results: expected {len(self.exact)}, got {len(found)}")
-        each = zip(found, self.same, self.exact, strict=True)
-        every = [deviation(*tensors, name=f"result {i}") for i, tensors in enumerate(each)]
+        every = []
+        for i, (ours, same, exact) in enumerate(zip(found, self.same, self.exact, strict=True)):
+            if exact.numel() == 1 and ours.dtype == same.dtype:
+                ours, same = ours.to(self.dtype), same.to(self.dtype)
+            every.append(deviation(ours, same, exact, name=f"result {i}"))
         return max(every, key=lambda one: one.share)
 
 
@@ -57,4 +65,4 @@ def truth(case: OpCase, inputs: Inputs, device: str, seed: int) -> Truth:
     for name, tensor in inputs.tensors.items():
         if not torch.equal(exact.tensors[name].double(), tensor.double()):
             raise ValueError(f"make: expected the numbers of {case.dtype} in float64 too, got others in {name!r}")
-    return Truth(results(case.reference(inputs), inputs), results(case.reference(exact), exact))
+    return Truth(results(case.reference(inputs), inputs), results(case.reference(exact), exact), case.dtype)

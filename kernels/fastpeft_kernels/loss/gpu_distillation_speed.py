@@ -1,4 +1,4 @@
-"""Times on a CUDA GPU: fused distillation beside its products and its peers.
+"""Times on a CUDA GPU: fused distillation beside its products.
 
 8192 tokens, 4096 features of student and teacher, 128256 words, bf16: the logits of both in fp32 would take 8.4 GB.
 Three products of tokens x words x features (a frozen head) are 25.8 TFLOP, 37 ms at 700 TFLOP/s.
@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ..weights import DenseWeight
 from .distillation import linear_distillation
-from .divergence_reference import divergence_reference
 from .gpu_speed import BF16, FEATURES, TOKENS, WORDS, measured
 from .head import Head, Teacher, TopLogits
 
 _DEVICE = torch.device("cuda")
 _TOP = 64
-_CHUNK = 512  # tokens of a peer that makes logits
 
 
 class _Problem(NamedTuple):
@@ -40,10 +38,6 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield f"speed distillation trained, beta {beta}", partial(_measure, beta, True)
     yield "speed distillation frozen, beta 0.5, with labels", partial(_measure, 0.5, False, cross_entropy_weight=0.5)
     yield "speed distillation frozen, beta 0.0, of the largest logits", _measure_top
-    for name, peer in _PEERS.items():
-        for trained in (False, True):
-            what = "trained" if trained else "frozen"
-            yield f"speed distillation {what}, beta 0.5, {name}", partial(_measure_peer, peer, trained)
 
 
 def _problem(trained: bool) -> _Problem:
@@ -73,48 +67,5 @@ def _measure_top() -> dict[str, Any]:
     return measured(lambda: linear_distillation(hidden, head, teacher).loss, [hidden], 2)
 
 
-def _measure_peer(peer: Callable[[_Problem], Tensor], trained: bool) -> dict[str, Any]:
-    """What a peer cannot do here is no failure of ours."""
-    problem = _problem(trained)
-    wanted = [x for x in (problem.hidden, problem.weight) if x.requires_grad]
-    try:
-        return measured(lambda: peer(problem), wanted, 4 if trained else 3)
-    except Exception as error:
-        return {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
-
-
 def _labels() -> Tensor:
     return torch.randint(0, WORDS, (TOKENS,), device=_DEVICE)
-
-
-def _liger(problem: _Problem) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
-    hidden, weight, teacher_hidden, teacher_weight = problem
-    found: Tensor = loss(hidden, weight, teacher_hidden, teacher_weight, _labels())
-    return found
-
-
-def _trl(problem: _Problem) -> Tensor:
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    hidden, weight, teacher_hidden, teacher_weight = problem
-    found: Tensor = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.5)[0]
-    return found.mean()
-
-
-def _chunked(problem: _Problem) -> Tensor:
-    """A checkpoint for each chunk of tokens."""
-    from torch.utils.checkpoint import checkpoint
-
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        logits = (x @ problem.weight.t(), y @ problem.teacher_weight.t())
-        return divergence_reference(*logits, 1.0, 0.5).sum()
-
-    parts = zip(problem.hidden.split(_CHUNK), problem.teacher_hidden.split(_CHUNK), strict=True)
-    sums = [checkpoint(part, x, y, use_reentrant=False) for x, y in parts]
-    return torch.stack(sums).sum() / TOKENS
-
-
-_PEERS: dict[str, Callable[[_Problem], Tensor]] = {"Liger": _liger, "TRL": _trl, "chunked PyTorch": _chunked}

@@ -1,4 +1,4 @@
-"""Times on a CUDA GPU: the steps, whole rows of logits, and the fused loss beside its products and its peers.
+"""Times on a CUDA GPU: the steps, whole rows of logits, and the fused loss beside its products.
 
 8192 tokens, 4096 features and 128256 words in bf16, as in Llama 3.1 8B: the logits in fp32 would take 4.2 GB.
 """
@@ -16,7 +16,6 @@ from ..common.gpu_clock import median_us
 from ..weights import DenseWeight
 from .api import linear_cross_entropy
 from .blocks import Sizes, choose_blocks
-from .gpu_peers import PEERS
 from .head import Head
 from .products import add_product
 from .steps import Running, known
@@ -39,10 +38,6 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield f"speed loss of logits {config}", partial(_measure_logits, config)
     for config in CONFIGS[:4]:
         yield f"speed divergences {config}", partial(_measure_divergences, config)
-    for name, peer in PEERS.items():
-        for trained in (False, True):
-            what = "trained" if trained else "frozen"
-            yield f"speed linear cross-entropy {what}, {name}", partial(_measure_peer, peer, trained)
 
 
 def _inputs(trained: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,16 +52,6 @@ def _measure_linear(trained: bool) -> dict[str, Any]:
     head = Head(weight if trained else DenseWeight(weight))
     wanted = [x for x in (hidden, weight) if x.requires_grad]
     return measured(lambda: linear_cross_entropy(hidden, head, labels).loss, wanted, 3 if trained else 2)
-
-
-def _measure_peer(peer: Callable[[Tensor, Tensor, Tensor], Tensor], trained: bool) -> dict[str, Any]:
-    """What a peer cannot do here is no failure of ours."""
-    hidden, weight, labels = _inputs(trained)
-    try:
-        wanted = [x for x in (hidden, weight) if x.requires_grad]
-        return measured(lambda: peer(hidden, weight, labels), wanted, 3 if trained else 2)
-    except Exception as error:
-        return {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def measured(loss: Callable[[], Tensor], wanted: list[Tensor], products: int) -> dict[str, Any]:

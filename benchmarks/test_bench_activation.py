@@ -1,0 +1,11 @@
+"""Gated activations beside their peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "activation"
+
+
+def test_activation(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)

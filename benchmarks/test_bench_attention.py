@@ -1,0 +1,11 @@
+"""Attention beside its peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "attention"
+
+
+def test_attention(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)

@@ -1,0 +1,11 @@
+"""LoRA on embeddings beside its peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "embedding"
+
+
+def test_embedding(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)

@@ -1,0 +1,11 @@
+"""LoHa and LoKr beside their peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "lycoris"
+
+
+def test_lycoris(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)

@@ -1,0 +1,11 @@
+"""Direct preference optimisation beside its peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "preference"
+
+
+def test_preference(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)
