@@ -1,0 +1,281 @@
+"""All peers of a case in order, each in its own process; what was measured is kept as soon as it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .agreement import Agreement, agreement
+from .case import FinetuneCase
+from .peers import EXACT, PEFT, REQUIRED, Peer, why_not
+from .processes import LeftOutError, Make, Worker
+from .rows import tokens_of_batch
+from .worker import GO, RUN, STEPS, Outcome, Task, make_source, train
+
+Add = Callable[..., Any]
+_SHARED = ("torch", "transformers.trainer", "peft", "trl.trainer.sft_trainer")
+
+
+@dataclass
+class Result:
+    """Of a case, by peer.
+
+    Attributes:
+        runs: one a round.
+        steps: milliseconds of single steps, and of plain PEFT's in the same rounds.
+        left_out: why a peer has no times; `failed` are those of them that could have had some.
+        rates: TFLOP/s of the machine's matrix product in the case's dtype.
+    """
+
+    case: FinetuneCase
+    task: str = ""
+    rates: list[float] = field(default_factory=list)
+    runs: dict[str, list[Outcome]] = field(default_factory=dict)
+    steps: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    interrupted: bool = False
+
+    def agreement(self, peer: str) -> Agreement | None:
+        """Of the run whose losses are furthest off; None where there is nothing to compare with."""
+        own = {name: self.runs[name][0].losses for name in REQUIRED if name in self.runs}
+        found = [agreement(run.losses, own) for run in self.runs.get(peer, ())]
+        return max((each for each in found if each), key=lambda each: each.found, default=None)
+
+    def step_ms(self, peer: str) -> list[float]:
+        """Of a run's steps after the warm-up, all rounds."""
+        return [ms for run in self.runs[peer] for ms in run.ms[self.case.warmup :]]
+
+    def speed(self, peer: str) -> list[float]:
+        """Tokens a second, by each of these steps."""
+        tokens = tokens_of_batch(self.task, self.case.rows, self.case.tokens)
+        return [1e3 * tokens / ms for ms in self.step_ms(peer)]
+
+    def utilisation(self, peer: str) -> float | None:
+        """The model's operations a second over the machine's matrix rate; None where either is not known."""
+        flops = next((run.flops for run in self.runs.get(PEFT, ()) if run.flops), 0.0)
+        if not flops or not self.rates:
+            return None
+        return flops / (median(self.step_ms(peer)) * 1e-3) / (median(self.rates) * 1e12)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a run of ours failed or learned something else than PEFT; 130 when it was interrupted."""
+        return 130 if self.interrupted else int(any(name.startswith("fastpeft") for name in self.failed))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a case is measured.
+
+    Attributes:
+        rounds: runs of each peer, in turn.
+        step_rounds: single steps of each peer, in turn with plain PEFT's; 0 for none.
+        limit_s: that one process may take until it answers.
+        logs: a folder for what the processes print.
+        shared_imports: processes are forked from one that has imported the libraries: fast where many short ones run,
+            but how long a user waits for the first step is not measured.
+    """
+
+    rounds: int = 1
+    step_rounds: int = 0
+    limit_s: float = 1800.0
+    logs: Path = Path("runs/bench/finetune-logs")
+    shared_imports: bool = False
+
+    def imported(self, peer: Peer | None) -> tuple[str, ...]:
+        """What a process finds imported; nothing for Unsloth, which must come first."""
+        return _SHARED if self.shared_imports and not (peer and peer.unsloth) else ()
+
+
+def measure(
+    case: FinetuneCase, peers: Sequence[Peer], plan: Plan, add: Add, say: Callable[[str], None] = print, make: Make = train
+) -> Result:
+    """Run every peer, and record what it took.
+
+    Args:
+        peers: from `peers.choose`.
+        add: takes the fields of a record.
+        say: shows a line of progress.
+        make: what happens in a peer's process.
+
+    Raises:
+        LeftOutError: the model itself could not be made or found.
+    """
+    result = Result(case)
+    with TemporaryDirectory(prefix="fastpeft-bench-") as folder:
+        try:
+            given = (case, Path(folder, "model"))
+            with Worker(make_source, given, plan.logs / "source.log", plan.limit_s, plan.imported(None)) as maker:
+                source = maker.ask("source")
+                result.rates = maker.ask("rate")
+            result.task = source.task
+            keep_rate(result, add)
+            _Measuring(result, source, peers, plan, add, say, make, Path(folder)).all()
+        except KeyboardInterrupt:
+            result.interrupted = True
+            say("interrupted; what was measured is kept")
+    return result
+
+
+@dataclass
+class _Measuring:
+    result: Result
+    source: Any
+    peers: Sequence[Peer]
+    plan: Plan
+    add: Add
+    say: Callable[[str], None]
+    make: Make
+    folder: Path
+    kept: set[str] = field(default_factory=set)
+
+    def all(self) -> None:
+        case = self.result.case
+        for peer in self.peers:
+            if reason := why_not(peer, case, self.source.task):
+                self._leave_out(peer.name, reason, failed=False)
+        try:
+            for i in range(self.plan.rounds):
+                for peer in self.peers if i % 2 == 0 else reversed(self.peers):
+                    if peer.name not in self.result.left_out and not (i and peer.name == EXACT):
+                        self._run(peer)
+                    if i == self.plan.rounds - 1:
+                        self._keep(peer.name)
+        finally:  # an interruption costs the runs that were not made
+            for peer in self.peers:
+                self._keep(peer.name)
+        if self.plan.step_rounds:
+            self._single_steps()
+
+    def _worker(self, peer: Peer, steps: int) -> Worker:
+        task = Task(self.result.case, self.source, peer, steps, self.folder / "trainer")
+        log = self.plan.logs / f"{peer.name.replace(' ', '-')}.log"
+        return Worker(self.make, task, log, self.plan.limit_s, self.plan.imported(peer))
+
+    def _run(self, peer: Peer) -> None:
+        try:
+            with self._worker(peer, self.result.case.steps) as worker:
+                outcome = worker.ask(RUN)
+        except LeftOutError as error:
+            self._leave_out(peer.name, str(error), failed=True)
+            return
+        self.result.runs.setdefault(peer.name, []).append(outcome)
+        timed = median(outcome.ms[self.result.case.warmup :])
+        self.say(f"{peer.name}: {timed:.1f} ms a step, loss {outcome.losses[0]:.4f} to {outcome.losses[-1]:.4f}")
+        if peer.name != EXACT and peer.name != PEFT and (reason := disagreement(self.result, peer.name)):
+            self._leave_out(peer.name, reason, failed=True)
+
+    def _leave_out(self, name: str, reason: str, failed: bool) -> None:
+        self.result.left_out[name] = reason
+        if failed:
+            self.result.failed.add(name)
+        self.say(f"{name}: left out: {reason}")
+
+    def _keep(self, name: str) -> None:
+        if name not in self.kept and (name in self.result.runs or name in self.result.left_out):
+            self.kept.add(name)
+            keep(self.result, name, self.add, self.plan.shared_imports)
+
+    def _single_steps(self) -> None:
+        """Each peer's process beside one of plain PEFT, so that no more than two models are in memory."""
+        steps = self.plan.step_rounds + self.result.case.warmup
+        pairs = [peer for peer in self.peers if peer.name in self.result.runs and peer.name not in self.result.left_out]
+        reference = next(peer for peer in self.peers if peer.name == PEFT)
+        if reference not in pairs:
+            return
+        with self._worker(reference, steps * len(pairs) + 1) as peft:
+            try:
+                peft.ask(STEPS)
+            except LeftOutError as error:
+                self.say(f"single steps: {PEFT}: {error}")
+                return
+            for peer in pairs:
+                if peer.name in (PEFT, EXACT):
+                    continue
+                try:
+                    with self._worker(peer, steps + 1) as worker:
+                        worker.ask(STEPS)
+                        self.result.steps[peer.name] = in_turn(worker, peft, self.result.case.warmup, steps)
+                except LeftOutError as error:
+                    self.say(f"single steps: {peer.name}: {error}")
+                    continue
+                keep_steps(self.result, peer.name, self.add)
+
+
+def in_turn(worker: Worker, peft: Worker, warmup: int, steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of the steps of two processes; who is first changes from round to round."""
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for i in range(steps):
+        for j in (0, 1) if i % 2 == 0 else (1, 0):
+            ms = (worker, peft)[j].ask(GO)
+            if i >= warmup:
+                times[j].append(ms)
+    return times[0], times[1]
+
+
+def disagreement(result: Result, peer: str) -> str | None:
+    """Why the peer's times do not count; None where they do."""
+    found = result.agreement(peer)
+    if found is None:
+        return f"nothing to compare its losses with: {PEFT}: {result.left_out.get(PEFT, 'its losses are no numbers')}"
+    if found.holds:
+        return None
+    return f"losses differ from PEFT's: by {found.found:.1e} of the reference, where {found.allowed:.1e} is allowed"
+
+
+def keep_rate(result: Result, add: Add) -> None:
+    """The ceiling of the machine."""
+    add(
+        case=f"matrix {result.case.dtype}", op="ceiling", peer="torch", metric="rate", unit="TFLOP/s",
+        samples=result.rates, settings=result.case.settings,
+    )  # fmt: skip
+
+
+def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> None:
+    """One record a metric of a peer's runs; no time for one that is left out."""
+    common = {"case": result.case.name, "op": "run", "peer": peer}
+    settings = {**result.case.settings, "direction": "both"}
+    if peer in result.left_out:
+        why = {**settings, "reason": result.left_out[peer]}
+        add(**common, metric="left out", unit="1", samples=1, settings=why)
+    if not (runs := result.runs.get(peer)):
+        return
+    found = result.agreement(peer)
+    held = {} if found is None else {"error": found.found, "budget": found.allowed}
+
+    def each(metric: str, unit: str, samples: Sequence[float]) -> None:
+        add(**common, metric=metric, unit=unit, samples=samples, settings=settings)
+
+    each("final loss", "1", [run.losses[-1] for run in runs])
+    if peer == EXACT:
+        return
+    if found is not None:
+        each("loss difference", "1", [found.from_peft])
+    each("peak memory", "MiB", [run.peak_mib for run in runs])
+    if result.case.device == "cuda":
+        each("model memory", "MiB", [run.model_mib for run in runs])
+    for name in runs[0].seconds if not shared_imports else ():
+        each(f"time {name}" if name.startswith("to ") else f"{name} time", "s", [run.seconds[name] for run in runs])
+    each("trained parameters", "1", [float(run.trained) for run in runs])
+    if peer in result.left_out:
+        return
+    flops = next((run.flops for run in result.runs.get(PEFT, ()) if run.flops), None)
+    work = {**settings, "flops": flops} if flops else settings
+    add(**common, metric="time", unit="ms", samples=result.step_ms(peer), settings=work, **held)
+    add(**common, metric="speed", unit="tokens/s", samples=result.speed(peer), settings=work, **held)
+    if (used := result.utilisation(peer)) is not None:
+        each("model FLOPs utilisation", "1", [used])
+
+
+def keep_steps(result: Result, peer: str, add: Add) -> None:
+    """Single steps of a peer, and of plain PEFT in the same rounds."""
+    settings = {**result.case.settings, "direction": "both", "beside": peer}
+    for name, samples in zip((peer, PEFT), result.steps[peer], strict=True):
+        add(
+            case=result.case.name, op="step", peer=name, metric="time", unit="ms", samples=samples, settings=settings
+        )  # fmt: skip
