@@ -1,4 +1,4 @@
-"""The trainers that users run, with plain PEFT, with others and with fastpeft: `--help` says what there is to choose."""
+"""The trainers that users run, with plain PEFT, with others and with fastpeft; `--help` names the choices."""
 
 import sys
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         case = FinetuneCase(
             model=options.model, method=options.method, device=device, rows=options.rows, tokens=options.tokens,
-            rank=options.rank, dropout=options.dropout, steps=options.steps, warmup=min(options.warmup, options.steps - 1),
+            rank=options.rank, steps=options.steps, warmup=min(options.warmup, options.steps - 1),
             scale=options.scale or ("full" if device == "cuda" else "small"), layers=options.layers,
             dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
             checkpointing=options.checkpointing, learning_rate=options.learning_rate, threads=options.threads,
@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=4, help="of a batch")
     add("--tokens", type=int, default=1024, help="of each row")
     add("--rank", type=int, default=16)
-    add("--dropout", type=float, default=0.0)
     add("--steps", type=int, default=50, help="of a run")
     add("--warmup", type=int, default=5, help="steps whose time does not count")
     add("--learning-rate", type=float, default=2e-4)

@@ -14,7 +14,7 @@ WIDER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 
 @dataclass(frozen=True)
 class FinetuneCase:
-    """One model, method and batch.
+    """One model, method and batch. Nothing is dropped out: losses would differ between runs that are all right.
 
     Attributes:
         model: a name of `sizes.MODELS`, a name on the model hub, or a folder.
@@ -36,7 +36,6 @@ class FinetuneCase:
     rows: int = 4
     tokens: int = 1024
     rank: int = 16
-    dropout: float = 0.0
     steps: int = 50
     warmup: int = 5
     scale: str = "full"
@@ -66,7 +65,7 @@ class FinetuneCase:
         words += [self.scale] * (self.published and self.scale != "full")
         words += [f"{self.layers} layers"] * (self.layers is not None)
         words += [self.method, self.dtype, f"{self.rows}x{self.tokens} tokens", f"r={self.rank}"]
-        words += [f"dropout {self.dropout}"] * (self.dropout > 0) + ["checkpointing"] * self.checkpointing
+        words += ["checkpointing"] * self.checkpointing
         return " ".join(words)
 
     @property

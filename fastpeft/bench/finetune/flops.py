@@ -1,4 +1,4 @@
-"""How much work a step is, and how much the machine does at its best.
+"""How much work a training step is.
 
 For a frozen matrix of n parameters that reads T tokens, 2 n T operations forward and 2 n T for the gradient of what it
 reads: 4 N T in all for LoRA's base, its head among them. Adapters, and whatever else is trained, have a gradient of
@@ -9,7 +9,6 @@ Recomputation is no work that was asked for and does not count; nor do embedding
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -53,8 +52,8 @@ def step_flops(model: nn.Module, batch: dict[str, Any]) -> float:
     rows, tokens = batch["input_ids"].shape
     labels = batch["labels"]
     written = labels.shape[1] if labels.ndim == 2 else tokens
-    config: Any = model.config
-    return counted + sum(ATTENTION * rows * each.layers * each.pairs * each.width for each in attention(config, tokens, written))
+    found = attention(model.config, tokens, written)
+    return counted + sum(ATTENTION * rows * each.layers * each.pairs * each.width for each in found)
 
 
 def attention(config: Any, tokens: int, written: int) -> Iterator[Attention]:
@@ -89,20 +88,3 @@ def causal_pairs(tokens: int, window: int | None = None) -> int:
     """Pairs of a query and a key that is not after it, nor `window` or more before it."""
     reach = min(tokens, window or tokens)
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
-
-
-def matrix_rate(dtype: torch.dtype, device: str) -> list[float]:
-    """TFLOP/s of PyTorch's product of two square matrices, large enough to be the machine's best, several times."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    rates = []
-    for i in range(13):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 3:
-            rates.append(2 * size**3 / (time.perf_counter() - start) / 1e12)
-    return rates

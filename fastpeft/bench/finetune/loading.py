@@ -21,6 +21,7 @@ _CLASSES = {
     CLASSES: "AutoModelForSequenceClassification",
     SEQ2SEQ: "AutoModelForSeq2SeqLM",
 }
+_DROPS = ("_pdrop", "layerdrop")
 _PEFT_TASKS = {CAUSAL: "CAUSAL_LM", CLASSES: "SEQ_CLS", SEQ2SEQ: "SEQ_2_SEQ_LM"}
 
 
@@ -43,13 +44,21 @@ def find_source(case: FinetuneCase, folder: Path) -> Source:
         task = SEQ2SEQ if config.is_encoder_decoder else CAUSAL if causal else CLASSES
         return Source(case.model, task, config.get_text_config().vocab_size)
     sizes = sizes_of(case.model, case.scale, case.layers)
-    task = task_of(sizes.kind)
+    task, config = task_of(sizes.kind), without_dropout(config_of(sizes, case.tokens))
     torch.manual_seed(0)
     with torch.device(case.device):  # random numbers are drawn faster on a GPU
-        model = _class(task).from_config(config_of(sizes, case.tokens), dtype=getattr(torch, case.dtype))
+        model = _class(task).from_config(config, dtype=getattr(torch, case.dtype))
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return Source(str(folder), task, sizes.words, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def without_dropout(config: Any) -> Any:
+    """The configuration, in which nothing is dropped out any more."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and (key.endswith(_DROPS) or "dropout" in key):
+            setattr(config, key, 0.0)
+    return config
 
 
 def tokenizer() -> Any:
@@ -69,12 +78,13 @@ def load(case: FinetuneCase, source: Source, peer: Peer) -> Any:
     if peer.switches is not None:
         import fastpeft
 
-        fastpeft.accelerate(model, **dict(peer.switches))
+        fastpeft.accelerate(model, **dict(peer.switches))  # type: ignore[arg-type]
     return model
 
 
 def _peft(case: FinetuneCase, source: Source, peer: Peer) -> Any:
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig
 
     name = WIDER[case.dtype] if peer.exact else case.dtype
     exact64 = name == "float64"
@@ -84,18 +94,18 @@ def _peft(case: FinetuneCase, source: Source, peer: Peer) -> Any:
         given["quantization_config"] = _nf4(dtype)
     if case.method == "qlora" or case.device == "cuda":
         given["device_map"] = {"": 0 if case.device == "cuda" else "cpu"}
-    base = _class(source.task).from_pretrained(source.path, **given)
+    config = without_dropout(AutoConfig.from_pretrained(source.path))
+    base = _class(source.task).from_pretrained(source.path, config=config, **given)
     if exact64 and case.method == "qlora":
         _decode(base)
     base.config.use_cache = False
-    config = LoraConfig(
+    adapter = LoraConfig(
         r=case.rank,
         lora_alpha=2 * case.rank,
-        lora_dropout=case.dropout,
         target_modules=targets(base),
         task_type=_PEFT_TASKS[source.task],
     )
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, adapter).train()
     if peer.liger:
         _check_liger(base)
     return model.double() if exact64 else model
@@ -117,7 +127,7 @@ def _unsloth(case: FinetuneCase, source: Source) -> Any:
         model,
         r=case.rank,
         lora_alpha=2 * case.rank,
-        lora_dropout=case.dropout,
+        lora_dropout=0.0,
         target_modules=targets(model),
         bias="none",
         use_gradient_checkpointing="unsloth" if case.checkpointing else False,

@@ -24,7 +24,13 @@ class Log(NamedTuple):
 
 
 def make_trainer(
-    case: FinetuneCase, source: Source, peer: Peer, model: Any, steps: int, folder: str, gate: Callable[[float], None] | None
+    case: FinetuneCase,
+    source: Source,
+    peer: Peer,
+    model: Any,
+    steps: int,
+    folder: str,
+    gate: Callable[[float], None] | None,
 ) -> tuple[Any, Log]:
     """transformers' Trainer or TRL's SFTTrainer, and the log that it writes.
 

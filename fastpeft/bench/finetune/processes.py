@@ -56,7 +56,7 @@ class Worker:
         self.log, self.limit_s = log, limit_s
         self._answers = True
         log.parent.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver" if imported else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if imported else "spawn")
         if imported:
             context.set_forkserver_preload(list(imported))
         self._connection, theirs = context.Pipe()

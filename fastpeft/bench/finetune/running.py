@@ -14,7 +14,7 @@ from .case import FinetuneCase
 from .peers import EXACT, PEFT, REQUIRED, Peer, why_not
 from .processes import LeftOutError, Make, Worker
 from .rows import tokens_of_batch
-from .worker import GO, RUN, STEPS, Outcome, Task, make_source, train
+from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Outcome, Task, make_source, train
 
 Add = Callable[..., Any]
 _SHARED = ("torch", "transformers.trainer", "peft", "trl.trainer.sft_trainer")
@@ -28,12 +28,12 @@ class Result:
         runs: one a round.
         steps: milliseconds of single steps, and of plain PEFT's in the same rounds.
         left_out: why a peer has no times; `failed` are those of them that could have had some.
-        rates: TFLOP/s of the machine's matrix product in the case's dtype.
+        ceilings: of the machine, as `ops.ceilings.measure` names them.
     """
 
     case: FinetuneCase
     task: str = ""
-    rates: list[float] = field(default_factory=list)
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
     runs: dict[str, list[Outcome]] = field(default_factory=dict)
     steps: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -58,9 +58,8 @@ class Result:
     def utilisation(self, peer: str) -> float | None:
         """The model's operations a second over the machine's matrix rate; None where either is not known."""
         flops = next((run.flops for run in self.runs.get(PEFT, ()) if run.flops), 0.0)
-        if not flops or not self.rates:
-            return None
-        return flops / (median(self.step_ms(peer)) * 1e-3) / (median(self.rates) * 1e12)
+        rate = self.ceilings.get(f"matrix {self.case.dtype}")
+        return flops / (median(self.step_ms(peer)) * 1e-3) / (median(rate) * 1e12) if flops and rate else None
 
     @property
     def exit_code(self) -> int:
@@ -93,7 +92,12 @@ class Plan:
 
 
 def measure(
-    case: FinetuneCase, peers: Sequence[Peer], plan: Plan, add: Add, say: Callable[[str], None] = print, make: Make = train
+    case: FinetuneCase,
+    peers: Sequence[Peer],
+    plan: Plan,
+    add: Add,
+    say: Callable[[str], None] = print,
+    make: Make = train,
 ) -> Result:
     """Run every peer, and record what it took.
 
@@ -111,10 +115,10 @@ def measure(
         try:
             given = (case, Path(folder, "model"))
             with Worker(make_source, given, plan.logs / "source.log", plan.limit_s, plan.imported(None)) as maker:
-                source = maker.ask("source")
-                result.rates = maker.ask("rate")
+                source = maker.ask(SOURCE)
+                result.ceilings = maker.ask(CEILINGS)
             result.task = source.task
-            keep_rate(result, add)
+            keep_ceilings(result, add)
             _Measuring(result, source, peers, plan, add, say, make, Path(folder)).all()
         except KeyboardInterrupt:
             result.interrupted = True
@@ -228,12 +232,12 @@ def disagreement(result: Result, peer: str) -> str | None:
     return f"losses differ from PEFT's: by {found.found:.1e} of the reference, where {found.allowed:.1e} is allowed"
 
 
-def keep_rate(result: Result, add: Add) -> None:
-    """The ceiling of the machine."""
-    add(
-        case=f"matrix {result.case.dtype}", op="ceiling", peer="torch", metric="rate", unit="TFLOP/s",
-        samples=result.rates, settings=result.case.settings,
-    )  # fmt: skip
+def keep_ceilings(result: Result, add: Add) -> None:
+    """What the machine can do at the most."""
+    for name, samples in result.ceilings.items():
+        unit = "GB/s" if name == "copy" else "TFLOP/s"
+        settings = {"threads": result.case.threads}
+        add(case=name, op="ceiling", peer="torch", metric="rate", unit=unit, samples=samples, settings=settings)
 
 
 def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> None:

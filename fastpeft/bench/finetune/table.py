@@ -24,7 +24,11 @@ def _line(result: Result, peer: str) -> str:
     timed = peer not in result.left_out
     ms = median(result.step_ms(peer)) if timed else None
     peft = median(result.step_ms(PEFT)) if PEFT in result.runs else None
-    beside = ratio({"peer": result.steps[peer][0], PEFT: result.steps[peer][1]}, "peer", PEFT) if peer in result.steps else None
+    beside = (
+        ratio({"peer": result.steps[peer][0], PEFT: result.steps[peer][1]}, "peer", PEFT)
+        if peer in result.steps
+        else None
+    )
     cells = [
         _cell(ms, 9, ".1f"),
         _cell(ms / peft if ms and peft else None, 8, ".3f"),

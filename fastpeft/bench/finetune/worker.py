@@ -14,7 +14,7 @@ from .processes import Line
 if TYPE_CHECKING:
     from .loading import Source
 
-RUN, STEPS, GO = "run", "steps", "go"
+SOURCE, CEILINGS, RUN, STEPS, GO = "source", "ceilings", "run", "steps", "go"
 
 
 class Task(NamedTuple):
@@ -35,8 +35,8 @@ class Outcome(NamedTuple):
         ms: of each step, with what the trainer does between steps.
         peak_mib: most memory during training, beside what the model and its library took before.
         model_mib: what lay on the GPU before; 0 on a CPU.
-        seconds: "import", "load" (weights, adapters, replacements, trainer), "first step", and "to first step", which is
-            all from the start of the process on.
+        seconds: "import", "load" (weights, adapters, replacements, trainer), "first step", and "to first step": all from
+            the start of the process on.
         trained: parameters.
         flops: of a step; 0 for others than plain PEFT.
     """
@@ -51,16 +51,23 @@ class Outcome(NamedTuple):
 
 
 def make_source(given: tuple[FinetuneCase, Path], line: Line, started: float) -> Callable[[Any], Any]:
-    """Asked for anything, makes the case's model and says where it is; asked for "rate", measures the matrix rate."""
+    """Asked for SOURCE, makes the case's model and says where it is; asked for CEILINGS, measures the machine's."""
     case, folder = given
     import torch
 
-    from .flops import matrix_rate
+    from fastpeft.bench.ops import ceilings
+    from fastpeft.bench.timer import device_clock
+
     from .loading import find_source
 
     _use_threads(case)
-    rate = lambda: matrix_rate(getattr(torch, case.dtype), case.device)  # noqa: E731
-    return lambda question: rate() if question == "rate" else find_source(case, folder)
+
+    def answer(question: str) -> Any:
+        if question == SOURCE:
+            return find_source(case, folder)
+        return ceilings.measure(case.device, [getattr(torch, case.dtype)], 10, device_clock(case.device))
+
+    return answer
 
 
 def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
@@ -110,7 +117,7 @@ def _import(peer: Peer) -> None:
         from contextlib import suppress
 
         with suppress(Exception):  # `load` says what is wrong with it
-            import unsloth  # type: ignore[import-not-found]  # noqa: F401
+            import unsloth  # noqa: F401
     import peft  # noqa: F401
     from transformers import Trainer  # noqa: F401
 
