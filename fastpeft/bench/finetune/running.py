@@ -77,7 +77,8 @@ class Plan:
         limit_s: that one process may take until it answers.
         logs: a folder for what the processes print.
         shared_imports: processes are forked from one that has imported the libraries: fast where many short ones run,
-            but how long a user waits for the first step is not measured.
+            but how long a user waits for the first step is not measured. For a CPU alone: some libraries ask for the GPU
+            when imported, and CUDA does not survive a fork.
     """
 
     rounds: int = 1
@@ -97,6 +98,7 @@ def measure(
     plan: Plan,
     add: Add,
     say: Callable[[str], None] = print,
+    find: Make = make_source,
     make: Make = train,
 ) -> Result:
     """Run every peer, and record what it took.
@@ -105,7 +107,7 @@ def measure(
         peers: from `peers.choose`.
         add: takes the fields of a record.
         say: shows a line of progress.
-        make: what happens in a peer's process.
+        find, make: what happens in the process that finds the model, and in a peer's.
 
     Raises:
         LeftOutError: the model itself could not be made or found.
@@ -114,7 +116,7 @@ def measure(
     with TemporaryDirectory(prefix="fastpeft-bench-") as folder:
         try:
             given = (case, Path(folder, "model"))
-            with Worker(make_source, given, plan.logs / "source.log", plan.limit_s, plan.imported(None)) as maker:
+            with Worker(find, given, plan.logs / "source.log", plan.limit_s, plan.imported(None)) as maker:
                 source = maker.ask(SOURCE)
                 result.ceilings = maker.ask(CEILINGS)
             result.task = source.task

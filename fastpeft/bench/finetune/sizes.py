@@ -63,7 +63,7 @@ MODELS = {
     "qwen3-8b": Sizes("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, (_theta(1e6), UNTIED)),
     "gemma-3-4b": Sizes("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, (("sliding_window", 1024), TIED)),
     "bert-base": Sizes("bert", 768, 3072, 12, 12, 12, 64, 30522),
-    "roberta-base": Sizes("roberta", 768, 3072, 12, 12, 12, 64, 50265, (("max_position_embeddings", 514),)),
+    "roberta-base": Sizes("roberta", 768, 3072, 12, 12, 12, 64, 50265, (("type_vocab_size", 1),)),
     "t5-base": Sizes("t5", 768, 3072, 12, 12, 12, 64, 32128),
     "flan-t5-base": Sizes("t5", 768, 2048, 12, 12, 12, 64, 32128, (("feed_forward_proj", "gated-gelu"), UNTIED)),
     "bart-base": Sizes("bart", 768, 3072, 6, 12, 12, 64, 50265),
@@ -126,10 +126,7 @@ def _keys(sizes: Sizes, tokens: int) -> dict[str, Any]:
             keys |= {"num_key_value_heads": sizes.key_heads, "head_dim": sizes.head_dim}
             keys["max_position_embeddings"] = max(32768, tokens)
         else:
-            keys["max_position_embeddings"] = max(512, tokens) + 2  # RoBERTa counts from 2
-    return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | keys | _positions(more, tokens)
-
-
-def _positions(more: dict[str, Any], tokens: int) -> dict[str, Any]:
-    learned = more.get("max_position_embeddings")
-    return more if learned is None else more | {"max_position_embeddings": max(learned, tokens + 2)}
+            keys["max_position_embeddings"] = max(512, tokens)
+    if sizes.kind == "roberta":  # it counts positions from 2
+        more["max_position_embeddings"] = max(514, tokens + 2)
+    return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | keys | more

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
         ms: of each step, with what the trainer does between steps.
         peak_mib: most memory during training, beside what the model and its library took before.
         model_mib: what lay on the GPU before; 0 on a CPU.
-        seconds: "import", "load" (weights, adapters, replacements, trainer), "first step", and "to first step": all from
+        seconds: "import", "load" (weights, adapters, replacements, trainer), "first step", and "to first step", from
             the start of the process on.
         trained: parameters.
         flops: of a step; 0 for others than plain PEFT.
