@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -45,9 +46,13 @@ def find_source(case: FinetuneCase, folder: Path) -> Source:
         return Source(case.model, task, config.get_text_config().vocab_size)
     sizes = sizes_of(case.model, case.scale, case.layers)
     task, config = task_of(sizes.kind), without_dropout(config_of(sizes, case.tokens))
+    make = partial(_class(task).from_config, config, dtype=getattr(torch, case.dtype))
     torch.manual_seed(0)
-    with torch.device(case.device):  # random numbers are drawn faster on a GPU
-        model = _class(task).from_config(config, dtype=getattr(torch, case.dtype))
+    try:
+        with torch.device(case.device):  # random numbers are drawn faster on a GPU
+            model = make()
+    except torch.OutOfMemoryError:  # it may fit in 4 bits
+        model = make()
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return Source(str(folder), task, sizes.words, sum(parameter.numel() for parameter in model.parameters()))
