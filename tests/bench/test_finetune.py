@@ -19,8 +19,9 @@ from fastpeft.bench.finetune.case import FinetuneCase
 from fastpeft.bench.finetune.flops import Attention, attention, causal_pairs, step_flops
 from fastpeft.bench.finetune.peers import all_peers, choose, features, why_not
 from fastpeft.bench.finetune.processes import LeftOutError, Worker
+from fastpeft.bench.finetune.result import Result
 from fastpeft.bench.finetune.rows import backwards, make_rows, tokens_of_batch
-from fastpeft.bench.finetune.running import Plan, Result, measure
+from fastpeft.bench.finetune.running import Plan, measure
 from fastpeft.bench.finetune.sizes import CAUSAL, CLASSES, MODELS, SCALES, SEQ2SEQ, config_of, sizes_of, task_of
 from fastpeft.bench.finetune.table import table
 from fastpeft.bench.records import Record, RecordFile, environment, load

@@ -6,5 +6,5 @@ python -m fastpeft.bench.finetune --model qwen3-0.6b --scale small
 - `processes`: a process for each peer, which may crash or hang.
 - `worker`, `loading`, `rows`, `loop`: what happens in it.
 - `agreement`, `flops`: which runs count, and how much work they do.
-- `running`, `table`: all of them in order, kept as records and shown.
+- `running`, `result`, `keeping`, `table`: all of them in order, kept as records and shown.
 """

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1, help="runs of each peer, in turn")
     add("--step-rounds", type=int, default=15, help="single steps of each peer, in turn with PEFT's; 0 for none")
     add("--limit", type=float, default=1800.0, metavar="S", help="seconds after which a peer's process is ended")
-    add("--shared-imports", action="store_true", help="import the libraries once (on a CPU): no times to the first step")
+    add("--shared-imports", action="store_true", help="import libraries once (on a CPU): no times to the first step")
     add("--out", type=Path, default=Path("runs/bench/finetune.jsonl"), help="records are appended to it")
     return parser
 

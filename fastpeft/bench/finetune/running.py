@@ -9,62 +9,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .agreement import Agreement, agreement
 from .case import FinetuneCase
-from .peers import EXACT, PEFT, REQUIRED, Peer, why_not
+from .keeping import Add, keep, keep_ceilings, keep_steps
+from .peers import EXACT, PEFT, Peer, why_not
 from .processes import LeftOutError, Make, Worker
-from .rows import tokens_of_batch
-from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Outcome, Task, make_source, train
+from .result import Result, disagreement
+from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Task, make_source, train
 
-Add = Callable[..., Any]
 _SHARED = ("torch", "transformers.trainer", "peft", "trl.trainer.sft_trainer")
-
-
-@dataclass
-class Result:
-    """Of a case, by peer.
-
-    Attributes:
-        runs: one a round.
-        steps: milliseconds of single steps, and of plain PEFT's in the same rounds.
-        left_out: why a peer has no times; `failed` are those of them that could have had some.
-        ceilings: of the machine, as `ops.ceilings.measure` names them.
-    """
-
-    case: FinetuneCase
-    task: str = ""
-    ceilings: dict[str, list[float]] = field(default_factory=dict)
-    runs: dict[str, list[Outcome]] = field(default_factory=dict)
-    steps: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    interrupted: bool = False
-
-    def agreement(self, peer: str) -> Agreement | None:
-        """Of the run whose losses are furthest off; None where there is nothing to compare with."""
-        own = {name: self.runs[name][0].losses for name in REQUIRED if name in self.runs}
-        found = [agreement(run.losses, own) for run in self.runs.get(peer, ())]
-        return max((each for each in found if each), key=lambda each: each.found, default=None)
-
-    def step_ms(self, peer: str) -> list[float]:
-        """Of a run's steps after the warm-up, all rounds."""
-        return [ms for run in self.runs[peer] for ms in run.ms[self.case.warmup :]]
-
-    def speed(self, peer: str) -> list[float]:
-        """Tokens a second, by each of these steps."""
-        tokens = tokens_of_batch(self.task, self.case.rows, self.case.tokens)
-        return [1e3 * tokens / ms for ms in self.step_ms(peer)]
-
-    def utilisation(self, peer: str) -> float | None:
-        """The model's operations a second over the machine's matrix rate; None where either is not known."""
-        flops = next((run.flops for run in self.runs.get(PEFT, ()) if run.flops), 0.0)
-        rate = self.ceilings.get(f"matrix {self.case.dtype}")
-        return flops / (median(self.step_ms(peer)) * 1e-3) / (median(rate) * 1e12) if flops and rate else None
-
-    @property
-    def exit_code(self) -> int:
-        """1 where a run of ours failed or learned something else than PEFT; 130 when it was interrupted."""
-        return 130 if self.interrupted else int(any(name.startswith("fastpeft") for name in self.failed))
 
 
 @dataclass(frozen=True)
@@ -77,8 +29,8 @@ class Plan:
         limit_s: that one process may take until it answers.
         logs: a folder for what the processes print.
         shared_imports: processes are forked from one that has imported the libraries: fast where many short ones run,
-            but how long a user waits for the first step is not measured. For a CPU alone: some libraries ask for the GPU
-            when imported, and CUDA does not survive a fork.
+            but how long a user waits for the first step is not measured. For a CPU alone: some libraries ask for the
+            GPU when imported, and CUDA does not survive a fork.
     """
 
     rounds: int = 1
@@ -222,66 +174,3 @@ def in_turn(worker: Worker, peft: Worker, warmup: int, steps: int) -> tuple[list
             if i >= warmup:
                 times[j].append(ms)
     return times[0], times[1]
-
-
-def disagreement(result: Result, peer: str) -> str | None:
-    """Why the peer's times do not count; None where they do."""
-    found = result.agreement(peer)
-    if found is None:
-        return f"nothing to compare its losses with: {PEFT}: {result.left_out.get(PEFT, 'its losses are no numbers')}"
-    if found.holds:
-        return None
-    return f"losses differ from PEFT's: by {found.found:.1e} of the reference, where {found.allowed:.1e} is allowed"
-
-
-def keep_ceilings(result: Result, add: Add) -> None:
-    """What the machine can do at the most."""
-    for name, samples in result.ceilings.items():
-        unit = "GB/s" if name == "copy" else "TFLOP/s"
-        settings = {"threads": result.case.threads}
-        add(case=name, op="ceiling", peer="torch", metric="rate", unit=unit, samples=samples, settings=settings)
-
-
-def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> None:
-    """One record a metric of a peer's runs; no time for one that is left out."""
-    common = {"case": result.case.name, "op": "run", "peer": peer}
-    settings = {**result.case.settings, "direction": "both"}
-    if peer in result.left_out:
-        why = {**settings, "reason": result.left_out[peer]}
-        add(**common, metric="left out", unit="1", samples=1, settings=why)
-    if not (runs := result.runs.get(peer)):
-        return
-    found = result.agreement(peer)
-    held = {} if found is None else {"error": found.found, "budget": found.allowed}
-
-    def each(metric: str, unit: str, samples: Sequence[float]) -> None:
-        add(**common, metric=metric, unit=unit, samples=samples, settings=settings)
-
-    each("final loss", "1", [run.losses[-1] for run in runs])
-    if peer == EXACT:
-        return
-    if found is not None:
-        each("loss difference", "1", [found.from_peft])
-    each("peak memory", "MiB", [run.peak_mib for run in runs])
-    if result.case.device == "cuda":
-        each("model memory", "MiB", [run.model_mib for run in runs])
-    for name in runs[0].seconds if not shared_imports else ():
-        each(f"time {name}" if name.startswith("to ") else f"{name} time", "s", [run.seconds[name] for run in runs])
-    each("trained parameters", "1", [float(run.trained) for run in runs])
-    if peer in result.left_out:
-        return
-    flops = next((run.flops for run in result.runs.get(PEFT, ()) if run.flops), None)
-    work = {**settings, "flops": flops} if flops else settings
-    add(**common, metric="time", unit="ms", samples=result.step_ms(peer), settings=work, **held)
-    add(**common, metric="speed", unit="tokens/s", samples=result.speed(peer), settings=work, **held)
-    if (used := result.utilisation(peer)) is not None:
-        each("model FLOPs utilisation", "1", [used])
-
-
-def keep_steps(result: Result, peer: str, add: Add) -> None:
-    """Single steps of a peer, and of plain PEFT in the same rounds."""
-    settings = {**result.case.settings, "direction": "both", "beside": peer}
-    for name, samples in zip((peer, PEFT), result.steps[peer], strict=True):
-        add(
-            case=result.case.name, op="step", peer=name, metric="time", unit="ms", samples=samples, settings=settings
-        )  # fmt: skip

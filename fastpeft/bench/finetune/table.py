@@ -7,7 +7,7 @@ from statistics import median
 from fastpeft.bench.timer import ratio
 
 from .peers import EXACT, PEFT
-from .running import Result
+from .result import Result
 
 
 def table(result: Result) -> str:
