@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,30 +33,43 @@ class Source(NamedTuple):
     path: str
     task: str
     words: int
-    parameters: int = 0
 
 
 def find_source(case: FinetuneCase, folder: Path) -> Source:
-    """The case's model; one of `MODELS` is made with random weights and saved in the folder, with a tokenizer."""
+    """The case's model, saved in the folder where it was made here.
+
+    One of `MODELS` gets random weights. Others are saved anew where they are stored in another dtype, so that the exact
+    run too reads what the others read, and where the head of a classifier is new.
+    """
     from transformers import AutoConfig
 
-    if not case.published:
+    dtype = getattr(torch, case.dtype)
+    if case.published:
+        sizes = sizes_of(case.model, case.scale, case.layers)
+        task, config = task_of(sizes.kind), without_dropout(config_of(sizes, case.tokens))
+        make = partial(_class(task).from_config, config, dtype=dtype)
+    else:
         config = AutoConfig.from_pretrained(case.model)
         causal = any("CausalLM" in name for name in config.architectures or ())
         task = SEQ2SEQ if config.is_encoder_decoder else CAUSAL if causal else CLASSES
-        return Source(case.model, task, config.get_text_config().vocab_size)
-    sizes = sizes_of(case.model, case.scale, case.layers)
-    task, config = task_of(sizes.kind), without_dropout(config_of(sizes, case.tokens))
-    make = partial(_class(task).from_config, config, dtype=getattr(torch, case.dtype))
+        make = partial(_class(task).from_pretrained, case.model, dtype=dtype)
+    words = config.get_text_config().vocab_size
+    if not case.published and task != CLASSES and config.dtype == dtype:
+        return Source(case.model, task, words)
     torch.manual_seed(0)
+    _made(make, case).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Source(str(folder), task, words)
+
+
+def _made(make: Callable[[], Any], case: FinetuneCase) -> Any:
+    if not case.published:
+        return make()
     try:
         with torch.device(case.device):  # random numbers are drawn faster on a GPU
-            model = make()
+            return make()
     except torch.OutOfMemoryError:  # it may fit in 4 bits
-        model = make()
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return Source(str(folder), task, sizes.words, sum(parameter.numel() for parameter in model.parameters()))
+        return make()
 
 
 def without_dropout(config: Any) -> Any:

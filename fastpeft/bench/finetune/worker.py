@@ -76,7 +76,6 @@ def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
     begun = time.perf_counter()
     _import(task.peer)
     seconds["import"] = time.perf_counter() - begun
-    import torch
 
     from .loading import load
     from .loop import make_trainer
@@ -108,7 +107,6 @@ def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
             flops=_flops(trainer, model) if task.peer.name == PEFT else 0.0,
         )
 
-    torch.manual_seed(0)
     return answer
 
 
