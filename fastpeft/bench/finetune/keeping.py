@@ -36,6 +36,7 @@ def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> N
         add(**common, metric=metric, unit=unit, samples=samples, settings=settings)
 
     each("final loss", "1", [run.losses[-1] for run in runs])
+    each("loss", "1", runs[0].losses)
     if peer == EXACT:
         return
     if found is not None:
