@@ -252,7 +252,7 @@ class Measured:
 def test_times_only_of_those_who_agree(tmp_path: Path) -> None:
     measured = Measured(
         tmp_path,
-        ["fastpeft", "trl", "unsloth", *(f"fastpeft without {name}" for name in ("loss", "lora", "norms"))],
+        ["fastpeft", "trl", "unsloth", *(f"fastpeft without {name}" for name in ("loss", "lora", "norms", "mlp"))],
         step_rounds=2,
     )
     result, records = measured(), measured.records()
@@ -276,6 +276,9 @@ def test_times_only_of_those_who_agree(tmp_path: Path) -> None:
     assert records["run", "fastpeft without lora", "left out"].settings["reason"] == "ended by signal 6"
     assert records["run", "fastpeft without norms", "left out"].settings["reason"] == "out of memory"
     assert records["run", "trl", "left out"].settings["reason"] == "not of this machine"
+    again = [line for line in measured.said if "once more with other roundings" in line]
+    assert [line.partition(":")[0] for line in again] == [fake_peers.UNLUCKY, loss]
+    assert records["run", fake_peers.UNLUCKY, "time"].error == pytest.approx(3e-6)
     lines = {line[:26].strip(): line for line in table(result).splitlines()}
     assert lines["fastpeft"].split()[1:3] == ["10.0", "0.500"] and "left out: out of memory" in table(result)
 

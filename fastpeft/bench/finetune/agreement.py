@@ -4,6 +4,10 @@ Losses of two correct runs drift apart with the steps, because each rounds other
 run three times from the same weights over the same rows, in the next wider dtype, as it is, and with the rows of each
 batch in reverse order. A run agrees when its losses are no further from the wider ones than twice what the further of
 the two others is, and a few roundings of the loss itself, which is fp32.
+
+Training is not smooth: rounding can turn a ReLU, or the sign of a first step of Adam, over, and then a run whose
+gradients are right leaves the others. So a run that is too far off is made once more with its rows in reverse order: a
+wrong computation is wrong then too.
 """
 
 from __future__ import annotations

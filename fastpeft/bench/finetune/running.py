@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from .keeping import Add, keep, keep_ceilings, keep_steps
 from .peers import EXACT, PEFT, Peer, why_not
 from .processes import LeftOutError, Make, Worker
 from .result import Result, disagreement
-from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Task, make_source, train
+from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Outcome, Task, make_source, train
 
 _SHARED = ("torch", "transformers.trainer", "peft", "trl.trainer.sft_trainer")
 
@@ -116,17 +116,27 @@ class _Measuring:
         return Worker(self.make, task, log, self.plan.limit_s, self.plan.imported(peer))
 
     def _run(self, peer: Peer) -> None:
+        runs = self.result.runs
         try:
-            with self._worker(peer, self.result.case.steps) as worker:
-                outcome = worker.ask(RUN)
+            runs.setdefault(peer.name, []).append(self._outcome(peer))
+            found = self.result.agreement(peer.name)
+            if found and not found.holds and not peer.backwards:
+                self.say(f"{peer.name}: losses differ by {found.found:.1e}; once more with other roundings")
+                runs[peer.name][-1] = self._outcome(replace(peer, backwards=True))
         except LeftOutError as error:
+            if not runs[peer.name]:
+                del runs[peer.name]
             self._leave_out(peer.name, str(error), failed=True)
             return
-        self.result.runs.setdefault(peer.name, []).append(outcome)
+        if peer.name not in (EXACT, PEFT) and (reason := disagreement(self.result, peer.name)):
+            self._leave_out(peer.name, reason, failed=True)
+
+    def _outcome(self, peer: Peer) -> Outcome:
+        with self._worker(peer, self.result.case.steps) as worker:
+            outcome: Outcome = worker.ask(RUN)
         timed = median(outcome.ms[self.result.case.warmup :])
         self.say(f"{peer.name}: {timed:.1f} ms a step, loss {outcome.losses[0]:.4f} to {outcome.losses[-1]:.4f}")
-        if peer.name != EXACT and peer.name != PEFT and (reason := disagreement(self.result, peer.name)):
-            self._leave_out(peer.name, reason, failed=True)
+        return outcome
 
     def _leave_out(self, name: str, reason: str, failed: bool) -> None:
         self.result.left_out[name] = reason
