@@ -62,7 +62,7 @@ def _decoder_trainer(given: dict[str, Any]) -> Any:
             "lora.extra.trainable_token_indices: expected none, because the head shares the embeddings' weights "
             "and TRL cannot read such a head; lora.modules_to_save takes both whole"
         )
-    with _dtypes_kept(given["model"]):
+    with dtypes_kept(given["model"]):
         try:
             return trl.SFTTrainer(**given)
         except ValueError as error:
@@ -90,7 +90,7 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _dtypes_kept(model: Any) -> Iterator[None]:
+def dtypes_kept(model: Any) -> Iterator[None]:
     """TRL casts what is trained over a quantised base to bfloat16, where small updates are lost; PEFT keeps float32."""
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
