@@ -72,8 +72,9 @@ def beside_peers(
         benchmark.pedantic(take_turns, rounds=rounds, warmup_rounds=warmup)
         floor = case.floors[direction]
         left_out = {record.peer: record.settings["reason"] for record in runner.outcome.records}
+        dtype = str(case.dtype).removeprefix("torch.")
         benchmark.extra_info.update(
-            case.settings, dtype=str(case.dtype), direction=direction, flops=floor.flops, bytes=floor.bytes,
+            case.settings, dtype=dtype, direction=direction, flops=floor.flops, bytes=floor.bytes,
             ms={name: taken[warmup:] for name, taken in samples.items()}, left_out=left_out,
         )  # fmt: skip
         assert not runner.outcome.failures

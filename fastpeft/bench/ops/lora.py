@@ -36,13 +36,13 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
     if gpu:
         yield from (case(shape, SIBLINGS, base, (16,), 2048, dtype) for base in ("dense", "nf4"))
     else:
-        yield case(shape, SIBLINGS, "dense", (16,), tokens, torch.bfloat16)
+        yield case(shape, SIBLINGS, "dense", (16,), 64, torch.bfloat16)
         yield case(models.BERT_BASE, SIBLINGS, "dense", (8,), tokens, dtype)
     if depth == "full":
         larger = (models.LLAMA_70B, models.QWEN3_32B, models.QWEN3_4B) if gpu else (models.QWEN3_4B,)
         yield from (case(each, SIBLINGS, base, (16,), tokens, dtype) for each in larger for base in ("dense", "nf4"))
         yield from (case(shape, ONE, base, (rank,), tokens, dtype) for rank in (8, 64) for base in ("dense", "nf4"))
-        yield case(shape, SIBLINGS, "nf4", (16,), tokens, torch.float16)
+        yield case(shape, SIBLINGS, "nf4", (16,), tokens if gpu else 64, torch.float16)
 
 
 def case(

@@ -36,7 +36,7 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
     if gpu:
         yield from (case(shape, base, 16, 2048, dtype) for base in ("dense", "nf4"))
     else:
-        yield case(shape, "dense", 16, tokens, torch.bfloat16)
+        yield case(shape, "dense", 16, 64, torch.bfloat16)
         yield case(models.T5_BASE, "dense", 16, tokens, dtype)
     if depth == "full":
         yield case(shape, "nf4", 64, tokens, dtype)
