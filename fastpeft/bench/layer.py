@@ -19,7 +19,6 @@ from .layer_work import Case, Work, prepare
 from .left_out import NotHereError, reason_of
 from .memory import peak_of_step
 from .timer import Step, interleaved, ratio
-from .timer import device_clock as device_clock
 
 TOLERANCE = 2e-2  # relative, of the Frobenius norm: bf16 against bf16, so that nothing broken is timed
 
@@ -59,7 +58,7 @@ def measure(case: Case, device: str, rounds: int, wall_rounds: int, clock: Calla
         device: "cuda" or "cpu".
         rounds: samples of device time a peer.
         wall_rounds: samples of wall time a peer; 0 for none.
-        clock: from `device_clock`.
+        clock: from `timer.device_clock`.
     """
     result, work = Result(case), prepare(case, device)
     steps = _checked(work, result)

@@ -77,9 +77,14 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
     from fastpeft_kernels.common.scratch import release_scratch
 
     release_scratch()
-    gc.collect()
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    collects = gc.isenabled()
+    gc.disable()  # what others left must not be freed meanwhile
+    try:
+        with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        if collects:
+            gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     taken = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max([0, *taken])

@@ -15,3 +15,5 @@ def pytest_addoption(parser: Any) -> None:
     help_real = "folder of real checkpoints, one sub-folder each; their tests are skipped without it"
     group.addoption("--real-models", type=Path, metavar="DIR", help=help_real)
     group.addoption("--seed", type=int, help="seed of every test's random inputs; by default its name's")
+    depths = ("quick", "default", "full")
+    group.addoption("--depth", choices=depths, default="quick", help="how many cases and rounds a benchmark has")

@@ -8,7 +8,8 @@ What benchmarks share, so that reports need to know no benchmark:
 - peers: "fastpeft", "torch", "torch.compile", "peft", "peft + liger", "liger", "unsloth", "trl", "bitsandbytes",
   "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flash-attn", "cut cross-entropy"; in other ways "torch fused",
   "torch in chunks", "liger on copies" (of what it writes over); one that is measured twice, to show the noise,
-  has " again" after its name the second time.
+  has " again" after its name the second time. "fastpeft layers": PEFT's layers, accelerated, where "fastpeft" is the op
+  alone; "copy": of a result that is there.
 - metrics: "time" in ms, "peak memory" in MiB beside what lay there before, "speed" in tokens/s; "left out" (one
   sample, 1) for a peer that has no figure, with settings["reason"].
 - settings: "direction" ("forward", "backward", "both"), "dtype", "model", "tokens", "rank", "threads"; "flops" and

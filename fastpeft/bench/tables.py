@@ -99,18 +99,19 @@ def layer_table(records: Sequence[Record]) -> str:
 
 
 def decode_table(records: Sequence[Record]) -> str:
-    """4-bit decode beside a copy of the decoded matrix: GB/s, of bytes read and written.
+    """4-bit decode beside a copy of the decoded matrix: GB/s, of bytes that a decoder has to read and write.
 
     Raises:
         ValueError: records of more than one environment, or none.
     """
-    records = [record for record in records if record.op == "quant" and record.metric == "bandwidth"]
+    rates = {"bandwidth": lambda r: r.median, "time": lambda r: r.settings.get("bytes", 0) / r.median / 1e6}
+    records = [r for r in records if r.op == "quant" and r.metric in rates and rates[r.metric](r)]
     where = place(records)
-    by_key = {(r.case, r.peer): r for r in records}
+    by_key = {(r.case, r.peer): rates[r.metric](r) for r in records}
     peers = list(dict.fromkeys(r.peer for r in records))
     rows = [f"| NF4, nested, to bf16 | {' | '.join(peers)} |", "|---" * (len(peers) + 1) + "|"]
     for case in dict.fromkeys(r.case for r in records):
-        figures = [f"{by_key[case, peer].median:.0f}" if (case, peer) in by_key else "" for peer in peers]
+        figures = [f"{by_key[case, peer]:.0f}" if (case, peer) in by_key else "" for peer in peers]
         rows.append(f"| {case} | {' | '.join(figures)} |")
     rows += [
         "",

@@ -30,3 +30,17 @@ def test_an_earlier_peak_is_not() -> None:
         small = torch.ones(8 * MIB // 4)
     del small
     assert peak.mib < 100
+
+
+def test_the_peak_of_a_step_on_a_cpu_is_exact() -> None:
+    def step() -> None:
+        first = torch.ones(MIB // 4)
+        second = torch.ones(2 * MIB // 4)
+        del first
+        torch.ones(MIB // 8).sum()
+        del second
+
+    there = torch.ones(MIB)
+    assert memory.peak_of_step(step, "cpu") == 3 * MIB
+    assert memory.peak_of_step(lambda: there.mul_(1), "cpu") < 100
+    assert memory.peak_of_step(lambda: None, "cpu") == 0

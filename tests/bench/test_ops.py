@@ -194,6 +194,17 @@ def test_the_table_gives_ratios_and_shares_of_the_ceiling(measure: Callable[...,
     assert line.split() == expected
 
 
+def test_a_dtype_that_is_slower_than_fp32_has_the_ceiling_of_fp32() -> None:
+    order = iter([1.0, 2.0, 8.0, 8.0, 2.0, 1.0, 1.0, 2.0, 8.0])  # of copy, fp32 and bf16; reversed every other round
+
+    def clock(step: object) -> float:
+        return next(order)
+
+    rates = ceilings.measure("cpu", [torch.bfloat16], 1, clock)
+    assert list(rates) == ["copy", "matrix float32", "matrix bfloat16"]
+    assert rates["matrix bfloat16"] == rates["matrix float32"]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("depth", ["quick", "default", "full"])
 def test_every_op_has_cases_of_distinct_names(device: str, depth: str) -> None:

@@ -1,4 +1,4 @@
-"""A layer's projections forward and backward, beside frozen products, PEFT and others; 4-bit decode beside a copy."""
+"""A layer's projections forward and backward, beside frozen products, PEFT and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from fastpeft.bench.recorder import Recorder
 
 if TYPE_CHECKING:
-    from fastpeft.bench.decode import DecodeResult
     from fastpeft.bench.layer import Result
     from fastpeft.bench.layer_work import Case, Size
 
@@ -18,13 +17,12 @@ order = 40
 time_limit_s = 240
 
 ROUNDS = {"quick": 5, "default": 15, "full": 40}
-WEIGHTS = [(4096, 14336), (4096, 4096)]
 
 
 def run(recorder: Recorder, depth: str) -> None:
     from fastpeft.bench.layer_work import Size
 
-    _run(recorder, cases(Size()), WEIGHTS, ROUNDS[depth])
+    _run(recorder, cases(Size()), ROUNDS[depth])
 
 
 def dry_run(recorder: Recorder, depth: str) -> None:
@@ -33,7 +31,7 @@ def dry_run(recorder: Recorder, depth: str) -> None:
     small = Size(hidden=64, intermediate=128, kv=32, rows=2, tokens=16)
     chosen = (("layer", "dense", True), ("layer", "nf4", False), ("linears", "nf4", True), ("linear", "dense", False))
     some = [Case(work, base, 8, autocast, small) for work, base, autocast in chosen]
-    _run(recorder, some, [(64, 128)], 2)
+    _run(recorder, some, 2)
 
 
 def cases(size: Size) -> list[Case]:
@@ -49,22 +47,20 @@ def cases(size: Size) -> list[Case]:
     ]
 
 
-def _run(recorder: Recorder, wanted: list[Case], weights: list[tuple[int, int]], rounds: int) -> None:
+def _run(recorder: Recorder, wanted: list[Case], rounds: int) -> None:
     if importlib.util.find_spec("peft") is None:
         print("peft is not installed: no layer was measured")
         return
-    from fastpeft.bench import decode, layer
+    from fastpeft.bench import layer
+    from fastpeft.bench.timer import device_clock
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        print("bitsandbytes is not installed: nothing was measured over 4-bit bases, nor their decoding")
-        wanted, weights = [case for case in wanted if case.base == "dense"], []
-    clock = layer.device_clock(recorder.device)
+        print("bitsandbytes is not installed: nothing was measured over 4-bit bases")
+        wanted = [case for case in wanted if case.base == "dense"]
+    clock = device_clock(recorder.device)
     results: list[Result] = []
-    decoded: list[DecodeResult] = []
 
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
-        for shape in weights:
-            yield f"decode {shape[0]}x{shape[1]}", partial(_decode, recorder, shape, rounds, clock, decoded)
         for case in wanted:
             yield case.name, partial(_case, recorder, case, rounds, clock, results)
 
@@ -72,7 +68,6 @@ def _run(recorder: Recorder, wanted: list[Case], weights: list[tuple[int, int]],
         recorder.run_checks("layer", checks())
     finally:
         print(layer.table(results))
-        print(decode.table(decoded))
 
 
 def _case(
@@ -108,27 +103,3 @@ def _case(
     assert not ours, "; ".join(f"{name}: {result.left_out[name]}" for name in ours)
     ratios = {"to_products": result.ratio("fastpeft", layer.PRODUCTS), "to_peft": result.ratio("fastpeft", "peft")}
     return {name: value for name, value in ratios.items() if value is not None}
-
-
-def _decode(
-    recorder: Recorder,
-    shape: tuple[int, int],
-    rounds: int,
-    clock: Callable[[Any], float],
-    decoded: list[DecodeResult],
-) -> dict[str, float]:
-    from fastpeft.bench import decode
-
-    result = decode.measure(shape, recorder.device, rounds, clock)
-    decoded.append(result)
-    for peer, samples in result.ms.items():
-        add = partial(recorder.add, case=result.name, op="quant", peer=peer)
-        add(metric="time", unit="ms", samples=samples)
-        add(metric="bandwidth", unit="GB/s", samples=[result.gb_s(peer, ms) for ms in samples])
-    for peer, reason in result.left_out.items():
-        print(f"    {peer} left out: {reason}")
-        recorder.add(
-            case=result.name, op="quant", peer=peer, metric="left out", unit="1", samples=1.0,
-            settings={"reason": reason},
-        )  # fmt: skip
-    return {"bandwidth_to_copy": result.bandwidth_to_copy()}

@@ -16,9 +16,6 @@ from .making import Function, Numbers, by_name, floors, on_copies, package
 from .models import BERT_BASE, GEMMA3_4B, LLAMA_8B, LLAMA_70B, MODERNBERT_BASE, QWEN3_600M, Shape
 from .peers import compiled
 
-KINDS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""By the name of a model's configuration, ours."""
-
 
 def cases(device: str, depth: str) -> Iterator[OpCase]:
     """256 tokens in fp32 on a CPU, 8192 in bf16 on a GPU."""
@@ -46,7 +43,7 @@ def case(shape: Shape, tokens: int, dtype: torch.dtype) -> OpCase:
 
     size = tokens * shape.intermediate * dtype.itemsize
     inputs = len(names) * size
-    kind = KINDS[shape.activation]
+    kind = shape.kind
     plain: Function = partial(_plain, kind=kind)
     return OpCase(
         op="activation",

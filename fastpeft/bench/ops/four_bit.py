@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.quant import Packed4bit
+from fastpeft_kernels.quant import Packed4bit, encode_4bit
 
 from ..left_out import NotHereError
+
+BLOCKSIZE = 64
+
+
+def encode(weight: Tensor) -> Packed4bit:
+    """NF4 with nested scales, as QLoRA has it."""
+    return encode_4bit(weight, "nf4", BLOCKSIZE, nested=True)
+
+
+def stored_bytes(rows: int, columns: int) -> int:
+    """What `encode` makes of a matrix."""
+    blocks = rows * columns // BLOCKSIZE
+    return rows * columns // 2 + blocks + 4 * -(-blocks // 256)
 
 
 def decode(packed: Packed4bit, dtype: torch.dtype) -> Tensor:

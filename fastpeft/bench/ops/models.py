@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes of a model's layers; `activation` as its configuration names it, `gated`: the MLP has a gate."""
+    """Sizes of a model's layers; `activation` as its configuration names it.
+
+    Attributes:
+        gated: the MLP has a gate.
+        biased: the projections have biases.
+        joined: one projection gives gate and up.
+    """
 
     name: str
     hidden: int
@@ -17,11 +23,18 @@ class Shape(NamedTuple):
     vocab: int
     activation: str = "silu"
     gated: bool = True
+    biased: bool = False
+    joined: bool = False
 
     @property
     def q_size(self) -> int:
         """Outputs of the query's projection."""
         return self.heads * self.head_dim
+
+    @property
+    def kind(self) -> str:
+        """The activation, as our ops name it."""
+        return self.activation.replace("gelu_pytorch_tanh", "gelu_tanh")
 
     @property
     def kv_size(self) -> int:
@@ -35,6 +48,6 @@ QWEN3_600M = Shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151_936)
 QWEN3_4B = Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151_936)
 QWEN3_32B = Shape("Qwen3-32B", 5120, 25600, 64, 8, 128, 151_936)
 GEMMA3_4B = Shape("Gemma-3-4B", 2560, 10240, 8, 4, 256, 262_208, "gelu_pytorch_tanh")
-BERT_BASE = Shape("BERT-base", 768, 3072, 12, 12, 64, 30_522, "gelu", gated=False)
+BERT_BASE = Shape("BERT-base", 768, 3072, 12, 12, 64, 30_522, "gelu", gated=False, biased=True)
 T5_BASE = Shape("T5-base", 768, 3072, 12, 12, 64, 32_128, "relu", gated=False)
-MODERNBERT_BASE = Shape("ModernBERT-base", 768, 1152, 12, 12, 64, 50_368, "gelu")
+MODERNBERT_BASE = Shape("ModernBERT-base", 768, 1152, 12, 12, 64, 50_368, "gelu", joined=True)

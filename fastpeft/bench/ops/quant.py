@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.quant import decode_4bit, encode_4bit
+from fastpeft_kernels.quant import decode_4bit
 
 from .. import unsloth_functions
 from . import models
 from .case import Floor, Forward, Inputs, OpCase
-from .four_bit import bitsandbytes_state, decode
+from .four_bit import bitsandbytes_state, decode, encode, stored_bytes
+from .making import Numbers
 from .peers import compiled
 
 
@@ -36,14 +37,12 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
 def case(shape: models.Shape, dtype: torch.dtype) -> OpCase:
     """Of one model's up projection, into memory that is there already for all who can."""
     rows, columns = shape.intermediate, shape.hidden
-    blocks = rows * columns // 64
-    stored = rows * columns // 2 + blocks + 4 * (blocks // 256)
     return OpCase(
         op="quant",
         name=f"decode NF4, {shape.name} up_proj {rows} x {columns}",
         dtype=dtype,
         make=partial(_make, (rows, columns), dtype),
-        floors={"forward": Floor(0, stored + rows * columns * dtype.itemsize)},
+        floors={"forward": Floor(0, stored_bytes(rows, columns) + rows * columns * dtype.itemsize)},
         reference=_torch,
         peers={
             "fastpeft": _fastpeft,
@@ -57,9 +56,8 @@ def case(shape: models.Shape, dtype: torch.dtype) -> OpCase:
 
 
 def _make(shape: tuple[int, int], stored: torch.dtype, device: str, dtype: torch.dtype, seed: int) -> Inputs:
-    generator = torch.Generator(device).manual_seed(seed)
-    weight = torch.randn(shape, generator=generator, device=device).mul_(0.02).to(stored)
-    return Inputs({}, extra={"packed": encode_4bit(weight, "nf4", nested=True), "dtype": dtype})
+    weight = Numbers(device, stored, stored, seed).normal(*shape, scale=0.02)
+    return Inputs({}, extra={"packed": encode(weight), "dtype": dtype})
 
 
 def _torch(inputs: Inputs) -> Forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..memory import MIB, peak_of_step
 from ..records import Record
 from ..timer import device_clock, interleaved
 from . import ceilings
-from .case import DIRECTIONS, Forward, Inputs, OpCase
+from .case import DIRECTIONS, Direction, Forward, Inputs, OpCase
 from .checking import Truth, results, truth
 from .turns import Turns, copies
 
@@ -39,11 +40,15 @@ class Outcome:
 
 
 @dataclass
-class _Fit:
+class Fit:
     """A peer whose numbers hold."""
 
     forwards: list[tuple[Forward, Inputs]]
     deviation: Deviation
+
+    def turns(self, direction: Direction) -> Turns:
+        """Its work, as the timer calls it."""
+        return Turns(self.forwards, direction)
 
 
 class Runner:
@@ -72,13 +77,13 @@ class Runner:
         self.outcome = Outcome()
         self._add_record, self._device, self._depth, self._peers, self._say = add, device, depth, peers, say
         self._rounds = rounds or ROUNDS[depth]
-        self._clock = device_clock(device)
+        self.clock = device_clock(device)
 
     def run(self, cases: Iterable[OpCase]) -> Outcome:
         """Measure the machine's ceilings, then every case; `outcome` grows meanwhile, should it be interrupted."""
         cases = list(cases)
         dtypes = dict.fromkeys(case.dtype for case in cases)
-        for name, samples in ceilings.measure(self._device, dtypes, self._rounds, self._clock).items():
+        for name, samples in ceilings.measure(self._device, dtypes, self._rounds, self.clock).items():
             unit = "GB/s" if name == ceilings.COPY else "TFLOP/s"
             self._add(op="ceiling", case=name, peer=REFERENCE, metric="rate", unit=unit, samples=samples, settings={})
         for case in cases:
@@ -93,18 +98,22 @@ class Runner:
                 self._clean_up()
         return self.outcome
 
-    def _case(self, case: OpCase) -> None:
+    def fitting(self, case: OpCase) -> dict[str, Fit]:
+        """Every peer whose numbers hold, and the reference a second time; the others are noted in `outcome`.
+
+        Raises:
+            Exception: whatever the reference raises.
+        """
         inputs = [case.make(self._device, case.dtype, seed) for seed in range(copies(case, self._device))]
-        true = truth(case, inputs[0], self._device, 0)
-        fit = self._fitting(case, inputs, true)
-        del true
-        again = REFERENCE if REFERENCE in fit else next(iter(fit), None)
-        if again is None:
-            return
-        fit[f"{again} again"] = fit[again]
-        for direction in (each for each in DIRECTIONS if each in case.floors):
-            turns = {name: Turns(peer.forwards, direction) for name, peer in fit.items()}
-            samples = interleaved(turns, self._rounds, device=self._device, clock=self._clock)
+        found = self._checked(case, inputs, truth(case, inputs[0], self._device, 0))
+        again = REFERENCE if REFERENCE in found else next(iter(found), None)
+        return found if again is None else {**found, f"{again} again": found[again]}
+
+    def _case(self, case: OpCase) -> None:
+        fit = self.fitting(case)
+        for direction in (each for each in DIRECTIONS if each in case.floors and fit):
+            turns = {name: peer.turns(direction) for name, peer in fit.items()}
+            samples = interleaved(turns, self._rounds, device=self._device, clock=self.clock)
             floor = case.floors[direction]
             for name, each in turns.items():
                 error, budget = fit[name].deviation
@@ -117,8 +126,8 @@ class Runner:
                     peak = peak_of_step(each, self._device) / MIB
                     self._add(**common, metric="peak memory", unit="MiB", samples=peak, settings=settings)
 
-    def _fitting(self, case: OpCase, inputs: list[Inputs], true: Truth) -> dict[str, _Fit]:
-        found: dict[str, _Fit] = {}
+    def _checked(self, case: OpCase, inputs: list[Inputs], true: Truth) -> dict[str, Fit]:
+        found: dict[str, Fit] = {}
         for name, make in {**case.peers, REFERENCE: case.reference}.items():
             if self._peers and name not in self._peers:
                 continue
@@ -126,7 +135,7 @@ class Runner:
                 if name == COMPILED and self._depth == "quick" and name not in self._peers:
                     raise NotHereError("compiling takes longer than a quick run; --peer torch.compile measures it")
                 forwards = [(make(each), each) for each in inputs]
-                found[name] = _Fit(forwards, true.deviation(results(*forwards[0])))
+                found[name] = Fit(forwards, true.deviation(results(*forwards[0])))
             except (NotHereError, torch.OutOfMemoryError) as error:
                 self._leave_out(case, name, error)
             except Exception as error:
@@ -160,7 +169,8 @@ class Runner:
         self.outcome.records.append(self._add_record(**fields))
 
     def _clean_up(self) -> None:
-        torch.compiler.reset()  # a function is compiled for a few shapes only
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # a function is compiled for a few shapes only
         if self._device == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,0 +1,11 @@
+"""MLPs with LoRA beside their peers."""
+
+from collections.abc import Callable
+
+from fastpeft.bench.ops.case import Direction, OpCase
+
+OP = "mlp"
+
+
+def test_mlp(case: OpCase, direction: Direction, beside_peers: Callable[[OpCase, Direction], None]) -> None:
+    beside_peers(case, direction)
