@@ -48,8 +48,7 @@ class FastNorm(nn.Module, Counting):
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why the module's own forward must run, or None."""
         norm, weight = self.fastpeft_norm, self._parameters.get("weight")
-        if norm is None:
-            return "not proved"
+        assert norm is not None
         if len(args) != 1 or kwargs:
             return "called with other arguments than x"
         x = args[0]
