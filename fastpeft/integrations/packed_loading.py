@@ -200,9 +200,8 @@ def _unpacked(module: Any, parts: dict[str, Tensor], like: Tensor) -> nn.Paramet
         return None
     if state.nested and state.offset.dtype != torch.float32:  # bitsandbytes makes it in torch's default dtype
         return None
-    if data.numel() * data.element_size() != (old.numel() + 1) // 2 or _scales(state) != -(
-        -old.numel() // old.blocksize
-    ):
+    sizes = (data.numel() * data.element_size(), state.absmax.numel())
+    if sizes != ((old.numel() + 1) // 2, -(-old.numel() // old.blocksize)):
         return None
     module._is_hf_initialized = True
     return weight  # type: ignore[no-any-return]

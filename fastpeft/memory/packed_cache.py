@@ -16,12 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .packed_files import SUFFIX, UNFINISHED, Damaged, Packed, check, contents, write
+from .packed_entries import LOCK, MANIFEST, SUFFIX, UNFINISHED
+from .packed_files import Damaged, Packed, check, contents, write
 
 logger = logging.getLogger("fastpeft")
 
-MANIFEST = "manifest.json"
-LOCK = "lock"
 FILE_BYTES = 64 << 20
 """Packed bytes that are gathered for a file. An interrupted run loses no more than one."""
 SPARE_BYTES = 1 << 30

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .packed_cache import LOCK, MANIFEST
-from .packed_files import SUFFIX, UNFINISHED
-
+SUFFIX = ".safetensors"
+UNFINISHED = ".tmp"
+MANIFEST = "manifest.json"
+LOCK = "lock"
 FORMAT = 1
 """Of keys, files and manifests; an entry of another one is never looked at."""
 _HEADER = 100 << 20  # safetensors refuses longer ones

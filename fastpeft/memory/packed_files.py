@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SUFFIX = ".safetensors"
-UNFINISHED = ".tmp"
+from .packed_entries import SUFFIX, UNFINISHED
+
 _DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 1 << 20
 
