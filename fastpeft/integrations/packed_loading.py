@@ -188,9 +188,11 @@ def _unpacked(module: Any, parts: dict[str, Tensor], like: Tensor) -> nn.Paramet
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
-    copies = {name: part.to(like.device, copy=True) for name, part in parts.items()}  # the file may be deleted
-    data = copies.pop("")
-    stats = {name[1:]: part for name, part in copies.items()}
+    copies = {  # for the file's memory goes; what is JSON stays on the CPU, where it is read
+        name.removeprefix("."): part.to("cpu" if "quant_state" in name else like.device, copy=True)
+        for name, part in parts.items()
+    }
+    data, stats = copies.pop(""), copies
     weight = Params4bit.from_prequantized(
         data=data, quantized_stats=stats, requires_grad=False, device=like.device, module=module
     )

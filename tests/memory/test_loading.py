@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import fastpeft
+from fastpeft.config import ModelSection
 from fastpeft.integrations import packed_loading
 from fastpeft.memory import packed_cache
 from fastpeft.memory.packed_files import Packed
+from fastpeft.models.bases import load_base
 
 from .packed import MODELS, check_same, checkpoint, plain
 
@@ -211,3 +214,16 @@ def test_pickles_are_read_on_request_only(tmp_path: Path) -> None:
         fastpeft.load(tmp_path, device="cpu")
     loaded = fastpeft.load(tmp_path, device="cpu", use_safetensors=False)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_commands_load_so_unless_told_otherwise(tmp_path: Path, quantised: list[str]) -> None:
+    section = ModelSection(name=checkpoint(tmp_path))
+
+    def base(section: ModelSection) -> Any:
+        quantised.clear()
+        return load_base(section, "causal-lm", torch.device("cpu"), F32, "nf4")[0]
+
+    expected = base(replace(section, packed_cache=False))
+    assert quantised and base(section) and quantised
+    check_same(base(section), expected)
+    assert not quantised
