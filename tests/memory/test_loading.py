@@ -47,7 +47,6 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("t5", "fp4", False, F32),
         ("bert", "nf4", False, F16),
         ("tied", "fp4", True, F32),
-        ("gpt2", "nf4", True, F32),
         *(
             pytest.param(name, quant_type, nested, dtype, marks=full)
             for name in MODELS
