@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fp8_reporting import fp8_report
     from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
+    from .memory.loading import load
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "accelerate": "applying",
     "restore": "applying",
+    "load": "memory.loading",
     "report": "reporting",
     "fp8_report": "fp8_reporting",
     "verify": "verification",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "fp8_report",
+    "load",
     "lora_config",
     "mixed_batch",
     "register_attention",

@@ -39,6 +39,7 @@ class ModelSection:
         None, "Storage of the frozen weights (bitsandbytes); null: nf4 for method qlora, none for lora."
     )
     double_quant: bool = option(True, "Store the scales of nf4 and fp4 in 8 bits too.")
+    packed_cache: bool = option(True, "Keep nf4 and fp4 weights in the user's cache folder, for later runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "What is computed with; auto: float32 on a CPU, on a GPU bfloat16, or float16 where it has none."
     )

@@ -105,6 +105,16 @@ def measured_choices(choices_root: Path, request: pytest.FixtureRequest, monkeyp
     return folder
 
 
+@pytest.fixture(autouse=True)
+def packed_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the user's cache folder: one of the whole run, not made yet."""
+    from fastpeft.memory import packed_entries
+
+    folder = tmp_path_factory.getbasetemp() / "packed"
+    monkeypatch.setattr(packed_entries, "user_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Uninitialised memory comes filled with NaN, and with the largest value where it holds integers.

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import bench, generate, merge, responsible, train, tune, verify
+from . import bench, cache, generate, merge, responsible, train, tune, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
@@ -57,6 +57,7 @@ _add(tune.tune, tune.EPILOG)
 _add(bench.bench, bench.EPILOG)
 _add(responsible.memorization, responsible.MEMORIZATION_EPILOG)
 _add(responsible.groups, responsible.GROUPS_EPILOG)
+_add(cache.cache, cache.EPILOG)
 _add(quickstart)
 _add(doctor)
 

@@ -167,20 +167,11 @@ def quantization_config(quantization: str, double_quant: bool, dtype: torch.dtyp
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    if quantization == "none":
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"model.quantization: {quantization} needs bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
+    from fastpeft.memory.loading import bits_and_bytes
 
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    return bits_and_bytes(quantization, double_quant, dtype)
 
 
 def load_base(
@@ -247,8 +238,18 @@ def _plain(base: Any) -> list[str]:
 def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
     from safetensors import SafetensorError
 
+    from fastpeft.integrations import packed_loading
+    from fastpeft.memory.loading import check_index
+    from fastpeft.memory.packed_entries import user_folder
+
+    kind, options = auto_class(task), _source(model) | options
+    bits = options.get("quantization_config")
     try:
-        base, info = auto_class(task).from_pretrained(model.name, **_source(model), **options)
+        check_index(Path(model.name).expanduser())
+        if model.packed_cache and bits is not None and bits.load_in_4bit:
+            base, info = packed_loading.from_pretrained(kind, model.name, user_folder(), **options)
+        else:
+            base, info = kind.from_pretrained(model.name, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise

@@ -31,6 +31,8 @@ COVERED = (
     "fastpeft/data/*.py",
     "fastpeft/integrations/*.py",
     "fastpeft/layers/*.py",
+    "fastpeft/memory/loading.py",
+    "fastpeft/memory/packed_*.py",
     "fastpeft/models/*.py",
     "fastpeft/replacements/*.py",
     "fastpeft/responsible/*.py",
