@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
     from .memory.loading import load
+    from .memory.policy import LayerPolicy, MemoryPolicy
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -25,6 +26,8 @@ _HOME = {
     "accelerate": "applying",
     "restore": "applying",
     "load": "memory.loading",
+    "LayerPolicy": "memory.policy",
+    "MemoryPolicy": "memory.policy",
     "report": "reporting",
     "fp8_report": "fp8_reporting",
     "verify": "verification",
@@ -36,6 +39,8 @@ _HOME = {
 }
 
 __all__ = [
+    "LayerPolicy",
+    "MemoryPolicy",
     "__version__",
     "accelerate",
     "fp8_report",

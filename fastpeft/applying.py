@@ -11,8 +11,10 @@ from torch import nn
 
 from fastpeft_kernels.common.scratch import release_scratch
 
-from .replacements import NOT_BUILT, REPLACEMENTS, Match
+from .memory.policy import LayerPolicy, MemoryPolicy
+from .replacements import REPLACEMENTS, Match
 from .replacements.fp8 import ask_fp8, check_fp8
+from .replacements.memory import check_memory
 from .replacements.mlp import RECOMPUTE
 from .requirements import require_core
 
@@ -44,7 +46,7 @@ def accelerate(
     attention: bool = True,
     loss: bool = True,
     norms: bool = True,
-    memory: Any = None,
+    memory: MemoryPolicy | LayerPolicy | None = None,
     fp8_compute: Literal["never", "forward", "both"] | None = None,
     fp8_exclude: Sequence[str] = (),
 ) -> Model:
@@ -72,7 +74,10 @@ def accelerate(
         norms: compute RMSNorm, in every form that models have, in one pass each way, keeping its input and no copy of
             it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
             told by their parts and proved on each instance.
-        memory: a memory budget; not built yet.
+        memory: what each layer keeps for backward, one `LayerPolicy` for all or one for each in a `MemoryPolicy`; None
+            leaves it to the model. Loss and gradients are the same bits under each. Layers are those that
+            transformers' activation checkpointing wraps; a Trainer's `gradient_checkpointing=True` changes nothing in
+            them but the arguments of torch's checkpoint.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
             "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
@@ -85,10 +90,10 @@ def accelerate(
         The same model.
 
     Raises:
-        TypeError: `model` is not an nn.Module, or `fp8_exclude` not a list.
+        TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` no policy.
         ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
-            LoRA layers are not to be replaced, or the model is not on GPUs that multiply in FP8 (compute capability 8.9
-            or newer).
+            LoRA layers are not to be replaced, `memory` does not fit the model's layers, or the model is not on GPUs
+            that multiply in FP8 (compute capability 8.9 or newer).
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
@@ -96,10 +101,9 @@ def accelerate(
     if mlp not in (True, False, RECOMPUTE):
         raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
+    check_memory(model, memory)
     check_fp8(model, fp8_compute, fp8_exclude, lora)
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
-    if memory is not None:
-        logger.warning("memory=%r has no effect: %s is not built yet", memory, NOT_BUILT["memory"])
     modules = dict(model.named_modules())
     found: dict[str, bool] = {}
     for replacement in REPLACEMENTS:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .applying import SETTINGS
-from .replacements import NOT_BUILT, REPLACEMENTS, Left, Match
+from .replacements import REPLACEMENTS, Left, Match
 from .replacements.lora import FROZEN
 
 
@@ -73,6 +73,8 @@ class Report:
             lines[0] += f", {self._share('norms')} norms and rotary embeddings"
         if any(row.kind == "loss" for row in self.rows):
             lines[0] += f", {self._share('loss')} losses without logits"
+        if any(row.kind == "memory" for row in self.rows):
+            lines[0] += f", {self._share('memory')} layers with a memory policy"
         cells = [("module", "count", "op", "together", "note")]
         merged: Counter[tuple[str, str, str, str]] = Counter()
         for row in self.rows:
@@ -115,8 +117,6 @@ def report(model: nn.Module) -> Report:
     if settings is None:
         notes.append("this model was not accelerated: call fastpeft.accelerate(model)")
     else:
-        wanted = [words for switch, words in NOT_BUILT.items() if settings.get(switch)]
-        notes += [f"not built yet: {', '.join(wanted)}"] if wanted else []
         waiting = any(getattr(m, "fastpeft_watch", None) is not None for m in model.modules())
         notes += ["projections that share an input are found at the first forward pass"] if waiting else []
     return Report(tuple(rows), tuple(notes))

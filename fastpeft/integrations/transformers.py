@@ -24,7 +24,12 @@ def passes_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """True when a call hands the module a key-value cache, which a second run of the same call would fill twice."""
     if any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return True
-    return any(hasattr(value, "get_seq_length") and hasattr(value, "update") for value in (*args, *kwargs.values()))
+    return any(is_cache(value) for value in (*args, *kwargs.values()))
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is one of transformers' key-value caches, or behaves as one."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
 EXPERTS_ALIKE = ("eager", "batched_mm", "grouped_mm")

@@ -15,7 +15,8 @@ def mixed(mixture: type[Any], stock: type[nn.Module]) -> type[nn.Module]:
     """`stock` with `mixture` before it."""
     if (mixture, stock) not in _MADE:
         members = {"__module__": mixture.__module__, "__doc__": stock.__doc__}
-        _MADE[mixture, stock] = type(f"Fast{stock.__name__}", (mixture, stock), members)
+        name = stock.__name__ if getattr(mixture, "keeps_name", False) else f"Fast{stock.__name__}"
+        _MADE[mixture, stock] = type(name, (mixture, stock), members)
     return _MADE[mixture, stock]
 
 

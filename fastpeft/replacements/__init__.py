@@ -9,6 +9,7 @@ from .experts import ExpertsReplacement
 from .lora import LoraReplacement
 from .loss import LossReplacement
 from .lycoris import LycorisReplacement
+from .memory import MemoryReplacement
 from .mlp import MlpReplacement
 from .norm import NormReplacement
 from .rotary import RotaryReplacement
@@ -23,11 +24,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     NormReplacement(),
     RotaryReplacement(),
     LossReplacement(),
+    MemoryReplacement(),  # after what it asks of MLPs
 )
 
-NOT_BUILT = {
-    "memory": "memory by plan",
-}
-"""Switches of `accelerate` whose replacements are not built yet, in words for the report."""
-
-__all__ = ["NOT_BUILT", "REPLACEMENTS", "Left", "Match", "Replacement"]
+__all__ = ["REPLACEMENTS", "Left", "Match", "Replacement"]

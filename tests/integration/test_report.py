@@ -50,14 +50,12 @@ class TestReport:
         assert text.startswith(f"fastpeft: {wanted}")
         assert re.search(r"layers\.\*\.self_attn\.q_proj +2 +lora_linear +one of 3", text)
 
-    def test_what_was_switched_off(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_what_was_switched_off(self) -> None:
         switches = {"lora": False, "mlp": False, "attention": False, "norms": False, "loss": False}
         model = fastpeft.accelerate(make(), **switches)
         report = fastpeft.report(model)
         assert {row.note for row in report.left} == {f"{name}=False" for name in switches if name != "mlp"}
         assert not report.accelerated
-        fastpeft.accelerate(model, memory="8GB")
-        assert "memory='8GB' has no effect" in caplog.text
 
     def test_calls_that_peft_served(self) -> None:
         ours, _ = pair()

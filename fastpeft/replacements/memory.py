@@ -1,0 +1,76 @@
+"""Layers -> the same layers, each with a policy of what it keeps for backward."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from torch import nn
+
+from ..layers.mixing import swap_in
+from ..layers.mlp import FastMlp
+from ..memory.activations import PolicyLayer
+from ..memory.layers import model_layers
+from ..memory.policy import LayerPolicy, MemoryPolicy
+from .base import Left, Match
+from .swap import MixedIn
+
+_MODELS = count()
+
+
+def check_memory(model: nn.Module, memory: Any) -> None:
+    """Raises what `accelerate` says of its argument `memory`."""
+    if memory is None:
+        return
+    if not isinstance(memory, (LayerPolicy, MemoryPolicy)):
+        raise TypeError(f"memory: expected a MemoryPolicy, a LayerPolicy or None, got {type(memory).__name__}")
+    if not (layers := model_layers(model)):
+        raise ValueError(
+            f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
+            f"got {type(model).__name__}, which has none"
+        )
+    if any(policy.streamed for policy in policies(memory, len(layers))):
+        raise ValueError("memory: streamed layers are not built yet")
+
+
+def policies(memory: LayerPolicy | MemoryPolicy, layers: int) -> tuple[LayerPolicy, ...]:
+    """One for each layer."""
+    return (MemoryPolicy(memory) if isinstance(memory, LayerPolicy) else memory).of(layers)
+
+
+class MemoryReplacement(MixedIn):
+    """All layers of a model at once, since a policy has their number: nothing is told from one module alone."""
+
+    switch = "memory"
+    mixture = PolicyLayer
+    attribute = "fastpeft_memory"
+    calls = "fastpeft_calls"
+    other = "activations computed again from an input on the device"
+
+    def op(self, found: LayerPolicy) -> str:
+        return found.activations
+
+    def match(self, module: nn.Module) -> Match | Left | None:
+        return None
+
+    def prove(self, module: nn.Module, matched: Match) -> Match | Left:
+        return matched
+
+    def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
+        layers, number = model_layers(root), next(_MODELS)
+        for place, (layer, policy) in enumerate(zip(layers.values(), policies(setting, len(layers)), strict=True)):
+            swap_in(layer, PolicyLayer)
+            layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
+            if policy.activations == "selective":
+                for mlp in mlps(layer):
+                    mlp.fastpeft_keep = False
+
+    def status(self, module: nn.Module) -> tuple[str, str]:
+        if self.installed(module) == Match("selective") and not mlps(module):
+            return "", "no MLP that is one op: nothing is computed again"
+        return super().status(module)
+
+
+def mlps(layer: nn.Module) -> list[FastMlp]:
+    """Those of a layer that can compute gate and up again."""
+    return [module for module in layer.modules() if isinstance(module, FastMlp) and module.fastpeft_roles is not None]
