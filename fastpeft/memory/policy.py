@@ -36,13 +36,18 @@ class MemoryPolicy:
     Attributes:
         layers: one for each layer, in the order of the model's modules (an encoder's before its decoder's), or one for
             all of them.
+        decoded: bytes of one layer's decoded weights that may wait, where it is computed again, for its backward to read
+            them; what does not fit is decoded once more.
         ring: device buffers that streamed layers take turns in; 2 copy one layer while another computes.
     """
 
     layers: LayerPolicy | tuple[LayerPolicy, ...] = LayerPolicy()
+    decoded: int = 0
     ring: int = 2
 
     def __post_init__(self) -> None:
+        if self.decoded < 0:
+            raise ValueError(f"decoded: expected 0 or more bytes, got {self.decoded}")
         if self.ring < 1:
             raise ValueError(f"ring: expected 1 or more buffers, got {self.ring}")
 
