@@ -1,24 +1,37 @@
-"""Bytes kept and products made a layer under each policy."""
+"""Bytes kept and products made a layer under each policy: the slope between models of two depths."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import fastpeft
 from fastpeft import LayerPolicy
 from fastpeft.bench.kept import bytes_kept
-from tests.integration.test_mlp_counts import slope, step_products
+from fastpeft.memory.policy import ACTIVATIONS
+from tests.integration.models import make_base, with_lora
+from tests.integration.steps import step
+from tests.integration.test_mlp_counts import step_products
 
 TOKENS, HIDDEN, MLP, FP32 = 2 * 8, 64, 128, 4
 
 
-@cache
-def of(how: Any, measured: Any) -> float:
-    return slope(lambda model, given: measured(fastpeft.accelerate(model, memory=LayerPolicy(how)), given))
+def slopes(measured: Callable[[nn.Module, dict[str, Tensor]], float], *policies: Any) -> list[float]:
+    found = []
+    for depth in (2, 4):
+        base = make_base(num_hidden_layers=depth, hidden_size=HIDDEN, intermediate_size=MLP, head_dim=16)
+        model, ids = fastpeft.accelerate(with_lora(base), attention=False), torch.randint(3, 90, (2, 8))
+        given = {"input_ids": ids, "labels": ids}
+        step(model, given)
+        found.append([])
+        for how in policies:
+            fastpeft.accelerate(model, attention=False, memory=LayerPolicy(how))
+            found[-1].append(measured(model, given))
+    return [(deep - shallow) / 2 for shallow, deep in zip(*found, strict=True)]
 
 
 def kept(model: nn.Module, given: dict[str, Tensor]) -> float:
@@ -27,12 +40,13 @@ def kept(model: nn.Module, given: dict[str, Tensor]) -> float:
 
 def test_bytes_that_a_layer_keeps_for_a_token() -> None:
     """Of an offloaded input the host's copy, which is on a CPU what all are, and no other."""
-    assert of("keep", kept) - of("selective", kept) == 2 * MLP * FP32
-    assert of("recompute", kept) == of("offload", kept) == HIDDEN * FP32
+    keep, selective, recompute, offload = slopes(kept, *ACTIVATIONS)
+    assert keep - selective == 2 * MLP * FP32
+    assert recompute == offload == HIDDEN * FP32
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ["recompute", "offload"])
-def test_what_backward_does_not_read_is_not_made_again(how: str) -> None:
+def test_what_backward_does_not_read_is_not_made_again() -> None:
     """Of the 18 products of a layer's forward the two of down, whose result nobody reads, are not."""
-    assert of(how, step_products) - of("keep", step_products) == 18 - 2
+    keep, recompute, offload = slopes(step_products, "keep", "recompute", "offload")
+    assert recompute - keep == offload - keep == 18 - 2
