@@ -9,12 +9,16 @@ torch's checkpoint are used, `use_reentrant` for one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from fastpeft_kernels.weights.held import holding
 
 from ..integrations.transformers import is_cache
 from ..layers.counting import Counting
@@ -31,6 +35,7 @@ class PolicyLayer(nn.Module, Counting):
     keeps_name = True
     fastpeft_memory: LayerPolicy | None = None
     fastpeft_place: Place
+    fastpeft_decoded: int = 0  # bytes, of `MemoryPolicy.decoded`
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -56,7 +61,7 @@ class PolicyLayer(nn.Module, Counting):
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_memory", "fastpeft_place", "fastpeft_calls"):
+        for name in ("fastpeft_memory", "fastpeft_place", "fastpeft_decoded", "fastpeft_calls"):
             self.__dict__.pop(name, None)
         swap_out(self, PolicyLayer)
 
@@ -69,6 +74,8 @@ def run(layer: PolicyLayer, forward: Callable[..., Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
     forward, args = without_cache(layer, forward, args)
+    if layer.fastpeft_decoded and not torch.compiler.is_compiling():
+        forward = keeping_decoded(forward, layer.fastpeft_decoded)
     asked = getattr(layer.__dict__.get("_gradient_checkpointing_func"), "keywords", {})
     again = partial(checkpoint, forward, *args, **{"use_reentrant": False} | asked)
     assert layer.fastpeft_memory is not None
@@ -79,6 +86,17 @@ def run(layer: PolicyLayer, forward: Callable[..., Any], *args: Any) -> Any:
             with parking(args[0], layer.fastpeft_place):
                 return again()
     return again()
+
+
+def keeping_decoded(forward: Callable[..., Any], room: int) -> Callable[..., Any]:
+    """`forward`, of whose calls after the first, which backward makes, decoded weights wait for backward."""
+    calls = count()
+
+    def called(*args: Any) -> Any:
+        with holding(room) if next(calls) else nullcontext():
+            return forward(*args)
+
+    return called
 
 
 def without_cache(layer: Any, forward: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -128,14 +128,20 @@ _LINES: dict[torch.device, Line] = {}
 @contextmanager
 def parking(tensor: Tensor, place: Place) -> Iterator[None]:
     """What autograd saves of this very tensor waits in host memory; all else is saved as ever."""
-    line = _LINES.setdefault(tensor.device, Line(tensor.device))
+    line = _LINES.get(tensor.device)
+    if line is None:
+        line = _LINES[tensor.device] = Line(tensor.device)
+    wanted = _where(tensor)  # autograd keeps `pack` as long as what it packed: it may hold no tensor
 
     def pack(saved: Tensor) -> Tensor | Parked:
-        same = saved.data_ptr() == tensor.data_ptr() and saved.shape == tensor.shape
-        return line.park(saved, place) if same and saved.stride() == tensor.stride() else saved
+        return line.park(saved, place) if _where(saved) == wanted else saved
 
     def unpack(packed: Tensor | Parked) -> Tensor:
         return packed.back() if isinstance(packed, Parked) else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _where(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

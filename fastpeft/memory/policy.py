@@ -14,9 +14,9 @@ class LayerPolicy:
     """One layer, the modules that transformers' own activation checkpointing wraps. Results are the same under each.
 
     Attributes:
-        activations: what forward keeps for backward. "keep": all that backward reads. "selective": attention's output,
-            its log-sum-exp and the inputs of products; norms, activations, gate and up are computed again. "recompute":
-            the layer's input only. "offload": that input too, but in pinned host memory, brought back ahead of use.
+        activations: what forward keeps for backward. "keep": all that backward reads. "selective": all
+            but gate and up of MLPs that are one op, which are computed again. "recompute": the layer's input only.
+            "offload": that input too, but in pinned host memory, brought back ahead of use.
         streamed: frozen base weights stay in host memory, as they are stored, and are copied to the device ahead of
             each use, forward and backward; adapters stay on the device.
     """
@@ -36,13 +36,18 @@ class MemoryPolicy:
     Attributes:
         layers: one for each layer, in the order of the model's modules (an encoder's before its decoder's), or one for
             all of them.
+        decoded: bytes of one layer's decoded weights that may wait, where it is computed again, until backward reads
+            them; what does not fit is decoded once more.
         ring: device buffers that streamed layers take turns in; 2 copy one layer while another computes.
     """
 
     layers: LayerPolicy | tuple[LayerPolicy, ...] = LayerPolicy()
+    decoded: int = 0
     ring: int = 2
 
     def __post_init__(self) -> None:
+        if self.decoded < 0:
+            raise ValueError(f"decoded: expected 0 or more bytes, got {self.decoded}")
         if self.ring < 1:
             raise ValueError(f"ring: expected 1 or more buffers, got {self.ring}")
 

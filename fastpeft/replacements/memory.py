@@ -29,13 +29,13 @@ def check_memory(model: nn.Module, memory: Any) -> None:
             f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
             f"got {type(model).__name__}, which has none"
         )
-    if any(policy.streamed for policy in policies(memory, len(layers))):
+    if any(policy.streamed for policy in whole(memory).of(len(layers))):
         raise ValueError("memory: streamed layers are not built yet")
 
 
-def policies(memory: LayerPolicy | MemoryPolicy, layers: int) -> tuple[LayerPolicy, ...]:
-    """One for each layer."""
-    return (MemoryPolicy(memory) if isinstance(memory, LayerPolicy) else memory).of(layers)
+def whole(memory: LayerPolicy | MemoryPolicy) -> MemoryPolicy:
+    """The model's policy where that of all its layers may be given."""
+    return MemoryPolicy(memory) if isinstance(memory, LayerPolicy) else memory
 
 
 class MemoryReplacement(MixedIn):
@@ -57,10 +57,11 @@ class MemoryReplacement(MixedIn):
         return matched
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
-        layers, number = model_layers(root), next(_MODELS)
-        for place, (layer, policy) in enumerate(zip(layers.values(), policies(setting, len(layers)), strict=True)):
+        layers, number, memory = model_layers(root), next(_MODELS), whole(setting)
+        for place, (layer, policy) in enumerate(zip(layers.values(), memory.of(len(layers)), strict=True)):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
+            layer.fastpeft_decoded = memory.decoded  # type: ignore[assignment]
             if policy.activations == "selective":
                 for mlp in mlps(layer):
                     mlp.fastpeft_keep = False

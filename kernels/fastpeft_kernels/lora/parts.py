@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.scratch import scratch
 from ..weights import FrozenWeight
+from ..weights.held import held
 from . import mixed
 from .projection import Group, LoraProjection, Mask, Packed, trains_a
 from .rank_products import both_gradients, down_gradient, input_gradient, project_down
@@ -19,6 +20,8 @@ def decoded(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
     ready = weight.ready(dtype)
     if ready is not None:
         return ready
+    if (waiting := held(weight, dtype)) is not None:
+        return waiting
     if not weight.fills:
         return weight.decode(dtype=dtype)
     return weight.decode(out=scratch(weight.shape, dtype, weight.device))
