@@ -37,7 +37,8 @@ def cross_entropy(
     Equivalent PyTorch: `F.cross_entropy(logits.float(), labels)`; see `Options` and `loss.reference`. Computed in fp32
     (fp64 in fp64). Nothing of the logits' size is made but their gradient, in their dtype; the logits are not written
     to. Deterministic. Where the logits come from a head, `linear_cross_entropy` makes none at all. On a CPU up to
-    `FEW_ON_CPU` logits without z-loss are PyTorch's own operation.
+    `FEW_ON_CPU` logits without z-loss are PyTorch's own operation, which passes NaN on to an ignored row that holds
+    one; else its gradient is zero.
 
     Args:
         logits: (..., words), floating.

@@ -23,6 +23,8 @@ def running_of(
     top, p = z.amax(-1), torch.softmax(z, -1, out=room)
     whole = p.amax(-1).reciprocal_()  # p is 1 over the sum where z is top
     others = p.scatter_(1, column, 0.0).sum(-1).mul_(whole)
+    others.masked_fill_(top == -torch.inf, 0.0)
+    top.clamp_(min=torch.finfo(z.dtype).min)
     weighted = None
     if total:
         weighted = z.sum(-1) if class_weight is None else z @ class_weight.to(z.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from fastpeft_kernels.loss import Options, cross_entropy, statistics_op
 from fastpeft_kernels.loss import rows as walking
 from fastpeft_kernels.loss.reference import token_losses_reference
+from fastpeft_kernels.loss.steps import Running, known, online_step
+from fastpeft_kernels.loss.whole_rows import running_of
 from tests.budget import assert_within_budget
 
 pytestmark = [pytest.mark.usefixtures("nan_filled"), pytest.mark.usefixtures("nothing_compiled_before")]
@@ -158,6 +161,22 @@ def test_extremes() -> None:
     certain = cross_entropy(logits[3:4], labels[3:4])
     others = torch.cat([logits[3, :4], logits[3, 5:]]).double() - 30.0
     torch.testing.assert_close(certain.double(), others.exp().sum().log1p(), rtol=1e-5, atol=0.0)
+
+
+def test_whole_rows_say_what_one_step_says() -> None:
+    """Of logits that are no numbers, too: all words masked, one infinite, the label masked; and beyond exp's range."""
+    logits = torch.randn(6, WORDS)
+    logits[0] = -torch.inf
+    logits[1, 3] = torch.inf
+    logits[2, ::2] = -torch.inf
+    logits[4] = 3e38
+    labels = torch.tensor([0, 1, 2, 3, 4, 5])
+    whole = running_of(logits, labels, None, total=True)
+    step = Running.start(6, F32, logits.device, total=True)
+    online_step(logits.clone(), 0, labels, step)
+    ours, wanted = asdict(known(whole)), asdict(known(step))
+    assert ours["lse"][0] == -torch.inf
+    torch.testing.assert_close({**ours, "total": whole.total}, {**wanted, "total": step.total}, equal_nan=True)
 
 
 def test_strides() -> None:
