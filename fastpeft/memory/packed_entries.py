@@ -61,7 +61,7 @@ def entries(folder: Path | None = None) -> list[Entry]:
     """What lies in a cache folder, the user's if None; what was used last comes first."""
     found = []
     for manifest in (folder or user_folder()).glob(f"*/{MANIFEST}"):
-        with suppress(OSError, ValueError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             about = json.loads(manifest.read_text(encoding="utf-8"))
             size = sum(path.lstat().st_size for path in manifest.parent.iterdir())
             facts = str(about["source"]), str(about["packing"]), about.get("finished") is True

@@ -227,6 +227,15 @@ def test_entries_are_listed_and_cleared(folder: Path) -> None:
     assert not packed_entries.entries(folder.parent) and not packed_entries.entries(folder / "nowhere")
 
 
+def test_a_manifest_too_deep_is_none(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    assert not packed_entries.entries(folder.parent)
+    with PackedCache(folder, ABOUT):
+        pass
+    assert packed_entries.entries(folder.parent)[0].finished
+
+
 def test_a_key_follows_content(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(300_000))
