@@ -35,15 +35,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, list[Record]]:
     wrong = []
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        beside = f"{file.parent.name}/" if file.parent.name else ""
         try:
             found[name] = load(file)
         except ValueError as error:
-            wrong.append(f"{file.parent.name}/{error}")
+            wrong.append(f"{beside}{error}")
         except OSError as error:
-            wrong.append(f"{file.parent.name}/{file.name}: {error.strerror}")
+            wrong.append(f"{beside}{file.name}: {error.strerror}")
         else:
             if not found[name]:
-                wrong.append(f"{file.parent.name}/{file.name}: expected records, got an empty file")
+                wrong.append(f"{beside}{file.name}: expected records, got an empty file")
     if wrong:
         raise ValueError("\n".join(wrong))
     return found

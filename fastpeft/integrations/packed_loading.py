@@ -193,17 +193,25 @@ def _unpacked(module: Any, parts: dict[str, Tensor], like: Tensor) -> nn.Paramet
         for name, part in parts.items()
     }
     data, stats = copies.pop(""), copies
-    weight = Params4bit.from_prequantized(
-        data=data, quantized_stats=stats, requires_grad=False, device=like.device, module=module
-    )
+    try:
+        weight = Params4bit.from_prequantized(
+            data=data, quantized_stats=stats, requires_grad=False, device=like.device, module=module
+        )
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
     state = weight.quant_state
     found = (state.shape, state.dtype, state.blocksize, state.quant_type, state.nested, data.dtype)
     if found != (old.shape, like.dtype, old.blocksize, old.quant_type, old.compress_statistics, old.quant_storage):
         return None
     if state.nested and state.offset.dtype != torch.float32:  # bitsandbytes makes it in torch's default dtype
         return None
-    sizes = (data.numel() * data.element_size(), state.absmax.numel())
-    if sizes != ((old.numel() + 1) // 2, -(-old.numel() // old.blocksize)):
+    blocks = -(-old.numel() // old.blocksize)
+    sizes = (data.shape[1:], data.numel() * data.element_size(), state.code.numel(), state.absmax.numel())
+    if sizes != ((1,), (old.numel() + 1) // 2, 16, blocks):
         return None
+    if state.nested:
+        scales = state.state2
+        if (scales.blocksize, scales.code.numel(), scales.absmax.numel()) != (256, 256, -(-blocks // 256)):
+            return None
     module._is_hf_initialized = True
     return weight  # type: ignore[no-any-return]

@@ -96,7 +96,7 @@ class PackedCache:
             self._flush()
 
     def _finished(self) -> bool:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             return isinstance(found, dict) and found.get("finished") is True
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ FORMAT = 1
 """Of keys, files and manifests; an entry of another one is never looked at."""
 _HEADER = 100 << 20  # safetensors refuses longer ones
 _SAMPLES, _SAMPLE = 16, 64 << 10
+_CONTENT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+"""How the hub's cache names a file: by git's SHA-1, or by SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def entries(folder: Path | None = None) -> list[Entry]:
     """What lies in a cache folder, the user's if None; what was used last comes first."""
     found = []
     for manifest in (folder or user_folder()).glob(f"*/{MANIFEST}"):
-        with suppress(OSError, ValueError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             about = json.loads(manifest.read_text(encoding="utf-8"))
             size = sum(path.lstat().st_size for path in manifest.parent.iterdir())
             facts = str(about["source"]), str(about["packing"]), about.get("finished") is True
@@ -86,12 +89,10 @@ def clear(entry: Entry) -> bool:
 def _identity(file: Path) -> list[Any]:
     """What tells a file's content from another's without reading all of it.
 
-    The hub's cache names files by their content. Of others: name, size, time, the header, and samples, because some
-    tools give all files one time.
+    Name, size, header and samples. The hub's cache names files by their content as well; of others the times, that of
+    the last change among them, which no tool can set back.
     """
     real = file.resolve()
-    if real.parent.name == "blobs" and real != file:
-        return [file.name, real.name]
     facts, digest = real.stat(), hashlib.sha256()
     with open(real, "rb") as opened:
         start = opened.read(8)
@@ -99,4 +100,6 @@ def _identity(file: Path) -> list[Any]:
         for sample in range(_SAMPLES):
             opened.seek(sample * max(facts.st_size - _SAMPLE, 0) // (_SAMPLES - 1))
             digest.update(opened.read(_SAMPLE))
-    return [file.name, facts.st_size, facts.st_mtime_ns, digest.hexdigest()]
+    hub = real.parent.name == "blobs" and real != file and _CONTENT.fullmatch(real.name)
+    known = [real.name] if hub else [facts.st_mtime_ns, facts.st_ctime_ns]
+    return [file.name, facts.st_size, digest.hexdigest(), *known]

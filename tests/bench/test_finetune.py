@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config
 
 from fastpeft.bench.finetune import __main__ as command
 from fastpeft.bench.finetune import peers as peers_module
@@ -100,11 +101,16 @@ class TestFlops:
 
     def test_windows_and_both_stacks(self) -> None:
         assert causal_pairs(5) == 15 and causal_pairs(5, 2) == 9 and causal_pairs(3, 9) == 6
-        found = list(attention(config_of(sizes_of("t5-base", "tiny"), 16), 8, 2))
+        found = list(attention(config_of(sizes_of("t5-base", "tiny"), 16), 8, 2, True))
         assert found == [Attention(2, 64, 64), Attention(2, 3, 64), Attention(2, 16, 64)]
         config = config_of(replace(MODELS["gemma-3-4b"], layers=6), 4096)
-        pairs = [each.pairs for each in attention(config, 4096, 4096)]
+        pairs = [each.pairs for each in attention(config, 4096, 4096, True)]
         assert pairs == [causal_pairs(4096, 1024)] * 5 + [causal_pairs(4096)]
+
+    def test_a_decoder_without_shared_keys_is_causal(self) -> None:
+        config = GPT2Config(n_layer=2, n_head=4, n_embd=64)
+        assert list(attention(config, 8, 8, True)) == [Attention(1, 36, 64)] * 2
+        assert list(attention(config, 8, 8, False)) == [Attention(2, 64, 64)]
 
 
 class _Labelled(torch.nn.Module):
@@ -195,12 +201,29 @@ class TestPeers:
         ("method", "dora", "method: expected one of lora, qlora, got 'dora'"),
         ("dtype", "int8", "dtype: expected one of bfloat16, float16, float32, got 'int8'"),
         ("rows", 0, "rows: expected at least 1, got 0"),
+        ("layers", 0, "layers: expected at least 1, got 0"),
+        ("threads", 0, "threads: expected at least 1, got 0"),
+        ("steps", 1, "steps: expected at least 2, got 1"),
+        ("learning_rate", float("nan"), "learning_rate: expected a number above 0, got nan"),
         ("warmup", 6, "warmup: expected 1 to 5, one less than steps, got 6"),
     ],
 )
 def test_a_case_that_is_none(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CASE, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rounds", 0, "rounds: expected at least 1, got 0"),
+        ("step_rounds", -1, "step_rounds: expected at least 0, got -1"),
+        ("limit_s", float("nan"), "limit_s: expected at least 1, got nan"),
+    ],
+)
+def test_a_plan_that_is_none(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**{name: value})
 
 
 class TestProcesses:

@@ -242,6 +242,13 @@ def test_wrong_files_are_named_all_at_once(tmp_path: Path) -> None:
     assert all(", line 1: " in each for each in said if "empty" not in each)
 
 
+def test_a_wrong_file_beside_us_is_not_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^empty\.jsonl: expected records"):
+        read("empty.jsonl")
+
+
 def test_the_command_writes_checks_and_removes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     for file, records in made_files().items():

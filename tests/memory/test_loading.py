@@ -175,6 +175,29 @@ def test_damage_costs_one_warning_and_no_bit(
     assert not quantised
 
 
+@pytest.mark.parametrize("fault", ["no state", "no absmax", "short nested", "flat codes"])
+def test_a_whole_file_of_wrong_parts_is_not_taken(
+    tmp_path: Path, quantised: list[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    parts_of = packed_loading._parts
+
+    def wrong(weight: Any) -> dict[str, Any]:
+        parts = parts_of(weight)
+        if fault == "flat codes":
+            return {**parts, "": parts[""].view(-1)}
+        if fault == "short nested":
+            return {**parts, ".nested_absmax": parts[".nested_absmax"][:0]}
+        return {name: part for name, part in parts.items() if fault.removeprefix("no ") not in name}
+
+    path, options = checkpoint(tmp_path), {"device": "cpu", "cache_dir": tmp_path / "cache"}
+    monkeypatch.setattr(packed_loading, "_parts", wrong)
+    fastpeft.load(path, **options)
+    quantised.clear()
+    model = fastpeft.load(path, **options)
+    assert len(quantised) == 14
+    check_same(model, plain("llama", path, "nf4", True, F32))
+
+
 @pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors", "a/../../b", "C:\\x", "..\\x"])
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "fine", "b": name}}))

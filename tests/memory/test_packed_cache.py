@@ -227,6 +227,15 @@ def test_entries_are_listed_and_cleared(folder: Path) -> None:
     assert not packed_entries.entries(folder.parent) and not packed_entries.entries(folder / "nowhere")
 
 
+def test_a_manifest_too_deep_is_none(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    assert not packed_entries.entries(folder.parent)
+    with PackedCache(folder, ABOUT):
+        pass
+    assert packed_entries.entries(folder.parent)[0].finished
+
+
 def test_a_key_follows_content(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(300_000))
@@ -240,13 +249,39 @@ def test_a_key_follows_content(tmp_path: Path) -> None:
     assert packed_entries.key_of([file], {"a": 1}) != first, "same name, size and time"
 
 
+def test_a_change_between_the_samples_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(3_000_000))
+    os.utime(file, (1, 1))
+    first = packed_entries.key_of([file], {})
+    with open(file, "r+b") as opened:
+        opened.seek(100_000)
+        opened.write(b"1")
+    os.utime(file, (1, 1))
+    assert packed_entries.key_of([file], {}) != first
+
+
 def test_the_hubs_files_go_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "abc").write_bytes(b"12345678{}")
+    blob = tmp_path / "blobs" / ("0a" * 32)
+    blob.write_bytes(b"12345678{}")
     keys = []
     for snapshot in ("one", "two"):
         (tmp_path / snapshot).mkdir()
-        (tmp_path / snapshot / "model.safetensors").symlink_to("../blobs/abc")
+        (tmp_path / snapshot / "model.safetensors").symlink_to(f"../blobs/{blob.name}")
         keys.append(packed_entries.key_of([tmp_path / snapshot / "model.safetensors"], {}))
-        os.utime(tmp_path / "blobs" / "abc", (1, 1))
+        os.utime(blob, (1, 1))
     assert keys[0] == keys[1]
+    file = tmp_path / "two" / "model.safetensors"
+    file.write_bytes(b"87654321{}")  # through the link, as saving into a snapshot does
+    assert packed_entries.key_of([file], {}) != keys[1]
+
+
+def test_not_every_folder_of_blobs_is_the_hubs(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    blob, link = tmp_path / "blobs" / "weights", tmp_path / "model.safetensors"
+    blob.write_bytes(b"12345678{}")
+    link.symlink_to(blob)
+    first = packed_entries.key_of([link], {})
+    os.utime(blob, (1, 1))
+    assert packed_entries.key_of([link], {}) != first

@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers = choose(options.peers)
         if options.shared_imports and device != "cpu":
             raise ValueError(f"--shared-imports: expected the device cpu, got {device}")
+        logs = options.out.with_suffix(".logs")
+        plan = Plan(options.rounds, options.step_rounds, options.limit, logs, options.shared_imports)
     except ValueError as error:
         parser.error(str(error))
     file = RecordFile(options.out, environment(device))
-    logs = options.out.with_suffix(".logs")
-    plan = Plan(options.rounds, options.step_rounds, options.limit, logs, options.shared_imports)
     try:
         result = measure(case, peers, plan, lambda **fields: file.add(suite=SUITE, **fields))
     except LeftOutError as error:

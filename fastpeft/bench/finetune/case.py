@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,9 +49,14 @@ class FinetuneCase:
         for name, known in (("method", METHODS), ("dtype", WIDER), ("device", ("cuda", "cpu"))):
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
-        for name in ("rows", "tokens", "rank", "steps"):
-            if (number := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
+        for name, least in (("rows", 1), ("tokens", 1), ("rank", 1), ("steps", 2)):
+            if (number := getattr(self, name)) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {number}")
+        for name in ("layers", "threads"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name}: expected at least 1, got {given}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 1 <= self.warmup < self.steps:
             raise ValueError(f"warmup: expected 1 to {self.steps - 1}, one less than steps, got {self.warmup}")
 

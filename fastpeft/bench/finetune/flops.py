@@ -51,18 +51,20 @@ def step_flops(model: nn.Module, batch: dict[str, Any]) -> float:
             hook.remove()
     rows, tokens = batch["input_ids"].shape
     labels = batch["labels"]
-    written = labels.shape[1] if labels.ndim == 2 else tokens
-    found = attention(model.config, tokens, written)
+    causal = labels.ndim == 2  # a label a token, which an encoder that classifies has not
+    written = labels.shape[1] if causal else tokens
+    found = attention(model.config, tokens, written, causal)
     return counted + sum(ATTENTION * rows * each.layers * each.pairs * each.width for each in found)
 
 
-def attention(config: Any, tokens: int, written: int) -> Iterator[Attention]:
+def attention(config: Any, tokens: int, written: int, causal: bool) -> Iterator[Attention]:
     """What attention a model of this configuration runs on a row.
 
     Args:
         config: transformers', of a decoder, an encoder, or both.
         tokens: that it reads.
         written: that an encoder-decoder writes.
+        causal: whether a token of a model with one stack sees none after it.
     """
     text = config.get_text_config()
     if config.is_encoder_decoder:
@@ -75,7 +77,7 @@ def attention(config: Any, tokens: int, written: int) -> Iterator[Attention]:
         return
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    if not hasattr(text, "num_key_value_heads"):
+    if not causal:
         yield Attention(text.num_hidden_layers, tokens * tokens, width)
         return
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers

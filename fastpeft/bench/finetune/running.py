@@ -39,6 +39,11 @@ class Plan:
     logs: Path = Path("runs/bench/finetune-logs")
     shared_imports: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("step_rounds", 0), ("limit_s", 1)):
+            if not (number := getattr(self, name)) >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {number}")
+
     def imported(self, peer: Peer | None) -> tuple[str, ...]:
         """What a process finds imported; nothing for Unsloth, which must come first."""
         return _SHARED if self.shared_imports and not (peer and peer.unsloth) else ()
