@@ -12,6 +12,7 @@ from ..layers.mlp import FastMlp
 from ..memory.activations import PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
+from ..memory.streaming import stream_layers
 from .base import Left, Match
 from .swap import MixedIn
 
@@ -24,13 +25,13 @@ def check_memory(model: nn.Module, memory: Any) -> None:
         return
     if not isinstance(memory, (LayerPolicy, MemoryPolicy)):
         raise TypeError(f"memory: expected a MemoryPolicy, a LayerPolicy or None, got {type(memory).__name__}")
-    if not (layers := model_layers(model)):
+    layers = model_layers(model)
+    if not layers:
         raise ValueError(
             f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
             f"got {type(model).__name__}, which has none"
         )
-    if any(policy.streamed for policy in whole(memory).of(len(layers))):
-        raise ValueError("memory: streamed layers are not built yet")
+    whole(memory).of(len(layers))
 
 
 def whole(memory: LayerPolicy | MemoryPolicy) -> MemoryPolicy:
@@ -48,7 +49,7 @@ class MemoryReplacement(MixedIn):
     other = "activations computed again from an input on the device"
 
     def op(self, found: LayerPolicy) -> str:
-        return found.activations
+        return f"{found.activations}, streamed" if found.streamed else found.activations
 
     def match(self, module: nn.Module) -> Match | Left | None:
         return None
@@ -58,7 +59,9 @@ class MemoryReplacement(MixedIn):
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         layers, number, memory = model_layers(root), next(_MODELS), whole(setting)
-        for place, (layer, policy) in enumerate(zip(layers.values(), memory.of(len(layers)), strict=True)):
+        chosen = memory.of(len(layers))
+        stream_layers(root, [layer for layer, p in zip(layers.values(), chosen, strict=True) if p.streamed], memory.ring)
+        for place, (layer, policy) in enumerate(zip(layers.values(), chosen, strict=True)):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
             layer.fastpeft_decoded = memory.decoded  # type: ignore[assignment]
