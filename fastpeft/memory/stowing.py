@@ -6,15 +6,17 @@ taken again (as FSDP does). So whatever kept the tensor for backward, autograd i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations import bitsandbytes, peft
-from .host_store import to_host
+from .host_store import pin, to_host
 from .offloading import Line
 
 SMALLEST = 4096
@@ -80,12 +82,14 @@ class Bundle:
         for owner, name, tensor in streamable(self.layer, self.elsewhere):
             stowed = known.get(id(tensor))
             if stowed is None:
-                pin = tensor.device.type == "cuda"
-                stowed = Stowed(owner, name, tensor, to_host(tensor, pin), give_memory(tensor, tensor.device))
+                stowed = Stowed(owner, name, tensor, to_host(tensor), give_memory(tensor, tensor.device))
+                if tensor.device.type == "cuda":
+                    pin(stowed.host)
             else:
                 stowed.host.copy_(tensor)
             stowed.there.untyped_storage().resize_(0)
             self.stowed.append(stowed)
+            tensor.__deepcopy__ = partial(self._copied, stowed)  # type: ignore[attr-defined]
         for module in self.layer.modules():
             if bitsandbytes.is_linear_4bit(module):
                 bitsandbytes.forget(module)
@@ -113,13 +117,30 @@ class Bundle:
         else:
             self._free()
 
+    def forget(self) -> None:
+        """Leave the tensors as they are now."""
+        for stowed in self.stowed:
+            stowed.tensor.__dict__.pop("__deepcopy__", None)
+
     def relocate(self, device: torch.device) -> None:
         """Empty tensors on another device in place of these; must not be filled."""
         for stowed in self.stowed:
-            if device.type == "cuda" and not stowed.host.is_pinned():
-                stowed.host = to_host(stowed.host, True)
+            if device.type == "cuda":
+                pin(stowed.host)
             stowed.there = give_memory(stowed.tensor, device)
         self._free()
+
+    def _copied(self, stowed: Stowed, memo: dict[int, Any]) -> Tensor:
+        """For `copy.deepcopy`, which reaches tensors by more ways than through their layer: one with its values."""
+        tensor = stowed.tensor
+        value = (tensor.detach() if self.filled else stowed.host).to(tensor.device, copy=True)
+        if not isinstance(tensor, nn.Parameter):
+            return value
+        if type(tensor) is nn.Parameter:
+            return nn.Parameter(value, requires_grad=tensor.requires_grad)
+        made = copy.copy(tensor)  # bitsandbytes'
+        made.quant_state, made.data = copy.deepcopy(tensor.quant_state, memo), value  # type: ignore[attr-defined]
+        return made
 
     def _free(self) -> None:
         for stowed in self.stowed:

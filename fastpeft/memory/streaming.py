@@ -7,6 +7,7 @@ the gradient of what the layer returned, which autograd has before it runs anyth
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..layers.merges import KEEPERS
+from ..layers.kept import KEEPERS
 from ..layers.mixing import swap_in
 from .activations import PolicyLayer
 from .ring import Ring
 from .stowing import Bundle, shared_storages
+
 
 class StreamedLayer(PolicyLayer):
     """Mixed in before a layer's own class, in place of `PolicyLayer`."""
@@ -28,13 +30,16 @@ class StreamedLayer(PolicyLayer):
     fastpeft_bundle: Bundle
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            raise RuntimeError('torch.compile cannot follow streamed layers; compile without LayerPolicy(streamed=True)')
+        dynamo = sys.modules.get("torch._dynamo")  # a compiled model stops before the layer, and goes on after it
+        run: Callable[..., Any] = self._forward if dynamo is None else dynamo.disable(self._forward)
+        return run(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ask()
         y = super().forward(*args, **kwargs)
         if torch.is_grad_enabled():
             for leaf in tree_leaves(y):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     leaf.register_hook(self._before_backward)
         return y
 
@@ -46,8 +51,10 @@ class StreamedLayer(PolicyLayer):
         """
         bundle = self.fastpeft_bundle
         if any([stowed.tensor.requires_grad for stowed in bundle.stowed]):
-            raise RuntimeError("a streamed base weight is trained now; what is trained must stay on the device: "
-                               "accelerate again without streaming this layer")
+            raise RuntimeError(
+                "a streamed base weight is trained now; what is trained must stay on the device: "
+                "accelerate again without streaming this layer"
+            )
         self.fastpeft_ring.use(bundle)
 
     def _before_backward(self, _: Tensor) -> None:
@@ -94,7 +101,6 @@ class StreamedLayer(PolicyLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Streamed too, from host memory of its own, in turns with the other layers that are copied with it."""
-        self.ask()
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         own = {k: v for k, v in self.__dict__.items() if k not in ("fastpeft_ring", "fastpeft_bundle")}
@@ -106,8 +112,10 @@ class StreamedLayer(PolicyLayer):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a streamed layer cannot be pickled, its weights are not all in one place; "
-                        "fastpeft.restore(model) first, or save the state dict")
+        raise TypeError(
+            "a streamed layer cannot be pickled, its weights are not all in one place; "
+            "fastpeft.restore(model) first, or save the state dict"
+        )
 
 
 StreamedLayer.fastpeft_mixture = StreamedLayer
@@ -137,6 +145,15 @@ def stream_layers(model: nn.Module, layers: Sequence[nn.Module], count: int) -> 
     ring.bundles = [layer.fastpeft_bundle for layer in layers]  # type: ignore[misc]
 
 
+def check_resident(model: nn.Module) -> None:
+    """Raises ValueError for a model with streamed layers, whose parts cannot be read one by one."""
+    if any(isinstance(module, StreamedLayer) for module in model.modules()):
+        raise ValueError(
+            "model: expected layers on the device, got streamed ones; "
+            "fastpeft.accelerate(model) without them first, with fewer layers if memory is short"
+        )
+
+
 def start(layer: Any, ring: Ring, elsewhere: frozenset[int]) -> None:
     """Move a layer's weights to the host, and let it take turns in a ring, as the last so far."""
     layer.fastpeft_ring, layer.fastpeft_bundle = ring, Bundle(layer, elsewhere)
@@ -150,6 +167,7 @@ def stop(layer: StreamedLayer) -> None:
     """Have a layer's weights on the device for good."""
     ring, bundle = layer.fastpeft_ring, layer.fastpeft_bundle
     ring.keep(bundle)
+    bundle.forget()
     for stowed in bundle.stowed:
         if isinstance(stowed.owner, nn.Module):
             KEEPERS.pop(stowed.owner, None)

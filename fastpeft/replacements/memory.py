@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.fp8 import BOTH, FORWARD
 from ..layers.mixing import swap_in
 from ..layers.mlp import FastMlp
 from ..memory.activations import PolicyLayer
@@ -19,7 +20,7 @@ from .swap import MixedIn
 _MODELS = count()
 
 
-def check_memory(model: nn.Module, memory: Any) -> None:
+def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) -> None:
     """Raises what `accelerate` says of its argument `memory`."""
     if memory is None:
         return
@@ -31,7 +32,11 @@ def check_memory(model: nn.Module, memory: Any) -> None:
             f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
             f"got {type(model).__name__}, which has none"
         )
-    whole(memory).of(len(layers))
+    if any(policy.streamed for policy in whole(memory).of(len(layers))) and fp8_compute in (FORWARD, BOTH):
+        raise ValueError(
+            f"memory: expected no streamed layers with fp8_compute={fp8_compute!r}, "
+            "whose copies of weights stay on the device"
+        )
 
 
 def whole(memory: LayerPolicy | MemoryPolicy) -> MemoryPolicy:
