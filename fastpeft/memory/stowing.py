@@ -55,6 +55,7 @@ class Bundle:
 
     Attributes:
         filled: the device has the memory, and the values are there or on their way.
+        left: why frozen matrices stay on the device, one for each: "shared", or the class of its storage.
         written: the values on the device may have changed; they go to the host when the layer gives up its place.
     """
 
@@ -64,6 +65,7 @@ class Bundle:
         self.copied: Any = None
         self.stream: Any = None
         self.stowed: list[Stowed] = []
+        self.left: list[str] = []
         self.stow()
 
     @property
@@ -89,7 +91,13 @@ class Bundle:
                 stowed.host.copy_(tensor)
             stowed.there.untyped_storage().resize_(0)
             self.stowed.append(stowed)
-            tensor.__deepcopy__ = partial(self._copied, stowed)  # type: ignore[attr-defined]
+            tensor.__dict__["__deepcopy__"] = partial(self._copied, stowed)
+        here = {id(stowed.tensor) for stowed in self.stowed}
+        self.left = [
+            "shared" if parameter.untyped_storage()._cdata in self.elsewhere else type(parameter).__name__
+            for _, _, parameter in _matrices(self.layer)
+            if id(parameter) not in here and parameter.nbytes >= SMALLEST
+        ]
         for module in self.layer.modules():
             if bitsandbytes.is_linear_4bit(module):
                 bitsandbytes.forget(module)
@@ -105,7 +113,8 @@ class Bundle:
     def wait(self, line: Line) -> None:
         """What the device is told from now on finds the values."""
         line.wait(self.copied)
-        if (stream := line.current()) != self.stream:
+        stream = line.current()
+        if stream is not None and stream != self.stream:
             for stowed in self.stowed:
                 stowed.there.record_stream(stream)
 
@@ -172,15 +181,20 @@ def streamable(layer: nn.Module, elsewhere: frozenset[int]) -> Iterator[tuple[An
 
 
 def _base_tensors(layer: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
+    for module, name, parameter in _matrices(layer):
+        state = getattr(parameter, "quant_state", None)
+        if type(parameter) is nn.Parameter or (state is not None and bitsandbytes.is_linear_4bit(module)):
+            yield module, name, parameter
+            if state is not None:
+                yield state, "absmax", state.absmax
+
+
+def _matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """The frozen ones of the base, and stacks of them."""
     for module in peft.base_modules(layer):
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.requires_grad or parameter.dim() < 2:
-                continue
-            state = getattr(parameter, "quant_state", None)
-            if type(parameter) is nn.Parameter or (state is not None and bitsandbytes.is_linear_4bit(module)):
+            if parameter is not None and not parameter.requires_grad and parameter.dim() > 1:
                 yield module, name, parameter
-                if state is not None:
-                    yield state, "absmax", state.absmax
 
 
 def shared_storages(model: nn.Module, layers: list[nn.Module]) -> frozenset[int]:

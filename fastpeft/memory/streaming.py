@@ -127,12 +127,12 @@ def stream_layers(model: nn.Module, layers: Sequence[nn.Module], count: int) -> 
     Args:
         layers: in the order of forward. Each is a `PolicyLayer`, or of a class of the model's own.
     """
-    before = {id(module): module for module in model.modules() if isinstance(module, StreamedLayer)}
+    before = {id(layer): layer for layer in model.modules() if isinstance(layer, StreamedLayer)}
     chosen = {id(layer) for layer in layers}
-    for key, layer in before.items():
+    for key, old in before.items():
         if key not in chosen:
-            layer.leave()
-    ring = next((layer.fastpeft_ring for key, layer in before.items() if key in chosen), None) or Ring(count)
+            old.leave()
+    ring = next((old.fastpeft_ring for key, old in before.items() if key in chosen), None) or Ring(count)
     ring.empty()
     ring.count = count
     fresh = [layer for layer in layers if id(layer) not in before]

@@ -13,7 +13,7 @@ from ..layers.mlp import FastMlp
 from ..memory.activations import PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
-from ..memory.streaming import stream_layers
+from ..memory.streaming import StreamedLayer, stream_layers
 from .base import Left, Match
 from .swap import MixedIn
 
@@ -65,7 +65,9 @@ class MemoryReplacement(MixedIn):
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         layers, number, memory = model_layers(root), next(_MODELS), whole(setting)
         chosen = memory.of(len(layers))
-        stream_layers(root, [layer for layer, p in zip(layers.values(), chosen, strict=True) if p.streamed], memory.ring)
+        stream_layers(
+            root, [layer for layer, p in zip(layers.values(), chosen, strict=True) if p.streamed], memory.ring
+        )
         for place, (layer, policy) in enumerate(zip(layers.values(), chosen, strict=True)):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
@@ -77,7 +79,18 @@ class MemoryReplacement(MixedIn):
     def status(self, module: nn.Module) -> tuple[str, str]:
         if self.installed(module) == Match("selective") and not mlps(module):
             return "", "no MLP that is one op: nothing is computed again"
-        return super().status(module)
+        partners, note = super().status(module)
+        return partners, "; ".join(filter(None, [note, _left(module)]))
+
+
+def _left(layer: nn.Module) -> str:
+    """What of a streamed layer stays on the device."""
+    if not isinstance(layer, StreamedLayer):
+        return ""
+    left = layer.fastpeft_bundle.left
+    if left:
+        return f"{len(left)} frozen weights stay on the device: {', '.join(sorted(set(left)))}"
+    return "" if layer.fastpeft_bundle.stowed else "no frozen weights that can be streamed"
 
 
 def mlps(layer: nn.Module) -> list[FastMlp]:

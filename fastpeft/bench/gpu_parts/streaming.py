@@ -47,7 +47,7 @@ def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, f
     ids = torch.randint(3, 500, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
     fastpeft.accelerate(resident, memory=fastpeft.LayerPolicy(how))  # type: ignore[arg-type]
     policy = fastpeft.LayerPolicy(how, streamed=True)  # type: ignore[arg-type]
-    fastpeft.accelerate(streamed, memory=fastpeft.MemoryPolicy(policy, RING))
+    fastpeft.accelerate(streamed, memory=fastpeft.MemoryPolicy(policy, ring=RING))
     for model in (resident, streamed):
         _step(model, ids)  # finds the siblings
     ring = next(m.fastpeft_ring for m in streamed.modules() if hasattr(m, "fastpeft_ring"))
