@@ -178,23 +178,26 @@ def test_what_a_model_is_asked_for_is_answered_from_the_host() -> None:
 @pytest.mark.parametrize("four_bits", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_merging(four_bits: bool) -> None:
     """As resident layers do, and again from the host afterwards."""
-    config = {"double_quant": True} if four_bits else {}
-    model, given, _ = started(lora={"lora_dropout": 0.0}, **config)
+    resident, given, _ = started(lora={"lora_dropout": 0.0}, **({"double_quant": True} if four_bits else {}))
+    moved = copy.deepcopy(resident)
+    ring = streamed(moved, "recompute")
+    before = moved.state_dict()
     results = []
-    for memory in (None, MemoryPolicy(LayerPolicy("recompute", streamed=True))):
-        fastpeft.accelerate(model, memory=memory)
-        state = {name: value.clone() for name, value in model.state_dict().items()}
+    for model in (resident, moved):
         model.merge_adapter()
+        merged = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
-            merged = model(**given).loss
+            loss = model(**given).loss
         model.unmerge_adapter()
-        results.append((merged, seeded(model, given)))
-        fastpeft.accelerate(model)
-        if not four_bits:
-            model.load_state_dict(state)
-    (first, after), (second, again) = results
-    assert four_bits or (torch.equal(first, second) and after.equals(again))
-    assert merged.isfinite()
+        results.append((loss, merged, seeded(model, given), model.state_dict()))
+    (loss, merged, after, state), (*ours,) = results
+    assert torch.equal(ours[0], loss) and ours[2].equals(after)
+    for wanted, found in ((merged, ours[1]), (state, ours[3])):
+        assert wanted.keys() == found.keys() and all(torch.equal(v, found[k]) for k, v in wanted.items())
+    assert before.keys() == merged.keys() and len(ring.filled) == 2
+    ring.empty()
+    assert all(bundle.stowed for bundle in ring.bundles)
+    assert seeded(moved, given).equals(after)
 
 
 @pytest.mark.parametrize("four_bits", [False, pytest.param(True, marks=pytest.mark.full)])
