@@ -11,6 +11,7 @@ from torch import nn
 
 from fastpeft_kernels.common.scratch import release_scratch
 
+from .layers.kept import bring
 from .memory.policy import LayerPolicy, MemoryPolicy
 from .replacements import REPLACEMENTS, Match
 from .replacements.fp8 import ask_fp8, check_fp8
@@ -76,8 +77,9 @@ def accelerate(
             told by their parts and proved on each instance.
         memory: what each layer keeps for backward, one `LayerPolicy` for all or one for each in a `MemoryPolicy`; None
             leaves it to the model. Loss and gradients are the same bits under each. Layers are those that
-            transformers' activation checkpointing wraps; a Trainer's `gradient_checkpointing=True` changes nothing in
-            them but the arguments of torch's checkpoint.
+            transformers' activation checkpointing wraps. Frozen weights of streamed ones stay in host memory and are
+            copied to the device ahead of each use. A Trainer's `gradient_checkpointing=True` changes nothing in
+            layers but the arguments of torch's checkpoint.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
             "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
@@ -92,7 +94,8 @@ def accelerate(
     Raises:
         TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` no policy.
         ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
-            LoRA layers are not to be replaced, `memory` does not fit the model's layers, or the model is not on GPUs
+            LoRA layers are not to be replaced, `memory` does not fit the model's layers or
+            streams them with copies in FP8, or the model is not on GPUs
             that multiply in FP8 (compute capability 8.9 or newer).
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
@@ -101,7 +104,7 @@ def accelerate(
     if mlp not in (True, False, RECOMPUTE):
         raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
-    check_memory(model, memory)
+    check_memory(model, memory, fp8_compute)
     check_fp8(model, fp8_compute, fp8_exclude, lora)
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
     modules = dict(model.named_modules())
@@ -116,7 +119,10 @@ def accelerate(
         for path, module in modules.items():
             if not replacement.installed(module):
                 matched = replacement.match(module)
-                proved = replacement.prove(module, matched) if isinstance(matched, Match) else None
+                if not isinstance(matched, Match):
+                    continue
+                bring(module)
+                proved = replacement.prove(module, matched)
                 if not isinstance(proved, Match):
                     continue
                 replacement.install(module, proved)

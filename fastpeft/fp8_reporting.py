@@ -13,6 +13,7 @@ from .integrations.transformers import sample_batch
 from .layers.fp8 import BOTH, FORWARD, NEVER, asked, why_not_fp8
 from .layers.lora import FastLoraLayer
 from .layers.requests import compute
+from .memory.streaming import check_resident
 from .verification import recorded_step
 from .verification_states import calm
 
@@ -105,6 +106,7 @@ def fp8_report(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_resident(model)
     if fp8_compute not in (FORWARD, BOTH):
         raise ValueError(f"fp8_compute: expected {FORWARD!r} or {BOTH!r}, got {fp8_compute!r}")
     if batch is not None and not isinstance(batch, Mapping):

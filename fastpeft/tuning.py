@@ -19,6 +19,7 @@ from fastpeft_kernels.tuning.measuring import Measured
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer
 from .layers.watching import side_effects_undone
+from .memory.streaming import check_resident
 from .verification import output_and_loss
 
 __all__ = ["TOKENS", "Tuning", "cases_of", "measure", "tune", "use_tuned", "winners_file"]
@@ -114,6 +115,7 @@ def cases_of(
         raise ValueError(f"tokens: expected one or more numbers from 1 on, got {list(tokens)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_resident(model)
     device = device_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

@@ -26,6 +26,7 @@ from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
 from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
+from .memory.streaming import check_resident
 from .verification_losses import check_losses, noisy_gradients, recorded_losses
 from .verification_modules import Check, Whole, check_layers, check_norms, check_wholes, rounding_of_heads
 from .verification_states import calm, noisy, suspended
@@ -95,6 +96,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_resident(model)
     if not any(
         isinstance(module, (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding)) for module in model.modules()
     ):

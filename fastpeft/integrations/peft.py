@@ -94,6 +94,20 @@ def saved_copies(module: nn.Module) -> list[nn.Module]:
     return [module.original_module, *module.modules_to_save.children()]
 
 
+def base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all within it that is of the base: without adapters, and without copies that are saved with them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    yield module
+    for name, child in module.named_children():
+        if isinstance(module, BaseTunerLayer) and name != "base_layer":
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper) and name != "original_module":
+            continue
+        yield from base_modules(child)
+
+
 def why_not_active(layer: Any) -> str | None:
     """The reason, in the state of a layer of PEFT, why its own forward must run; or None."""
     if layer._disable_adapters:

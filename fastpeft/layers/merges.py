@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from .kept import bring
+
 
 class SeenMerges:
     """Mixed in before a PEFT layer class: PEFT merges through `.data`, which torch does not count as a write."""
@@ -16,15 +18,18 @@ class SeenMerges:
         raise NotImplementedError
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        bring(self, write=True)  # type: ignore[arg-type]
         super().merge(*args, **kwargs)  # type: ignore[misc]
         self._count_write()
 
     def unmerge(self) -> None:
+        bring(self, write=True)  # type: ignore[arg-type]
         super().unmerge()  # type: ignore[misc]
         self._count_write()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Some ways to begin a new adapter (OLoRA) take it out of the base."""
+        bring(self, write=True)  # type: ignore[arg-type]
         super().update_layer(*args, **kwargs)  # type: ignore[misc]
         self._count_write()
 

@@ -33,6 +33,7 @@ class PolicyLayer(nn.Module, Counting):
     """Mixed in before a layer's own class."""
 
     keeps_name = True
+    fastpeft_mixture: type[PolicyLayer]
     fastpeft_memory: LayerPolicy | None = None
     fastpeft_place: Place
     fastpeft_decoded: int = 0  # bytes, of `MemoryPolicy.decoded`
@@ -63,10 +64,13 @@ class PolicyLayer(nn.Module, Counting):
         """This instance as it was before."""
         for name in ("fastpeft_memory", "fastpeft_place", "fastpeft_decoded", "fastpeft_calls"):
             self.__dict__.pop(name, None)
-        swap_out(self, PolicyLayer)
+        swap_out(self, self.fastpeft_mixture)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self, PolicyLayer)
+        return reduced(self, self.fastpeft_mixture)
+
+
+PolicyLayer.fastpeft_mixture = PolicyLayer
 
 
 def run(layer: PolicyLayer, forward: Callable[..., Any], *args: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,15 +42,31 @@ class Line:
 
     def copy(self, into: Tensor, source: Tensor) -> Any:
         """Behind all that the device was told so far; returns what `wait` takes."""
+        copied = self.copies([(into, source)])
+        if self.side is not None and into.is_cuda:  # it may be dropped unread
+            into.record_stream(self.side)
+        return copied
+
+    def copies(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Several copies, (into, source), as one; `into` lives until somebody has waited."""
         if self.side is None:
-            into.copy_(source)
+            for into, source in pairs:
+                into.copy_(source)
             return None
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            into.copy_(source, non_blocking=self.pins)
-            if into.is_cuda:  # it may be dropped unread
-                into.record_stream(self.side)
+            for into, source in pairs:
+                into.copy_(source, non_blocking=self.pins)
             return self.side.record_event()
+
+    def finish(self) -> None:
+        """The host waits for all copies."""
+        if self.side is not None:
+            self.side.synchronize()
+
+    def current(self) -> torch.cuda.Stream | None:
+        """The stream that the device computes on at this point of the program."""
+        return None if self.side is None else torch.cuda.current_stream(self.device)
 
     def wait(self, copied: Any) -> None:
         """What the device is told from now on comes after that copy; the host does not wait."""

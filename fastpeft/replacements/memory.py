@@ -7,30 +7,36 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.fp8 import BOTH, FORWARD
 from ..layers.mixing import swap_in
 from ..layers.mlp import FastMlp
 from ..memory.activations import PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
+from ..memory.streaming import StreamedLayer, stream_layers
 from .base import Left, Match
 from .swap import MixedIn
 
 _MODELS = count()
 
 
-def check_memory(model: nn.Module, memory: Any) -> None:
+def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) -> None:
     """Raises what `accelerate` says of its argument `memory`."""
     if memory is None:
         return
     if not isinstance(memory, (LayerPolicy, MemoryPolicy)):
         raise TypeError(f"memory: expected a MemoryPolicy, a LayerPolicy or None, got {type(memory).__name__}")
-    if not (layers := model_layers(model)):
+    layers = model_layers(model)
+    if not layers:
         raise ValueError(
             f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
             f"got {type(model).__name__}, which has none"
         )
-    if any(policy.streamed for policy in whole(memory).of(len(layers))):
-        raise ValueError("memory: streamed layers are not built yet")
+    if any(policy.streamed for policy in whole(memory).of(len(layers))) and fp8_compute in (FORWARD, BOTH):
+        raise ValueError(
+            f"memory: expected no streamed layers with fp8_compute={fp8_compute!r}, "
+            "whose copies of weights stay on the device"
+        )
 
 
 def whole(memory: LayerPolicy | MemoryPolicy) -> MemoryPolicy:
@@ -48,7 +54,7 @@ class MemoryReplacement(MixedIn):
     other = "activations computed again from an input on the device"
 
     def op(self, found: LayerPolicy) -> str:
-        return found.activations
+        return f"{found.activations}, streamed" if found.streamed else found.activations
 
     def match(self, module: nn.Module) -> Match | Left | None:
         return None
@@ -58,7 +64,11 @@ class MemoryReplacement(MixedIn):
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         layers, number, memory = model_layers(root), next(_MODELS), whole(setting)
-        for place, (layer, policy) in enumerate(zip(layers.values(), memory.of(len(layers)), strict=True)):
+        chosen = memory.of(len(layers))
+        stream_layers(
+            root, [layer for layer, p in zip(layers.values(), chosen, strict=True) if p.streamed], memory.ring
+        )
+        for place, (layer, policy) in enumerate(zip(layers.values(), chosen, strict=True)):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
             layer.fastpeft_decoded = memory.decoded  # type: ignore[assignment]
@@ -69,7 +79,18 @@ class MemoryReplacement(MixedIn):
     def status(self, module: nn.Module) -> tuple[str, str]:
         if self.installed(module) == Match("selective") and not mlps(module):
             return "", "no MLP that is one op: nothing is computed again"
-        return super().status(module)
+        partners, note = super().status(module)
+        return partners, "; ".join(filter(None, [note, _left(module)]))
+
+
+def _left(layer: nn.Module) -> str:
+    """What of a streamed layer stays on the device."""
+    if not isinstance(layer, StreamedLayer):
+        return ""
+    left = layer.fastpeft_bundle.left
+    if left:
+        return f"{len(left)} frozen weights stay on the device: {', '.join(sorted(set(left)))}"
+    return "" if layer.fastpeft_bundle.stowed else "no frozen weights that can be streamed"
 
 
 def mlps(layer: nn.Module) -> list[FastMlp]:

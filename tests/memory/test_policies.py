@@ -110,7 +110,6 @@ def test_the_report() -> None:
     [
         ("24GiB", TypeError, "memory: expected a MemoryPolicy, a LayerPolicy or None, got str"),
         (MemoryPolicy((LayerPolicy(),) * 3), ValueError, "layers: expected 2 policies, one for each layer, got 3"),
-        (LayerPolicy(streamed=True), ValueError, "memory: streamed layers are not built yet"),
     ],
 )
 def test_what_is_no_policy_for_the_model(memory: Any, error: type[Exception], words: str) -> None:

@@ -1,0 +1,57 @@
+"""Bytes of frozen weights in host memory, from where they are copied to the device ahead of each use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fastpeft")
+
+PAGE = 4096
+_pins = True
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's values in host memory of their own, same shape and dtype.
+
+    A tensor whose memory torch did not allocate (a file mapped into memory) stays the store itself where the host has
+    no room for another copy.
+    """
+    if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable() and tensor.nbytes > free_memory():
+        return tensor.detach()
+    memory = torch.empty(_pages(tensor.nbytes) + PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE  # two pinned regions must not share a page
+    host = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    host.copy_(tensor.detach())
+    return host
+
+
+def pin(host: Tensor) -> None:
+    """Pin what `to_host` gave, for copies that the host does not wait for, as long as this tensor lives.
+
+    torch's own pinned memory is rounded up to a power of two; this is not. Where the system refuses, the memory stays
+    pageable, which is said once. A mapped file stays so too.
+    """
+    global _pins
+    if not _pins or not host.untyped_storage().resizable() or host.is_pinned():
+        return
+    cudart = torch.cuda.cudart()
+    error = int(cudart.cudaHostRegister(host.data_ptr(), _pages(host.nbytes), 0))
+    if error:
+        _pins = False
+        logger.warning("streamed weights are copied from pageable host memory, which is slower: CUDA error %d", error)
+        return
+    weakref.finalize(host, cudart.cudaHostUnregister, host.data_ptr())
+
+
+def free_memory() -> int:
+    """Bytes of host memory that are free, as the system sees it."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
