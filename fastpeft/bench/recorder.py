@@ -37,6 +37,7 @@ class Recorder:
         share: (i, n): of the checks, run every n-th from the i-th on.
         match: run only checks in whose name this regular expression is found.
         proven: names of checks that come after all others, because they passed in an earlier run.
+        done: names of checks that are left out, because they passed in this run before it was resumed.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Recorder:
         share: tuple[int, int] = (0, 1),
         match: str = "",
         proven: Collection[str] = (),
+        done: Collection[str] = (),
     ) -> None:
         self.file = file
         self.suite = suite
@@ -55,7 +57,8 @@ class Recorder:
         self.depth = depth
         self.share = share
         self.match = match
-        self.proven = proven
+        self.proven = frozenset(proven)
+        self.done = frozenset(done)
 
     def add(
         self, *, samples: Sequence[float] | float, settings: Mapping[str, Any] | None = None, **fields: Any
@@ -78,7 +81,10 @@ class Recorder:
             AssertionError: at the end, if some raised; names them.
         """
         everything = [
-            (op, name, check) for op, checks in suites.items() for name, check in checks if re.search(self.match, name)
+            (op, name, check)
+            for op, checks in suites.items()
+            for name, check in checks
+            if re.search(self.match, name) and name not in self.done
         ]
         everything.sort(key=lambda each: each[1] in self.proven)
         shared = everything[self.share[0] :: self.share[1]]

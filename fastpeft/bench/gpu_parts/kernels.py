@@ -3,7 +3,7 @@
 from fastpeft.bench.recorder import Recorder
 
 order = 10
-time_limit_s = 900
+time_limit_s = 480
 parallel = True
 
 

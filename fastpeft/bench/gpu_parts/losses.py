@@ -8,7 +8,7 @@ from typing import Any
 
 from fastpeft.bench.recorder import Recorder
 
-order = 55
+order = 45
 time_limit_s = 240
 
 FAMILIES = ("llama", "llama with LoRA on the head", "llama with a trained head", "gemma2", "bart", "llama in fp32")

@@ -10,8 +10,8 @@ from fastpeft.bench.recorder import Recorder
 if TYPE_CHECKING:
     from fastpeft.bench.ops.finding import Cases
 
-order = 45
-time_limit_s = 900
+order = 30
+time_limit_s = 480
 
 
 def run(recorder: Recorder, depth: str) -> None:

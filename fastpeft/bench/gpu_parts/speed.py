@@ -2,7 +2,7 @@
 
 from fastpeft.bench.recorder import Recorder
 
-order = 30
+order = 80
 time_limit_s = 300
 
 

@@ -13,7 +13,7 @@ from fastpeft.bench.recorder import Recorder
 if TYPE_CHECKING:
     from fastpeft.bench.steps import StepCase
 
-order = 60
+order = 55
 time_limit_s = 480
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastpeft.bench.recorder import Recorder
 
-order = 50
-time_limit_s = 900
+order = 20
+time_limit_s = 480
 
 SIZES = {  # one layer of each; Mistral 7B is as Llama 3.1 8B
     "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "heads": (32, 8)},
