@@ -109,7 +109,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """One line a part."""
     width = max(len(outcome.name) for outcome in outcomes)
     lines = [f"{'part':{width}}  {'status':11}  seconds  records"]
-    lines += [f"{o.name:{width}}  {o.status:11}  {o.seconds:7.0f}  {o.records:7}  {o.reason}".rstrip() for o in outcomes]
+    lines += [
+        f"{o.name:{width}}  {o.status:11}  {o.seconds:7.0f}  {o.records:7}  {o.reason}".rstrip() for o in outcomes
+    ]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
 
-from fastpeft.bench.recorder import Recorder
+from fastpeft.bench.recorder import CheckName, Recorder
 from fastpeft.bench.records import RecordFile, environment, load
 from fastpeft.structured import build
 
@@ -43,8 +43,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: `reason` is a line for people, `records` how many it wrote. One that is "interrupted" was under
-    way when the run ended; one that is "skipped" as OUT_OF_TIME was never started."""
+    """What became of a part: `reason` is a line for people, `records` how many it wrote.
+
+    One that is "interrupted" was under way when the run ended; one that is "skipped" as OUT_OF_TIME was never started.
+    """
 
     name: str
     status: Status
@@ -92,7 +94,7 @@ def run_part(
     """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed.
 
     Args:
-        share, match: of which checks; as for `Recorder`. What else it asks for is what `note_checks` left.
+        share, match: of which checks; as for `Recorder`. What else that asks for is in `checks_note`.
     """
     function = part.dry_run if dry_run else part.run
     device = "cpu" if dry_run else "cuda"
@@ -102,6 +104,7 @@ def run_part(
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
         note = checks_note(out, part.name)
         known = json.loads(note.read_text()) if note.exists() else {}
+        known = {key: [(op, case) for op, case in names] for key, names in known.items()}
         function(Recorder(file, part.name, device, depth, share, match, **known), depth)
     except Exception as error:
         print(traceback.format_exc(), flush=True)  # in one write: other processes may share the log
@@ -111,7 +114,7 @@ def run_part(
 
 
 def checks_note(out: Path, name: str) -> Path:
-    """Where the parent of a part's processes leaves for them what it knows of the checks: `Recorder`'s proven and done."""
+    """Where the parent of a part's processes leaves for them what it knows of its checks, as `Recorder` takes it."""
     return out / f"{name}.checks.json"
 
 
@@ -165,7 +168,7 @@ class Run:
         circumstances = (self.depth, self.dry_run, self.commit, self.match)
         return Outcome(name, status, round(seconds, 1), count, reason, *circumstances)
 
-    def checks(self, name: str) -> dict[str, bool]:
+    def checks(self, name: str) -> dict[CheckName, bool]:
         """Which checks of a part left a record that they passed, or failed; the last of each counts."""
         path = self.out / f"{name}.jsonl"
         if not path.exists():
@@ -173,21 +176,21 @@ class Run:
         data = path.read_bytes()
         if not data.endswith(b"\n"):  # a record was cut off by what ended the part
             path.write_bytes(data[: data.rfind(b"\n") + 1])
-        return {record.case: bool(record.median) for record in load(path) if record.metric == "passed"}
+        return {(r.op, r.case): bool(r.median) for r in load(path) if r.metric == "passed"}
 
     def failures(self, name: str) -> list[str]:
         """Which checks of a part failed, and how many, as a line; none where none did."""
-        failed = [case for case, passed in self.checks(name).items() if not passed]
+        failed = [case for (_, case), passed in self.checks(name).items() if not passed]
         return [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
 
-    def proven(self, name: str) -> list[str]:
+    def proven(self, name: str) -> list[CheckName]:
         """Checks of a part that passed in earlier runs, of any version, and failed in none."""
-        became: dict[bool, set[str]] = {True: set(), False: set()}
+        became: dict[bool, set[CheckName]] = {True: set(), False: set()}
         for path in self.earlier.glob(f"{name}*.jsonl") if self.earlier else ():
             with suppress(ValueError):  # of another schema, or cut off: what comes first is no reason to run nothing
                 for record in load(path):
                     if record.metric == "passed":
-                        became[bool(record.median)].add(record.case)
+                        became[bool(record.median)].add((record.op, record.case))
         return sorted(became[True] - became[False])
 
     def log(self, name: str) -> Path:

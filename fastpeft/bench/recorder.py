@@ -24,6 +24,8 @@ _UNITS = {  # the first ending that fits
     "_percent": "%",
 }
 Check = tuple[str, Callable[[], Mapping[str, Any] | None]]
+CheckName = tuple[str, str]
+"""Op, and the name of a check among that op's."""
 
 
 class Recorder:
@@ -36,8 +38,8 @@ class Recorder:
         depth: "quick", "default" or "full"; kept in every record's settings.
         share: (i, n): of the checks, run every n-th from the i-th on.
         match: run only checks in whose name this regular expression is found.
-        proven: names of checks that come after all others, because they passed in an earlier run.
-        done: names of checks that are left out, because they passed in this run before it was resumed.
+        proven: checks that come after all others, because they passed in an earlier run.
+        done: checks that are left out, because they passed in this run before it was resumed.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class Recorder:
         depth: str,
         share: tuple[int, int] = (0, 1),
         match: str = "",
-        proven: Collection[str] = (),
-        done: Collection[str] = (),
+        proven: Collection[CheckName] = (),
+        done: Collection[CheckName] = (),
     ) -> None:
         self.file = file
         self.suite = suite
@@ -84,9 +86,9 @@ class Recorder:
             (op, name, check)
             for op, checks in suites.items()
             for name, check in checks
-            if re.search(self.match, name) and name not in self.done
+            if re.search(self.match, name) and (op, name) not in self.done
         ]
-        everything.sort(key=lambda each: each[1] in self.proven)
+        everything.sort(key=lambda each: each[:2] in self.proven)
         shared = everything[self.share[0] :: self.share[1]]
         failed = [name for op, name, check in shared if not self._run(op, name, check)]
         if failed:

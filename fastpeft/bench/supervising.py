@@ -46,8 +46,8 @@ def supervise(run: Run, part: Part, go_on: bool = False) -> Outcome:
     """Run `part` in processes of its own and kill them, with all that they started, when its time is up.
 
     Args:
-        go_on: where an earlier run in the same circumstances left the part: its records stay, and checks that passed are
-            not made again.
+        go_on: where an earlier run in the same circumstances left the part: its records stay, and checks that passed
+            are not made again.
 
     Raises:
         KeyboardInterrupt: the processes are killed first.

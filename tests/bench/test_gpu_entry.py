@@ -297,7 +297,7 @@ def test_what_failed_before_has_not_passed(tmp_path: Path) -> None:
     line = file.path.read_text().partition("\n")[0]
     (tmp_path / "shared.jsonl").write_text(line.replace('"a"', '"d"')[:-20])
     run = parts.Run(tmp_path / "out", "quick", True, None, "parts", earlier=tmp_path)
-    assert run.proven("shared") == ["a", "c"]
+    assert run.proven("shared") == [("o", "a"), ("o", "c")]
 
 
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(
