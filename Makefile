@@ -10,6 +10,8 @@ INTERPRETED = $$(grep -rl --include='test_*.py' mark.interpreter tests)
 # The variable silences the theme's notice of its successor.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
+ON_CPU := benchmarks/results/cpu
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart test test-full lint aot bench docs docs-serve gpu
@@ -40,8 +42,16 @@ lint: .venv/.dev ## ruff and mypy
 aot: .venv/.dev ## compile every kernel for every supported GPU; no GPU needed
 	$(BIN)/python -m fastpeft_kernels.aot
 
-bench: .venv/.dev ## benchmarks on this machine's CPU
-	$(BIN)/python -m fastpeft.bench.cpu
+bench: .venv/.dev ## benchmarks on this machine's CPU, in ten minutes: records and the pages made of them
+	$(BIN)/python -m fastpeft.bench.cpu --rounds 5 --out $(ON_CPU)/steps.jsonl
+	rm -f $(ON_CPU)/ops.jsonl
+	$(BIN)/fastpeft bench --quick --device cpu --out $(ON_CPU)/ops.jsonl
+	$(BIN)/python -m fastpeft.bench.losses --rounds 3 --out $(ON_CPU)/losses.jsonl
+	$(BIN)/python -m fastpeft.bench.scaling --rounds 3 --out $(ON_CPU)/scaling.jsonl
+	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/steps.jsonl --into README.md
+	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/steps.jsonl --into docs/measured.md
+	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/losses.jsonl --as losses --into docs/measured.md
+	$(BIN)/python -m benchmarks report
 
 docs: .venv/.dev ## build the documentation into site/; a broken link is an error
 	$(MKDOCS) build --strict

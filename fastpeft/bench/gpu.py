@@ -10,9 +10,10 @@ A part is a module of `fastpeft.bench.gpu_parts`, light to import, with
 
 Its name is `name` if it has one, else the module's. Each part runs in a process of its own, so that one that crashes or
 hangs costs only itself. What it measured goes to OUT/<part>.jsonl at once, what it printed to OUT/<part>.log, and what
-became of it to OUT/run.json.
+became of it to OUT/run.json. All parts share --total seconds; a part for which less than a minute is left is skipped.
+--resume goes on with what is missing: parts that did not pass, without their checks that did.
 
-Exit code: 0 when all parts passed, 1 when one did not, 2 when there is no GPU.
+Exit code: 0 when all parts passed, 1 when one did not or was not reached, 2 when there is no GPU, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,11 +29,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastpeft.bench.parts import Outcome, Part, Run, discover, run_part, supervise
+from fastpeft.bench.parts import GO_ON, OUT_OF_TIME, Outcome, Part, Run, discover, run_part
 from fastpeft.bench.records import source_state
+from fastpeft.bench.supervising import Budget, supervise
 from fastpeft.hints import nearest
 
 DEPTHS = ("quick", "default", "full")
+TOTAL_S = {"quick": 600.0, "default": 1200.0}
 _ASK_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -60,19 +64,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(out, options.depth, options.dry_run, commit, options.parts, options.jobs, options.checks, earlier)
     print(f"{len(chosen)} parts on {gpu or 'the CPU (dry run)'}, depth {options.depth}, into {out}", flush=True)
     limited = [replace(part, time_limit_s=min(part.time_limit_s, options.limit)) for part in chosen]
-    outcomes = [_run_or_skip(run, part, options.resume) for part in limited]
+    unlimited = float("inf") if options.dry_run else TOTAL_S.get(options.depth, float("inf"))
+    outcomes, interrupted = _run_all(run, limited, options.total or unlimited, options.resume)
     print(table(outcomes))
-    return 1 if any(outcome.status in ("failed", "timed out") for outcome in outcomes) else 0
+    return 130 if interrupted else int(any(outcome.wrong for outcome in outcomes))
 
 
-def _run_or_skip(run: Run, part: Part, resume: bool) -> Outcome:
-    earlier = run.finished(part.name)
-    if resume and earlier is not None:
-        print(f"{part.name}: done before", flush=True)
-        return earlier
-    print(f"{part.name}: started {time.strftime('%H:%M:%S')}, limit {part.time_limit_s} s", flush=True)
-    outcome = supervise(run, part)
-    run.keep(outcome)
+def _run_all(run: Run, parts: Sequence[Part], total_s: float, resume: bool) -> tuple[list[Outcome], bool]:
+    """What became of the parts, and whether an interruption kept the rest from their turn."""
+    outcomes: list[Outcome] = []
+    earlier = {part.name: run.earlier_outcome(part.name) for part in parts} if resume else {}
+    passed = {name: outcome for name, outcome in earlier.items() if outcome and outcome.status == "passed"}
+    budget = Budget(total_s)
+    for i, part in enumerate(parts):
+        if part.name in passed:
+            print(f"{part.name}: done before", flush=True)
+            outcomes.append(passed[part.name])
+            continue
+        seconds = budget.seconds(part, [later for later in parts[i + 1 :] if later.name not in passed])
+        try:
+            outcomes.append(_run(run, part, seconds, resume))
+        except KeyboardInterrupt:
+            outcomes.append(run.keep(run.outcome(part.name, "interrupted", 0.0, GO_ON)))
+            return outcomes, True
+    return outcomes, False
+
+
+def _run(run: Run, part: Part, seconds: float | None, resume: bool) -> Outcome:
+    earlier = run.earlier_outcome(part.name)
+    if seconds is None:
+        print(f"{part.name}: skipped: {OUT_OF_TIME}", flush=True)
+        outcome = run.outcome(part.name, "skipped", 0.0, OUT_OF_TIME)
+        return outcome if earlier else run.keep(outcome)  # what it has may be gone on with
+    print(f"{part.name}: started {time.strftime('%H:%M:%S')}, limit {seconds:.0f} s", flush=True)
+    run.keep(run.outcome(part.name, "interrupted", 0.0, GO_ON))  # should this process be killed
+    outcome = run.keep(supervise(run, replace(part, time_limit_s=seconds), resume and earlier is not None))
     print(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
     if outcome.status in ("failed", "timed out"):
         print(run.end_of_log(part.name), flush=True)
@@ -82,8 +108,10 @@ def _run_or_skip(run: Run, part: Part, resume: bool) -> Outcome:
 def table(outcomes: Sequence[Outcome]) -> str:
     """One line a part."""
     width = max(len(outcome.name) for outcome in outcomes)
-    lines = [f"{'part':{width}}  {'status':9}  seconds  records"]
-    lines += [f"{o.name:{width}}  {o.status:9}  {o.seconds:7.0f}  {o.records:7}  {o.reason}".rstrip() for o in outcomes]
+    lines = [f"{'part':{width}}  {'status':11}  seconds  records"]
+    lines += [
+        f"{o.name:{width}}  {o.status:11}  {o.seconds:7.0f}  {o.records:7}  {o.reason}".rstrip() for o in outcomes
+    ]
     return "\n".join(lines)
 
 
@@ -125,17 +153,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="records of earlier runs, whose checks come last; by default benchmarks/results/<name of the GPU>",
     )
-    parser.add_argument("--resume", action="store_true", help="skip parts that passed at this depth and commit")
+    parser.add_argument("--resume", action="store_true", help="only what has not passed at this depth and commit")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, those parts that have a stand-in")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
     parser.add_argument("--commit", help="recorded in place of what git says, as for a copied tree")
     parser.add_argument("--parts", default="fastpeft.bench.gpu_parts", metavar="PACKAGE", help="package of the parts")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that share checks")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="at most S seconds a part")
+    parser.add_argument(
+        "--total",
+        type=float,
+        metavar="S",
+        help="at most S seconds in all; by default 600 for quick, 1200 for default, no limit for full or a dry run",
+    )
     parser.add_argument("--run-part", metavar="PART", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,13 +1,9 @@
-"""Finding the parts of a GPU run, running one, and keeping what became of each."""
+"""Finding the parts of a GPU run, running one in this process, and keeping what became of each."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,13 +11,14 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Literal
+from typing import Literal
 
-from fastpeft.bench.recorder import Recorder
+from fastpeft.bench.recorder import CheckName, Recorder
 from fastpeft.bench.records import RecordFile, environment, load
 from fastpeft.structured import build
 
-Status = Literal["passed", "failed", "timed out", "skipped"]
+Status = Literal["passed", "failed", "timed out", "skipped", "interrupted"]
+OUT_OF_TIME, GO_ON = "out of time", "--resume goes on"
 _LOG_LINES = 25
 
 
@@ -46,7 +43,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: `reason` is a line for people, `records` how many it wrote."""
+    """What became of a part: `reason` is a line for people, `records` how many it wrote.
+
+    One that is "interrupted" was under way when the run ended; one that is "skipped" as OUT_OF_TIME was never started.
+    """
 
     name: str
     status: Status
@@ -57,6 +57,11 @@ class Outcome:
     dry_run: bool
     commit: str | None
     match: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is wrong or missing."""
+        return self.status not in ("passed", "skipped") or self.reason == OUT_OF_TIME
 
 
 def discover(package: str) -> dict[str, Part]:
@@ -89,7 +94,7 @@ def run_part(
     """Run `part` in this process. Returns the exit code: 0, or 1 with the reason as the last line printed.
 
     Args:
-        share, match: of which checks; as for `Recorder`. Those that passed before, by `Run.proven`, come last.
+        share, match: of which checks; as for `Recorder`. What else that asks for is in `checks_note`.
     """
     function = part.dry_run if dry_run else part.run
     device = "cpu" if dry_run else "cuda"
@@ -97,9 +102,10 @@ def run_part(
         if function is None:
             raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
-        names = _proven(out, part.name)
-        proven = frozenset(json.loads(names.read_text()) if names.exists() else ())
-        function(Recorder(file, part.name, device, depth, share, match, proven), depth)
+        note = checks_note(out, part.name)
+        known = json.loads(note.read_text()) if note.exists() else {}
+        known = {key: [(op, case) for op, case in names] for key, names in known.items()}
+        function(Recorder(file, part.name, device, depth, share, match, **known), depth)
     except Exception as error:
         print(traceback.format_exc(), flush=True)  # in one write: other processes may share the log
         print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
@@ -107,9 +113,9 @@ def run_part(
     return 0
 
 
-def _proven(out: Path, name: str) -> Path:
-    """Where the parent of a part's processes leaves the names of checks that passed before."""
-    return out / f"{name}.proven.json"
+def checks_note(out: Path, name: str) -> Path:
+    """Where the parent of a part's processes leaves for them what it knows of its checks, as `Recorder` takes it."""
+    return out / f"{name}.checks.json"
 
 
 class Run:
@@ -142,19 +148,19 @@ class Run:
         rows = json.loads(self._path.read_text()) if self._path.exists() else []
         self._outcomes = {outcome.name: outcome for outcome in (build(Outcome, row) for row in rows)}
 
-    def finished(self, name: str) -> Outcome | None:
-        """The outcome of a part that passed already, in the same circumstances."""
+    def earlier_outcome(self, name: str) -> Outcome | None:
+        """Of the part in the same circumstances."""
         old = self._outcomes.get(name)
         now = (self.depth, self.dry_run, self.commit, self.match)
-        same = old is not None and (old.depth, old.dry_run, old.commit, old.match) == now
-        return old if same and old is not None and old.status == "passed" else None
+        return old if old and (old.depth, old.dry_run, old.commit, old.match) == now else None
 
-    def keep(self, outcome: Outcome) -> None:
-        """Write the outcome down, so that the file is whole at any time."""
+    def keep(self, outcome: Outcome) -> Outcome:
+        """Write the outcome down, so that the file is whole at any time, and return it."""
         self._outcomes[outcome.name] = outcome
         new = self._path.with_suffix(".json.new")
         new.write_text(json.dumps([asdict(one) for one in self._outcomes.values()], indent=1) + "\n")
         os.replace(new, self._path)
+        return outcome
 
     def outcome(self, name: str, status: Status, seconds: float, reason: str) -> Outcome:
         records = self.out / f"{name}.jsonl"
@@ -162,21 +168,29 @@ class Run:
         circumstances = (self.depth, self.dry_run, self.commit, self.match)
         return Outcome(name, status, round(seconds, 1), count, reason, *circumstances)
 
-    def failures(self, name: str) -> list[str]:
-        """Which checks of a part left a record that they failed, and how many, as a line; none where none did."""
+    def checks(self, name: str) -> dict[CheckName, bool]:
+        """Which checks of a part left a record that they passed, or failed; the last of each counts."""
         path = self.out / f"{name}.jsonl"
-        records = load(path) if path.exists() else []
-        failed = [record.case for record in records if record.metric == "passed" and not record.median]
+        if not path.exists():
+            return {}
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):  # a record was cut off by what ended the part
+            path.write_bytes(data[: data.rfind(b"\n") + 1])
+        return {(r.op, r.case): bool(r.median) for r in load(path) if r.metric == "passed"}
+
+    def failures(self, name: str) -> list[str]:
+        """Which checks of a part failed, and how many, as a line; none where none did."""
+        failed = [case for (_, case), passed in self.checks(name).items() if not passed]
         return [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
 
-    def proven(self, name: str) -> list[str]:
+    def proven(self, name: str) -> list[CheckName]:
         """Checks of a part that passed in earlier runs, of any version, and failed in none."""
-        became: dict[bool, set[str]] = {True: set(), False: set()}
+        became: dict[bool, set[CheckName]] = {True: set(), False: set()}
         for path in self.earlier.glob(f"{name}*.jsonl") if self.earlier else ():
             with suppress(ValueError):  # of another schema, or cut off: what comes first is no reason to run nothing
                 for record in load(path):
                     if record.metric == "passed":
-                        became[bool(record.median)].add(record.case)
+                        became[bool(record.median)].add((record.op, record.case))
         return sorted(became[True] - became[False])
 
     def log(self, name: str) -> Path:
@@ -187,64 +201,3 @@ class Run:
         path = self.log(name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         return "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
-
-
-def supervise(run: Run, part: Part) -> Outcome:
-    """Run `part` in processes of its own and kill them, with all that they started, when its time is up."""
-    names, proven = _proven(run.out, part.name), run.proven(part.name) if part.parallel else []
-    for old in (run.out / f"{part.name}.jsonl", run.log(part.name)):
-        old.unlink(missing_ok=True)
-    if part.broken:
-        return run.outcome(part.name, "failed", 0.0, part.broken)
-    if run.dry_run and part.dry_run is None:
-        return run.outcome(part.name, "skipped", 0.0, "needs a GPU")
-    start = time.monotonic()
-    try:
-        names.write_text(json.dumps(proven))
-        codes = _codes(run, part, run.jobs if part.parallel else 1)
-    finally:
-        names.unlink(missing_ok=True)
-    seconds = time.monotonic() - start
-    if None in codes:
-        return run.outcome(part.name, "timed out", seconds, f"killed at its limit of {part.time_limit_s} s")
-    if not any(codes):
-        nothing = run.match and not (run.out / f"{part.name}.jsonl").exists()
-        reason = f"no check in whose name {run.match!r} is found" if nothing else ""
-        return run.outcome(part.name, "failed" if nothing else "passed", seconds, reason)
-    crashed = [f"ended with code {code}" for code in codes if code not in (0, 1)]
-    last = run.end_of_log(part.name).rpartition("\n")[2].strip()
-    return run.outcome(part.name, "failed", seconds, "; ".join([*crashed, *run.failures(part.name)]) or last)
-
-
-def _codes(run: Run, part: Part, count: int) -> list[int | None]:
-    """Exit codes of `count` processes that share the part; None for one that was not done in time."""
-    deadline = time.monotonic() + part.time_limit_s
-    children: list[subprocess.Popen[Any]] = []
-    codes: list[int | None] = []
-    with open(run.log(part.name), "ab") as log:
-        try:
-            for i in range(count):
-                command = _command(run, part, i, count)
-                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                children.append(subprocess.Popen(command, **streams, start_new_session=True))  # type: ignore[call-overload]
-            for child in children:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(max(0.0, deadline - time.monotonic()))
-                codes.append(child.poll())
-        finally:
-            for child in children:
-                _kill_group(child)
-    return codes
-
-
-def _command(run: Run, part: Part, i: int, count: int) -> list[str]:
-    command = [sys.executable, "-u", "-m", "fastpeft.bench.gpu", "--run-part", part.name, "--parts", run.package]
-    command += ["--out", str(run.out), "--depth", run.depth, "--share", str(i), str(count)]
-    command += [*(["--dry-run"] if run.dry_run else []), f"--checks={run.match}"]
-    return command + (["--commit", run.commit] if run.commit else [])
-
-
-def _kill_group(child: subprocess.Popen[Any]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()

@@ -24,6 +24,8 @@ _UNITS = {  # the first ending that fits
     "_percent": "%",
 }
 Check = tuple[str, Callable[[], Mapping[str, Any] | None]]
+CheckName = tuple[str, str]
+"""Op, and the name of a check among that op's."""
 
 
 class Recorder:
@@ -36,7 +38,8 @@ class Recorder:
         depth: "quick", "default" or "full"; kept in every record's settings.
         share: (i, n): of the checks, run every n-th from the i-th on.
         match: run only checks in whose name this regular expression is found.
-        proven: names of checks that come after all others, because they passed in an earlier run.
+        proven: checks that come after all others, because they passed in an earlier run.
+        done: checks that are left out, because they passed in this run before it was resumed.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ class Recorder:
         depth: str,
         share: tuple[int, int] = (0, 1),
         match: str = "",
-        proven: Collection[str] = (),
+        proven: Collection[CheckName] = (),
+        done: Collection[CheckName] = (),
     ) -> None:
         self.file = file
         self.suite = suite
@@ -55,7 +59,8 @@ class Recorder:
         self.depth = depth
         self.share = share
         self.match = match
-        self.proven = proven
+        self.proven = frozenset(proven)
+        self.done = frozenset(done)
 
     def add(
         self, *, samples: Sequence[float] | float, settings: Mapping[str, Any] | None = None, **fields: Any
@@ -78,9 +83,12 @@ class Recorder:
             AssertionError: at the end, if some raised; names them.
         """
         everything = [
-            (op, name, check) for op, checks in suites.items() for name, check in checks if re.search(self.match, name)
+            (op, name, check)
+            for op, checks in suites.items()
+            for name, check in checks
+            if re.search(self.match, name) and (op, name) not in self.done
         ]
-        everything.sort(key=lambda each: each[1] in self.proven)
+        everything.sort(key=lambda each: each[:2] in self.proven)
         shared = everything[self.share[0] :: self.share[1]]
         failed = [name for op, name, check in shared if not self._run(op, name, check)]
         if failed:

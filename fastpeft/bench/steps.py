@@ -73,7 +73,7 @@ class StepResult:
 class Sides(NamedTuple):
     """What `side_by_side` measured, and the accelerated model as it is afterwards.
 
-    peak: bytes that a step takes at the most beside the model, on a GPU alone.
+    peak: bytes that a step takes at the most beside the model, gradients of adapters among them.
     """
 
     samples: dict[str, list[float]]
@@ -91,7 +91,12 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
 
 
 def side_by_side(
-    model: nn.Module, loss: Callable[[Any], torch.Tensor], rounds: int, device: str = "cpu", compiled: bool = False
+    model: nn.Module,
+    loss: Callable[[Any], torch.Tensor],
+    rounds: int,
+    device: str = "cpu",
+    compiled: bool = False,
+    peak_on_cpu: bool = False,
 ) -> Sides:
     """PEFT twice (its own spread shows in the ratio of the two) and fastpeft once, in every round.
 
@@ -100,6 +105,7 @@ def side_by_side(
         loss: of one forward of the model it is given.
         rounds, device: as `interleaved` takes them.
         compiled: by torch.compile, as it comes.
+        peak_on_cpu: measure `Sides.peak` there too, by the profiler.
     """
     import fastpeft
     from fastpeft_kernels.native.extension import group_extension
@@ -113,7 +119,8 @@ def side_by_side(
     samples = interleaved(steps, rounds, device=device)
     count = bytes_saved if compiled else bytes_kept
     kept = {name: count(models[name], partial(loss, each)) for name, each in called.items()}
-    peak = {name: peak_of_step(steps[name]) for name in called} if device == "cuda" else {}
+    with_peak = called if device == "cuda" or peak_on_cpu else {}
+    peak = {name: peak_of_step(steps[name], device) for name in with_peak}
     return Sides(samples, kept, peak, models["fastpeft"])
 
 

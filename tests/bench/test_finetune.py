@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fastpeft.bench.finetune import peers as peers_module
 from fastpeft.bench.finetune.agreement import FACTOR, ROUNDING, agreement, difference
 from fastpeft.bench.finetune.case import FinetuneCase
 from fastpeft.bench.finetune.flops import Attention, attention, causal_pairs, step_flops
+from fastpeft.bench.finetune.loading import move_by_a_rounding
 from fastpeft.bench.finetune.peers import all_peers, choose, features, why_not
 from fastpeft.bench.finetune.processes import LeftOutError, Worker
 from fastpeft.bench.finetune.result import Result
@@ -183,6 +185,22 @@ class TestPeers:
         with pytest.raises(ValueError, match=r"peers: expected one of peft exact, .*; got 'pefft'"):
             choose(["pefft"])
 
+    def test_other_roundings_are_the_same_computation(self) -> None:
+        peft, again = all_peers()["peft"], all_peers()["peft again"]
+        assert peft.other_roundings == (replace(peft, backwards=True), replace(peft, moved=True))
+        assert not again.other_roundings[0].backwards
+
+    def test_parameters_are_moved_by_a_rounding_and_no_more(self) -> None:
+        layer = torch.nn.Linear(50, 40)
+        layer.bias.requires_grad_(False).fill_(3.0)
+        with torch.no_grad():
+            layer.weight[0] = 0.0
+        before = copy.deepcopy(layer)
+        move_by_a_rounding(layer)
+        moved = (layer.weight[1:] / before.weight[1:] - 1).abs()
+        assert moved.min() > 0 and moved.max() <= 2 * torch.finfo(torch.float32).eps
+        assert torch.equal(layer.weight[0], before.weight[0]) and torch.equal(layer.bias, before.bias)
+
     def test_who_cannot_run_and_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         known = all_peers()
         monkeypatch.setattr(peers_module, "find_spec", lambda name: None if name == "unsloth" else name)
@@ -275,7 +293,7 @@ class Measured:
 def test_times_only_of_those_who_agree(tmp_path: Path) -> None:
     measured = Measured(
         tmp_path,
-        ["fastpeft", "trl", "unsloth", *(f"fastpeft without {name}" for name in ("loss", "lora", "norms", "mlp"))],
+        ["fastpeft", "trl", "unsloth", *(f"fastpeft without {x}" for x in features())],
         step_rounds=2,
     )
     result, records = measured(), measured.records()
@@ -299,9 +317,15 @@ def test_times_only_of_those_who_agree(tmp_path: Path) -> None:
     assert records["run", "fastpeft without lora", "left out"].settings["reason"] == "ended by signal 6"
     assert records["run", "fastpeft without norms", "left out"].settings["reason"] == "out of memory"
     assert records["run", "trl", "left out"].settings["reason"] == "not of this machine"
-    again = [line for line in measured.said if "once more with other roundings" in line]
-    assert [line.partition(":")[0] for line in again] == [fake_peers.UNLUCKY, loss]
-    assert records["run", fake_peers.UNLUCKY, "time"].error == pytest.approx(3e-6)
+    again = [line.partition(": losses differ by 1.0e-03; once more, ") for line in measured.said]
+    tries = ("rows in another order", "trained parameters moved by one rounding")
+    unlucky_once, unlucky_twice = fake_peers.UNLUCKY
+    assert {name: [how for peer, _, how in again if how and peer == name] for name, _, how in again if how} == {
+        unlucky_once: [tries[0]],
+        unlucky_twice: [*tries],
+        loss: [*tries],  # which is wrong
+    }
+    assert all(records["run", name, "time"].error == pytest.approx(3e-6) for name in fake_peers.UNLUCKY)
     lines = {line[:26].strip(): line for line in table(result).splitlines()}
     assert lines["fastpeft"].split()[1:3] == ["10.0", "0.500"] and "left out: out of memory" in table(result)
 

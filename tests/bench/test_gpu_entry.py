@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from fastpeft.bench import gpu, parts
+from fastpeft.bench import gpu, parts, supervising
 from fastpeft.bench.recorder import unit_of
 from fastpeft.bench.records import RecordFile, environment, load
+from fastpeft.bench.supervising import MINIMUM_S, Budget
 from tests.fresh import ROOT, run_fresh
 
 HEAD = "order, time_limit_s = {order}, {limit}\ndef run(recorder, depth): raise RuntimeError('not on a CPU')\n"
@@ -33,14 +36,15 @@ import subprocess, sys, time
 def dry_run(recorder, depth):
     recorder.run_checks("demo", [("first", lambda: None), ("second", hang)])
 def hang():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    print("child", child.pid, flush=True)
+    sleep = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    own, detached = subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)
+    print("child", own.pid, detached.pid, flush=True)
     time.sleep(60)
 """
 CRASHING = """
 import os
 def dry_run(recorder, depth):
-    os.abort()
+    os._exit(7)
 """
 
 
@@ -106,9 +110,19 @@ def test_a_hanging_part_is_killed_with_its_children(runner: Runner) -> None:
     assert runner("--dry-run", "--limit", "4") == 1
     assert time.monotonic() - start < 40
     assert runner.states() == {"hanging": "timed out", "passing": "passed"}
+    reason = json.loads((runner.out / "run.json").read_text())[0]["reason"]
+    assert reason == "killed at its limit of 4 s, 1 checks passed; --resume goes on"
     assert [r.case for r in load(runner.out / "hanging.jsonl")] == ["first"]
-    child = int((runner.out / "hanging.log").read_text().split("child ")[1])
-    assert not running(child)
+    own, detached = map(int, (runner.out / "hanging.log").read_text().split("child ")[1].split()[:2])
+    assert ends(own) and ends(detached)
+
+
+def ends(pid: int) -> bool:
+    """Within a few seconds: a process that was killed is still there for a while."""
+    deadline = time.monotonic() + 10
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not running(pid)
 
 
 def running(pid: int) -> bool:
@@ -128,7 +142,7 @@ def test_a_crash_and_a_part_that_cannot_be_imported_cost_only_themselves(
     assert runner("--dry-run") == 1
     assert runner.states() == {"broken": "failed", "crashing": "failed", "gpu_only": "skipped", "passing": "passed"}
     printed = capsys.readouterr().out
-    assert "ended with code -6" in printed and "No module named 'no_such_module'" in printed
+    assert "ended with code 7" in printed and "No module named 'no_such_module'" in printed
 
 
 def test_resuming_runs_what_has_not_passed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,9 +152,114 @@ def test_resuming_runs_what_has_not_passed(runner: Runner, capsys: pytest.Captur
     runner.add("two", PASSING, order=2)
     assert runner("--dry-run", "--depth", "quick", "--resume") == 0
     assert "one: done before" in capsys.readouterr().out
-    assert len(load(runner.out / "one.jsonl")) == len(load(runner.out / "two.jsonl")) == 1
+    assert len(load(runner.out / "one.jsonl")) == 1
+    assert [r.case for r in load(runner.out / "two.jsonl")] == ["odd sizes", "even sizes", "even sizes", "a"]
     assert runner("--dry-run", "--depth", "full", "--resume") == 0
     assert "done before" not in capsys.readouterr().out
+    assert len(load(runner.out / "two.jsonl")) == 1
+
+
+def test_resuming_leaves_out_the_checks_that_passed(runner: Runner) -> None:
+    """Of a part that ended in the middle of a record; what failed is tried again, and its last result counts."""
+    ending = "os._exit(7) if name == 'd' else 1 / 0 if name == 'b' else {'pid': os.getpid()}"
+    runner.add("shared", SHARED.replace("{a}", ending))
+    assert runner("--dry-run", "--jobs", "1") == 1
+    (outcome,) = json.loads((runner.out / "run.json").read_text())
+    assert outcome["reason"] == "ended with code 7; 1 failed: b"
+    with open(runner.out / "shared.jsonl", "a") as file:
+        file.write('{"cut')
+    runner.add("shared", SHARED.replace("{a}", "{'pid': os.getpid()}"))
+    assert runner("--dry-run", "--resume", "--jobs", "1") == 0
+    made = [(r.case, r.median) for r in load(runner.out / "shared.jsonl") if r.metric == "passed"]
+    assert made == [("a", 1), ("b", 0), ("c", 1), ("b", 1), ("d", 1), ("e", 1)]
+    assert runner.states() == {"shared": "passed"} and not list(runner.out.glob("*.checks.json"))
+
+
+def test_an_interruption_keeps_what_was_measured(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.add("hanging", HANGING, order=1)
+    runner.add("passing", PASSING, order=2)
+
+    def interrupt() -> None:
+        log = runner.out / "hanging.log"
+        while not (log.exists() and "child" in log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert runner("--dry-run") == 130
+    thread.join()
+    assert runner.states() == {"hanging": "interrupted"}
+    assert [r.case for r in load(runner.out / "hanging.jsonl")] == ["first"]
+    own, detached = map(int, (runner.out / "hanging.log").read_text().split("child ")[1].split()[:2])
+    assert ends(own) and ends(detached)
+    assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["hanging", "interrupted", "0", "1"]
+
+
+class TestBudget:
+    def part(self, limit: float, parallel: bool = False) -> parts.Part:
+        return parts.Part("x", time_limit_s=limit, parallel=parallel)
+
+    def test_checks_take_what_they_need_and_the_others_share_the_rest(self) -> None:
+        now = [0.0]
+        budget = Budget(1000.0, lambda: now[0])
+        later = [self.part(400), self.part(400), self.part(200)]
+        assert budget.seconds(self.part(480, parallel=True), later) == 480
+        now[0] = 400.0
+        assert budget.seconds(later[0], later[1:]) == pytest.approx(600 * 0.4)
+        now[0] = 410.0  # it needed less
+        assert budget.seconds(later[1], later[2:]) == pytest.approx(590 * 400 / 600)
+        now[0] = 930.0
+        assert budget.seconds(later[2], []) == pytest.approx(70)
+
+    def test_never_less_than_a_minute(self) -> None:
+        now = [0.0]
+        budget = Budget(1000.0, lambda: now[0])
+        assert budget.seconds(self.part(10), [self.part(480)] * 30) == 10  # its own limit
+        now[0] = 900.0
+        assert budget.seconds(self.part(480), [self.part(480)] * 10) == MINIMUM_S
+        now[0] = 941.0
+        assert budget.seconds(self.part(480), []) is None and budget.seconds(self.part(20), []) == 20
+
+    def test_no_budget(self) -> None:
+        assert Budget(float("inf")).seconds(self.part(30), [self.part(40)]) == 30
+
+
+def test_parts_for_which_no_time_is_left_are_named(
+    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "MINIMUM_S", 3.0)
+    runner.add("long", PASSING, order=1)
+    runner.add("short", PASSING, order=2, limit=0.5)
+    assert runner("--dry-run", "--total", "2") == 1
+    assert runner.states()["long"] == "skipped"
+    printed = capsys.readouterr().out
+    assert "long: skipped: out of time" in printed and "short: started" in printed
+    runner.add("short", PASSING, order=2)
+    assert runner("--dry-run", "--resume", "--total", "60") == 0
+    assert runner.states() == {"long": "passed", "short": "passed"}
+
+
+@pytest.mark.full
+def test_a_machine_without_the_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part ends by itself, and says what it could not measure."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules.update(dict.fromkeys(['peft', 'bitsandbytes', 'liger_kernel', 'trl', 'unsloth']))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")]))
+    names = [name for name in parts.discover("fastpeft.bench.gpu_parts") if name not in ("kernels", "speed", "ops")]
+    only = [word for name in names for word in ("--only", name)]
+    assert gpu.main(["--dry-run", "--depth", "quick", "--out", str(tmp_path / "out"), *only]) == 0
+    logs = {name: (tmp_path / "out" / f"{name}.log").read_text() for name in names}
+    assert [name for name, log in logs.items() if "peft is not installed" not in log] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["kernels", "speed", "mixed", "scaling"])
+def test_a_dry_run_of_a_real_part(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "--depth", "quick", "--out", str(tmp_path), "--only", name]
+    assert gpu.main(arguments) == 0, capsys.readouterr().out
+    assert load(tmp_path / f"{name}.jsonl")
 
 
 SHARED = """
@@ -175,7 +294,7 @@ def test_what_passed_before_comes_last(runner: Runner) -> None:
     assert runner("--dry-run", "--jobs", "1", "--checks", "[bd]") == 0
     assert runner("--dry-run", "--jobs", "1", "--earlier", str(runner.out)) == 0
     assert [r.case for r in load(runner.out / "shared.jsonl") if r.metric == "passed"] == ["a", "c", "e", "b", "d"]
-    assert not list(runner.out.glob("*.proven.json"))
+    assert not list(runner.out.glob("*.checks.json"))
 
 
 def test_what_failed_before_has_not_passed(tmp_path: Path) -> None:
@@ -186,7 +305,7 @@ def test_what_failed_before_has_not_passed(tmp_path: Path) -> None:
     line = file.path.read_text().partition("\n")[0]
     (tmp_path / "shared.jsonl").write_text(line.replace('"a"', '"d"')[:-20])
     run = parts.Run(tmp_path / "out", "quick", True, None, "parts", earlier=tmp_path)
-    assert run.proven("shared") == ["a", "c"]
+    assert run.proven("shared") == [("o", "a"), ("o", "c")]
 
 
 def test_what_fails_crashes_or_hangs_in_one_of_several_processes(

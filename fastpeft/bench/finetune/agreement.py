@@ -5,9 +5,11 @@ run three times from the same weights over the same rows, in the next wider dtyp
 batch in reverse order. A run agrees when its losses are no further from the wider ones than twice what the further of
 the two others is, and a few roundings of the loss itself, which is fp32.
 
-Training is not smooth: rounding can turn a ReLU, or the sign of a first step of Adam, over, and then a run whose
-gradients are right leaves the others. So a run that is too far off is made once more with its rows in reverse order: a
-wrong computation is wrong then too.
+Training is not smooth: what crosses zero by rounding turns a ReLU's gradient, or the sign of a first step of Adam,
+over. Of six runs of plain PEFT over a T5 with ReLU (2 layers of width 128, fp32, 50 steps) from parameters that
+were moved by one rounding, one left the float64 losses by 7e-5, the others by up to 3.8e-6; with gated GELU all stayed
+within 3e-7. So a run that is too far off is tried again with other roundings (`Peer.other_roundings`), twice. A wrong
+computation is wrong each time; chance rarely errs three times.
 """
 
 from __future__ import annotations

@@ -94,6 +94,8 @@ def load(case: FinetuneCase, source: Source, peer: Peer) -> Any:
     """The PEFT model of a peer, in training mode; the same adapters for each."""
     model = _unsloth(case, source) if peer.unsloth else _peft(case, source, peer)
     _seed_adapters(model)
+    if peer.moved:
+        move_by_a_rounding(model)
     if peer.switches is not None:
         import fastpeft
 
@@ -163,6 +165,16 @@ def _seed_adapters(model: nn.Module) -> None:
                 generator.manual_seed(crc32(name.encode()))
                 bound = parameter.shape[1] ** -0.5  # Kaiming's, with a slope of √5
                 parameter.copy_(torch.rand(parameter.shape, generator=generator).mul_(2 * bound).sub_(bound))
+
+
+def move_by_a_rounding(model: nn.Module) -> None:
+    """Each element of the trained parameters up or down, by chance; zeros stay."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+                parameter.mul_(1 + signs.to(parameter) * torch.finfo(parameter.dtype).eps)
 
 
 def _class(task: str) -> Any:

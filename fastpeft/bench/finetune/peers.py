@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +27,7 @@ class Peer:
         unsloth: by Unsloth's FastLanguageModel.
         exact: in the next wider dtype, for its losses alone.
         backwards: the rows of each batch in reverse order, which rounds otherwise and changes nothing else.
+        moved: from trained parameters that are one rounding away, up or down by chance.
     """
 
     name: str
@@ -37,10 +38,16 @@ class Peer:
     unsloth: bool = False
     exact: bool = False
     backwards: bool = False
+    moved: bool = False
 
     @property
     def ours(self) -> bool:
         return self.switches is not None
+
+    @property
+    def other_roundings(self) -> tuple[Peer, ...]:
+        """The same computation, rounded otherwise: how a run that is too far off is tried again."""
+        return replace(self, backwards=not self.backwards), replace(self, moved=True)
 
 
 def features() -> list[str]:

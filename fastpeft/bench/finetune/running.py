@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -124,10 +124,13 @@ class _Measuring:
         runs = self.result.runs
         try:
             runs.setdefault(peer.name, []).append(self._outcome(peer))
-            found = self.result.agreement(peer.name)
-            if found and not found.holds and not peer.backwards:
-                self.say(f"{peer.name}: losses differ by {found.found:.1e}; once more with other roundings")
-                runs[peer.name][-1] = self._outcome(replace(peer, backwards=True))
+            for other in peer.other_roundings:
+                found = self.result.agreement(peer.name)
+                if found is None or found.holds:
+                    break
+                how = "trained parameters moved by one rounding" if other.moved else "rows in another order"
+                self.say(f"{peer.name}: losses differ by {found.found:.1e}; once more, {how}")
+                runs[peer.name][-1] = self._outcome(other)
         except LeftOutError as error:
             if not runs[peer.name]:
                 del runs[peer.name]

@@ -14,7 +14,7 @@ from fastpeft.bench.recorder import Recorder
 if TYPE_CHECKING:
     from fastpeft.bench.finetune.case import FinetuneCase
 
-order = 65
+order = 35
 time_limit_s = 480
 PEERS = {
     "lora": ["fastpeft", "trl", "fastpeft + trl", "peft + liger", "unsloth"],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fastpeft.bench.steps import StepCase
 
-order = 55
+order = 50
 time_limit_s = 240
 
 SETTINGS: tuple[Literal["forward", "both"], ...] = ("forward", "both")

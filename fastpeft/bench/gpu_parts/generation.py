@@ -11,7 +11,7 @@ from fastpeft.bench.recorder import Recorder
 if TYPE_CHECKING:
     from fastpeft.bench.generation import GenerationCase
 
-order = 70
+order = 65
 time_limit_s = 180
 
 _KINDS = (("llama", "lora", 1), ("llama", "qlora", 1), ("llama", "lora", 4), ("t5", "lora", 1))

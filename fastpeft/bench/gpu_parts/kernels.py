@@ -1,13 +1,26 @@
 """Every kernel, configuration and dtype against plain PyTorch and the fp64 oracle."""
 
-from fastpeft.bench.recorder import Recorder
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fastpeft.bench.listing import list_checks
+from fastpeft.bench.recorder import Check, Recorder
 
 order = 10
-time_limit_s = 900
+time_limit_s = 480
 parallel = True
 
 
 def run(recorder: Recorder, depth: str) -> None:
+    recorder.run_suites({op: checks() for op, checks in _suites().items()})
+
+
+def dry_run(recorder: Recorder, depth: str) -> None:
+    list_checks(recorder, _suites())
+
+
+def _suites() -> dict[str, Callable[[], Iterable[Check]]]:
     from fastpeft_kernels.activation import gpu as activation
     from fastpeft_kernels.attention import gpu as attention
     from fastpeft_kernels.attention import gpu_candidates as attention_candidates
@@ -36,4 +49,4 @@ def run(recorder: Recorder, depth: str) -> None:
         "rope": rope,
         "weights": weights,
     }
-    recorder.run_suites({op: suite.checks() for op, suite in suites.items()})
+    return {op: suite.checks for op, suite in suites.items()}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastpeft.bench.layer import Result
     from fastpeft.bench.layer_work import Case, Size
 
-order = 40
+order = 70
 time_limit_s = 240
 
 ROUNDS = {"quick": 5, "default": 15, "full": 40}

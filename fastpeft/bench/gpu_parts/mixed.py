@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpeft.bench.recorder import Recorder
 
-order = 65
+order = 40
 time_limit_s = 120
 
 ADAPTERS = 8

@@ -10,27 +10,31 @@ from fastpeft.bench.recorder import Recorder
 if TYPE_CHECKING:
     from fastpeft.bench.ops.finding import Cases
 
-order = 45
-time_limit_s = 900
+order = 30
+time_limit_s = 480
 
 
 def run(recorder: Recorder, depth: str) -> None:
-    from fastpeft.bench.ops.finding import ops
-
-    recorder.run_suites(
-        {op: [(f"bench {op}", partial(_op, recorder, depth, cases))] for op, (_, cases) in ops().items()}
-    )
+    _run(recorder, depth, None)
 
 
 def dry_run(recorder: Recorder, depth: str) -> None:
-    run(recorder, "quick")
+    _run(recorder, "quick", 1)
 
 
-def _op(recorder: Recorder, depth: str, cases: Cases) -> dict[str, float]:
+def _run(recorder: Recorder, depth: str, rounds: int | None) -> None:
+    from fastpeft.bench.ops.finding import ops
+
+    recorder.run_suites(
+        {op: [(f"bench {op}", partial(_op, recorder, depth, rounds, cases))] for op, (_, cases) in ops().items()}
+    )
+
+
+def _op(recorder: Recorder, depth: str, rounds: int | None, cases: Cases) -> dict[str, float]:
     from fastpeft.bench.ops.run import Runner
     from fastpeft.bench.ops.table import table
 
-    outcome = Runner(recorder.add, recorder.device, depth).run(cases(recorder.device, depth))
+    outcome = Runner(recorder.add, recorder.device, depth, rounds).run(cases(recorder.device, depth))
     print(table(outcome.records))
     assert not outcome.failures, "; ".join(outcome.failures)
     return {"records": len(outcome.records)}

@@ -1,12 +1,26 @@
 """Times of the kernels by themselves, beside what they replace."""
 
-from fastpeft.bench.recorder import Recorder
+from __future__ import annotations
 
-order = 30
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from fastpeft.bench.listing import list_checks
+from fastpeft.bench.recorder import Check, Recorder
+
+order = 80
 time_limit_s = 300
 
 
 def run(recorder: Recorder, depth: str) -> None:
+    recorder.run_suites({op: checks() for op, checks in _suites(depth).items()})
+
+
+def dry_run(recorder: Recorder, depth: str) -> None:
+    list_checks(recorder, _suites(depth))
+
+
+def _suites(depth: str) -> dict[str, Callable[[], Iterable[Check]]]:
     from fastpeft_kernels.activation import gpu_speed as activation
     from fastpeft_kernels.attention import gpu_features as attention_features
     from fastpeft_kernels.attention import gpu_op as attention_op
@@ -22,5 +36,5 @@ def run(recorder: Recorder, depth: str) -> None:
     families = {"attention_features": attention_features, "attention_op": attention_op, "fp8": fp8}
     families |= {"activation": activation, "lora": lora, "mlp": mlp, "loss": loss, "norm": norm, "rope": rope}
     families |= {"distillation": distillation}
-    suites = {op: family.speed_checks() for op, family in families.items()}
-    recorder.run_suites({"attention": attention.speed_checks(depth), **suites})
+    suites = {op: family.speed_checks for op, family in families.items()}
+    return {"attention": partial(attention.speed_checks, depth), **suites}

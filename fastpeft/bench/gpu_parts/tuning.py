@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from fastpeft.bench.recorder import Recorder
 
-order = 50
-time_limit_s = 900
+order = 20
+time_limit_s = 480
 
 SIZES = {  # one layer of each; Mistral 7B is as Llama 3.1 8B
     "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "heads": (32, 8)},
@@ -37,7 +38,20 @@ def _run(recorder: Recorder, sizes: dict[str, dict[str, Any]], tokens: list[int]
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     recorder.run_checks("tuning", _checks(recorder, sizes, methods, tokens, seconds))
     recorder.run_checks("tuning", _masked_checks(recorder, max(tokens), seconds))
+    _use_winners(recorder)
     recorder.run_checks("tuning", _steps(recorder, sizes, methods, max(tokens), 1 if seconds == 0.0 else 15))
+
+
+def _use_winners(recorder: Recorder) -> None:
+    """Those too that this run found before it was resumed."""
+    from fastpeft_kernels.tuning import choosing, files
+    from fastpeft_kernels.tuning.records import UnusableError
+
+    device = choosing.with_index(_device(recorder))
+    name = choosing.device_name(device)
+    with suppress(UnusableError):  # of other versions; this run has measured nothing then
+        for winner in files.read(files.file_of(name, recorder.file.path.parent / "tuned"), name):
+            choosing.learn(device, winner)
 
 
 def _checks(
@@ -83,7 +97,7 @@ def _steps(
 def _step(
     recorder: Recorder, name: str, size: dict[str, Any], method: str, tokens: int, rounds: int
 ) -> dict[str, float]:
-    """Two layers forward and backward with what was measured, which this process uses by now, and without."""
+    """Two layers forward and backward with what was measured, and without."""
     import torch
 
     import fastpeft
