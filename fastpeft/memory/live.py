@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpeft_kernels.common.shapes import is_weightless
 
-BLOCK = {"cuda": 512, "cpu": 1}
+_BLOCK = {"cuda": 512, "cpu": 1}
 """torch's allocator on a GPU hands out multiples of so many bytes."""
 
 
@@ -24,16 +24,16 @@ class LiveBytes(TorchDispatchMode):
     Of tensors without values, what a model asks about them is answered as for rows without padding: True, or 1.
 
     Args:
-        block: bytes, to a multiple of which each storage is rounded up.
+        device: "cuda" or "cpu", on which they are or would be.
 
     Attributes:
         live: bytes that are alive now.
         peak: the most since `restart`.
     """
 
-    def __init__(self, block: int = 1) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.block, self.live, self.peak = block, 0, 0
+        self.device, self.live, self.peak = device, 0, 0
         self._known: dict[int, tuple[int, Any]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> int:
@@ -52,6 +52,8 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.is_nonzero.default and args[0].is_meta:
             return True
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.bernoulli_.float and self.device == "cuda" and args[0].is_meta:
+            self._shrink_mask(args[0])
         for tensor in () if is_weightless() else tree_leaves(result):
             if type(tensor) in (Tensor, Parameter):
                 self._note(tensor)
@@ -62,10 +64,21 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = -(-storage.nbytes() // self.block) * self.block
+        size = self._rounded(storage.nbytes())
         self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _shrink_mask(self, mask: Tensor) -> None:
+        """Dropout's mask has the input's dtype on a CPU, on a GPU a byte an element."""
+        key = mask.untyped_storage()._cdata
+        size, ref = self._known[key]
+        self._known[key] = self._rounded(mask.numel()), ref
+        self.live += self._known[key][0] - size
+
+    def _rounded(self, size: int) -> int:
+        block = _BLOCK[self.device]
+        return -(-size // block) * block
 
     def _forget(self, key: int) -> None:
         self.live -= self._known.pop(key)[0]

@@ -19,6 +19,8 @@ from .layers import model_layers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+TRIED = 1 << 16
+"""Elements of parameters that are given values while proofs try them: norms, and tables of relative positions."""
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
 
@@ -68,7 +70,7 @@ def accelerated(model: Any) -> Any:
 
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() < 2 and type(parameter) is nn.Parameter:
+            if parameter is not None and parameter.numel() <= TRIED and type(parameter) is nn.Parameter:
                 values = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype).view(parameter.shape)
                 module._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
     fastpeft.accelerate(model)

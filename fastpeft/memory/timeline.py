@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.common.shapes import imitating
 
-from .live import BLOCK, LiveBytes
+from .live import LiveBytes
 from .skeleton import stored
 
 
@@ -54,18 +53,16 @@ def trace(
         autocast: dtype of autocast; None for none.
         accumulated: gradients of an earlier batch are there already.
     """
-    live = LiveBytes(BLOCK[device])
+    live = LiveBytes(device)
     with ExitStack() as stack:
         stack.enter_context(imitating(device))
         stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
-        if device == "cuda":
-            stack.enter_context(_AsOnCuda())
         marks = _Marks(live, layers)
         live.add(tensor for _, tensor in stored(model))
         _release(model)
         for last in (False, True):
             with marks.set(last), live:
-                torch.autograd.backward(model(**batch).loss)  # Tensor.backward would leave the modes
+                model(**batch).loss.backward()
             if not accumulated:
                 model.zero_grad(set_to_none=True)
             gc.collect()
@@ -137,19 +134,3 @@ class _Marks:
     def _arrive(self, index: int) -> None:
         self.forward = False
         self._mark("backward", index)
-
-
-class _AsOnCuda(TorchFunctionMode):
-    """Functions that keep other things on a GPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.dropout and isinstance(args[0], Tensor) and args[0].is_meta:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0.0:
-        return x
-    return torch.native_dropout(x, p, training)[0]  # keeps a byte an element, not a number
