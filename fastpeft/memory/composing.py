@@ -15,7 +15,7 @@ Traces = dict[Activations, list[Stretch]]
 class Peak(NamedTuple):
     """Attributes:
     size: bytes beside what lies there all the time.
-    when: "begin", "forward", "loss" or "backward".
+    when: the phase of the stretch, see `timeline.Stretch`.
     kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
     layers: bytes that all layers keep for backward.
     loss, working: working memory of the loss, and the most of a layer.
@@ -43,7 +43,7 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[Activations
             best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level)
         if stretch.phase == "forward":
             layers += stretch.change
-        if stretch.phase == "loss":
+        if stretch.phase in ("loss", "turn"):
             loss = max(loss, stretch.peak)
         elif stretch.phase != "begin":
             working = max(working, stretch.peak)

@@ -21,9 +21,9 @@ class Stretch(NamedTuple):
     """A part of the step.
 
     Attributes:
-        phase: "begin" (before the first layer), "forward" or "backward".
-        layer: of the layers, in the order of modules, the one that begins it; after the last layer's output that layer's
-            forward goes on through the loss in a stretch of phase "loss".
+        phase: "begin" (before the first layer), "forward" (a layer), "loss" (what follows a layer, behind the last one
+            the loss), "turn" (the loss's backward) or "backward" (a layer, and what lies before the first one).
+        layer: of the layers, in the order of modules; -1 for none.
         peak: bytes at the most, above those at its beginning.
         change: bytes at its end less those at its beginning.
     """
@@ -62,7 +62,10 @@ def trace(
         _release(model)
         for last in (False, True):
             with marks.set(last), live:
-                model(**batch).loss.backward()
+                loss = model(**batch).loss
+                marks.turn()
+                loss.backward()
+            del loss
             if not accumulated:
                 model.zero_grad(set_to_none=True)
             gc.collect()
@@ -113,6 +116,12 @@ class _Marks:
         self.marks.append((phase, layer, self.live.live, self.live.peak))
         self.live.restart()
 
+    def turn(self) -> None:
+        """Forward is over."""
+        if self.forward:
+            self.forward = False
+            self._mark("turn", -1)
+
     def _enter(self, index: int) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.forward:  # and not computed again in backward
@@ -132,5 +141,4 @@ class _Marks:
         return leave
 
     def _arrive(self, index: int) -> None:
-        self.forward = False
         self._mark("backward", index)
