@@ -43,7 +43,9 @@ class Compared:
 def cases() -> list[StepCase]:
     """Families x methods x what layers keep x lengths, on small models in fp32."""
     return [
-        StepCase(family, method, torch.float32, hidden=256, layers=5, tokens=tokens, words=2000, checkpointing=recompute)
+        StepCase(
+            family, method, torch.float32, hidden=256, layers=5, tokens=tokens, words=2000, checkpointing=recompute
+        )
         for family in FAMILIES
         for method in ("lora", "qlora")
         for recompute in (False, True)
@@ -117,8 +119,8 @@ def table(found: Sequence[Compared]) -> str:
     worst = max(abs(one.ratio - 1) for one in found)
     rows += [
         "",
-        f"Beside the model itself; predicted from the first layers of each stack, measured by torch's profiler. Farthest "
-        f"off: {worst:.1%}. torch {torch.__version__}; `python -m fastpeft.bench.planned`.",
+        "Beside the model itself; predicted from the first layers of each stack, measured by torch's profiler. "
+        f"Farthest off: {worst:.1%}. torch {torch.__version__}; `python -m fastpeft.bench.planned`.",
     ]
     return "\n".join(rows)
 

@@ -38,7 +38,9 @@ class PlanDtype(str, Enum):
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub ID with a config.json, or llama-3.1-8b etc.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub ID with a config.json, or llama-3.1-8b etc.")
+    ],
     gpu_memory: Annotated[list[str], typer.Option(help="Such as 24GiB or 24GB; may come again, for a table.")],
     seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 1,

@@ -118,7 +118,7 @@ def _width(model: Model) -> int:
 
 
 def _time(model: Model, policy: MemoryPolicy, rows: int, tokens: int, rates: Rates) -> float:
-    """Seconds of a step: products of every layer, once more where they are recomputed, or the link where that is slower."""
+    """Seconds of a step: products of every layer, once more if recomputed, or the link where that is slower."""
     count = len(model.skeleton.order)
     total = 0.0
     inputs = rows * tokens * _width(model) * model.setting.dtype.itemsize

@@ -13,12 +13,14 @@ Traces = dict[Activations, list[Stretch]]
 
 
 class Peak(NamedTuple):
-    """Attributes:
-    size: bytes beside what lies there all the time.
-    when: the phase of the stretch, see `timeline.Stretch`.
-    kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
-    layers: bytes that all layers keep for backward.
-    loss, working: working memory of the loss, and the most of a layer.
+    """The most that is alive at a time.
+
+    Attributes:
+        size: bytes beside what lies there all the time.
+        when: the phase of the stretch, see `timeline.Stretch`.
+        kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
+        layers: bytes that all layers keep for backward.
+        loss, working: working memory of the loss, and the most of a layer.
     """
 
     size: int

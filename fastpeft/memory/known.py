@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 _LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-_QWEN: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN: dict[str, Any] = {
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:

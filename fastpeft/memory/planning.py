@@ -91,7 +91,7 @@ def plan(
     Args:
         name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
             `fastpeft.memory.known.KNOWN`. No weights are read.
-        gpu_memory, host_memory: "24GiB", "24GB" or bytes; without `host_memory` all that is wanted is taken to be there.
+        gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
         seq, batch: tokens a row, and rows, of one forward pass.
         rank, targets: of LoRA, as PEFT takes them.
         method: "qlora" keeps frozen linear layers as nested NF4.
@@ -110,9 +110,7 @@ def plan(
     capacity, host = parse_size(gpu_memory, "gpu_memory"), None
     if host_memory is not None:
         host = parse_size(host_memory, "host_memory")
-    name, model = model_of(
-        name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
-    )
+    name, model = model_of(name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code)
     return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
 
 
@@ -185,7 +183,9 @@ def plan_on(
         longest = _largest(lambda size: _least(model, rows, size, capacity), tokens, capacity, 64)
         most = _largest(lambda size: _least(model, size, tokens, capacity), rows, capacity, 1)
     layers = policy_layers(found.policy)
-    unbuilt = [kind for kind in NOT_BUILT if any(kind in (each.activations, each.streamed and "streamed") for each in layers)]
+    unbuilt = [
+        kind for kind in NOT_BUILT if any(kind in (each.activations, each.streamed and "streamed") for each in layers)
+    ]
     settings = {
         "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
@@ -253,7 +253,9 @@ def _largest(size: Callable[[int], int], at: int, capacity: int, step: int) -> i
     return best
 
 
-def _changes(found: Need, capacity: int, tokens: int, rows: int, longest: int | None, most: int | None) -> tuple[str, ...]:
+def _changes(
+    found: Need, capacity: int, tokens: int, rows: int, longest: int | None, most: int | None
+) -> tuple[str, ...]:
     changes = []
     if most and most < rows:
         changes.append(f"batch {most} rather than {rows}, with more gradient accumulation: the same result")

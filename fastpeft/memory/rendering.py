@@ -21,7 +21,9 @@ def render(plan: Plan) -> str:
         lines += [f"{label:26}{gib(size):>14}"]
         lines += [f"{'GPU memory':26}{gib(plan.gpu_memory):>14}", ""] if name == "total" else []
     lines += ["", f"peak in: {plan.need.when}", f"policy: {policy_text(plan.policy.layers)}"]
-    lines += [f"time of a step beside keeping all: {plan.need.slowdown:.2f} (told from FLOPs and the link, not measured)"]
+    lines += [
+        f"time of a step beside keeping all: {plan.need.slowdown:.2f} (told from FLOPs and the link, not measured)"
+    ]
     if plan.unbuilt:
         lines += [f"not carried out by fastpeft yet: {', '.join(plan.unbuilt)}"]
     if plan.largest_sequence is not None:

@@ -1,4 +1,4 @@
-"""A model as a training would have it, accelerated, but without values: on torch's meta device, from a configuration."""
+"""A model as a training would have it, accelerated, but without values: on the meta device, from a configuration."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Attributes:
-    model: accelerated, in training mode, with at least the first layers of each stack; all on the meta device.
-    order: for each layer of the whole model, in the order of its modules, the traced layer that is like it.
-    layers: paths of the traced layers.
-    left_out: bytes of frozen weights of the layers that are not traced, and of their packed ones among them.
+    """A model without values.
+
+    Attributes:
+        model: accelerated, in training mode, with at least the first layers of each stack.
+        order: for each layer of the whole model, in the order of its modules, the traced layer that is like it.
+        layers: paths of the traced layers.
     """
 
     model: Any
@@ -39,7 +40,9 @@ class Skeleton:
     task: str
 
 
-def build(config: Any, task: str, dtype: torch.dtype, packed: bool, section: LoraSection, whole: bool = False) -> Skeleton:
+def build(
+    config: Any, task: str, dtype: torch.dtype, packed: bool, section: LoraSection, whole: bool = False
+) -> Skeleton:
     """The skeleton of a configuration.
 
     Args:
@@ -79,7 +82,9 @@ def accelerated(model: Any) -> Any:
             for name, tensor in table.items():
                 if isinstance(tensor, Tensor) and not tensor.is_meta:
                     moved = tensor.to("meta")
-                    table[name] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+                    table[name] = (
+                        nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+                    )
     return model
 
 
@@ -158,7 +163,7 @@ def _packed(kind: Callable[..., Any], module: nn.Linear, dtype: torch.dtype) -> 
 
 
 def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of all that lies in memory for the modules themselves: "packed", "dense", "trained" or "buffer"."""
+    """(kind, tensor) of all that the modules themselves hold: "packed", "dense", "trained" or "buffer"."""
     for each in module.modules():
         for parameter in each._parameters.values():
             if parameter is None:

@@ -17,5 +17,5 @@ def test_units(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["24", "24G", "GiB", "-1GiB", "0GiB", "nan GiB", "9999TiB", 0, True, None, "1e3GiB"])
 def test_what_is_no_size(text: object) -> None:
-    with pytest.raises(ValueError, match="gpu_memory: expected .*, got "):
+    with pytest.raises(ValueError, match=r"gpu_memory: expected .*, got "):
         parse_size(text, "gpu_memory")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 @contextmanager
 def imitating(kind: str) -> Iterator[None]:
-    """Within it tensors on the meta device take the way of those on `kind`, and make the tensors that kernels make there.
+    """Within it tensors on the meta device take the way of those on `kind`, and make what kernels make there.
 
     Args:
         kind: "cpu" or "cuda".
