@@ -40,7 +40,8 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
         return "reference"
     if (kind := imitated(q.device)) is not None:
         tiny = kind == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _TINY
-        return "reference" if tiny and sdpa_refusal(q, k, v, mask, scores, deterministic) is not None else "auto"
+        refused = scores.dropout > 0.0 or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None
+        return "reference" if tiny and refused else "auto"
     slow = _slow_in_16_bits(q)
     if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
         count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
