@@ -14,8 +14,8 @@ from .sizes import parse_size
 
 METHODS = ("lora", "qlora")
 DTYPES = ("bfloat16", "float16", "float32")
-NOT_BUILT = ("offload", "streamed")
-"""What a policy may hold that `accelerate` does not carry out yet."""
+UNTRACED = ("offload", "streamed")
+"""What a policy may hold whose bytes are told from sizes, and not traced."""
 MOST_TOKENS = 1 << 24
 
 
@@ -32,7 +32,7 @@ class Plan:
         largest_sequence, largest_batch: tokens and rows that would fit, with recomputed layers; 0 for none, None where
             it was not asked for.
         changes: where it does not fit, up to three changes that would make it fit, the smallest first.
-        unbuilt: parts of the policy that fastpeft does not carry out yet.
+        untraced: parts of the policy whose bytes are told from sizes, and were never compared with measured ones.
         notes: what the figures leave out.
     """
 
@@ -46,7 +46,7 @@ class Plan:
     largest_sequence: int | None
     largest_batch: int | None
     changes: tuple[str, ...]
-    unbuilt: tuple[str, ...]
+    untraced: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -183,8 +183,8 @@ def plan_on(
         longest = _largest(lambda size: _least(model, rows, size, capacity), tokens, capacity, 64)
         most = _largest(lambda size: _least(model, size, tokens, capacity), rows, capacity, 1)
     layers = policy_layers(found.policy)
-    unbuilt = [
-        kind for kind in NOT_BUILT if any(kind in (each.activations, each.streamed and "streamed") for each in layers)
+    untraced = [
+        kind for kind in UNTRACED if any(kind in (each.activations, each.streamed and "streamed") for each in layers)
     ]
     settings = {
         "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
@@ -193,7 +193,7 @@ def plan_on(
     changes = () if fits else _changes(found, capacity, tokens, rows, longest, most)
     return Plan(
         name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
-        tuple(unbuilt), notes(model),
+        tuple(untraced), notes(model),
     )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ def render(plan: Plan) -> str:
     lines += [
         f"time of a step beside keeping all: {plan.need.slowdown:.2f} (told from FLOPs and the link, not measured)"
     ]
-    if plan.unbuilt:
-        lines += [f"not carried out by fastpeft yet: {', '.join(plan.unbuilt)}"]
+    if plan.untraced:
+        lines += [f"told from sizes, not traced: {', '.join(plan.untraced)}"]
     if plan.largest_sequence is not None:
         lines += [
             f"with every layer recomputed: at most seq {plan.largest_sequence} at this batch, "
