@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
     from .memory.loading import load
+    from .memory.planning import plan
     from .memory.policy import LayerPolicy, MemoryPolicy
     from .reporting import report
     from .tuning import tune, use_tuned
@@ -35,6 +36,7 @@ _HOME = {
     "use_tuned": "tuning",
     "lora_config": "integrations.peft",
     "mixed_batch": "integrations.peft",
+    "plan": "memory.planning",
     "register_attention": "integrations.attention",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "lora_config",
     "mixed_batch",
+    "plan",
     "register_attention",
     "report",
     "restore",

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import bench, cache, generate, merge, responsible, train, tune, verify
+from . import bench, cache, generate, merge, plan, responsible, train, tune, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
@@ -54,6 +54,7 @@ _add(generate.generate, generate.EPILOG)
 _add(merge.merge, merge.EPILOG)
 _add(verify.verify, verify.EPILOG)
 _add(tune.tune, tune.EPILOG)
+_add(plan.plan, plan.EPILOG)
 _add(bench.bench, bench.EPILOG)
 _add(responsible.memorization, responsible.MEMORIZATION_EPILOG)
 _add(responsible.groups, responsible.GROUPS_EPILOG)

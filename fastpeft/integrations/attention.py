@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
+from fastpeft_kernels.common.device import autocast_dtype
 
 from ..layers.bypass import transformed
 from ..layers.counting import DENSE, count
@@ -272,10 +273,8 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """In one dtype, as autocast makes the arguments of PyTorch's own attention."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [each.to(torch.get_autocast_dtype(kind)) for each in tensors]
+    dtype = autocast_dtype(tensors[0].device)
+    return list(tensors) if dtype is None or tensors[0].dtype == torch.float64 else [each.to(dtype) for each in tensors]
 
 
 def _position_bias(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype
+from fastpeft_kernels.common.shapes import imitated
 from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.experts import ExpertAdapter, Experts
 from fastpeft_kernels.experts.api import run_experts
@@ -106,7 +107,7 @@ def _why_not_routing(x: Tensor, index: Any, weights: Any) -> str | None:
     for value in (index, weights):
         if type(value) is not Tensor or value.dim() != 2 or value.shape[0] != x.shape[0] or value.device != x.device:
             return "a routing that is no two tensors of (tokens, choices)"
-    if x.device.type == "meta":
+    if x.device.type == "meta" and not imitated(x.device):
         return "a routing without numbers, on the meta device"
     if x.dim() != 2 or index.shape != weights.shape or not weights.is_floating_point():
         return "a routing that is no two tensors of (tokens, choices)"

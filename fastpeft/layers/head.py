@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype, autocast_off, product_dtype
+from fastpeft_kernels.common.shapes import kind_of
 from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.lora import LoraAdapter
 from fastpeft_kernels.weights import FrozenWeight
@@ -84,7 +85,7 @@ def _call(head: Any, x: Any, calls: LossCalls) -> HeadCall | str:
 
 
 def _few(head: Any, x: Tensor) -> bool:
-    if x.device.type != "cpu":
+    if kind_of(x.device) != "cpu":
         return False
     dtype = autocast_dtype(x.device) or x.dtype
     most = FEW_ON_CPU if product_dtype(dtype, x.device) == dtype else FEW_SLOW_ON_CPU

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from fastpeft_kernels.common.shapes import weightless
+
 from .head_call import HeadCall
 from .lazy_steps import STEPS, Trail
 
@@ -145,7 +147,9 @@ class _Node(torch.autograd.Function):
         family = Family(call)
         hidden = inputs[0]
         assert hidden is not None
-        return LazyLogits(family, Trail(torch.empty((*hidden.shape[:-1], call.words), dtype=call.out, device="meta")))
+        with weightless():
+            like = torch.empty((*hidden.shape[:-1], call.words), dtype=call.out, device="meta")
+        return LazyLogits(family, Trail(like))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft_kernels.common.shapes import kind_of
 from fastpeft_kernels.norm.api import run_norm
 
 from .bypass import transformed
@@ -62,7 +63,7 @@ class FastNorm(nn.Module, Counting):
             return f"an input in {x.dtype}"
         if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
-        if x.device.type == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
+        if kind_of(x.device) == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
             return FEW
         return transformed()
 

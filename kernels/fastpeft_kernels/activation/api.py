@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import triton_available
+from ..common.shapes import imitated
 from ..native.activation import activation_refusal, gated_activation_backward_native, gated_activation_native
 from .choosing import BACKWARD, DTYPES, FORWARD, activation_backend
 from .library import gated_activation_backward_library, gated_activation_library
@@ -60,7 +61,7 @@ def gated_activation(
 
 def fill_gated_activation(gate: Tensor | None, up: Tensor, kind: str, out: Tensor, backend: str = "auto") -> None:
     """`gated_activation` for callers that have checked their arguments."""
-    if up.numel() == 0:
+    if up.numel() == 0 or imitated(up.device):
         return
     if backend == "auto":
         backend = activation_backend(FORWARD, gate, up, kind)
@@ -134,7 +135,7 @@ def fill_gated_activation_backward(
     backend: str = "auto",
 ) -> None:
     """`gated_activation_backward` for callers that have checked their arguments."""
-    if up.numel() == 0:
+    if up.numel() == 0 or imitated(up.device):
         return
     if backend == "auto":
         backend = activation_backend(BACKWARD, gate, up, kind)

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.shapes import imitated
 from .blockwise import attention_backward_blockwise, attention_blockwise
 from .choosing import own_backend
 from .gradients import Gradients, Needs
 from .layout import Flat, flatten, unflatten
 from .masks import Mask
 from .scores import Scores
+from .shapes import attention_shapes, gradient_shapes
 
 
 class Attention(torch.autograd.Function):
@@ -63,6 +65,8 @@ def apply(
 
 def compute(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) without a gradient."""
+    if imitated(q.device):
+        return attention_shapes(q, v)
     if backend == "auto":
         backend = own_backend(q, k, v, mask, scores)
     if backend == "blockwise":
@@ -86,6 +90,8 @@ def compute_backward(
     deterministic: bool,
 ) -> Gradients:
     """The gradients that are wanted, by the implementation that `compute` took."""
+    if imitated(q.device):
+        return gradient_shapes(q, k, v, scores, needs)
     if backend == "auto":
         backend = own_backend(q, k, v, mask, scores)
     if backend == "blockwise":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import product_dtype, triton_available, triton_serves
+from ..common.shapes import imitated
 from ..common.tracing import as_op
 from ..tuning.choosing import choice, gathers
 from .blocks import CPU
@@ -37,6 +38,10 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, with
     """
     if 0 in (q.numel(), k.numel(), v.numel()):
         return "reference"
+    if (kind := imitated(q.device)) is not None:
+        tiny = kind == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _TINY
+        refused = scores.dropout > 0.0 or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None
+        return "reference" if tiny and refused else "auto"
     slow = _slow_in_16_bits(q)
     if with_lse or sdpa_refusal(q, k, v, mask, scores, deterministic) is not None:
         count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .shapes import imitated
+
 # Assemblers before this one miscompile, for sm_90, chained dots: a dot's result that is cast and fed to another dot.
 _FIRST_SAFE_PTXAS = (13, 3)
 
@@ -47,17 +49,20 @@ def launching_on(device: torch.device) -> AbstractContextManager[Any]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast would multiply on `device` at present; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if _autocasts(device.type) else None
+    kind = _autocasting(device)
+    return None if kind is None else torch.get_autocast_dtype(kind)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Within it no autocast on `device`."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+    kind = _autocasting(device)
+    return nullcontext() if kind is None else torch.autocast(kind, enabled=False)
 
 
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises where there is no autocast
+def _autocasting(device: torch.device) -> str | None:
+    """Whose autocast is on for tensors on `device`; a model without values is told by the CPU's."""
+    kind = "cpu" if imitated(device) else device.type
+    return kind if kind != "meta" and torch.is_autocast_enabled(kind) else None  # asked of meta, torch raises
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

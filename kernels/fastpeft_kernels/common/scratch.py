@@ -12,6 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .shapes import kind_of
+
 _LOCAL = threading.local()
 
 
@@ -20,16 +22,17 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
     The buffer grows to the largest request. `release_scratch` frees it.
     """
-    if device.type != "cpu":
+    if kind_of(device) != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    buffers: dict[torch.dtype, Tensor] = _LOCAL.__dict__.setdefault("buffers", {})
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__.setdefault("buffers", {})
     size = prod(shape)
-    buffer = buffers.get(dtype)
+    key = (device.type, dtype)
+    buffer = buffers.get(key)
     if buffer is None or buffer.numel() < size:
-        buffers.pop(dtype, None)
+        buffers.pop(key, None)
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=dtype, device=device)
-        buffers[dtype] = buffer
+        buffers[key] = buffer
     return buffer[:size].view(shape)
 
 

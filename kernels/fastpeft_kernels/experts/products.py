@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import device_capability
+from ..common.shapes import imitated
 from .routing import Routes
 from .structure import ExpertProjection, Matrices
 
@@ -66,7 +67,9 @@ def uses_loop(backend: str, projections: Sequence[ExpertProjection], dtype: torc
     if backend == "grouped_mm" and reason is not None:
         raise ValueError(f"backend: 'grouped_mm' was asked for, but {reason}")
     # On a CPU torch's grouped product is the same loop, without the dtypes and the decoding of ours.
-    return reason is not None or (device_capability(projections[0].weight.device) or 0) < 80
+    device = projections[0].weight.device
+    capable = imitated(device) == "cuda" or (device_capability(device) or 0) >= 80
+    return reason is not None or not capable
 
 
 def _why_not_grouped(projections: Sequence[ExpertProjection], dtype: torch.dtype) -> str | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.shapes import imitated
+
 Span = tuple[int, int, int]
 
 
@@ -63,7 +65,7 @@ class Pairs(NamedTuple):
         ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
         spans = None
         if loop:
-            below, *counted = ends.tolist()
+            below, *counted = _even_ends(flat.numel(), experts) if imitated(flat.device) else ends.tolist()
             if below or counted[-1] != flat.numel():
                 raise ValueError(
                     f"index: expected experts in [0, {experts}), got {int(chosen[0])} to {int(chosen[-1])}"
@@ -89,3 +91,8 @@ def _spans(ends: list[int]) -> list[Span]:
             found.append((expert, first, last))
         first = last
     return found
+
+
+def _even_ends(rows: int, experts: int) -> list[int]:
+    """Of a routing without numbers: none is negative, and every expert gets as many rows."""
+    return [rows * count // experts for count in range(experts + 1)]

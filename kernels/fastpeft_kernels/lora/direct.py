@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..common.shapes import kind_of
 from ..native.extension import group_extension
 from ..native.skinny import SMALLEST
 from ..tuning import choosing
@@ -120,7 +121,7 @@ def _decide(x: Tensor, tokens: int, group: Group) -> bool:
     shapes = [projection.weight.shape for projection in group.projections]
     if device.type != "cuda":
         widest = max(in_features, *[shape[0] for shape in shapes])
-        return device.type == "cpu" and tokens * widest < SMALLEST
+        return kind_of(device) == "cpu" and tokens * widest < SMALLEST
     rank = sum([projection.rank for projection in group.projections])
     narrow = [(in_features, rank), *((p.weight.shape[0], p.rank) for p in group.projections)]
     if any(r and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.shapes import kind_of
 from . import mixed
 from .linear import large_product, library_linear, sums_products
 from .parts import adapter_input_gradient, decoded, rows_contiguous
@@ -154,7 +155,7 @@ def _decodes_together(group: Group, dys: Sequence[Tensor | None]) -> bool:
     if not decodes:
         return True
     size = sum(weight.shape[0] * weight.shape[1] for weight in decodes) * dtype.itemsize
-    if decodes[0].device.type != "cuda" or size > LARGEST_DECODED:
+    if kind_of(decodes[0].device) != "cuda" or size > LARGEST_DECODED:
         return False
     shapes = [weight.shape for _, weight in given]
     return sums_products(given[0][0].shape[0], shapes, dtype, decodes[0].device, group.backend)

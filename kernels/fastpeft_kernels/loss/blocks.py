@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..common.shapes import kind_of
+
 SHARE = 0.02
 """Of the bytes of all logits in fp32: what the working memory may take."""
 _LEAST = (2048, 4096)
@@ -54,7 +56,7 @@ def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *
     Args:
         whole: all tokens in one block.
     """
-    if device.type == "cpu":
+    if kind_of(device) == "cpu":
         height = tokens if whole else _even(tokens, _ON_CPU[0])
         least = 64 if whole else 1
         return Blocks(height, _even(words, max(least, _ON_CPU[0] * _ON_CPU[1] // max(height, 1))))
@@ -72,7 +74,7 @@ def choose_whole_rows(tokens: int, words: int, row: int, device: torch.device, *
         row: bytes of a token's logits.
         decoded: whether the weight is decoded, a chunk of words at a time.
     """
-    on_cpu = device.type == "cpu"
+    on_cpu = kind_of(device) == "cpu"
     most, least = _WHOLE_ROWS_ON_CPU if on_cpu else _WHOLE_ROWS
     width = _DECODED["cpu" if on_cpu else "cuda"] if decoded else words
     return Blocks(_even(tokens, max(most // row, least)), min(width, words))

@@ -109,7 +109,9 @@ class _Room:
 
     def __init__(self, logits: Tensor, dtype: torch.dtype) -> None:
         tokens = min(logits.shape[0], next(pieces(logits), slice(0)).stop)
-        self._made, self._other = (torch.empty((tokens, logits.shape[1]), dtype=dtype, device=logits.device) for _ in range(2))
+        self._made, self._other = (
+            torch.empty((tokens, logits.shape[1]), dtype=dtype, device=logits.device) for _ in range(2)
+        )
 
     def logits(self, raw: Tensor, logit_map: LogitMap) -> Tensor:
         """What the map makes of raw (rows, words), which is not written to."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.device import autocast_off, triton_available, triton_serves
+from ..common.shapes import imitated
 from ..common.tracing import as_op
 from ..common.validation import check_floating, check_instance, check_tensor
 from .autograd import apply
@@ -108,7 +109,7 @@ def run_norm(
 ) -> Any:
     """The norms for callers that have checked their arguments. In no `torch.func` transform."""
     if backend == "auto":
-        backend = _default(x, weight, bias, residual, form)
+        backend = "torch" if imitated(x.device) == "cuda" else _default(x, weight, bias, residual, form)
     if as_op() and backend != "triton":
         total = x if residual is None else x + residual
         with autocast_off(x.device):

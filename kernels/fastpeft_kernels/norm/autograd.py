@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.shapes import imitated
 from .form import Form
 from .library import Gradients, Kept, norm_backward_library, norm_library
+from .shapes import gradient_shapes, norm_shapes
 
 
 class Norm(torch.autograd.Function):
@@ -68,6 +70,9 @@ def compute(
 
         rows, others = matrix(x), None if residual is None else matrix(residual)
         y, total, kept = norm_triton(rows, others, weight, bias, form)
+    elif imitated(x.device) == "cuda":
+        total = None if residual is None else torch.empty_like(x)
+        y, kept = norm_shapes(_flat(x), form)
     else:
         total = None if residual is None else x + residual
         y, kept = norm_library(_flat(x if total is None else total), weight, bias, form)
@@ -90,6 +95,8 @@ def compute_backward(
         from .backward import norm_backward_triton
 
         return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs, others)
+    if imitated(x.device) == "cuda":
+        return gradient_shapes(x, needs)
     return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs, others)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import triton_available
+from ..common.shapes import imitated
 from ..common.tracing import as_op
 from ..common.validation import check_floating, check_rows
 from ..native import decode_4bit_refusal, native_library
@@ -146,7 +147,7 @@ def decode_4bit(
         return out
     if out is None:
         out = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.device)
-    return decode_into(packed, out, first, last, backend)
+    return out if imitated(out.device) else decode_into(packed, out, first, last, backend)
 
 
 def _check_backend(backend: str, backends: tuple[str, ...]) -> None:

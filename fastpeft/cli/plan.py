@@ -1,0 +1,91 @@
+"""`fastpeft plan`."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from fastpeft.errors import UserError
+
+from .generate import TrustRemoteCode
+from .shared import Quiet, Verbose, settle_logs
+
+EPILOG = """
+Examples:
+
+  fastpeft plan meta-llama/Llama-3.1-8B --gpu-memory 24GiB --seq 8192
+
+  fastpeft plan llama-3.1-8b --gpu-memory 16GiB --gpu-memory 24GiB --seq 4096 --json
+"""
+
+
+class Method(str, Enum):
+    """How the frozen weights are kept."""
+
+    lora = "lora"
+    qlora = "qlora"
+
+
+class PlanDtype(str, Enum):
+    """What a GPU computes with."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub ID with a config.json, or llama-3.1-8b etc.")
+    ],
+    gpu_memory: Annotated[list[str], typer.Option(help="Such as 24GiB or 24GB; may come again, for a table.")],
+    seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 1,
+    host_memory: Annotated[str | None, typer.Option(help="Pinned memory that may be used.", show_default=False)] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    method: Annotated[Method, typer.Option(help="qlora: nested NF4.")] = Method.qlora,
+    target_modules: Annotated[str, typer.Option(help="What the adapter is put on.")] = "all-linear",
+    dtype: Annotated[PlanDtype, typer.Option(help="What is computed with.")] = PlanDtype.bfloat16,
+    optimizer: Annotated[str, typer.Option(help="As training.optim.")] = "adamw_torch",
+    task: Annotated[str, typer.Option(help="auto: what the configuration says.")] = "auto",
+    largest: Annotated[bool, typer.Option(help="Find the largest context and batch.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predict the memory of a training from a configuration, and choose what each layer keeps so that it fits.
+
+    No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
+    """
+    from fastpeft.memory.choosing import Rates
+    from fastpeft.memory.planning import model_of, plan_on
+    from fastpeft.memory.sizes import gib, parse_size
+
+    settle_logs(verbose, quiet)
+    try:
+        sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
+        host = None if host_memory is None else parse_size(host_memory, "--host-memory")
+        name, found = model_of(
+            model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
+    if as_json:
+        print(json.dumps({"plans": [each.to_dict() for each in plans]}, indent=1))
+    elif len(plans) == 1:
+        print(plans[0])
+    else:
+        from fastpeft.memory.rendering import policy_text
+
+        print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}  policy")
+        for each in plans:
+            fits = "yes" if each.fits else "no"
+            figures = f"{gib(each.gpu_memory):>12}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
+            print(f"{figures}  {policy_text(each.policy.layers)}")
+    if not all(each.fits for each in plans):
+        raise typer.Exit(1)

@@ -1,0 +1,75 @@
+"""From the traced first layers of a model to the memory of a whole step, each layer under its own policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .policy import Activations, MemoryPolicy
+from .timeline import Stretch
+
+Traces = dict[Activations, list[Stretch]]
+"""A trace in which every layer does the same, for each thing that a layer can do."""
+
+
+class Peak(NamedTuple):
+    """The most that is alive at a time.
+
+    Attributes:
+        size: bytes beside what lies there all the time.
+        when: the phase of the stretch, see `timeline.Stretch`.
+        kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
+        layers: bytes that all layers keep for backward.
+        loss, working: working memory of the loss, and the most of a layer.
+    """
+
+    size: int
+    when: str
+    kept: int
+    layers: int
+    loss: int
+    working: int
+
+
+def compose(traces: Traces, order: Sequence[int], policies: Sequence[Activations]) -> Peak:
+    """The step of the whole model.
+
+    Args:
+        order: for each layer, in the order of modules, the traced layer that stands for it.
+        policies: of each layer.
+    """
+    level, best = 0, Peak(0, "begin", 0, 0, 0, 0)
+    layers = loss = working = 0
+    for stretch in _whole(traces, order, policies):
+        if level + stretch.peak > best.size:
+            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level)
+        if stretch.phase == "forward":
+            layers += stretch.change
+        if stretch.phase in ("loss", "turn"):
+            loss = max(loss, stretch.peak)
+        elif stretch.phase != "begin":
+            working = max(working, stretch.peak)
+        level += stretch.change
+    return best._replace(layers=layers, loss=loss, working=working)
+
+
+def _whole(traces: Traces, order: Sequence[int], policies: Sequence[Activations]) -> list[Stretch]:
+    """The stretches of every layer, in order of time."""
+    uses: dict[int, list[Activations]] = {}
+    for traced, policy in zip(order, policies, strict=True):
+        uses.setdefault(traced, []).append(policy)
+    first = next(iter(traces.values()))
+    found: list[Stretch] = []
+    for index, stretch in enumerate(first):
+        wanted = uses.get(stretch.layer, []) if stretch.phase in ("forward", "backward") else []
+        if not wanted:
+            any_trace = traces[policies[-1]] if policies else first
+            found.append(any_trace[index])
+            continue
+        wanted = wanted if stretch.phase == "forward" else wanted[::-1]
+        found += [traces[policy][index] for policy in wanted]
+    return found
+
+
+def activations_of(policy: MemoryPolicy, count: int) -> tuple[Activations, ...]:
+    return tuple(layer.activations for layer in policy.of(count))

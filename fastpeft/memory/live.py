@@ -1,0 +1,84 @@
+"""Which bytes of tensors are alive while a model runs, with or without values."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpeft_kernels.common.shapes import is_weightless
+
+_BLOCK = {"cuda": 512, "cpu": 1}
+"""torch's allocator on a GPU hands out multiples of so many bytes."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages from the operation that makes them until nothing holds them.
+
+    Of tensors without values, what a model asks about them is answered as for rows without padding: True, or 1.
+
+    Args:
+        device: "cuda" or "cpu", on which they are or would be.
+
+    Attributes:
+        live: bytes that are alive now.
+        peak: the most since `restart`.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.live, self.peak = device, 0, 0
+        self._known: dict[int, tuple[int, Any]] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that were made outside; returns their bytes, each storage once."""
+        before = self.live
+        for tensor in tensors:
+            self._note(tensor)
+        return self.live - before
+
+    def restart(self) -> None:
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.is_nonzero.default and args[0].is_meta:
+            return True
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.bernoulli_.float and self.device == "cuda" and args[0].is_meta:
+            self._shrink_mask(args[0])
+        for tensor in () if is_weightless() else tree_leaves(result):
+            if type(tensor) in (Tensor, Parameter):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = self._rounded(storage.nbytes())
+        self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _shrink_mask(self, mask: Tensor) -> None:
+        """Dropout's mask has the input's dtype on a CPU, on a GPU a byte an element."""
+        key = mask.untyped_storage()._cdata
+        size, ref = self._known[key]
+        self._known[key] = self._rounded(mask.numel()), ref
+        self.live += self._known[key][0] - size
+
+    def _rounded(self, size: int) -> int:
+        block = _BLOCK[self.device]
+        return -(-size // block) * block
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key)[0]

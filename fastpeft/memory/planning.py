@@ -1,0 +1,265 @@
+"""`fastpeft.plan`: what a training will need, and the fastest memory policy that fits, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .choosing import CONTEXT, RESERVE, Need, Rates, choose, need
+from .policy import MemoryPolicy
+from .predicting import OPTIMIZERS, Model, Setting
+from .rendering import render
+from .sizes import parse_size
+
+METHODS = ("lora", "qlora")
+DTYPES = ("bfloat16", "float16", "float32")
+UNTRACED = ("offload", "streamed")
+"""What a policy may hold whose bytes are told from sizes, and not traced."""
+MOST_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction; str() shows it.
+
+    Attributes:
+        model: its name.
+        fits: whether `need.total` and `need.host` are within what there is.
+        gpu_memory, host_memory: bytes; None where nothing was said of the host's.
+        bytes: by component, on the GPU; "total" is the predicted peak, context and reserve included.
+        need: the same in parts, with the policy and its time.
+        largest_sequence, largest_batch: tokens and rows that would fit, with recomputed layers; 0 for none, None where
+            it was not asked for.
+        changes: where it does not fit, up to three changes that would make it fit, the smallest first.
+        untraced: parts of the policy whose bytes are told from sizes, and were never compared with measured ones.
+        notes: what the figures leave out.
+    """
+
+    model: str
+    fits: bool
+    gpu_memory: int
+    host_memory: int | None
+    settings: dict[str, Any]
+    bytes: dict[str, int]
+    need: Need
+    largest_sequence: int | None
+    largest_batch: int | None
+    changes: tuple[str, ...]
+    untraced: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """For `accelerate(memory=...)`."""
+        return self.need.policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of numbers, strings and lists alone; sizes in bytes."""
+        found = {key: value for key, value in asdict(self).items() if key != "need"}
+        layers = self.policy.layers
+        found["policy"] = [asdict(layer) for layer in (layers if isinstance(layers, tuple) else (layers,))]
+        return found | {"slowdown": self.need.slowdown, "peak_in": self.need.when, "schema": 1}
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def plan(
+    name_or_config: Any,
+    *,
+    gpu_memory: str | int,
+    seq: int,
+    batch: int = 1,
+    host_memory: str | int | None = None,
+    rank: int = 16,
+    method: Literal["lora", "qlora"] = "qlora",
+    targets: str | list[str] = "all-linear",
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw_torch",
+    task: str = "auto",
+    policy: MemoryPolicy | None = None,
+    largest: bool = True,
+    rates: Rates | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
+
+    Static bytes are counted on a model without values; what a step makes is followed through the model's own code, run
+    without values as it would run on a GPU, for the first layers of each stack, and composed for all of them.
+
+    Args:
+        name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
+            `fastpeft.memory.known.KNOWN`. No weights are read.
+        gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
+        seq, batch: tokens a row, and rows, of one forward pass.
+        rank, targets: of LoRA, as PEFT takes them.
+        method: "qlora" keeps frozen linear layers as nested NF4.
+        dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
+        optimizer: one of `predicting.OPTIMIZERS`.
+        task: one of `tasks.AUTO`, or "auto" for what the configuration says.
+        policy: predict this one rather than choose.
+        largest: find the largest context and batch, too.
+        rates: what times are told from.
+
+    Raises:
+        ValueError: an argument is none of these, or the adapter does not fit the model.
+        fastpeft.errors.UserError: the configuration cannot be had.
+        ImportError: bitsandbytes is missing, with "qlora".
+    """
+    capacity, host = parse_size(gpu_memory, "gpu_memory"), None
+    if host_memory is not None:
+        host = parse_size(host_memory, "host_memory")
+    name, model = model_of(name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code)
+    return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
+
+
+def model_of(
+    name_or_config: Any,
+    seq: int,
+    batch: int,
+    rank: int,
+    method: str,
+    targets: str | list[str],
+    dtype: str,
+    optimizer: str,
+    task: str,
+    trust_remote_code: bool = False,
+) -> tuple[str, Model]:
+    """The name and what is traced, for any number of `plan_on`."""
+    import torch
+
+    from fastpeft.config import LoraSection, ModelSection
+    from fastpeft.models.bases import checked_length, load_config
+    from fastpeft.models.tasks import AUTO, task_of
+    from fastpeft.requirements import require_core
+
+    from .known import KNOWN, known_config
+
+    require_core()
+    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
+    for key, one, among in (
+        ("method", method, METHODS), ("dtype", dtype, DTYPES), ("optimizer", optimizer, tuple(OPTIMIZERS)),
+        ("task", task, ("auto", *AUTO)),
+    ):  # fmt: skip
+        if one not in among:
+            raise ValueError(f"{key}: expected one of {', '.join(among)}, got {one!r}")
+    if not isinstance(name_or_config, str):
+        name, config = name_or_config.model_type, name_or_config
+    elif name_or_config.lower() in KNOWN:
+        name, config = name_or_config.lower(), known_config(name_or_config.lower())
+    else:
+        name = name_or_config
+        config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
+    checked_length(max(seq, 2), config, "seq")
+    setting = Setting(
+        config,
+        task_of(config) if task == "auto" else task,
+        seq,
+        batch,
+        method == "qlora",
+        getattr(torch, dtype),
+        LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
+        optimizer,
+    )
+    return name, Model(setting)
+
+
+def plan_on(
+    name: str, model: Model, capacity: int, host: int | None, policy: MemoryPolicy | None, largest: bool, rates: Rates
+) -> Plan:
+    """The plan of a model for one size of GPU."""
+    setting = model.setting
+    rows, tokens = setting.rows, setting.tokens
+    if policy is None:
+        found = choose(model, rows, tokens, capacity, host, rates)
+    else:
+        found = need(model, policy, rows, tokens, capacity, rates)
+    fits = found.total <= capacity and (host is None or found.host <= host)
+    longest = most = None
+    if largest:
+        longest = _largest(lambda size: _least(model, rows, size, capacity), tokens, capacity, 64)
+        most = _largest(lambda size: _least(model, size, tokens, capacity), rows, capacity, 1)
+    layers = policy_layers(found.policy)
+    untraced = [
+        kind for kind in UNTRACED if any(kind in (each.activations, each.streamed and "streamed") for each in layers)
+    ]
+    settings = {
+        "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
+        "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
+    }  # fmt: skip
+    changes = () if fits else _changes(found, capacity, tokens, rows, longest, most)
+    return Plan(
+        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
+        tuple(untraced), notes(model),
+    )  # fmt: skip
+
+
+def policy_layers(policy: MemoryPolicy) -> Sequence[Any]:
+    return policy.layers if isinstance(policy.layers, tuple) else (policy.layers,)
+
+
+def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
+    """Bytes on the GPU by what they are for, at the moment of the peak; and on the host."""
+    sizes = model.bytes
+    resident = found.static - sizes["trained"] - sizes["buffer"] - model.gradients - model.optimizer - sizes["dense"]
+    return {
+        "base, packed": min(sizes["packed"], resident) if sizes["packed"] else 0,
+        "base, dense": sizes["dense"] + (0 if sizes["packed"] else resident - sizes["packed"]),
+        "adapters": sizes["trained"],
+        "gradients": model.gradients,
+        "optimizer": model.optimizer,
+        "buffers": sizes["buffer"],
+        "saved activations": min(found.kept, found.step),
+        "working memory": found.step - min(found.kept, found.step),
+        "CUDA context": CONTEXT,
+        "fragments": int(RESERVE * capacity),
+        "total": found.total,
+        "host": found.host,
+        "of it, loss alone": found.loss,
+        "of it, one layer alone": found.working,
+    }
+
+
+def notes(model: Model) -> tuple[str, ...]:
+    found = ["rows without padding; evaluation and saving are not counted"]
+    if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
+        found.append("experts: every one is taken to get as many tokens")
+    if not model.skeleton.layers:
+        found.append("this family has no layers that transformers recomputes: one policy for all")
+    return tuple(found)
+
+
+def _least(model: Model, rows: int, tokens: int, capacity: int) -> int:
+    from .policy import LayerPolicy
+
+    return need(model, MemoryPolicy(LayerPolicy("recompute")), rows, tokens, capacity, Rates()).total
+
+
+def _largest(size: Callable[[int], int], at: int, capacity: int, step: int) -> int:
+    """The largest multiple of `step` whose bytes fit, told from straight lines through two sizes, made again once."""
+    low = max(step, at // 2 // step * step)
+    high = 2 * low
+    best = 0
+    for _ in range(2):
+        below, above = size(low), size(high)
+        slope = (above - below) / (high - low)
+        best = int((low + (capacity - below) / slope) // step * step) if slope > 0 else high
+        if best < step:
+            return 0
+        low, high = max(step, best // 2), max(2 * step, best)
+    return best
+
+
+def _changes(
+    found: Need, capacity: int, tokens: int, rows: int, longest: int | None, most: int | None
+) -> tuple[str, ...]:
+    changes = []
+    if most and most < rows:
+        changes.append(f"batch {most} rather than {rows}, with more gradient accumulation: the same result")
+    if longest and longest < tokens:
+        changes.append(f"seq {longest} rather than {tokens}")
+    changes.append(f"a GPU of {-(-found.total // 2**30)} GiB")
+    return tuple(changes[:3])

@@ -1,0 +1,54 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .sizes import gib
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+
+def render(plan: Plan) -> str:
+    """Every component, the peak, each layer's policy, and what would fit."""
+    settings = ", ".join(f"{key} {value}" for key, value in plan.settings.items())
+    lines = [f"fastpeft plan: {plan.model}; {settings}", ""]
+    for name, size in plan.bytes.items():
+        lines += [""] if name == "total" else []
+        label = {"total": "predicted peak", "host": "pinned host memory"}.get(name, name)
+        lines += [f"{label:26}{gib(size):>14}"]
+        lines += [f"{'GPU memory':26}{gib(plan.gpu_memory):>14}", ""] if name == "total" else []
+    lines += ["", f"peak in: {plan.need.when}", f"policy: {policy_text(plan.policy.layers)}"]
+    lines += [
+        f"time of a step beside keeping all: {plan.need.slowdown:.2f} (told from FLOPs and the link, not measured)"
+    ]
+    if plan.untraced:
+        lines += [f"told from sizes, not traced: {', '.join(plan.untraced)}"]
+    if plan.largest_sequence is not None:
+        lines += [
+            f"with every layer recomputed: at most seq {plan.largest_sequence} at this batch, "
+            f"batch {plan.largest_batch} at this seq"
+        ]
+    lines += [f"note: {note}" for note in plan.notes]
+    if plan.fits:
+        return "\n".join([*lines, "it fits"])
+    return "\n".join([*lines, "it does not fit; what would:", *(f"  {change}" for change in plan.changes)])
+
+
+def policy_text(layers: Any) -> str:
+    """Runs of layers that do the same: "0-15 recompute, 16-31 keep"."""
+    if not isinstance(layers, tuple):
+        return f"every layer {_one(layers)}"
+    parts, first = [], 0
+    for layer, run in groupby(layers):
+        count = len(list(run))
+        span = f"{first}" if count == 1 else f"{first}-{first + count - 1}"
+        parts.append(f"{span} {_one(layer)}")
+        first += count
+    return ", ".join(parts) or "no layers"
+
+
+def _one(layer: Any) -> str:
+    return str(layer.activations) + " and streamed" * layer.streamed

@@ -1,0 +1,144 @@
+"""One training step of a model without values: how much is alive, from layer to layer, forward and back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft_kernels.common.scratch import release_scratch
+from fastpeft_kernels.common.shapes import imitating
+
+from .live import LiveBytes
+from .skeleton import stored
+
+
+class Stretch(NamedTuple):
+    """A part of the step.
+
+    Attributes:
+        phase: "begin" (before the first layer), "forward" (a layer), "loss" (what follows a layer, behind the last one
+            the loss), "turn" (the loss's backward) or "backward" (a layer, and what lies before the first one).
+        layer: of the layers, in the order of modules; -1 for none.
+        peak: bytes at the most, above those at its beginning.
+        change: bytes at its end less those at its beginning.
+    """
+
+    phase: str
+    layer: int
+    peak: int
+    change: int
+
+
+def trace(
+    model: Any,
+    layers: dict[str, nn.Module],
+    batch: dict[str, Tensor],
+    device: str,
+    *,
+    autocast: torch.dtype | None = None,
+    accumulated: bool = True,
+) -> list[Stretch]:
+    """The stretches of one step of forward and backward, in order of time.
+
+    Args:
+        model: on the meta device, accelerated.
+        layers: whose borders part the step.
+        batch: what the model is called with, on the meta device.
+        device: "cuda" or "cpu", whose way is taken.
+        autocast: dtype of autocast; None for none.
+        accumulated: gradients of an earlier batch are there already.
+    """
+    live = LiveBytes(device)
+    with ExitStack() as stack:
+        stack.enter_context(imitating(device))
+        stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
+        marks = _Marks(live, layers)
+        live.add(tensor for _, tensor in stored(model))
+        _release(model)
+        for last in (False, True):
+            with marks.set(last), live:
+                loss = model(**batch).loss
+                marks.turn()
+                loss.backward()
+            del loss
+            if not accumulated:
+                model.zero_grad(set_to_none=True)
+            gc.collect()
+            release_scratch()
+        _release(model)
+    return marks.stretches()
+
+
+def _release(model: Any) -> None:
+    release_scratch()
+    model.zero_grad(set_to_none=True)
+
+
+class _Marks:
+    """Notes, at each border of a layer, what is alive and the peak since the last border."""
+
+    def __init__(self, live: LiveBytes, layers: dict[str, nn.Module]) -> None:
+        self.live, self.layers = live, list(layers.values())
+        self.marks: list[tuple[str, int, int, int]] = []
+        self.forward = False
+
+    @contextmanager
+    def set(self, wanted: bool) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        handles = []
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave(index)))
+        self.forward = True
+        self.live.restart()
+        self._mark("begin", -1)
+        try:
+            yield
+        finally:
+            self._mark("end", -1)
+            for handle in handles:
+                handle.remove()
+
+    def stretches(self) -> list[Stretch]:
+        found = []
+        for (phase, layer, alive, _), (_, _, after, peak) in zip(self.marks, self.marks[1:], strict=False):
+            found.append(Stretch(phase, layer, peak - alive, after - alive))
+        return found
+
+    def _mark(self, phase: str, layer: int) -> None:
+        self.marks.append((phase, layer, self.live.live, self.live.peak))
+        self.live.restart()
+
+    def turn(self) -> None:
+        """Forward is over."""
+        if self.forward:
+            self.forward = False
+            self._mark("turn", -1)
+
+    def _enter(self, index: int) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.forward:  # and not computed again in backward
+                self._mark("forward", index)
+
+        return enter
+
+    def _leave(self, index: int) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if not self.forward:
+                return
+            self._mark("loss", index)
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self._arrive(index))
+
+        return leave
+
+    def _arrive(self, index: int) -> None:
+        self._mark("backward", index)

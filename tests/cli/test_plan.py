@@ -1,0 +1,34 @@
+"""`fastpeft plan` as a new user meets it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.checkpoints import Checkpoints
+from tests.commands import run
+
+SMALL = ("--seq", "32", "--rank", "4", "--method", "lora", "--no-largest")
+
+
+def test_it_fits_or_not(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", checkpoints["llama"], *SMALL, "--gpu-memory", "8GiB", "--gpu-memory", "64MiB", "--json"]
+    answer = run(capsys, *words)
+    found = json.loads(answer.out)["plans"]
+    assert answer.code == 1 and [each["fits"] for each in found] == [True, False]
+    assert found[1]["changes"] and answer.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere/such-model", "--gpu-memory", "8GiB"], "MODEL: "),
+        (["llama-3.1-8b", "--gpu-memory", "8G"], "--gpu-memory: expected a size such as 24GiB or 24GB, got '8G'"),
+        (["llama-3.1-8b", "--gpu-memory", "8GiB", "--host-memory", "x"], "--host-memory: expected a size"),
+        (["llama-3.1-8b", "--gpu-memory", "8GiB", "--optimizer", "adam"], "optimizer: expected one of"),
+    ],
+)
+def test_wrong_input(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "plan", *words, *SMALL)
+    assert answer.code == 2 and said in answer.err and answer.err.count("\n") == 1 and not answer.out

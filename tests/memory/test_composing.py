@@ -1,0 +1,38 @@
+"""Traced layers put together to a whole model, by arithmetic."""
+
+from __future__ import annotations
+
+from fastpeft.memory.composing import compose
+from fastpeft.memory.timeline import Stretch
+
+KEEP = [
+    Stretch("begin", -1, 5, 1),
+    Stretch("forward", 0, 12, 10),
+    Stretch("loss", 0, 0, 0),
+    Stretch("forward", 1, 12, 10),
+    Stretch("loss", 1, 50, 4),
+    Stretch("turn", -1, 6, -2),
+    Stretch("backward", 1, 7, -9),
+    Stretch("backward", 0, 7, -9),
+]
+RECOMPUTE = [
+    Stretch("begin", -1, 5, 1),
+    Stretch("forward", 0, 12, 1),
+    Stretch("loss", 0, 0, 0),
+    Stretch("forward", 1, 12, 1),
+    Stretch("loss", 1, 50, 4),
+    Stretch("turn", -1, 6, -2),
+    Stretch("backward", 1, 17, 0),
+    Stretch("backward", 0, 17, 0),
+]
+
+
+def test_layers_add_up() -> None:
+    found = compose({"keep": KEEP}, (0, 1, 1, 1), ("keep",) * 4)
+    assert (found.size, found.when, found.kept) == (1 + 4 * 10 + 50, "loss", 41)
+    assert (found.layers, found.loss, found.working) == (40, 50, 12)
+
+
+def test_each_layer_under_its_own_policy() -> None:
+    found = compose({"keep": KEEP, "recompute": RECOMPUTE}, (0, 1, 1, 1), ("recompute", "recompute", "keep", "keep"))
+    assert found.size == 1 + 2 * 1 + 2 * 10 + 50
