@@ -96,12 +96,20 @@ def test_pickled_and_back(accelerated: PeftModel, nf4: bool) -> None:
 
 
 def test_saved_whole_and_loaded_in_another_process(tmp_path: Path) -> None:
-    watching, grouped = fastpeft.accelerate(make()), fastpeft.accelerate(make())
-    inputs = batch(grouped)
-    step(grouped, inputs)
-    models = [watching, grouped]
-    torch.save((models, inputs), tmp_path / "models.pt")
-    torch.save([step(model, inputs).gradients for model in models], tmp_path / "gradients.pt")
+    """Both processes are fresh ones: in pytest's, products on a CPU may be rounded in other places."""
+    run_fresh(f"""
+import torch
+torch.set_num_threads(1)
+import fastpeft
+from tests.integration.test_saving import batch, make, step
+torch.manual_seed({torch.initial_seed()})
+watching, grouped = fastpeft.accelerate(make()), fastpeft.accelerate(make())
+inputs = batch(grouped)
+step(grouped, inputs)
+models = [watching, grouped]
+torch.save((models, inputs), {str(tmp_path / "models.pt")!r})
+torch.save([step(model, inputs).gradients for model in models], {str(tmp_path / "gradients.pt")!r})
+""")
     run_fresh(f"""
 import torch
 from torch.utils.hooks import RemovableHandle
