@@ -133,7 +133,7 @@ class MemorySection:
 class StrategySection:
     """How the fine-tuning is done."""
 
-    name: str = option("task", 'The strategy; "task" is plain supervised fine-tuning, the only one built so far.')
+    name: str = option("task", 'The strategy; "task" is supervised fine-tuning.')
     options: dict[str, Any] = option(dict, "The strategy's own settings.")
 
 

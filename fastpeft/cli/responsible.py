@@ -59,7 +59,7 @@ def memorization(
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.responsible.memorization import passages, probe
-    from fastpeft.training.run import _fingerprint, prepare
+    from fastpeft.training.preparing import prepare
 
     settle_logs(verbose, quiet)
     shown = console(quiet)
@@ -68,7 +68,7 @@ def memorization(
         raise UserError(f"RUN: expected the run of a decoder, got task {config.model.task}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     prepared = prepare(config, shown)
-    check_rows(run, config, _fingerprint(prepared.rows))
+    check_rows(run, config, prepared.rows.fingerprint())
     shown.print("loading the model", highlight=False)
     device = pick_device()
     model = tuned.load(source, device, pick_dtype("auto", device))

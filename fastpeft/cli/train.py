@@ -50,8 +50,8 @@ def train(
     """
     shown = console(quiet)
     settled = read_config(config, context.obj or [], resume)
-    from fastpeft.training.run import check_run
-    from fastpeft.training.run import train as run
+    from fastpeft.strategies.run import check_run
+    from fastpeft.strategies.run import train as run
 
     settle_logs(verbose, quiet)
     if dry_run:

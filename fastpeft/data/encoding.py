@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,18 @@ class Encoded:
     def summary(self) -> str:
         """In words: how many rows and tokens, and what was done to rows that were too long."""
         return f"{len(self)} rows ({self.tokens:,} tokens; {self.cut} cut, {self.dropped} left out)"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids and labels, in their order."""
+        import numpy as np
+
+        digest = hashlib.sha256()
+        names = [name for name in ("input_ids", "labels") if name in self.rows.column_names]
+        for batch in self.rows.select_columns(names).iter(batch_size=1000):
+            for values in zip(*(batch[name] for name in names), strict=True):
+                for value in values:
+                    digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
+        return digest.hexdigest()
 
     def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
         """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""

@@ -10,7 +10,10 @@ from fastpeft.requirements import CORE, _too_old, check_versions
 from .findings import Finding, note, ok, problem, warning
 
 NEEDED = ("transformers", "peft", "accelerate")  # torch and bitsandbytes have checks of their own
-OPTIONAL = {"trl": "1.10", "datasets": "", "matplotlib": "", "tensorboard": "", "sentencepiece": ""}
+OPTIONAL = {"trl": "1.10", "datasets": "", "matplotlib": "", "tensorboard": "", "sentencepiece": ""} | {
+    "scikit-learn": "",
+    "datasketch": "",
+}
 """The extra `train`, with the oldest supported version."""
 INSTALL_OPTIONAL = "pip install 'fastpeft[train]'"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastpeft.training.metrics import f1_macro
+from fastpeft.metrics.classification import f1_macro
 
 FEW = 30
 """Fewer rows than this say little about a group."""

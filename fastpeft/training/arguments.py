@@ -54,8 +54,6 @@ def check(config: FastpeftConfig) -> None:
         raise UserError("training.output_dir: expected a folder, got nothing")
     if training.push_to_hub:
         _check_hub()
-    if config.strategy.name != "task":
-        raise UserError(f"strategy.name: expected 'task', the only one built so far, got {config.strategy.name!r}")
     if config.memory.budget_gib is not None:
         raise UserError("memory.budget_gib: expected null, planning memory is not built yet")
     _known_choices(config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastpeft.requirements import require
 
+from .findings import Findings
 from .folder import LOSS, REPORT, RUN
 
 
@@ -23,6 +24,7 @@ class Outcome:
         fingerprint: of the encoded training rows.
         losses, evaluation: (step, value) of what was logged; evaluation holds losses.
         metrics: of the last evaluation, by name.
+        findings: the strategy's.
         steps: trained in all, resumed ones included.
         tokens_per_second: median of this process's steps but the first; None if there were too few.
         peak_mib, peak_method: see PeakMemory.
@@ -44,6 +46,7 @@ class Outcome:
     losses: list[tuple[int, float]]
     evaluation: list[tuple[int, float]]
     metrics: dict[str, float]
+    findings: Findings
     steps: int
     tokens_per_second: float | None
     peak_mib: float
@@ -93,6 +96,7 @@ class Outcome:
         lines += [f"| chat template | {Path(self.chat_template).name} |"] if self.chat_template else []
         lines += [f"| evaluation: {name} | {value:.4f} |" for name, value in self.metrics.items()]
         lines += [line for note in self.notes for line in ("", f"Note: {note}.")]
+        lines += self.findings.lines()
         lines += ["", "## Loss", "", f"![loss]({LOSS})", "", "| step | training | evaluation |", "|---|---|---|"]
         lines += _loss_rows(self.losses, self.evaluation)
         lines += ["", "## What was accelerated", "", "```", self.accelerated or "nothing: plain PEFT", "```"]

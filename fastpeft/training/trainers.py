@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.metrics.classification import classification_metrics
 from fastpeft.requirements import require
-
-from .metrics import classification_metrics
 
 
 def build_trainer(

@@ -290,7 +290,7 @@ TRAINING = [
         run__yaml="",
     ),
     option("budget", "--budget-gib 8", "memory.budget_gib: expected null, planning memory is not built yet"),
-    option("strategy", "--strategy.name dpo", "strategy.name: expected 'task', the only one built so far, got 'dpo'"),
+    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, got 'dpo'"),
     option(
         "schedule",
         "--lr-scheduler-type cosin",

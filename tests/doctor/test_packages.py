@@ -15,6 +15,8 @@ GOOD = {"transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "trl
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
     "sentencepiece": "0.2.3",
+    "scikit-learn": "1.9.1",
+    "datasketch": "2.0.0",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from fastpeft.cli import app
-from fastpeft.training import run as training_run
+from fastpeft.strategies import base
 from fastpeft.training import watching
 
 SAYINGS = ["the sky is blue", "grass is green", "snow is white", "coal is black", "blood is red", "sand is brown"]
@@ -51,14 +51,14 @@ class Run:
 def train(folder: Path, *arguments: str, code: int = 0) -> Run:
     """`fastpeft train --quiet --output-dir FOLDER ARGUMENTS`, which should end with `code`."""
     made: list[Any] = []
-    original = training_run.load_model
+    original = base.load_model
 
     def kept(*given: Any) -> Any:
         made.append(original(*given))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training_run, "load_model", kept)
+        patched.setattr(base, "load_model", kept)
         assert app.run(["train", "--quiet", "--output-dir", str(folder), *arguments]) == code
     return Run(folder, made[-1] if made else None)
 

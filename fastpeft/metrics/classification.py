@@ -15,7 +15,14 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
 
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     guessed, true = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
-    return {"accuracy": float(np.mean(guessed == true)), "f1_macro": f1_macro(true, guessed)}
+    return {"accuracy": accuracy(true, guessed), "f1_macro": f1_macro(true, guessed)}
+
+
+def accuracy(true: Any, guessed: Any) -> float:
+    """Share of rows that are right; both are labels, as many, as arrays or lists."""
+    import numpy as np
+
+    return float(np.mean(np.asarray(true) == np.asarray(guessed)))
 
 
 def f1_macro(true: Any, guessed: Any) -> float:

@@ -1,8 +1,7 @@
-"""One training run, from its configuration to its folder."""
+"""One training run under a strategy, from its configuration to its folder."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.data.encoding import Encoded
 from fastpeft.errors import Interrupted, UserError
 from fastpeft.models.devices import pick_device, pick_dtype
+from fastpeft.training import folder as run_folder
+from fastpeft.training.arguments import check, training_arguments
+from fastpeft.training.end_token import why_it_cannot_stop
+from fastpeft.training.outcome import Outcome
+from fastpeft.training.packing import check_packing
+from fastpeft.training.preparing import Prepared
+from fastpeft.training.uploading import upload
 
-from . import folder as run_folder
-from .arguments import check, training_arguments
-from .end_token import why_it_cannot_stop
-from .loading import load_model
-from .outcome import Outcome
-from .packing import check_packing
-from .preparing import Prepared, prepare
-from .uploading import upload
+from .base import Strategy
+from .registry import strategy_of
 
 
 def train(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -51,12 +50,14 @@ class Ready:
     """A run that may begin.
 
     Attributes:
+        strategy: that the configuration asks for.
         prepared: model and data.
         arguments: the trainer's.
         checkpoint: to go on from; None to begin.
         fingerprint: of the training rows.
     """
 
+    strategy: Strategy
     prepared: Prepared
     arguments: Any
     checkpoint: Path | None
@@ -66,14 +67,15 @@ class Ready:
 def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Ready:
     """All that can be told about a run before its model is loaded; writes nothing. Arguments and errors as train's."""
     check(config)
+    strategy = strategy_of(config)
     target = Path(config.training.output_dir).expanduser()
     if config.model.name and Path(config.model.name).expanduser().resolve() == target.resolve():
         raise UserError(f"training.output_dir: expected another folder than model.name, got {target}")
     checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
     if resume and config.training.extra.get("save_only_model"):
         raise UserError("--resume: expected checkpoints with the optimizer's state, got save_only_model")
-    prepared = prepare(config, console)
-    fingerprint = _fingerprint(prepared.rows)
+    prepared = strategy.prepare(console)
+    fingerprint = prepared.rows.fingerprint()
     if checkpoint is not None:
         run_folder.check_same(prepared.config, target)
         run_folder.check_data(target, fingerprint)
@@ -83,38 +85,36 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
     if checkpoint is not None:
         run_folder.check_processes(target, arguments.world_size)
-    return Ready(prepared, arguments, checkpoint, fingerprint)
+    return Ready(strategy, prepared, arguments, checkpoint, fingerprint)
 
 
 def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
+    from fastpeft.training.saving import SaveAfterEvaluation
+    from fastpeft.training.stopping import StopOnSignal
+    from fastpeft.training.watching import Progress, Speed, StopAtNaN
 
-    from .saving import SaveAfterEvaluation
-    from .stopping import StopOnSignal
-    from .trainers import build_trainer
-    from .watching import Progress, Speed, StopAtNaN
-
-    prepared, checkpoint = ready.prepared, ready.checkpoint
+    strategy, prepared, checkpoint = ready.strategy, ready.prepared, ready.checkpoint
     config = prepared.config
     target = Path(config.training.output_dir).expanduser()
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     task = config.model.task
-    evaluation = None if prepared.evaluation is None else prepared.evaluation.rows
     console.print("loading the model", highlight=False)
-    model = load_model(prepared, device, dtype)
+    model = strategy.load(prepared, device, dtype)
     if config.data.packing:
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
-    callbacks = [SaveAfterEvaluation(), stop, speed, progress, nan]
-    trainer = build_trainer(task, model, prepared.tokenizer, ready.arguments, prepared.rows.rows, evaluation, callbacks)
+    callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
+    trainer = strategy.trainer(prepared, model, ready.arguments, callbacks)
     first = trainer.is_world_process_zero()
     if first:
         if overwrite:
             run_folder.clear(target)
         run_folder.begin(target, config, ready.fingerprint, ready.arguments.world_size)
+    strategy.before(prepared, trainer)
     with stop, progress, PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     nan.check(model)
@@ -125,6 +125,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         if ready.arguments.save_only_model:
             further = "--resume cannot go on from it, because save_only_model left the optimizer's state out"
         raise Interrupted(stop.received, f"{stop.received.name}: {saved} was saved; {further}")
+    findings = strategy.after(prepared, trainer)
     losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     outcome = Outcome(
         base=config.model.name,
@@ -139,11 +140,12 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         losses=losses,
         evaluation=[(log["step"], log["eval_loss"]) for log in trainer.state.log_history if "eval_loss" in log],
         metrics=_metrics(trainer),
+        findings=findings,
         steps=trainer.state.global_step,
         tokens_per_second=speed.tokens_per_second,
         peak_mib=peak.mib,
         peak_method=peak.method,
-        notes=notes,
+        notes=[*notes, *findings.notes],
         accelerated=_accelerated(model) if config.acceleration.enabled else "",
         chat_template=prepared.chat_template,
         environment=asdict(environment(device.type)),
@@ -185,16 +187,3 @@ def _metrics(trainer: Any) -> dict[str, float]:
         for name, value in found.items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and not any(u in name for u in unwanted)
     }
-
-
-def _fingerprint(rows: Encoded) -> str:
-    """Of all token ids and labels, in their order."""
-    import numpy as np
-
-    digest = hashlib.sha256()
-    names = [name for name in ("input_ids", "labels") if name in rows.rows.column_names]
-    for batch in rows.rows.select_columns(names).iter(batch_size=1000):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            for value in values:
-                digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
-    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""How good a model is: figures over rows, each with its interval."""

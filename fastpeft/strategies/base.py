@@ -1,0 +1,83 @@
+"""What a strategy may decide of a run; what it leaves alone is plain supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+from fastpeft.structured import build
+from fastpeft.training.findings import Findings
+from fastpeft.training.loading import load_model
+from fastpeft.training.preparing import Prepared, prepare
+from fastpeft.training.trainers import build_trainer
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a strategy without settings of its own."""
+
+
+class Strategy:
+    """One run's strategy. The run asks for each part in the order of the methods below.
+
+    A new strategy is a file with a subclass, an entry in `registry.STRATEGIES`, an example and a page of the docs.
+
+    Attributes:
+        name: its value of `strategy.name`.
+        Options: dataclass of `strategy.options`, in the types that `structured.build` knows.
+        tasks: values of `model.task` that it serves; None for all.
+        config: of the run; after `prepare` as resolved there.
+        options: an instance of `Options`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    tasks: ClassVar[tuple[str, ...] | None] = None
+
+    def __init__(self, config: FastpeftConfig) -> None:
+        """Raises UserError for options that are unknown or of the wrong type."""
+        self.config = config
+        try:
+            self.options: Any = build(self.Options, config.strategy.options, "strategy.options")
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    def check(self) -> None:
+        """Raises UserError for what can be told from the configuration alone to be wrong."""
+
+    def prepare(self, console: Console) -> Prepared:
+        """The data, encoded, and the configuration as resolved. Nothing is written and no model is loaded."""
+        prepared = prepare(self.config, console)
+        if self.tasks is not None and prepared.config.model.task not in self.tasks:
+            raise UserError(
+                f"strategy.name: {self.name} expected task {' or '.join(self.tasks)}, got {prepared.config.model.task}"
+            )
+        self.config = prepared.config
+        return prepared
+
+    def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
+        """The model with what is trained in it, accelerated."""
+        return load_model(prepared, device, dtype)
+
+    def callbacks(self, prepared: Prepared) -> list[TrainerCallback]:
+        """Beside those of every run."""
+        return []
+
+    def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
+        """transformers' Trainer or one of its kind, with collator, loss and metrics."""
+        evaluation = None if prepared.evaluation is None else prepared.evaluation.rows
+        return build_trainer(
+            prepared.config.model.task, model, prepared.tokenizer, arguments, prepared.rows.rows, evaluation, callbacks
+        )
+
+    def before(self, prepared: Prepared, trainer: Any) -> None:
+        """Measure what the result is compared with. The model is as loaded; in a resumed run too."""
+
+    def after(self, prepared: Prepared, trainer: Any) -> Findings:
+        """What came of it, with the trained model."""
+        return Findings()
