@@ -24,9 +24,6 @@ from .transformers import ATTENTION
 SPARSE = ("indices", "block_indices", "sinks")
 """Arguments of functions that only some models have, and that no op of ours serves."""
 _SEEN_TO = (*SPARSE, "cache", "cu_seq_lens_q", "seq_idx", "output_attentions")
-FEW_DROPPED = 1 << 24
-"""Scores of a call, 64 MiB in fp32, that a CPU keeps as the model's own code does: with dropout ours are made twice, in
-blocks. Steps of BERT and T5, 2 rows of 256 tokens, took 1.21 and 1.30 of PEFT's time so, its own 1.10 and 0.96."""
 
 
 def register_attention() -> None:
@@ -88,8 +85,7 @@ def attention_forward(
     dropout = dropout if getattr(module, "training", True) else 0.0
     if position_bias is not None and position_bias.numel() == 0:
         position_bias = None
-    few = dropout > 0.0 and query.device.type == "cpu" and query.numel() // query.shape[-1] * keys <= FEW_DROPPED
-    if softcap is None and s_aux is None and dropout < 1.0 and not few and not _asks_for_more(query, key, others):
+    if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, others):
         done = None
         if position_bias is None:
             done = _plain(query, key, value, attention_mask, causal, dropout, scaling, others)
@@ -119,8 +115,6 @@ def attention_forward(
     if found is not None:
         mask = _within(mask, found)
     reason = _why_not(query, key, others) or ("dropout of all weights" if dropout >= 1.0 else None)
-    if few and not torch.compiler.is_compiling():
-        reason = reason or "dropout of few scores on a CPU"
     if reason is not None:
         count(module, reason)
         bias = _expanded(relative, bias, queries, keys)

@@ -15,8 +15,8 @@ from . import autograd, custom_op
 from .candidates import registry
 from .candidates.request import NotServedError, Request
 from .choosing import backend_of, triton_refusal
-from .library import attention_sdpa, sdpa_refusal
-from .masks import Mask, bounded, dense_mask
+from .library import attention_dense, attention_sdpa, sdpa_refusal
+from .masks import Mask, bounded
 from .reference import attention_reference
 from .scores import Scores
 from .validation import check_mask, check_qkv, check_scores
@@ -60,8 +60,8 @@ def attention(
             over the keys that padding leaves, put together; "fa2", "fa3" and "fa4", the packages flash-attn,
             flash-attn-3 and flash-attn-4; each serves or raises. "auto": what `fastpeft tune` found to be fastest,
             where that is exact for the call; else sdpa where it is exact, but on a CPU without products in 16 bits not
-            for gradients in them; else triton on a GPU that it serves; else blockwise, and for few numbers on a CPU the
-            reference.
+            for gradients in them; else triton on a GPU that it serves; else blockwise; for few numbers on a CPU the
+            reference, and where of few scores some are dropped sdpa with all of them in memory.
 
     Returns:
         (batch, heads, queries, v_features), laid out so that `.transpose(1, 2)` is contiguous; with `return_lse` also
@@ -139,7 +139,7 @@ def _compute(
                 raise
             return _compute(q, k, v, mask, scores, with_lse, deterministic, "auto")  # it refuses this case by now
     if backend == "dense":
-        backend, mask = "sdpa", Mask(dense=dense_mask(mask, q.shape[2], k.shape[2], q.device))
+        return attention_dense(q, k, v, mask, scores), None
     if backend == "sdpa":
         return attention_sdpa(q, k, v, mask, scores), None
     if scores.dropout > 0.0 and scores.seed is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..common.tracing import as_op
-from .masks import Mask
+from .masks import Mask, dense_mask
 from .scores import Scores
 
 _FEW_QUERIES = 16
@@ -77,6 +77,31 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     if some is not None:
         out = out.masked_fill(~some, 0.0)
     return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense_refusal(scores: Scores) -> str | None:
+    """Why `attention_dense` cannot give the same, in memory that grows with queries x keys; None when it can."""
+    for name in ("softcap", "sinks"):
+        if getattr(scores, name) is not None:
+            return f"expected no {name}, which it does not know"
+    if scores.dropout > 0.0 and scores.seed is not None:
+        return "expected no seed of the dropout, which it draws from torch's generator"
+    return None
+
+
+def attention_dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tensor:
+    """As `api.attention` says, where `dense_refusal` gives None; differentiable, in what is added too."""
+    queries, keys = q.shape[2], k.shape[2]
+    seen = dense_mask(mask, queries, keys, q.device)
+    added = [] if scores.bias is None else [scores.bias]
+    if scores.relative is not None:  # each row begins one column before that of the query above
+        added.append(scores.relative.unfold(1, keys, 1).flip(1))
+    if not added:
+        return attention_sdpa(q, k, v, Mask(dense=seen), Scores(scores.scale, dropout=scores.dropout))
+    bias = sum(added[1:], added[0]).to(torch.promote_types(q.dtype, torch.float32))
+    if seen is not None:
+        bias = bias.masked_fill(~seen, -torch.inf)
+    return attention_sdpa(q, k, v, Mask(), Scores(scores.scale, bias=bias, dropout=scores.dropout))
 
 
 def attn_mask_of(mask: Mask, scores: Scores) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastpeft_kernels import tuner
 from fastpeft_kernels.attention import Mask, api, attention, choosing
+from fastpeft_kernels.attention.reference import attention_reference
 from fastpeft_kernels.attention.scores import Scores
 from fastpeft_kernels.tuning.choosing import forced, meeting
 
@@ -29,7 +31,7 @@ def chosen(case: Case, **more: Any) -> str:
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        out = attention(case.q, case.k, case.v, **case.arguments(), **more)
+        out = attention(case.q, case.k, case.v, **case.arguments() | more)
     if "scaled_dot_product_attention" in called:
         return "sdpa"
     node = (out[0] if isinstance(out, tuple) else out).grad_fn.name()
@@ -157,6 +159,42 @@ def test_autocast(backend: str) -> None:
         found = gradients(out, dout, case.inputs())
     for name, grad in gradients(want, dout, bf16.inputs()).items():
         torch.testing.assert_close(found[name], grad.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("extras", ([], ["relative"], ["relative", "bias"]), ids=str)
+@pytest.mark.parametrize("mask", (Mask(), Mask(left=30, right=0, keys=REAL)), ids=("all", "window and padding"))
+def test_few_dropped_scores_are_kept_on_a_cpu(extras: list[str], mask: Mask) -> None:
+    """With values that show the weights, what was dropped is known, and the rest is the definition's."""
+    p, case = 0.3, make_case(queries=40, keys=40, v_features=40, mask=mask, extras=extras, dtype=torch.float64)
+    case.v = torch.eye(40, dtype=torch.float64).expand(2, 2, 40, 40).clone().requires_grad_()
+    assert chosen(case, dropout=p) == "sdpa"
+    out = attention(case.q, case.k, case.v, **case.arguments() | {"dropout": p})
+    whole, _ = attention_reference(case.q, case.k, case.v, case.mask, case.scores)
+    kept = out != 0
+    assert 0.6 < kept[whole != 0].double().mean() < 0.8
+    want = torch.where(kept, whole / (1 - p), 0.0)
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-11)
+    dout, inputs = torch.randn_like(out), case.inputs()
+    del inputs["v"]  # to the definition, dropping comes after it
+    expected = gradients(want, dout, inputs)
+    for name, grad in gradients(out, dout, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-11)
+
+
+def test_which_dropped_scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that no attention of PyTorch's gives, and not many."""
+
+    def backend(case: Case, seed: Tensor | None = None, with_lse: bool = False) -> str:
+        scores = replace(case.scores, dropout=0.1, seed=seed)
+        return choosing.backend_of(case.q, case.k, case.v, Mask(right=0), scores, with_lse, False)
+
+    case = make_case(**LARGE)
+    assert backend(case) == "dense"
+    assert backend(case, with_lse=True) == backend(case, torch.tensor([3])) == "auto"
+    for extra in ("softcap", "sinks"):
+        assert backend(make_case(**LARGE, extras=[extra])) == "auto"
+    monkeypatch.setattr(choosing, "_FEW_DROPPED", 2 * 4 * 200 * 200 - 1)
+    assert backend(case) == "auto"
 
 
 def test_nothing_to_see_and_nobody_to_see_it() -> None:
