@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,10 +168,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     if unknown:
         raise ValueError(f"adapter_names: expected any of {sorted(known)} and '__base__', got {unknown}")
 
-    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
-
-    hooks = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
+    hook = partial(_with_row_names, adapter_names=names)
+    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -179,8 +177,28 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
             hook.remove()
 
 
-def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor], ...] | str:
-    """(a, b, scaling) of the active adapters of a LoRA embedding, or the reason why PEFT's own forward must run."""
+def _with_row_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def hooked_row_names(layer: nn.Module) -> list[str] | None:
+    """Each row's adapter in a mixed batch, where the one hook before a layer's forward hands it these; else None."""
+    hooks = layer._forward_pre_hooks
+    hook = next(iter(hooks.values())) if len(hooks) == 1 else None
+    if not isinstance(hook, partial):
+        return None
+    function: Any = hook.func
+    of_peft = (function.__module__, function.__name__) == ("peft.tuners.lora.model", "_adapter_names_pre_forward_hook")
+    return hook.keywords.get("adapter_names") if of_peft or function is _with_row_names else None
+
+
+def embedding_adapters(
+    layer: Any, row_names: Sequence[str] | None
+) -> dict[int, tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] | str:
+    """(a, b, scaling) of a LoRA embedding's adapters that a call uses, under their numbers of `adapter_index`, or the
+    reason why PEFT's own forward must run; `row_names` as of `used_adapters`."""
     reason = why_not_active(layer)
     if reason is not None:
         return reason
@@ -188,8 +206,8 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse gradients"
     device, embed_scale = base.weight.device, layer._get_embed_scale()
-    found = []
-    for name in layer.active_adapters:
+    found = {}
+    for index, name in enumerate(layer.active_adapters if row_names is None else dict.fromkeys(row_names)):
         if name not in layer.lora_embedding_A:
             continue
         if name in layer.lora_variant and not is_plain(layer.lora_variant[name]):
@@ -205,8 +223,8 @@ def embedding_adapters(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, fl
         scaling = layer.scaling[name] if embed_scale is None else layer.scaling[name] * embed_scale.reshape(())
         if not _is_plain_factor(scaling, device):
             return f"adapter {name!r}: a scaling that is trained, no single number, or on another device"
-        found.append((a, b, scaling))
-    return tuple(found)
+        found[index] = (a, b, scaling)
+    return found
 
 
 def by_expert(wrapper: Any, adapters: tuple[LoraAdapter, ...], transposed: bool) -> tuple[ExpertAdapter, ...]:

@@ -19,11 +19,17 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return OWN_CLASS.get(type(module), type(module))
 
 
-def why_not_bypassed(module: nn.Module, kind: type[nn.Module], device: torch.device) -> str | None:
-    """The reason why calling `module` could do more than `kind.forward` with its own parameters, or None."""
+def why_not_bypassed(
+    module: nn.Module, kind: type[nn.Module], device: torch.device, known_hooks: int = 0
+) -> str | None:
+    """The reason why calling `module` could do more than `kind.forward` with its own parameters, or None.
+
+    Args:
+        known_hooks: how many forward pre-hooks it has whose work the caller does.
+    """
     if type(module) is not kind and own_class(module) is not kind:
         return f"{type(module).__name__} in place of {kind.__name__}"
-    if _has_hooks(module):
+    if _has_hooks(module, known_hooks):
         return f"a hook on a bypassed {kind.__name__}"
     if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
@@ -41,10 +47,9 @@ def is_bare(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _has_hooks(module: nn.Module, known: int = 0) -> bool:
+    before = module._forward_pre_hooks
+    return bool(len(before) > known or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft_kernels.lora import lora_embedding
+from fastpeft_kernels.lora import lora_embedding, mixed_lora_embedding
 
 from ..integrations import peft
 from .bypass import why_not_embedded
 from .counting import Counting
+from .requests import OTHER_ROWS, without_names
 
 
 class FastEmbedding(Counting, nn.Module):
@@ -20,11 +21,13 @@ class FastEmbedding(Counting, nn.Module):
     op_name = "lora_embedding"
     fastpeft_suspended: bool = False
 
-    def request(
-        self, ids: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Tensor, Tensor, float | Tensor], ...] | str:
+    def request(self, ids: Tensor, *args: Any, **kwargs: Any) -> dict[int, tuple[Tensor, Tensor, float | Tensor]] | str:
         """(a, b, scaling) of what is to be added for ids, or why PEFT's own forward must run."""
-        return why_not_embedded(self, ids, args, kwargs) or peft.embedding_adapters(self)
+        row_names = kwargs.get("adapter_names")
+        reason = why_not_embedded(self, ids, args, kwargs if row_names is None else without_names(kwargs))
+        if reason is None and row_names is not None and len(row_names) != ids.shape[0]:
+            reason = OTHER_ROWS
+        return reason or peft.embedding_adapters(self, row_names)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -37,7 +40,11 @@ class FastEmbedding(Counting, nn.Module):
         self._count("fused")
         y: Tensor = layer.base_layer(x)
         dtype, padding = y.dtype, layer.get_base_layer().padding_idx
-        for a, b, scaling in adapters:
+        row_names = kwargs.get("adapter_names")
+        index = None if row_names is None else peft.adapter_index(row_names)
+        if index is not None:
+            return mixed_lora_embedding(y, x, adapters, index, padding_idx=padding).to(dtype)
+        for a, b, scaling in adapters.values():
             y = lora_embedding(y, x, a, b, scaling=scaling, padding_idx=padding)
         return y.to(dtype)
 

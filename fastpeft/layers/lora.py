@@ -23,7 +23,7 @@ from .fp8 import ask, products_of
 from .head import lazy_logits
 from .head_call import LossCalls
 from .merges import SeenMerges
-from .requests import Request, base_bias, compute, frozen_base, lora_dtype
+from .requests import OTHER_ROWS, Request, base_bias, compute, frozen_base, lora_dtype, without_names
 from .siblings import RowNames, Sibling
 from .watching import SiblingWatch
 
@@ -56,7 +56,7 @@ class FastLoraLayer(SeenMerges, Sibling):
         if reason is not None:
             return f"base layer: {reason}"
         if row_names is not None and len(row_names) != x.shape[0]:
-            return "a mixed batch with another number of names than rows"
+            return OTHER_ROWS
         adapters = self.used_adapters(x.device, row_names)
         if isinstance(adapters, str):
             return adapters
@@ -98,7 +98,7 @@ class FastLoraLayer(SeenMerges, Sibling):
             self._count(FEW_TOKENS)
             y = plain_forward(self, x)
             return super().forward(x) if y is None else y  # type: ignore[no-any-return, misc]
-        reason = why_not_called(self, x, args, kwargs if row_names is None else _without_names(kwargs))
+        reason = why_not_called(self, x, args, kwargs if row_names is None else without_names(kwargs))
         if reason is None:
             held = None if group is None else group.take(self, x, row_names)
             if held is not None:
@@ -180,11 +180,6 @@ class FastLoraLayer(SeenMerges, Sibling):
         if (products := products_of(base)) is not None:
             products.drop()
         return super()._apply(*args, **kwargs)
-
-
-def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What else a layer was called with in a mixed batch; while torch.compile traces, all of it is too much."""
-    return kwargs if torch.compiler.is_compiling() else {k: v for k, v in kwargs.items() if k != "adapter_names"}
 
 
 _STOCK = {

@@ -16,6 +16,7 @@ from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
 from fastpeft_kernels.mlp.api import run_mlp
 
+from ..integrations import peft
 from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
 from .few_tokens import FEW_TOKENS, is_few
@@ -53,7 +54,8 @@ class FastMlp(nn.Module, Counting):
         wanted: list[Request] = []
         for name in (*roles.inner, roles.down):
             if name == roles.down and wanted[0].dtypes.out != x.dtype:
-                x = x.new_empty((0, 0), dtype=wanted[0].dtypes.out)  # stands for what comes out of the activation
+                # stands for what comes out of the activation
+                x = x.new_empty((x.shape[0], 0), dtype=wanted[0].dtypes.out)
             found = request_of(self._modules[name], x)
             if isinstance(found, str):
                 return f"{name}: {found}"
@@ -63,8 +65,12 @@ class FastMlp(nn.Module, Counting):
         dtypes = common_dtypes(wanted)
         if isinstance(dtypes, str):
             return dtypes
+        mixed = [request.row_names for request in wanted if request.row_names is not None]
+        if mixed and any([r.row_names != mixed[0] for r in wanted if r.row_names is not None or r.projection.adapters]):
+            return "a mixed batch with other names for some projections"
+        index = peft.adapter_index(mixed[0]) if mixed else None
         *inner, down = (request.projection for request in wanted)
-        return Mlp(tuple(inner), down, roles.activation), dtypes
+        return Mlp(tuple(inner), down, roles.activation, adapter_index=index), dtypes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
@@ -121,12 +127,12 @@ def _watched(layers: list[FastLoraLayer]) -> bool:
 
 def request_of(module: Any, x: Tensor) -> Request | str:
     """What a projection asks of the op for x, with or without adapters, or why it must be called itself."""
-    reason = why_not_bypassed(module, type(module), x.device)
+    adapted = isinstance(module, FastLoraLayer)
+    names = peft.hooked_row_names(module) if adapted and not torch.compiler.is_compiling() else None
+    reason = why_not_bypassed(module, type(module), x.device, known_hooks=names is not None)
     if reason is not None:
         return reason
-    if isinstance(module, FastLoraLayer):
-        return module.request(x)
-    return plain_request(module, x)
+    return module.request(x, names) if adapted else plain_request(module, x)
 
 
 def why_not_idle(module: Any, device: torch.device) -> str | None:

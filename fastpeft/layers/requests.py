@@ -19,6 +19,7 @@ from .bypass import why_not_bypassed
 from .fp8 import products_of
 
 Member = TypeVar("Member")
+OTHER_ROWS = "a mixed batch with another number of names than rows"
 
 
 class Request(NamedTuple):
@@ -31,6 +32,11 @@ class Request(NamedTuple):
     projection: LoraProjection
     dtypes: Dtypes
     row_names: Sequence[str] | None = None
+
+
+def without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What else a layer was called with in a mixed batch; while torch.compile traces, all of it is too much."""
+    return kwargs if torch.compiler.is_compiling() else {k: v for k, v in kwargs.items() if k != "adapter_names"}
 
 
 def plain_request(module: Any, x: Tensor) -> Request | str:

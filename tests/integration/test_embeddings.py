@@ -124,10 +124,26 @@ def test_a_and_b_of_two_dtypes_are_peft_s() -> None:
     assert "lora_A in torch.float32, lora_B in torch.bfloat16" in next(iter(layer_of(ours).fastpeft_calls))
 
 
-def test_rows_with_adapters_of_their_own_are_peft_s() -> None:
-    ours, peft = pair(nn.Embedding(7, 8))
-    names = {"adapter_names": ["default", "__base__"]}
-    torch.testing.assert_close(ours.eval()(IDS, **names), peft.eval()(IDS, **names))
+@pytest.mark.parametrize("kind", ["plain", "padding", "gemma3"])
+def test_rows_with_adapters_of_their_own(kind: str) -> None:
+    ours, peft = pair(EMBEDDINGS[kind]())
+    for model in (ours, peft):
+        model.add_adapter("b", LoraConfig(target_modules=["words"], r=2, lora_alpha=5, init_lora_weights=False))
+        model.double().base_model.set_adapter(["default", "b"])
+    ours.load_state_dict(peft.state_dict())
+    for names in (["b", "default"], ["default", "__base__"], ["b", "b"], ["__base__", "__base__"]):
+        if names != ["__base__"] * 2:
+            with fastpeft.mixed_batch(ours, names), fastpeft.mixed_batch(peft, names):
+                check(ours, peft)
+        found, expected = (model.eval()(IDS, adapter_names=names) for model in (ours, peft))
+        torch.testing.assert_close(found, expected)
+    assert set(layer_of(ours).fastpeft_calls) == {"fused"}
+
+
+def test_another_number_of_names_than_rows_is_peft_s_error() -> None:
+    ours, _ = pair(nn.Embedding(7, 8))
+    with pytest.raises(ValueError, match="adapter_names"):
+        ours.eval()(IDS, adapter_names=["default"])
 
 
 def test_pickled_copied_and_restored() -> None:

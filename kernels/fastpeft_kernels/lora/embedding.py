@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
 from ..common.validation import check_floating, check_instance, check_scaling
+from .mixed import rows_by_owner
 
 
 def lora_embedding(
@@ -53,6 +55,45 @@ def lora_embedding(
         )
     check_scaling("scaling", scaling, y.device)
     return _LoraEmbedding.apply(y, ids, a, b, scaling, padding_idx)  # type: ignore[no-any-return]
+
+
+def mixed_lora_embedding(
+    y: Tensor,
+    ids: Tensor,
+    adapters: Mapping[int, tuple[Tensor, Tensor, float | Tensor]],
+    adapter_index: tuple[int, ...],
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`lora_embedding` of a mixed batch, in which each row has an adapter of its own.
+
+    Args:
+        y: (rows, ..., features), the frozen embedding of ids (rows, ...).
+        adapters: (a, b, scaling) of `lora_embedding` under each number.
+        adapter_index: the number of each row's adapter; a row whose number no adapter has stays as it is.
+        padding_idx: as of `lora_embedding`.
+
+    Returns:
+        A new tensor (rows, ..., features), in the widest dtype of y and the adapters that are used.
+
+    Raises:
+        TypeError, ValueError: as `lora_embedding`; another number of numbers than rows.
+    """
+    check_floating("y", y)
+    if y.dim() < 2 or len(adapter_index) != y.shape[0]:
+        raise ValueError(
+            f"adapter_index: expected a number for each row of y (rows, ..., features), got {len(adapter_index)} "
+            f"for y of shape {tuple(y.shape)}"
+        )
+    owners, rows, places = rows_by_owner(adapter_index, y.device)
+    parts = []
+    for owner, own in zip(owners, rows, strict=True):
+        part = y.index_select(0, own)
+        if owner in adapters:
+            a, b, scaling = adapters[owner]
+            part = lora_embedding(part, ids.index_select(0, own), a, b, scaling=scaling, padding_idx=padding_idx)
+        parts.append(part)
+    return torch.cat(parts).index_select(0, places) if parts else y.clone()
 
 
 class _LoraEmbedding(torch.autograd.Function):

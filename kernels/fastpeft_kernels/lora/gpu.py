@@ -36,6 +36,7 @@ from .gpu_support import (
     dropped,
     dtype_name,
     make_projection,
+    mixed_rows,
     product_in_fp32,
     rand,
     reference,
@@ -325,7 +326,7 @@ def _check_group(
         ]
         if dora:
             group.append(make_projection(features, 384, (16,), dtypes, base, p, bias=True, magnitude=True))
-        index = tuple([(0, 1, 2, 0, 1, 1, 2)[i % 7] for i in range(lead[0])]) if mixed else None
+        index = mixed_rows(lead[0]) if mixed else None
         seeds = [draw_seed(DEVICE) if p and projection.adapters else None for projection in group]
         dys = [rand(*lead, projection.weight.shape[0], dtype=dtypes.out) for projection in group]
         run = partial(run_group, backend="triton" if backend == "triton" else "auto", adapter_index=index)

@@ -91,6 +91,11 @@ def reference(
     return [t.to(DEVICE) for t in results]
 
 
+def mixed_rows(rows: int) -> tuple[int, ...]:
+    """`adapter_index` of so many rows: the first adapter, the second or none."""
+    return tuple([(0, 1, 2, 0, 1, 1, 2)[i % 7] for i in range(rows)])
+
+
 def with_numbers(projection: LoraProjection) -> LoraProjection:
     """With scalings that are numbers, as PEFT's are."""
     adapters = tuple(replace(adapter, scaling=0.5) for adapter in projection.adapters)

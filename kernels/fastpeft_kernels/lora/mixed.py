@@ -292,6 +292,17 @@ def _rows_of(index: tuple[int, ...], owners: tuple[int, ...], device: torch.devi
     return _on(device, [i for i, owner in enumerate(index) if owner in owners])
 
 
+@lru_cache(maxsize=64)
+def rows_by_owner(index: tuple[int, ...], device: torch.device) -> tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]:
+    """(owners, rows, places) of `Group.adapter_index`: the distinct numbers, each one's rows, and where each row stands
+    when these lie one after the other; int64."""
+    owners = tuple(_counts(index))
+    rows = [[i for i, other in enumerate(index) if other == owner] for owner in owners]
+    order = [i for own in rows for i in own]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return owners, tuple(_on(device, own) for own in rows), _on(device, places)
+
+
 def _columns(group: Group) -> list[tuple[int, int]]:
     """(first, last) of each projection's columns of S."""
     widths = group.widths()

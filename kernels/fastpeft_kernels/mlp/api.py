@@ -36,7 +36,8 @@ def lora_mlp(
 
     Args:
         x: (..., in_features), floating; any number of leading dimensions, also empty.
-        mlp: its projections, (features, in_features) and (out_features, features), and the activation.
+        mlp: its projections, (features, in_features) and (out_features, features), and the activation; in a mixed batch
+            also whose adapter each row of x (rows, ..., in_features) has, as `adapter_index` of `lora_linear_group`.
         keep: "preactivations" keeps gate(x) and up(x); "input" keeps x alone and computes those again in backward,
             without the down projection.
         compute_dtype, lora_dtype, out_dtype: as `lora.lora_linear_group`, for every projection.

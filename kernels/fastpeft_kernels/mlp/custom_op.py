@@ -26,9 +26,9 @@ from .structure import Mlp
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
     """The MLP of x (..., in_features), differentiable. Autocast must be off."""
     x = dtypes.cast_once(x)
-    whole = flatten_group(Group(mlp.projections, dtypes, seeds))
+    whole = flatten_group(Group(mlp.projections, dtypes, seeds, adapter_index=mlp.adapter_index))
     result, h, s_down, *_ = lora_mlp_up_to_down_op(x, *whole, mlp.activation, keep)
-    down = flatten_group(Group((mlp.down,), dtypes, seeds[-1:]))
+    down = flatten_group(mlp.groups(dtypes, seeds)[1])
     return lora_mlp_down_op(result, h, s_down, *down)  # type: ignore[no-any-return]
 
 
@@ -168,18 +168,18 @@ lora_mlp_down_op.register_autograd(_backward_down, setup_context=_setup_down)
 
 def _mlp(flat: FlatGroup, activation: str) -> Mlp:
     *inner, down = flat.group.projections
-    return Mlp(tuple(inner), down, activation)
+    return Mlp(tuple(inner), down, activation, adapter_index=flat.group.adapter_index)
 
 
 def _empty(x: Tensor, flat: FlatGroup, activation: str) -> list[Tensor]:
     """The shapes and dtypes of `lora_mlp_up_to_down_op`."""
     mlp, dtypes = _mlp(flat, activation), flat.group.dtypes
     tokens = prod(x.shape[:-1])
-    rank = sum(projection.rank for projection in mlp.inner)
+    *ranks, down_rank = flat.group.widths()
     return [
         stand_in(x, mlp, dtypes),
         x.new_empty((tokens, mlp.features), dtype=dtypes.out),
-        x.new_empty((tokens, mlp.down.rank), dtype=dtypes.lora),
+        x.new_empty((tokens, down_rank), dtype=dtypes.lora),
         x.new_empty((tokens, mlp.width), dtype=dtypes.out),
-        x.new_empty((tokens, rank), dtype=dtypes.lora),
+        x.new_empty((tokens, sum(ranks)), dtype=dtypes.lora),
     ]

@@ -24,6 +24,7 @@ from ..lora.gpu_support import (
     copied,
     dtype_name,
     make_projection,
+    mixed_rows,
     moved,
     rand,
     reference_device,
@@ -55,17 +56,28 @@ def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 9
             for base, p in VARIANTS if dtypes == same_dtypes(BF16) else VARIANTS[:2]:
                 names = f"{layout} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
                 yield f"mlp {names}", partial(_check, layout, dtypes, base, p, shapes)
+    for layout, (base, p) in zip(LAYOUTS, VARIANTS, strict=False):
+        yield f"mixed mlp {layout} {base} {p=}", partial(_check, layout, same_dtypes(BF16), base, p, shapes, mixed=True)
     for base in ("dense", "nf4"):
         yield f"CUDA graph of an MLP {base}", partial(_check_graph, base)
 
 
 def _check(
-    layout: str, dtypes: Dtypes, base: str, p: float, shapes: tuple[tuple[int, int, int], ...]
+    layout: str,
+    dtypes: Dtypes,
+    base: str,
+    p: float,
+    shapes: tuple[tuple[int, int, int], ...],
+    mixed: bool = False,
 ) -> dict[str, Any]:
+    """mixed: a row's adapter is the first, the second or none."""
     verdicts = Verdicts()
     for tokens, size, features in shapes:
         mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
-        x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
+        lead = (8, tokens // 8) if mixed and tokens % 8 == 0 else (tokens,)
+        if mixed:
+            mlp = replace(mlp, adapter_index=mixed_rows(lead[0]))
+        x, dy = (rand(*lead, size, dtype=dtypes.compute) for _ in range(2))
         seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
         same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
         exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
@@ -110,7 +122,7 @@ def _reference(
     """What plain PyTorch gives on a device, in another dtype if one is given."""
     inner, down = tuple(copied(q, device, dtype) for q in mlp.inner), copied(mlp.down, device, dtype)
     there = [None if seed is None else seed.to(device) for seed in seeds]
-    copy, (x, dy) = Mlp(inner, down, mlp.activation), (moved(t, device, dtype) for t in (x, dy))
+    copy, (x, dy) = replace(mlp, inner=inner, down=down), (moved(t, device, dtype) for t in (x, dy))
     return [t.to(DEVICE) for t in derive(lora_mlp_reference, x, copy, dtypes, there, dy)]
 
 

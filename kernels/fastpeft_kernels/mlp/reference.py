@@ -24,7 +24,7 @@ def lora_mlp_reference(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tens
     Returns:
         (..., out_features) of dtype `dtypes.out`.
     """
-    inner = lora_group_reference(x, mlp.inner, dtypes, seeds[:-1])
+    inner = lora_group_reference(x, mlp.inner, dtypes, seeds[:-1], mlp.adapter_index)
     if len(inner) == 2:
         gate, up = inner
     elif mlp.width == mlp.features:
@@ -32,4 +32,4 @@ def lora_mlp_reference(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tens
     else:
         gate, up = inner[0].chunk(2, dim=-1)
     h = gated_activation_reference(gate, up, mlp.activation)
-    return lora_group_reference(h, [mlp.down], dtypes, seeds[-1:])[0]
+    return lora_group_reference(h, [mlp.down], dtypes, seeds[-1:], mlp.adapter_index)[0]

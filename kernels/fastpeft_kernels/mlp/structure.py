@@ -10,6 +10,7 @@ from torch import Tensor
 from ..activation import KINDS
 from ..common.validation import check_instance
 from ..lora import LoraProjection
+from ..lora.mixed import check_adapter_index
 from ..lora.projection import Dtypes, Group, check_group
 
 
@@ -22,12 +23,14 @@ class Mlp:
         down: the projection back, of `features` inputs.
         activation: one of `activation.KINDS`.
         one_a: as `lora.projection.Group.one_a`, of the inner projections.
+        adapter_index: as `lora.projection.Group.adapter_index`, of every projection.
     """
 
     inner: tuple[LoraProjection, ...]
     down: LoraProjection
     activation: str
     one_a: bool = False
+    adapter_index: tuple[int, ...] | None = None
 
     @property
     def features(self) -> int:
@@ -45,7 +48,8 @@ class Mlp:
 
     def groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
         """The projections of x, and the one back; `seeds` as of `projections`."""
-        return Group(self.inner, dtypes, seeds[:-1], one_a=self.one_a), Group((self.down,), dtypes, seeds[-1:])
+        inner = Group(self.inner, dtypes, seeds[:-1], adapter_index=self.adapter_index, one_a=self.one_a)
+        return inner, Group((self.down,), dtypes, seeds[-1:], adapter_index=self.adapter_index)
 
     def columns(self, pre: Tensor) -> list[Tensor]:
         """The part of (tokens, width) that each of `inner` fills."""
@@ -74,3 +78,5 @@ def check_mlp(x: Tensor, mlp: Mlp) -> None:
     check_group(x.new_empty((0, features)), [mlp.down])
     if any(projection.magnitude is not None for projection in mlp.projections):
         raise ValueError("mlp: expected projections without magnitude (DoRA), got one with it")
+    if mlp.adapter_index is not None:
+        check_adapter_index(mlp.adapter_index, x, mlp.projections)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.lora import lora_embedding
+from fastpeft_kernels.lora import lora_embedding, mixed_lora_embedding
 from tests.budget import assert_within_budget
 
 VOCABULARY, FEATURES, RANK = 11, 16, 3
@@ -41,6 +41,31 @@ def test_gradcheck(shape: tuple[int, ...], padding_idx: int | None, scaling: flo
         torch.autograd.grad(ours, (y, a, b), dy), torch.autograd.grad(exact, (y, a, b), dy), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("index", [(2, 0, 7, 0), (0, 0, 2, 2), (7, 7, 7, 7), ()], ids=str)
+def test_rows_with_adapters_of_their_own(index: tuple[int, ...]) -> None:
+    y, ids, a, b = drawn(len(index), 5, dtype=torch.float64)
+    _, _, other_a, other_b = drawn(1, dtype=torch.float64)
+    adapters = {0: (a, b, 0.5), 2: (other_a, other_b, torch.tensor(1.5))}
+    ours = mixed_lora_embedding(y, ids, adapters, index, padding_idx=3)
+    rows = [
+        reference(row, own, *adapters[i], 3) if i in adapters else row
+        for row, own, i in zip(y, ids, index, strict=True)
+    ]
+    exact = torch.stack(rows) if rows else y.clone()
+    torch.testing.assert_close(ours, exact)
+    inputs, dy = (y, a, b, other_a, other_b), torch.randn_like(exact)
+    found, expected = (torch.autograd.grad(z, inputs, dy, allow_unused=True) for z in (ours, exact))
+    torch.testing.assert_close(found, expected)
+
+
+def test_numbers_that_are_not_those_of_the_rows() -> None:
+    y, ids, a, b = drawn(2, 5)
+    with pytest.raises(
+        ValueError, match=r"adapter_index: expected a number for each row of y .*, got 3 for y of shape"
+    ):
+        mixed_lora_embedding(y, ids, {0: (a, b, 1.0)}, (0, 0, 0))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.lora import Dtypes
+from fastpeft_kernels.lora import Dtypes, LoraProjection
 from fastpeft_kernels.mlp import Mlp, lora_mlp
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from tests.budget import assert_within_budget
@@ -31,8 +32,18 @@ def mlp(
     return Mlp(tuple(inner), projection(features, in_features, *ranks[-1], **fields), activation)
 
 
+def mixed(m: Mlp, adapter_index: tuple[int, ...]) -> Mlp:
+    """For rows with adapters of their own, which have numbers from 0 on, in the down projection from 1."""
+
+    def numbered(p: LoraProjection, first: int) -> LoraProjection:
+        return replace(p, adapters=tuple(replace(a, index=i + first) for i, a in enumerate(p.adapters)))
+
+    inner = tuple(numbered(p, 0) for p in m.inner)
+    return replace(m, inner=inner, down=numbered(m.down, 1), adapter_index=adapter_index)
+
+
 def wide(m: Mlp) -> Mlp:
-    return Mlp(tuple(widened(p) for p in m.inner), widened(m.down), m.activation)
+    return replace(m, inner=tuple(widened(p) for p in m.inner), down=widened(m.down))
 
 
 def check_mlp(x: Tensor, m: Mlp, dtypes: Dtypes, **options: Any) -> None:

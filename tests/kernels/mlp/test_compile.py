@@ -28,7 +28,7 @@ from tests.kernels.compiling import (
 )
 from tests.kernels.lora.groups import parameters, seeds_for
 from tests.kernels.lora.test_counts import products
-from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
@@ -57,6 +57,7 @@ KINDS = {layout: functools.partial(mlp, layout, 64, 96) for layout in LAYOUTS[1:
     "frozen": frozen,
     "4 bits": four_bit,
     "many kinds": many_kinds,
+    "mixed": lambda: mixed(mlp("gate and up", 64, 96, ranks=((4, 2), (3,), (5, 2))), (0, 1, 2)),
 }
 FULL = pytest.mark.full
 REGULAR = ("both in one", "4 bits", "many kinds")

@@ -1,6 +1,7 @@
 """The whole MLP against fp64, over layouts, activations, dtypes, adapters and what is trained."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
 from tests.kernels.lora.groups import parameters, projection, seeds_for
-from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mlp, wide
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -44,6 +45,17 @@ def test_mixed_dtypes(dtypes):
     x_dtype = F32 if dtypes.out == F32 else dtypes.compute
     m = mlp("gate and up", 48, 96, dtype=dtypes.compute, lora_dtype=F32, bias=True)
     check_mlp(torch.randn(64, 48).to(x_dtype).requires_grad_(), m, dtypes)
+
+
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [SAME[F32], Dtypes(BF16, F32, BF16)])
+def test_rows_with_adapters_of_their_own(layout, dtypes, keep):
+    """Down lacks the first adapter and has another third; a row's adapter 7 is nobody's."""
+    fields = {"dtype": dtypes.compute, "lora_dtype": dtypes.lora, "bias": True, "dropout": 0.25}
+    m = mlp(layout, 32, 48, ranks=((4, 2, 3), (3, 2), (5, 2)), **fields)
+    m = mixed(m, (2, 0, 7, 0, 1, 1))
+    check_mlp(torch.randn(6, 64, 32).to(dtypes.compute).requires_grad_(), m, dtypes, keep=keep)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -220,6 +232,11 @@ def test_bad_arguments_name_what_is_wrong():
             TypeError,
             "mlp.down: expected a LoraProjection, got NoneType",
             lambda: lora_mlp(x, Mlp(good.inner, None, "silu")),
+        ),
+        (
+            ValueError,
+            r"adapter_index: expected a number for each row of x .*, got 2 for x of shape \(3, 8\)",
+            lambda: lora_mlp(x, replace(good, adapter_index=(0, 1))),
         ),
         (TypeError, "projections: expected a list or tuple", lambda: lora_mlp(x, Mlp(None, good.down, "silu"))),
         (ValueError, "x: expected last size 8", lambda: lora_mlp(torch.randn(3, 9), good)),
