@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
@@ -28,6 +29,7 @@ class Part:
 
     Attributes:
         parallel: made of checks whose times do not count, so that several processes may share them.
+        needs: packages without which there is nothing to run.
         broken: why it could not be imported.
     """
 
@@ -35,6 +37,7 @@ class Part:
     order: int = 0
     time_limit_s: float = 60
     parallel: bool = False
+    needs: tuple[str, ...] = ()
     summary: str = ""
     run: Callable[[Recorder, str], None] | None = None
     dry_run: Callable[[Recorder, str], None] | None = None
@@ -76,8 +79,8 @@ def _import_part(package: str, name: str) -> Part:
         module = import_module(f"{package}.{name}")
         summary = (module.__doc__ or "").strip().partition("\n")[0]
         name, dry_run = getattr(module, "name", name), getattr(module, "dry_run", None)
-        parallel = getattr(module, "parallel", False)
-        return Part(name, module.order, module.time_limit_s, parallel, summary, module.run, dry_run)
+        parallel, needs = getattr(module, "parallel", False), getattr(module, "needs", ())
+        return Part(name, module.order, module.time_limit_s, parallel, needs, summary, module.run, dry_run)
     except Exception as error:  # a broken part must not keep the others from running
         return Part(name, broken=f"{type(error).__name__}: {error}")
 
@@ -101,6 +104,9 @@ def run_part(
     try:
         if function is None:
             raise RuntimeError(part.broken or f"the part has no {'dry_run' if dry_run else 'run'}")
+        if missing := [name for name in part.needs if find_spec(name) is None]:
+            print("\n".join(f"{name} is not installed: nothing was measured" for name in missing))
+            return 0
         file = RecordFile(out / f"{part.name}.jsonl", environment(device, commit))
         note = checks_note(out, part.name)
         known = json.loads(note.read_text()) if note.exists() else {}

@@ -102,3 +102,14 @@ def numeric(record: Record, name: str) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def least_seconds(flops: float, moved: float, matrix: float, copy: float) -> float | None:
+    """max(operations / matrix rate, bytes / copy rate), with rates in TFLOP/s and GB/s.
+
+    None where there is neither, or no rate of what there is.
+    """
+    if (flops and matrix <= 0) or (moved and copy <= 0):
+        return None
+    seconds = max(flops / (matrix * 1e12) if flops else 0.0, moved / (copy * 1e9) if moved else 0.0)
+    return seconds if seconds > 0 else None

@@ -225,6 +225,17 @@ class TestBudget:
         assert Budget(float("inf")).seconds(self.part(30), [self.part(40)]) == 30
 
 
+def test_a_part_names_what_it_needs(runner: Runner) -> None:
+    """Without it there is nothing to run, and nothing wrong."""
+    runner.add("lacking", "needs = ('json', 'no_such_package')\n" + FAILING)
+    runner.add("served", "needs = ('json',)\n" + PASSING)
+    assert runner("--dry-run") == 0
+    assert runner.states() == {"lacking": "passed", "served": "passed"}
+    logs = {name: (runner.out / f"{name}.log").read_text() for name in runner.states()}
+    assert "no_such_package is not installed: nothing was measured" in logs["lacking"]
+    assert "installed" not in logs["served"] and load(runner.out / "served.jsonl")
+
+
 def test_parts_for_which_no_time_is_left_are_named(
     runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 order = 35
 time_limit_s = 480
+needs = ("peft",)
 PEERS = {
     "lora": ["fastpeft", "trl", "fastpeft + trl", "peft + liger", "unsloth"],
     "qlora": ["fastpeft", "peft + liger", "unsloth"],
@@ -33,9 +34,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: nothing was fine-tuned")
-        return
     cases = _cases(small)
     recorder.run_checks("run", ((case.name, partial(_case, recorder, case, depth, small)) for case in cases))
 

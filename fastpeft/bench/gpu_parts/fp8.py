@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 order = 50
 time_limit_s = 240
+needs = ("peft",)
 
 SETTINGS: tuple[Literal["forward", "both"], ...] = ("forward", "both")
 
@@ -29,9 +29,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     import torch
 
     from fastpeft.bench.steps import StepCase

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 order = 65
 time_limit_s = 180
+needs = ("peft",)
 
 _KINDS = (("llama", "lora", 1), ("llama", "qlora", 1), ("llama", "lora", 4), ("t5", "lora", 1))
 
@@ -26,9 +27,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, rounds: int, hidden: int, layers: int) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: nothing was generated")
-        return
     import torch
 
     from fastpeft.bench.generation import GenerationCase

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 order = 70
 time_limit_s = 240
+needs = ("peft",)
 
 ROUNDS = {"quick": 5, "default": 15, "full": 40}
 
@@ -48,9 +49,6 @@ def cases(size: Size) -> list[Case]:
 
 
 def _run(recorder: Recorder, wanted: list[Case], rounds: int) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no layer was measured")
-        return
     from fastpeft.bench import layer
     from fastpeft.bench.timer import device_clock
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from fastpeft.bench.recorder import Recorder
 
 order = 45
 time_limit_s = 240
+needs = ("peft",)
 
 FAMILIES = ("llama", "llama with LoRA on the head", "llama with a trained head", "gemma2", "bart", "llama in fp32")
 
@@ -23,9 +23,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     recorder.run_checks("loss", ((name, partial(_case, recorder, name, depth, small)) for name in FAMILIES))
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 order = 62
 time_limit_s = 300
+needs = ("peft",)
 KEEP = "fastpeft, keep"
 
 
@@ -27,9 +28,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     cases = _cases(small)
     recorder.run_checks("memory", ((case.name, partial(_case, recorder, case, depth)) for case in cases))
 

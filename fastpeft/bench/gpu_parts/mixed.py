@@ -11,6 +11,7 @@ from fastpeft.bench.recorder import Recorder
 
 order = 40
 time_limit_s = 120
+needs = ("peft",)
 
 ADAPTERS = 8
 
@@ -24,9 +25,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, rounds: int, hidden: int, tokens: int) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no mixed batch was stepped")
-        return
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     recorder.run_checks(
         "lora",

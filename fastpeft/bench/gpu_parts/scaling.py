@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
 
 order = 60
 time_limit_s = 300
+needs = ("peft",)
 MEMORY_GIB = 16.0
 _MOST = {"tokens": 2**18, "rows": 2**10}
 
@@ -49,9 +49,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, scales: Scales, rounds: int) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     checks = [(axis, partial(_axis, recorder, scales, axis, rounds)) for axis in scales.sizes]
     largest = [(axis, partial(_largest, recorder, scales, axis)) for axis in _MOST] if recorder.device == "cuda" else []
     recorder.run_checks("scaling", [*checks, *((f"largest {axis}", check) for axis, check in largest)])

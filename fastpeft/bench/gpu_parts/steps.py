@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 order = 55
 time_limit_s = 480
+needs = ("peft",)
 
 
 def run(recorder: Recorder, depth: str) -> None:
@@ -26,9 +27,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     if "qlora" not in methods:
         print("bitsandbytes is not installed: no 4-bit model was stepped")

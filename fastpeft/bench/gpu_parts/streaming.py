@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from fastpeft.bench.recorder import Recorder
 
 order = 56
 time_limit_s = 300
+needs = ("peft", "bitsandbytes")
 
 CASES = tuple(f"{base}, {how}" for base in ("NF4", "dense") for how in ("recompute", "keep", "offload"))
 LAYERS, RING = 6, 2
@@ -24,10 +24,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    missing = [name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"{' and '.join(missing)} not installed: nothing was streamed")
-        return
     checks = [(name, partial(_case, recorder, name, depth, small)) for name in CASES]
     recorder.run_checks("streaming", [*checks, ("host memory", partial(_host, recorder.device, small))])
 

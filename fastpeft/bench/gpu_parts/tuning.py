@@ -13,6 +13,7 @@ from fastpeft.bench.recorder import Recorder
 
 order = 20
 time_limit_s = 480
+needs = ("peft",)
 
 SIZES = {  # one layer of each; Mistral 7B is as Llama 3.1 8B
     "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "heads": (32, 8)},
@@ -32,9 +33,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, sizes: dict[str, dict[str, Any]], tokens: list[int], seconds: float) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no layer was tuned")
-        return
     methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
     recorder.run_checks("tuning", _checks(recorder, sizes, methods, tokens, seconds))
     recorder.run_checks("tuning", _masked_checks(recorder, max(tokens), seconds))

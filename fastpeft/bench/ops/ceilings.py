@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from ..reading import least_seconds
 from ..timer import Step, interleaved
 from .case import Floor
 
@@ -42,6 +43,5 @@ def measure(
 
 def share(floor: Floor, dtype: torch.dtype, ms: float, ceilings: Mapping[str, list[float]]) -> float:
     """The time that the floor takes at the ceilings, the best of their samples, as a share of the time measured."""
-    products = floor.flops / 1e12 / max(ceilings[matrix(dtype)])
-    traffic = floor.bytes / 1e9 / max(ceilings[COPY])
-    return 1e3 * max(products, traffic) / ms
+    seconds = least_seconds(floor.flops, floor.bytes, max(ceilings[matrix(dtype)]), max(ceilings[COPY]))
+    return 1e3 * (seconds or 0.0) / ms

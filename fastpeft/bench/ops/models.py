@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..finetune.sizes import MODELS
 
 
 class Shape(NamedTuple):
@@ -42,12 +44,19 @@ class Shape(NamedTuple):
         return self.kv_heads * self.head_dim
 
 
-LLAMA_8B = Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128_256)
+def _published(name: str, **more: Any) -> Shape:
+    """Of a model whose sizes the fine-tuning benchmark has, too."""
+    sizes = MODELS[name.lower()]
+    shared = (sizes.hidden, sizes.inner, sizes.heads, sizes.key_heads, sizes.head_dim, sizes.words)
+    return Shape(name, *shared, **more)
+
+
+LLAMA_8B = _published("Llama-3.1-8B")
 LLAMA_70B = Shape("Llama-3.1-70B", 8192, 28672, 64, 8, 128, 128_256)
-QWEN3_600M = Shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151_936)
+QWEN3_600M = _published("Qwen3-0.6B")
 QWEN3_4B = Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151_936)
 QWEN3_32B = Shape("Qwen3-32B", 5120, 25600, 64, 8, 128, 151_936)
-GEMMA3_4B = Shape("Gemma-3-4B", 2560, 10240, 8, 4, 256, 262_208, "gelu_pytorch_tanh")
-BERT_BASE = Shape("BERT-base", 768, 3072, 12, 12, 64, 30_522, "gelu", gated=False, biased=True)
-T5_BASE = Shape("T5-base", 768, 3072, 12, 12, 64, 32_128, "relu", gated=False)
+GEMMA3_4B = _published("Gemma-3-4B", activation="gelu_pytorch_tanh")
+BERT_BASE = _published("BERT-base", activation="gelu", gated=False, biased=True)
+T5_BASE = _published("T5-base", activation="relu", gated=False)
 MODERNBERT_BASE = Shape("ModernBERT-base", 768, 1152, 12, 12, 64, 50_368, "gelu", joined=True)

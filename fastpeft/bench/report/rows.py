@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..reading import AGAIN, kind_of, numeric, setting, time_ratio
+from ..reading import AGAIN, kind_of, least_seconds, numeric, setting, time_ratio
 from ..records import Environment, Record
 
 OURS = "fastpeft"
@@ -126,13 +126,10 @@ def same_rounds(ours: Record | None, theirs: Record | None) -> float | None:
 
 
 def floor_seconds(record: Record, ceilings: Mapping[str, float]) -> float | None:
-    """max(operations / matrix rate, bytes / copy rate), with rates in TFLOP/s and GB/s of the same run."""
+    """`least_seconds` of a record at the rates of the same run; None where they are not known."""
     flops, moved = (numeric(record, name) or 0.0 for name in ("flops", "bytes"))
     matrix, copy = ceilings.get(f"matrix {setting(record, 'dtype')}", 0.0), ceilings.get("copy", 0.0)
-    if (flops and matrix <= 0) or (moved and copy <= 0):
-        return None
-    seconds = max(flops / (matrix * 1e12) if flops else 0.0, moved / (copy * 1e9) if moved else 0.0)
-    return seconds if seconds > 0 else None
+    return least_seconds(flops, moved, matrix, copy)
 
 
 def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:
