@@ -43,7 +43,7 @@ class FastNorm(nn.Module, Counting):
         norm, parameters = self.fastpeft_norm, self._parameters
         assert norm is not None
         form = norm.form(x.dtype, getattr(self, norm.eps_name))
-        y: Tensor = run_norm(x, parameters["weight"], parameters.get("bias"), None, form)
+        y: Tensor = run_norm(x, parameters["weight"], parameters.get("bias"), form)
         return y
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:

@@ -128,9 +128,7 @@ def _try(module: nn.Module, dtype: torch.dtype, distances: dict[Norm, float]) ->
     for norm in list(distances):
         form = norm.form(dtype, getattr(module, norm.eps_name))
         exact = _exact(form, x, parameters, dy.to(theirs[0].dtype))
-        ours = _differentiated(
-            lambda x, p, form=form: run_norm(x, p["weight"], p.get("bias"), None, form), x, parameters, dy
-        )
+        ours = _differentiated(lambda x, p, form=form: run_norm(x, p["weight"], p.get("bias"), form), x, parameters, dy)
         lowest = max(torch.finfo(t).eps for t in (dtype, norm.weight_dtype, theirs[0].dtype))
         pairs = list(zip(ours, theirs, exact, strict=True))
         if all(within_budget(a, b, c, lowest) for a, b, c in pairs):

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last dimension, with the residual's sum where it is wanted. Does not import Triton."""
+"""RMSNorm and LayerNorm over the last dimension. Does not import Triton."""
 
 from .api import ROUNDINGS, layer_norm, rms_norm
 

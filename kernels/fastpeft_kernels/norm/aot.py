@@ -22,7 +22,6 @@ def cases() -> Iterator[AotCase]:
         yield _case("fwd", 4096, "input", dtype)
         yield _case("bwd", 4096, "input", dtype)
     for stage in ("fwd", "bwd"):
-        yield _case(stage, 4096, "input", "bf16", with_residual=True)
         yield _case(stage, 1023, "layer", "bf16", aligned=False)
         yield _case(stage, 16384, "input", "bf16")
         yield _case(stage, 32768, "input", "bf16", default=False)
@@ -35,7 +34,6 @@ def _case(
     dtype: str,
     *,
     trained: bool = False,
-    with_residual: bool = False,
     aligned: bool = True,
     default: bool = True,
 ) -> AotCase:
@@ -54,7 +52,6 @@ def _case(
         constants["MIDDLE"] = getattr(tl, _DTYPES[dtype]) if kind == "input" else tl.float32
     pointers = ["dy", "x", "weight", "rstd", "dx"] if backward else ["x", "weight", "y", "rstd"]
     pointers += ["mean"] if centred else []
-    pointers += ["dtotal"] if backward and with_residual else ["residual", "total"] if with_residual else []
     pointers += ["dweight"] if trained else []
     pointers += ["dbias"] if trained and centred else ["bias"] if centred and not backward else []
     kernel = norm_bwd_kernel if backward else norm_fwd_kernel
@@ -63,6 +60,6 @@ def _case(
     constants |= {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in types}
     types |= {"eps": "fp32"} if not backward else {}
     signature = signature_of(kernel, constants, types, "i32:16" if aligned else "i32")
-    flags = {"trained": trained, "residual": with_residual, "unaligned": not aligned}
+    flags = {"trained": trained, "unaligned": not aligned}
     name = "_".join([stage, str(features), kind, dtype, *(flag for flag, is_set in flags.items() if is_set)])
     return AotCase(name, kernel, signature, constants, num_warps=num_warps, default=default)

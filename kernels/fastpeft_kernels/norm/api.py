@@ -30,9 +30,8 @@ def rms_norm(
     *,
     offset: float = 0.0,
     rounding: str = "input",
-    residual: Tensor | None = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor:
     """y = (offset + weight) * x / sqrt(mean(x**2) + eps), over the last dimension; differentiable once.
 
     Equivalent PyTorch: `torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)`; `reference.norm_reference` has the
@@ -49,12 +48,11 @@ def rms_norm(
         rounding: "input": what is multiplied by the weight is rounded to x's dtype first, and the result has the dtype
             of such a product (Llama, Qwen, Mistral); "weight": it is rounded to the weight's dtype if that has 16 bits,
             else not (T5); "once": only the product is rounded, to x's dtype (Gemma, OLMo 2, gpt-oss).
-        residual: as x, of the same dtype; the norm is that of x + residual, rounded to their dtype.
-        backend: "torch", "aten" (PyTorch's own fused operation, where it has one: no offset, no residual, weight of x's
-            dtype or none; it rounds once), "triton" (CUDA, not fp64, at most 32768 features), or "auto".
+        backend: "torch", "aten" (PyTorch's own fused operation, where it has one: no offset, weight of x's dtype or
+            none; it rounds once), "triton" (CUDA, not fp64, at most 32768 features), or "auto".
 
     Returns:
-        y, as x but contiguous; with a residual (y, x + residual).
+        y, as x but contiguous.
 
     Raises:
         TypeError: a tensor is not one, or not floating.
@@ -63,13 +61,13 @@ def rms_norm(
 
     Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    _check(x, weight, None, residual, eps)
+    _check(x, weight, None, eps)
     check_instance("offset", offset, float, int)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
     dtype = x.dtype if weight is None else weight.dtype
     form = rms_form(x.dtype, dtype, float(eps), float(offset), rounding)
-    return _run_checked(x, weight, None, residual, form, backend)
+    return _run_checked(x, weight, None, form, backend)
 
 
 def layer_norm(
@@ -78,52 +76,45 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    residual: Tensor | None = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor:
     """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias, over the last dimension; differentiable once.
 
     Equivalent PyTorch: `torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)`, computed in fp32 and
-    rounded to x's dtype, whatever autocast says; that is also what serves, unless there is a residual. All else as
+    rounded to x's dtype, whatever autocast says; that is also what serves. All else as
     `rms_norm`, but that two numbers a row are kept.
 
     Args:
-        x, residual, backend: as in `rms_norm`.
+        x, backend: as in `rms_norm`.
         weight, bias: (features,), floating, or None.
         eps: added to the variance.
 
     Returns:
-        y, of x's shape and dtype; with a residual (y, x + residual).
+        y, of x's shape and dtype.
 
     Raises:
         TypeError, ValueError, ImportError: as `rms_norm`.
 
     Source: Layer Normalization, Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
-    _check(x, weight, bias, residual, eps)
-    return _run_checked(x, weight, bias, residual, layer_form(x.dtype, float(eps)), backend)
+    _check(x, weight, bias, eps)
+    return _run_checked(x, weight, bias, layer_form(x.dtype, float(eps)), backend)
 
 
-def run_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form, backend: str = "auto"
-) -> Any:
+def run_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str = "auto") -> Tensor:
     """The norms for callers that have checked their arguments. In no `torch.func` transform."""
     if backend == "auto":
-        backend = "torch" if imitated(x.device) == "cuda" else _default(x, weight, bias, residual, form)
+        backend = "torch" if imitated(x.device) == "cuda" else _default(x, weight, bias, form)
     if as_op() and backend != "triton":
-        total = x if residual is None else x + residual
         with autocast_off(x.device):
-            y = norm_reference(total, weight, bias, form)
-        return y if residual is None else (y, total)
+            return norm_reference(x, weight, bias, form)
     with autocast_off(x.device):
         if backend == "aten":
             return _aten(x, weight, bias, form)
-        return apply(x, residual, weight, bias, form, backend)
+        return apply(x, weight, bias, form, backend)
 
 
-def _run_checked(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form, backend: str
-) -> Any:
+def _run_checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "triton":
@@ -131,14 +122,14 @@ def _run_checked(
             raise ImportError("backend: 'triton' was asked for, but Triton is not installed")
         if x.dtype not in DTYPES:
             raise ValueError(f"backend: 'triton' was asked for, which takes fp32, fp16 and bf16, got {x.dtype}")
-    if backend == "aten" and not _aten_serves(x, weight, bias, residual, form):
-        raise ValueError("backend: 'aten' was asked for, which takes no offset, no residual, and weights of x's dtype")
-    return run_norm(x, weight, bias, residual, form, backend)
+    if backend == "aten" and not _aten_serves(x, weight, bias, form):
+        raise ValueError("backend: 'aten' was asked for, which takes no offset, and weights of x's dtype")
+    return run_norm(x, weight, bias, form, backend)
 
 
-def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form) -> str:
+def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> str:
     """By arithmetic: PyTorch's own LayerNorm everywhere, its RMSNorm for few elements on a GPU; else ours."""
-    one_kernel = _aten_serves(x, weight, bias, residual, form) and (form.centred or x.is_cuda)
+    one_kernel = _aten_serves(x, weight, bias, form) and (form.centred or x.is_cuda)
     if not x.is_cuda and x.dtype.itemsize == 2 and any(t is not None and t.requires_grad for t in (weight, bias)):
         one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
@@ -148,9 +139,9 @@ def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Te
     return "aten" if one_kernel else "torch"
 
 
-def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form) -> bool:
+def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> bool:
     """Whether one operation of PyTorch computes it, on CUDA in one kernel."""
-    if residual is not None or form.offset or x.shape[-1] == 0:
+    if form.offset or x.shape[-1] == 0:
         return False
     return form.out == x.dtype and all(t is None or t.dtype == x.dtype for t in (weight, bias))
 
@@ -161,15 +152,11 @@ def _aten(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> 
     return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
 
-def _check(x: Any, weight: Any, bias: Any, residual: Any, eps: Any) -> None:
+def _check(x: Any, weight: Any, bias: Any, eps: Any) -> None:
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected (..., features), got a tensor without dimensions")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_tensor(name, parameter, x.device, (x.shape[-1],))
-    if residual is not None:
-        check_tensor("residual", residual, x.device, tuple(x.shape))
-        if residual.dtype != x.dtype:
-            raise ValueError(f"residual: expected x's dtype, {x.dtype}, got {residual.dtype}")
     check_instance("eps", eps, float, int)

@@ -1,4 +1,4 @@
-"""The norms for autograd: kept are x, or its sum with the residual, and one or two numbers a row."""
+"""The norms for autograd: kept are x and one or two numbers a row."""
 
 from __future__ import annotations
 
@@ -16,67 +16,57 @@ from .shapes import gradient_shapes, norm_shapes
 
 
 class Norm(torch.autograd.Function):
-    """y, and where there is a residual (y, x + residual). Nothing of x's size is kept but x itself, or that sum."""
+    """y. Nothing of x's size is kept but x itself."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
-    ) -> Any:
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        y, total, kept = compute(x, residual, weight, bias, form, backend)
+        y, kept = compute(x, weight, bias, form, backend)
         ctx.form, ctx.backend = form, backend
-        ctx.save_for_backward(x if total is None else total, weight, bias, *kept)
-        return y if total is None else (y, total)
+        ctx.save_for_backward(x, weight, bias, *kept)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         x, weight, bias, *kept = ctx.saved_tensors
-        of_x, of_residual, of_weight, of_bias = ctx.needs_input_grad[:4]
         if dy is None:
-            return dtotal, dtotal, None, None, None, None
-        needs = (of_x or of_residual, of_weight, of_bias)
+            return None, None, None, None, None
         with autocast_off(x.device):
-            found = compute_backward(dy, x, weight, Kept(*kept), ctx.form, needs, dtotal, ctx.backend)
+            found = compute_backward(dy, x, weight, Kept(*kept), ctx.form, ctx.needs_input_grad[:3], ctx.backend)
         dx = None if found.x is None else found.x.view(x.shape)
         dweight, dbias = (
             None if grad is None else grad.to(parameter.dtype)
             for grad, parameter in ((found.weight, weight), (found.bias, bias))
         )
-        return dx if of_x else None, dx if of_residual else None, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None
 
 
-def apply(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
-) -> Any:
-    """y, or (y, x + residual), differentiable where grad mode and the inputs ask for it. Autocast must be off.
+def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> Tensor:
+    """y, differentiable where grad mode and the inputs ask for it. Autocast must be off.
 
     Args:
         backend: "torch" or "triton".
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
-        return Norm.apply(x, residual, weight, bias, form, backend)
-    y, total, _ = compute(x, residual, weight, bias, form, backend)
-    return y if total is None else (y, total)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return Norm.apply(x, weight, bias, form, backend)  # type: ignore[no-any-return]
+    return compute(x, weight, bias, form, backend)[0]
 
 
-def compute(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
-) -> tuple[Tensor, Tensor | None, Kept]:
-    """(y, x + residual, what backward needs), without a gradient; x (..., features)."""
+def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> tuple[Tensor, Kept]:
+    """(y, what backward needs), without a gradient; x (..., features)."""
     shape = x.shape
     if backend == "triton" and x.numel():
         from .forward import norm_triton
 
-        rows, others = matrix(x), None if residual is None else matrix(residual)
-        y, total, kept = norm_triton(rows, others, weight, bias, form)
+        y, kept = norm_triton(matrix(x), weight, bias, form)
     elif imitated(x.device) == "cuda":
-        total = None if residual is None else torch.empty_like(x)
         y, kept = norm_shapes(_flat(x), form)
     else:
-        total = None if residual is None else x + residual
-        y, kept = norm_library(_flat(x if total is None else total), weight, bias, form)
-    return y.view(shape), None if total is None else total.view(shape), kept
+        y, kept = norm_library(_flat(x), weight, bias, form)
+    return y.view(shape), kept
 
 
 def compute_backward(
@@ -86,18 +76,16 @@ def compute_backward(
     kept: Kept,
     form: Form,
     needs: tuple[bool, bool, bool],
-    dtotal: Tensor | None,
     backend: str,
 ) -> Gradients:
     """The gradients by the implementation that forward took; that of x is a matrix."""
-    others = None if dtotal is None else matrix(dtotal)
     if backend == "triton" and x.numel():
         from .backward import norm_backward_triton
 
-        return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs, others)
+        return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs)
     if imitated(x.device) == "cuda":
         return gradient_shapes(x, needs)
-    return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs, others)
+    return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs)
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Triton kernel for the gradients of RMSNorm and LayerNorm: x's in one pass, with the weight's where it is wanted.
 
-On paper. An element costs two reads and a write, with the gradient of the residual's sum three reads: 6 or 8 bytes in
-bf16. 8192 x 4096 moves 201 MB, for which an H200's 4.8 TB/s need 42 us. A frozen weight costs nothing more: it is read
-by every program, from the second-level cache. For a trained one, and the bias, each of a fixed number of programs sums
-up its rows in fp32, and PyTorch sums up the programs: 512 x 4096 x 4 bytes, written and read, 4 us; in a fixed order.
+On paper. An element costs two reads and a write, 6 bytes in bf16. 8192 x 4096 moves 201 MB, for which an H200's 4.8
+TB/s need 42 us. A frozen weight costs nothing more: it is read by every program, from the second-level cache. For a
+trained one, and the bias, each of a fixed number of programs sums up its rows in fp32, and PyTorch sums up the
+programs: 512 x 4096 x 4 bytes, written and read, 4 us; in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ def norm_bwd_kernel(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
-    dtotal_ptr,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -34,7 +33,6 @@ def norm_bwd_kernel(
     columns,
     dy_stride,
     x_stride,
-    dtotal_stride,
     steps,
     OFFSET: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -43,7 +41,7 @@ def norm_bwd_kernel(
 ):
     """`steps` tiles of whole rows, one after the other.
 
-    dy_ptr, x_ptr, dtotal_ptr: (rows, columns), columns contiguous; dx_ptr: as x, dense. weight_ptr: (columns,).
+    dy_ptr, x_ptr: (rows, columns), columns contiguous; dx_ptr: as x, dense. weight_ptr: (columns,).
     mean_ptr, rstd_ptr: (rows,), fp32. dweight_ptr, dbias_ptr: (programs, columns), fp32. All but dy_ptr, x_ptr and
     rstd_ptr may be None; mean_ptr unless CENTRED.
     """
@@ -78,9 +76,6 @@ def norm_bwd_kernel(
             if CENTRED:
                 dx -= (tl.sum(gradient, axis=1) / columns)[:, None]
             dx *= rstd[:, None]
-            if dtotal_ptr is not None:
-                place = row[:, None] * dtotal_stride + column[None, :]
-                dx += tl.load(dtotal_ptr + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx_ptr + row[:, None] * columns + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
     place = program.to(tl.int64) * columns + column
@@ -97,7 +92,6 @@ def norm_backward_triton(
     kept: Kept,
     form: Form,
     needs: tuple[bool, bool, bool],
-    dtotal: Tensor | None = None,
 ) -> Gradients:
     """As `library.norm_backward_library`; all matrices with contiguous columns, not empty.
 
@@ -121,7 +115,6 @@ def norm_backward_triton(
             weight,
             kept.mean,
             kept.rstd,
-            dtotal,
             dx,
             dweight,
             dbias,
@@ -129,7 +122,6 @@ def norm_backward_triton(
             columns,
             dy.stride(0),
             x.stride(0),
-            0 if dtotal is None else dtotal.stride(0),
             steps,
             OFFSET=form.offset,
             CENTRED=form.centred,

@@ -1,8 +1,8 @@
-"""Triton kernel for RMSNorm and LayerNorm: y, and the sum with a residual, in one pass.
+"""Triton kernel for RMSNorm and LayerNorm.
 
-On paper. An element costs a read and a write, with a residual two of each: 4 or 8 bytes in bf16. 8192 x 4096 moves
-134 MB, for which an H200's 4.8 TB/s need 28 us. LlamaRMSNorm's six operations move 2 + 4, 4 + 4, 4, 4 + 4, 4 + 2 and
-2 + 2 bytes an element, 36 in all. A program holds its rows in registers, so x is read once.
+On paper. An element costs a read and a write, 4 bytes in bf16. 8192 x 4096 moves 134 MB, for which an H200's 4.8 TB/s
+need 28 us. LlamaRMSNorm's six operations move 2 + 4, 4 + 4, 4, 4 + 4, 4 + 2 and 2 + 2 bytes an element, 36 in all. A
+program holds its rows in registers, so x is read once.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from .tiles import check_launch, tile, triton_type
 @triton.jit
 def norm_fwd_kernel(
     x_ptr,
-    residual_ptr,
     weight_ptr,
     bias_ptr,
     y_ptr,
-    total_ptr,
     mean_ptr,
     rstd_ptr,
     rows,
     columns,
     x_stride,
-    residual_stride,
     eps,
     OFFSET: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -41,9 +38,8 @@ def norm_fwd_kernel(
 ):
     """A tile of whole rows.
 
-    x_ptr, residual_ptr: (rows, columns), columns contiguous. weight_ptr, bias_ptr: (columns,). y_ptr, total_ptr: as x,
-    dense. mean_ptr, rstd_ptr: (rows,), fp32. residual_ptr, total_ptr (both or neither), weight_ptr, bias_ptr and
-    mean_ptr may be None; the latter unless CENTRED.
+    x_ptr: (rows, columns), columns contiguous. weight_ptr, bias_ptr: (columns,). y_ptr: as x, dense. mean_ptr,
+    rstd_ptr: (rows,), fp32. weight_ptr, bias_ptr and mean_ptr may be None; the latter unless CENTRED.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -52,11 +48,6 @@ def norm_fwd_kernel(
     place = row[:, None] * columns + column[None, :]
 
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
-        total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + place, total, mask=inside)
-        x = total.to(tl.float32)
     if CENTRED:
         mean = tl.sum(x, axis=1) / columns
         tl.store(mean_ptr + row, mean, mask=row < rows)
@@ -73,10 +64,8 @@ def norm_fwd_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def norm_triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: Form
-) -> tuple[Tensor, Tensor | None, Kept]:
-    """(y, x + residual or None, what backward needs); x and residual: (rows, features), columns contiguous, not empty.
+def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> tuple[Tensor, Kept]:
+    """(y, what backward needs); x: (rows, features), columns contiguous, not empty.
 
     Raises:
         ValueError: as `tiles.check_launch`.
@@ -85,23 +74,19 @@ def norm_triton(
     rows, columns = x.shape
     block_rows, block_columns, num_warps = tile(columns)
     y = torch.empty((rows, columns), dtype=form.out, device=x.device)
-    total = None if residual is None else torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None
     with launching_on(x.device):
         norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](
             x,
-            residual,
             weight,
             bias,
             y,
-            total,
             mean,
             rstd,
             rows,
             columns,
             x.stride(0),
-            0 if residual is None else residual.stride(0),
             form.eps,
             OFFSET=form.offset,
             CENTRED=form.centred,
@@ -110,4 +95,4 @@ def norm_triton(
             BLOCK_COLUMNS=block_columns,
             num_warps=num_warps,
         )
-    return y, total, Kept(rstd, mean)
+    return y, Kept(rstd, mean)

@@ -46,14 +46,14 @@ def _form(kind: str, x: torch.dtype, weight: torch.dtype, eps: float) -> Form:
 
 def _check(kind: str, backend: str) -> dict[str, Any]:
     verdicts = Verdicts()
-    for dtype, weight, with_residual, trained in product(DTYPES, (None, torch.float32), (False, True), (False, True)):
-        if backend == "aten" and (with_residual or trained or weight is not None):
+    for dtype, weight, trained in product(DTYPES, (None, torch.float32), (False, True)):
+        if backend == "aten" and (trained or weight is not None):
             continue  # what it does not take, and sums over rows in PyTorch's own rounding
-        _compare(verdicts, kind, backend, _ODD, dtype, weight or dtype, with_residual, trained)
-    for shape, everything in product(_SHAPES, (False, True)):
-        if backend != "aten" or not everything:
-            trained = everything and shape[-1] > 4  # of one sum over rows chance decides which rounding is nearer
-            _compare(verdicts, kind, backend, shape, torch.bfloat16, torch.bfloat16, everything, trained)
+        _compare(verdicts, kind, backend, _ODD, dtype, weight or dtype, trained)
+    for shape, both in product(_SHAPES, (False, True)):
+        if backend != "aten" or not both:
+            trained = both and shape[-1] > 4  # of one sum over rows chance decides which rounding is nearer
+            _compare(verdicts, kind, backend, shape, torch.bfloat16, torch.bfloat16, trained)
     return {"largest_share_of_budget": verdicts.settle()}
 
 
@@ -65,14 +65,14 @@ def _check_default() -> dict[str, Any]:
         form = _form("gemma", x.dtype, torch.bfloat16, 1e-6)
         weight = torch.randn(x.shape[-1], device=_DEVICE).bfloat16()
         leaf = x.detach().requires_grad_()
-        y = run_norm(leaf, weight, None, None, form)
+        y = run_norm(leaf, weight, None, form)
         (dx,) = torch.autograd.grad(y.sum(), leaf)
         same, exact = (
             norm_reference(x.to(d), weight.to(d), None, _form("gemma", d, d, 1e-6)) for d in (x.dtype, torch.float64)
         )
         verdicts.within(y.detach(), same, exact, f"strides {x.stride()}")
         dense = x.contiguous().requires_grad_()
-        (want,) = torch.autograd.grad(run_norm(dense, weight, None, None, form).sum(), dense)
+        (want,) = torch.autograd.grad(run_norm(dense, weight, None, form).sum(), dense)
         verdicts.equal(dx.contiguous(), want, f"gradient, strides {x.stride()}")
     return {"largest_share_of_budget": verdicts.settle()}
 
@@ -80,7 +80,7 @@ def _check_default() -> dict[str, Any]:
 def _check_wide() -> dict[str, Any]:
     verdicts = Verdicts()
     for kind in ("gemma", "layer"):
-        _compare(verdicts, kind, "auto", (3, 40000), torch.bfloat16, torch.bfloat16, True, True)
+        _compare(verdicts, kind, "auto", (3, 40000), torch.bfloat16, torch.bfloat16, True)
     return {"largest_share_of_budget": verdicts.settle()}
 
 
@@ -90,7 +90,7 @@ def _check_graph() -> dict[str, Any]:
     form = _form("gemma", x.dtype, x.dtype, 1e-6)
 
     def step() -> tuple[Tensor, Tensor]:
-        y = run_norm(x, weight, None, None, form, "triton")
+        y = run_norm(x, weight, None, form, "triton")
         return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
     side = torch.cuda.Stream()
@@ -116,11 +116,11 @@ def _check_many() -> dict[str, Any]:
     x = torch.randn((rows, features), dtype=torch.bfloat16, device=_DEVICE, requires_grad=True)
     weight = torch.randn(features, dtype=torch.bfloat16, device=_DEVICE)
     form = _form("gemma", x.dtype, x.dtype, 1e-6)
-    y = run_norm(x, weight, None, None, form, "triton")
+    y = run_norm(x, weight, None, form, "triton")
     (dx,) = torch.autograd.grad(y, x, y.detach())
     for part in (slice(0, 64), slice(_MANY // features - 32, _MANY // features + 32), slice(rows - 5, rows)):
         own = x.detach()[part].clone().requires_grad_()
-        want = run_norm(own, weight, None, None, form, "triton")
+        want = run_norm(own, weight, None, form, "triton")
         assert torch.equal(y[part], want), f"y, rows {part}"
         assert torch.equal(dx[part], torch.autograd.grad(want, own, want.detach())[0]), f"dx, rows {part}"
     return {"elements": rows * features}
@@ -133,43 +133,29 @@ def _compare(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
-    with_residual: bool,
     trained: bool,
 ) -> None:
     # With one element only what eps leaves of the gradient is not rounding.
     eps = 20.0 if shape[-1] < 8 else 1e-5
-    x, residual, dy, dtotal = (torch.randn(shape, device=_DEVICE).to(dtype) for _ in range(4))
+    x, dy = (torch.randn(shape, device=_DEVICE).to(dtype) for _ in range(2))
     x += 0.5
     weight, bias = (torch.randn(shape[-1], device=_DEVICE).to(weight_dtype) for _ in range(2))
-    given = {"x": x, "weight": weight}
-    given |= ({"residual": residual} if with_residual else {}) | ({"bias": bias} if kind == "layer" else {})
+    given = {"x": x, "weight": weight} | ({"bias": bias} if kind == "layer" else {})
 
     def step(compute: Any, in_dtype: torch.dtype | None) -> dict[str, Tensor]:
         leaves = {name: t.detach().to(in_dtype or t.dtype) for name, t in given.items()}
         for name, leaf in leaves.items():
-            leaf.requires_grad_(trained or name in ("x", "residual"))
+            leaf.requires_grad_(trained or name == "x")
         form = _form(kind, leaves["x"].dtype, leaves["weight"].dtype, eps)
-        found = compute(leaves["x"], leaves["weight"], leaves.get("bias"), leaves.get("residual"), form)
-        outputs = list(found) if isinstance(found, tuple) else [found]
+        y = compute(leaves["x"], leaves["weight"], leaves.get("bias"), form)
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        grads = torch.autograd.grad(
-            outputs,
-            list(wanted.values()),
-            [d.to(y.dtype) for d, y in zip((dy, dtotal), outputs, strict=False)],
-        )
-        named = {name: y.detach() for name, y in zip(("y", "total"), outputs, strict=False)}
-        return named | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
     ours, twice = (step(partial(run_norm, backend=backend), None) for _ in range(2))
-    same, exact = step(_plain, None), step(_plain, torch.float64)
+    same, exact = step(norm_reference, None), step(norm_reference, torch.float64)
     for name, value in ours.items():
-        what = f"{name} of {kind}, {shape} {dtype} {weight_dtype} {with_residual=} {trained=}"
+        what = f"{name} of {kind}, {shape} {dtype} {weight_dtype} {trained=}"
         if backend == "triton":
             verdicts.equal(twice[name], value, f"{what}: not the same twice")
         verdicts.within(value, same[name], exact[name], what)
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, form: Form) -> Any:
-    total = x if residual is None else x + residual
-    y = norm_reference(total, weight, bias, form)
-    return y if residual is None else (y, total)

@@ -28,7 +28,6 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             yield f"speed {kind} {shape[0]}x{shape[1]} bf16", partial(_measure, kind, shape, torch.bfloat16)
     yield "speed llama 8192x4096 fp32", partial(_measure, "llama", (8192, 4096), torch.float32)
     yield f"host time {_SMALL[0]}x{_SMALL[1]}", _measure_host
-    yield "speed with the residual 8192x4096 bf16", _measure_residual
 
 
 def _ways(kind: str, x: Tensor, weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -39,12 +38,12 @@ def _ways(kind: str, x: Tensor, weight: Tensor) -> dict[str, Callable[[Tensor], 
         return norm_reference(x, weight, None, form)
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "triton": lambda x: run_norm(x, weight, None, None, form, "triton"),
+        "triton": lambda x: run_norm(x, weight, None, form, "triton"),
         "module": own,
         "compiled": torch.compile(own),
     }
     if kind == "llama":
-        ways["aten"] = lambda x: run_norm(x, weight, None, None, form, "aten")
+        ways["aten"] = lambda x: run_norm(x, weight, None, form, "aten")
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     except ImportError:
@@ -110,26 +109,6 @@ def _host_us(step: Callable[[], None]) -> float:
         samples.append((time.perf_counter() - begin) / 20 * 1e6)
     torch.cuda.synchronize()
     return median(samples[3:])
-
-
-def _measure_residual() -> dict[str, Any]:
-    x, residual, dy = (torch.randn((8192, 4096), device=_DEVICE, dtype=torch.bfloat16) for _ in range(3))
-    x.requires_grad_()
-    weight = torch.randn(4096, device=_DEVICE, dtype=torch.bfloat16)
-    form, out = _form("llama", x), torch.empty_like(dy)
-    copy = median_us(lambda: out.copy_(dy))
-    ours = median_us(lambda: run_norm(x, weight, None, residual, form, "triton"))
-    y, total = run_norm(x, weight, None, residual, form, "triton")
-    backward = median_us(lambda: torch.autograd.grad([y, total], x, [dy, residual], retain_graph=True))
-    apart = median_us(lambda: run_norm(x + residual, weight, None, None, form))
-    return {
-        "copy_us": copy,
-        "forward_us": ours,
-        "forward_share": 2 * copy / ours,
-        "backward_us": backward,
-        "backward_share": 2 * copy / backward,
-        "sum_and_norm_apart_us": apart,
-    }
 
 
 @torch.no_grad()

@@ -61,9 +61,8 @@ def norm_backward_library(
     kept: Kept,
     form: Form,
     needs: tuple[bool, bool, bool],
-    dtotal: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of x, weight and bias as far as `needs` says; `dtotal`, of x's shape, is added to that of x."""
+    """Gradients of x, weight and bias as far as `needs` says."""
     rstd, mean = kept
     scale = _scale(weight, form, x)
     dx = torch.empty_like(x) if needs[0] else None
@@ -84,8 +83,6 @@ def norm_backward_library(
         share = torch.linalg.vecdot(gradient, normalised).mul_(rstd[block]).mul_(rstd[block]).div_(-x.shape[1])
         if mean is not None:
             gradient.sub_(gradient.mean(-1, keepdim=True))
-        if dtotal is not None:
-            gradient.add_(dtotal[block])
         if dx.dtype == gradient.dtype:
             torch.addcmul(gradient, normalised, share.unsqueeze(-1), out=dx[block])
         else:

@@ -24,11 +24,8 @@ X, W = torch.zeros(4, 6), torch.ones(6)
         ({"eps": None}, TypeError, "eps: expected a float or int, got NoneType"),
         ({"offset": "1"}, TypeError, "offset: expected a float or int, got str"),
         ({"rounding": "twice"}, ValueError, r"rounding: expected one of \('input', .*\), got 'twice'"),
-        ({"residual": X[:2]}, ValueError, r"residual: expected shape \(4, 6\), got \(2, 6\)"),
-        ({"residual": X.half()}, ValueError, "residual: expected x's dtype, torch.float32, got torch.float16"),
         ({"backend": "cuda"}, ValueError, r"backend: expected one of \('auto', .*\), got 'cuda'"),
         ({"backend": "aten", "offset": 1.0}, ValueError, "backend: 'aten' was asked for, which takes no offset"),
-        ({"backend": "aten", "residual": X}, ValueError, "backend: 'aten' was asked for, .* no residual"),
         ({"backend": "aten", "weight": W.half()}, ValueError, "'aten' was asked for, .* weights of x's dtype"),
         ({"backend": "triton", "x": X.double()}, ValueError, "'triton' was asked for, .* got torch.float64"),
     ],
@@ -69,13 +66,13 @@ def test_the_default_is_pytorch_s_own_where_that_is_one_kernel(monkeypatch: pyte
         def __init__(self, x: torch.Tensor) -> None:
             self.shape, self.dtype, self.device, self.numel = x.shape, x.dtype, x.device, x.numel
 
-    def chosen(x: Any, weight: Any = None, residual: Any = None, **changes: Any) -> str:
+    def chosen(x: Any, weight: Any = None, **changes: Any) -> str:
         form = api.layer_form(x.dtype, 1e-5) if changes.pop("centred", False) else None
         form = form or api.rms_form(x.dtype, x.dtype, 1e-6, changes.pop("offset", 0.0), "input")
-        return api._default(x, weight, None, residual, form)
+        return api._default(x, weight, None, form)
 
     assert chosen(OnCuda(few)) == "aten" and chosen(OnCuda(many)) == "triton"
-    assert chosen(OnCuda(few), offset=1.0) == "triton" and chosen(OnCuda(few), residual=few) == "triton"
+    assert chosen(OnCuda(few), offset=1.0) == "triton"
     assert chosen(OnCuda(few), W.half()) == "triton"
     assert chosen(OnCuda(wide)) == "aten" and chosen(OnCuda(wide), offset=1.0) == "torch"
     assert chosen(OnCuda(many), centred=True) == "aten" and chosen(few, centred=True) == "aten"

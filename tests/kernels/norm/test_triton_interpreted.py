@@ -19,9 +19,8 @@ DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_within_budget(kind: str) -> None:
-    for (dtype, weight), with_residual in product(DTYPES, (False, True)):
-        for shape in ((2, 3, 65), (70, 33), (1, 1), (0, 4)):
-            hold(make_case(kind, shape, dtype, weight=weight, with_residual=with_residual), "triton")
+    for (dtype, weight), shape in product(DTYPES, ((2, 3, 65), (70, 33), (1, 1), (0, 4))):
+        hold(make_case(kind, shape, dtype, weight=weight), "triton")
     if kind != "gemma":
         hold(make_case(kind, (5, 7), torch.float32, bare=True), "triton")
 
