@@ -78,6 +78,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     fingerprint = prepared.rows.fingerprint()
     if checkpoint is not None:
         run_folder.check_same(prepared.config, target)
+        run_folder.check_steps(checkpoint, config.training)
         run_folder.check_data(target, fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
@@ -116,7 +117,10 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         run_folder.begin(target, config, ready.fingerprint, ready.arguments.world_size)
     strategy.before(prepared, trainer)
     with stop, progress, PeakMemory(device) as peak:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and _is_done(checkpoint, config, console):
+            _restore(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     nan.check(model)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = run_folder.last_checkpoint(target)
@@ -156,6 +160,29 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first and config.training.push_to_hub:
         upload(target, config, prepared.tokenizer)
     return outcome
+
+
+def _is_done(checkpoint: Path, config: FastpeftConfig, console: Console) -> bool:
+    """Whether no step is left of a run that is resumed, which is said."""
+    done, wanted = run_folder.steps(checkpoint, config.training)
+    if done < wanted:
+        return False
+    console.print(
+        f"note: the run has all of its {wanted} steps, so none is trained; a larger training.max_steps or "
+        "training.num_train_epochs goes on",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return True
+
+
+def _restore(trainer: Any, checkpoint: Path) -> None:
+    """What a resumed trainer has before its first step, which it would take before it looks whether any is left."""
+    from transformers import TrainerState
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:

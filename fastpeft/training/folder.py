@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, TrainingSection
 from fastpeft.errors import UserError
 from fastpeft.paths import can_be_made
 
@@ -129,6 +130,23 @@ def _is_finite(checkpoint: Path) -> bool:
         return True
     with safe_open(weights, "pt") as values:
         return all(bool(values.get_tensor(name).isfinite().all()) for name in values.keys())  # noqa: SIM118
+
+
+def steps(checkpoint: Path, training: TrainingSection) -> tuple[int, int]:
+    """(steps that a checkpoint has, steps that a run on its data has in all)."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    done: int = state["global_step"]
+    if training.max_steps > 0:
+        return done, training.max_steps
+    an_epoch = round(done / state["epoch"]) if state.get("epoch") else 1
+    return done, math.ceil(training.num_train_epochs * an_epoch)
+
+
+def check_steps(checkpoint: Path, training: TrainingSection) -> None:
+    """Raise UserError if a run to resume has more steps than are asked for."""
+    done, wanted = steps(checkpoint, training)
+    if done > wanted:
+        raise UserError(f"--resume: expected at least the {done} steps that {checkpoint} has, got {wanted}")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

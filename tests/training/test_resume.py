@@ -130,6 +130,27 @@ class TestOneRun:
         assert_same(resumed, finished)
         assert resumed.record["tokens_per_second"] is None
 
+    @pytest.mark.parametrize("ended", [pytest.param(False, marks=pytest.mark.full), True], ids=["killed", "ended"])
+    def test_all_steps_done_within_an_epoch(
+        self, ended: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The trainer would take one more."""
+        folder = tmp_path / "run"
+        whole = train(folder, *arguments, "--max-steps", "4", "--save-steps", "4")
+        wanted = Run(tmp_path / "wanted", None)
+        shutil.copytree(folder, wanted.folder)
+        if not ended:
+            (folder / "run.json").unlink()
+            (folder / "adapter_model.safetensors").unlink()
+        answer = command(capsys, "train", "--resume", "--output-dir", str(folder))
+        assert answer.code == 0, answer.err
+        assert "note: the run has all of its 4 steps, so none is trained" in answer.err
+        assert whole.record["steps"] == 4
+        assert_same(Run(folder, None), wanted)
+        answer = command(capsys, "train", "--resume", "--output-dir", str(folder), "--max-steps", "3")
+        assert answer.code != 0 and "--resume: expected at least the 4 steps that" in answer.err
+        assert train(folder, "--resume", "--max-steps", "5").record["steps"] == 5
+
     def test_a_finished_run_goes_on_with_more_epochs(self, copy: Path, finished: Run) -> None:
         resumed = train(copy, "--resume", "--epochs", "4")
         assert resumed.record["steps"] == 12 and resumed.losses[:9] == finished.losses
