@@ -71,6 +71,10 @@ class DataSection:
         None, 'Jinja file, "chatml", "plain" or "own", the tokenizer\'s; null: own, plain if it has none.'
     )
     eos_token: str | None = option(None, "Token that ends a text or an answer; null: the tokenizer's own.")
+    source_language: str | None = option(
+        None, "Language code of the prompts, for translators of several languages; null: the tokenizer's own."
+    )
+    target_language: str | None = option(None, "Language code of the completions, likewise.")
     assistant_only: bool = option(True, "Chats: learn the assistant's turns only.")
     limit: int | None = option(None, "Use at most so many rows.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastpeft.data.chat import messages_of, short, variables_of
+from fastpeft.data.languages import begins_with
 from fastpeft.errors import UserError
 from fastpeft.models.bases import positions
 
@@ -210,6 +211,7 @@ class Generator:
         ids = self.model.generate(
             **batch,
             **sampling.options(),
+            **begins_with(self.tokenizer),
             streamer=streamer,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=end_tokens(self.model, self.tokenizer),

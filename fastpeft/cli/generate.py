@@ -46,6 +46,12 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    source_language: Annotated[
+        str | None, typer.Option(help="Language code of the prompts; by default as in training.", show_default=False)
+    ] = None,
+    target_language: Annotated[
+        str | None, typer.Option(help="Language code of the answers; by default as in training.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that make up this.")] = 1.0,
@@ -68,6 +74,7 @@ def generate(
     One prompt is answered as it is generated; several, or a file, as JSON lines. Without --prompt and --file the prompt
     is read from standard input.
     """
+    from fastpeft.data.languages import set_languages
     from fastpeft.generation import Generator, PromptEncoder, Sampling, classify
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
@@ -84,6 +91,7 @@ def generate(
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
     tokenizer = tuned.load_tokenizer(source)
+    set_languages(tokenizer, source_language, target_language, ("--source-language", "--target-language"))
     one = len(prompts) == 1 and file is None and output is None
     if source.task == "sequence-classification":
         if system is not None:

@@ -14,6 +14,7 @@ from fastpeft.data.encoding import Encoded, encode
 from fastpeft.data.endings import learned_end
 from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
 from fastpeft.data.labels import check_labels, find_labels, named_labels
+from fastpeft.data.languages import check_target, set_languages
 from fastpeft.data.rows import is_document, load_rows, sources
 from fastpeft.errors import UserError
 from fastpeft.models import bases
@@ -64,6 +65,9 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
         raise UserError(f"data.packing: expected false for task {task}, got true")
     tokenizer = bases.load_tokenizer(model)
     _set_end(tokenizer, data.eos_token)
+    set_languages(tokenizer, data.source_language, data.target_language)
+    if task == "seq2seq-lm":
+        check_target(tokenizer)
     if data.chat_template is not None and not _is_chat(raw, kind):
         raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
     template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
