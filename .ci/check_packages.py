@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"fastpeft": ROOT, "fastpeft_kernels": ROOT / "kernels"}
-DATA = ("py.typed", "quickstart/assets/**/*", "**/*.cpp", "**/*.h", "tuning/defaults/*.json")
+DATA = ("py.typed", "quickstart/assets/**/*", "data/templates/*.jinja", "**/*.cpp", "**/*.h", "tuning/defaults/*.json")
 IMPORTED = """
 import sys, fastpeft, fastpeft_kernels
 from fastpeft_kernels import lora, quant
