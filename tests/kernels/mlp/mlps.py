@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def mlp(
     sizes = {"gate and up": (features, features), "both in one": (2 * features,), "up alone": (features,)}[layout]
     inner = [projection(in_features, size, *r, **fields) for size, r in zip(sizes, ranks, strict=False)]
     return Mlp(tuple(inner), projection(features, in_features, *ranks[-1], **fields), activation)
+
+
+def tiled_by(tile: int) -> Callable[..., Tensor]:
+    """`lora_mlp` over tiles, for the checks that are shared with the whole."""
+
+    def tiled(*args: Any, **named: Any) -> Tensor:
+        return lora_mlp(*args, **{**named, "keep": "input", "tile": tile})
+
+    return tiled
 
 
 def wide(m: Mlp) -> Mlp:
