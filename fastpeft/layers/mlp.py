@@ -95,7 +95,7 @@ class FastMlp(nn.Module, Counting):
                 seeds = draw_seeds(x.device, mlp.projections, training=True)
                 tile = self.fastpeft_tile
                 reason = why_not_tiled(mlp) if tile else None
-                self._count(f"{UNTILED}: {reason}" if reason else "fused")
+                self._count("fused" if reason is None else f"{UNTILED}: {reason}")
                 tile = 0 if reason else tile
                 return run_mlp(x, mlp, dtypes, seeds, self.fastpeft_keep, tile)
             reason = request

@@ -92,10 +92,11 @@ class MemoryReplacement(MixedIn):
 def _no_mlp(layer: nn.Module) -> str:
     """What of a policy is about MLPs, where there is none that is one op."""
     policy: LayerPolicy = layer.fastpeft_memory  # type: ignore[assignment]
-    if mlps(layer) or not (policy.tile or policy.activations == "selective"):
+    if mlps(layer):
         return ""
-    what = [*["nothing is computed again"] * (policy.activations == "selective"), *["no tiles"] * bool(policy.tile)]
-    return f"no MLP that is one op: {', '.join(what)}"
+    if policy.activations == "selective":
+        return "no MLP that is one op: nothing is computed again"
+    return "no MLP that is one op: no tiles" if policy.tile else ""
 
 
 def _left(layer: nn.Module) -> str:

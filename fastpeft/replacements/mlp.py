@@ -63,5 +63,9 @@ class MlpReplacement:
 
     def status(self, module: nn.Module) -> tuple[str, str]:
         total, calls = outcomes(module)
-        how = {reason: "" if reason.startswith(UNTILED) else "part by part: " for reason in calls}
-        return "", "; ".join(f"{count} of {total} calls {how[why]}{why}" for why, count in calls.items())
+        return "", "; ".join(
+            f"{count} of {total} calls {why}"
+            if why.startswith(UNTILED)
+            else f"{count} of {total} calls part by part: {why}"
+            for why, count in calls.items()
+        )
