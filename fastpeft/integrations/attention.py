@@ -17,7 +17,7 @@ from fastpeft_kernels.common.device import autocast_dtype
 
 from ..layers.bypass import transformed
 from ..layers.counting import DENSE, count
-from .attention_documents import documents, restarted_documents
+from .attention_documents import documents, restarted_documents, within
 from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
 from .transformers import ATTENTION
 
@@ -117,7 +117,7 @@ def attention_forward(
         if found is None and keys == queries:
             mask = replace(mask, right=0)
     if found is not None:
-        mask = _within(mask, found)
+        mask = within(mask, found)
     reason = _why_not(query, key, others) or ("dropout of all weights" if dropout >= 1.0 else None)
     if few and not torch.compiler.is_compiling():
         reason = reason or "dropout of few scores on a CPU"
@@ -302,11 +302,3 @@ def _expanded(relative: Tensor | None, bias: Tensor | None, queries: int, keys: 
     key = torch.arange(keys, device=relative.device)
     full = relative[:, key - query + queries - 1][None]
     return full if bias is None else full + bias
-
-
-def _within(mask: Mask, documents: Mask) -> Mask:
-    """Both, of which the second has but start and stop."""
-    start, stop = documents.start, documents.stop
-    if mask.start is None or mask.stop is None or start is None or stop is None:
-        return replace(mask, start=start, stop=stop)
-    return replace(mask, start=torch.maximum(mask.start, start), stop=torch.minimum(mask.stop, stop))
