@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FrozenWeight, Rows, unflatten_weight
+from .base import FrozenWeight, unflatten_weight
 from .held import held
+from .wrapped import WrappedWeight
 
 
-class DecodedOnce(FrozenWeight):
+class DecodedOnce(WrappedWeight):
     """Another weight, whose decoded values stay as long as this object: for an op that multiplies many times.
 
     Args:
@@ -21,8 +22,7 @@ class DecodedOnce(FrozenWeight):
     kind = "decoded_once"
 
     def __init__(self, base: FrozenWeight) -> None:
-        self.base, self.shape = base, base.shape
-        self.dtype, self.device, self.fills = base.dtype, base.device, base.fills
+        super().__init__(base)
         self.row_by_row = base.row_by_row
         self._values: dict[torch.dtype, Tensor] = {}
 
@@ -30,10 +30,8 @@ class DecodedOnce(FrozenWeight):
     def storage(self) -> str:
         return self.base.storage
 
-    def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        return self.base.decode(out, rows, dtype)
-
     def ready(self, dtype: torch.dtype) -> Tensor | None:
+        """`is_ready` is the base's: what is made of its answer is then the same for both."""
         found = self._values.get(dtype)
         if found is None:
             found = self.base.ready(dtype)
@@ -41,21 +39,11 @@ class DecodedOnce(FrozenWeight):
             self._values[dtype] = found = self.base.decode(dtype=dtype) if found is None else found
         return found
 
-    def is_ready(self, dtype: torch.dtype) -> bool:
-        """Of the base: what is made of this answer is then the same for both."""
-        return self.base.is_ready(dtype)
-
     def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         return self.base.linear(x, shared)
 
     def linear_t(self, dy: Tensor) -> Tensor | None:
         return self.base.linear_t(dy)
-
-    def prefetch(self) -> None:
-        self.base.prefetch()
-
-    def release(self) -> None:
-        self.base.release()
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         tensors, meta = self.base.flatten()
