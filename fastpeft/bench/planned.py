@@ -59,6 +59,7 @@ def compare(case: StepCase) -> Compared:
     from fastpeft.config import LoraSection
     from fastpeft.memory.composing import compose
     from fastpeft.memory.layers import model_layers
+    from fastpeft.memory.policy import LayerPolicy
     from fastpeft.memory.skeleton import build
     from fastpeft.memory.timeline import trace
 
@@ -84,7 +85,7 @@ def compare(case: StepCase) -> Compared:
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
     meta = {name: tensor.to("meta") for name, tensor in batch.items()}
     stretches = trace(skeleton.model, model_layers(skeleton.model), meta, "cpu", accumulated=False)
-    kind: Any = "recompute" if case.checkpointing else "keep"
+    kind = LayerPolicy("recompute" if case.checkpointing else "keep")
     peak = compose({kind: stretches}, skeleton.order, (kind,) * len(skeleton.order))
     return Compared(case.name, peak.size, measured)
 

@@ -17,7 +17,7 @@ from fastpeft_kernels.common.device import autocast_dtype
 
 from ..layers.bypass import transformed
 from ..layers.counting import DENSE, count
-from .attention_documents import documents, restarted_documents
+from .attention_documents import documents, restarted_documents, within
 from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
 from .transformers import ATTENTION
 
@@ -113,7 +113,7 @@ def attention_forward(
         if found is None and keys == queries:
             mask = replace(mask, right=0)
     if found is not None:
-        mask = _within(mask, found)
+        mask = within(mask, found)
     reason = _why_not(query, key, others) or ("dropout of all weights" if dropout >= 1.0 else None)
     if reason is not None:
         count(module, reason)
@@ -296,11 +296,3 @@ def _expanded(relative: Tensor | None, bias: Tensor | None, queries: int, keys: 
     key = torch.arange(keys, device=relative.device)
     full = relative[:, key - query + queries - 1][None]
     return full if bias is None else full + bias
-
-
-def _within(mask: Mask, documents: Mask) -> Mask:
-    """Both, of which the second has but start and stop."""
-    start, stop = documents.start, documents.stop
-    if mask.start is None or mask.stop is None or start is None or stop is None:
-        return replace(mask, start=start, stop=stop)
-    return replace(mask, start=torch.maximum(mask.start, start), stop=torch.minimum(mask.stop, stop))

@@ -1,9 +1,12 @@
-"""Packed documents, which a model hands to its attention function beside a mask that may know nothing of them."""
+"""Packed documents, which a model hands to its attention function beside a mask that may know nothing of them.
+
+The layers of a model get the same tensors: what is made of them is made once for all.
+"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from fastpeft_kernels.attention.masks import Mask
 from fastpeft_kernels.attention.ranges import packed, packed_by_index
+from fastpeft_kernels.common.remembered import Remembered
 
 
 def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str, Any]) -> Mask | None:
@@ -24,20 +28,36 @@ def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str
     """
     if (ends_q := given.get("cu_seq_lens_q")) is not None:
         ends_k = given.get("cu_seq_lens_k")
-        found = packed(ends_q, batch * queries, ends_q if ends_k is None else ends_k, batch * keys, causal=causal)
-        if batch == 1:
-            return found
-        assert found.start is not None and found.stop is not None
-        row = torch.arange(batch, device=ends_q.device, dtype=torch.int32)[:, None] * keys
-        return Mask(start=found.start.view(batch, queries) - row, stop=found.stop.view(batch, queries) - row)
+        return _by_ends(ends_q, ends_q if ends_k is None else ends_k, queries, keys, batch, causal)
     index = given.get("seq_idx")
     if index is not None and queries == keys and index.shape[-1] == queries:
-        return packed_by_index(index.view(-1, queries), causal=causal)
+        return _by_index(index, queries, causal)
     return None
 
 
-_last: tuple[weakref.ref[Tensor], int, Mask | None] | None = None
-"""Of the positions that were looked at last: the layers of one forward share theirs."""
+def _of_ends(ends_q: Tensor, ends_k: Tensor, queries: int, keys: int, batch: int, causal: bool) -> Mask:
+    found = packed(ends_q, batch * queries, ends_k, batch * keys, causal=causal)
+    if batch == 1:
+        return found
+    assert found.start is not None and found.stop is not None
+    row = torch.arange(batch, device=ends_q.device, dtype=torch.int32)[:, None] * keys
+    return Mask(start=found.start.view(batch, queries) - row, stop=found.stop.view(batch, queries) - row)
+
+
+def _of_index(index: Tensor, queries: int, causal: bool) -> Mask:
+    return packed_by_index(index.view(-1, queries), causal=causal)
+
+
+def within(mask: Mask, documents: Mask) -> Mask:
+    """Both, of which the second has but start and stop."""
+    start, stop = documents.start, documents.stop
+    if mask.start is not None and mask.stop is not None and start is not None and stop is not None:
+        start, stop = _both(mask.start, mask.stop, start, stop)
+    return replace(mask, start=start, stop=stop)
+
+
+def _of_both(start: Tensor, stop: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.maximum(start, first), torch.minimum(stop, end)
 
 
 def restarted_documents(
@@ -57,25 +77,21 @@ def restarted_documents(
         return None
     if torch.compiler.is_compiling():
         return _restarted(position_ids, seen_keys())
-    if position_ids.is_inference():  # has no version
-        found = _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
-    else:
-        found = _remembered(position_ids)
+    found = _by_positions(position_ids)
     if found is None or (seen := seen_keys()) is None:
         return found
     return _restarted(position_ids, seen)
 
 
-def _remembered(position_ids: Tensor) -> Mask | None:
-    global _last
-    known = _last
-    if known is not None and known[0]() is position_ids and known[1] == position_ids._version:
-        return known[2]
-    found = _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
-    _last = (weakref.ref(position_ids), position_ids._version, found)
-    return found
+def _of_positions(position_ids: Tensor) -> Mask | None:
+    """Waits for the GPU."""
+    return _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
 
 
 def _restarted(position_ids: Tensor, seen: Tensor | None) -> Mask:
     begins = position_ids == 0
     return packed_by_index((begins if seen is None else begins & seen).cumsum(-1))
+
+
+_by_ends, _by_index = Remembered(_of_ends), Remembered(_of_index)
+_by_positions, _both = Remembered(_of_positions), Remembered(_of_both)

@@ -35,6 +35,11 @@ class LlmInt8Weight(ScaledWeight):
         super().__init__(codes, absmax.view(-1, 1), block=(1, codes.shape[1]), dtype=dtype, factor=1.0 / 127.0)
         self.threshold = threshold
 
+    @property
+    def row_by_row(self) -> bool:  # type: ignore[override]
+        """Not where a value above the threshold keeps its column of all rows out of int8."""
+        return not self.threshold
+
     def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         if self.threshold is None or not x.numel():
             return None

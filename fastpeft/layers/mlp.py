@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpeft_kernels.lora import Dtypes
 from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
-from fastpeft_kernels.mlp.api import run_mlp
+from fastpeft_kernels.mlp.api import run_mlp, why_not_tiled
 
 from ..integrations import peft
 from .bypass import why_not_bypassed, why_not_called
@@ -25,6 +25,8 @@ from .mixing import reduced, swap_out
 from .mlp_structure import Roles
 from .requests import Request, agrees, leading_dtypes, plain_request
 
+UNTILED = "not in tiles"
+"""Begins the outcome of a call that the op served with all tokens at once, though tiles were asked for."""
 DORA = "DoRA, whose projections are computed one group at a time"
 
 
@@ -37,6 +39,7 @@ class FastMlp(nn.Module, Counting):
     fastpeft_roles: Roles | None = None
     fastpeft_bypassed: tuple[nn.Module, ...]  # of the proof
     fastpeft_keep: bool = True  # of gate and up for backward
+    fastpeft_tile: int = 0  # tokens at a time, of `LayerPolicy.tile`
     fastpeft_suspended: bool = False
 
     def request(self, x: Tensor) -> tuple[Mlp, Dtypes] | str:
@@ -95,22 +98,25 @@ class FastMlp(nn.Module, Counting):
             request = self.request(x)
             if not isinstance(request, str):
                 mlp, dtypes = request
-                self._count("fused")
                 seeds = draw_seeds(x.device, mlp.projections, training=True)
-                return run_mlp(x, mlp, dtypes, seeds, self.fastpeft_keep)
+                tile = self.fastpeft_tile
+                reason = why_not_tiled(mlp) if tile else None
+                self._count("fused" if reason is None else f"{UNTILED}: {reason}")
+                tile = 0 if reason else tile
+                return run_mlp(x, mlp, dtypes, seeds, self.fastpeft_keep, tile)
             reason = request
         self._count(reason)
         return super().forward(*args, **kwargs)
 
     def leave(self) -> None:
         """This instance as it was before."""
-        for name in ("fastpeft_roles", "fastpeft_bypassed", "fastpeft_keep", "fastpeft_calls", "fastpeft_suspended"):
-            self.__dict__.pop(name, None)
+        for name in ("roles", "bypassed", "keep", "tile", "calls", "suspended"):
+            self.__dict__.pop(f"fastpeft_{name}", None)
         swap_out(self, FastMlp)
 
     def _count(self, outcome: str) -> None:
         super()._count(outcome)
-        if outcome == "fused" and self.fastpeft_roles is not None:
+        if (outcome == "fused" or outcome.startswith(UNTILED)) and self.fastpeft_roles is not None:
             for name in (*self.fastpeft_roles.inner, self.fastpeft_roles.down):
                 child = self._modules[name]
                 if isinstance(child, FastLoraLayer):

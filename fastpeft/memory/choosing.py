@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .policy import Activations, LayerPolicy, MemoryPolicy
+from .policy import LayerPolicy, MemoryPolicy
 from .predicting import Model
 
 CONTEXT = 512 << 20
@@ -55,7 +55,9 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
     """Bytes and time under a policy."""
     count = len(model.skeleton.order)
     layers = policy.of(count)
-    traced: tuple[Activations, ...] = tuple("keep" if each.activations == "keep" else "recompute" for each in layers)
+    traced = tuple(
+        [LayerPolicy() if each.activations == "keep" else LayerPolicy("recompute", tile=each.tile) for each in layers]
+    )
     peak = model.peak(traced, rows, tokens)
     inputs = rows * tokens * _width(model) * model.setting.dtype.itemsize
     moved = sum(each.activations == "offload" for each in layers)

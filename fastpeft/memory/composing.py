@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .policy import Activations, MemoryPolicy
+from .policy import LayerPolicy
 from .timeline import Stretch
 
-Traces = dict[Activations, list[Stretch]]
+Traces = dict[LayerPolicy, list[Stretch]]
 """A trace in which every layer does the same, for each thing that a layer can do."""
 
 
@@ -31,7 +31,7 @@ class Peak(NamedTuple):
     working: int
 
 
-def compose(traces: Traces, order: Sequence[int], policies: Sequence[Activations]) -> Peak:
+def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> Peak:
     """The step of the whole model.
 
     Args:
@@ -53,9 +53,9 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[Activations
     return best._replace(layers=layers, loss=loss, working=working)
 
 
-def _whole(traces: Traces, order: Sequence[int], policies: Sequence[Activations]) -> list[Stretch]:
+def _whole(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> list[Stretch]:
     """The stretches of every layer, in order of time."""
-    uses: dict[int, list[Activations]] = {}
+    uses: dict[int, list[LayerPolicy]] = {}
     for traced, policy in zip(order, policies, strict=True):
         uses.setdefault(traced, []).append(policy)
     first = next(iter(traces.values()))
@@ -69,7 +69,3 @@ def _whole(traces: Traces, order: Sequence[int], policies: Sequence[Activations]
         wanted = wanted if stretch.phase == "forward" else wanted[::-1]
         found += [traces[policy][index] for policy in wanted]
     return found
-
-
-def activations_of(policy: MemoryPolicy, count: int) -> tuple[Activations, ...]:
-    return tuple(layer.activations for layer in policy.of(count))

@@ -17,16 +17,26 @@ class LayerPolicy:
         activations: what forward keeps for backward. "keep": all that backward reads. "selective": all
             but gate and up of MLPs that are one op, which are computed again. "recompute": the layer's input only.
             "offload": that input too, but in pinned host memory, brought back ahead of use.
+        tile: tokens of an MLP that is one op which are computed at a time, forward and backward; 0 for all at once.
+            Nothing of gate and up is kept then, and nothing of them is larger than a tile. Adapters' gradients are
+            summed tile by tile, which rounds differently; all else is the same. Not with "keep".
         streamed: frozen base weights stay in host memory, as they are stored, and are copied to the device ahead of
             each use, forward and backward; adapters stay on the device.
     """
 
     activations: Activations = "keep"
     streamed: bool = False
+    tile: int = 0
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
+        if type(self.tile) is not int or self.tile < 0:
+            raise ValueError(f"tile: expected 0 or more tokens, got {self.tile!r}")
+        if self.tile and self.activations == "keep":
+            raise ValueError(
+                f'tile: expected 0 with activations="keep", which keeps gate and up of all tokens, got {self.tile}'
+            )
 
 
 @dataclass(frozen=True)

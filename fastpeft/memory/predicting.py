@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastpeft.config import LoraSection
 
+from ..layers.mlp import FastMlp
 from .composing import Peak, Traces, compose
 from .layers import model_layers
 from .live import LiveBytes
-from .policy import Activations
+from .policy import LayerPolicy
 from .skeleton import Skeleton, build, stored
 from .timeline import trace
 
@@ -53,7 +54,7 @@ class Model:
     skeleton: Skeleton = field(init=False)
     bytes: dict[str, int] = field(init=False)
     layer_bytes: tuple[int, ...] = field(init=False)
-    _traces: dict[tuple[int, int, Activations], Any] = field(default_factory=dict)
+    _traces: dict[tuple[int, int, LayerPolicy], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         s = self.setting
@@ -85,7 +86,7 @@ class Model:
     def optimizer(self) -> int:
         return int(self.bytes["trained"] / 4 * OPTIMIZERS[self.setting.optimizer])
 
-    def traces(self, kinds: Iterable[Activations], rows: int, tokens: int) -> Traces:
+    def traces(self, kinds: Iterable[LayerPolicy], rows: int, tokens: int) -> Traces:
         found = {}
         for kind in kinds:
             key = (rows, tokens, kind)
@@ -94,15 +95,18 @@ class Model:
             found[kind] = self._traces[key]
         return found
 
-    def peak(self, activations: tuple[Activations, ...], rows: int, tokens: int) -> Peak:
-        """Of one step, beside what lies there all the time."""
-        traces = self.traces(dict.fromkeys(activations or ("keep",)), rows, tokens)
-        return compose(traces, self.skeleton.order, activations)
+    def peak(self, layers: tuple[LayerPolicy, ...], rows: int, tokens: int) -> Peak:
+        """Of one step, beside what lies there all the time; each policy keeps all or computes again."""
+        traces = self.traces(dict.fromkeys(layers or (LayerPolicy(),)), rows, tokens)
+        return compose(traces, self.skeleton.order, layers)
 
-    def _trace(self, kind: Activations, rows: int, tokens: int) -> Any:
+    def _trace(self, kind: LayerPolicy, rows: int, tokens: int) -> Any:
         model: Any = self.skeleton.model
         layers = model_layers(model)
-        if kind == "keep":
+        for module in model.modules():
+            if isinstance(module, FastMlp):
+                module.fastpeft_tile = kind.tile
+        if kind.activations == "keep":
             model.gradient_checkpointing_disable()
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})

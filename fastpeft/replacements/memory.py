@@ -54,7 +54,8 @@ class MemoryReplacement(MixedIn):
     other = "activations computed again from an input on the device"
 
     def op(self, found: LayerPolicy) -> str:
-        return f"{found.activations}, streamed" if found.streamed else found.activations
+        tiles = f", MLP in tiles of {found.tile} tokens" if found.tile else ""
+        return f"{found.activations}{tiles}{', streamed' if found.streamed else ''}"
 
     def match(self, module: nn.Module) -> Match | Left | None:
         return None
@@ -72,15 +73,30 @@ class MemoryReplacement(MixedIn):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]
             layer.fastpeft_decoded = memory.decoded  # type: ignore[assignment]
-            if policy.activations == "selective":
-                for mlp in mlps(layer):
-                    mlp.fastpeft_keep = False
+            for mlp in mlps(layer):
+                mlp.fastpeft_keep &= policy.activations != "selective"
+                mlp.fastpeft_tile = policy.tile
+
+    def undo(self, module: nn.Module) -> bool:
+        undone = super().undo(module)
+        if undone:
+            for mlp in mlps(module):
+                mlp.fastpeft_tile = 0
+        return undone
 
     def status(self, module: nn.Module) -> tuple[str, str]:
-        if self.installed(module) == Match("selective") and not mlps(module):
-            return "", "no MLP that is one op: nothing is computed again"
         partners, note = super().status(module)
-        return partners, "; ".join(filter(None, [note, _left(module)]))
+        return partners, "; ".join(filter(None, [_no_mlp(module), note, _left(module)]))
+
+
+def _no_mlp(layer: nn.Module) -> str:
+    """What of a policy is about MLPs, where there is none that is one op."""
+    policy: LayerPolicy = layer.fastpeft_memory  # type: ignore[assignment]
+    if mlps(layer):
+        return ""
+    if policy.activations == "selective":
+        return "no MLP that is one op: nothing is computed again"
+    return "no MLP that is one op: no tiles" if policy.tile else ""
 
 
 def _left(layer: nn.Module) -> str:

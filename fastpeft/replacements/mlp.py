@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layers.counting import outcomes
 from ..layers.mixing import swap_in
-from ..layers.mlp import FastMlp
+from ..layers.mlp import UNTILED, FastMlp
 from ..layers.mlp_structure import candidates, has_activation, proved
 from .base import Left, Match
 from .swap import why_not_its_own
@@ -46,11 +46,14 @@ class MlpReplacement:
     def installed(self, module: nn.Module) -> Match | None:
         if not isinstance(module, FastMlp) or module.fastpeft_roles is None:
             return None
+        if module.fastpeft_tile:
+            return Match(f"{OP}, {module.fastpeft_tile} tokens at a time")
         return Match(OP if module.fastpeft_keep else f"{OP}, gate and up computed again")
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         for module in modules.values():
             module.fastpeft_keep = setting != RECOMPUTE  # type: ignore[assignment]
+            module.fastpeft_tile = 0  # type: ignore[assignment]
 
     def undo(self, module: nn.Module) -> bool:
         if not isinstance(module, FastMlp) or module.fastpeft_roles is None:
@@ -60,4 +63,9 @@ class MlpReplacement:
 
     def status(self, module: nn.Module) -> tuple[str, str]:
         total, calls = outcomes(module)
-        return "", "; ".join(f"{count} of {total} calls part by part: {reason}" for reason, count in calls.items())
+        return "", "; ".join(
+            f"{count} of {total} calls {why}"
+            if why.startswith(UNTILED)
+            else f"{count} of {total} calls part by part: {why}"
+            for why, count in calls.items()
+        )

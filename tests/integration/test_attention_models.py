@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers.models.mllama import MllamaTextConfig
 import fastpeft
 from fastpeft.layers.relative_bias import MIXTURES
 from tests.integration.attention_models import NAMES, inputs, make
-from tests.integration.models import with_lora
+from tests.integration.models import make_base, with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
@@ -94,6 +95,22 @@ def test_with_lora_accelerated_too(name: str) -> None:
     assert len(rows(model)) == (2 if name == "llama" else 6)
 
 
+class Derivations(TorchDispatchMode):
+    """Counts what documents are derived with, forward and backward, and waits for whether there are any."""
+
+    looked_for = ("searchsorted", "cummax", "cummin", "cumsum", "maximum", "minimum", "diff", "is_nonzero", "any")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.looked_for and all(not t.is_floating_point() for t in args if isinstance(t, Tensor)):
+            self.made[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class TestPacked:
     """Documents in one row give what they give one by one."""
 
@@ -119,6 +136,19 @@ class TestPacked:
         given = self.flattened(return_flash_attn_kwargs=told == "cu_seq_lens", return_seq_idx=told == "seq_idx")
         loss = accelerated(model)(**given, use_cache=use_cache).loss
         torch.testing.assert_close(loss, wanted)
+
+    @pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens", "seq_idx"])
+    def test_documents_are_derived_once_for_all_layers(self, told: str) -> None:
+        """As many waits and launches of it in a step of four layers, each computed again, as in one of two."""
+        found = []
+        for depth in (2, 4):
+            given = self.flattened(return_flash_attn_kwargs=told == "cu_seq_lens", return_seq_idx=told == "seq_idx")
+            model = accelerated(make_base("llama", num_hidden_layers=depth).train())
+            fastpeft.accelerate(model, memory=fastpeft.LayerPolicy("recompute"))
+            with Derivations() as counted:
+                model(**given, use_cache=True).loss.backward()
+            found.append(counted.made)
+        assert found[0] == found[1] and sum(found[0].values()) > 0
 
     def test_a_leak_would_show(self) -> None:
         """With a cache transformers' own attention lets documents see each other."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from fastpeft.memory.composing import compose
+from fastpeft.memory.policy import LayerPolicy
 from fastpeft.memory.timeline import Stretch
+
+KEPT, AGAIN = LayerPolicy(), LayerPolicy("recompute")
 
 KEEP = [
     Stretch("begin", -1, 5, 1),
@@ -28,11 +31,11 @@ RECOMPUTE = [
 
 
 def test_layers_add_up() -> None:
-    found = compose({"keep": KEEP}, (0, 1, 1, 1), ("keep",) * 4)
+    found = compose({KEPT: KEEP}, (0, 1, 1, 1), (KEPT,) * 4)
     assert (found.size, found.when, found.kept) == (1 + 4 * 10 + 50, "loss", 41)
     assert (found.layers, found.loss, found.working) == (40, 50, 12)
 
 
 def test_each_layer_under_its_own_policy() -> None:
-    found = compose({"keep": KEEP, "recompute": RECOMPUTE}, (0, 1, 1, 1), ("recompute", "recompute", "keep", "keep"))
+    found = compose({KEPT: KEEP, AGAIN: RECOMPUTE}, (0, 1, 1, 1), (AGAIN, AGAIN, KEPT, KEPT))
     assert found.size == 1 + 2 * 1 + 2 * 10 + 50

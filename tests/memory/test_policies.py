@@ -35,8 +35,9 @@ def started(name: str = "llama", **config: Any) -> tuple[nn.Module, dict[str, An
     return model, given, seeded(model, given)
 
 
-def full(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.full) for name in names]
+def full(*cases: Any) -> list[Any]:
+    """For `pytest.mark.parametrize`; a tuple is the values of several arguments."""
+    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.full) for each in cases]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", *full("qwen3", "gemma2", "gpt2", "bert", "bart")])

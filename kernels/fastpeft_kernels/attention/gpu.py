@@ -66,6 +66,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "attention 128, all at once, fp32", partial(_check, _wide(), _FP32, *_TOGETHER["all at once"])
     yield "attention strides", _check_strides
     yield "attention empty", _check_empty
+    yield "attention documents that change in place", _check_changes
     yield "attention masks nothing but NaN", _check_hidden
     yield "attention with a negative scale", partial(_check, Shape(), _BF16, ("causal",), (), None, -0.2)
     if holds_huge_tensors():
@@ -165,6 +166,16 @@ def _check_empty() -> dict[str, Any]:
             ours, want = getattr(gradients, name), getattr(wanted[2], name)
             assert torch.equal(ours, want), f"{sizes}: d{name}"
     return {}
+
+
+def _check_changes() -> dict[str, Any]:
+    """What is remembered of a mask's intervals goes with the next write to them."""
+    it, verdicts = problem(Shape(), _BF16, _DEVICE, ("documents",)), Verdicts()
+    _judge(it, "documents", verdicts)
+    assert it.mask.start is not None
+    it.mask.start.zero_()
+    _judge(it, "the first key of each is the first of all", verdicts)
+    return {"largest_share_of_budget": verdicts.settle()}
 
 
 def _check_hidden() -> dict[str, Any]:

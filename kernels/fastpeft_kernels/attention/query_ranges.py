@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.remembered import Remembered
+
 _FAR = 2**31 - 1
 
 
@@ -18,8 +20,13 @@ def of_blocks(start: Tensor, stop: Tensor, keys: int, block: int) -> Tensor:
         block: keys in a block.
 
     Returns:
-        int32 (batch or 1, 4, blocks). The tighter the more the intervals only move forward.
+        int32 (batch or 1, 4, blocks), not to be written into: layers with one mask get the same. The tighter the more
+        the intervals only move forward.
     """
+    return _of_blocks(start, stop, keys, block)
+
+
+def _make(start: Tensor, stop: Tensor, keys: int, block: int) -> Tensor:
     first = torch.arange(0, keys, block, dtype=torch.int32, device=start.device).expand(start.shape[0], -1).contiguous()
     last = (first + (block - 1)).clamp_(max=keys - 1)
     blind = start >= stop
@@ -38,3 +45,6 @@ def _largest_yet(values: Tensor) -> Tensor:
 
 def _smallest_from_here(values: Tensor) -> Tensor:
     return values.flip(1).cummin(dim=1).values.flip(1)
+
+
+_of_blocks = Remembered(_make)

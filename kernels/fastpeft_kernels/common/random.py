@@ -28,6 +28,25 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+def seeds_from(seed: Tensor, first_rows: Tensor) -> Tensor:
+    """Seeds under which row i of a matrix gets the bits that row `first_rows + i` gets under `seed`.
+
+    Two halves of a seed enter a row's keys, the low one beside the row's number: what is added to it is taken out of
+    the high one again. Rows are below 2**32.
+
+    Args:
+        seed: as for `dropout_bits`.
+        first_rows: int64 (n,) on its device.
+
+    Returns:
+        int64 (n, 1), rows 16 bytes apart, as memory that torch allocates is aligned at the least.
+    """
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    moved = (first_rows * ROW_STEP + low) & _LOW
+    other = high ^ _mix(low) ^ _mix(moved)
+    return ((other << 32) | moved)[:, None].repeat(1, 2)[:, :1]
+
+
 def keep_threshold(p: float) -> int:
     """The element is kept when its bits, read as int32, are at least this: P(keep) = 1 - p to within 2**-32."""
     if not 0.0 <= p < 1.0:

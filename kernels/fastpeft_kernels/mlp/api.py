@@ -11,7 +11,7 @@ from ..common.device import autocast_off
 from ..common.tracing import as_op
 from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
 from ..lora.projection import Dtypes
-from . import apart, autograd, custom_op
+from . import apart, autograd, custom_op, tiled_op
 from .structure import Mlp, check_mlp
 
 KEEP = ("preactivations", "input")
@@ -22,6 +22,7 @@ def lora_mlp(
     mlp: Mlp,
     *,
     keep: str = "preactivations",
+    tile: int = 0,
     compute_dtype: torch.dtype | None = None,
     lora_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -40,6 +41,9 @@ def lora_mlp(
             also whose adapter each row of x (rows, ..., in_features) has, as `adapter_index` of `lora_linear_group`.
         keep: "preactivations" keeps gate(x) and up(x); "input" keeps x alone and computes those again in backward,
             without the down projection.
+        tile: tokens that are computed at a time, forward and backward, with `keep="input"`; 0 for all at once. Then
+            nothing of gate(x), up(x) or what is made of them is larger than a tile. Gradients of parameters are summed
+            over the tiles, in fp32 at the least.
         compute_dtype, lora_dtype, out_dtype: as `lora.lora_linear_group`, for every projection.
         training: False switches dropout of the adapters' inputs off.
         seeds: dropout seeds, int64 (1,) or None for each of `mlp.projections`; default drawn in their order.
@@ -56,24 +60,41 @@ def lora_mlp(
     """
     if keep not in KEEP:
         raise ValueError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
+    if type(tile) is not int or tile < 0:
+        raise ValueError(f"tile: expected 0 or more tokens, got {tile!r}")
+    if tile and keep != "input":
+        raise ValueError(f"tile: expected 0 with keep={keep!r}, which keeps gate and up of all tokens, got {tile}")
     check_mlp(x, mlp)
+    if tile and (reason := why_not_tiled(mlp)) is not None:
+        raise ValueError(f"tile: expected 0 for {reason}, got {tile}")
     dtypes = resolve_dtypes(x, mlp.projections, compute_dtype, lora_dtype, out_dtype)
     if seeds is None:
         drawn = draw_seeds(x.device, mlp.projections, training)
     else:
         drawn = given_seeds(seeds, x, mlp.projections, training)
-    return run_mlp(x, mlp, dtypes, drawn, keep == "preactivations")
+    return run_mlp(x, mlp, dtypes, drawn, keep == "preactivations", tile)
 
 
-def run_mlp(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool = True) -> Tensor:
+def run_mlp(
+    x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool = True, tile: int = 0
+) -> Tensor:
     """`lora_mlp` for callers that have checked their arguments.
 
-    torch.compile, selective checkpointing and fake tensors see two ops forward and one backward.
+    torch.compile, selective checkpointing and fake tensors see two ops forward and one backward; in tiles one each way.
     """
     with autocast_off(x.device):
         if as_op():
-            return custom_op.apply(x, mlp, dtypes, seeds, keep)
+            return tiled_op.apply(x, mlp, dtypes, seeds, tile) if tile else custom_op.apply(x, mlp, dtypes, seeds, keep)
         dtypes = dtypes.for_input(x)
-        if keep and apart.serves(x, mlp, dtypes, seeds):
+        if keep and not tile and apart.serves(x, mlp, dtypes, seeds):
             return apart.apply(x, mlp, dtypes, seeds)
-        return autograd.apply(x, mlp, dtypes, seeds, keep)
+        return autograd.apply(x, mlp, dtypes, seeds, keep, tile)
+
+
+def why_not_tiled(mlp: Mlp) -> str | None:
+    """Why tiles would give other numbers, or None."""
+    if mlp.adapter_index is not None:
+        return "rows with adapters of their own"
+    if all([projection.weight.row_by_row for projection in mlp.projections]):
+        return None
+    return "weights whose product looks at all tokens at once"

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from ..lora.autograd import in_use, split_flags, tensors_read_again
 from ..lora.projection import Dtypes, have_one_a
-from . import library
+from . import library, tiled
 from .library import Kept, Middle
 from .structure import Mlp
+from .tiled import Tiles
 
 
 class LoraMlpUpToDown(torch.autograd.Function):
@@ -75,12 +76,43 @@ def graph_is_kept(device: torch.device) -> bool:
     return asked is None or bool(asked())
 
 
+class LoraMlpTiled(torch.autograd.Function):
+    """Keeps x; what stands for the result, as there, and nothing computed: that is all of a recomputation."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], tile: int, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tiles]:
+        needs = split_flags(ctx.needs_input_grad[5:], mlp.projections)
+        ctx.group = (mlp, dtypes, seeds, needs, tile)
+        ctx.input = (x.shape, x.dtype)
+        ctx.stamps = [projection.weight.stamp() for projection in mlp.projections]
+        x = dtypes.cast_once(x)
+        ctx.save_for_backward(x, *tensors_read_again(mlp.projections))
+        return stand_in(x, mlp, dtypes), Tiles(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor, _: None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        mlp, dtypes, seeds, needs, tile = ctx.group
+        shape, dtype = ctx.input
+        x, *_tensors = ctx.saved_tensors
+        with in_use(mlp.projections):
+            for projection, stamp in zip(mlp.projections, ctx.stamps, strict=True):
+                projection.weight.check_unchanged(stamp)
+            dx_dtype = dtype if ctx.needs_input_grad[4] else None
+            rows = x.reshape(-1, x.shape[-1])
+            dx, grads = tiled.backward(dy.reshape(-1, dy.shape[-1]), rows, mlp, dtypes, seeds, dx_dtype, needs, tile)
+        flat = [grad for group in grads for grad in group]
+        return None, None, None, None, None if dx is None else dx.view(shape), *flat
+
+
 class LoraMlpDown(torch.autograd.Function):
     """The result, in place of what stood for it."""
 
     @staticmethod
-    def forward(ctx, stand_in: Tensor, middle: Middle) -> Tensor:  # type: ignore[no-untyped-def]
-        with in_use(middle.group.projections):
+    def forward(ctx, stand_in: Tensor, middle: Middle | Tiles) -> Tensor:  # type: ignore[no-untyped-def]
+        with in_use(middle.projections):
             return middle.project(stand_in.shape[:-1])
 
     @staticmethod
@@ -88,15 +120,17 @@ class LoraMlpDown(torch.autograd.Function):
         return dy, None
 
 
-def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
+def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool, tile: int = 0) -> Tensor:
     """The MLP of x (..., in_features), differentiable where grad mode and inputs ask for it. Autocast must be off."""
     if mlp.adapter_index is None and have_one_a(mlp.inner, seeds[:-1]):
         mlp = replace(mlp, one_a=True)
     tensors = [tensor for projection in mlp.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        result, middle = LoraMlpUpToDown.apply(mlp, dtypes, seeds, keep, x, *tensors)
-        return LoraMlpDown.apply(result, middle)  # type: ignore[no-any-return]
+        first, how = (LoraMlpTiled, tile) if tile else (LoraMlpUpToDown, keep)
+        return LoraMlpDown.apply(*first.apply(mlp, dtypes, seeds, how, x, *tensors))  # type: ignore[no-any-return]
     with in_use(mlp.projections):
+        if tile:
+            return Tiles(x.detach().reshape(-1, x.shape[-1]), mlp, dtypes, seeds, tile).project(x.shape[:-1])
         return library.forward(x.detach(), mlp, dtypes, seeds)
 
 

@@ -17,7 +17,7 @@ from ..lora.autograd import in_use
 from ..lora.custom_op import empty_gradients, gradients_in_order, no_gradients
 from ..lora.layout import FlatGroup, flatten_group, unflatten_group
 from ..lora.projection import Dtypes, Group
-from . import library
+from . import library, tiled
 from .autograd import stand_in
 from .library import Kept, Middle
 from .structure import Mlp
@@ -45,7 +45,7 @@ def lora_mlp_up_to_down_op(
         keep: whether pre is kept for backward.
     """
     flat = unflatten_group(tensors, numbers, layout)
-    mlp = _mlp(flat, activation)
+    mlp = mlp_of(flat, activation)
     with in_use(mlp.inner):
         middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, flat.group.dtypes, flat.group.seeds)
     result, _, s_down, _, no_s = _empty(x, flat, activation)
@@ -90,21 +90,22 @@ def lora_mlp_backward_op(
     activation: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
+    tile: int = 0,
 ) -> list[Tensor]:
-    """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order."""
+    """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order.
+
+    With a tile `tiled.backward`, which reads x and none of the other parts of `library.Kept`.
+    """
     flat = unflatten_group(tensors, numbers, layout)
-    mlp = _mlp(flat, activation)
-    kept = Kept(None if x is None else x.reshape(-1, x.shape[-1]), s, pre, s_down)
+    mlp = mlp_of(flat, activation)
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    dy_rows, asked = dy.reshape(-1, dy.shape[-1]), (mlp, flat.group.dtypes, flat.group.seeds)
     with in_use(mlp.projections):
-        dx, grads = library.backward(
-            dy.reshape(-1, dy.shape[-1]),
-            kept,
-            mlp,
-            flat.group.dtypes,
-            flat.group.seeds,
-            dx_dtype,
-            flat.flags(wanted),
-        )
+        if tile:
+            assert rows is not None
+            dx, grads = tiled.backward(dy_rows, rows, *asked, dx_dtype, flat.flags(wanted), tile)
+        else:
+            dx, grads = library.backward(dy_rows, Kept(rows, s, pre, s_down), *asked, dx_dtype, flat.flags(wanted))
     results = gradients_in_order(flat, grads)
     if dx is not None and dx_dtype is not None:
         results.insert(0, dx.reshape(*dy.shape[:-1], dx.shape[-1]).to(dx_dtype).contiguous())
@@ -124,6 +125,7 @@ def _(
     activation: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
+    tile: int = 0,
 ) -> list[Tensor]:
     return empty_gradients(dy.shape[:-1], tensors, numbers, layout, dx_dtype, wanted)
 
@@ -166,14 +168,14 @@ lora_mlp_up_to_down_op.register_autograd(_backward, setup_context=_setup)
 lora_mlp_down_op.register_autograd(_backward_down, setup_context=_setup_down)
 
 
-def _mlp(flat: FlatGroup, activation: str) -> Mlp:
+def mlp_of(flat: FlatGroup, activation: str) -> Mlp:
     *inner, down = flat.group.projections
     return Mlp(tuple(inner), down, activation, adapter_index=flat.group.adapter_index)
 
 
 def _empty(x: Tensor, flat: FlatGroup, activation: str) -> list[Tensor]:
     """The shapes and dtypes of `lora_mlp_up_to_down_op`."""
-    mlp, dtypes = _mlp(flat, activation), flat.group.dtypes
+    mlp, dtypes = mlp_of(flat, activation), flat.group.dtypes
     tokens = prod(x.shape[:-1])
     *ranks, down_rank = flat.group.widths()
     return [

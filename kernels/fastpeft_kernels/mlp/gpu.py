@@ -58,6 +58,9 @@ def checks(shapes: tuple[tuple[int, int, int], ...] = ((512, 768, 1024), (333, 9
                 yield f"mlp {names}", partial(_check, layout, dtypes, base, p, shapes)
     for layout, (base, p) in zip(LAYOUTS, VARIANTS, strict=False):
         yield f"mixed mlp {layout} {base} {p=}", partial(_check, layout, same_dtypes(BF16), base, p, shapes, mixed=True)
+    for base, p in VARIANTS:
+        yield f"mlp in tiles {base} {p=}", partial(_check_tiles, base, p, shapes)
+    yield "memory of an mlp in tiles", _check_memory_of_tiles
     for base in ("dense", "nf4"):
         yield f"CUDA graph of an MLP {base}", partial(_check_graph, base)
 
@@ -124,6 +127,44 @@ def _reference(
     there = [None if seed is None else seed.to(device) for seed in seeds]
     copy, (x, dy) = replace(mlp, inner=inner, down=down), (moved(t, device, dtype) for t in (x, dy))
     return [t.to(DEVICE) for t in derive(lora_mlp_reference, x, copy, dtypes, there, dy)]
+
+
+def _check_tiles(base: str, p: float, shapes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    """Tiles of one token, of sizes that do and do not divide the tokens, and one of all."""
+    verdicts = Verdicts()
+    for layout, dtypes in product(LAYOUTS, (same_dtypes(BF16), Dtypes(BF16, F32, BF16))):
+        tokens, size, features = shapes[0]
+        mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
+        x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
+        seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
+        same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
+        exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
+        for tile, choices in product((tokens // 4, tokens // 4 + 33, 2 * tokens), CHOICES):
+            with forced({**CHOICES[choices], FUSED: "apart" if choices == "library" else "fused"}):
+                ours = derive(partial(run_mlp, keep=False, tile=tile), x, mlp, dtypes, seeds, dy)
+            for i, triple in enumerate(zip(ours, same, exact, strict=True)):
+                verdicts.within(*triple, f"result {i} of {layout}, {tile=}, {choices}, {dtypes}")
+    return {"share_of_budget": verdicts.settle()}
+
+
+def _check_memory_of_tiles() -> dict[str, Any]:
+    """Of the peak beside x, dy, the result and dx, and the three decoded weights, nothing grows with the tokens."""
+    size, features, tile = 1024, 4096, 2048
+    dtypes = same_dtypes(BF16)
+    mlp = make_mlp("gate and up", size, features, 16, dtypes, "nf4", 0.0)
+    figures = {}
+    for tokens in (4 * tile, 16 * tile):
+        x, dy = rand(tokens, size, dtype=BF16), rand(tokens, size, dtype=BF16)
+        for name, options in (("whole", {"keep": False}), ("tiles", {"keep": False, "tile": tile})):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            derive(partial(run_mlp, **options), x, mlp, dtypes, [None] * 3, dy)
+            figures[f"{name}_{tokens}_tokens_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    grown = figures[f"tiles_{16 * tile}_tokens_mib"] - figures[f"tiles_{4 * tile}_tokens_mib"]
+    of_tokens = 2 * 12 * tile * size * 2 / 2**20  # the result and dx, in bf16
+    assert grown <= 1.1 * of_tokens, f"{grown:.0f} MiB more for 12 tiles more, of which {of_tokens:.0f} are the results"
+    return figures
 
 
 def _check_graph(base: str) -> dict[str, Any]:

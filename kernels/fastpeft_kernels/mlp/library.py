@@ -17,7 +17,7 @@ from ..activation.api import fill_gated_activation, fill_gated_activation_backwa
 from ..lora import library
 from ..lora.frozen_products import large_input_gradient
 from ..lora.parts import rows_contiguous
-from ..lora.projection import Dtypes, Group, Packed, trains_a, trains_b
+from ..lora.projection import Dtypes, Group, LoraProjection, Packed, trains_a, trains_b
 from . import fused
 from .structure import Mlp
 
@@ -69,13 +69,21 @@ class Middle:
     group: Group
     packed: Packed
 
+    @property
+    def projections(self) -> Sequence[LoraProjection]:
+        """Those that are still to be multiplied by."""
+        return self.group.projections
+
     def project(self, lead: Sequence[int]) -> Tensor:
         """The MLP's result, (*lead, out_features), and no view: whoever gets it may write into it."""
         out_features = self.group.projections[0].weight.shape[0]
         y = self.h.new_empty((*lead, out_features), dtype=self.group.dtypes.out)
-        rows = y.view(self.h.shape[0], out_features)
-        library.forward_into([rows], self.h, self.group, self.packed, self.s_down)
+        self.project_into(y.view(self.h.shape[0], out_features))
         return y
+
+    def project_into(self, rows: Tensor) -> None:
+        """The same into a matrix (tokens, out_features)."""
+        library.forward_into([rows], self.h, self.group, self.packed, self.s_down)
 
 
 def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -104,9 +112,12 @@ def middle(pre: Tensor, mlp: Mlp, down: Group) -> Middle:
     return Middle(h, s_down, down, packed)
 
 
-def forward(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
-    """The result (..., out_features) for x (..., in_features), with nothing kept."""
-    return up_to_down(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds)[0].project(x.shape[:-1])
+def forward(
+    x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], lead: Sequence[int] | None = None
+) -> Tensor:
+    """The result (..., out_features) for x (..., in_features), or (*lead, out_features), with nothing kept."""
+    lead = x.shape[:-1] if lead is None else lead
+    return up_to_down(x.reshape(-1, x.shape[-1]), mlp, dtypes, seeds)[0].project(lead)
 
 
 def backward(

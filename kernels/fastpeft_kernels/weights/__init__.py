@@ -6,10 +6,12 @@ from .four_bit import FourBitWeight
 from .fp8 import Fp8Weight
 from .hqq import HqqWeight
 from .mxfp4 import Mxfp4Weight
+from .once import DecodedOnce
 from .packed import PackedWeight
 from .scaled import ScaledWeight
 
 __all__ = [
+    "DecodedOnce",
     "DenseWeight",
     "FourBitWeight",
     "Fp8Weight",

@@ -28,6 +28,7 @@ class FrozenWeight(ABC):
         dtype: floating dtype of the values as stored or as originally quantised; `decode` can give another.
         device: where the storage is, and where decoded values appear.
         fills: `decode(out=...)` writes straight into `out`; where False, `decode()` into new memory costs less.
+        row_by_row: what `linear` and `linear_t` make of a row depends on no other row.
     """
 
     kind: ClassVar[str]
@@ -35,6 +36,7 @@ class FrozenWeight(ABC):
     dtype: torch.dtype
     device: torch.device
     fills: bool = True
+    row_by_row: bool = True
 
     _kinds: ClassVar[dict[str, type[FrozenWeight]]] = {}
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..fp8 import Fp8Rows, quantise_rows, scaled_product, unfit_shape
-from .base import FrozenWeight, Rows, unflatten_weight
+from .base import FrozenWeight, unflatten_weight
+from .wrapped import WrappedWeight
 
 
-class Fp8Weight(FrozenWeight):
+class Fp8Weight(WrappedWeight):
     """Another weight, with copies in e4m3 beside it for products; values are the other's.
 
     `linear(x)` is q(x) q(W)^T with a scale for each row of x and of W; `linear_t(dy)` is q(dy) q(W^T)^T likewise, where
@@ -37,8 +38,8 @@ class Fp8Weight(FrozenWeight):
         for name, operand, shape in (("rows", rows, base.shape), ("columns", columns, base.shape[::-1])):
             if operand is not None and tuple(operand.codes.shape) != shape:
                 raise ValueError(f"{name}: expected codes of shape {shape}, got {tuple(operand.codes.shape)}")
-        self.base, self.rows, self.columns = base, rows, columns
-        self.shape = base.shape
+        super().__init__(base)
+        self.rows, self.columns = rows, columns
 
     @classmethod
     def of(cls, base: FrozenWeight, backward: bool) -> Fp8Weight:
@@ -46,27 +47,6 @@ class Fp8Weight(FrozenWeight):
         values = base.ready(base.dtype)
         values = base.decode(dtype=torch.float32) if values is None else values
         return cls(base, quantise_rows(values), quantise_rows(values.t()) if backward else None)
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.base.device
-
-    @property
-    def fills(self) -> bool:  # type: ignore[override]
-        return self.base.fills
-
-    def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        return self.base.decode(out, rows, dtype)
-
-    def ready(self, dtype: torch.dtype) -> Tensor | None:
-        return self.base.ready(dtype)
-
-    def is_ready(self, dtype: torch.dtype) -> bool:
-        return self.base.is_ready(dtype)
 
     def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         made = {} if shared is None else shared
@@ -76,12 +56,6 @@ class Fp8Weight(FrozenWeight):
 
     def linear_t(self, dy: Tensor) -> Tensor | None:
         return None if self.columns is None else scaled_product(quantise_rows(dy), self.columns, dy.dtype)
-
-    def prefetch(self) -> None:
-        self.base.prefetch()
-
-    def release(self) -> None:
-        self.base.release()
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         tensors, meta = self.base.flatten()

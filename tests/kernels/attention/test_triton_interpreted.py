@@ -52,6 +52,14 @@ def test_causal_with_more_keys_than_queries_and_shared_heads() -> None:
         check(problem(SHAPE._replace(heads=4, kv_heads=2), dtype, CPU, ("causal",)))
 
 
+def test_intervals_that_change_in_place() -> None:
+    """What is remembered of them goes with the next write."""
+    it = problem(SHAPE._replace(queries=34), F16, CPU, ("documents",))
+    check(it)
+    it.mask.start.zero_()  # type: ignore[union-attr]
+    check(it)
+
+
 def test_fewer_keys_than_queries_leave_rows_that_see_nothing() -> None:
     check(problem(SHAPE._replace(queries=34, keys=19), F16, CPU, ("causal",)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,15 @@ def mixed(m: Mlp, adapter_index: tuple[int, ...]) -> Mlp:
 
     inner = tuple(numbered(p, 0) for p in m.inner)
     return replace(m, inner=inner, down=numbered(m.down, 1), adapter_index=adapter_index)
+
+
+def tiled_by(tile: int) -> Callable[..., Tensor]:
+    """`lora_mlp` over tiles, for the checks that are shared with the whole."""
+
+    def tiled(*args: Any, **named: Any) -> Tensor:
+        return lora_mlp(*args, **{**named, "keep": "input", "tile": tile})
+
+    return tiled
 
 
 def wide(m: Mlp) -> Mlp:

@@ -1,0 +1,66 @@
+"""What is derived from the same tensors in every layer of a model, derived once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .tracing import as_op
+
+Result = TypeVar("Result")
+
+
+class _Entry(NamedTuple):
+    key: tuple[Any, ...]
+    alive: tuple[weakref.ref[Any], ...]
+    result: Any
+
+
+class Remembered(Generic[Result]):
+    """A function of tensors and plain values that gives its last results again.
+
+    For the very memory that they were made of, to which torch saw no write since, on the same stream. Tensors that have
+    no version, such as those of inference mode, are never taken for the same; nor is anything while a CUDA graph is
+    captured, which must hold what it reads, or where operations are recorded or transformed.
+
+    Args:
+        make: the function; whoever gets its result must not write into it.
+        most: how many results are kept: a model's layers may take turns with so many masks.
+    """
+
+    def __init__(self, make: Callable[..., Result], most: int = 4) -> None:
+        self.make, self.most = make, most
+        self._entries: tuple[_Entry, ...] = ()
+
+    def __call__(self, *args: Any) -> Result:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if as_op() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+            return self.make(*args)
+        if not tensors or any([type(t) is not Tensor or t.is_inference() for t in tensors]):
+            return self.make(*args)
+        stream = None
+        if tensors[0].is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return self.make(*args)
+            stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+        key = (
+            stream,
+            torch.is_inference_mode_enabled(),
+            *[_identity(arg) if isinstance(arg, Tensor) else arg for arg in args],
+        )
+        for entry in self._entries:
+            if entry.key == key and all([each() is not None for each in entry.alive]):
+                found: Result = entry.result
+                return found
+        result = self.make(*args)
+        alive = tuple([weakref.ref(t.untyped_storage()) for t in tensors])
+        self._entries = (_Entry(key, alive, result), *self._entries[: self.most - 1])
+        return result
+
+
+def _identity(t: Tensor) -> tuple[Any, ...]:
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
