@@ -53,8 +53,8 @@ def full_at(model: nn.Module, *calls: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_a_trainer_of_transformers(accumulate: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accumulate", "times"), [(1, 2), (4, 3)])
+def test_a_trainer_of_transformers(accumulate: int, times: int, tmp_path: Path) -> None:
     start, ends = make(lora_dropout=0.3), []
     for calls in ((), (3, 5, 8)):
         model = fastpeft.accelerate(copy.deepcopy(start))
@@ -66,7 +66,7 @@ def test_a_trainer_of_transformers(accumulate: int, tmp_path: Path) -> None:
         ends.append((losses, [p for p in model.parameters() if p.requires_grad], made[0]))
     assert ends[0][0] == ends[1][0] != []
     assert all(torch.equal(one, other) for one, other in zip(ends[0][1], ends[1][1], strict=True))
-    assert len([note for note in fastpeft.report(model).notes if "memory ran out" in note]) == 3
+    assert len([note for note in fastpeft.report(model).notes if "memory ran out" in note]) == times
     assert ends[1][2] > ends[0][2]
 
 
