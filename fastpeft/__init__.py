@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from .fp8_reporting import fp8_report
     from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
+    from .integrations.trainer import retry_steps
+    from .memory.explaining import explain_out_of_memory
     from .memory.loading import load
     from .memory.planning import plan
     from .memory.policy import LayerPolicy, MemoryPolicy
+    from .memory.retrying import StepRetry
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -37,14 +40,19 @@ _HOME = {
     "lora_config": "integrations.peft",
     "mixed_batch": "integrations.peft",
     "plan": "memory.planning",
+    "explain_out_of_memory": "memory.explaining",
+    "StepRetry": "memory.retrying",
+    "retry_steps": "integrations.trainer",
     "register_attention": "integrations.attention",
 }
 
 __all__ = [
     "LayerPolicy",
     "MemoryPolicy",
+    "StepRetry",
     "__version__",
     "accelerate",
+    "explain_out_of_memory",
     "fp8_report",
     "load",
     "lora_config",
@@ -53,6 +61,7 @@ __all__ = [
     "register_attention",
     "report",
     "restore",
+    "retry_steps",
     "tune",
     "use_tuned",
     "verify",

@@ -23,6 +23,8 @@ logger = logging.getLogger("fastpeft")
 
 Model = TypeVar("Model", bound=nn.Module)
 SETTINGS = "fastpeft_settings"
+RETRIED = "fastpeft_retried"
+"""Attribute of a model whose policies were changed when memory ran out: how, in words."""
 
 
 @dataclass(frozen=True)
@@ -157,5 +159,6 @@ def restore(model: Model) -> Model:
         for replacement in reversed(REPLACEMENTS):
             replacement.undo(module)
         module.__dict__.pop(SETTINGS, None)
+        module.__dict__.pop(RETRIED, None)
     release_scratch()
     return model

@@ -131,6 +131,7 @@ class MemorySection:
 
     budget_gib: float | None = option(None, "GPU memory that a run may take; not built yet.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
+    retry: bool = option(False, "Run a step that runs out of memory again, with less kept for backward from then on.")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .applying import SETTINGS
+from .applying import RETRIED, SETTINGS
 from .replacements import REPLACEMENTS, Left, Match
 from .replacements.lora import FROZEN
 
@@ -119,6 +119,7 @@ def report(model: nn.Module) -> Report:
     else:
         waiting = any(getattr(m, "fastpeft_watch", None) is not None for m in model.modules())
         notes += ["projections that share an input are found at the first forward pass"] if waiting else []
+    notes += [f"memory ran out: {how}" for m in model.modules() for how in m.__dict__.get(RETRIED, ())]
     return Report(tuple(rows), tuple(notes))
 
 

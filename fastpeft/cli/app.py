@@ -109,10 +109,13 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        names = [kind.__name__ for kind in type(error).__mro__]  # torch's, which is not imported here
+        if "OutOfMemoryError" in names:
             less = [f"Less is needed with {LESS_MEMORY[name]}" for name in arguments[:1] if name in LESS_MEMORY]
             message = ". ".join([f"out of GPU memory: {str(error).partition('. ')[0]}", *less])
             _print(message)  # each process has a GPU of its own, so each says it
+            if "OutOfMemory" in names:  # ours, with its advice
+                print("\n".join(str(error).splitlines()[1:]).strip(), file=sys.stderr)
             return EXIT_FAILED
         # typer's usage errors; their class is click's or typer's own, as the version has it.
         if hasattr(error, "format_message"):

@@ -9,11 +9,9 @@ and nothing else.
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -21,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from fastpeft_kernels.common.exhaustion import is_out_of_memory
+
 from ..integrations.bitsandbytes import cpu_packing_forbidden
 from ..integrations.transformers import passes_cache
 from .frozen import join
+from .random_state import RandomState, devices_of
 from .seen import Seen
 from .siblings import SiblingGroup, version_of
 
@@ -96,7 +97,11 @@ class SiblingWatch:
             self._outer, self._ran, self._error = place, set(), None
             try:
                 self._watch(place, module, args, kwargs)
-            except Exception as error:  # most likely the real call meets it too, and raises it where the user sees it
+            except Exception as error:
+                if is_out_of_memory(error):  # a run without gradients takes less than the one that is to follow
+                    self._outer = None
+                    raise
+                # most likely the real call meets it too, and raises it where the user sees it
                 self._error = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             except BaseException:
                 self._outer = None
@@ -202,11 +207,12 @@ def side_effects_undone(module: nn.Module) -> Iterator[None]:
     Attributes, because they often say what a buffer holds: rotary embeddings note for which length they were extended.
     """
     modules = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
-    values = {id(b): _Value(b) for b in module.buffers() if b.layout is torch.strided and not b.is_meta}
+    values = {id(b): BufferValue(b) for b in module.buffers() if b.layout is torch.strided and not b.is_meta}
+    generators = RandomState(devices_of(module))
     try:
-        with _generators_kept(module):
-            yield
+        yield
     finally:
+        generators.put_back()
         # Copies of trained weights that autocast made under no_grad would keep them from their gradients.
         torch.clear_autocast_cache()
         written = {key for key, value in values.items() if value.put_back()}
@@ -221,8 +227,8 @@ def side_effects_undone(module: nn.Module) -> Iterator[None]:
                 m.__dict__.update(attributes)
 
 
-class _Value:
-    """What a buffer holds at present."""
+class BufferValue:
+    """What a buffer holds at present; `put_back` has it hold that again."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer, self.data, self.value, self.version = buffer, buffer.data, buffer.clone(), version_of(buffer)
@@ -243,24 +249,3 @@ class _Value:
 
 def _place_of(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
-
-
-@contextmanager
-def _generators_kept(module: nn.Module) -> Iterator[None]:
-    """The random-number generators of Python, numpy, torch, and the devices that the module is on."""
-    devices: dict[str, set[torch.device]] = {}
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.device.type not in ("cpu", "meta"):
-            devices.setdefault(tensor.device.type, set()).add(tensor.device)
-    numpy = sys.modules.get("numpy")
-    with ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        if numpy is not None:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind, used in devices.items():
-            if kind == "mps":  # one device, which its functions do not take
-                stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-            elif hasattr(getattr(torch, kind, None), "get_rng_state"):
-                stack.enter_context(torch.random.fork_rng(sorted(used, key=str), device_type=kind))
-        yield

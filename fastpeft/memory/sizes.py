@@ -42,3 +42,8 @@ def parse_size(text: str | int, name: str) -> int:
 
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def mib_or_gib(size: float) -> str:
+    """The same, in MiB below a GiB."""
+    return gib(size) if size >= 2**30 else f"{size / 2**20:.2f} MiB"

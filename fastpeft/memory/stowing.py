@@ -104,9 +104,13 @@ class Bundle:
         self._free()
 
     def fill(self, line: Line) -> None:
-        """Take memory on the device and start the copies; `wait` before reading."""
-        for stowed in self.stowed:
-            stowed.there.untyped_storage().resize_(stowed.host.nbytes)
+        """Take memory on the device, all or none, and start the copies; `wait` before reading."""
+        try:
+            for stowed in self.stowed:
+                stowed.there.untyped_storage().resize_(stowed.host.nbytes)
+        except RuntimeError:
+            self._free()
+            raise
         self.copied = line.copies([(s.there, s.host.view(-1).view(torch.uint8)) for s in self.stowed])
         self.stream, self.filled = line.current(), True
 

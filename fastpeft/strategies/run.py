@@ -90,6 +90,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
 
 
 def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
+    import fastpeft
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
     from fastpeft.training.saving import SaveAfterEvaluation
@@ -110,13 +111,16 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
     trainer = strategy.trainer(prepared, model, ready.arguments, callbacks)
+    if config.memory.retry:
+        fastpeft.retry_steps(trainer)
     first = trainer.is_world_process_zero()
     if first:
         if overwrite:
             run_folder.clear(target)
         run_folder.begin(target, config, ready.fingerprint, ready.arguments.world_size)
     strategy.before(prepared, trainer)
-    with stop, progress, PeakMemory(device) as peak:
+    explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
+    with stop, progress, PeakMemory(device) as peak, explained:
         if checkpoint is not None and _is_done(checkpoint, config, console):
             _restore(trainer, checkpoint)
         else:

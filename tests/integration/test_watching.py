@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
 from fastpeft.layers import watching
+from fastpeft.layers.random_state import RandomState, devices_of
 from tests.integration.blocks import WIDTH, Block, blocks, check, gradients, inputs, pair
 from tests.integration.reports import adapter_rows, notes, siblings
 from tests.integration.test_errors_and_leftovers import needs_gradients
@@ -189,19 +190,15 @@ class TestSideEffects:
     def test_generators_of_the_devices_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         used = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "meta", "xpu:1", "xpu:0", "mps", "mps")]
         module = cast(nn.Module, SimpleNamespace(parameters=lambda: used[:4], buffers=lambda: used[4:]))
-        forked: list[Any] = []
-        original = torch.random.fork_rng
-
-        def fork(devices: Any, device_type: Any = None) -> Any:
-            forked.append((device_type, [str(device) for device in devices]))
-            return original(devices=[])
-
-        monkeypatch.setattr(torch.random, "fork_rng", fork)
-        monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "state")
-        monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: forked.append(("mps", state)))
-        with watching._generators_kept(module):
-            assert forked == [(None, []), ("xpu", ["xpu:0", "xpu:1"])]
-        assert forked[2:] == [("mps", "state")]
+        put: list[Any] = []
+        for home in (torch.xpu, torch.mps):
+            monkeypatch.setattr(home, "get_rng_state", lambda *device: f"state of {device}")
+            monkeypatch.setattr(home, "set_rng_state", lambda *given: put.append(given))
+        state = RandomState(devices_of(module))
+        assert not put
+        state.put_back()
+        xpus = [torch.device(f"xpu:{index}") for index in (0, 1)]
+        assert put == [("state of ()",), *((f"state of ({xpu!r},)", xpu) for xpu in xpus)]
 
 
 class TestErrors:

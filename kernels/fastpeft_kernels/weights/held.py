@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class _Held:
     def __init__(self, room: int) -> None:
         self.room, self.filling = room, True
         self.tensors: dict[_Key, Tensor] = {}
+        _ALL.add(self)
+
+
+_ALL: WeakSet[_Held] = WeakSet()
 
 
 @contextmanager
@@ -58,3 +63,9 @@ def held(weight: FrozenWeight, dtype: torch.dtype) -> Tensor | None:
         found.room -= size
         found.tensors[key] = weight.decode(dtype=dtype)
     return found.tensors[key]
+
+
+def release_held() -> None:
+    """Let go of all that waits, in every thread: for after a backward pass that failed."""
+    for found in list(_ALL):
+        found.tensors.clear()
