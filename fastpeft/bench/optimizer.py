@@ -116,10 +116,10 @@ def _host_ms(step: Callable[[], object], device: str) -> float:
 
 
 def table(result: OptimizerResult) -> str:
-    """A line an optimizer, medians of milliseconds."""
+    """A line an optimizer: the host's least, which a busy machine disturbs little, and the medians of the others."""
     lines = [f"{'':28}{'host ms':>9}{'wall ms':>9}{'device ms':>11}{'temporary MiB':>15}{'state MiB':>11}"]
     for name in result.wall:
-        times = [median(samples[name]) for samples in (result.host, result.wall, result.device)]
+        times = [min(result.host[name]), median(result.wall[name]), median(result.device[name])]
         sizes = [each[name] / MIB for each in (result.temporary, result.state)]
         lines.append(f"{name:28}{times[0]:9.2f}{times[1]:9.2f}{times[2]:11.2f}{sizes[0]:15.1f}{sizes[1]:11.1f}")
     return "\n".join(lines)
