@@ -92,7 +92,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
 def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
-    from fastpeft.training.optimizers import settle_optimizer
+    from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
     from fastpeft.training.saving import SaveAfterEvaluation
     from fastpeft.training.stopping import StopOnSignal
     from fastpeft.training.watching import Progress, Speed, StopAtNaN
@@ -110,8 +110,9 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     notes = _notes(model, prepared, dtype, console)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
+    optimizer = chosen_optimizer(config.training.optim, ready.arguments, model)
     trainer = strategy.trainer(prepared, model, ready.arguments, callbacks)
-    settle_optimizer(trainer, config.training.optim)
+    set_optimizer(trainer, config.training.optim, optimizer)
     first = trainer.is_world_process_zero()
     if first:
         if overwrite:

@@ -16,25 +16,18 @@ def name_for_trainer(name: str) -> str:
     return "adamw_torch_fused" if name == OURS else name
 
 
-def settle_optimizer(trainer: Any, name: str) -> None:
-    """Have a trainer of transformers' kind, just built, train with `training.optim`.
-
-    Gradients then lie where several processes add them up (DDP's buckets), and not in the parameters as well.
-
-    Raises:
-        UserError: the optimizer is not installed, refuses its options, or does not run here.
-    """
-    chosen = _chosen(name, trainer.args, trainer.model)
-    if name == OURS:
-        trainer.optimizer_cls_and_kwargs = chosen
-    if trainer.accelerator.ddp_handler is not None:
-        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-
-
-def _chosen(name: str, arguments: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+def chosen_optimizer(name: str, arguments: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     """The class, or what makes one, and its options; tried where that can be, on a parameter of its own.
 
-    Some come with packages of their own, or do not run on every device, and say so only at the first step.
+    Some come with packages of their own, or do not run on every device, and say so only at the first step. It is to be
+    asked for before a trainer is built, which makes the run's folder.
+
+    Args:
+        name: `training.optim`.
+        arguments: the trainer's.
+
+    Raises:
+        UserError: it is not installed, refuses its options, or does not run here.
     """
     import torch
     from transformers import Trainer
@@ -54,3 +47,14 @@ def _chosen(name: str, arguments: Any, model: Any) -> tuple[Any, dict[str, Any]]
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"training.optim: {name}: {error}") from error
     return kind, options
+
+
+def set_optimizer(trainer: Any, name: str, chosen: tuple[Any, dict[str, Any]]) -> None:
+    """Have a trainer of transformers' kind, just built, train with what `chosen_optimizer` gave.
+
+    Gradients then lie where several processes add them up (DDP's buckets), and not in the parameters as well.
+    """
+    if name == OURS:
+        trainer.optimizer_cls_and_kwargs = chosen
+    if trainer.accelerator.ddp_handler is not None:
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True

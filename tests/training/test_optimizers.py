@@ -74,15 +74,15 @@ import sys
 from fastpeft.cli import app
 from fastpeft.training import optimizers
 
-settle, built, views = optimizers.settle_optimizer, [], sys.argv[1] == "views"
+original, built, views = optimizers.set_optimizer, [], sys.argv[1] == "views"
 
-def kept(trainer, name):
-    settle(trainer, name)
+def kept(trainer, *given):
+    original(trainer, *given)
     if not views:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = False
     built.append(trainer)
 
-optimizers.settle_optimizer = kept
+optimizers.set_optimizer = kept
 assert app.run(["train", *sys.argv[2:]]) == 0
 assert built[0].model_wrapped.gradient_as_bucket_view == views
 """
