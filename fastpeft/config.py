@@ -113,7 +113,7 @@ class TrainingSection:
     weight_decay: float = option(0.0, "Of AdamW.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     lr_scheduler_type: str = option("linear", "Schedule: linear, cosine, constant, constant_with_warmup, ...")
-    optim: str = option("adamw_torch", "Optimizer: adamw_torch, adamw_torch_fused, paged_adamw_8bit, adafactor, ...")
+    optim: str = option("adamw_torch", "Optimizer: adamw_torch, fastpeft_adamw, paged_adamw_8bit, adafactor, ...")
     logging_steps: int = option(10, "Steps between two logged losses.")
     eval_steps: int | None = option(None, "Steps between two evaluations; null: after each epoch.")
     save_steps: int | None = option(None, "Steps between two checkpoints; null: after each epoch.")

@@ -17,10 +17,11 @@ from torch import nn
 from ..layers.random_state import RandomState, devices_of
 from .choosing import Need, Rates, need
 from .ladder import current_policy, level_text
+from .optimizer_state import OPTIMIZERS, state_sizes
 from .out_of_memory import Call, OutOfMemory, Phase, asked_bytes, phase_of
 from .planning import components, model_of
 from .policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
-from .predicting import OPTIMIZERS, Model
+from .predicting import Model
 from .sizes import mib_or_gib
 
 MOST_CHANGES = 3
@@ -48,7 +49,7 @@ def explained(error: BaseException, model: nn.Module, call: Call, optimizer: str
 
     Args:
         call: the model's last one.
-        optimizer: one of `predicting.OPTIMIZERS`.
+        optimizer: one of `optimizer_state.OPTIMIZERS`.
         notes: lines to end with.
     """
     asked, phase, device = asked_bytes(error), phase_of(error, call), _device(model)
@@ -138,9 +139,10 @@ def _changes(model: Model, now: Need, rows: int, tokens: int, capacity: int) -> 
     """The cheapest first: what costs nothing, little accuracy, time, and then data."""
     if rows > 1:
         yield Change(_fewer_rows(rows), now.step * (rows - rows // 2) // rows)
-    if model.setting.optimizer in OPTIMIZERS and OPTIMIZERS[model.setting.optimizer] > OPTIMIZERS[EIGHT_BIT]:
-        spared = int(model.optimizer * (1 - OPTIMIZERS[EIGHT_BIT] / OPTIMIZERS[model.setting.optimizer]))
-        yield Change(_smaller_optimizer(model.setting.optimizer), spared)
+    optimizer = model.setting.optimizer
+    state, smaller = (_state_bytes(model.skeleton.model, name) for name in (optimizer, EIGHT_BIT))
+    if state > smaller:  # of the traced layers, which stand for all
+        yield Change(_smaller_optimizer(optimizer), int(model.optimizer * (1 - smaller / state)))
     yield from _other_policies(model, now, rows, tokens, capacity, ("recompute", "offload"))
     if tokens > 1:
         yield Change(f"rows of {tokens // 2} tokens rather than {tokens}, which cuts longer ones", now.step // 2)
@@ -173,11 +175,15 @@ def _unpredicted(model: nn.Module, call: Call, optimizer: str) -> list[Change]:
     changes = [Change(_fewer_rows(call.rows))] if call.rows is None or call.rows > 1 else []
     level = level_text(current_policy(model))
     changes += [Change(_policy_text("recompute" if "keep" in level else "offload"))] if level else []
-    if OPTIMIZERS.get(optimizer, 0.0) > OPTIMIZERS[EIGHT_BIT]:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        spared = int(trained * (OPTIMIZERS[optimizer] - OPTIMIZERS[EIGHT_BIT]))
+    spared = _state_bytes(model, optimizer) - _state_bytes(model, EIGHT_BIT) if optimizer in OPTIMIZERS else 0
+    if spared > 0:
         changes.append(Change(_smaller_optimizer(optimizer), spared))
     return [*changes, Change("shorter rows, which cuts longer ones")][:MOST_CHANGES]
+
+
+def _state_bytes(model: nn.Module, optimizer: str) -> int:
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return sum(sum(state_sizes(optimizer, elements)) for elements in trained)
 
 
 def _without_gradients(call: Call) -> list[Change]:

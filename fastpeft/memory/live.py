@@ -18,6 +18,12 @@ _BLOCK = {"cuda": 512, "cpu": 1}
 """torch's allocator on a GPU hands out multiples of so many bytes."""
 
 
+def rounded(size: int, device: str) -> int:
+    """Bytes that torch's allocator on "cuda" or "cpu" takes for so many."""
+    block = _BLOCK[device]
+    return -(-size // block) * block
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts storages from the operation that makes them until nothing holds them.
 
@@ -64,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = self._rounded(storage.nbytes())
+        size = rounded(storage.nbytes(), self.device)
         self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -73,12 +79,8 @@ class LiveBytes(TorchDispatchMode):
         """Dropout's mask has the input's dtype on a CPU, on a GPU a byte an element."""
         key = mask.untyped_storage()._cdata
         size, ref = self._known[key]
-        self._known[key] = self._rounded(mask.numel()), ref
+        self._known[key] = rounded(mask.numel(), self.device), ref
         self.live += self._known[key][0] - size
-
-    def _rounded(self, size: int) -> int:
-        block = _BLOCK[self.device]
-        return -(-size // block) * block
 
     def _forget(self, key: int) -> None:
         self.live -= self._known.pop(key)[0]

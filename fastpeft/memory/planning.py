@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .choosing import CONTEXT, RESERVE, Need, Rates, choose, need
+from .optimizer_state import OPTIMIZERS
 from .policy import MemoryPolicy
-from .predicting import OPTIMIZERS, Model, Setting
+from .predicting import Model, Setting
 from .rendering import render
 from .sizes import parse_size
 
@@ -96,7 +97,7 @@ def plan(
         rank, targets: of LoRA, as PEFT takes them.
         method: "qlora" keeps frozen linear layers as nested NF4.
         dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
-        optimizer: one of `predicting.OPTIMIZERS`.
+        optimizer: one of `optimizer_state.OPTIMIZERS`.
         task: one of `tasks.AUTO`, or "auto" for what the configuration says.
         policy: predict this one rather than choose.
         largest: find the largest context and batch, too.
@@ -141,7 +142,7 @@ def model_of(
         if not isinstance(value, int) or not 1 <= value <= most:
             raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
     for key, one, among in (
-        ("method", method, METHODS), ("dtype", dtype, DTYPES), ("optimizer", optimizer, tuple(OPTIMIZERS)),
+        ("method", method, METHODS), ("dtype", dtype, DTYPES), ("optimizer", optimizer, OPTIMIZERS),
         ("task", task, ("auto", *AUTO)),
     ):  # fmt: skip
         if one not in among:

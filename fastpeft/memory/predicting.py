@@ -14,13 +14,13 @@ from fastpeft.config import LoraSection
 from ..layers.mlp import FastMlp
 from .composing import Peak, Traces, compose
 from .layers import model_layers
-from .live import LiveBytes
+from .live import LiveBytes, rounded
+from .optimizer_state import state_sizes
 from .policy import LayerPolicy
 from .skeleton import Skeleton, build, stored
 from .timeline import trace
 
-OPTIMIZERS = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0, "sgd": 0.0}
-"""Bytes of state that each trained fp32 parameter has on the GPU; 8 bits with an fp32 scale for each 256 count as 2."""
+_STATE = "optimizer's state"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Model:
     setting: Setting
     skeleton: Skeleton = field(init=False)
     bytes: dict[str, int] = field(init=False)
+    optimizer: int = field(init=False)
     layer_bytes: tuple[int, ...] = field(init=False)
     _traces: dict[tuple[int, int, LayerPolicy], Any] = field(default_factory=dict)
 
@@ -68,23 +69,23 @@ class Model:
         for layer, uses in zip(of_layers, extra, strict=True):
             for kind, size in layer.items():
                 all_of[kind] += (uses - 1) * size
+        self.optimizer = all_of.pop(_STATE)
         self.bytes = all_of
         self.layer_bytes = tuple(of_layers[i]["packed"] + of_layers[i]["dense"] for i in self.skeleton.order)
 
     def _count(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         live = LiveBytes(self.setting.device)
-        sizes = dict.fromkeys(("packed", "dense", "trained", "buffer"), 0)
+        sizes = dict.fromkeys(("packed", "dense", "trained", "buffer", _STATE), 0)
         for kind, tensor in tensors:
-            sizes[kind] += live.add([tensor])
+            sizes[kind] += (new := live.add([tensor]))
+            if kind == "trained" and new:
+                state = state_sizes(self.setting.optimizer, tensor.numel(), self.setting.device)
+                sizes[_STATE] += sum(rounded(size, self.setting.device) for size in state)
         return sizes
 
     @property
     def gradients(self) -> int:
         return self.bytes["trained"]
-
-    @property
-    def optimizer(self) -> int:
-        return int(self.bytes["trained"] / 4 * OPTIMIZERS[self.setting.optimizer])
 
     def traces(self, kinds: Iterable[LayerPolicy], rows: int, tokens: int) -> Traces:
         found = {}

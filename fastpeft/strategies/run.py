@@ -93,6 +93,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     import fastpeft
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
+    from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
     from fastpeft.training.saving import SaveAfterEvaluation
     from fastpeft.training.stopping import StopOnSignal
     from fastpeft.training.watching import Progress, Speed, StopAtNaN
@@ -110,7 +111,9 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     notes = _notes(model, prepared, dtype, console)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
+    optimizer = chosen_optimizer(config.training.optim, ready.arguments, model)
     trainer = strategy.trainer(prepared, model, ready.arguments, callbacks)
+    set_optimizer(trainer, config.training.optim, optimizer)
     if config.memory.retry:
         fastpeft.retry_steps(trainer)
     first = trainer.is_world_process_zero()

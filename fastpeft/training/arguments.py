@@ -13,6 +13,8 @@ from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 from fastpeft.structured import convert
 
+from .optimizers import OURS, name_for_trainer
+
 if TYPE_CHECKING:
     import torch
 
@@ -80,7 +82,7 @@ def _known_choices(config: FastpeftConfig) -> None:
     from transformers.training_args import OptimizerNames
 
     _one_of("lr_scheduler_type", config.training.lr_scheduler_type, [kind.value for kind in SchedulerType])
-    _one_of("optim", config.training.optim, [kind.value for kind in OptimizerNames])
+    _one_of("optim", config.training.optim, [*(kind.value for kind in OptimizerNames), OURS])
     for tracker in trackers(config):
         _one_of("report_to", tracker, ["none", "all", *INTEGRATION_TO_CALLBACK])
         if tracker != "all" and tracker not in get_available_reporting_integrations():
@@ -122,6 +124,7 @@ def training_arguments(
     section = config.training
     given = {name: value for name, value in asdict(section).items() if name not in OWN}
     given |= {
+        "optim": name_for_trainer(section.optim),
         "eval_strategy": _when(section.eval_steps) if evaluates else "no",
         "save_strategy": _when(section.save_steps),
         "report_to": trackers(config),

@@ -23,11 +23,10 @@ def build_trainer(
         rows, evaluation: encoded; None for no evaluation.
 
     Raises:
-        UserError: a model that the task's collator or trainer refuses, or an optimizer that is not installed.
+        UserError: a model that the task's collator or trainer refuses.
     """
     from transformers.trainer_callback import PrinterCallback
 
-    _check_optimizer(arguments, model)
     given = {
         "model": model,
         "args": arguments,
@@ -39,19 +38,6 @@ def build_trainer(
     trainer = _decoder_trainer(given) if task == "causal-lm" else _trainer(task, tokenizer, given)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _check_optimizer(arguments: Any, model: Any) -> None:
-    """Some come with packages of their own, which are asked for only at the first step, as are their settings."""
-    import torch
-    from transformers import Trainer
-
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if kind.__module__.startswith("torch.optim."):  # others want more than a number to train
-            kind([torch.zeros(1, requires_grad=True)], **settings)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"training.optim: {arguments.optim.value}: {error}") from error
 
 
 def _decoder_trainer(given: dict[str, Any]) -> Any:
