@@ -289,7 +289,25 @@ TRAINING = [
         "--resume: expected it without --overwrite, got both",
         run__yaml="",
     ),
-    option("budget", "--budget-gib 8", "memory.budget_gib: expected null, planning memory is not built yet"),
+    option("budget", "--budget-gib 0", "memory.budget_gib: expected more than 0 and less than 2^20, got 0.0"),
+    option("ring", "--ring 0", "memory.ring: expected at least 1, got 0"),
+    option("decoded", "--decoded 4G", "memory.decoded: expected a size such as 24GiB or 24GB, got '4G'"),
+    option(
+        "plain-memory",
+        "--acceleration.enabled false --streamed",
+        "memory.streamed: expected false with acceleration.enabled false",
+    ),
+    option(
+        "checkpointing-and-offload",
+        "--gradient-checkpointing --activations offload",
+        "memory.gradient_checkpointing: expected false with memory.activations offload, got true",
+    ),
+    option(
+        "unsloth",
+        "--activations unsloth",
+        "memory.activations: got 'unsloth', did you mean 'memory.activations: offload'?",
+    ),
+    option("optimizer-budget", "--budget-gib 8 --optim adafactor", "memory.budget_gib: expected training.optim to be one of adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, sgd, got 'adafactor'"),
     option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, got 'dpo'"),
     option(
         "schedule",
