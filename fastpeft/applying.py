@@ -79,10 +79,10 @@ def accelerate(
             it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
             told by their parts and proved on each instance.
         memory: what each layer keeps for backward, one `LayerPolicy` for all, one for each in a `MemoryPolicy`, or what
-            `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the model. Loss and gradients are the same bits under each. Layers are those that
-            transformers' activation checkpointing wraps. Frozen weights of streamed ones stay in host memory and are
-            copied to the device ahead of each use. A Trainer's `gradient_checkpointing=True` changes nothing in
-            layers but the arguments of torch's checkpoint.
+            `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the model. Loss and
+            gradients are the same bits under each. Layers are those that transformers' activation checkpointing wraps.
+            Frozen weights of streamed ones stay in host memory and are copied to the device ahead of each use. A
+            Trainer's `gradient_checkpointing=True` changes nothing in layers but the arguments of torch's checkpoint.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
             "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and

@@ -130,7 +130,7 @@ class MemorySection:
     """How much memory a run may take."""
 
     budget_gib: float | None = option(
-        None, "GPU memory that a run may take, in GiB; null: what is free on the GPU. Layers keep what a plan says fits."
+        None, "GPU memory a run may take, in GiB; null: what is free on the GPU. Layers keep what a plan says fits."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     activations: Literal["keep", "selective", "recompute", "offload"] | None = option(

@@ -46,7 +46,7 @@ _KNOWN: dict[tuple[type, type], Reader | None] = {}  # classes come into being w
 def reader(layer: nn.Module) -> Reader | None:
     """Who reads the storage of a base layer; None where it is a floating matrix, in 4 bits, or nobody's."""
     weight = layer._parameters.get("weight")
-    if stock_type(weight) is nn.Parameter and weight.dtype.itemsize > 1:
+    if weight is not None and stock_type(weight) is nn.Parameter and weight.dtype.itemsize > 1:
         return None
     kinds = own_class(layer), stock_type(weight)
     if kinds not in _KNOWN:

@@ -31,7 +31,8 @@ def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) 
     if not isinstance(memory, (LayerPolicy, MemoryPolicy)):
         hint = ""
         if isinstance(memory, (str, int, float)):
-            hint = f"; what fits depends on the batch: memory=fastpeft.plan(model, gpu_memory={memory!r}, seq=..., batch=...)"
+            call = f"fastpeft.plan(model, gpu_memory={memory!r}, seq=..., batch=...)"
+            hint = f"; what fits depends on the batch: memory={call}"
         got = type(memory).__name__
         raise TypeError(f"memory: expected a Plan, a MemoryPolicy, a LayerPolicy or None, got {got}{hint}")
     layers = model_layers(model)

@@ -63,7 +63,8 @@ def check_memory(config: FastpeftConfig) -> None:
     _decoded(section)
     set_ones = [name for name in ("budget_gib", *OWN) if getattr(section, name) != getattr(plain, name)]
     if set_ones and not config.acceleration.enabled:
-        raise UserError(f"memory.{set_ones[0]}: expected {_said(getattr(plain, set_ones[0]))} with acceleration.enabled false")
+        expected = _said(getattr(plain, set_ones[0]))
+        raise UserError(f"memory.{set_ones[0]}: expected {expected} with acceleration.enabled false")
     if section.gradient_checkpointing and section.activations not in (None, "recompute"):
         raise UserError(
             f"memory.gradient_checkpointing: expected false with memory.activations {section.activations}, got true"
@@ -84,7 +85,7 @@ def decide(
         processes: that train together.
 
     Raises:
-        UserError: it does not fit into the budget, the model's layers cannot be told apart, or several processes stream.
+        UserError: it does not fit into the budget or cannot be planned, or several processes stream.
     """
     section = config.memory
     policy = fixed(section)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpeft.memory.predicting import OPTIMIZERS
 from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, TEXTS, Wrong, option
@@ -22,6 +23,22 @@ CONFIGURATION = [
     yaml("type", "lora: {r: eight}", "lora.r: expected int, got 'eight' (str)"),
     yaml("list", "- lora", "top level: expected a mapping, got ['lora'] (list)"),
     yaml("value-for-section", "lora: 8", "lora: expected a mapping, got 8 (int)"),
+    yaml(
+        "axolotl-offload",
+        "gradient_checkpointing: offload",
+        "gradient_checkpointing: got 'offload', did you mean 'memory.activations: offload'?",
+    ),
+    yaml(
+        "unsloth-checkpointing",
+        "memory: {gradient_checkpointing: unsloth}",
+        "memory.gradient_checkpointing: got 'unsloth', did you mean 'memory.activations: offload'?",
+    ),
+    yaml(
+        "offloading",
+        "activation_offloading: true",
+        "activation_offloading: unknown key, did you mean 'memory.activations'?",
+    ),
+    yaml("cache", "memory: {cache: true}", "memory.cache: unknown key, did you mean 'model.packed_cache'?"),
     yaml("literal", "method: qloar", "method: expected one of 'lora', 'qlora', got 'qloar', did you mean 'qlora'?"),
     yaml(
         "repeated-key",
@@ -307,7 +324,11 @@ TRAINING = [
         "--activations unsloth",
         "memory.activations: got 'unsloth', did you mean 'memory.activations: offload'?",
     ),
-    option("optimizer-budget", "--budget-gib 8 --optim adafactor", "memory.budget_gib: expected training.optim to be one of adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, sgd, got 'adafactor'"),
+    option(
+        "optimizer-budget",
+        "--budget-gib 8 --optim adafactor",
+        f"memory.budget_gib: expected training.optim to be one of {', '.join(OPTIMIZERS)}, got 'adafactor'",
+    ),
     option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, got 'dpo'"),
     option(
         "schedule",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,7 @@ import torch
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
-from fastpeft.memory.choosing import Rates
 from fastpeft.memory.loaded import model_of_loaded
-from fastpeft.memory.planning import plan_on
 from fastpeft.memory.skeleton import stored
 from tests.integration.models import batch, make, make_base, with_lora
 from tests.integration.quantised import make_quantised
@@ -38,8 +37,6 @@ def test_what_the_model_says_is_taken_from_it() -> None:
         real[kind] = real.get(kind, 0) + tensor.nbytes
     for kind, size in real.items():
         assert size <= found.bytes[kind] <= size + 512 * 80
-    plan = plan_on(name, found, CAPACITY, None, None, False, Rates())
-    assert plan.fits and plan.settings["rank"] == 3
 
 
 @pytest.mark.parametrize("nested", [True, pytest.param(False, marks=pytest.mark.full)])
@@ -50,35 +47,28 @@ def test_four_bits_are_counted_with_their_scales(nested: bool) -> None:
     assert found.setting.packed and real <= found.bytes["packed"] <= real + 512 * 100
 
 
-def test_a_plan_is_carried_out() -> None:
+def test_a_plan_is_carried_out(caplog: pytest.LogCaptureFixture) -> None:
     model = fastpeft.accelerate(make(lora_dropout=0.3))
     given = batch(model)
     step(model, given)
     wanted = seeded(model, given)
-    policy = MemoryPolicy((LayerPolicy("recompute"), LayerPolicy("offload", streamed=True)))
+    policy = MemoryPolicy((LayerPolicy("recompute"), LayerPolicy("recompute", streamed=True)))
     plan = fastpeft.plan(model, gpu_memory=CAPACITY, seq=16, policy=policy, largest=False)
-    assert seeded(fastpeft.accelerate(model, memory=plan), given).equals(wanted)
+    resident = model_of_loaded(model, 16, 1, "adamw_torch")[1].bytes
+    assert seeded(fastpeft.accelerate(model, memory=plan), given).equals(wanted) and not caplog.text
     rows = [row.op for row in fastpeft.report(model).rows if row.kind == "memory"]
-    assert rows == ["recompute", "offload, streamed"]
-    again = fastpeft.plan(model, gpu_memory=CAPACITY, seq=16, largest=False)  # streamed weights count as they are
-    assert again.bytes["base, dense"] == fastpeft.plan(
-        fastpeft.restore(model), gpu_memory=CAPACITY, seq=16, largest=False
-    ).bytes["base, dense"]
+    assert rows == ["recompute", "recompute, streamed"]
+    assert model_of_loaded(model, 16, 1, "adamw_torch")[1].bytes == resident  # wherever weights are
+    fastpeft.accelerate(model, memory=replace(plan, fits=False, gpu_memory=64 << 20))
+    assert "the plan does not fit: 0." in caplog.text and "on a GPU of 0.06 GiB" in caplog.text
     with pytest.raises(ValueError, match="memory: expected a plan for 4 layers, got one for 2, of llama"):
         fastpeft.accelerate(llama(), memory=plan)
-
-
-def test_a_plan_that_does_not_fit_is_carried_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = make()
-    plan = fastpeft.plan(model, gpu_memory="64MiB", seq=16, largest=False)
-    fastpeft.accelerate(model, memory=plan)
-    assert "the plan does not fit: 0." in caplog.text and "on a GPU of 0.06 GiB" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("make_model", "options", "said"),
     [
-        (lambda: make_base(), {}, "model: expected a model of transformers with one adapter, got LlamaForCausalLM with 0"),
+        (make_base, {}, "model: expected a model of transformers with one adapter, got LlamaForCausalLM with 0"),
         (make, {"rank": 8}, "rank: expected to be left out, a loaded model has its own"),
         (make, {"seq": 0}, "seq: expected 1 to"),
         (make, {"optimizer": "adam"}, "optimizer: expected one of"),

@@ -180,7 +180,7 @@ def test_what_cannot_be_planned(planned: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_several_processes_do_not_stream() -> None:
-    with pytest.raises(UserError, match="memory.streamed: expected false where several processes train together"):
+    with pytest.raises(UserError, match=r"memory\.streamed: expected false where several processes train together"):
         decided("cpu", processes=2, streamed=True)
 
 
