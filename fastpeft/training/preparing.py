@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Prepared:
     evaluation: Encoded | None
     chat_template: str
     notes: list[str]
-    memory: Decision = Decision()
+    memory: Decision = field(default_factory=Decision)
 
 
 def prepare(config: FastpeftConfig, console: Console) -> Prepared:

@@ -38,7 +38,6 @@ CONFIGURATION = [
         "activation_offloading: true",
         "activation_offloading: unknown key, did you mean 'memory.activations'?",
     ),
-    yaml("cache", "memory: {cache: true}", "memory.cache: unknown key, did you mean 'model.packed_cache'?"),
     yaml("literal", "method: qloar", "method: expected one of 'lora', 'qlora', got 'qloar', did you mean 'qlora'?"),
     yaml(
         "repeated-key",

@@ -88,8 +88,11 @@ def test_the_same_run_resumed_too(policy: str, plain: tuple[list[str], Run], tmp
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "chats"])
 @pytest.mark.parametrize("policy", policies())
 def test_other_runs(kind: str, policy: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Where layers share a tensor, as a decoder's do the encoder's result, checkpointing adds gradients up in another
+    order, plain PEFT's too: there one way of checkpointing is held to another."""
     given = arguments(kind, checkpoints, tmp_path)
-    wanted = train(tmp_path / "plain", *given)
+    like = ["--gradient-checkpointing"] if kind == "t5" and policy not in ("streamed", "selective") else []
+    wanted = train(tmp_path / "plain", *given, *like)
     assert_same(train(tmp_path / "run", *given, *POLICIES[policy].split()), wanted)
 
 
