@@ -39,7 +39,8 @@ def test_what_the_model_says_is_taken_from_it() -> None:
         assert size <= found.bytes[kind] <= size + 512 * 80
 
 
-@pytest.mark.parametrize("nested", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("nested", [True, False])
 def test_four_bits_are_counted_with_their_scales(nested: bool) -> None:
     model = make_quantised(double_quant=nested)
     found = model_of_loaded(model, 32, 2, "adamw_torch")[1]

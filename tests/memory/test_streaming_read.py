@@ -129,11 +129,12 @@ WRITINGS: tuple[Callable[[nn.Parameter], Any], ...] = (
 )
 
 
-def test_what_is_written_outside_its_turn_holds() -> None:
+@pytest.mark.parametrize("writings", [WRITINGS[4:], pytest.param(WRITINGS[:4], marks=pytest.mark.full)])
+def test_what_is_written_outside_its_turn_holds(writings: tuple[Callable[[nn.Parameter], Any], ...]) -> None:
     model, given, _ = started(lora={"lora_dropout": 0.0})
     other = copy.deepcopy(model)
     streamed(model, "recompute")
-    for write in WRITINGS:
+    for write in writings:
         for one in (model, other):
             for layer in model_layers(one).values():
                 with torch.no_grad():
@@ -147,6 +148,7 @@ def test_what_is_written_outside_its_turn_holds() -> None:
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.full
 def test_a_write_to_the_state_dict_holds() -> None:
     model, given, _ = started(lora={"lora_dropout": 0.0})
     other = copy.deepcopy(model)
@@ -175,7 +177,8 @@ def test_a_write_that_would_be_lost_is_an_error() -> None:
     assert seeded(model, given).equals(wanted)
 
 
-@pytest.mark.parametrize("four_bits", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("four_bits", [False, True])
 def test_a_part_of_a_layer_by_itself(four_bits: bool) -> None:
     model, *_ = started(lora={"lora_dropout": 0.0}, **({"double_quant": True} if four_bits else {}))
     x = torch.randn(2, 5, 64)
