@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
@@ -15,9 +15,12 @@ from .layers.kept import bring
 from .memory.policy import LayerPolicy, MemoryPolicy
 from .replacements import REPLACEMENTS, Match
 from .replacements.fp8 import ask_fp8, check_fp8
-from .replacements.memory import check_memory
+from .replacements.memory import carried_out, check_memory
 from .replacements.mlp import RECOMPUTE
 from .requirements import require_core
+
+if TYPE_CHECKING:
+    from .memory.planning import Plan
 
 logger = logging.getLogger("fastpeft")
 
@@ -49,7 +52,7 @@ def accelerate(
     attention: bool = True,
     loss: bool = True,
     norms: bool = True,
-    memory: MemoryPolicy | LayerPolicy | None = None,
+    memory: Plan | MemoryPolicy | LayerPolicy | None = None,
     fp8_compute: Literal["never", "forward", "both"] | None = None,
     fp8_exclude: Sequence[str] = (),
 ) -> Model:
@@ -77,11 +80,12 @@ def accelerate(
         norms: compute RMSNorm, in every form that models have, in one pass each way, keeping its input and no copy of
             it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
             told by their parts and proved on each instance.
-        memory: what each layer keeps for backward, one `LayerPolicy` for all or one for each in a `MemoryPolicy`; None
-            leaves it to the model. Loss and gradients are the same bits under each; in tiles (`LayerPolicy.tile`) those
-            of adapters are within rounding. Layers are those that transformers' activation checkpointing wraps. Frozen
-            weights of streamed ones stay in host memory and are copied to the device ahead of each use. A Trainer's
-            `gradient_checkpointing=True` changes nothing in layers but the arguments of torch's checkpoint.
+        memory: what each layer keeps for backward, one `LayerPolicy` for all, one for each in a `MemoryPolicy`, or what
+            `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the model. Loss and
+            gradients are the same bits under each; in tiles (`LayerPolicy.tile`) those of adapters are within rounding.
+            Layers are those that transformers' activation checkpointing wraps. Frozen weights of streamed ones stay in
+            host memory and are copied to the device ahead of each use. A Trainer's `gradient_checkpointing=True`
+            changes nothing in layers but the arguments of torch's checkpoint.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
             "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
@@ -94,7 +98,7 @@ def accelerate(
         The same model.
 
     Raises:
-        TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` no policy.
+        TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` neither plan nor policy.
         ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
             LoRA layers are not to be replaced, `memory` does not fit the model's layers or
             streams them with copies in FP8, or the model is not on GPUs
@@ -106,6 +110,7 @@ def accelerate(
     if mlp not in (True, False, RECOMPUTE):
         raise ValueError(f"mlp: expected True, False or {RECOMPUTE!r}, got {mlp!r}")
     require_core()
+    memory = carried_out(model, memory)
     check_memory(model, memory, fp8_compute)
     check_fp8(model, fp8_compute, fp8_exclude, lora)
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))

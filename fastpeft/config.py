@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastpeft.config_keys import ELSEWHERE, key_of, keys, nearest_key
+from fastpeft.config_keys import ELSEWHERE, check_value, key_of, keys, nearest_key
 from fastpeft.hints import nearest
 from fastpeft.structured import build, unknown_key
 from fastpeft.yaml_loading import parse_yaml
@@ -129,8 +129,18 @@ class TrainingSection:
 class MemorySection:
     """How much memory a run may take."""
 
-    budget_gib: float | None = option(None, "GPU memory that a run may take; not built yet.")
+    budget_gib: float | None = option(
+        None, "GPU memory a run may take, in GiB; null: what is free on the GPU. Layers keep what a plan says fits."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
+    activations: Literal["keep", "selective", "recompute", "offload"] | None = option(
+        None, "What every layer keeps for backward, in place of a plan; offload: nothing, inputs go to host memory."
+    )
+    streamed: bool = option(False, "Frozen weights of layers stay in host memory and are copied ahead of each use.")
+    ring: int = option(2, "Streamed layers that are on the GPU at once.")
+    decoded: int | str = option(
+        0, "Bytes, or a size such as 400MiB: decoded 4-bit weights of a recomputed layer that wait for its backward."
+    )
     retry: bool = option(False, "Run a step that runs out of memory again, with less kept for backward from then on.")
 
 
@@ -174,12 +184,14 @@ class FastpeftConfig:
             data = {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in data.items()}
             sections = [section.name for section in fields(cls)]
             for name in map(str, data):
+                check_value(name, key_of(name), data.get(name))
                 near_a_section = name not in ELSEWHERE and nearest(name, sections)
                 key = None if name in sections else key_of(name) or (None if near_a_section else nearest_key(name))
                 if key is not None:
                     raise ValueError(f"{name}: unknown key, did you mean {key!r}?")
             for section, values in data.items():
-                for name in values if section in sections and isinstance(values, dict) else ():
+                for name, value in values.items() if section in sections and isinstance(values, dict) else ():
+                    check_value(f"{section}.{name}", f"{section}.{name}", value)
                     if name in ELSEWHERE and f"{section}.{name}" not in keys():
                         raise ValueError(f"{section}.{name}: unknown key, did you mean {ELSEWHERE[name]!r}?")
         return build(cls, data)

@@ -83,6 +83,11 @@ ELSEWHERE = {
     "lora_o_kernel": "acceleration.enabled",
     "lora_mlp_kernel": "acceleration.enabled",
     "disable_gradient_checkpointing": "memory.gradient_checkpointing",
+    "activation_offloading": "memory.activations",
+    "use_unsloth_gc": "memory.activations",
+    "layer_offloading": "memory.streamed",
+    "offload_params": "memory.streamed",
+    "gpu_memory_limit": "memory.budget_gib",
     "micro_batch_size": "training.per_device_train_batch_size",
     "eval_batch_size": "training.per_device_eval_batch_size",
     "num_epochs": "training.num_train_epochs",
@@ -107,6 +112,18 @@ ELSEWHERE = {
 
 docs/how-to/from-axolotl-llama-factory.md says how.
 """
+_OFFLOAD = "memory.activations: offload"
+OTHER_VALUES = {
+    ("memory.gradient_checkpointing", "offload"): _OFFLOAD,
+    ("memory.gradient_checkpointing", "offload_disk"): _OFFLOAD,
+    ("memory.gradient_checkpointing", "unsloth"): _OFFLOAD,
+    ("memory.activations", "offload_disk"): _OFFLOAD,
+    ("memory.activations", "unsloth"): _OFFLOAD,
+    ("memory.activations", "full"): "memory.activations: recompute",
+    ("memory.activations", "checkpoint"): "memory.activations: recompute",
+    ("memory.activations", "none"): "memory.activations: keep",
+}
+"""Values that other tools have, and what to write here instead."""
 
 
 class Key(NamedTuple):
@@ -149,6 +166,13 @@ def key_of(name: str) -> str | None:
         return name  # such as lora.extra.lora_bias
     ending = [key for key in keys() if key.rpartition(".")[2] == name]
     return ending[0] if len(ending) == 1 else None
+
+
+def check_value(name: str, key: str | None, value: Any) -> None:
+    """Raise ValueError for a value that another tool has: `name` is what was written, `key` what it means."""
+    wanted = OTHER_VALUES.get((key or "", value)) if isinstance(value, str) else None
+    if wanted is not None:
+        raise ValueError(f"{name}: got {value!r}, did you mean '{wanted}'?")
 
 
 def nearest_key(name: str) -> str | None:

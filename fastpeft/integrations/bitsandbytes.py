@@ -20,6 +20,7 @@ from fastpeft_kernels.weights import FourBitWeight
 from fastpeft_kernels.weights.base import Rows
 
 from ..layers.bypass import own_class, why_not_bypassed
+from ..layers.kept import AWAY, is_elsewhere
 
 CPU_PACKED = "4-bit storage rearranged by bitsandbytes for CPU inference (packing_format_for_cpu)"
 
@@ -72,6 +73,8 @@ def is_linear_4bit(module: nn.Module) -> bool:
 def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     """The frozen weight of a Linear4bit, or the reason why its storage cannot be read."""
     weight: Any = layer.weight
+    if is_elsewhere(weight):
+        return AWAY
     state = getattr(weight, "quant_state", None)
     if state is None:
         state = getattr(layer, "quant_state", None)  # FSDP2 gives parameters that have lost theirs

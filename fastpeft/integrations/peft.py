@@ -15,6 +15,7 @@ from fastpeft_kernels.experts import ExpertAdapter
 from fastpeft_kernels.lora import LoraAdapter
 
 from ..layers.bypass import own_class, why_not_bypassed
+from ..layers.kept import AWAY, is_elsewhere, stock_type
 from ..requirements import require_core
 from .dora import is_dora
 
@@ -260,7 +261,7 @@ def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str |
     if parameter is None:
         return None
     if type(parameter) not in (nn.Parameter, torch.Tensor):
-        return f"a parameter of type {type(parameter).__name__}"
+        return AWAY if is_elsewhere(parameter) else f"a parameter of type {type(parameter).__name__}"
     if parameter.device != device:
         return f"a parameter on {parameter.device}, the input on {device}"
     if hasattr(parameter, "ds_id"):
@@ -277,7 +278,7 @@ class _PlainLinear(type):
     """isinstance() means: an nn.Linear with an ordinary weight, no subclass and no quantised tensor in it."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return own_class(instance) is nn.Linear and type(instance._parameters.get("weight")) is nn.Parameter
+        return own_class(instance) is nn.Linear and stock_type(instance._parameters.get("weight")) is nn.Parameter
 
 
 class PlainLinear(metaclass=_PlainLinear):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.bypass import own_class
+from ..layers.kept import stock_type
 from . import awq, bitsandbytes_int8, finegrained_fp8, gptq, hqq, torchao
 from .reading import Base
 
@@ -45,9 +46,9 @@ _KNOWN: dict[tuple[type, type], Reader | None] = {}  # classes come into being w
 def reader(layer: nn.Module) -> Reader | None:
     """Who reads the storage of a base layer; None where it is a floating matrix, in 4 bits, or nobody's."""
     weight = layer._parameters.get("weight")
-    if type(weight) is nn.Parameter and weight.dtype.itemsize > 1:
+    if weight is not None and stock_type(weight) is nn.Parameter and weight.dtype.itemsize > 1:
         return None
-    kinds = own_class(layer), type(weight)
+    kinds = own_class(layer), stock_type(weight)
     if kinds not in _KNOWN:
         _KNOWN[kinds] = next((found for found in READERS if found.reads(*kinds)), None)
     return _KNOWN[kinds]

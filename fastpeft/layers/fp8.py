@@ -21,6 +21,7 @@ from ..integrations import finegrained_fp8, quantised
 from ..integrations.reading import PRODUCTS
 from ..integrations.transformers import is_conv1d
 from .bypass import own_class
+from .kept import stock_type
 
 NEVER, FORWARD, BOTH = "never", "forward", "both"
 SETTINGS = (NEVER, FORWARD, BOTH)
@@ -91,7 +92,7 @@ def is_fp8_linear(base: nn.Module) -> bool:
 def why_not_fp8(base: Any) -> str | None:
     """Why a base layer's products cannot be made in FP8 by us; or None."""
     weight = base._parameters.get("weight")
-    dense = (own_class(base) is nn.Linear or is_conv1d(base)) and type(weight) is nn.Parameter
+    dense = (own_class(base) is nn.Linear or is_conv1d(base)) and stock_type(weight) is nn.Parameter
     if not dense and not is_fp8_linear(base):
         return f"a base layer of type {type(base).__name__}"
     if weight.requires_grad:

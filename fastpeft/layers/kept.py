@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Keeper(Protocol):
@@ -20,6 +20,25 @@ class Keeper(Protocol):
 
 KEEPERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """Module with weights of its own -> its `Keeper`."""
+
+
+STOCK = "fastpeft_stock"
+"""Attribute of the class that a tensor has while its values are elsewhere: the class that it has else."""
+
+
+AWAY = "a streamed weight outside its layer's turn"
+"""Why a library's own forward runs: it reads what `is_elsewhere`."""
+
+
+def stock_type(tensor: Tensor | None) -> type[Any]:
+    """The class of a tensor, wherever its values are at present."""
+    kind = type(tensor)
+    return getattr(kind, STOCK, kind)
+
+
+def is_elsewhere(tensor: Tensor | None) -> bool:
+    """Whether operations called from Python find the values of a kept tensor, but nothing else does."""
+    return hasattr(type(tensor), STOCK)
 
 
 def bring(module: nn.Module, *, write: bool = False) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +15,10 @@ from torch import nn
 from ..layers.random_state import RandomState, devices_of
 from .choosing import Need, Rates, need
 from .ladder import current_policy, level_text
+from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS, state_sizes
 from .out_of_memory import Call, OutOfMemory, Phase, asked_bytes, phase_of
-from .planning import components, model_of
+from .planning import components
 from .policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
 from .predicting import Model
 from .sizes import mib_or_gib
@@ -99,7 +98,7 @@ def prediction(
         raise ValueError("the model was not called with input_ids of rows x tokens")
     capacity = _capacity(device)
     with _undisturbed(model):
-        traced = traced_like(model, call.rows, call.tokens, optimizer)
+        traced = model_of_loaded(model, call.tokens, call.rows, optimizer)[1]
         now = need(traced, current_policy(model), call.rows, call.tokens, capacity, Rates())
         changes = list(_changes(traced, now, call.rows, call.tokens, capacity))
     found = components(traced, now, capacity)
@@ -107,32 +106,6 @@ def prediction(
     lines += _table(dict(list(found.items())[: list(found).index("total") + 1]))
     enough = [change for change in changes if (change.frees or 0) >= (asked or 0)]
     return lines, (enough + [change for change in changes if change not in enough])[:MOST_CHANGES]
-
-
-def traced_like(model: Any, rows: int, tokens: int, optimizer: str) -> Model:
-    """What a plan traces, for a model that there is."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapters = getattr(model, "peft_config", None) or {}
-    found = next(iter(adapters.values()), None)
-    if found is None or not hasattr(found, "r") or getattr(base, "config", None) is None:
-        raise ValueError("the model is none of transformers' with LoRA on it")
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._attn_implementation = None
-    targets = found.target_modules
-    dtypes = [p.dtype for p in base.parameters() if p.is_floating_point() and not p.requires_grad]
-    return model_of(
-        config,
-        tokens,
-        rows,
-        found.r,
-        "qlora" if getattr(base, "is_loaded_in_4bit", False) else "lora",
-        targets if isinstance(targets, str) else sorted(targets),
-        str(dtypes[0] if dtypes else torch.float32).removeprefix("torch."),
-        optimizer,
-        "auto",
-    )[1]
 
 
 def _changes(model: Model, now: Need, rows: int, tokens: int, capacity: int) -> Iterator[Change]:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from .choosing import CONTEXT, RESERVE, Need, Rates, choose, need
+from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
 from .policy import MemoryPolicy
 from .predicting import Model, Setting
@@ -52,7 +55,7 @@ class Plan:
 
     @property
     def policy(self) -> MemoryPolicy:
-        """For `accelerate(memory=...)`."""
+        """Of every layer; `accelerate(memory=...)` takes the plan itself, too."""
         return self.need.policy
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +94,8 @@ def plan(
 
     Args:
         name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
-            `fastpeft.memory.known.KNOWN`. No weights are read.
+            `fastpeft.memory.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter of
+            PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
         gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
         seq, batch: tokens a row, and rows, of one forward pass.
         rank, targets: of LoRA, as PEFT takes them.
@@ -111,7 +115,18 @@ def plan(
     capacity, host = parse_size(gpu_memory, "gpu_memory"), None
     if host_memory is not None:
         host = parse_size(host_memory, "host_memory")
-    name, model = model_of(name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code)
+    model: Model
+    if isinstance(name_or_config, nn.Module):
+        given = {"rank": (rank, 16), "method": (method, "qlora"), "targets": (targets, "all-linear")}
+        given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
+        if own := [key for key, (one, default) in given.items() if one != default]:
+            raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
+        _check_numbers(seq, batch, 1, optimizer)
+        name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
+    else:
+        name, model = model_of(
+            name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
+        )
     return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
 
 
@@ -138,15 +153,9 @@ def model_of(
     from .known import KNOWN, known_config
 
     require_core()
-    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
-    for key, one, among in (
-        ("method", method, METHODS), ("dtype", dtype, DTYPES), ("optimizer", optimizer, OPTIMIZERS),
-        ("task", task, ("auto", *AUTO)),
-    ):  # fmt: skip
-        if one not in among:
-            raise ValueError(f"{key}: expected one of {', '.join(among)}, got {one!r}")
+    _check_numbers(seq, batch, rank, optimizer)
+    for key, one, among in (("method", method, METHODS), ("dtype", dtype, DTYPES), ("task", task, ("auto", *AUTO))):
+        _check_one_of(key, one, among)
     if not isinstance(name_or_config, str):
         name, config = name_or_config.model_type, name_or_config
     elif name_or_config.lower() in KNOWN:
@@ -166,6 +175,18 @@ def model_of(
         optimizer,
     )
     return name, Model(setting)
+
+
+def _check_numbers(seq: int, batch: int, rank: int, optimizer: str) -> None:
+    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
+    _check_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+
+
+def _check_one_of(key: str, value: str, among: Sequence[str]) -> None:
+    if value not in among:
+        raise ValueError(f"{key}: expected one of {', '.join(among)}, got {value!r}")
 
 
 def plan_on(

@@ -61,6 +61,11 @@ class MemoryPolicy:
         if self.ring < 1:
             raise ValueError(f"ring: expected 1 or more buffers, got {self.ring}")
 
+    @property
+    def different(self) -> tuple[LayerPolicy, ...]:
+        """The policies that occur."""
+        return tuple(dict.fromkeys([self.layers] if isinstance(self.layers, LayerPolicy) else self.layers))
+
     def of(self, count: int) -> tuple[LayerPolicy, ...]:
         """The policies of a model of `count` layers. Raises ValueError for another number of them."""
         if isinstance(self.layers, LayerPolicy):

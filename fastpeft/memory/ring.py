@@ -36,8 +36,11 @@ class Ring:
         if not bundle.stowed:
             return
         ahead = self._ahead(bundle)
+        if bundle.stale and not bundle.written:
+            self._empty(bundle)
         self._fill(bundle, (bundle,))
         bundle.wait(self._line(bundle))
+        bundle.show()
         self.filled.remove(bundle)
         self.filled.append(bundle)
         self._note("use", bundle)
@@ -52,7 +55,7 @@ class Ring:
     def empty(self, bundles: Iterable[Bundle] | None = None) -> None:
         """Give up the places of these, or of all."""
         for bundle in list(self.filled if bundles is None else bundles):
-            if bundle.filled:
+            if bundle in self.filled:
                 self._empty(bundle)
 
     def keep(self, bundle: Bundle) -> None:
@@ -77,7 +80,7 @@ class Ring:
         return [self.bundles[i] for i in places]
 
     def _fill(self, bundle: Bundle, needed: tuple[Bundle, ...]) -> None:
-        if bundle.filled or not bundle.stowed:
+        if bundle in self.filled or not bundle.stowed:
             return
         while len(self.filled) >= self.count:
             self._empty(next(other for other in self.filled if other not in needed))
@@ -87,8 +90,8 @@ class Ring:
         self._note("fill", bundle)
 
     def _empty(self, bundle: Bundle) -> None:
+        self.filled.remove(bundle)  # first: one that a signal leaves here counts as empty
         bundle.empty(self._line(bundle))
-        self.filled.remove(bundle)
         self._note("empty", bundle)
 
     def _line(self, bundle: Bundle) -> Line:

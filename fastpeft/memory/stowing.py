@@ -2,12 +2,15 @@
 
 A parameter stays the same object, with its shape, dtype and device; only its memory on the device is given back and
 taken again (as FSDP does). So whatever kept the tensor for backward, autograd included, reads right values there.
+Outside the layer's turn Python reads it by copies (`reading.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations import bitsandbytes, peft
+from ..layers.kept import stock_type
 from .host_store import pin, to_host
 from .offloading import Line
+from .reading import HOME, hide, show
 
 SMALLEST = 4096
 """Bytes below which a tensor stays on the device."""
@@ -32,6 +37,7 @@ class Stowed:
         tensor: what it holds there, with no memory on the device until `Bundle.fill`.
         host: the values.
         there: all bytes of the tensor's memory on the device; a view with a count of writes of its own.
+        version: writes to `host` that the memory on the device has.
     """
 
     owner: Any
@@ -39,6 +45,7 @@ class Stowed:
     tensor: Tensor
     host: Tensor
     there: Tensor
+    version: int = 0
 
     def is_current(self) -> bool:
         """Whether the layer still holds this tensor, over this memory."""
@@ -61,7 +68,7 @@ class Bundle:
 
     def __init__(self, layer: nn.Module, elsewhere: frozenset[int] = frozenset()) -> None:
         self.layer, self.elsewhere = layer, elsewhere
-        self.filled = self.written = False
+        self.filled = self.written = self.filled_before = False
         self.copied: Any = None
         self.stream: Any = None
         self.stowed: list[Stowed] = []
@@ -76,6 +83,31 @@ class Bundle:
     def nbytes(self) -> int:
         """Bytes on the device while it is filled."""
         return sum(stowed.host.nbytes for stowed in self.stowed)
+
+    @property
+    def stale(self) -> bool:
+        """Whether somebody wrote into the host's values since the device got them."""
+        return self.filled and any([stowed.host._version != stowed.version for stowed in self.stowed])
+
+    def show(self) -> None:
+        """Python reads the device's memory from now on."""
+        for stowed in self.stowed:
+            show(stowed.tensor)
+
+    def hide(self) -> None:
+        """Python reads copies of the host's values from now on, unless those on the device are newer."""
+        if not self.written:
+            for stowed in self.stowed:
+                hide(stowed.tensor, stowed.host, self.layer)  # type: ignore[arg-type]
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The tensors themselves for a while, to be asked for no values."""
+        self.show()
+        try:
+            yield
+        finally:
+            self.hide()
 
     def stow(self) -> None:
         """Move what the layer holds now to the host. Its memory on the device is freed where nobody else has it."""
@@ -105,9 +137,13 @@ class Bundle:
 
     def fill(self, line: Line) -> None:
         """Take memory on the device, all or none, and start the copies; `wait` before reading."""
+        if line.side is not None and not self.filled_before:
+            weakref.finalize(self, line.finish).atexit = False  # memory that is copied must not go meanwhile
+            self.filled_before = True
         try:
             for stowed in self.stowed:
                 stowed.there.untyped_storage().resize_(stowed.host.nbytes)
+                stowed.version = stowed.host._version
         except RuntimeError:
             self._free()
             raise
@@ -132,11 +168,13 @@ class Bundle:
 
     def forget(self) -> None:
         """Leave the tensors as they are now."""
+        self.show()
         for stowed in self.stowed:
             stowed.tensor.__dict__.pop("__deepcopy__", None)
 
     def relocate(self, device: torch.device) -> None:
         """Empty tensors on another device in place of these; must not be filled."""
+        self.show()
         for stowed in self.stowed:
             if device.type == "cuda":
                 pin(stowed.host)
@@ -145,21 +183,23 @@ class Bundle:
 
     def _copied(self, stowed: Stowed, memo: dict[int, Any]) -> Tensor:
         """For `copy.deepcopy`, which reaches tensors by more ways than through their layer: one with its values."""
-        tensor = stowed.tensor
-        value = (tensor.detach() if self.filled else stowed.host).to(tensor.device, copy=True)
-        if not isinstance(tensor, nn.Parameter):
+        tensor: Any = stowed.tensor
+        value = (tensor.detach() if self.written else stowed.host).to(tensor.device, copy=True)
+        kind = stock_type(tensor)
+        if kind is Tensor:
             return value
-        if type(tensor) is nn.Parameter:
-            return nn.Parameter(value, requires_grad=tensor.requires_grad)
-        made = copy.copy(tensor)  # bitsandbytes'
-        made.quant_state, made.data = copy.deepcopy(tensor.quant_state, memo), value  # type: ignore[attr-defined]
-        return made
+        made: Any = Tensor._make_subclass(kind, value, tensor.requires_grad)
+        if kind is not nn.Parameter:  # bitsandbytes'
+            made.__dict__.update({k: v for k, v in tensor.__dict__.items() if k not in (HOME, "__deepcopy__")})
+            made.quant_state = copy.deepcopy(tensor.quant_state, memo)
+        return made  # type: ignore[no-any-return]
 
     def _free(self) -> None:
         for stowed in self.stowed:
             stowed.there.untyped_storage().resize_(0)
         self.copied = self.stream = None
         self.filled = self.written = False
+        self.hide()
 
 
 def give_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -187,7 +227,7 @@ def streamable(layer: nn.Module, elsewhere: frozenset[int]) -> Iterator[tuple[An
 def _base_tensors(layer: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
     for module, name, parameter in _matrices(layer):
         state = getattr(parameter, "quant_state", None)
-        if type(parameter) is nn.Parameter or (state is not None and bitsandbytes.is_linear_4bit(module)):
+        if stock_type(parameter) is nn.Parameter or (state is not None and bitsandbytes.is_linear_4bit(module)):
             yield module, name, parameter
             if state is not None:
                 yield state, "absmax", state.absmax
@@ -207,7 +247,7 @@ def shared_storages(model: nn.Module, layers: list[nn.Module]) -> frozenset[int]
     inside = {id(module): place for place, layer in enumerate(layers) for module in layer.modules()}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
+            if tensor is not None and stock_type(tensor) in (Tensor, nn.Parameter):
                 found = places.setdefault(tensor.untyped_storage()._cdata, set())
                 found.add(inside.get(id(module), -1))
     return frozenset(storage for storage, found in places.items() if len(found) > 1 or -1 in found)

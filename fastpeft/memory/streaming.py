@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
 from ..layers.kept import KEEPERS
@@ -36,7 +37,11 @@ class StreamedLayer(PolicyLayer):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ask()
-        y = super().forward(*args, **kwargs)
+        try:
+            y = super().forward(*args, **kwargs)
+        finally:
+            if torch._C._current_graph_task_id() == -1:  # else backward of this layer comes next
+                self.fastpeft_bundle.hide()
         if torch.is_grad_enabled():
             for leaf in tree_leaves(y):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
@@ -59,6 +64,7 @@ class StreamedLayer(PolicyLayer):
 
     def _before_backward(self, _: Tensor) -> None:
         self.ask()
+        Variable._execution_engine.queue_callback(self.fastpeft_bundle.hide)
 
     def open(self) -> None:
         """The same for somebody who is about to write into them."""
@@ -73,7 +79,8 @@ class StreamedLayer(PolicyLayer):
         bundle, ring = self.fastpeft_bundle, self.fastpeft_ring
         if bundle.written:
             ring.empty([bundle])
-        found = super().state_dict(*args, **kwargs)
+        with bundle.shown():
+            found = super().state_dict(*args, **kwargs)
         if kwargs.get("keep_vars"):
             return found
         hosts = {stowed.there.untyped_storage()._cdata: stowed.host for stowed in bundle.stowed}
@@ -95,8 +102,9 @@ class StreamedLayer(PolicyLayer):
             if device != bundle.device:
                 ring.empty([bundle])
                 bundle.relocate(device)
-        else:
-            self.open()
+            with bundle.shown():
+                return super()._apply(fn, recurse)
+        self.open()
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from itertools import count
 from typing import Any
 
@@ -13,11 +15,13 @@ from ..layers.mlp import FastMlp
 from ..memory.activations import PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
+from ..memory.sizes import gib
 from ..memory.streaming import StreamedLayer, stream_layers
 from .base import Left, Match
 from .swap import MixedIn
 
 _MODELS = count()
+logger = logging.getLogger("fastpeft")
 
 
 def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) -> None:
@@ -25,7 +29,12 @@ def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) 
     if memory is None:
         return
     if not isinstance(memory, (LayerPolicy, MemoryPolicy)):
-        raise TypeError(f"memory: expected a MemoryPolicy, a LayerPolicy or None, got {type(memory).__name__}")
+        hint = ""
+        if isinstance(memory, (str, int, float)):
+            call = f"fastpeft.plan(model, gpu_memory={memory!r}, seq=..., batch=...)"
+            hint = f"; what fits depends on the batch: memory={call}"
+        got = type(memory).__name__
+        raise TypeError(f"memory: expected a Plan, a MemoryPolicy, a LayerPolicy or None, got {got}{hint}")
     layers = model_layers(model)
     if not layers:
         raise ValueError(
@@ -37,6 +46,20 @@ def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) 
             f"memory: expected no streamed layers with fp8_compute={fp8_compute!r}, "
             "whose copies of weights stay on the device"
         )
+
+
+def carried_out(model: nn.Module, memory: Any) -> Any:
+    """A plan's policy in place of the plan; anything else as it is. Raises ValueError for a plan of another model."""
+    planning = sys.modules.get(f"{__package__.rpartition('.')[0]}.memory.planning")
+    if planning is None or not isinstance(memory, planning.Plan):
+        return memory
+    planned, here = memory.policy.layers, len(model_layers(model))
+    if isinstance(planned, tuple) and len(planned) != here:
+        raise ValueError(f"memory: expected a plan for {here} layers, got one for {len(planned)}, of {memory.model}")
+    if not memory.fits:
+        need, room = gib(memory.need.total), gib(memory.gpu_memory)
+        logger.warning("the plan does not fit: %s are predicted on a GPU of %s", need, room)
+    return memory.policy
 
 
 def whole(memory: LayerPolicy | MemoryPolicy) -> MemoryPolicy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import folder as run_folder
 from fastpeft.training.arguments import check, training_arguments
 from fastpeft.training.end_token import why_it_cannot_stop
+from fastpeft.training.memory import decide
 from fastpeft.training.outcome import Outcome
 from fastpeft.training.packing import check_packing
 from fastpeft.training.preparing import Prepared
@@ -86,7 +87,11 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
     if checkpoint is not None:
         run_folder.check_processes(target, arguments.world_size)
-    return Ready(strategy, prepared, arguments, checkpoint, fingerprint)
+    longest = _longest(prepared)
+    memory = decide(prepared.config, device, dtype, longest=longest, processes=arguments.world_size)
+    if memory.summary:
+        console.print(f"memory: {memory.summary}", markup=False, highlight=False, soft_wrap=True)
+    return Ready(strategy, replace(prepared, memory=memory), arguments, checkpoint, fingerprint)
 
 
 def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
@@ -157,6 +162,8 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         peak_mib=peak.mib,
         peak_method=peak.method,
         notes=[*notes, *findings.notes],
+        memory=prepared.memory.report,
+        predicted_mib=None if prepared.memory.plan is None else prepared.memory.plan.need.total / 2**20,
         accelerated=_accelerated(model) if config.acceleration.enabled else "",
         chat_template=prepared.chat_template,
         environment=asdict(environment(device.type)),
@@ -196,7 +203,7 @@ def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list
     """What should be looked at, shown at once and kept for the report."""
     import torch
 
-    notes = list(prepared.notes)
+    notes = [*prepared.notes, *filter(None, [prepared.memory.note])]
     if prepared.config.model.task == "causal-lm" and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
         notes.append(reason)
     if dtype == torch.float16 and "t5" in model.config.model_type:
@@ -221,3 +228,20 @@ def _metrics(trainer: Any) -> dict[str, float]:
         for name, value in found.items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and not any(u in name for u in unwanted)
     }
+
+
+def _longest(prepared: Prepared) -> int:
+    """Tokens of the longest row of a batch."""
+    data, rows = prepared.config.data, prepared.rows.rows
+    assert data.max_length is not None
+    names = [name for name in ("input_ids", "labels") if name in rows.column_names]
+    if data.packing or not len(rows) or "input_ids" not in names:
+        return data.max_length
+    lengths = (
+        len(value)
+        for batch in rows.select_columns(names).iter(batch_size=1000)
+        for name in names
+        for value in batch[name]
+        if isinstance(value, list)
+    )
+    return max(2, min(data.max_length, max(lengths)))

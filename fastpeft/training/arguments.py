@@ -13,6 +13,7 @@ from fastpeft.hub import unreachable
 from fastpeft.requirements import require
 from fastpeft.structured import convert
 
+from .memory import check_memory
 from .optimizers import OURS, name_for_trainer
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def check(config: FastpeftConfig) -> None:
         raise UserError("training.output_dir: expected a folder, got nothing")
     if training.push_to_hub:
         _check_hub()
-    if config.memory.budget_gib is not None:
-        raise UserError("memory.budget_gib: expected null, planning memory is not built yet")
+    check_memory(config)
     _known_choices(config)
 
 

@@ -40,6 +40,12 @@ MAY_CHANGE = {
     "training.report_to",
     "training.push_to_hub",
     "training.hub_model_id",
+    "memory.budget_gib",
+    "memory.gradient_checkpointing",
+    "memory.activations",
+    "memory.streamed",
+    "memory.ring",
+    "memory.decoded",
     "acceleration.enabled",
 }
 """Settings that a resumed run may have others of: they change no step that is done."""

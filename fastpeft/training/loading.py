@@ -14,8 +14,15 @@ from .preparing import Prepared
 
 
 def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
-    """Base and fresh adapter, accelerated; what is trained is in float32."""
+    """Base and fresh adapter, accelerated; what is trained is in float32.
+
+    Where layers are streamed, the base is loaded on the CPU, and only what stays on the device is moved there.
+    """
+    import torch
+
     import fastpeft
+
+    home = torch.device("cpu") if prepared.memory.streams else device
 
     config = prepared.config
     labels = config.data.labels if config.model.task == "sequence-classification" else None
@@ -25,7 +32,7 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     _seed(config.training.seed)  # a fresh classifier's first values
     others["whole"] = config.lora.modules_to_save
     base, fresh = bases.load_base(
-        config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
+        config.model, config.model.task, home, dtype, config.model.quantization or "none", **others
     )
     if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
         base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
@@ -34,7 +41,11 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
     if config.acceleration.enabled:
-        fastpeft.accelerate(model)
+        fastpeft.accelerate(model, memory=prepared.memory.policy)
+    if home != device:
+        model.to(device)
+        if hasattr(base, "hf_device_map"):
+            base.hf_device_map = {"": device}  # what accelerate compares with the device that trains
     return model
 
 

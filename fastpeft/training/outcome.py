@@ -29,6 +29,8 @@ class Outcome:
         tokens_per_second: median of this process's steps but the first; None if there were too few.
         peak_mib, peak_method: see PeakMemory.
         notes: what should be looked at.
+        memory: what was decided of it, and predicted; empty where nothing was.
+        predicted_mib: peak of GPU memory, CUDA context and fragments included; None where nothing was predicted.
         accelerated: fastpeft.report as text; empty for plain PEFT.
         chat_template: what it is called; empty without chats.
         environment: of bench.records.
@@ -52,6 +54,8 @@ class Outcome:
     peak_mib: float
     peak_method: str
     notes: list[str]
+    memory: str
+    predicted_mib: float | None
     accelerated: str
     chat_template: str
     environment: dict[str, Any]
@@ -93,12 +97,15 @@ class Outcome:
             f"| tokens/s | {rate} |",
             f"| {peak} | {self.peak_mib:,.0f} MiB ({self.peak_method}) |",
         ]
+        if self.predicted_mib is not None:
+            lines += [f"| predicted peak, with CUDA's own | {self.predicted_mib:,.0f} MiB |"]
         lines += [f"| chat template | {Path(self.chat_template).name} |"] if self.chat_template else []
         lines += [f"| evaluation: {name} | {value:.4f} |" for name, value in self.metrics.items()]
         lines += [line for note in self.notes for line in ("", f"Note: {note}.")]
         lines += self.findings.lines()
         lines += ["", "## Loss", "", f"![loss]({LOSS})", "", "| step | training | evaluation |", "|---|---|---|"]
         lines += _loss_rows(self.losses, self.evaluation)
+        lines += ["", "## Memory", "", "```", self.memory, "```"] if self.memory else []
         lines += ["", "## What was accelerated", "", "```", self.accelerated or "nothing: plain PEFT", "```"]
         lines += ["", "## Environment", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {_said(value)} |" for name, value in self.environment.items() if value]

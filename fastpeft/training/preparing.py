@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.models.tasks import resolve_task
 from fastpeft.progress import count
 
+from .memory import Decision
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -33,6 +35,7 @@ class Prepared:
         rows, evaluation: encoded.
         chat_template: what it is called; empty without chats.
         notes: what should be looked at.
+        memory: what layers keep, decided once all else is known.
     """
 
     config: FastpeftConfig
@@ -41,6 +44,7 @@ class Prepared:
     evaluation: Encoded | None
     chat_template: str
     notes: list[str]
+    memory: Decision = field(default_factory=Decision)
 
 
 def prepare(config: FastpeftConfig, console: Console) -> Prepared:

@@ -161,10 +161,7 @@ def completed(words: str) -> set[str]:
         ("fastpeft tr", {"train"}),
         ("fastpeft train --ov", {"--overwrite"}),
         ("fastpeft train --lora.u", {"--lora.use_rslora", "--lora.use_dora"}),
-        (
-            "fastpeft train --lora.r 8 --memory.",
-            {"--memory.budget_gib", "--memory.gradient_checkpointing", "--memory.retry"},
-        ),
+        ("fastpeft train --lora.r 8 --memory.g", {"--memory.gradient_checkpointing"}),
         ("fastpeft train --learning-rate 1e-3 --data.pac", {"--data.packing"}),
         ("fastpeft train --nope 8 --data.pac", {"--data.packing"}),
         ("fastpeft train --lora.r --data.pac", {"--data.packing"}),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpeft.memory.predicting import OPTIMIZERS
 from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, TEXTS, Wrong, option
@@ -22,6 +23,21 @@ CONFIGURATION = [
     yaml("type", "lora: {r: eight}", "lora.r: expected int, got 'eight' (str)"),
     yaml("list", "- lora", "top level: expected a mapping, got ['lora'] (list)"),
     yaml("value-for-section", "lora: 8", "lora: expected a mapping, got 8 (int)"),
+    yaml(
+        "axolotl-offload",
+        "gradient_checkpointing: offload",
+        "gradient_checkpointing: got 'offload', did you mean 'memory.activations: offload'?",
+    ),
+    yaml(
+        "unsloth-checkpointing",
+        "memory: {gradient_checkpointing: unsloth}",
+        "memory.gradient_checkpointing: got 'unsloth', did you mean 'memory.activations: offload'?",
+    ),
+    yaml(
+        "offloading",
+        "activation_offloading: true",
+        "activation_offloading: unknown key, did you mean 'memory.activations'?",
+    ),
     yaml("literal", "method: qloar", "method: expected one of 'lora', 'qlora', got 'qloar', did you mean 'qlora'?"),
     yaml(
         "repeated-key",
@@ -289,7 +305,29 @@ TRAINING = [
         "--resume: expected it without --overwrite, got both",
         run__yaml="",
     ),
-    option("budget", "--budget-gib 8", "memory.budget_gib: expected null, planning memory is not built yet"),
+    option("budget", "--budget-gib 0", "memory.budget_gib: expected more than 0 and less than 2^20, got 0.0"),
+    option("ring", "--ring 0", "memory.ring: expected at least 1, got 0"),
+    option("decoded", "--decoded 4G", "memory.decoded: expected a size such as 24GiB or 24GB, got '4G'"),
+    option(
+        "plain-memory",
+        "--acceleration.enabled false --streamed",
+        "memory.streamed: expected false with acceleration.enabled false",
+    ),
+    option(
+        "checkpointing-and-offload",
+        "--gradient-checkpointing --activations offload",
+        "memory.gradient_checkpointing: expected false with memory.activations offload, got true",
+    ),
+    option(
+        "unsloth",
+        "--activations unsloth",
+        "memory.activations: got 'unsloth', did you mean 'memory.activations: offload'?",
+    ),
+    option(
+        "optimizer-budget",
+        "--budget-gib 8 --optim adafactor",
+        f"memory.budget_gib: expected training.optim to be one of {', '.join(OPTIMIZERS)}, got 'adafactor'",
+    ),
     option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, got 'dpo'"),
     option(
         "schedule",

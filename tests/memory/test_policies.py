@@ -109,7 +109,8 @@ def test_the_report() -> None:
 @pytest.mark.parametrize(
     ("memory", "error", "words"),
     [
-        ("24GiB", TypeError, "memory: expected a MemoryPolicy, a LayerPolicy or None, got str"),
+        ((), TypeError, "memory: expected a Plan, a MemoryPolicy, a LayerPolicy or None, got tuple$"),
+        ("24GiB", TypeError, r"got str; what fits depends on the batch: memory=fastpeft.plan\(model, gpu_mem"),
         (MemoryPolicy((LayerPolicy(),) * 3), ValueError, "layers: expected 2 policies, one for each layer, got 3"),
     ],
 )
