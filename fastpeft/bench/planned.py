@@ -2,6 +2,7 @@
 
 python -m fastpeft.bench.planned                        # prints the table
 python -m fastpeft.bench.planned --into docs/concepts/memory.md
+python -m fastpeft.bench.planned --table                # the longest contexts that are predicted to fit
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fastpeft.memory.choosing import in_turns
+from fastpeft.memory.policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
 
 from .memory import peak_of_step
 from .steps import StepCase, adapt, base_model, targets
@@ -22,9 +27,26 @@ from .tables import insert
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 TASKS = {"llama": "causal-lm", "moe": "causal-lm", "gemma3": "causal-lm", "bert": "sequence-classification"}
-HELD_OUT = ("gemma3", "bart")
+HELD_OUT = ("moe", "bart")
 """Looked at only when all else was finished."""
-FAMILIES = ("llama", "bert", "t5", "moe", *HELD_OUT)
+FAMILIES = ("llama", "bert", "t5", "gemma3", *HELD_OUT)
+METHODS = ("lora", "qlora")
+LENGTHS = (128, 320)
+POLICIES = (*(LayerPolicy(kind) for kind in ACTIVATIONS), LayerPolicy("recompute", streamed=True))
+
+
+class Case(NamedTuple):
+    """One step of a small model in fp32, two rows; what layers keep is set by `accelerate(memory=...)`."""
+
+    family: str
+    method: str
+    policy: LayerPolicy
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        what = self.policy.activations + ", streamed" * self.policy.streamed
+        return f"{self.family} {self.method}, {what}, 2 x {self.tokens} tokens"
 
 
 @dataclass(frozen=True)
@@ -40,54 +62,65 @@ class Compared:
         return self.predicted / self.measured
 
 
-def cases() -> list[StepCase]:
-    """Families x methods x what layers keep x lengths, on small models in fp32."""
-    return [
-        StepCase(
-            family, method, torch.float32, hidden=256, layers=5, tokens=tokens, words=2000, checkpointing=recompute
-        )
-        for family in FAMILIES
-        for method in ("lora", "qlora")
-        for recompute in (False, True)
-        for tokens in (128, 320)
-    ]
+def cases() -> list[Case]:
+    """Families x methods x policies x lengths; "selective", "offload" and streamed weights at one length."""
+    both = [Case(*each) for each in product(FAMILIES, METHODS, POLICIES, LENGTHS)]
+    return [case for case in both if case.policy in TWICE or case.tokens == LENGTHS[-1]]
 
 
-def compare(case: StepCase) -> Compared:
-    """One step measured, then predicted from the same configuration."""
-    import fastpeft
-    from fastpeft.config import LoraSection
-    from fastpeft.memory.composing import compose
-    from fastpeft.memory.layers import model_layers
-    from fastpeft.memory.policy import LayerPolicy
-    from fastpeft.memory.skeleton import build
-    from fastpeft.memory.timeline import trace
+TWICE = (LayerPolicy("keep"), LayerPolicy("recompute"))
 
-    torch.manual_seed(0)
-    base = _base(case)
-    config, names = base.config, targets(base)
-    model: Any = fastpeft.accelerate(adapt(base, case, "cpu"))
-    ids = torch.randint(3, case.words, (case.rows, case.tokens), generator=torch.Generator().manual_seed(1))
-    task = TASKS.get(case.family, "seq2seq-lm")
-    batch = {"input_ids": ids, "labels": ids[:, 0] % 2 if task == "sequence-classification" else ids}
-    model.config.use_cache = False
 
-    def step() -> None:
-        model(**batch).loss.backward()
-        model.zero_grad(set_to_none=True)
+class Family:
+    """A model with values and the prediction of the same, for every policy and length."""
 
-    step()  # finds the siblings
-    measured = peak_of_step(step, "cpu")
-    extra = {"target_parameters": EXPERTS} if case.family == "moe" else {}
-    section = LoraSection(r=case.rank, target_modules=names, extra=extra)
-    skeleton = build(config, task, case.dtype, case.method == "qlora", section)
-    if case.checkpointing:
-        skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
-    meta = {name: tensor.to("meta") for name, tensor in batch.items()}
-    stretches = trace(skeleton.model, model_layers(skeleton.model), meta, "cpu", accumulated=False)
-    kind = LayerPolicy("recompute" if case.checkpointing else "keep")
-    peak = compose({kind: stretches}, skeleton.order, (kind,) * len(skeleton.order))
-    return Compared(case.name, peak.size, measured)
+    def __init__(self, family: str, method: str) -> None:
+        from fastpeft.config import LoraSection
+        from fastpeft.memory.predicting import Model, Setting
+
+        size = StepCase(family, method, torch.float32, hidden=256, layers=6, tokens=LENGTHS[-1], words=2000)
+        torch.manual_seed(0)
+        base = _base(size)
+        config, names = base.config, targets(base)
+        self.family, self.method, self.words = family, method, size.words
+        self.task = TASKS.get(family, "seq2seq-lm")
+        model: Any = adapt(base, size, "cpu")
+        model.config.use_cache = False
+        self.model = model
+        extra = {"target_parameters": EXPERTS} if family == "moe" else {}
+        section = LoraSection(r=size.rank, target_modules=names, extra=extra)
+        self.predicted = Model(
+            Setting(
+                config, self.task, LENGTHS[-1], 2, method == "qlora", size.dtype, section, device="cpu",
+                accumulated=False,
+            )
+        )  # fmt: skip
+
+    def compare(self, policy: LayerPolicy, tokens: int) -> Compared:
+        """One step, measured and predicted."""
+        layers = (policy,) * len(self.predicted.skeleton.order)
+        streamed = [size for size in self.predicted.streamed_bytes if policy.streamed]
+        predicted = self.predicted.peak(layers, 2, tokens).size + in_turns(streamed, MemoryPolicy(policy))
+        name = Case(self.family, self.method, policy, tokens).name
+        return Compared(name, predicted, self._measured(policy, tokens))
+
+    def _measured(self, policy: LayerPolicy, tokens: int) -> int:
+        import fastpeft
+        from fastpeft.memory.streaming import StreamedLayer
+
+        model = fastpeft.accelerate(self.model, memory=policy)
+        ids = torch.randint(3, self.words, (2, tokens), generator=torch.Generator().manual_seed(1))
+        batch = {"input_ids": ids, "labels": ids[:, 0] % 2 if self.task == "sequence-classification" else ids}
+
+        def step() -> None:
+            model(**batch).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        step()  # finds the siblings
+        for layer in model.modules():
+            if isinstance(layer, StreamedLayer):
+                layer.fastpeft_ring.empty()  # what the last step left there
+        return peak_of_step(step, "cpu")
 
 
 def _base(case: StepCase) -> Any:
@@ -130,17 +163,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpeft.bench.planned", description=__doc__)
     parser.add_argument("--family", choices=FAMILIES, help="only this one")
     parser.add_argument("--into", type=Path, help="a document with the two markers; printed when not given")
+    parser.add_argument("--table", action="store_true", help="the longest contexts of well-known models instead")
     options = parser.parse_args(arguments)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if options.table:
+        from .planned_table import cells, contexts
+
+        _show(contexts(list(cells())), options.into, "contexts")
+        return
     found = []
-    for case in cases():
-        if options.family in (None, case.family):
-            found.append(compare(case))
+    wanted = [case for case in cases() if options.family in (None, case.family)]
+    for (family, method), some in groupby(wanted, lambda case: case[:2]):
+        both = Family(family, method)
+        for case in some:
+            found.append(both.compare(case.policy, case.tokens))
             print(f"{found[-1].name}: {found[-1].ratio:.4f}", flush=True)
-    if options.into is None:
-        print(table(found))
+    _show(table(found), options.into, "planned")
+
+
+def _show(text: str, into: Path | None, name: str) -> None:
+    if into is None:
+        print(text)
     else:
-        options.into.write_text(insert(options.into.read_text(), table(found), "planned"))
+        into.write_text(insert(into.read_text(), text, name))
 
 
 if __name__ == "__main__":

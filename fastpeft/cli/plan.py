@@ -61,9 +61,9 @@ def plan(
 
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
-    from fastpeft.memory.choosing import Rates
     from fastpeft.memory.planning import model_of, plan_on
     from fastpeft.memory.sizes import gib, parse_size
+    from fastpeft.memory.timing import Rates
 
     settle_logs(verbose, quiet)
     try:
@@ -82,10 +82,11 @@ def plan(
     else:
         from fastpeft.memory.rendering import policy_text
 
-        print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}  policy")
+        print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
         for each in plans:
             fits = "yes" if each.fits else "no"
             figures = f"{gib(each.gpu_memory):>12}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
+            figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
     if not all(each.fits for each in plans):
         raise typer.Exit(1)

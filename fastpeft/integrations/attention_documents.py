@@ -15,6 +15,7 @@ from torch import Tensor
 from fastpeft_kernels.attention.masks import Mask
 from fastpeft_kernels.attention.ranges import packed, packed_by_index
 from fastpeft_kernels.common.remembered import Remembered
+from fastpeft_kernels.common.shapes import imitated
 
 
 def documents(queries: int, keys: int, batch: int, causal: bool, given: dict[str, Any]) -> Mask | None:
@@ -84,8 +85,10 @@ def restarted_documents(
 
 
 def _of_positions(position_ids: Tensor) -> Mask | None:
-    """Waits for the GPU."""
-    return _restarted(position_ids, None) if bool((position_ids[:, 1:] == 0).any()) else None
+    """Waits for the GPU. A model without values has no documents."""
+    if imitated(position_ids.device) or not bool((position_ids[:, 1:] == 0).any()):
+        return None
+    return _restarted(position_ids, None)
 
 
 def _restarted(position_ids: Tensor, seen: Tensor | None) -> Mask:

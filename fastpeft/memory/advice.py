@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..layers.random_state import RandomState, devices_of
-from .choosing import Need, Rates, need
+from .choosing import Need, need
 from .ladder import current_policy, level_text
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS, state_sizes
@@ -22,6 +22,7 @@ from .planning import components
 from .policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
 from .predicting import Model
 from .sizes import mib_or_gib
+from .timing import Rates
 
 MOST_CHANGES = 3
 EIGHT_BIT = "adamw_8bit"

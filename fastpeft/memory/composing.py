@@ -9,7 +9,7 @@ from .policy import LayerPolicy
 from .timeline import Stretch
 
 Traces = dict[LayerPolicy, list[Stretch]]
-"""A trace in which every layer does the same, for each thing that a layer can do."""
+"""A trace in which every layer does the same, for each policy."""
 
 
 class Peak(NamedTuple):

@@ -14,7 +14,7 @@ from ..config import LoraSection
 from ..integrations import bitsandbytes, quantised
 from ..models.tasks import task_of
 from .layers import model_layers
-from .predicting import Model, Setting
+from .predicting import Model, Setting, is_streamed
 from .skeleton import stored
 
 BLOCK = 512
@@ -55,8 +55,8 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
         expected = len(found.skeleton.order)
         raise ValueError(f"model: expected {expected} layers, as its configuration has, got {len(layers)}")
     found.bytes = _counted(stored(model))
-    sizes = [_counted(stored(layer)) for layer in layers]
-    found.layer_bytes = tuple(size["packed"] + size["dense"] for size in sizes)
+    sizes = [_counted(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
+    found.streamed = tuple((size["packed"], size["dense"]) for size in sizes)
     return str(getattr(config, "_name_or_path", "") or config.model_type), found
 
 

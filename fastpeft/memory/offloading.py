@@ -6,11 +6,13 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastpeft_kernels.common.shapes import imitated, weightless
 
 logger = logging.getLogger("fastpeft")
 
@@ -32,6 +34,9 @@ class Line:
 
     def host_memory(self, like: Tensor) -> Tensor:
         """Uninitialised, pinned where the device gains from it and the system has enough of it."""
+        if (kind := imitated(self.device)) is not None:
+            with weightless() if kind != "cpu" else nullcontext():
+                return torch.empty_like(like)
         if self.pins:
             try:
                 return torch.empty_like(like, device="cpu", pin_memory=True)
@@ -50,7 +55,7 @@ class Line:
     def copies(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Several copies, (into, source), as one; `into` lives until somebody has waited."""
         if self.side is None:
-            for into, source in pairs:
+            for into, source in () if imitated(self.device) else pairs:
                 into.copy_(source)
             return None
         self.side.wait_stream(torch.cuda.current_stream(self.device))
@@ -160,4 +165,5 @@ def parking(tensor: Tensor, place: Place) -> Iterator[None]:
 
 
 def _where(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    memory = tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()
+    return memory, tensor.shape, tensor.stride()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from .choosing import CONTEXT, RESERVE, Need, Rates, choose, need
+from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
+from .largest import EXTREMES, MOST_TOKENS, largest_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
 from .policy import MemoryPolicy
 from .predicting import Model, Setting
 from .rendering import render
 from .sizes import parse_size
+from .timing import Rates
 
 METHODS = ("lora", "qlora")
 DTYPES = ("bfloat16", "float16", "float32")
-UNTRACED = ("offload", "streamed")
-"""What a policy may hold whose bytes are told from sizes, and not traced."""
-MOST_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Plan:
         need: the same in parts, with the policy and its time.
         largest_sequence, largest_batch: tokens and rows that would fit, with recomputed layers; 0 for none, None where
             it was not asked for.
+        most_sequence, most_batch: the same with any policy.
         changes: where it does not fit, up to three changes that would make it fit, the smallest first.
-        untraced: parts of the policy whose bytes are told from sizes, and were never compared with measured ones.
         notes: what the figures leave out.
     """
 
@@ -49,8 +48,9 @@ class Plan:
     need: Need
     largest_sequence: int | None
     largest_batch: int | None
+    most_sequence: int | None
+    most_batch: int | None
     changes: tuple[str, ...]
-    untraced: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -104,7 +104,7 @@ def plan(
         optimizer: one of `optimizer_state.OPTIMIZERS`.
         task: one of `tasks.AUTO`, or "auto" for what the configuration says.
         policy: predict this one rather than choose.
-        largest: find the largest context and batch, too.
+        largest: find the largest context and batch, too, with recomputed layers and with any policy.
         rates: what times are told from.
 
     Raises:
@@ -200,36 +200,30 @@ def plan_on(
     else:
         found = need(model, policy, rows, tokens, capacity, rates)
     fits = found.total <= capacity and (host is None or found.host <= host)
-    longest = most = None
+    sizes: list[tuple[int, int] | tuple[None, None]] = [(None, None)] * 2
     if largest:
-        longest = _largest(lambda size: _least(model, rows, size, capacity), tokens, capacity, 64)
-        most = _largest(lambda size: _least(model, size, tokens, capacity), rows, capacity, 1)
-    layers = policy_layers(found.policy)
-    untraced = [
-        kind for kind in UNTRACED if any(kind in (each.activations, each.streamed and "streamed") for each in layers)
-    ]
+        sizes = [largest_of(model, policies, capacity, host) for policies in ((RECOMPUTE,), EXTREMES)]
+    (longest, most), (longest_of_all, most_of_all) = sizes
     settings = {
         "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
     }  # fmt: skip
-    changes = () if fits else _changes(found, capacity, tokens, rows, longest, most)
+    changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
     return Plan(
-        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
-        tuple(untraced), notes(model),
+        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most,
+        longest_of_all, most_of_all, changes, notes(model),
     )  # fmt: skip
-
-
-def policy_layers(policy: MemoryPolicy) -> Sequence[Any]:
-    return policy.layers if isinstance(policy.layers, tuple) else (policy.layers,)
 
 
 def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
     """Bytes on the GPU by what they are for, at the moment of the peak; and on the host."""
-    sizes = model.bytes
-    resident = found.static - sizes["trained"] - sizes["buffer"] - model.gradients - model.optimizer - sizes["dense"]
+    sizes, policy = model.bytes, found.policy
+    layers = zip(model.streamed, policy.of(len(model.skeleton.order)), strict=True)
+    turns = sorted((parts for parts, each in layers if each.streamed), key=sum)
+    away = turns[: -policy.ring]
     return {
-        "base, packed": min(sizes["packed"], resident) if sizes["packed"] else 0,
-        "base, dense": sizes["dense"] + (0 if sizes["packed"] else resident - sizes["packed"]),
+        "base, packed": sizes["packed"] - sum(packed for packed, _ in away),
+        "base, dense": sizes["dense"] - sum(dense for _, dense in away),
         "adapters": sizes["trained"],
         "gradients": model.gradients,
         "optimizer": model.optimizer,
@@ -254,30 +248,7 @@ def notes(model: Model) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _least(model: Model, rows: int, tokens: int, capacity: int) -> int:
-    from .policy import LayerPolicy
-
-    return need(model, MemoryPolicy(LayerPolicy("recompute")), rows, tokens, capacity, Rates()).total
-
-
-def _largest(size: Callable[[int], int], at: int, capacity: int, step: int) -> int:
-    """The largest multiple of `step` whose bytes fit, told from straight lines through two sizes, made again once."""
-    low = max(step, at // 2 // step * step)
-    high = 2 * low
-    best = 0
-    for _ in range(2):
-        below, above = size(low), size(high)
-        slope = (above - below) / (high - low)
-        best = int((low + (capacity - below) / slope) // step * step) if slope > 0 else high
-        if best < step:
-            return 0
-        low, high = max(step, best // 2), max(2 * step, best)
-    return best
-
-
-def _changes(
-    found: Need, capacity: int, tokens: int, rows: int, longest: int | None, most: int | None
-) -> tuple[str, ...]:
+def _changes(found: Need, tokens: int, rows: int, longest: int | None, most: int | None) -> tuple[str, ...]:
     changes = []
     if most and most < rows:
         changes.append(f"batch {most} rather than {rows}, with more gradient accumulation: the same result")

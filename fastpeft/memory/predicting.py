@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor
 
 from fastpeft.config import LoraSection
 
-from ..layers.mlp import FastMlp
-from .composing import Peak, Traces, compose
+from .composing import Peak, compose
 from .layers import model_layers
 from .live import LiveBytes, rounded
 from .optimizer_state import state_sizes
 from .policy import LayerPolicy
-from .skeleton import Skeleton, build, stored
-from .timeline import trace
+from .skeleton import Skeleton, build, follow, stored
+from .stowing import SMALLEST
+from .timeline import Stretch, trace
+from .timing import Work, work_of
 
 _STATE = "optimizer's state"
+
+WARM = 32
+"""Tokens of the call before the first that is traced."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,21 @@ class Setting:
 
 @dataclass
 class Model:
-    """A skeleton, and its traces by (rows, tokens, what its layers do): each is made when it is first wanted."""
+    """A skeleton, and its traces by (rows, tokens, what its layers do): each is made when it is first wanted.
+
+    Attributes:
+        bytes: that lie there all the time, by the kinds of `skeleton.stored`.
+        streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
+        work: of each traced layer.
+    """
 
     setting: Setting
     skeleton: Skeleton = field(init=False)
     bytes: dict[str, int] = field(init=False)
     optimizer: int = field(init=False)
-    layer_bytes: tuple[int, ...] = field(init=False)
-    _traces: dict[tuple[int, int, LayerPolicy], Any] = field(default_factory=dict)
+    streamed: tuple[tuple[int, int], ...] = field(init=False)
+    work: tuple[Work, ...] = field(init=False)
+    _traces: dict[tuple[int, int, LayerPolicy], list[Stretch]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         s = self.setting
@@ -71,7 +82,9 @@ class Model:
                 all_of[kind] += (uses - 1) * size
         self.optimizer = all_of.pop(_STATE)
         self.bytes = all_of
-        self.layer_bytes = tuple(of_layers[i]["packed"] + of_layers[i]["dense"] for i in self.skeleton.order)
+        streamed = [self._count(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
+        self.streamed = tuple((streamed[i]["packed"], streamed[i]["dense"]) for i in self.skeleton.order)
+        self.work = tuple(work_of(layer, s.config.get_text_config()) for layer in layers)
 
     def _count(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         live = LiveBytes(self.setting.device)
@@ -84,33 +97,31 @@ class Model:
         return sizes
 
     @property
+    def streamed_bytes(self) -> tuple[int, ...]:
+        return tuple(map(sum, self.streamed))
+
+    @property
     def gradients(self) -> int:
         return self.bytes["trained"]
 
-    def traces(self, kinds: Iterable[LayerPolicy], rows: int, tokens: int) -> Traces:
-        found = {}
-        for kind in kinds:
-            key = (rows, tokens, kind)
-            if key not in self._traces:
-                self._traces[key] = self._trace(kind, rows, tokens)
-            found[kind] = self._traces[key]
-        return found
+    def peak(self, policies: Sequence[LayerPolicy], rows: int, tokens: int) -> Peak:
+        """Of one step, beside what lies there all the time; where streamed weights are makes no difference to it."""
+        resident = [replace(each, streamed=False) for each in policies]
+        traces = {each: self._traced(each, rows, tokens) for each in dict.fromkeys(resident or [LayerPolicy()])}
+        return compose(traces, self.skeleton.order, resident)
 
-    def peak(self, layers: tuple[LayerPolicy, ...], rows: int, tokens: int) -> Peak:
-        """Of one step, beside what lies there all the time; each policy keeps all or computes again."""
-        traces = self.traces(dict.fromkeys(layers or (LayerPolicy(),)), rows, tokens)
-        return compose(traces, self.skeleton.order, layers)
+    def _traced(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
+        key = (rows, tokens, policy)
+        if key not in self._traces:
+            if not self._traces:  # which projections share an input is learned in the first call
+                self._trace(policy, 1, min(tokens, WARM))
+            self._traces[key] = self._trace(policy, rows, tokens)
+        return self._traces[key]
 
-    def _trace(self, kind: LayerPolicy, rows: int, tokens: int) -> Any:
+    def _trace(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
         model: Any = self.skeleton.model
-        layers = model_layers(model)
-        for module in model.modules():
-            if isinstance(module, FastMlp):
-                module.fastpeft_tile = kind.tile
-        if kind.activations == "keep":
-            model.gradient_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if layers := model_layers(model):
+            follow(model, policy)
         dtype = self.setting.dtype
         return trace(
             model,
@@ -120,6 +131,12 @@ class Model:
             autocast=dtype if dtype.itemsize == 2 else None,
             accumulated=self.setting.accumulated,
         )
+
+
+def is_streamed(kind: str, tensor: Tensor) -> bool:
+    """Whether a streamed layer has this in host memory: frozen matrices, and scales of packed ones."""
+    matrix = kind == "dense" and tensor.dim() > 1
+    return (matrix or kind == "packed") and tensor.nbytes >= SMALLEST
 
 
 def _batch(setting: Setting, rows: int, tokens: int) -> dict[str, Tensor]:

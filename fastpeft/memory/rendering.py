@@ -24,13 +24,19 @@ def render(plan: Plan) -> str:
     lines += [
         f"time of a step beside keeping all: {plan.need.slowdown:.2f} (told from FLOPs and the link, not measured)"
     ]
-    if plan.untraced:
-        lines += [f"told from sizes, not traced: {', '.join(plan.untraced)}"]
-    if plan.largest_sequence is not None:
+    if plan.need.hidden_from is not None:
+        tokens = plan.settings["seq"] * plan.settings["batch"]
+        hide = "hide" if tokens >= plan.need.hidden_from else "do not hide"
         lines += [
-            f"with every layer recomputed: at most seq {plan.largest_sequence} at this batch, "
-            f"batch {plan.largest_batch} at this seq"
+            f"copies of streamed weights {hide} behind computing: {tokens} tokens a step, "
+            f"they do from {plan.need.hidden_from} on (told from the same)"
         ]
+    for what, tokens, rows in (
+        ("with every layer recomputed", plan.largest_sequence, plan.largest_batch),
+        ("with any policy", plan.most_sequence, plan.most_batch),
+    ):
+        if tokens is not None:
+            lines += [f"{what}: at most seq {tokens} at this batch, batch {rows} at this seq"]
     lines += [f"note: {note}" for note in plan.notes]
     if plan.fits:
         return "\n".join([*lines, "it fits"])

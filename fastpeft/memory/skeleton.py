@@ -15,6 +15,7 @@ from fastpeft.models.adapters import attach_adapter
 from fastpeft.models.tasks import auto_class
 
 from .layers import model_layers
+from .policy import LayerPolicy, MemoryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,6 +89,17 @@ def accelerated(model: Any) -> Any:
     return model
 
 
+def follow(model: Any, policy: LayerPolicy) -> None:
+    """Have every layer of a skeleton do the same, as `accelerate(memory=policy)` would."""
+    from fastpeft.layers.mlp import FastMlp
+    from fastpeft.replacements.memory import MemoryReplacement
+    from fastpeft.replacements.mlp import MlpReplacement
+
+    mlps: dict[str, nn.Module] = {p: each for p, each in model.named_modules() if isinstance(each, FastMlp)}
+    MlpReplacement().finish(model, mlps, True)
+    MemoryReplacement().finish(model, {}, MemoryPolicy(policy))
+
+
 def _keep_first_layers(model: nn.Module, whole: bool) -> tuple[int, ...]:
     """Shorten each stack of layers; for each layer that was there, the one that stands for it among those left."""
     stacks: dict[str, list[nn.Module]] = {}
@@ -101,19 +113,30 @@ def _keep_first_layers(model: nn.Module, whole: bool) -> tuple[int, ...]:
         if count < len(layers):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.ModuleList(layers[:count]))
-        last = {kind: index for index, kind in enumerate(kinds[:count])}
-        order += [before + (index if index < count - 1 else last[kind]) for index, kind in enumerate(kinds)]
+        order += [before + place for place in _places(kinds, count)]
         before += count
     return tuple(order)
 
 
+def _places(kinds: Sequence[Any], count: int) -> list[int]:
+    """Of `count` first layers the one that stands for each: the last for the last, the one before for those between."""
+    last = {kind: index for index, kind in enumerate(kinds[:count])}
+    between = last | {kind: index for index, kind in enumerate(kinds[: count - 1])}
+    found = [index if index < count - 1 else between[kind] for index, kind in enumerate(kinds)]
+    return [*found[:-1], last[kinds[-1]]]
+
+
 def _enough(kinds: Sequence[Any]) -> int:
-    """How many first layers hold every kind, and twice each that occurs twice: a first one may do more than others."""
+    """How many first layers hold every kind, and twice each that occurs twice: a first one may do more than others.
+
+    Five at least: of inputs that leave for the host two are on their way, the first is the embedding's result, which
+    the model's own code holds, and the last is still there when backward begins.
+    """
     ends = []
     for kind in set(kinds):
         places = [index for index, each in enumerate(kinds) if each == kind]
         ends.append(places[:2][-1])
-    return min(len(kinds), max(3, 1 + max(ends)))
+    return min(len(kinds), max(5, 1 + max(ends)))
 
 
 def _kind(layer: nn.Module) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ def trace(
     """The stretches of one step of forward and backward, in order of time.
 
     Args:
-        model: on the meta device, accelerated.
+        model: on the meta device, accelerated, that has run once.
         layers: whose borders part the step.
         batch: what the model is called with, on the meta device.
         device: "cuda" or "cpu", whose way is taken.
@@ -54,29 +53,20 @@ def trace(
         accumulated: gradients of an earlier batch are there already.
     """
     live = LiveBytes(device)
-    with ExitStack() as stack:
-        stack.enter_context(imitating(device))
-        stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
-        marks = _Marks(live, layers)
-        live.add(tensor for _, tensor in stored(model))
-        _release(model)
-        for last in (False, True):
-            with marks.set(last), live:
-                loss = model(**batch).loss
-                marks.turn()
-                loss.backward()
-            del loss
-            if not accumulated:
-                model.zero_grad(set_to_none=True)
-            gc.collect()
-            release_scratch()
-        _release(model)
-    return marks.stretches()
-
-
-def _release(model: Any) -> None:
+    marks = _Marks(live, layers)
+    live.add(tensor for _, tensor in stored(model))
     release_scratch()
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if accumulated and parameter.requires_grad else None
+    with imitating(device):
+        with marks.set(), live:
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = model(**batch).loss
+            marks.turn()
+            loss.backward()
+        release_scratch()
     model.zero_grad(set_to_none=True)
+    return marks.stretches()
 
 
 class _Marks:
@@ -88,10 +78,7 @@ class _Marks:
         self.forward = False
 
     @contextmanager
-    def set(self, wanted: bool) -> Iterator[None]:
-        if not wanted:
-            yield
-            return
+    def set(self) -> Iterator[None]:
         handles = []
         for index, layer in enumerate(self.layers):
             handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))

@@ -138,10 +138,10 @@ def _planned(
     config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int, processes: int
 ) -> Plan:
     """Raises ValueError for what cannot be planned."""
-    from fastpeft.memory.choosing import Rates
     from fastpeft.memory.optimizer_state import OPTIMIZERS
     from fastpeft.memory.planning import plan_on
     from fastpeft.memory.predicting import Model, Setting
+    from fastpeft.memory.timing import Rates
     from fastpeft.models.bases import load_config
 
     training = config.training

@@ -9,10 +9,12 @@ import pytest
 from transformers import LlamaConfig
 
 import fastpeft
-from fastpeft.memory.choosing import RESERVE, Rates
+from fastpeft.memory.choosing import CONTEXT, RECOMPUTE, RESERVE, STEPS, Need, need
+from fastpeft.memory.largest import EXTREMES, largest, largest_of
 from fastpeft.memory.planning import Plan, model_of, plan_on
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.memory.predicting import Model
+from fastpeft.memory.timing import Rates
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2,
@@ -48,14 +50,68 @@ def test_what_fits_is_kept(roomy: Plan) -> None:
     assert str(roomy).endswith("it fits") and not roomy.changes
 
 
-def test_what_does_not_is_recomputed_as_far_as_needed(model: Model, roomy: Plan) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_what_does_not_fit_is_computed_again_where_that_takes_least(model: Model, roomy: Plan, share: float) -> None:
     least = on(model, 2 << 30, MemoryPolicy(LayerPolicy("recompute")))
     assert least.need.total < roomy.need.total
-    used = (roomy.need.total + least.need.total) // 2 - int(RESERVE * (2 << 30))
+    used = roomy.need.total - int(share * (roomy.need.total - least.need.total)) - int(RESERVE * (2 << 30))
     tight = on(model, int(used / (1 - RESERVE)))
-    kinds = [layer.activations for layer in tight.policy.of(6)]
-    assert tight.fits and kinds == sorted(kinds, reverse=True) and set(kinds) == {"recompute", "keep"}
+    mixes = [
+        MemoryPolicy((first,) * some + (others,) * (6 - some)) for first, others in STEPS[0] for some in range(1, 7)
+    ]
+    tried = [need(model, each, 1, 64, tight.gpu_memory, Rates()) for each in mixes]
+    assert tight.fits and tight.need.slowdown == min(each.slowdown for each in tried if each.total <= tight.gpu_memory)
     assert 1.0 < tight.need.slowdown < 1.6
+
+
+def test_little_is_saved_by_selective_layers(model: Model, roomy: Plan) -> None:
+    used = roomy.need.total - int(RESERVE * (2 << 30)) - 1024
+    tight = on(model, int(used / (1 - RESERVE)))
+    assert [layer.activations for layer in tight.policy.of(6)] == ["selective"] + ["keep"] * 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policies", [(RECOMPUTE,), EXTREMES])
+def test_the_longest_context(model: Model, policies: tuple[LayerPolicy, ...]) -> None:
+    """Fits, and more does not; with the host's memory as a limit too."""
+    whole = MemoryPolicy(policies[0])
+
+    def at(tokens: int) -> Need:
+        return need(model, whole, 1, tokens, capacity, Rates())
+
+    capacity = CONTEXT + (20 << 20)
+    longest, rows = largest_of(model, policies, capacity, None)
+    assert longest % 64 == 0 and 64 < longest < 2048 and rows == longest // 64
+    assert at(longest).total <= capacity < at(longest + 128).total
+    if policies == EXTREMES:
+        half = at(longest // 2).host
+        assert largest_of(model, (policies[0],), capacity, half)[0] <= longest // 2 + 64
+
+
+def test_parts_add_up(model: Model) -> None:
+    """Whatever is streamed, and offloaded."""
+    for policy in (LayerPolicy(), LayerPolicy("recompute", streamed=True), LayerPolicy("offload")):
+        found = on(model, 2 << 30, MemoryPolicy(policy)).bytes
+        parts = [size for name, size in found.items() if name not in ("total", "host") and "alone" not in name]
+        assert sum(parts) == found["total"] and min(parts) >= 0
+
+
+def test_a_straight_line_is_followed_to_where_it_ends() -> None:
+    asked = []
+
+    def total(tokens: int) -> int:
+        asked.append(tokens)
+        return 1000 + 10 * tokens
+
+    assert largest(total, 100, 3000, 1, most=150) == 200 and max(asked) <= 150
+    assert largest(total, 100, 999, 1) == 0
+    assert largest(lambda tokens: 7 * max(tokens, 500), 100, 7000, 1) == 1000
+
+
+def test_streamed_layers_say_from_where_copies_hide(model: Model) -> None:
+    streamed = on(model, 2 << 30, MemoryPolicy(LayerPolicy("recompute", streamed=True)))
+    assert streamed.need.hidden_from is not None and streamed.need.hidden_from > 64
+    assert "copies of streamed weights do not hide behind computing: 64 tokens a step" in str(streamed)
 
 
 def test_too_little(model: Model) -> None:

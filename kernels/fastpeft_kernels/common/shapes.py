@@ -31,6 +31,15 @@ def imitated(device: torch.device) -> str | None:
     return _IMITATED.get() if device.type == "meta" else None
 
 
+def rounds(first: range, device: torch.device) -> range:
+    """The rounds of a loop that all make the same: of tensors without values the first two stand for all.
+
+    Args:
+        first: where each begins.
+    """
+    return first[:2] if imitated(device) else first
+
+
 def kind_of(device: torch.device) -> str:
     """The type of the device, or of what it imitates."""
     return imitated(device) or device.type

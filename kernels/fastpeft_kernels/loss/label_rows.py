@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..common.shapes import rounds
 from ..weights import FrozenWeight
 from .problem import decoded_chunks
 
@@ -27,7 +28,7 @@ def label_rows(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Iter
     """
     dense = weight.ready(weight.dtype)
     size = _DECODED_PIECE if dense is None else _PIECE
-    for first in range(0, labels.shape[0], size):
+    for first in rounds(range(0, labels.shape[0], size), labels.device):
         part = slice(first, first + size)
         yield part, _decoded(weight, labels[part], dtype) if dense is None else dense.index_select(0, labels[part])
 

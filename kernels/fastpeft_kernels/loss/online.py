@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..common.shapes import rounds
 from .blocks import Blocks
 from .label_rows import label_rows
 from .problem import Needs, Problem, Tokens, Words
@@ -90,7 +91,7 @@ def scaled_rows(
     """
     out = rows if spend else torch.empty_like(rows)
     if of_label is None:
-        for first in range(0, rows.shape[0], _PIECE):
+        for first in rounds(range(0, rows.shape[0], _PIECE), rows.device):
             part = slice(first, first + _PIECE)
             torch.mul(rows[part], factor[part, None], out=out[part])
     else:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.shapes import rounds
 from ..weights import FrozenWeight
 from .blocks import Blocks, Sizes
 from .logit_map import LogitMap
@@ -150,7 +151,7 @@ class Words(NamedTuple):
 
 
 def token_blocks(problem: Problem, blocks: Blocks) -> Iterator[Tokens]:
-    for first in range(0, problem.tokens, blocks.tokens):
+    for first in rounds(range(0, problem.tokens, blocks.tokens), problem.device):
         yield token_block(problem, first, min(first + blocks.tokens, problem.tokens))
 
 
@@ -165,7 +166,7 @@ def decoded_chunks(weight: FrozenWeight, dtype: torch.dtype, words: int) -> Iter
     ready, room = weight.ready(dtype), None
     if ready is None and weight.fills:
         room = torch.empty((min(words, weight.shape[0]), weight.shape[1]), dtype=dtype, device=weight.device)
-    for first in range(0, weight.shape[0], words):
+    for first in rounds(range(0, weight.shape[0], words), weight.device):
         last = min(first + words, weight.shape[0])
         if ready is not None:
             yield first, last, ready[first:last]
