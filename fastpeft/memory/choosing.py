@@ -38,7 +38,7 @@ class Need:
     total: int
     host: int
     slowdown: float
-    hidden_from: int | None
+    hidden_from: int | None = None
 
 
 def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates) -> Need:

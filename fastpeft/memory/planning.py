@@ -34,9 +34,10 @@ class Plan:
         need: the same in parts, with the policy and its time.
         largest_sequence, largest_batch: tokens and rows that would fit, with recomputed layers; 0 for none, None where
             it was not asked for.
-        most_sequence, most_batch: the same with any policy.
         changes: where it does not fit, up to three changes that would make it fit, the smallest first.
+        untraced: parts of the policy whose bytes are told from sizes: "streamed" or nothing.
         notes: what the figures leave out.
+        most_sequence, most_batch: as the largest ones, with any policy.
     """
 
     model: str
@@ -48,10 +49,11 @@ class Plan:
     need: Need
     largest_sequence: int | None
     largest_batch: int | None
-    most_sequence: int | None
-    most_batch: int | None
     changes: tuple[str, ...]
+    untraced: tuple[str, ...]
     notes: tuple[str, ...]
+    most_sequence: int | None = None
+    most_batch: int | None = None
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -210,8 +212,8 @@ def plan_on(
     }  # fmt: skip
     changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
     return Plan(
-        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most,
-        longest_of_all, most_of_all, changes, notes(model),
+        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
+        () if found.hidden_from is None else ("streamed",), notes(model), longest_of_all, most_of_all,
     )  # fmt: skip
 
 
