@@ -211,6 +211,7 @@ def _is_served(parameter: Tensor, gradient: Tensor | None, state: dict[str, Any]
         and parameter.is_floating_point()
         and gradient is not None
         and gradient.layout == torch.strided
+        and {"step", "exp_avg", "exp_avg_sq"} <= state.keys()
         and state["step"].device == parameter.device
     )
 

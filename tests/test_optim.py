@@ -215,6 +215,14 @@ class TestBetweenSteps:
             optimizer.state[parameters[1]][name] = optimizer.state[parameters[1]][name] + 1
         pair.steps().assert_same()
 
+    def test_state_is_cleared_before_each_step(self) -> None:
+        pair = Pair()
+        for _ in range(3):
+            for optimizer, _ in pair.both:
+                optimizer.state.clear()
+            pair.step()
+        pair.assert_same()
+
     def test_state_is_written_in_place(self) -> None:
         pair = Pair().steps()
         for optimizer, parameters in pair.both:
