@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch import nn
 
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 
 from ..integrations.bitsandbytes import cpu_packing_forbidden
 from ..integrations.transformers import passes_cache
+from .buffers import BufferOwners, BufferValue
 from .frozen import join
 from .random_state import RandomState, devices_of
 from .seen import Seen
-from .siblings import SiblingGroup, version_of
+from .siblings import SiblingGroup
 
 if TYPE_CHECKING:
     from .lora import FastLoraLayer
@@ -202,11 +202,8 @@ class _Place:
 
 @contextmanager
 def side_effects_undone(module: nn.Module) -> Iterator[None]:
-    """Random-number generators, buffers, and all attributes of modules whose buffers changed, as they were before.
-
-    Attributes, because they often say what a buffer holds: rotary embeddings note for which length they were extended.
-    """
-    modules = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    """Random-number generators, buffers, and all attributes of modules whose buffers changed, as they were before."""
+    owners = BufferOwners(module.modules())
     values = {id(b): BufferValue(b) for b in module.buffers() if b.layout is torch.strided and not b.is_meta}
     generators = RandomState(devices_of(module))
     try:
@@ -215,37 +212,4 @@ def side_effects_undone(module: nn.Module) -> Iterator[None]:
         generators.put_back()
         # Copies of trained weights that autocast made under no_grad would keep them from their gradients.
         torch.clear_autocast_cache()
-        written = {key for key, value in values.items() if value.put_back()}
-        for m, attributes, buffers in modules:
-            replaced = list(map(id, m._buffers.values())) != list(map(id, buffers.values()))
-            if replaced:
-                m._buffers.clear()
-                m._buffers.update(buffers)
-            if replaced or not written.isdisjoint(map(id, buffers.values())):
-                for name in m.__dict__.keys() - attributes.keys():
-                    del m.__dict__[name]
-                m.__dict__.update(attributes)
-
-
-class BufferValue:
-    """What a buffer holds at present; `put_back` has it hold that again."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer, self.data, self.value, self.version = buffer, buffer.data, buffer.clone(), version_of(buffer)
-        # Fake tensors have no values to compare.
-        self.plain = type(buffer) is Tensor and not is_in_torch_dispatch_mode()
-
-    def put_back(self) -> bool:
-        """True when there was something to put back; versions do not count what was written through `.data`."""
-        buffer = self.buffer
-        moved = self.plain and _place_of(buffer) != _place_of(self.data)
-        if moved:
-            buffer.data = self.data
-        written = version_of(buffer) != self.version or (self.plain and not torch.equal(buffer, self.value))
-        if written:
-            buffer.data.copy_(self.value)
-        return moved or written
-
-
-def _place_of(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+        owners.put_back({key for key, value in values.items() if value.put_back()})

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.buffers import BufferOwners, BufferValue
 from ..layers.random_state import RandomState, devices_of
-from ..layers.watching import BufferValue
 from .offloading import Line
 
 SMALL = 1 << 16
@@ -38,6 +38,7 @@ class StateBefore:
         self._gradients: list[_Gradient] = []
         self._small: list[BufferValue] = []
         self._large: list[tuple[Tensor, int]] = []
+        self._owners = BufferOwners(())
 
     def note(self) -> None:
         """The state as it is now is the one to go back to."""
@@ -45,9 +46,9 @@ class StateBefore:
         self._trained = [(p, p._version) for p in self.model.parameters() if p.requires_grad]
         with torch.no_grad():
             self._gradients = [_Gradient(p, p.grad, self._copy(p, p.grad)) for p, _ in self._trained]
-            buffers = list(
-                {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_inference()}.values()
-            )
+            self._owners = BufferOwners(module for module in self.model.modules() if module._buffers)
+            found = {id(b): b for b in self.model.buffers() if not (b.is_inference() or b.is_meta)}
+            buffers = list(found.values())
             self._small = [BufferValue(b) for b in buffers if b.nbytes <= SMALL]
             self._large = [(b, b._version) for b in buffers if b.nbytes > SMALL]
 
@@ -55,6 +56,7 @@ class StateBefore:
         """Hold no gradients or buffers any more; what gradients were copied into stays for the next time."""
         for noted in (self._trained, self._gradients, self._small, self._large):
             noted.clear()
+        self._owners = BufferOwners(())
 
     def put_back(self) -> None:
         """The state that was noted."""
@@ -63,8 +65,7 @@ class StateBefore:
                 if gradient is not None and copied is not None:
                     gradient.copy_(copied)
                 parameter.grad = gradient
-            for value in self._small:
-                value.put_back()
+            self._owners.put_back({id(value.buffer) for value in self._small if value.put_back()})
         self._random.put_back()
 
     def why_lost(self) -> str | None:

@@ -208,6 +208,34 @@ def test_buffers_and_the_callers_own_state_are_put_back() -> None:
     assert steps.tolist() == [1, 1] and len(counted) == 2
 
 
+class Average(nn.Module):
+    """Replaces a buffer and writes into others at each call, and notes in an attribute what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(2))
+        self.norm, self.calls = nn.BatchNorm1d(2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm(x)  # torch counts no write to its buffers
+        self.mean, self.calls = (self.mean * self.calls + x.mean(0)) / (self.calls + 1), self.calls + 1
+        return self.mean
+
+
+def test_buffers_that_are_replaced_and_what_attributes_say_of_them_are_put_back() -> None:
+    model, other = fastpeft.accelerate(make()), Average()
+    model.average = Average()
+    x = torch.randn(5, 2)
+    model.register_forward_pre_hook(lambda *_: [model.average(x)].clear())
+    with Exhausted():
+        StepRetry(model)(failing(model, 2))
+    other(x)
+    assert model.average.calls == 1 and fastpeft.report(model).rows
+    for found, right in zip(model.average.buffers(), other.buffers(), strict=True):
+        assert torch.equal(found, right)
+
+
 def counting(model: nn.Module, size: int) -> Tensor:
     """A buffer that counts the model's calls."""
     buffer = torch.zeros(size)
