@@ -191,8 +191,15 @@ def _only_moves(fn: Callable[[Tensor], Tensor], bundle: Bundle) -> torch.device 
     device = None
     for dtype in {stowed.tensor.dtype for stowed in bundle.stowed}:
         probe = torch.empty(0, dtype=dtype, device=bundle.device)
-        moved = fn(probe)
+        shared, moved = probe.is_shared(), fn(probe)
         if moved.dtype != dtype:
+            return None
+        if moved is probe and moved.is_shared() != shared:
+            raise TypeError(
+                "a streamed layer cannot be shared between processes, its weights are not all in one place; "
+                "fastpeft.restore(model) first"
+            )
+        if moved.device == probe.device and (moved is not probe or probe._version):
             return None
         device = moved.device
     return device

@@ -148,6 +148,19 @@ def test_what_is_written_outside_its_turn_holds(writings: tuple[Callable[[nn.Par
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+def test_values_that_apply_changes_are_those_of_the_host() -> None:
+    model, given, _ = started(lora={"lora_dropout": 0.0})
+    other = copy.deepcopy(model)
+    streamed(model, "recompute")
+    for change in (lambda t: t * 0.5, lambda t: t.clone(), lambda t: t.mul_(0.5)):
+        with torch.no_grad():
+            model._apply(change)
+            other._apply(change)
+    assert seeded(model, given).equals(seeded(other, given))
+    with pytest.raises(TypeError, match="a streamed layer cannot be shared between processes, its weights"):
+        model.share_memory()
+
+
 @pytest.mark.full
 def test_a_write_to_the_state_dict_holds() -> None:
     model, given, _ = started(lora={"lora_dropout": 0.0})
