@@ -17,13 +17,20 @@ Result = TypeVar("Result")
 class _Entry(NamedTuple):
     key: tuple[Any, ...]
     alive: tuple[weakref.ref[Any], ...]
+    copies: tuple[Tensor, ...]
     result: Any
+
+    def is_of(self, on_host: list[Tensor]) -> bool:
+        """Whether the memory is still that, and what lies in the host's has the same values."""
+        return all([each() is not None for each in self.alive]) and all(map(torch.equal, self.copies, on_host))
 
 
 class Remembered(Generic[Result]):
     """A function of tensors and plain values that gives its last results again.
 
-    For the very memory that they were made of, to which torch saw no write since, on the same stream. Tensors that have
+    For the very memory that they were made of, to which torch saw no write since, on the same stream. In the host's
+    memory, into which numpy writes too, values are compared; on a GPU, which would have to be waited for, a write
+    through `.data` or by a kernel of somebody's own is not seen. Tensors that have
     no version, such as those of inference mode, are never taken for the same; nor is anything while a CUDA graph is
     captured, which must hold what it reads, or where operations are recorded or transformed.
 
@@ -52,13 +59,15 @@ class Remembered(Generic[Result]):
             torch.is_inference_mode_enabled(),
             *[_identity(arg) if isinstance(arg, Tensor) else arg for arg in args],
         )
+        on_host = [t.detach() for t in tensors if t.device.type == "cpu"]
         for entry in self._entries:
-            if entry.key == key and all([each() is not None for each in entry.alive]):
+            if entry.key == key and entry.is_of(on_host):
                 found: Result = entry.result
                 return found
         result = self.make(*args)
         alive = tuple([weakref.ref(t.untyped_storage()) for t in tensors])
-        self._entries = (_Entry(key, alive, result), *self._entries[: self.most - 1])
+        entry = _Entry(key, alive, tuple([t.clone() for t in on_host]), result)
+        self._entries = (entry, *self._entries[: self.most - 1])
         return result
 
 

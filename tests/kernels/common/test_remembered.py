@@ -57,6 +57,14 @@ def test_another_number_a_write_and_new_memory_at_the_same_place() -> None:
     assert double.made == 23
 
 
+@pytest.mark.parametrize("write", [lambda x: x.numpy().__iadd__(1), lambda x: x.data.add_(1)])
+def test_a_write_that_torch_does_not_count(write: Any) -> None:
+    double, x = Doubling(), torch.arange(6)
+    double(x)
+    write(x)
+    assert torch.equal(double(x), x * 2) and double(x) is double(x) and double.made == 2
+
+
 def test_the_oldest_goes() -> None:
     double, tensors = Doubling(most=2), [torch.arange(6) for _ in range(3)]
     for x in tensors:
