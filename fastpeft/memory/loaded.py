@@ -47,7 +47,7 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
         del config.quantization_config
     setting = Setting(
         config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values()))), optimizer,
+        _section(next(iter(adapters.values())), base), optimizer,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())
@@ -60,7 +60,7 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
     return str(getattr(config, "_name_or_path", "") or config.model_type), found
 
 
-def _section(adapter: Any) -> LoraSection:
+def _section(adapter: Any, base: nn.Module) -> LoraSection:
     """The configuration of ours that gives an adapter of the same sizes."""
     if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
         raise ValueError(f"model: expected an adapter of LoRA, got {adapter.peft_type}")
@@ -69,12 +69,14 @@ def _section(adapter: Any) -> LoraSection:
         targets = sorted(targets)
         if adapter.layers_to_transform is None:  # a name may be of a layer that is not traced
             targets = rf"(.*\.)?({'|'.join(targets)})"
+    # PEFT names heads of any classifier, "classifier" and "score", and takes those that are there
+    whole = [name for name in adapter.modules_to_save or () if any(n.endswith(name) for n, _ in base.named_modules())]
     plain, known = type(adapter)(), (*_OURS, *_OTHERS, *_NO_SHAPES)
     names = [field.name for field in fields(adapter) if field.name not in known]
     extra = {name: getattr(adapter, name) for name in names if getattr(adapter, name) != getattr(plain, name)}
     return LoraSection(
         r=adapter.r, alpha=adapter.lora_alpha, dropout=adapter.lora_dropout, target_modules=targets,
-        exclude_modules=sorted(adapter.exclude_modules or ()), modules_to_save=list(adapter.modules_to_save or ()),
+        exclude_modules=sorted(adapter.exclude_modules or ()), modules_to_save=whole,
         use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, bias=adapter.bias, extra=extra,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..layers.random_state import RandomState
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
 from .largest import EXTREMES, MOST_TOKENS, largest_of
 from .loaded import model_of_loaded
@@ -92,7 +93,8 @@ def plan(
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
     Static bytes are counted on a model without values; what a step makes is followed through the model's own code, run
-    without values as it would run on a GPU, for the first layers of each stack, and composed for all of them.
+    without values as it would run on a GPU, for the first layers of each stack, and composed for all of them. Random
+    numbers are afterwards what they were.
 
     Args:
         name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
@@ -117,19 +119,23 @@ def plan(
     capacity, host = parse_size(gpu_memory, "gpu_memory"), None
     if host_memory is not None:
         host = parse_size(host_memory, "host_memory")
-    model: Model
-    if isinstance(name_or_config, nn.Module):
-        given = {"rank": (rank, 16), "method": (method, "qlora"), "targets": (targets, "all-linear")}
-        given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
-        if own := [key for key, (one, default) in given.items() if one != default]:
-            raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
-        _check_numbers(seq, batch, 1, optimizer)
-        name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
-    else:
-        name, model = model_of(
-            name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
-        )
-    return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
+    generators = RandomState(())
+    try:
+        model: Model
+        if isinstance(name_or_config, nn.Module):
+            given = {"rank": (rank, 16), "method": (method, "qlora"), "targets": (targets, "all-linear")}
+            given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
+            if own := [key for key, (one, default) in given.items() if one != default]:
+                raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
+            _check_numbers(seq, batch, 1, optimizer)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
+        else:
+            name, model = model_of(
+                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
+            )
+        return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
+    finally:
+        generators.put_back()
 
 
 def model_of(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
@@ -84,3 +86,12 @@ def test_what_cannot_be_planned(make_model: Any, options: dict[str, Any], said: 
 @pytest.mark.parametrize("name", ["t5", "bert", "gpt2", "bart", "qwen3", "gemma2", "phi3"])
 def test_other_families(name: str) -> None:
     assert fastpeft.plan(make(name), gpu_memory=CAPACITY, seq=16, largest=False).fits
+
+
+def test_a_classifier_whose_head_peft_finds_and_random_numbers() -> None:
+    base = AutoModelForSequenceClassification.from_config(make_base("llama").config)
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], lora_dropout=0.1)
+    model, random = get_peft_model(base, adapter), torch.get_rng_state()
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+    plan = fastpeft.plan(model, gpu_memory="1GiB", seq=8, policy=MemoryPolicy(), largest=False)
+    assert plan.settings["task"] == "sequence-classification" and torch.equal(random, torch.get_rng_state())
