@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastpeft_kernels.common.shapes import is_weightless
 
+from .repeated import Repeated
+
 _BLOCK = {"cuda": 512, "cpu": 1}
 """torch's allocator on a GPU hands out multiples of so many bytes."""
 
@@ -31,15 +33,16 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         device: "cuda" or "cpu", on which they are or would be.
+        repeated: what is known of operations on tensors without values.
 
     Attributes:
         live: bytes that are alive now.
         peak: the most since `restart`.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, repeated: Repeated | None = None) -> None:
         super().__init__()
-        self.device, self.live, self.peak = device, 0, 0
+        self.device, self.live, self.peak, self.repeated = device, 0, 0, repeated
         self._known: dict[int, tuple[int, Any]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> int:
@@ -57,7 +60,8 @@ class LiveBytes(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.is_nonzero.default and args[0].is_meta:
             return True
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs) if self.repeated is None else self.repeated(func, args, kwargs)
         if func is torch.ops.aten.bernoulli_.float and self.device == "cuda" and args[0].is_meta:
             self._shrink_mask(args[0])
         for tensor in () if is_weightless() else tree_leaves(result):

@@ -16,6 +16,7 @@ from .layers import model_layers
 from .live import LiveBytes, rounded
 from .optimizer_state import state_sizes
 from .policy import LayerPolicy
+from .repeated import Repeated
 from .skeleton import Skeleton, build, follow, stored
 from .stowing import SMALLEST
 from .timeline import Stretch, trace
@@ -67,6 +68,7 @@ class Model:
     streamed: tuple[tuple[int, int], ...] = field(init=False)
     work: tuple[Work, ...] = field(init=False)
     _traces: dict[tuple[int, int, LayerPolicy], list[Stretch]] = field(default_factory=dict)
+    _repeated: Repeated = field(default_factory=Repeated)
 
     def __post_init__(self) -> None:
         s = self.setting
@@ -130,6 +132,7 @@ class Model:
             self.setting.device,
             autocast=dtype if dtype.itemsize == 2 else None,
             accumulated=self.setting.accumulated,
+            repeated=self._repeated,
         )
 
 

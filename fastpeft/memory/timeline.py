@@ -13,6 +13,7 @@ from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.common.shapes import imitating
 
 from .live import LiveBytes
+from .repeated import Repeated
 from .skeleton import stored
 
 
@@ -41,6 +42,7 @@ def trace(
     *,
     autocast: torch.dtype | None = None,
     accumulated: bool = True,
+    repeated: Repeated | None = None,
 ) -> list[Stretch]:
     """The stretches of one step of forward and backward, in order of time.
 
@@ -51,8 +53,9 @@ def trace(
         device: "cuda" or "cpu", whose way is taken.
         autocast: dtype of autocast; None for none.
         accumulated: gradients of an earlier batch are there already.
+        repeated: of earlier traces.
     """
-    live = LiveBytes(device)
+    live = LiveBytes(device, Repeated() if repeated is None else repeated)
     marks = _Marks(live, layers)
     live.add(tensor for _, tensor in stored(model))
     release_scratch()

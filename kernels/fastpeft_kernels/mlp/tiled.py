@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import seeds_from
+from ..common.shapes import rounds
 from ..lora.projection import Dtypes, LoraAdapter, LoraProjection, trains_b
 from ..weights import DecodedOnce
 from . import library
@@ -31,9 +32,9 @@ class Tile(NamedTuple):
     seeds: Seeds
 
 
-def tiles(tokens: int, tile: int, seeds: Seeds) -> Iterator[Tile]:
+def tiles(tokens: int, tile: int, seeds: Seeds, device: torch.device) -> Iterator[Tile]:
     """All of them, the last as short as it must be; one without tokens where there are none."""
-    firsts = range(0, max(tokens, 1), tile)
+    firsts = rounds(range(0, max(tokens, 1), tile), device)
     moved = [
         None if seed is None else seeds_from(seed, torch.arange(0, max(tokens, 1), tile, device=seed.device))
         for seed in seeds
@@ -69,7 +70,7 @@ class Tiles:
         out_features = self.mlp.down.weight.shape[0]
         y = self.x.new_empty((*lead, out_features), dtype=self.dtypes.out)
         rows, mlp = y.view(tokens, out_features), _decoded_once(self.mlp)
-        for part in tiles(tokens, self.tile, self.seeds):
+        for part in tiles(tokens, self.tile, self.seeds, self.x.device):
             library.up_to_down(self.x[part.rows], mlp, self.dtypes, part.seeds)[0].project_into(rows[part.rows])
         return y
 
@@ -89,7 +90,7 @@ def backward(
     summing = replace(mlp, inner=tuple(map(_summing, mlp.inner)), down=_summing(mlp.down))
     dx = None if dx_dtype is None else x.new_empty(x.shape, dtype=dx_dtype)
     sums: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
-    for part in tiles(x.shape[0], tile, seeds):
+    for part in tiles(x.shape[0], tile, seeds, x.device):
         dx_part, grads = _backward_of(dy[part.rows], x[part.rows], mlp, summing, dtypes, part.seeds, dx_dtype, needs)
         if dx is not None and dx_part is not None:
             dx[part.rows].copy_(dx_part)
