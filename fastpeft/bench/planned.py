@@ -32,7 +32,12 @@ HELD_OUT = ("moe", "bart")
 FAMILIES = ("llama", "bert", "t5", "gemma3", *HELD_OUT)
 METHODS = ("lora", "qlora")
 LENGTHS = (128, 320)
-POLICIES = (*(LayerPolicy(kind) for kind in ACTIVATIONS), LayerPolicy("recompute", streamed=True))
+TILE = 64
+POLICIES = (
+    *(LayerPolicy(kind) for kind in ACTIVATIONS),
+    LayerPolicy("recompute", streamed=True),
+    *(LayerPolicy(kind, tile=TILE) for kind in ("selective", "recompute")),
+)
 
 
 class Case(NamedTuple):
@@ -45,7 +50,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        what = self.policy.activations + ", streamed" * self.policy.streamed
+        tiles = f", tiles of {self.policy.tile} tokens" if self.policy.tile else ""
+        what = self.policy.activations + ", streamed" * self.policy.streamed + tiles
         return f"{self.family} {self.method}, {what}, 2 x {self.tokens} tokens"
 
 
@@ -63,11 +69,14 @@ class Compared:
 
 
 def cases() -> list[Case]:
-    """Families x methods x policies x lengths; "selective", "offload" and streamed weights at one length."""
+    """Families x methods x policies x lengths; all but "keep" and "recompute" at one length, tiles of MLPs that are one
+    op."""
     both = [Case(*each) for each in product(FAMILIES, METHODS, POLICIES, LENGTHS)]
-    return [case for case in both if case.policy in TWICE or case.tokens == LENGTHS[-1]]
+    some = [case for case in both if case.policy in TWICE or case.tokens == LENGTHS[-1]]
+    return [case for case in some if not case.policy.tile or case.family in TILED]
 
 
+TILED = ("llama", "t5", "gemma3")
 TWICE = (LayerPolicy("keep"), LayerPolicy("recompute"))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastpeft.memory.choosing import RECOMPUTE, Need, choose
-from fastpeft.memory.largest import EXTREMES, STEP, largest_of
+from fastpeft.memory.largest import STEP, largest_of, most_of
 from fastpeft.memory.planning import model_of
 from fastpeft.memory.predicting import Model
 from fastpeft.memory.rendering import policy_text
@@ -45,7 +45,7 @@ def cell(name: str, model: Model, card: int) -> Cell:
     """One row, GPU memory in GiB."""
     capacity = card << 30
     recomputed = largest_of(model, (RECOMPUTE,), capacity, None)[0]
-    tokens = largest_of(model, EXTREMES, capacity, None)[0]
+    tokens = most_of(model, capacity, None)[0]
     while tokens > 0:
         found = choose(model, 1, tokens, capacity, None, Rates())
         if found.total <= capacity:

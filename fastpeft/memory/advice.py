@@ -19,7 +19,7 @@ from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS, state_sizes
 from .out_of_memory import Call, OutOfMemory, Phase, asked_bytes, phase_of
 from .planning import components
-from .policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
+from .policy import ACTIVATIONS, MemoryPolicy
 from .predicting import Model
 from .sizes import mib_or_gib
 from .timing import Rates
@@ -138,7 +138,11 @@ def _at_least(policy: MemoryPolicy, count: int, level: str) -> MemoryPolicy:
     """Layers that keep no more than `level` says."""
     least = ACTIVATIONS.index("offload" if level == "streamed" else level)  # type: ignore[arg-type]
     layers = tuple(
-        LayerPolicy(ACTIVATIONS[max(least, ACTIVATIONS.index(each.activations))], each.streamed or level == "streamed")
+        replace(
+            each,
+            activations=ACTIVATIONS[max(least, ACTIVATIONS.index(each.activations))],
+            streamed=each.streamed or level == "streamed",
+        )
         for each in policy.of(count)
     )
     return replace(policy, layers=layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .policy import LayerPolicy, MemoryPolicy
 from .predicting import Model
@@ -68,16 +68,40 @@ def in_turns(streamed: Sequence[int], policy: MemoryPolicy) -> int:
 
 KEEP, SELECTIVE, RECOMPUTE, OFFLOAD = (LayerPolicy(kind) for kind in ("keep", "selective", "recompute", "offload"))
 STREAMED, LEAST = LayerPolicy("recompute", streamed=True), LayerPolicy("offload", streamed=True)
-STEPS: tuple[tuple[tuple[LayerPolicy, LayerPolicy], ...], ...] = (
+TILE = 4096
+"""Tokens of the tiles that are chosen."""
+
+Mixes = tuple[tuple[LayerPolicy, LayerPolicy], ...]
+"""(what some of the first layers do, what the others do)"""
+RESIDENT: tuple[Mixes, ...] = (
     ((SELECTIVE, KEEP), (RECOMPUTE, KEEP), (RECOMPUTE, SELECTIVE)),
-    ((OFFLOAD, RECOMPUTE), (STREAMED, RECOMPUTE)),
-    ((LEAST, OFFLOAD), (LEAST, STREAMED)),
+    ((OFFLOAD, RECOMPUTE),),
 )
-"""(what some of the first layers do, what the others do); a later step is tried where no earlier one is enough."""
+STREAMING: tuple[Mixes, ...] = (((STREAMED, RECOMPUTE),), ((LEAST, OFFLOAD), (LEAST, STREAMED)))
+
+
+def tiled(policy: LayerPolicy) -> LayerPolicy:
+    return replace(policy, tile=TILE)
+
+
+def _in_tiles(step: Mixes) -> Mixes:
+    """Every layer: one without tiles needs as much at its turn as if all were so. "keep" has none."""
+    return tuple((tiled(first), tiled(others)) for first, others in step if others != KEEP)
+
+
+STEPS = (*RESIDENT, *map(_in_tiles, RESIDENT), *STREAMING, *map(_in_tiles, STREAMING))
+"""A later step is tried where no earlier one is enough. Tiles, which round differently, come where what rounds alike
+does not fit; before streamed weights, which are told to take 1 % less time at the best, where copies hide, and take the
+base to the host."""
+
+
+def has_tiles(model: Model, rows: int, tokens: int) -> bool:
+    """Whether tiles make a difference."""
+    return rows * tokens > TILE and any(work.gates for work in model.work)
 
 
 def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None, rates: Rates) -> Need:
-    """The cheapest policy in time that fits; where none does, the one that needs least."""
+    """The cheapest policy in time of the first of STEPS that fits; where none does, the one that needs least."""
     count = len(model.skeleton.order)
 
     def of(first: LayerPolicy, some: int, others: LayerPolicy) -> Need:
@@ -90,9 +114,14 @@ def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None
     least = of(KEEP, count, KEEP)
     if fits(least):
         return least
+    tiles = has_tiles(model, rows, tokens)
     for step in STEPS if count else ():
         enough = []
         for first, others in step:
+            if first.tile:
+                plain = of(replace(first, tile=0), count, KEEP)
+                if not tiles or plain.total - (plain.step - plain.kept) > capacity:  # tiles keep as much
+                    continue
             whole = of(first, count, others)
             least = min(least, whole, key=lambda each: each.total)
             if not fits(whole):

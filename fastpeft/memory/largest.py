@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .choosing import LEAST, OFFLOAD, RECOMPUTE, STREAMED, Need, need
+from .choosing import LEAST, OFFLOAD, RECOMPUTE, STREAMED, Need, need, tiled
 from .policy import LayerPolicy, MemoryPolicy
 from .predicting import Model
 from .timing import Rates
 
 EXTREMES = (LEAST, OFFLOAD, STREAMED, RECOMPUTE)
-"""The last three for where the host's memory ends first."""
+"""The last three for where the host's memory ends first. Each is tried in tiles, too."""
 STEP = 64
 STRAIGHT = 16384
 """Tokens of a forward pass from which on bytes grow in a straight line: the loss's blocks do not grow any more."""
@@ -27,7 +27,7 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
     rows, tokens = model.setting.rows, model.setting.tokens
     positions = getattr(model.setting.config.get_text_config(), "max_position_embeddings", None)
     best = 0
-    for policy in policies if host is not None else policies[:1]:
+    for policy in policies:
 
         def asked(size: int, policy: LayerPolicy = policy) -> Need:
             return need(model, MemoryPolicy(policy), rows, size, capacity, Rates())
@@ -38,6 +38,17 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
         best = max(best, found)
     longest = best // STEP * STEP
     return longest if positions is None else min(longest, positions), best * rows // tokens
+
+
+def most_of(model: Model, capacity: int, host: int | None) -> tuple[int, int]:
+    """The same with the best of any policies."""
+    extremes = EXTREMES if host is not None else EXTREMES[:1]
+    found = (0, 0)
+    if any(work.gates for work in model.work):
+        found = largest_of(model, list(map(tiled, extremes)), capacity, host)
+    if model.setting.rows * found[0] >= STRAIGHT:  # of so many tokens a tile takes less than all at once
+        return found
+    return max(found, largest_of(model, extremes, capacity, host))
 
 
 def largest(total: Callable[[int], int], at: int, capacity: int, rows: int, most: int = MOST_TOKENS) -> int:

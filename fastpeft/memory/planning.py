@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers.random_state import RandomState
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
-from .largest import EXTREMES, MOST_TOKENS, largest_of
+from .largest import MOST_TOKENS, largest_of, most_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
 from .policy import MemoryPolicy
@@ -210,7 +210,7 @@ def plan_on(
     fits = found.total <= capacity and (host is None or found.host <= host)
     sizes: list[tuple[int, int] | tuple[None, None]] = [(None, None)] * 2
     if largest:
-        sizes = [largest_of(model, policies, capacity, host) for policies in ((RECOMPUTE,), EXTREMES)]
+        sizes = [largest_of(model, (RECOMPUTE,), capacity, host), most_of(model, capacity, host)]
     (longest, most), (longest_of_all, most_of_all) = sizes
     settings = {
         "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
@@ -219,7 +219,7 @@ def plan_on(
     changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
     return Plan(
         name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
-        () if found.hidden_from is None else ("streamed",), notes(model), longest_of_all, most_of_all,
+        () if found.hidden_from is None else ("streamed",), notes(model, found.policy), longest_of_all, most_of_all,
     )  # fmt: skip
 
 
@@ -247,10 +247,12 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
     }
 
 
-def notes(model: Model) -> tuple[str, ...]:
+def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     found = ["rows without padding; evaluation and saving are not counted"]
     if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
         found.append("experts: every one is taken to get as many tokens")
+    if any(layer.tile for layer in policy.different):
+        found.append("MLPs in tiles: gradients of their adapters are equal to rounding, not to the bit")
     if not model.skeleton.layers:
         found.append("this family has no layers that transformers recomputes: one policy for all")
     return tuple(found)

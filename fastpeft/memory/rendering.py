@@ -44,17 +44,22 @@ def render(plan: Plan) -> str:
 
 
 def policy_text(layers: Any) -> str:
-    """Runs of layers that do the same: "0-15 recompute, 16-31 keep"."""
+    """Runs of layers that do the same, "0-15 recompute, 16-31 keep"; tiles that all have are said once."""
     if not isinstance(layers, tuple):
-        return f"every layer {_one(layers)}"
+        return f"every layer {_one(layers)}{_tiles(layers.tile)}"
+    alike = len({layer.tile for layer in layers}) == 1
     parts, first = [], 0
     for layer, run in groupby(layers):
         count = len(list(run))
         span = f"{first}" if count == 1 else f"{first}-{first + count - 1}"
-        parts.append(f"{span} {_one(layer)}")
+        parts.append(f"{span} {_one(layer)}{'' if alike else _tiles(layer.tile)}")
         first += count
-    return ", ".join(parts) or "no layers"
+    return (", ".join(parts) or "no layers") + (_tiles(layers[0].tile) if alike else "")
 
 
 def _one(layer: Any) -> str:
     return str(layer.activations) + " and streamed" * layer.streamed
+
+
+def _tiles(tile: int) -> str:
+    return f"; MLPs in tiles of {tile} tokens" if tile else ""

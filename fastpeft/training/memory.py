@@ -170,7 +170,7 @@ def _planned(
     plan = planned(None)
     chosen = plan.policy
     if processes > 1 and any(layer.streamed for layer in chosen.different):
-        chosen = MemoryPolicy(LayerPolicy("offload"))
+        chosen = MemoryPolicy(LayerPolicy("offload", tile=max(layer.tile for layer in chosen.different)))
     chosen = replace(chosen, ring=config.memory.ring, decoded=_decoded(config.memory))
     return plan if chosen == plan.policy else planned(chosen)
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import LlamaConfig
 
 import fastpeft
-from fastpeft.memory.choosing import CONTEXT, RECOMPUTE, RESERVE, STEPS, Need, need
-from fastpeft.memory.largest import EXTREMES, largest, largest_of
+from fastpeft.memory.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
+from fastpeft.memory.largest import EXTREMES, largest, largest_of, most_of
 from fastpeft.memory.planning import Plan, model_of, plan_on
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.memory.predicting import Model
@@ -70,8 +70,63 @@ def test_little_is_saved_by_selective_layers(model: Model, roomy: Plan) -> None:
     assert [layer.activations for layer in tight.policy.of(6)] == ["selective"] + ["keep"] * 5
 
 
+LONG = 4 * TILE
+
+
+def needed(model: Model, policy: MemoryPolicy, capacity: int = 0) -> Need:
+    return need(model, policy, 1, LONG, capacity, Rates())
+
+
+@pytest.fixture(scope="module")
+def wide() -> Model:
+    """Most of a layer's working memory is its MLP's."""
+    given = LlamaConfig(**CONFIG.to_dict() | {"intermediate_size": 512, "max_position_embeddings": LONG})
+    return model_of(given, LONG, 1, 4, "lora", "all-linear", "bfloat16", "adamw_torch", "auto")[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_tiles_where_nothing_else_fits_on_the_gpu(wide: Model, share: float) -> None:
+    """With all inputs on the host, down to none of them: the cheapest mix of layers, all in tiles, none streamed."""
+    high, low = (needed(wide, MemoryPolicy(each)).total for each in (OFFLOAD, tiled(OFFLOAD)))
+    assert low < high
+    tight = on(wide, int((high - 1 - share * (high - 1 - low)) / (1 - RESERVE)))
+    policies = set(tight.policy.of(6))
+    assert tight.fits and all(each.tile == TILE and not each.streamed for each in policies)
+    some = [(first, others) for step in STEPS for first, others in step if first.tile and not first.streamed]
+    mixes = [MemoryPolicy((first,) * n + (others,) * (6 - n)) for first, others in some for n in range(7)]
+    tried = [needed(wide, each, tight.gpu_memory) for each in mixes]
+    assert tight.need.slowdown == min(each.slowdown for each in tried if each.total <= tight.gpu_memory)
+    assert "MLPs in tiles of 4096 tokens" in str(tight) and "equal to rounding, not to the bit" in str(tight)
+
+
+def test_what_rounds_alike_comes_first_and_streamed_weights_last(wide: Model) -> None:
+    enough, least = (needed(wide, MemoryPolicy(each)).total for each in (OFFLOAD, tiled(OFFLOAD)))
+    untiled = on(wide, int(enough / (1 - RESERVE)) + 1)
+    assert untiled.fits and not any(each.tile or each.streamed for each in untiled.policy.of(6))
+    assert "tiles" not in str(untiled)
+    less = on(wide, int((least - 4096) / (1 - RESERVE)))
+    assert less.fits and any(each.streamed for each in less.policy.of(6))
+
+
+def test_tiles_take_the_time_that_was_measured(wide: Model) -> None:
+    """1 % of an MLP's at 4096 tokens, 8 at 1024; a tile that holds all tokens is nothing to choose."""
+    whole, at_4096, at_1024 = (
+        needed(wide, MemoryPolicy(LayerPolicy("recompute", tile=tile))).slowdown for tile in (0, 4096, 1024)
+    )
+    assert whole < at_4096 < 1.01 * whole and (at_1024 - whole) / (at_4096 - whole) == pytest.approx(8)
+    small = plan_on("llama", wide, 1 << 29, None, None, False, Rates())
+    assert not small.fits and needed(wide, small.policy).total <= needed(wide, MemoryPolicy(EXTREMES[0])).total
+
+
+def test_the_longest_context_of_all_is_in_tiles(wide: Model) -> None:
+    capacity = int(needed(wide, MemoryPolicy(EXTREMES[0])).total / (1 - RESERVE))
+    tokens, rows = most_of(wide, capacity, None)
+    assert tokens == LONG and rows > 1  # as many as it has positions for
+    assert largest_of(wide, EXTREMES[:1], capacity, None)[1] < rows
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("policies", [(RECOMPUTE,), EXTREMES])
+@pytest.mark.parametrize("policies", [(RECOMPUTE,), EXTREMES[:1]])
 def test_the_longest_context(model: Model, policies: tuple[LayerPolicy, ...]) -> None:
     """Fits, and more does not; with the host's memory as a limit too."""
     whole = MemoryPolicy(policies[0])
@@ -83,7 +138,7 @@ def test_the_longest_context(model: Model, policies: tuple[LayerPolicy, ...]) ->
     longest, rows = largest_of(model, policies, capacity, None)
     assert longest % 64 == 0 and 64 < longest < 2048 and rows == longest // 64
     assert at(longest).total <= capacity < at(longest + 128).total
-    if policies == EXTREMES:
+    if policies == EXTREMES[:1]:
         half = at(longest // 2).host
         assert largest_of(model, (policies[0],), capacity, half)[0] <= longest // 2 + 64
 
