@@ -9,7 +9,7 @@ import torch
 
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
-from fastpeft.bench.planned import FAMILIES, METHODS, Case, Family, cases
+from fastpeft.bench.planned import FAMILIES, METHODS, TILE, Case, Family, cases
 from fastpeft.memory.composing import Peak
 from fastpeft.memory.policy import LayerPolicy
 
@@ -17,7 +17,7 @@ WITHIN = 0.05
 REGULAR = [
     Case("llama", "lora", LayerPolicy(kind, streamed), 128)
     for kind, streamed in (("keep", False), ("offload", False), ("recompute", True))
-]
+] + [Case("llama", "lora", LayerPolicy("recompute", tile=TILE), 128)]
 
 family = cache(Family)
 
