@@ -84,7 +84,7 @@ def wide() -> Model:
     return model_of(given, LONG, 1, 4, "lora", "all-linear", "bfloat16", "adamw_torch", "auto")[1]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=pytest.mark.full) for share in (0.0, 1.0))])
 def test_tiles_where_nothing_else_fits_on_the_gpu(wide: Model, share: float) -> None:
     """With all inputs on the host, down to none of them: the cheapest mix of layers, all in tiles, none streamed."""
     high, low = (needed(wide, MemoryPolicy(each)).total for each in (OFFLOAD, tiled(OFFLOAD)))
