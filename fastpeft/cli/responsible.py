@@ -104,6 +104,8 @@ def groups(
     config = run_config(run, trust_remote_code)
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
+    if config.data.problem_type not in (None, "single_label_classification"):
+        raise UserError(f"RUN: expected a run with one class a row, got {config.data.problem_type}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     label = config.data.columns.get("label", "label")
     rows = load_rows(data, split=split, key="--data", split_key="--split", label=label)

@@ -143,4 +143,6 @@ def _batch(setting: Setting, rows: int, tokens: int) -> dict[str, Tensor]:
     ids = torch.empty((rows, tokens), dtype=torch.int64, device="meta")
     if setting.task == "sequence-classification":
         return {"input_ids": ids, "labels": ids[:, 0]}
+    if setting.task == "question-answering":
+        return {"input_ids": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 0]}
     return {"input_ids": ids, "labels": ids}
