@@ -95,9 +95,9 @@ def groups(
     from fastpeft.data.kinds import LABELLED, rename
     from fastpeft.data.labels import named_labels
     from fastpeft.data.rows import load_rows
-    from fastpeft.generation import classify
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
+    from fastpeft.prediction import classify
     from fastpeft.responsible.groups import by_group
 
     settle_logs(verbose, quiet)

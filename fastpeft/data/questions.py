@@ -72,7 +72,8 @@ def read_in_windows(tokenizer: Any, question: str, context: str, data: DataSecti
     """One row a window, without labels. Raises UserError if the question leaves no room for a context."""
     assert data.max_length is not None
     length = data.max_length
-    alone = len(tokenizer(question, "", verbose=False)["input_ids"])
+    alone = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    alone += tokenizer.num_special_tokens_to_add(pair=True)
     room = length - alone
     stride = length // 3 if data.stride is None else data.stride
     if room < 1:

@@ -10,7 +10,10 @@ from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, CLASSES, PAIRS, TEXTS, Wrong, chat, data, fit, lines, option, rows
 
-_KINDS = "messages, conversations, prompt + completion, instruction + output, text + label, text"
+_KINDS = (
+    "messages, conversations, prompt + completion, instruction + output, text + label, tokens + tags, "
+    "question + context + answers, text"
+)
 _SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md"
 FILES = [
     option(
