@@ -160,10 +160,10 @@ def test_verify_passes(done: tuple[Case, Run], capsys: pytest.CaptureFixture[str
 
 def test_generate_answers(done: tuple[Case, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case, run = done
-    file = write_rows(tmp_path / "prompts.jsonl", case.line, case.line)
+    file = write_rows(tmp_path / "prompts.jsonl", case.line)
     assert app.run(["generate", str(run.folder), "--file", file, "--quiet"]) == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert first == second and first.items() >= case.line.items()
+    first = json.loads(capsys.readouterr().out)
+    assert first.items() >= case.line.items()
     if case.task == "token-classification":
         assert len(first["tags"]) == 2 and set(first["tags"]) <= set(TAGS)
         assert app.run(["generate", str(run.folder), "--prompt", "ann rome", "--quiet"]) == 0
