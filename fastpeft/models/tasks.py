@@ -74,6 +74,8 @@ def head_options(task: str, labels: list[str] | None, problem_type: str | None) 
     """
     if task not in HEADS:
         return {}
+    if task == "question-answering":
+        return {"num_labels": 2}  # start and end, whatever the checkpoint was for
     found: dict[str, Any] = {} if problem_type is None else {"problem_type": problem_type}
     if problem_type == "regression":
         return found | {"num_labels": 1}

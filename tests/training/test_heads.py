@@ -221,3 +221,21 @@ def test_other_architectures(kind: str, task: str, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(plain), outputs(run.model), atol=1e-5, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(run.folder).padding_side == "right"
     assert app.run(["verify", str(run.folder), "--quiet"]) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ("token-classification", None),
+        ("question-answering", None),
+        ("sequence-classification", "multi_label_classification"),
+        ("sequence-classification", "regression"),
+    ],
+)
+def test_plan_knows_the_heads(task: str, problem: str | None, tmp_path: Path) -> None:
+    labels = 1 if problem == "regression" else 3
+    config = AutoConfig.for_model("bert", vocab_size=60, num_labels=labels, problem_type=problem, **SIZES)
+    config.save_pretrained(tmp_path)
+    given = ["--gpu-memory", "4GiB", "--seq", "32", "--method", "lora", "--no-largest", "--quiet"]
+    assert app.run(["plan", str(tmp_path), *given, "--task", task]) == 0
