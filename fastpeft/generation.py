@@ -97,7 +97,7 @@ def _prompt(line: str, where: str) -> Prompt:
     row = row if isinstance(row, dict) else {}
     given = next((row[name] for name in GIVEN if row.get(name)), None)
     if not isinstance(given, (str, list)):
-        raise UserError(f"{where}: expected {', '.join(GIVEN[:-1])} or {GIVEN[-1]}, got {line[:60]}")
+        raise UserError(f"{where}: expected messages, prompt, text, tokens or question, got {line[:60]}")
     second = "context" if "question" in row else "text_pair"
     pair = row.get(second)
     if not isinstance(pair, (str, type(None))):
