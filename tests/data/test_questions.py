@@ -44,20 +44,17 @@ def test_one_window() -> None:
 @pytest.mark.parametrize("tokenizer", [wordpieces(), characters(), characters(begins=True), characters(ends=True)])
 @pytest.mark.parametrize("stride", [None, 0, 2, 50])
 def test_windows_read_the_whole_context_and_share_tokens(tokenizer: Any, stride: int | None) -> None:
-    context = "b c d e f g h i j k l m n o p q r s t"
-    for answer in ("b", "h i", "t"):
-        found = encoded(tokenizer, row("q", context, answer), stride=stride)
-        read = [[span for span in window["offsets"] if span != NOWHERE] for window in found.rows]
-        assert all(len(window["input_ids"]) <= 12 for window in found.rows) and len(found) > 1
+    context, asked = "b c d e f g h i j k l m n o p q r s t", ("b", "h i", "t")
+    found = encoded(tokenizer, *(row("q", context, answer) for answer in asked), stride=stride)
+    assert all(len(window["input_ids"]) <= 12 for window in found.rows) and (found.cut, found.dropped) == (0, 0)
+    for answer, numbers in zip(asked, found.groups(), strict=True):
+        read = [[span for span in found.rows[number]["offsets"] if span != NOWHERE] for number in numbers]
         covered = {place for window in read for a, b in window for place in range(a, b)}
-        assert covered >= {place for place, sign in enumerate(context) if sign != " "}
-        answers = [answer_in(window, context) for window in found.rows]
-        assert {(text or answer).strip() for text in answers} == {answer} and any(answers)
-        whole = [(w[0][0], w[-1][1]) for w in read]
-        place = context.index(answer)
-        inside = [a <= place and place + len(answer) <= b for a, b in whole]
-        assert [text is not None for text in answers] == inside
-    assert found.groups() == [[*range(len(found))]] and (found.cut, found.dropped) == (0, 0)
+        assert covered >= {place for place, sign in enumerate(context) if sign != " "} and len(read) > 1
+        answers = [answer_in(found.rows[number], context) for number in numbers]
+        assert {text.strip() for text in answers if text} == {answer}
+        first, last = context.index(answer), context.index(answer) + len(answer)
+        assert [text is not None for text in answers] == [w[0][0] <= first and last <= w[-1][1] for w in read]
 
 
 def test_a_question_without_an_answer() -> None:
