@@ -31,9 +31,15 @@ class ModelSection:
     """The base model."""
 
     name: str = option("", "Folder, or ID on the hub.")
-    task: Literal["auto", "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"] = option(
-        "auto", "What the model is trained to do; auto: by the data's columns and the model."
-    )
+    task: Literal[
+        "auto",
+        "causal-lm",
+        "seq2seq-lm",
+        "masked-lm",
+        "sequence-classification",
+        "token-classification",
+        "question-answering",
+    ] = option("auto", "What the model is trained to do; auto: by the data's columns and the model.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
     quantization: Literal["none", "nf4", "fp4", "int8"] | None = option(
         None, "Storage of the frozen weights (bitsandbytes); null: nf4 for method qlora, none for lora."
@@ -63,6 +69,11 @@ class DataSection:
         dict, "Names of your columns, such as {text: review, label: stars}; expected names need no entry."
     )
     labels: list[str] | None = option(None, "Names of the classes, in the order of their numbers; found when null.")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = option(
+        None, "What a text's label is; null: lists are several classes, fractions numbers to learn, else one class."
+    )
+    label_all_pieces: bool = option(False, "Words with tags: learn all tokens of a word, not only its first.")
+    stride: int | None = option(None, "Tokens that two windows over a context share; null: a third of max_length.")
     max_length: int | None = option(
         None, "In tokens; longer rows are cut, text files divided; null: 1024, or the model's last position if before."
     )

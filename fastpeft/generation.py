@@ -1,4 +1,4 @@
-"""Text from a fine-tuned model, or a classifier's answers."""
+"""Prompts, and text from a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastpeft.errors import UserError
 from fastpeft.models.bases import positions
 
 PLAIN = (".txt", ".md")
-LONGEST = 10**9
+GIVEN = ("messages", "prompt", "text", "tokens", "question")
+"""Keys of a JSON line that hold what is to be answered."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Prompt:
     """What is to be answered.
 
     Attributes:
-        given: text, or messages.
+        given: text, messages, or words for a tagger.
         where: how to call it in messages to the user.
-        pair: a second text, for classifiers of pairs.
+        pair: a second text, for classifiers of pairs; the context of a question.
         variables: of the chat template, such as `tools`.
     """
 
@@ -67,7 +68,7 @@ class Prompt:
 
 
 def read_prompts(path: Path, key: str = "--file") -> list[Prompt]:
-    """Prompts from a file: a line each of text, or `messages`, `prompt` or `text` of each JSON line.
+    """Prompts from a file: a line each of text, or one of GIVEN of each JSON line.
 
     Raises:
         UserError: no such file, no JSON, or none of these keys.
@@ -94,12 +95,13 @@ def _prompt(line: str, where: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg}") from error
     row = row if isinstance(row, dict) else {}
-    given = next((row[name] for name in ("messages", "prompt", "text") if row.get(name)), None)
+    given = next((row[name] for name in GIVEN if row.get(name)), None)
     if not isinstance(given, (str, list)):
-        raise UserError(f"{where}: expected messages, prompt or text, got {line[:60]}")
-    pair = row.get("text_pair")
+        raise UserError(f"{where}: expected messages, prompt, text, tokens or question, got {line[:60]}")
+    second = "context" if "question" in row else "text_pair"
+    pair = row.get(second)
     if not isinstance(pair, (str, type(None))):
-        raise UserError(f"{where}: expected text_pair as text, got {short(pair)}")
+        raise UserError(f"{where}: expected {second} as text, got {short(pair)}")
     return Prompt(given, where, pair, variables_of(row, where))
 
 
@@ -231,34 +233,3 @@ class Generator:
             ids[row, place] = torch.tensor(prompt)
             mask[row, place] = 1
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-
-
-def classify(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    pairs: Sequence[str | None],
-    batch_size: int,
-    max_length: int | None,
-) -> Iterator[list[tuple[str, float]]]:
-    """Each text's classes with their probabilities, the likeliest first.
-
-    Args:
-        pairs: second texts, where there are any.
-        max_length: in tokens; what is longer is cut, as in training. What the model can take when None.
-    """
-    import torch
-
-    most = min((n for n in (max_length, positions(model.config)) if n is not None), default=tokenizer.model_max_length)
-    cut: dict[str, Any] = {"truncation": True, "max_length": min(most, tokenizer.model_max_length)}
-    if cut["max_length"] > LONGEST:  # how tokenizers say that they do not know
-        cut = {}
-    for start in range(0, len(texts), batch_size):
-        part = slice(start, start + batch_size)
-        rows = [tokenizer(text, pair, **cut) for text, pair in zip(texts[part], pairs[part], strict=True)]
-        batch = tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            scores = model(**batch).logits.float().softmax(dim=-1)
-        for row in scores:
-            order = row.argsort(descending=True).tolist()
-            yield [(model.config.id2label[number], row[number].item()) for number in order]

@@ -69,15 +69,16 @@ def generate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer prompts with a fine-tuned model; a classifier answers with its classes.
+    """Answer prompts with a fine-tuned model; a classifier answers with its classes, a tagger with tags.
 
     One prompt is answered as it is generated; several, or a file, as JSON lines. Without --prompt and --file the prompt
     is read from standard input.
     """
     from fastpeft.data.languages import set_languages
-    from fastpeft.generation import Generator, PromptEncoder, Sampling, classify
+    from fastpeft.generation import Generator, PromptEncoder, Sampling
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
+    from fastpeft.models.tasks import HEADS
 
     if output is not None and (not output.parent.is_dir() or output.is_dir() or output == file):
         raise UserError(f"--output: expected a new file in a folder that is there, got {output}")
@@ -93,17 +94,18 @@ def generate(
     tokenizer = tuned.load_tokenizer(source)
     set_languages(tokenizer, source_language, target_language, ("--source-language", "--target-language"))
     one = len(prompts) == 1 and file is None and output is None
-    if source.task == "sequence-classification":
+    if source.task in HEADS:
+        from .heads import checked, plain, predictions
+
         if system is not None:
             raise UserError(f"--system: expected none for a classifier, got {system!r}")
-        texts = [_text(prompt) for prompt in prompts]
+        prompts = [checked(prompt, source.task) for prompt in prompts]
         loaded = _loaded(source, device, chosen, quantization, quiet)
-        pairs = [prompt.pair for prompt in prompts]
-        found = classify(loaded, tokenizer, texts, pairs, batch_size, source.max_length)
+        found = predictions(source, loaded, tokenizer, prompts, batch_size)
         if one:
-            print("\n".join(f"{label}\t{probability:.4f}" for label, probability in next(iter(found))))
+            print(plain(next(found)))
             return
-        return _write((_labelled(prompt, scores) for prompt, scores in zip(prompts, found, strict=True)), output)
+        return _write(found, output)
     raw = source.chats is False if raw is None else raw
     encoded = [*map(PromptEncoder(tokenizer, source.config, system=system, raw=raw), prompts)]
     generator = Generator(_loaded(source, device, chosen, quantization, quiet), tokenizer)
@@ -135,17 +137,6 @@ def _prompts(prompt: list[str] | None, file: Path | None) -> list[Prompt]:
     if not text:
         raise UserError("--prompt: expected a prompt, or --file, or text on standard input, got none")
     return [Prompt(text)]
-
-
-def _text(prompt: Prompt) -> str:
-    if not isinstance(prompt.given, str):
-        raise UserError(f"{prompt.where}: expected a text for a classifier, got messages")
-    return prompt.given
-
-
-def _labelled(prompt: Prompt, scores: list[tuple[str, float]]) -> dict[str, Any]:
-    pair = {} if prompt.pair is None else {"text_pair": prompt.pair}
-    return {"text": prompt.given, **pair, "label": scores[0][0], "scores": dict(scores)}
 
 
 def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization | None, quiet: bool) -> Any:

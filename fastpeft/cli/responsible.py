@@ -95,15 +95,17 @@ def groups(
     from fastpeft.data.kinds import LABELLED, rename
     from fastpeft.data.labels import named_labels
     from fastpeft.data.rows import load_rows
-    from fastpeft.generation import classify
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
+    from fastpeft.prediction import classify
     from fastpeft.responsible.groups import by_group
 
     settle_logs(verbose, quiet)
     config = run_config(run, trust_remote_code)
     if config.model.task != "sequence-classification":
         raise UserError(f"RUN: expected the run of a classifier, got task {config.model.task}")
+    if config.data.problem_type not in (None, "single_label_classification"):
+        raise UserError(f"RUN: expected a run with one class a row, got {config.data.problem_type}")
     source = tuned.find(str(run), key="RUN", trust_remote_code=trust_remote_code)
     label = config.data.columns.get("label", "label")
     rows = load_rows(data, split=split, key="--data", split_key="--split", label=label)

@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.config import DataSection
 from fastpeft.errors import UserError
 
-from .chat import IGNORED, ChatEncoder, alike, messages_of, short, tokens_within, variables_of
+from .chat import IGNORED, ChatEncoder, alike, messages_of, tokens_within, variables_of
+from .columns import Row, class_of, list_of, number_of, words_of
+from .encoded import Encoded as Encoded
+from .encoded import tokens_in
 from .kinds import Kind
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples for a trainer.
-
-    Attributes:
-        rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
-            number for a class), and attention_mask where the model's encoder wants one.
-        cut: how many were longer than max_length.
-        dropped: how many had nothing left to learn after that, and are not among `rows`.
-        tokens: in all rows.
-        were_cut: for each of `rows`, whether it was longer than max_length.
-    """
-
-    rows: Any
-    cut: int
-    dropped: int
-    tokens: int
-    were_cut: tuple[bool, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def summary(self) -> str:
-        """In words: how many rows and tokens, and what was done to rows that were too long."""
-        return f"{len(self)} rows ({self.tokens:,} tokens; {self.cut} cut, {self.dropped} left out)"
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all token ids and labels, in their order."""
-        import numpy as np
-
-        digest = hashlib.sha256()
-        names = [name for name in ("input_ids", "labels") if name in self.rows.column_names]
-        for batch in self.rows.select_columns(names).iter(batch_size=1000):
-            for values in zip(*(batch[name] for name in names), strict=True):
-                for value in values:
-                    digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
-        return digest.hexdigest()
-
-    def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
-        """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
-        import datasets
-
-        marks = datasets.Dataset.from_dict({"cut": self.were_cut}).train_test_split(test_size=count, seed=seed)
-        parts = self.rows.train_test_split(test_size=count, seed=seed)  # the same rows, because only the seed draws
-        first, second = (tuple(marks[name]["cut"]) for name in ("train", "test"))
-        return (
-            Encoded(parts["train"], self.cut - sum(second), self.dropped, _tokens(parts["train"]), first),
-            Encoded(parts["test"], sum(second), 0, _tokens(parts["test"]), second),
-        )
+from .questions import windows
+from .tagged import tagged_words
 
 
 def encode(
@@ -97,8 +46,11 @@ def encode(
     """
     limit = data.max_length
     assert limit is not None
-    make = _encoder(kind, task, tokenizer, data)
     options = {"with_indices": True, "remove_columns": rows.column_names}
+    if kind.name == "questions":
+        with _in_temporary_files():
+            return _windowed(rows, windows(tokenizer, data), where, limit, seen)
+    make = _encoder(kind, task, tokenizer, data)
     learns = _learner(task, tokenizer)
     if document and kind.name == "text":
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
@@ -112,24 +64,43 @@ def encode(
         if number % every == 0:
             seen(number)
         encoded = make(row, f"{where}: row {number + 1}")
-        cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
-        return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}
+        marks = {"example": number} if kind.name == "tagged" else {}
+        if "cut" in encoded:  # already, where that was to be done
+            return encoded | marks
+        cut = any(len(values) > limit for values in encoded.values())
+        return {name: values[:limit] for name, values in encoded.items()} | {"cut": cut}
 
     with _in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
     dropped = len(examples) - len(learnable)
-    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, tuple(learnable["cut"]))
+    were_cut = tuple(learnable["cut"])
+    source = rows if kind.name == "tagged" else None
+    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, were_cut, source)
 
 
-def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...]) -> Encoded:
+def _windowed(
+    rows: Any, make: Callable[[Row, str], list[Row]], where: str, limit: int, seen: Callable[[int], None]
+) -> Encoded:
+    """Several rows of each; none is cut."""
+    every = max(1, len(rows) // 100)
+
+    def several(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
+        [number] = numbers
+        if number % every == 0:
+            seen(number)
+        found = make({name: values[0] for name, values in batch.items()}, f"{where}: row {number + 1}")
+        return {name: [row[name] for row in found] for name in found[0]} | {"example": [number] * len(found)}
+
+    options = {"with_indices": True, "remove_columns": rows.column_names}
+    examples = rows.map(several, batched=True, batch_size=1, **options)
+    return _counted(examples, 0, 0, limit, (False,) * len(examples), rows)
+
+
+def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...], source: Any = None) -> Encoded:
     if len(rows) == 0:
         raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
-    return Encoded(rows, cut, dropped, _tokens(rows), were_cut)
-
-
-def _tokens(rows: Any) -> int:
-    return sum(map(len, rows["input_ids"]))
+    return Encoded(rows, cut, dropped, tokens_in(rows), were_cut, source)
 
 
 @contextmanager
@@ -153,6 +124,8 @@ def _learner(task: str, tokenizer: Any) -> Callable[[Row], bool]:
     if task == "masked-lm":
         special = set(tokenizer.all_special_ids)
         return lambda row: any(token not in special for token in row["input_ids"])
+    if task == "token-classification":
+        return lambda row: any(label != IGNORED for label in row["labels"])
     return lambda row: True
 
 
@@ -170,12 +143,14 @@ def _encoder(kind: Kind, task: str, tokenizer: Any, data: DataSection) -> Callab
         return _source_and_target(tokenizer, data) if task == "seq2seq-lm" else _prompt_and_completion(tokenizer)
     if kind.name == "labelled" and task == "sequence-classification":
         return _labelled(tokenizer, data)
+    if kind.name == "tagged":
+        return tagged_words(tokenizer, data)
     return _masked(tokenizer, data) if task == "masked-lm" else _text(tokenizer)
 
 
 def _text(tokenizer: Any) -> Callable[[Row, str], Row]:
     def encode_text(row: Row, where: str) -> Row:
-        ids = [*_ids(tokenizer, _words(row, "text", where)), tokenizer.eos_token_id]
+        ids = [*_ids(tokenizer, words_of(row, "text", where)), tokenizer.eos_token_id]
         return {"input_ids": ids, "labels": list(ids)}
 
     return encode_text
@@ -185,7 +160,7 @@ def _masked(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
     """No labels: which tokens are masked is drawn anew for each batch."""
 
     def encode_masked(row: Row, where: str) -> Row:
-        return _whole_or_cut(tokenizer, data, _words(row, "text", where))
+        return _whole_or_cut(tokenizer, data, words_of(row, "text", where))
 
     return encode_masked
 
@@ -204,7 +179,7 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
             given = chat[0].prompt(messages[: len(row["prompt"])], where, add_generation_prompt=True, **variables)
             shared = alike(given, ids)
             return {"input_ids": ids, "labels": [IGNORED] * shared + labels[shared:]}
-        prompt, completion = (_words(row, name, where) for name in ("prompt", "completion"))
+        prompt, completion = (words_of(row, name, where) for name in ("prompt", "completion"))
         # A token that begins in the prompt and ends in the completion is learned: the prompt alone would not have it.
         span = (len(prompt), len(prompt) + len(completion))
         text, options = _without_doubles(tokenizer, prompt + completion)
@@ -218,22 +193,30 @@ def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:
 
 def _source_and_target(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
     def encode_pair(row: Row, where: str) -> Row:
-        source = _whole_or_cut(tokenizer, data, _words(row, "prompt", where))
-        target = _whole_or_cut(tokenizer, data, text_target=_words(row, "completion", where))
+        source = _whole_or_cut(tokenizer, data, words_of(row, "prompt", where))
+        target = _whole_or_cut(tokenizer, data, text_target=words_of(row, "completion", where))
         return source | {"labels": target["input_ids"], "cut": source["cut"] or target["cut"]}
 
     return encode_pair
 
 
 def _labelled(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
-    names = {name: number for number, name in enumerate(data.labels or ())}
+    """The label is a class's number, a list of 1.0 and 0.0 for several classes, or a number to be learned."""
+    numbers = {name: number for number, name in enumerate(data.labels or ())}
+
+    def label_of(row: Row, where: str) -> Any:
+        if data.problem_type == "regression":
+            return number_of(row, "label", where)
+        if data.problem_type == "multi_label_classification":
+            names = list_of(row["label"], "label", (str, int), "classes", where)
+            those = {class_of(name, numbers, "label", where) for name in names}
+            return [float(number in those) for number in range(len(numbers))]
+        return class_of(row["label"], numbers, "label", where)
 
     def encode_labelled(row: Row, where: str) -> Row:
-        if str(row["label"]) not in names:
-            raise UserError(f"{where}, column label: expected one of {', '.join(names)}, got {row['label']!r}")
-        pair = _words(row, "text_pair", where) if row.get("text_pair") is not None else None
-        text = _whole_or_cut(tokenizer, data, _words(row, "text", where), pair)
-        return text | {"labels": names[str(row["label"])]}
+        label = label_of(row, where)
+        pair = words_of(row, "text_pair", where) if row.get("text_pair") is not None else None
+        return _whole_or_cut(tokenizer, data, words_of(row, "text", where), pair) | {"labels": label}
 
     return encode_labelled
 
@@ -266,7 +249,7 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
     """Each block gets special tokens of its own."""
 
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
-        text = _words({"text": batch["text"][0]}, "text", f"{where}: document {numbers[0] + 1}")
+        text = words_of({"text": batch["text"][0]}, "text", f"{where}: document {numbers[0] + 1}")
         blocks = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True, verbose=False)
         return {name: blocks[name] for name in ("input_ids", "attention_mask")}
 
@@ -289,12 +272,3 @@ def _without_doubles(tokenizer: Any, text: str) -> tuple[str, dict[str, bool]]:
 
 def _without_eos(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id is not None else ids
-
-
-def _words(row: Row, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise UserError(f"{where}, column {column}: expected text, got {short(value)}")
-    if not value.strip():
-        raise UserError(f"{where}, column {column}: expected text, got an empty one")
-    return value

@@ -35,15 +35,20 @@ SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",), ("system",))
 COMPLETION = Kind("completion", ("prompt", "completion"), ("causal-lm", "seq2seq-lm"))
 ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input", "system", "history"))
 LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
+TAGGED = Kind("tagged", ("tokens", "tags"), ("token-classification",))
+QUESTIONS = Kind("questions", ("question", "context", "answers"), ("question-answering",))
 TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
-KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)
+KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TAGGED, QUESTIONS, TEXT)
 """In order of precedence; a text with labels is also a text where the task says so."""
 USUAL = {
     "messages": ("chat", "dialog", "dialogue"),
     "prompt": ("source", "question", "query"),
     "completion": ("target", "answer", "response", "summary", "translation"),
     "text": ("sentence", "content", "review", "document", "body", "article"),
-    "label": ("labels", "class", "category", "sentiment", "topic", "stars", "rating"),
+    "label": ("labels", "class", "category", "sentiment", "topic", "stars", "rating", "score"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "pos_tags", "chunk_tags", "ner", "labels"),
+    "context": ("paragraph", "passage"),
 }
 """Other names of columns, for hints."""
 KNOWN = tuple(dict.fromkeys(column for kind in KINDS for column in (*kind.columns, *kind.optional)))

@@ -162,6 +162,8 @@ def _sample_labels(names: list[str], base: Any, config: Any, ids: Any, generator
     if "labels" not in names:
         return {}
     if "SequenceClassification" in kind:
+        if config.problem_type == "multi_label_classification":
+            return {"labels": torch.rand(rows, config.num_labels, generator=generator)}
         if config.num_labels == 1:
             return {"labels": torch.rand(rows, generator=generator)}
         return {"labels": torch.randint(0, config.num_labels, (rows,), generator=generator)}

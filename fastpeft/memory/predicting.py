@@ -142,8 +142,17 @@ def is_streamed(kind: str, tensor: Tensor) -> bool:
     return (matrix or kind == "packed") and tensor.nbytes >= SMALLEST
 
 
+def _label(config: Any, classes: Tensor) -> Tensor:
+    """A class a row, several, or a number, as the model's loss wants it."""
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        return torch.empty((len(classes), config.num_labels), device="meta")
+    return classes.float() if config.num_labels == 1 else classes
+
+
 def _batch(setting: Setting, rows: int, tokens: int) -> dict[str, Tensor]:
     ids = torch.empty((rows, tokens), dtype=torch.int64, device="meta")
     if setting.task == "sequence-classification":
-        return {"input_ids": ids, "labels": ids[:, 0]}
+        return {"input_ids": ids, "labels": _label(setting.config, ids[:, 0])}
+    if setting.task == "question-answering":
+        return {"input_ids": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 0]}
     return {"input_ids": ids, "labels": ids}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastpeft.config import LoraSection
 from fastpeft.models.adapters import attach_adapter
-from fastpeft.models.tasks import auto_class
+from fastpeft.models.tasks import auto_class, head_options
 
 from .layers import model_layers
 from .policy import LayerPolicy, MemoryPolicy
@@ -57,8 +57,11 @@ def build(
     Raises:
         UserError: the adapter does not fit the model.
     """
+    config = copy.deepcopy(config)
+    for name, value in head_options(task, None, None).items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        model = auto_class(task).from_config(copy.deepcopy(config), dtype=dtype)
+        model = auto_class(task).from_config(config, dtype=dtype)
     model.config.use_cache = False
     order = _keep_first_layers(model, whole)
     if packed:

@@ -12,7 +12,7 @@ from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean
 from fastpeft.structured import convert
 
-from .tasks import PEFT_TASKS
+from .tasks import HEADS, PEFT_TASKS
 
 OURS = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "task_type": "model.task"}
 PATTERNS = {"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None}
@@ -43,7 +43,7 @@ def lora_config(section: LoraSection, task: str) -> Any:
         "lora_dropout": section.dropout,
         "target_modules": targets(section),
         "exclude_modules": section.exclude_modules or None,
-        "modules_to_save": section.modules_to_save or None,
+        "modules_to_save": [*section.modules_to_save, *HEADS.get(task, ())] or None,
         "use_rslora": section.use_rslora,
         "use_dora": section.use_dora,
         "bias": section.bias,
@@ -98,7 +98,10 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
             _check_names(base, names, f"lora.{key}")
     torch.manual_seed(seed)
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+        if config.modules_to_save is not None:  # PEFT adds a head's names once more
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+        return model
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, ImportError, re.error) as error:
         if "arget modules" not in str(error):
             raise UserError(f"lora: {error}") from error

@@ -16,7 +16,7 @@ from fastpeft.hints import nearest
 from fastpeft.hub import unreachable
 from fastpeft.integrations.transformers import ATTENTION
 
-from .tasks import auto_class
+from .tasks import HEADS, auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ def load_base(
     if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}
     base, missing = _from_pretrained(model, task, key, options)
-    heads = ("classifier", "score") if task == "sequence-classification" else ()  # as PEFT, which trains them whole
+    heads = HEADS.get(task, ())
     if "quantization_config" in options and (names := _quantised(base, [*whole, *heads, *missing])):
         bits.llm_int8_skip_modules = names + _plain(base)
         del base

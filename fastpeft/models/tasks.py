@@ -23,9 +23,39 @@ AUTO = {
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         "a model that transformers has a classifier for",
     ),
+    "token-classification": (
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "a model that transformers has a classifier of tokens for",
+    ),
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        "a model that transformers has a head for extracted answers for",
+    ),
 }
-PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+}
 """PEFT has no name for masked language models."""
+HEADS = {
+    "sequence-classification": ("classifier", "score"),
+    "token-classification": ("classifier", "score"),
+    "question-answering": ("qa_outputs",),
+}
+"""Tasks with a head of their own, and the modules of it that PEFT trains and saves whole by itself."""
+
+SAVED = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "masked-lm",
+}
+"""How the names of architectures end."""
 
 
 def auto_class(task: str) -> Any:
@@ -33,6 +63,26 @@ def auto_class(task: str) -> Any:
     import transformers
 
     return getattr(transformers, AUTO[task][0])
+
+
+def head_options(task: str, labels: list[str] | None, problem_type: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is to know of a head.
+
+    Args:
+        labels: names of the classes; None where there are none.
+        problem_type: as transformers' configurations have it; None for tasks without one.
+    """
+    if task not in HEADS:
+        return {}
+    if task == "question-answering":
+        return {"num_labels": 2}  # start and end, whatever the checkpoint was for
+    found: dict[str, Any] = {} if problem_type is None else {"problem_type": problem_type}
+    if problem_type == "regression":
+        return found | {"num_labels": 1}
+    if labels is None:
+        return found
+    names = dict(enumerate(labels))
+    return found | {"num_labels": len(labels), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
 
 def fits(config: Any, task: str) -> bool:
@@ -82,9 +132,8 @@ def resolve_task(wanted: str, kind: Any, config: Any, name: str, key: str = "mod
 def task_of(config: Any) -> str:
     """The task that a checkpoint was saved for, else the first that its model can do."""
     saved = (getattr(config, "architectures", None) or [""])[0]
-    endings = {"ForSequenceClassification": "sequence-classification", "ForMaskedLM": "masked-lm"}
-    for ending, task in endings.items():
-        if saved.endswith(ending):
+    for ending, task in SAVED.items():
+        if saved.removesuffix("Simple").endswith(ending):
             return task
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq-lm"

@@ -11,7 +11,7 @@ from fastpeft.errors import UserError
 from fastpeft.hub import unreachable
 
 from . import bases
-from .tasks import PEFT_TASKS, task_of
+from .tasks import HEADS, PEFT_TASKS, head_options, task_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ class Source:
         chats: whether it was trained on chats; None where that is not known.
         whole: modules that the adapter holds whole.
         labels: of a classifier that `fastpeft train` made; None where they are not known.
+        problem_type: what a text's label is, as transformers' configurations have it; None where it is not known.
         max_length: in tokens, of the rows that `fastpeft train` trained on; None where it is not known.
         config: transformers', of the base.
     """
@@ -43,6 +44,7 @@ class Source:
     chats: bool | None
     whole: tuple[str, ...]
     labels: list[str] | None
+    problem_type: str | None
     max_length: int | None
     config: Any
 
@@ -82,7 +84,8 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
             raise UserError(f"--base: expected none, because {name} is a whole model, got {base}")
         model = ModelSection(name=bases.checked_name(name, key), trust_remote_code=trust_remote_code)
         config = bases.load_config(model, key)
-        return Source(name, model, None, task_of(config), None, (), _labels(config), None, config)
+        problem = getattr(config, "problem_type", None)
+        return Source(name, model, None, task_of(config), None, (), _labels(config), problem, None, config)
     model = run.model if run else ModelSection(name=adapter.base_model_name_or_path or "", revision=adapter.revision)
     if base is not None:
         model = replace(model, name=base, revision=None)
@@ -94,10 +97,11 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
     task = run.model.task if run else named.get(adapter.task_type) or task_of(config)
     labels = run.data.labels if run else None
     path = str(folder.resolve()) if folder.is_dir() else name
-    labels = labels if task == "sequence-classification" else None
+    labels = labels if task in HEADS else None
+    problem = run.data.problem_type if run else None
     chats = run.data.chat_template is not None if run else None
     length = run.data.max_length if run else None
-    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, length, config)
+    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, problem, length, config)
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:
@@ -124,9 +128,7 @@ def load_base(
 ) -> tuple[Any, list[str]]:
     """(the base alone, names of the modules that its checkpoint has no values for); errors as `load`."""
     kept = source.model.quantization or "none"
-    others: dict[str, Any] = {}
-    if source.labels is not None:
-        others = {"num_labels": len(source.labels), "id2label": dict(enumerate(source.labels))}
+    others = {} if source.adapter is None else head_options(source.task, source.labels, source.problem_type)
     base, fresh = bases.load_base(
         source.model, source.task, device, dtype, quantization or kept, key="MODEL", whole=source.whole, **others
     )
@@ -141,7 +143,7 @@ def check_values(source: Source, fresh: list[str]) -> None:
     Args:
         fresh: what the checkpoint has none for, from load_base.
     """
-    trained = () if source.adapter is None else (*source.whole, "classifier", "score")
+    trained = () if source.adapter is None else (*source.whole, *HEADS.get(source.task, ()))
     lacking = [name for name in fresh if not any(f".{one}." in f".{name}." for one in trained)]
     if lacking:
         raise UserError(

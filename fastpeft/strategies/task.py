@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from fastpeft.data.encoded import Encoded
+from fastpeft.metrics import answers, multilabel, regression, tokens
 from fastpeft.metrics.classification import accuracy, f1_macro
 from fastpeft.metrics.intervals import over_rows
 from fastpeft.training.findings import Findings, Metric
 from fastpeft.training.preparing import Prepared
 
 from .base import Strategy
+
+MEASURES: dict[str, Callable[[Any, Encoded, Encoded, Sequence[str]], Findings]] = {
+    "token-classification": tokens.measure,
+    "question-answering": answers.measure,
+    "multi_label_classification": multilabel.measure,
+    "regression": regression.measure,
+}
+"""What is measured on the rows of the evaluation, by data.problem_type or else the task."""
 
 
 class TaskAdaptive(Strategy):
@@ -18,7 +29,12 @@ class TaskAdaptive(Strategy):
     name: ClassVar[str] = "task"
 
     def after(self, prepared: Prepared, trainer: Any) -> Findings:
-        if prepared.evaluation is None or prepared.config.model.task != "sequence-classification":
+        config = prepared.config
+        kind = config.data.problem_type or config.model.task
+        if prepared.evaluation is not None and kind in MEASURES:
+            predictions = trainer.predict(prepared.evaluation.rows).predictions
+            return MEASURES[kind](predictions, prepared.rows, prepared.evaluation, config.data.labels or ())
+        if prepared.evaluation is None or config.model.task != "sequence-classification":
             return Findings()
         import numpy as np
 

@@ -137,7 +137,7 @@ def training_arguments(
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would show a loss that is no number as 0
-        "label_names": ["labels"],
+        "label_names": ["start_positions", "end_positions"] if task == "question-answering" else ["labels"],
     }
     if config.memory.gradient_checkpointing:
         given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

@@ -9,6 +9,7 @@ from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
 from fastpeft.models import bases
 from fastpeft.models.adapters import attach_adapter
+from fastpeft.models.tasks import HEADS, head_options
 
 from .preparing import Prepared
 
@@ -25,18 +26,15 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     home = torch.device("cpu") if prepared.memory.streams else device
 
     config = prepared.config
-    labels = config.data.labels if config.model.task == "sequence-classification" else None
-    others: dict[str, Any] = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-    if labels is not None:
-        others["label2id"] = {label: number for number, label in enumerate(labels)}
+    task = config.model.task
+    others = head_options(task, config.data.labels, config.data.problem_type)
     _seed(config.training.seed)  # a fresh classifier's first values
     others["whole"] = config.lora.modules_to_save
-    base, fresh = bases.load_base(
-        config.model, config.model.task, home, dtype, config.model.quantization or "none", **others
-    )
-    if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
-        base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
-    model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
+    base, fresh = bases.load_base(config.model, task, home, dtype, config.model.quantization or "none", **others)
+    text = base.config.get_text_config()
+    if task == "sequence-classification" or text.pad_token_id is None:  # decoders look for the last token
+        text.pad_token_id = prepared.tokenizer.pad_token_id
+    model = attach_adapter(base, _training_what_is_fresh(config, base, fresh), task, config.training.seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
@@ -49,11 +47,18 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     return model
 
 
-def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSection:
-    """A classifier's new modules are trained and saved whole; a language model should not have any."""
-    known = (*config.lora.modules_to_save, "classifier", "score")  # PEFT trains the last two by itself
+def _training_what_is_fresh(config: FastpeftConfig, base: Any, fresh: list[str]) -> LoraSection:
+    """A head's new modules are trained and saved whole; a language model should not have any, and no body should."""
+    heads = HEADS.get(config.model.task, ())
+    known = (*config.lora.modules_to_save, *heads)
     added = [name for name in fresh if not any(name == one or name.endswith(f".{one}") for one in known)]
-    if added and config.model.task != "sequence-classification":
+    embeddings = base.get_input_embeddings()
+    if any(base.get_submodule(name) is embeddings for name in fresh):
+        raise UserError(
+            f"model.name: {config.model.name} has no values for {', '.join(fresh[:4])}, so the model would be random; "
+            f"transformers finds none of its layers for task {config.model.task}"
+        )
+    if added and not heads:
         raise UserError(
             f"model.name: {config.model.name} has no values for {', '.join(added[:4])}, so its head would be random; "
             "take a checkpoint with a head, or name these in lora.modules_to_save"

@@ -143,6 +143,7 @@ def _planned(
     from fastpeft.memory.predicting import Model, Setting
     from fastpeft.memory.timing import Rates
     from fastpeft.models.bases import load_config
+    from fastpeft.models.tasks import head_options
 
     training = config.training
     if training.optim not in OPTIMIZERS:
@@ -150,8 +151,8 @@ def _planned(
     if config.model.quantization == "int8":
         raise ValueError("expected model.quantization none, nf4 or fp4, got 'int8'")
     described: Any = load_config(config.model)
-    if config.data.labels is not None and config.model.task == "sequence-classification":
-        described.num_labels = len(config.data.labels)
+    for name, value in head_options(config.model.task, config.data.labels, config.data.problem_type).items():
+        setattr(described, name, value)
     model = Model(
         Setting(
             described, config.model.task, longest, training.per_device_train_batch_size,

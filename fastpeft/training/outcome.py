@@ -13,6 +13,9 @@ from fastpeft.requirements import require
 from .findings import Findings
 from .folder import LOSS, REPORT, RUN
 
+SHORTLY = ("accuracy", "f1", "f1_micro", "f1_macro", "pearson")
+"""Metrics of the last evaluation that one line has room for."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -68,7 +71,7 @@ class Outcome:
             parts.append(f"loss {self.losses[0][1]:.3f} to {self.losses[-1][1]:.3f}")
         if self.evaluation:
             parts.append(f"evaluation loss {self.evaluation[-1][1]:.3f}")
-        parts += [f"{name} {value:.3f}" for name, value in self.metrics.items() if name in ("accuracy", "f1_macro")]
+        parts += [f"{name} {value:.3f}" for name, value in self.metrics.items() if name in SHORTLY]
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         return ", ".join(parts)

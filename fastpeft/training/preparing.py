@@ -13,7 +13,7 @@ from fastpeft.data.chat import TEMPLATES, set_template
 from fastpeft.data.encoding import Encoded, encode
 from fastpeft.data.endings import learned_end
 from fastpeft.data.kinds import Kind, check_columns, kind_of, rename
-from fastpeft.data.labels import check_labels, find_labels, named_labels
+from fastpeft.data.labels import resolve_labels
 from fastpeft.data.languages import check_target, set_languages
 from fastpeft.data.rows import is_document, load_rows, sources
 from fastpeft.errors import UserError
@@ -82,11 +82,9 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     if raw_evaluation is not None:
         check_columns(raw_evaluation.column_names, kind, evaluated)
         _check_apart(data, evaluated)
-    if task == "sequence-classification":
-        data = replace(data, labels=find_labels(raw) if data.labels is None else data.labels)
-        raw = named_labels(raw)
-        raw_evaluation = raw_evaluation and named_labels(raw_evaluation)
-        check_labels(data.labels or [])
+    if task in ("token-classification", "question-answering"):
+        tokenizer.padding_side = "right"  # places in a row must not depend on its batch
+    data, raw, raw_evaluation = resolve_labels(task, data, raw, raw_evaluation)
     with count(console, "reading the data", len(raw)) as seen:
         rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path), seen=seen)
     evaluation = None
@@ -115,6 +113,8 @@ def _check_evaluation(config: FastpeftConfig) -> None:
         raise UserError(f"data.eval_fraction: expected 0 to below 1, got {data.eval_fraction}")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit: expected at least 1, got {data.limit}")
+    if data.stride is not None and data.stride < 0:
+        raise UserError(f"data.stride: expected at least 0, got {data.stride}")
 
 
 def _check_apart(data: DataSection, key: str) -> None:
@@ -172,9 +172,10 @@ def _end_of_answers(rows: Encoded, tokenizer: Any, data: DataSection) -> tuple[s
 
 
 def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise UserError(f"data.eval_fraction: expected at least one row on either side, got {len(rows)} in all")
+    groups = len(rows.groups())
+    count = max(1, round(groups * fraction))
+    if count >= groups:
+        raise UserError(f"data.eval_fraction: expected at least one row on either side, got {groups} in all")
     return rows.divided(count, seed)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fastpeft.errors import UserError
 from fastpeft.metrics.classification import classification_metrics
+from fastpeft.metrics.multilabel import multilabel_metrics
+from fastpeft.metrics.regression import regression_metrics
+from fastpeft.metrics.tokens import token_metrics
+from fastpeft.models.tasks import HEADS
 from fastpeft.requirements import require
 
 
@@ -57,7 +61,12 @@ def _decoder_trainer(given: dict[str, Any]) -> Any:
 
 
 def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorForTokenClassification,
+        DataCollatorWithPadding,
+        Trainer,
+    )
 
     from .masking import MaskingTrainer
 
@@ -68,10 +77,40 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
         return MaskingTrainer(**given)
     if task == "seq2seq-lm":
         collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
+    elif task == "token-classification":
+        collator = DataCollatorForTokenClassification(tokenizer)
     else:
         collator = DataCollatorWithPadding(tokenizer)
-        given["compute_metrics"] = classification_metrics
+    if task in HEADS:
+        given["compute_metrics"] = metrics_of(task, given["model"].config)
+        given["preprocess_logits_for_metrics"] = KEPT.get(task, _first)
     return Trainer(**given, data_collator=collator)
+
+
+def metrics_of(task: str, config: Any) -> Callable[[Any], dict[str, float]] | None:
+    """What is measured with each evaluation beside the loss; None for nothing.
+
+    Args:
+        config: the model's.
+    """
+    if task == "question-answering":
+        return None  # which is over questions, not over the windows that a trainer sees
+    if task == "token-classification":
+        return token_metrics([config.id2label[number] for number in range(config.num_labels)])
+    measured = {"multi_label_classification": multilabel_metrics, "regression": regression_metrics}
+    return measured.get(config.problem_type, classification_metrics)
+
+
+def _first(logits: Any, labels: Any) -> Any:
+    """Encoder-decoders give hidden states beside their logits, which nothing is measured on."""
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+KEPT: dict[str, Callable[[Any, Any], Any]] = {
+    "token-classification": lambda logits, labels: _first(logits, labels).argmax(dim=-1),
+    "question-answering": lambda logits, labels: logits[:2],
+}
+"""Of a batch's outputs: the likeliest label of each token, and the scores of starts and ends."""
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, CLASSES, PAIRS, TEXTS, Wrong, chat, data, fit, lines, option, rows
 
-_KINDS = "messages, conversations, prompt + completion, instruction + output, text + label, text"
+_KINDS = (
+    "messages, conversations, prompt + completion, instruction + output, text + label, tokens + tags, "
+    "question + context + answers, text"
+)
 _SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md"
 FILES = [
     option(
@@ -125,7 +128,7 @@ COLUMNS = [
         "expected-name",
         "--data.columns.txt text",
         "data.columns.txt: expected one of messages, system, conversations, prompt, completion, instruction, output, "
-        "input, history, text, label, text_pair, did you mean 'text'?",
+        "input, history, text, label, text_pair, tokens, tags, question, context, answers, did you mean 'text'?",
     ),
     option(
         "given-name",
@@ -224,15 +227,17 @@ ROWS = [
     ),
     rows(
         "label-float",
-        {"text": "a", "label": 0.5},
-        {"text": "b", "label": 1.5},
-        "data: row 1, column label: expected a class as text or whole number, got '0.5' (float)",
+        {"text": "a", "label": 1.0},
+        {"text": "b", "label": 2.0},
+        "data: row 1, column label: expected a class as text or whole number, got '1.0' (float); data.problem_type "
+        "regression learns numbers",
     ),
     rows(
         "label-list",
         {"text": "a", "label": ["x"]},
         {"text": "b", "label": ["y"]},
         "data: row 1, column label: expected a class as text or whole number, got \"['x']\" (list)",
+        "--data.problem_type single_label_classification",
     ),
     rows(
         "one-class",

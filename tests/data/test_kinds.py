@@ -7,7 +7,19 @@ from typing import Any
 import datasets
 import pytest
 
-from fastpeft.data.kinds import ALPACA, CHAT, COMPLETION, LABELLED, SHAREGPT, TEXT, Kind, kind_of, rename
+from fastpeft.data.kinds import (
+    ALPACA,
+    CHAT,
+    COMPLETION,
+    LABELLED,
+    QUESTIONS,
+    SHAREGPT,
+    TAGGED,
+    TEXT,
+    Kind,
+    kind_of,
+    rename,
+)
 from fastpeft.errors import UserError
 
 
@@ -22,6 +34,8 @@ from fastpeft.errors import UserError
         ("instruction output", "auto", ALPACA),
         ("text label", "auto", LABELLED),
         ("text text_pair label", "auto", LABELLED),
+        ("id tokens tags", "auto", TAGGED),
+        ("id title question context answers", "auto", QUESTIONS),
         ("text label", "causal-lm", TEXT),
         ("text label", "masked-lm", TEXT),
         ("text title", "auto", TEXT),

@@ -31,8 +31,11 @@ SCRIPTS = {
     "translation": "encoder-decoder",
 }
 """The kind of model that each is for."""
-RUNS = [name for name in SCRIPTS if name != "preferences"]
-"""Those that `fastpeft train` does too."""
+RUNS = {name: kind for name, kind in SCRIPTS.items() if name != "preferences"}
+HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
+"""Without a script; tests/training/test_heads.py runs the like of them."""
+RUNS |= HEADS
+"""What `fastpeft train` does."""
 
 ModelOf = Callable[[str], Path]
 
@@ -48,10 +51,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in HEADS else ()) for name in RUNS])
 def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    changes = ["--model.name", str(model_of(SCRIPTS[name])), "--output-dir", str(folder), "--max-steps", "2"]
+    changes = ["--model.name", str(model_of(RUNS[name])), "--output-dir", str(folder), "--max-steps", "2"]
     assert app.run(["train", f"examples/{name}.yaml", "--quiet", *changes]) == 0, capsys.readouterr().err
     assert "2 steps, loss " in capsys.readouterr().out
     assert (folder / "adapter_model.safetensors").is_file()

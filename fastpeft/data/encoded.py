@@ -1,0 +1,85 @@
+"""Encoded rows: what a trainer reads, and what is told of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LEARNED = ("input_ids", "labels", "start_positions", "end_positions")
+"""Columns that make a step what it is."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples for a trainer.
+
+    Attributes:
+        rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
+            number for a class, a list of 0.0 and 1.0 for several), or start_positions and end_positions (int) of an
+            answer, and attention_mask where the model's encoder wants one. Where `source` is given, the column
+            `example` has the number of the row there that each was made of.
+        cut: how many were longer than max_length.
+        dropped: how many had nothing left to learn after that, and are not among `rows`.
+        tokens: in all rows.
+        were_cut: for each of `rows`, whether it was longer than max_length.
+        source: the rows as they were read, of tasks that are measured on words or characters; else None.
+    """
+
+    rows: Any
+    cut: int
+    dropped: int
+    tokens: int
+    were_cut: tuple[bool, ...]
+    source: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def summary(self) -> str:
+        """In words: how many rows and tokens, and what was done to rows that were too long."""
+        return f"{len(self)} rows ({self.tokens:,} tokens; {self.cut} cut, {self.dropped} left out)"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids and labels, in their order."""
+        import numpy as np
+
+        digest = hashlib.sha256()
+        names = [name for name in LEARNED if name in self.rows.column_names]
+        for batch in self.rows.select_columns(names).iter(batch_size=1000):
+            for values in zip(*(batch[name] for name in names), strict=True):
+                for value in values:
+                    array = np.asarray(value)
+                    kind = np.float64 if array.dtype.kind == "f" else np.int32
+                    digest.update(array.astype(kind).tobytes() + b";")
+        return digest.hexdigest()
+
+    def groups(self) -> list[list[int]]:
+        """Numbers of the rows that were made of the same one: windows over a text; else one each."""
+        if "example" not in self.rows.column_names:
+            return [[number] for number in range(len(self))]
+        found: dict[int, list[int]] = {}
+        for number, example in enumerate(self.rows["example"]):
+            found.setdefault(example, []).append(number)
+        return list(found.values())
+
+    def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
+        """Two parts, the second of `count` groups drawn by `seed`. Rows that were dropped stay with the first."""
+        import datasets
+
+        groups = self.groups()
+        drawn = datasets.Dataset.from_dict({"group": range(len(groups))}).train_test_split(test_size=count, seed=seed)
+        first, second = ([row for group in drawn[name]["group"] for row in groups[group]] for name in ("train", "test"))
+        held = sum(self.were_cut[row] for row in second)
+        return self._part(first, self.cut - held, self.dropped), self._part(second, held, 0)
+
+    def _part(self, numbers: Sequence[int], cut: int, dropped: int) -> Encoded:
+        rows = self.rows.select(numbers)
+        return Encoded(rows, cut, dropped, tokens_in(rows), tuple(self.were_cut[row] for row in numbers), self.source)
+
+
+def tokens_in(rows: Any) -> int:
+    """Of all rows together."""
+    return sum(map(len, rows["input_ids"]))
