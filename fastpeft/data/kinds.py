@@ -35,7 +35,7 @@ SHAREGPT = Kind("chat", ("conversations",), ("causal-lm",), ("system",))
 COMPLETION = Kind("completion", ("prompt", "completion"), ("causal-lm", "seq2seq-lm"))
 ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input", "system", "history"))
 LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
-TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
+TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm", "seq2seq-lm"))
 KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TEXT)
 """In order of precedence; a text with labels is also a text where the task says so."""
 USUAL = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,15 @@ from fastpeft.models.adapters import attach_adapter
 from .preparing import Prepared
 
 
-def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
+def load_model(
+    prepared: Prepared, device: Any, dtype: Any, change: Callable[[Any, LoraSection], LoraSection] | None = None
+) -> Any:
     """Base and fresh adapter, accelerated; what is trained is in float32.
 
     Where layers are streamed, the base is loaded on the CPU, and only what stays on the device is moved there.
+
+    Args:
+        change: what is done to the base before; it gives the adapter's settings.
     """
     import torch
 
@@ -36,7 +42,10 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     )
     if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
         base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
-    model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
+    section = _training_what_is_fresh(config, fresh)
+    if change is not None:
+        section = change(base, section)
+    model = attach_adapter(base, section, config.model.task, config.training.seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled

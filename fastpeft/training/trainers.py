@@ -59,15 +59,19 @@ def _decoder_trainer(given: dict[str, Any]) -> Any:
 def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer
 
-    from .masking import MaskingTrainer
+    from .masking import RepeatableMasks, RepeatableTrainer
+    from .spans import RepeatableSpans
 
     collator: Any
+    seed, model = given["args"].seed, given["model"]
     if task == "masked-lm":
         if tokenizer.mask_token is None:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
-        return MaskingTrainer(**given)
+        return RepeatableTrainer(lambda: RepeatableMasks(tokenizer, seed), **given)
+    if task == "seq2seq-lm" and "labels" not in given["train_dataset"].column_names:  # texts alone
+        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, model.get_base_model()), **given)
     if task == "seq2seq-lm":
-        collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model())
     else:
         collator = DataCollatorWithPadding(tokenizer)
         given["compute_metrics"] = classification_metrics
