@@ -25,14 +25,13 @@ class Losses:
     def __len__(self) -> int:
         return len(self.sums)
 
-    @property
-    def mean(self) -> float:
-        """A token's loss, in nats."""
-        return float(self.sums.sum() / self.tokens.sum())
+    def loss(self) -> Interval:
+        """A token's, in nats, with its interval over the rows."""
+        return over_rows(lambda sums, tokens: float(sums.sum() / tokens.sum()), self.sums, self.tokens)
 
     def perplexity(self) -> Interval:
-        """exp of the mean, with its interval over the rows."""
-        return over_rows(lambda sums, tokens: math.exp(min(sums.sum() / tokens.sum(), 700)), self.sums, self.tokens)
+        """exp of the loss, with its interval over the rows."""
+        return Interval(*(math.exp(min(value, 700.0)) for value in self.loss()))  # beyond, a float is no more
 
     def since(self, before: Losses) -> Interval:
         """How much higher a token's loss is than in `before`, which has the same rows and tokens; the interval is over

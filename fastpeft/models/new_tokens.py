@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastpeft.config import LoraSection
 from fastpeft.errors import UserError
 
 
-def add_embeddings(base: Any, pieces: dict[int, list[int]], size: int) -> None:
-    """Rows for new tokens, in the head too: the mean of those of the pieces that each stands for.
+def add_embeddings(base: Any, pieces: dict[int, list[int]]) -> None:
+    """Rows for new tokens, in the head too: the mean of those of the pieces that each stands for; a head's bias is 0.
 
     Args:
         base: of transformers; its rows beyond those of the old tokenizer are overwritten.
         pieces: of each new token's ID.
-        size: tokens of the tokenizer.
     """
     import torch
 
+    size = max(pieces) + 1
     if base.get_input_embeddings().weight.shape[0] < size:
         base.resize_token_embeddings(size, mean_resizing=False)
     head = base.get_output_embeddings()
     inputs = base.get_input_embeddings().weight
     weights = [inputs] + ([head.weight] if head is not None and head.weight is not inputs else [])
-    biases = [bias] if (bias := getattr(head, "bias", None)) is not None else []
     with torch.no_grad():
-        for values in (*weights, *biases):
+        for values in weights:
             for token, old in pieces.items():
                 values[token] = values[old].float().mean(0).to(values.dtype)
+
+
+def make_room(base: Any, size: int, folder: Path) -> None:
+    """Rows for `size` tokens where an adapter brings values for so many and the base has fewer.
+
+    Args:
+        folder: of the adapter.
+    """
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if base.get_input_embeddings().weight.shape[0] >= size or not file.is_file():
+        return
+    with safe_open(file, "pt") as weights:
+        brought = any(weights.get_slice(name).get_shape()[0] == size for name in weights.keys() if "lora_" not in name)
+    if brought:
+        base.resize_token_embeddings(size, mean_resizing=False)
 
 
 def trained_embeddings(base: Any, section: LoraSection, new: list[int], task: str) -> LoraSection:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers import TrainerCallback
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
 from fastpeft.structured import build
 from fastpeft.training.findings import Findings
@@ -66,7 +66,11 @@ class Strategy:
 
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
         """The model with what is trained in it, accelerated."""
-        return load_model(prepared, device, dtype)
+        return load_model(prepared, device, dtype, self.change)
+
+    def change(self, base: Any, section: LoraSection) -> LoraSection:
+        """What is done to the base before it gets an adapter; gives the adapter's settings. Called by `load`."""
+        return section
 
     def callbacks(self, prepared: Prepared) -> list[TrainerCallback]:
         """Beside those of every run."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
+from fastpeft.config import LoraSection
 from fastpeft.data.cleaning import Removed, overlaps, repeats, without
 from fastpeft.data.encoding import Encoded, encode
 from fastpeft.data.kinds import TEXT
@@ -20,7 +21,6 @@ from fastpeft.metrics.language import Losses, losses
 from fastpeft.models.devices import autocast
 from fastpeft.models.new_tokens import add_embeddings, trained_embeddings
 from fastpeft.training.findings import Findings, Metric
-from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared, Raw
 
 from .base import Strategy
@@ -126,15 +126,11 @@ class DomainAdaptive(Strategy):
         self._general = general
         return replace(raw, rows=rows, evaluation=evaluation)
 
-    def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
+    def change(self, base: Any, section: LoraSection) -> LoraSection:
         if not self._pieces:
-            return load_model(prepared, device, dtype)
-
-        def change(base: Any, section: Any) -> Any:
-            add_embeddings(base, self._pieces, len(prepared.tokenizer))
-            return trained_embeddings(base, section, sorted(self._pieces), prepared.config.model.task)
-
-        return load_model(prepared, device, dtype, change)
+            return section
+        add_embeddings(base, self._pieces)
+        return trained_embeddings(base, section, sorted(self._pieces), self.config.model.task)
 
     def before(self, prepared: Prepared, trainer: Any) -> None:
         self._before = self._measured(prepared, trainer)
@@ -142,15 +138,20 @@ class DomainAdaptive(Strategy):
     def after(self, prepared: Prepared, trainer: Any) -> Findings:
         after = self._measured(prepared, trainer)
         sections = [forgetting_section(self._before, after, self._mix), data_section(self._cleaned)]
-        metrics = []
-        for name, now in after.items():
-            old = self._before[name].perplexity().value if name == "domain" else None
-            against = "before training" if name == "domain" else ""
-            metrics.append(Metric(f"perplexity, {name}", *now.perplexity(), len(now), old, against, "lower"))
+        metrics = [self._metric(name, now) for name, now in after.items()]
         if "general" in after:
             change = after["general"].since(self._before["general"])
             metrics.append(Metric("forgetting, nats a token", *change, len(after["general"]), better="lower"))
         return Findings(tuple(metrics), (), tuple(section for section in sections if section is not None))
+
+    def _metric(self, name: str, now: Losses) -> Metric:
+        """Perplexity is a decoder's; what is masked is guessed from both sides, so that its loss stands for itself."""
+        perplexity = self.config.model.task == "causal-lm"
+        value, old = (found.perplexity() if perplexity else found.loss() for found in (now, self._before[name]))
+        named = f"{'perplexity' if perplexity else 'nats a masked token'}, {name}"
+        if name == "general":
+            return Metric(named, *value, len(now), better="lower")
+        return Metric(named, *value, len(now), old.value, "before training", "lower")
 
     def _measured(self, prepared: Prepared, trainer: Any) -> dict[str, Losses]:
         """Losses of held-out text by its kind; the same rows, and masks, each time."""

@@ -47,15 +47,14 @@ def forgetting_section(before: dict[str, Losses], after: dict[str, Losses], mix:
     if not after:
         return None
     lines = [
-        "| held-out text | nats a token before | after | difference (95 % interval) | perplexity before | after |",
-        "|---|---|---|---|---|---|",
+        "| held-out text | nats a token before | after | difference (95 % interval) |",
+        "|---|---|---|---|",
     ]
     for name, now in after.items():
         old, change = before[name], now.since(before[name])
         lines.append(
-            f"| {name} ({len(now)} rows, {int(now.tokens.sum()):,} tokens) | {old.mean:.4f} | {now.mean:.4f} | "
-            f"{change.value:+.4f} ({change.low:+.4f} to {change.high:+.4f}) | {old.perplexity().value:.4g} | "
-            f"{now.perplexity().value:.4g} |"
+            f"| {name} ({len(now)} rows, {int(now.tokens.sum()):,} tokens) | {old.loss().value:.4f} | "
+            f"{now.loss().value:.4f} | {change.value:+.4f} ({change.low:+.4f} to {change.high:+.4f}) |"
         )
     lines += ["", "A row is compared with itself; the interval is over rows. Masks and spans are the same in both.", ""]
     if "general" not in after:

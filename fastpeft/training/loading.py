@@ -15,7 +15,10 @@ from .preparing import Prepared
 
 
 def load_model(
-    prepared: Prepared, device: Any, dtype: Any, change: Callable[[Any, LoraSection], LoraSection] | None = None
+    prepared: Prepared,
+    device: Any,
+    dtype: Any,
+    change: Callable[[Any, LoraSection], LoraSection] = lambda base, section: section,
 ) -> Any:
     """Base and fresh adapter, accelerated; what is trained is in float32.
 
@@ -42,9 +45,7 @@ def load_model(
     )
     if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
         base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
-    section = _training_what_is_fresh(config, fresh)
-    if change is not None:
-        section = change(base, section)
+    section = change(base, _training_what_is_fresh(config, fresh))
     model = attach_adapter(base, section, config.model.task, config.training.seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
