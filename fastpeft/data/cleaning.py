@@ -20,8 +20,8 @@ SHORT = 13
 OVERLAP = 13
 """Words in a row that count as an overlap, as GPT-3's authors chose (arXiv 2005.14165, appendix C)."""
 SHINGLE, PERMUTATIONS = 5, 128
-MOST_NEAR = 2_000_000
-"""Texts that near duplicates are looked for among; a signature and its entries take about 3 kB."""
+MOST_NEAR = 1_000_000
+"""Texts that near duplicates are looked for among: a signature and its entries in the index take about 4 kB."""
 
 
 class Removed(NamedTuple):
@@ -92,7 +92,7 @@ def repeats(kind: Literal["exact", "near"], threshold: float, key: str) -> Calla
 
 
 class _Exact:
-    """Holds 16 bytes of each text's SHA-256 (about 100 bytes of memory)."""
+    """Holds 16 bytes of each text's SHA-256 (about 150 bytes of memory)."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -134,7 +134,7 @@ class _Near:
 def overlaps(texts: Iterable[str]) -> Callable[[str], bool]:
     """Whether a text has OVERLAP words in a row that one of `texts` has, or is one of these.
 
-    Holds 8 bytes of a hash of each run of words in `texts` (about 60 bytes of memory).
+    Holds 8 bytes of a hash of each run of words in `texts` (about 100 bytes of memory).
     """
     runs: set[bytes] = set()
     for text in texts:

@@ -53,7 +53,9 @@ def grow(tokenizer: Any, texts: Iterable[str], wanted: int | list[str]) -> dict[
     old, first = tokenizer.get_vocab(), len(tokenizer)
     if model["type"] == "Unigram":
         if len(model["vocab"]) != first:
-            raise UserError("strategy.options.new_tokens: expected no tokens added behind the tokenizer's own, got some")
+            raise UserError(
+                "strategy.options.new_tokens: expected no tokens added behind the tokenizer's own, got some"
+            )
         score = dict(map(tuple, model["vocab"]))
         model["vocab"] += [[token, min(score[piece] for piece in pieces)] for token, pieces in found.items()]
     else:
