@@ -82,7 +82,8 @@ def _runs_of_letters(text: str, tokens: list[str], offsets: list[tuple[int, int]
         if word and (start != ends or not piece.isalpha()):
             yield tuple(word)
             word = []
-        if piece.strip().isalpha() and (word or start == 0 or piece[0].isspace() or not text[start - 1].isalpha()):
+        begins = start == 0 or piece[:1].isspace() or not text[start - 1].isalpha()
+        if piece == " " or (piece.strip().isalpha() and (word or begins)):
             word.append(token)
         ends = end
     if word:
