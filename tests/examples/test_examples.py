@@ -31,8 +31,10 @@ SCRIPTS = {
     "translation": "encoder-decoder",
 }
 """The kind of model that each is for."""
-RUNS = [name for name in SCRIPTS if name != "preferences"]
-"""Those that `fastpeft train` does too."""
+STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder"}
+"""Those that are YAML files alone."""
+RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES).items() if name != "preferences"}
+"""Those that `fastpeft train` does."""
 
 ModelOf = Callable[[str], Path]
 
@@ -51,7 +53,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    changes = ["--model.name", str(model_of(SCRIPTS[name])), "--output-dir", str(folder), "--max-steps", "2"]
+    changes = ["--model.name", str(model_of(RUNS[name])), "--output-dir", str(folder), "--max-steps", "2"]
     assert app.run(["train", f"examples/{name}.yaml", "--quiet", *changes]) == 0, capsys.readouterr().err
     assert "2 steps, loss " in capsys.readouterr().out
     assert (folder / "adapter_model.safetensors").is_file()

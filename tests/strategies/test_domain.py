@@ -123,9 +123,8 @@ def prepared(run: Run) -> tuple[Any, Any]:
     return strategy.prepare(Console(quiet=True)), strategy
 
 
-@pytest.mark.parametrize(
-    "name", ["t5-for-spans", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama", "bert"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", TASKS)
 def test_a_resumed_run_is_one_without_a_break(
     name: str, given: list[str], checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -157,7 +156,7 @@ def test_lora_on_the_embeddings(given: list[str], checkpoints: Checkpoints, tmp_
     trained = {key: part for key, part in adapter(run.folder).items() if "lora_embedding_B" in key}
     assert trained and all(float(part.abs().max()) > 0 for part in trained.values())
     assert "by PEFT" not in (run.folder / "report.md").read_text()
-    refused = train(tmp_path / "refused", "--model", checkpoints["llama"], *arguments, *NEW, code=1)
+    refused = train(tmp_path / "refused", "--model", checkpoints["llama"], *arguments, *NEW, code=2)
     assert refused.model is None
 
 
