@@ -25,9 +25,9 @@ MOST_NEAR = 1_000_000
 
 
 class Removed(NamedTuple):
-    """How many of `units` (texts, or paragraphs of documents) were taken out."""
+    """`removed` of `units` (texts, or paragraphs of documents) were taken out."""
 
-    count: int
+    removed: int
     units: int
 
 

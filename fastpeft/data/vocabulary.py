@@ -34,7 +34,7 @@ def grow(tokenizer: Any, texts: Iterable[str], wanted: int | list[str]) -> dict[
     from tokenizers import Tokenizer
 
     inner = getattr(tokenizer, "backend_tokenizer", None)
-    data = json.loads(inner.to_str()) if inner is not None else {"model": {"type": type(tokenizer).__name__}}
+    data: Any = json.loads(inner.to_str()) if inner is not None else {"model": {"type": type(tokenizer).__name__}}
     model = data["model"]
     if model["type"] not in ("BPE", "WordPiece", "Unigram"):
         raise UserError(

@@ -43,7 +43,8 @@ def make_room(base: Any, size: int, folder: Path) -> None:
     if base.get_input_embeddings().weight.shape[0] >= size or not file.is_file():
         return
     with safe_open(file, "pt") as weights:
-        brought = any(weights.get_slice(name).get_shape()[0] == size for name in weights.keys() if "lora_" not in name)
+        names = [name for name in weights.keys() if "lora_" not in name]  # noqa: SIM118
+        brought = any(weights.get_slice(name).get_shape()[:1] == [size] for name in names)
     if brought:
         base.resize_token_embeddings(size, mean_resizing=False)
 
@@ -51,8 +52,8 @@ def make_room(base: Any, size: int, folder: Path) -> None:
 def trained_embeddings(base: Any, section: LoraSection, new: list[int], task: str) -> LoraSection:
     """Settings with which an adapter trains new tokens' embeddings, and saves them as PEFT alone loads them.
 
-    Encoders and encoder-decoders train the new rows alone. Decoders train embeddings and head whole: TRL reads the head's
-    weight, and would not see single rows of it.
+    Encoders and encoder-decoders train the new rows alone. Decoders train embeddings and head whole: TRL reads the
+    head's weight, and would not see single rows of it.
 
     Raises:
         UserError: the settings ask for something else of the embeddings already.

@@ -37,7 +37,7 @@ class DomainOptions:
     """Of `strategy.options`.
 
     Attributes:
-        general: file, folder or hub ID of general text: some of it is held back to measure forgetting on, some replayed.
+        general: file, folder or hub ID of general text: some is held back to measure forgetting on, some replayed.
         replay: general text's share of the training tokens.
         general_held: share of general rows that is held back.
         deduplicate: take out training texts that came before, word for word or nearly.

@@ -34,8 +34,8 @@ class Cleaned:
 def data_section(cleaned: Cleaned) -> Section | None:
     """What was taken out, and the new tokens; None for neither."""
     lines = [
-        f"- {removed.count:,} of {removed.units:,} texts (paragraphs of documents) were taken out {REASONS[reason]}."
-        for reason, removed in cleaned.removed.items()
+        f"- {found.removed:,} of {found.units:,} texts (paragraphs of documents) were taken out {REASONS[reason]}."
+        for reason, found in cleaned.removed.items()
     ]
     if cleaned.new_tokens:
         lines.append(f"- The vocabulary has {cleaned.new_tokens:,} new tokens: texts take {cleaned.saved:.1%} fewer.")
@@ -63,7 +63,8 @@ def forgetting_section(before: dict[str, Losses], after: dict[str, Losses], mix:
         change = after["general"].since(before["general"])
         verdict = "is worse" if change.low > 0 else "is better" if change.high < 0 else "may be worse or better"
         lines.append(
-            f"On general text the model {verdict} than before. Replayed general text is {mix.share:.1%} of the training tokens "
-            f"({mix.general_rows:,} of {len(mix.encoded):,} rows); a run with replay 0 would show what that saved."
+            f"On general text the model {verdict} than before. Replayed general text is {mix.share:.1%} of the "
+            f"training tokens ({mix.general_rows:,} of {len(mix.encoded):,} rows); a run with replay 0 would show what "
+            "that saved."
         )
     return Section("Forgetting", "\n".join(lines))

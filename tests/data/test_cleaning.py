@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Callable
 
 import datasets
@@ -13,13 +14,13 @@ from fastpeft.data.cleaning import overlaps, paragraphs, repeats, without
 from fastpeft.errors import UserError
 
 
+WORDS = shlex.split("river stone grey old walks slowly under seven lamps and bright rain falls")
+
+
 def sentence(number: int, words: int = 40) -> str:
     """Of drawn words; two numbers give texts that share hardly any five in a row."""
     draw = random.Random(number)
-    return " ".join(
-        draw.choice("river stone grey old walks slowly under seven lamps and bright rain falls".split())
-        for _ in range(words)
-    )
+    return " ".join(draw.choice(WORDS) for _ in range(words))
 
 
 def rows(*texts: str) -> datasets.Dataset:

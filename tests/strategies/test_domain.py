@@ -1,4 +1,4 @@
-"""Domain-adaptive runs of a decoder, an encoder and an encoder-decoder: what they measure, take out, replay and save."""
+"""Domain-adaptive runs of all three kinds of model: what they measure, take out, replay and save."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.checkpoints import Checkpoints, write_rows
 from tests.training.runs import Run, adapter, classes, interrupted, train
 
 QUICK = shlex.split("--batch-size 4 --learning-rate 1e-2 --logging-steps 4 --lora.r 4 --report-to none --max-length 64")
-DOMAIN = "the sky is blue and the grass is green while snow falls over hyperventilation".split()
-GENERAL = "a cat may jump far but that dog can run to our house with some bone".split()
+DOMAIN = shlex.split("the sky is blue and the grass is green while snow falls over hyperventilation")
+GENERAL = shlex.split("a cat may jump far but that dog can run to our house with some bone")
 TASKS = {"llama": "causal-lm", "bert": "masked-lm", "t5-for-spans": "seq2seq-lm"}
 
 
@@ -230,11 +230,11 @@ def test_options_that_cannot_be(
 
 def test_data_that_cannot_be(checkpoints: Checkpoints, tmp_path: Path) -> None:
     labelled = write_rows(tmp_path / "classes.jsonl", *classes(4))
-    with pytest.raises(UserError, match="strategy.name: domain expected texts, got columns text \\+ label"):
+    with pytest.raises(UserError, match=r"strategy\.name: domain expected texts, got columns text \+ label"):
         strategy_of(config(checkpoints, labelled, "bert")).prepare(Console(quiet=True))
     path = write_rows(tmp_path / "rows.jsonl", *texts(DOMAIN, 4))
     other = write_rows(tmp_path / "other.jsonl", {"words": "a"}, {"words": "b"})
-    with pytest.raises(UserError, match="strategy.options.general: expected a column text, got words"):
+    with pytest.raises(UserError, match=r"strategy\.options\.general: expected a column text, got words"):
         strategy_of(config(checkpoints, path, general=other)).prepare(Console(quiet=True))
     overlapping = config(checkpoints, path).override(
         [f"data.eval_path={write_rows(tmp_path / 'e.jsonl', *texts(DOMAIN, 4))}"]

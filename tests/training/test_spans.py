@@ -40,7 +40,7 @@ def test_spans_put_back_give_the_text(ids: list[int], seed: int, sentinels: int)
 
 
 def test_spans_are_three_tokens_long_on_average() -> None:
-    read, learned = corrupted(list(range(2, 802)), SENTINELS, END, np.random.default_rng(0))
+    _, learned = corrupted(list(range(2, 802)), SENTINELS, END, np.random.default_rng(0))
     spans = sum(token in SENTINELS for token in learned)
     assert (len(learned) - 1 - spans, spans) == (120, 40)
 
