@@ -13,7 +13,6 @@ from fastpeft.data import cleaning
 from fastpeft.data.cleaning import overlaps, paragraphs, repeats, without
 from fastpeft.errors import UserError
 
-
 WORDS = shlex.split("river stone grey old walks slowly under seven lamps and bright rain falls")
 
 
