@@ -62,9 +62,12 @@ def forgetting_section(before: dict[str, Losses], after: dict[str, Losses], mix:
     else:
         change = after["general"].since(before["general"])
         verdict = "is worse" if change.low > 0 else "is better" if change.high < 0 else "may be worse or better"
+        replayed = (
+            f"Replayed general text is {mix.share:.1%} of the training tokens ({mix.general_rows:,} of "
+            f"{len(mix.encoded):,} rows); a run with replay 0 would show what that saved."
+        )
         lines.append(
-            f"On general text the model {verdict} than before. Replayed general text is {mix.share:.1%} of the "
-            f"training tokens ({mix.general_rows:,} of {len(mix.encoded):,} rows); a run with replay 0 would show what "
-            "that saved."
+            f"On general text the model {verdict} than before. "
+            + (replayed if mix.general_rows else "No general text was replayed.")
         )
     return Section("Forgetting", "\n".join(lines))
