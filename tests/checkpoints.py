@@ -108,11 +108,24 @@ def _bert(kind: Callable[[BertConfig], Any] = BertForMaskedLM) -> tuple[Any, Any
     return kind(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)), tokenizer
 
 
-def _t5() -> tuple[Any, Any]:
-    tokenizer = characters(ends=True)
+def _t5(tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[Any, Any]:
+    tokenizer = tokenizer or characters(ends=True)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     return T5ForConditionalGeneration(config), tokenizer
+
+
+T5_SENTINELS = tuple(f"<extra_id_{number}>" for number in range(20))
+
+
+def with_sentinels(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same one, with what T5 puts in the place of spans."""
+    tokenizer.add_tokens(list(T5_SENTINELS), special_tokens=True)
+    return tokenizer
+
+
+def _t5_for_spans() -> tuple[Any, Any]:
+    return _t5(with_sentinels(characters(ends=True)))
 
 
 def _marian() -> tuple[Any, Any]:
@@ -128,5 +141,6 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "bert": _bert,
     "bert-without-head": lambda: _bert(BertModel),
     "t5": _t5,
+    "t5-for-spans": _t5_for_spans,
     "marian": _marian,
 }

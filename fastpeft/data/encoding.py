@@ -46,15 +46,17 @@ def encode(
     """
     limit = data.max_length
     assert limit is not None
+    if task == "seq2seq-lm" and kind.name == "text":
+        limit -= 1  # an end token comes behind the spans
     options = {"with_indices": True, "remove_columns": rows.column_names}
     if kind.name == "questions":
-        with _in_temporary_files():
+        with in_temporary_files():
             return _windowed(rows, windows(tokenizer, data), where, limit, seen)
     make = _encoder(kind, task, tokenizer, data)
     learns = _learner(task, tokenizer)
     if document and kind.name == "text":
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
-        with _in_temporary_files():
+        with in_temporary_files():
             blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
         return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
 
@@ -70,7 +72,7 @@ def encode(
         cut = any(len(values) > limit for values in encoded.values())
         return {name: values[:limit] for name, values in encoded.items()} | {"cut": cut}
 
-    with _in_temporary_files():
+    with in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
     dropped = len(examples) - len(learnable)
@@ -104,7 +106,7 @@ def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool
 
 
 @contextmanager
-def _in_temporary_files() -> Iterator[None]:
+def in_temporary_files() -> Iterator[None]:
     """What `datasets` makes of rows goes away with the process; else it would stay beside the user's data."""
     import datasets
 
@@ -121,6 +123,8 @@ def _learner(task: str, tokenizer: Any) -> Callable[[Row], bool]:
     """Whether a row has something to learn: the loss of nothing is not a number."""
     if task == "causal-lm":
         return lambda row: any(label != IGNORED for label in row["labels"][1:])  # nothing comes before the first
+    if task == "seq2seq-lm":
+        return lambda row: "labels" in row or len(row["input_ids"]) > 1  # a span to learn, and something beside it
     if task == "masked-lm":
         special = set(tokenizer.all_special_ids)
         return lambda row: any(token not in special for token in row["input_ids"])
@@ -145,6 +149,8 @@ def _encoder(kind: Kind, task: str, tokenizer: Any, data: DataSection) -> Callab
         return _labelled(tokenizer, data)
     if kind.name == "tagged":
         return tagged_words(tokenizer, data)
+    if task == "seq2seq-lm":
+        return _corruptible(tokenizer)
     return _masked(tokenizer, data) if task == "masked-lm" else _text(tokenizer)
 
 
@@ -163,6 +169,16 @@ def _masked(tokenizer: Any, data: DataSection) -> Callable[[Row, str], Row]:
         return _whole_or_cut(tokenizer, data, words_of(row, "text", where))
 
     return encode_masked
+
+
+def _corruptible(tokenizer: Any) -> Callable[[Row, str], Row]:
+    """No labels, no special tokens: which spans are learned is drawn anew in each epoch."""
+
+    def encode_text(row: Row, where: str) -> Row:
+        text = words_of(row, "text", where)
+        return {"input_ids": list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])}
+
+    return encode_text
 
 
 def _prompt_and_completion(tokenizer: Any) -> Callable[[Row, str], Row]:

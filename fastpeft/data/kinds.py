@@ -37,7 +37,7 @@ ALPACA = Kind("chat", ("instruction", "output"), ("causal-lm",), ("input", "syst
 LABELLED = Kind("labelled", ("text", "label"), ("sequence-classification",), ("text_pair",))
 TAGGED = Kind("tagged", ("tokens", "tags"), ("token-classification",))
 QUESTIONS = Kind("questions", ("question", "context", "answers"), ("question-answering",))
-TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm"))
+TEXT = Kind("text", ("text",), ("causal-lm", "masked-lm", "seq2seq-lm"))
 KINDS = (CHAT, SHAREGPT, COMPLETION, ALPACA, LABELLED, TAGGED, QUESTIONS, TEXT)
 """In order of precedence; a text with labels is also a text where the task says so."""
 USUAL = {

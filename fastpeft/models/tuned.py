@@ -11,6 +11,7 @@ from fastpeft.errors import UserError
 from fastpeft.hub import unreachable
 
 from . import bases
+from .new_tokens import make_room
 from .tasks import HEADS, PEFT_TASKS, head_options, task_of
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def attach(source: Source, base: Any) -> Any:
 
     assert source.adapter is not None
     folder = source.adapter if Path(source.adapter).is_dir() else _weights_of(source.adapter)
+    if source.tokenizer_from == source.adapter:
+        make_room(base, len(load_tokenizer(source)), Path(folder))
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:

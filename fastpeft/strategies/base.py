@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers import TrainerCallback
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
 from fastpeft.structured import build
 from fastpeft.training.findings import Findings
 from fastpeft.training.loading import load_model
-from fastpeft.training.preparing import Prepared, prepare
+from fastpeft.training.preparing import Prepared, Raw, prepare
 from fastpeft.training.trainers import build_trainer
 
 
@@ -52,7 +52,7 @@ class Strategy:
 
     def prepare(self, console: Console) -> Prepared:
         """The data, encoded, and the configuration as resolved. Nothing is written and no model is loaded."""
-        prepared = prepare(self.config, console)
+        prepared = prepare(self.config, console, self.edit)
         if self.tasks is not None and prepared.config.model.task not in self.tasks:
             raise UserError(
                 f"strategy.name: {self.name} expected task {' or '.join(self.tasks)}, got {prepared.config.model.task}"
@@ -60,9 +60,17 @@ class Strategy:
         self.config = prepared.config
         return prepared
 
+    def edit(self, raw: Raw) -> Raw:
+        """The rows as they are to be encoded; called by `prepare`. May hold an evaluation back."""
+        return raw
+
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
         """The model with what is trained in it, accelerated."""
-        return load_model(prepared, device, dtype)
+        return load_model(prepared, device, dtype, self.change)
+
+    def change(self, base: Any, section: LoraSection) -> LoraSection:
+        """What is done to the base before it gets an adapter; gives the adapter's settings. Called by `load`."""
+        return section
 
     def callbacks(self, prepared: Prepared) -> list[TrainerCallback]:
         """Beside those of every run."""

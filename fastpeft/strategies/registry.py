@@ -10,7 +10,7 @@ from fastpeft.hints import did_you_mean
 
 from .base import Strategy
 
-STRATEGIES = {"task": ("task", "TaskAdaptive")}
+STRATEGIES = {"task": ("task", "TaskAdaptive"), "domain": ("domain", "DomainAdaptive")}
 """Module and class of each `strategy.name`."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,18 @@ from fastpeft.models.tasks import HEADS, head_options
 from .preparing import Prepared
 
 
-def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
+def load_model(
+    prepared: Prepared,
+    device: Any,
+    dtype: Any,
+    change: Callable[[Any, LoraSection], LoraSection] = lambda base, section: section,
+) -> Any:
     """Base and fresh adapter, accelerated; what is trained is in float32.
 
     Where layers are streamed, the base is loaded on the CPU, and only what stays on the device is moved there.
+
+    Args:
+        change: what is done to the base before; it gives the adapter's settings.
     """
     import torch
 
@@ -34,7 +43,8 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     text = base.config.get_text_config()
     if task == "sequence-classification" or text.pad_token_id is None:  # decoders look for the last token
         text.pad_token_id = prepared.tokenizer.pad_token_id
-    model = attach_adapter(base, _training_what_is_fresh(config, base, fresh), task, config.training.seed)
+    section = change(base, _training_what_is_fresh(config, base, fresh))
+    model = attach_adapter(base, section, task, config.training.seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled

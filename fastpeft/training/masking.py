@@ -1,8 +1,9 @@
-"""Masked language models: which tokens are masked, the same in a resumed run as in one without a break."""
+"""Which tokens are masked, the same in a resumed run as in one without a break."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,25 +42,29 @@ class RepeatableMasks(DataCollatorForLanguageModeling):
         return inputs, labels
 
 
-class MaskingTrainer(Trainer):
-    """Evaluates with the same masks each time, so that losses can be compared."""
+class RepeatableTrainer(Trainer):
+    """What is masked is another in each epoch, and the same in each evaluation, so that losses can be compared.
 
-    def __init__(self, **given: Any) -> None:
-        tokenizer, seed = given["processing_class"], given["args"].seed
-        self._training, self._evaluation = RepeatableMasks(tokenizer, seed), RepeatableMasks(tokenizer, seed)
-        given["callbacks"] = [*given["callbacks"], _EpochsMasks(self._training)]
+    Attributes:
+        evaluation_collator: of the evaluations.
+    """
+
+    def __init__(self, collator: Callable[[], Any], **given: Any) -> None:
+        """`collator` makes one with an attribute `epoch`, whose draws depend on that and the rows alone."""
+        self._training, self.evaluation_collator = collator(), collator()
+        given["callbacks"] = [*given["callbacks"], _Epochs(self._training)]
         super().__init__(**given, data_collator=self._training)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        self.data_collator = self._evaluation
+        self.data_collator = self.evaluation_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = self._training
 
 
-class _EpochsMasks(TrainerCallback):
-    def __init__(self, collator: RepeatableMasks) -> None:
+class _Epochs(TrainerCallback):
+    def __init__(self, collator: Any) -> None:
         self._collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

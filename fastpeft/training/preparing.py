@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,27 @@ from .memory import Decision
 
 
 @dataclass(frozen=True)
+class Raw:
+    """What is read and not encoded yet.
+
+    Attributes:
+        rows, evaluation: `datasets.Dataset`s; no evaluation where none was given, or it is still to be held back.
+        document: rows are whole texts, divided rather than cut; likewise of `evaluation`.
+        task: what the model is trained to do.
+        kind: of the columns.
+    """
+
+    rows: Any
+    evaluation: Any
+    document: bool
+    evaluation_document: bool
+    tokenizer: Any
+    data: DataSection
+    task: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
 class Prepared:
     """All that is checked and loaded before a model is.
 
@@ -47,8 +69,11 @@ class Prepared:
     memory: Decision = field(default_factory=Decision)
 
 
-def prepare(config: FastpeftConfig, console: Console) -> Prepared:
+def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw] = lambda raw: raw) -> Prepared:
     """Check model and data against each other, and encode the data.
+
+    Args:
+        edit: what is done to the rows before; it may hold an evaluation back, and add to the tokenizer.
 
     Raises:
         UserError: they cannot be had, do not fit, or cannot be trained on as configured.
@@ -85,12 +110,14 @@ def prepare(config: FastpeftConfig, console: Console) -> Prepared:
     if task in ("token-classification", "question-answering"):
         tokenizer.padding_side = "right"  # places in a row must not depend on its batch
     data, raw, raw_evaluation = resolve_labels(task, data, raw, raw_evaluation)
-    with count(console, "reading the data", len(raw)) as seen:
-        rows = encode(raw, kind, task, tokenizer, data, document=is_document(data.path), seen=seen)
+    documents = is_document(data.path), is_document(data.eval_path or data.path)
+    edited = edit(Raw(raw, raw_evaluation, *documents, tokenizer, data, task, kind))
+    with count(console, "reading the data", len(edited.rows)) as seen:
+        rows = encode(edited.rows, kind, task, tokenizer, data, document=edited.document, seen=seen)
     evaluation = None
-    if raw_evaluation is not None:
-        document = is_document(data.eval_path or data.path)
-        evaluation = encode(raw_evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
+    if edited.evaluation is not None:
+        document = edited.evaluation_document
+        evaluation = encode(edited.evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
     elif data.eval_fraction:
         rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
     notes = []

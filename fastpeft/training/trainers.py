@@ -68,15 +68,19 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
         Trainer,
     )
 
-    from .masking import MaskingTrainer
+    from .masking import RepeatableMasks, RepeatableTrainer
+    from .spans import RepeatableSpans
 
     collator: Any
+    seed, model = given["args"].seed, given["model"]
     if task == "masked-lm":
         if tokenizer.mask_token is None:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
-        return MaskingTrainer(**given)
+        return RepeatableTrainer(lambda: RepeatableMasks(tokenizer, seed), **given)
+    if task == "seq2seq-lm" and "labels" not in given["train_dataset"].column_names:  # texts alone
+        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, model.get_base_model()), **given)
     if task == "seq2seq-lm":
-        collator = DataCollatorForSeq2Seq(tokenizer, model=given["model"].get_base_model())
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model())
     elif task == "token-classification":
         collator = DataCollatorForTokenClassification(tokenizer)
     else:

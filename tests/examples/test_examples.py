@@ -31,10 +31,10 @@ SCRIPTS = {
     "translation": "encoder-decoder",
 }
 """The kind of model that each is for."""
-RUNS = {name: kind for name, kind in SCRIPTS.items() if name != "preferences"}
+STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder"}
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
-"""Without a script; tests/training/test_heads.py runs the like of them."""
-RUNS |= HEADS
+"""Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
+RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
 
 ModelOf = Callable[[str], Path]
@@ -51,7 +51,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in HEADS else ()) for name in RUNS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name in {*HEADS, "domain-masked"} else ()) for name in RUNS],
+)
 def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     changes = ["--model.name", str(model_of(RUNS[name])), "--output-dir", str(folder), "--max-steps", "2"]

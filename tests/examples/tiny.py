@@ -50,6 +50,7 @@ def _encoder_decoder(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = _tokenizer("$A </s>", eos_token="</s>")
+    tokenizer.add_tokens([f"<extra_id_{number}>" for number in range(100)], special_tokens=True)  # as T5's has
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),
