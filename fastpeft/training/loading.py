@@ -23,7 +23,21 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     import fastpeft
 
     home = torch.device("cpu") if prepared.memory.streams else device
+    config = prepared.config
+    base, section = load_base(prepared, home, dtype)
+    model = attach_adapter(base, section, config.model.task, config.training.seed)
+    trained_in_float32(model)
+    if config.acceleration.enabled:
+        fastpeft.accelerate(model, memory=prepared.memory.policy)
+    if home != device:
+        model.to(device)
+        if hasattr(base, "hf_device_map"):
+            base.hf_device_map = {"": device}  # what accelerate compares with the device that trains
+    return model
 
+
+def load_base(prepared: Prepared, device: Any, dtype: Any) -> tuple[Any, LoraSection]:
+    """(the base, `lora` with what its checkpoint has no values for among what is trained whole)."""
     config = prepared.config
     labels = config.data.labels if config.model.task == "sequence-classification" else None
     others: dict[str, Any] = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
@@ -32,21 +46,18 @@ def load_model(prepared: Prepared, device: Any, dtype: Any) -> Any:
     _seed(config.training.seed)  # a fresh classifier's first values
     others["whole"] = config.lora.modules_to_save
     base, fresh = bases.load_base(
-        config.model, config.model.task, home, dtype, config.model.quantization or "none", **others
+        config.model, config.model.task, device, dtype, config.model.quantization or "none", **others
     )
     if labels is not None or base.config.get_text_config().pad_token_id is None:  # decoders look for the last token
         base.config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
-    model = attach_adapter(base, _training_what_is_fresh(config, fresh), config.model.task, config.training.seed)
+    return base, _training_what_is_fresh(config, fresh)
+
+
+def trained_in_float32(model: Any) -> None:
+    """A scaled float16 gradient could not be unscaled."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
-    if config.acceleration.enabled:
-        fastpeft.accelerate(model, memory=prepared.memory.policy)
-    if home != device:
-        model.to(device)
-        if hasattr(base, "hf_device_map"):
-            base.hf_device_map = {"": device}  # what accelerate compares with the device that trains
-    return model
+            parameter.data = parameter.data.float()
 
 
 def _training_what_is_fresh(config: FastpeftConfig, fresh: list[str]) -> LoraSection:
