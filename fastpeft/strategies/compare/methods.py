@@ -177,10 +177,10 @@ METHODS = {
     "lora": Method("LoRA", 2e-4, 5e-3, _lora(), "B A beside each projection"),
     "qlora": Method("QLoRA", 2e-4, 5e-3, _lora(), "as LoRA, over a base in 4 bits", quantization="nf4"),
     "rslora": Method("rsLoRA", 1e-4, 2.5e-3, _lora(use_rslora=True), "as LoRA, scaled by alpha / sqrt(r)"),
-    "loraplus": Method("LoRA+", 4e-5, 1e-3, _lora(), "as LoRA, B with 16 times the rate", optimizer=_loraplus),
+    "loraplus": Method("LoRA+", 1e-4, 2.5e-3, _lora(), "as LoRA, B with 16 times the rate", optimizer=_loraplus),
     "dora": Method("DoRA", 2e-4, 5e-3, _lora(use_dora=True), "as LoRA, and a magnitude for each output"),
     "pissa": Method(
-        "PiSSA", 4e-5, 1e-3, _lora(init_lora_weights="pissa"), "as LoRA, from each weight's largest singular values"
+        "PiSSA", 1e-4, 2.5e-3, _lora(init_lora_weights="pissa"), "as LoRA, from each weight's largest singular values"
     ),
     "adalora": Method(
         "AdaLoRA",
