@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -127,6 +128,7 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llama": _llama,
     "bert": _bert,
     "bert-without-head": lambda: _bert(BertModel),
+    "bert-classifier": lambda: _bert(BertForSequenceClassification),
     "t5": _t5,
     "marian": _marian,
 }

@@ -55,7 +55,7 @@ def compare(
     from fastpeft.strategies.compare.report import write
     from fastpeft.strategies.compare.runner import compare as run
 
-    settle_logs(verbose, quiet)
+    settle_logs(verbose, quiet=not verbose)  # every trial would say again what is accelerated of it
     shown = console(quiet)
     found = run(settled, shown, resume=resume, overwrite=overwrite)
     text, results = write(found)

@@ -46,15 +46,7 @@ class Encoded:
 
     def fingerprint(self) -> str:
         """SHA-256 of all token ids and labels, in their order."""
-        import numpy as np
-
-        digest = hashlib.sha256()
-        names = [name for name in ("input_ids", "labels") if name in self.rows.column_names]
-        for batch in self.rows.select_columns(names).iter(batch_size=1000):
-            for values in zip(*(batch[name] for name in names), strict=True):
-                for value in values:
-                    digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
-        return digest.hexdigest()
+        return fingerprint(self.rows)
 
     def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
         """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
@@ -67,6 +59,19 @@ class Encoded:
             Encoded(parts["train"], self.cut - sum(second), self.dropped, _tokens(parts["train"]), first),
             Encoded(parts["test"], sum(second), 0, _tokens(parts["test"]), second),
         )
+
+
+def fingerprint(rows: Any) -> str:
+    """SHA-256 of the token ids and labels of a `datasets.Dataset`, in their order."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    names = [name for name in ("input_ids", "labels") if name in rows.column_names]
+    for batch in rows.select_columns(names).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            for value in values:
+                digest.update(np.asarray(value, dtype=np.int32).tobytes() + b";")
+    return digest.hexdigest()
 
 
 def encode(

@@ -87,7 +87,9 @@ def _unfrozen(trained: Callable[[str, Any], bool]) -> Callable[[Any, Setting], A
 
 
 def _lora(**changes: Any) -> Callable[[Any, Setting], Any]:
-    return lambda base, setting: attach_adapter(base, replace(setting.lora, **changes), setting.task, setting.seed)
+    """LoRA with `changes`; what else makes it another method is off, whatever the configuration says."""
+    given: dict[str, Any] = {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "bias": "none"} | changes
+    return lambda base, setting: attach_adapter(base, replace(setting.lora, **given), setting.task, setting.seed)
 
 
 def _peft(config_class: str, options: Callable[[Any, Setting], dict[str, Any]]) -> Callable[[Any, Setting], Any]:

@@ -88,6 +88,8 @@ def options_of(config: FastpeftConfig) -> Options:
     for name, ends in options.ranges.items():
         if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
             raise UserError(f"strategy.options.ranges.{name}: expected the lowest and the highest rate, got {ends}")
+    if config.method != "lora" or config.model.quantization not in (None, "none"):
+        raise UserError("method: expected 'lora' and no model.quantization, because qlora is one of the methods")
     if config.training.max_steps < 1:
         raise UserError(
             f"training.max_steps: expected at least 1, as every method trains as long, got {config.training.max_steps}"
@@ -136,9 +138,15 @@ def tests(options: Options, chosen: dict[str, float], seed: int) -> list[Trial]:
     return [Trial("test", name, rate, one) for one in seeds for name, rate in chosen.items()]
 
 
-def plan_of(config: FastpeftConfig, options: Options, fingerprint: str) -> dict[str, Any]:
-    """What all trials of a folder have in common."""
+def plan_of(config: FastpeftConfig, options: Options, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """What all trials of a folder have in common.
+
+    Args:
+        config: as resolved.
+        options: its `strategy.options`.
+        fingerprints: of the parts of the data.
+    """
     kept = {name: value for name, value in asdict(options).items() if name not in ("minutes", "methods", "seeds")}
     settings = config.to_dict()
     settings["training"] = {name: value for name, value in settings["training"].items() if name != "output_dir"}
-    return {"config": settings | {"strategy": None}, "options": kept, "fingerprint": fingerprint}
+    return {"config": settings | {"strategy": None}, "options": kept, "rows": fingerprints}

@@ -53,7 +53,7 @@ def to_dict(found: Comparison, rows: list[Row]) -> dict[str, Any]:
         "accelerated": found.config.acceleration.enabled,
         "most_frequent_class": most_frequent(found),
         "methods": [asdict(row) for row in rows],
-        "trials": found.results,
+        "trials": [{name: value for name, value in one.items() if name != "guesses"} for one in found.results],
         "environment": asdict(environment(pick_device().type)),
     }
 
@@ -101,7 +101,7 @@ def _said(interval: Interval, sign: str = "") -> str:
 def _left(found: Comparison) -> list[str]:
     if not found.missing:
         return []
-    return ["", f"**Incomplete**: no time was left for {found.missing} trials; `--resume` goes on."]
+    return ["", f"**Incomplete**: no time was left for at least {found.missing} trials; `--resume` goes on."]
 
 
 def report(found: Comparison, rows: list[Row]) -> str:

@@ -67,7 +67,7 @@ def compare(config: FastpeftConfig, console: Console, *, resume: bool = False, o
     sizes = (options.rows, options.validation_rows, options.test_rows)
     splits = split(prepared.rows.rows, sizes, options.similarity, config.training.seed)
     console.print(f"data: {_said(splits)}", highlight=False, soft_wrap=True)
-    plan = plan_of(prepared.config, options, prepared.rows.fingerprint())
+    plan = plan_of(prepared.config, options, splits.fingerprints())
     done = results_folder.begin(target, plan, overwrite=overwrite)
     deadline = None if options.minutes is None else start + 60 * options.minutes
     runner = _Runner(prepared, splits, options, target, done, deadline, console)

@@ -69,8 +69,6 @@ def run(trial: Trial, prepared: Prepared, splits: Splits, keep: Path | None = No
     result = Result(trial.key, **asdict(trial))
     try:
         result = _measured(result, METHODS[trial.method], _config(trial, prepared.config), prepared, splits, keep)
-    except ImportError:
-        raise
     except Exception as error:  # libraries refuse a model in ways of their own, often at the first step
         result = replace(result, failed=_reason(error))
     gc.collect()
