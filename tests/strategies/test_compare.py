@@ -119,7 +119,10 @@ def test_the_command_writes_table_figure_and_json(configure: Configure, capsys: 
     config = configure()
     path = out(config).with_name("compare.yaml")
     path.write_text(config.to_yaml())
-    assert app.run(["compare", str(path), "--methods", "head,prompt", "--seeds", "1", "--rates", "1", "--json", "--quiet"]) == 0
+    assert (
+        app.run(["compare", str(path), "--methods", "head,prompt", "--seeds", "1", "--rates", "1", "--json", "--quiet"])
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out(config) / "results.json").read_text())
     head, prompt = printed["methods"]
@@ -141,7 +144,9 @@ def test_all_methods_see_the_same_batches_and_no_row_that_they_are_judged_by(
     def kept(self: Any, model: Any, inputs: Any, *others: Any) -> Any:
         if self.state.global_step == 0:
             seen.append([])
-        seen[-1] += [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        seen[-1] += [
+            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
         return original(self, model, inputs, *others)
 
     monkeypatch.setattr(Trainer, "training_step", kept)
@@ -161,9 +166,7 @@ def test_all_methods_see_the_same_batches_and_no_row_that_they_are_judged_by(
     assert {name: again[name] for name in same} == {name: found.results[-2][name] for name in same}
 
 
-def test_the_rate_is_chosen_on_validation_and_each_test_is_run_once(
-    configure: Configure, pretended: list[str]
-) -> None:
+def test_the_rate_is_chosen_on_validation_and_each_test_is_run_once(configure: Configure, pretended: list[str]) -> None:
     found = runner.compare(configure(), QUIET)
     searched = {one["key"]: one for one in found.results if one["phase"] == "search"}
     assert len(searched) == 4 and {one["seed"] for one in searched.values()} == {0}

@@ -88,7 +88,12 @@ def _unfrozen(trained: Callable[[str, Any], bool]) -> Callable[[Any, Setting], A
 
 def _lora(**changes: Any) -> Callable[[Any, Setting], Any]:
     """LoRA with `changes`; what else makes it another method is off, whatever the configuration says."""
-    given: dict[str, Any] = {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "bias": "none"} | changes
+    given: dict[str, Any] = {
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "bias": "none",
+    } | changes
     return lambda base, setting: attach_adapter(base, replace(setting.lora, **given), setting.task, setting.seed)
 
 
@@ -173,9 +178,7 @@ METHODS = {
     "full": Method("full fine-tuning", 4e-5, 1e-3, _unfrozen(lambda name, parameter: True), "everything"),
     "head": Method("head only", 1e-3, 3e-2, _unfrozen(lambda name, parameter: False), "nothing"),
     "bitfit": Method("BitFit", 4e-4, 1e-2, _unfrozen(lambda name, parameter: name.endswith("bias")), "the biases"),
-    "layernorm": Method(
-        "LayerNorm tuning", 4e-4, 1e-2, _peft("LNTuningConfig", _norms), "weight and bias of norms"
-    ),
+    "layernorm": Method("LayerNorm tuning", 4e-4, 1e-2, _peft("LNTuningConfig", _norms), "weight and bias of norms"),
     "lora": Method("LoRA", 2e-4, 5e-3, _lora(), "B A beside each projection"),
     "qlora": Method("QLoRA", 2e-4, 5e-3, _lora(), "as LoRA, over a base in 4 bits", quantization="nf4"),
     "rslora": Method("rsLoRA", 1e-4, 2.5e-3, _lora(use_rslora=True), "as LoRA, scaled by alpha / sqrt(r)"),
