@@ -312,7 +312,11 @@ def test_every_method_trains_tests_and_loads_again_or_says_why_not(
             _loads_again(path, out(found.config) / "trained" / f"{one['method']}-1", found, one)
 
 
-FAILING: dict[str, set[str]] = {"bert-classifier": set(), "llama": set(), "t5": set()}
+FAILING: dict[str, set[str]] = {  # T5's classifier is two layers, which prompts and prefixes leave untrained
+    "bert-classifier": set(),
+    "llama": set(),
+    "t5": {"prompt", "p-tuning", "prefix", "p-tuning-v2"},
+}
 
 
 def _loads_again(path: str, folder: Path, found: Any, result: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def _line(row: Row) -> str:
         return f"| {row.title} | {rate} | {'failed' if row.failed else 'not yet'} | | | | | | | | 0 |"
     against = "" if row.difference is None else _said(row.difference, sign="+")
     speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-    share = f"{row.trainable:,} ({100 * row.trainable / row.parameters:.2g} %)"
+    share = f"{row.trainable:,} ({100 * row.trainable / row.parameters:.3g} %)"
     return (
         f"| {row.title} | {rate} | {_said(row.accuracy)} | {100 * row.rows.low:.1f} to {100 * row.rows.high:.1f} "
         f"| {_said(row.f1)} | {against} | {share} | {speed} | {row.peak_mib:,.0f} | {row.seconds:.0f} | {row.seeds} |"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
@@ -55,6 +56,8 @@ def compare(config: FastpeftConfig, console: Console, *, resume: bool = False, o
     options = options_of(config)
     target = Path(config.training.output_dir).expanduser()
     results_folder.check(target, resume=resume, overwrite=overwrite)
+    if (processes := PartialState().num_processes) > 1:
+        raise UserError(f"compare: expected one process, got {processes}")
     if given := [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(config.data, name)]:
         raise UserError(f"data.{given[0]}: expected none, because a comparison divides the rows itself")
     start = time.perf_counter()
