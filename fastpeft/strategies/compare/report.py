@@ -126,8 +126,8 @@ def report(found: Comparison, rows: list[Row]) -> str:
         "Accuracy and F1 are means over seeds, with Student's 95 % interval: what other seeds would give on these "
         "rows. *Over rows* is the bootstrap of the mean accuracy over the test rows: what other rows would give. "
         "Neither contains the other's. *Against full* is the difference to full fine-tuning with the same seed and the "
-        "same batches. No interval is corrected for how many there are. Always guessing the training rows' most frequent "
-        f"class is right in {100 * most_frequent(found):.1f} %.",
+        "same batches. No interval is corrected for how many there are. Always guessing the training rows' most "
+        f"frequent class is right in {100 * most_frequent(found):.1f} %.",
         "",
         "tokens/s and peak memory are medians over the tests, which ran one after the other, seed by seed"
         + (", with what fastpeft accelerates." if config.acceleration.enabled else ", in plain PEFT.")
