@@ -72,8 +72,8 @@ def split(rows: Any, sizes: tuple[int, int, int], similarity: float, seed: int) 
         unused, rest = _drawn(rest, labels, train, seed)
     elif len(rest) > train:
         unused, rest = rest[train:], rest[:train]
-    parts = (rows.select(part) for part in (rest, validated, tested))
-    return Splits(*parts, exact, near, ambiguous, len(unused))
+    chosen = (rows.select(rest), rows.select(validated), rows.select(tested))
+    return Splits(*chosen, exact, near, ambiguous, len(unused))
 
 
 def without_twins(
