@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import fastpeft
-from fastpeft.models.devices import pick_device
 from fastpeft.strategies.compare import runner, trial
 from fastpeft.strategies.compare.methods import METHODS
 from fastpeft.strategies.compare.plan import Trial
@@ -126,12 +125,12 @@ def _loads_again(path: str, folder: Path, found: Any, result: dict[str, Any]) ->
         model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.eval()
     model.config.pad_token_id = 0
+    rows, labels = found.splits.test["input_ids"], torch.tensor(found.splits.test["labels"])
     with torch.no_grad():
-        guesses = [
-            int(model(input_ids=torch.tensor([row]).to(pick_device())).logits.argmax())
-            for row in found.splits.test["input_ids"]
-        ]
-    assert guesses == result["guesses"], result["method"]
+        logits = torch.cat([model(input_ids=torch.tensor([row]).to(model.device)).logits.cpu() for row in rows])
+    assert logits.argmax(-1).tolist() == result["guesses"], result["method"]
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels)
+    assert float(loss) == pytest.approx(result["loss"], rel=1e-4), result["method"]
 
 
 @pytest.mark.full
