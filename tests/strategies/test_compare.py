@@ -191,6 +191,7 @@ def test_figures_over_seeds_and_over_rows(configure: Configure, pretended: list[
         ({"ranges": {"lora": [1e-3, 1e-4]}}, [], "the lowest and the highest rate"),
         ({"sedes": 2}, [], r"did you mean 'strategy\.options\.seeds'"),
         ({}, ["training.max_steps=-1"], "as every method trains as long"),
+        ({}, ["memory.streamed=true"], "expected no key but gradient_checkpointing"),
         ({}, ["method=qlora"], "qlora is one of the methods"),
         ({}, ["data.eval_fraction=0.1"], "a comparison divides the rows itself"),
         ({}, ["strategy.name=task2"], "expected 'compare'"),

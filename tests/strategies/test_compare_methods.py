@@ -88,11 +88,13 @@ def test_loraplus_has_the_larger_rate_for_b() -> None:
     model = METHODS["loraplus"].attach(bert(), setting())
     make = METHODS["loraplus"].optimizer
     assert make is not None
-    arguments = type("Arguments", (), {"learning_rate": 1e-3})
-    rates = {id(p): group["lr"] for group in make(model, arguments).param_groups for p in group["params"]}
+    groups = make(model, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for path, parameter in model.named_parameters():
         if "lora_" in path:
             assert rates[id(parameter)] == pytest.approx(16e-3 if "lora_B" in path else 1e-3), path
+            assert decays[id(parameter)] == 0.1
 
 
 def test_adalora_ends_with_the_rank_of_the_others() -> None:
@@ -106,4 +108,3 @@ def test_adalora_ends_with_the_rank_of_the_others() -> None:
         callback.on_optimizer_step(None, type("State", (), {"global_step": step}), None)  # type: ignore[arg-type]
     pattern = model.peft_config["default"].rank_pattern
     assert sum(sum(kept) for kept in pattern.values()) == 4 * LINEAR
-    assert sum(p.numel() for path, p in model.named_parameters() if "lora_E" in path) == 4 * LINEAR

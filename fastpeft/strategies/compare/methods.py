@@ -46,7 +46,7 @@ class Method:
         attach: from the frozen base, makes what is trained.
         trains: in words, beside the classifier.
         quantization: storage of the base's weights.
-        optimizer: from the model and the trainer's arguments; None for the trainer's own.
+        optimizer: from the model, an optimizer's class and its options; None for the trainer's own groups.
         callback: from the model, of the trainer; None for none.
         whole: whether modules beside PEFT's HEADS can be trained too, and saved with the adapter.
     """
@@ -57,7 +57,7 @@ class Method:
     attach: Callable[[Any, Setting], Any]
     trains: str
     quantization: str = "none"
-    optimizer: Callable[[Any, Any], Any] | None = None
+    optimizer: Callable[[Any, Any, dict[str, Any]], Any] | None = None
     callback: Callable[[Any], TrainerCallback] | None = None
     whole: bool = True
 
@@ -154,14 +154,12 @@ def _prefix(base: Any, setting: Setting) -> dict[str, Any]:
     return {"num_virtual_tokens": VIRTUAL_TOKENS, "prefix_projection": True, "encoder_hidden_size": width}
 
 
-def _loraplus(model: Any, arguments: Any) -> Any:
+def _loraplus(model: Any, kind: Any, options: dict[str, Any]) -> Any:
     """16 times the rate for the B matrices, the paper's ratio; the rate that is searched is A's."""
-    import torch
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=arguments.learning_rate, loraplus_lr_ratio=16.0, weight_decay=0.0
-    )
+    given = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": options["weight_decay"]}
+    return create_loraplus_optimizer(model, kind, **given, **options)
 
 
 class _Reallocate(TrainerCallback):

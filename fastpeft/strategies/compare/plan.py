@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, MemorySection
 from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean
 from fastpeft.structured import build
@@ -90,6 +90,8 @@ def options_of(config: FastpeftConfig) -> Options:
             raise UserError(f"strategy.options.ranges.{name}: expected the lowest and the highest rate, got {ends}")
     if config.method != "lora" or config.model.quantization not in (None, "none"):
         raise UserError("method: expected 'lora' and no model.quantization, because qlora is one of the methods")
+    if replace(config.memory, gradient_checkpointing=False) != MemorySection():
+        raise UserError("memory: expected no key but gradient_checkpointing, which all methods can train under")
     if config.training.max_steps < 1:
         raise UserError(
             f"training.max_steps: expected at least 1, as every method trains as long, got {config.training.max_steps}"

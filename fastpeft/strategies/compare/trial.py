@@ -15,6 +15,7 @@ from fastpeft.metrics.classification import accuracy, f1_macro
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training.arguments import training_arguments
 from fastpeft.training.loading import load_base, trained_in_float32
+from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared
 from fastpeft.training.trainers import build_trainer
 from fastpeft.training.watching import Speed, StopAtNaN
@@ -115,9 +116,11 @@ def _measured(
     arguments = training_arguments(config, config.model.task, device, dtype, evaluates=False)
     speed, nan = Speed(), StopAtNaN()
     callbacks = [speed, *([method.callback(model)] if method.callback else []), nan]
+    kind, options = chosen_optimizer(config.training.optim, arguments, model)
     trainer = build_trainer(config.model.task, model, prepared.tokenizer, arguments, splits.train, None, callbacks)
+    set_optimizer(trainer, config.training.optim, (kind, options))
     if method.optimizer is not None:
-        trainer.optimizer = method.optimizer(model, arguments)
+        trainer.optimizer = method.optimizer(model, kind, options | {"weight_decay": config.training.weight_decay})
     with PeakMemory(device) as peak:
         trainer.train()
     nan.check(model)
