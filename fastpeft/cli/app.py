@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.requirements import MissingExtraError
 
-from . import bench, cache, generate, merge, plan, responsible, train, tune, verify
+from . import bench, cache, compare, generate, merge, plan, responsible, train, tune, verify
 from .config_options import ConfigCommand, with_config_options
 from .doctor import doctor
 from .quickstart import quickstart
@@ -27,6 +27,7 @@ EXIT_INTERRUPTED = 130
 LESS_MEMORY = {
     "train": "--method qlora, --memory.gradient_checkpointing, a smaller --batch-size with more "
     "--gradient-accumulation-steps, or a smaller --max-length",
+    "compare": "a smaller --batch-size or a smaller --max-length",
     "generate": "--quantization nf4, a smaller --batch-size, or shorter prompts",
     "verify": "--quantization nf4",
     "tune": "--quantization nf4 or a smaller --tokens",
@@ -50,6 +51,7 @@ def _add(command: Callable[..., Any], epilog: str = "", cls: type[TyperCommand] 
 
 
 _add(with_config_options(train.train), train.EPILOG, ConfigCommand)
+_add(with_config_options(compare.compare), compare.EPILOG, ConfigCommand)
 _add(generate.generate, generate.EPILOG)
 _add(merge.merge, merge.EPILOG)
 _add(verify.verify, verify.EPILOG)

@@ -44,17 +44,7 @@ class Encoded:
 
     def fingerprint(self) -> str:
         """SHA-256 of all token ids and labels, in their order."""
-        import numpy as np
-
-        digest = hashlib.sha256()
-        names = [name for name in LEARNED if name in self.rows.column_names]
-        for batch in self.rows.select_columns(names).iter(batch_size=1000):
-            for values in zip(*(batch[name] for name in names), strict=True):
-                for value in values:
-                    array = np.asarray(value)
-                    kind = np.float64 if array.dtype.kind == "f" else np.int32
-                    digest.update(array.astype(kind).tobytes() + b";")
-        return digest.hexdigest()
+        return fingerprint(self.rows)
 
     def groups(self) -> list[list[int]]:
         """Numbers of the rows that were made of the same one: windows over a text; else one each."""
@@ -83,3 +73,18 @@ class Encoded:
 def tokens_in(rows: Any) -> int:
     """Of all rows together."""
     return sum(map(len, rows["input_ids"]))
+
+
+def fingerprint(rows: Any) -> str:
+    """SHA-256 of all token ids and labels of a `datasets.Dataset`, in their order."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    names = [name for name in LEARNED if name in rows.column_names]
+    for batch in rows.select_columns(names).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            for value in values:
+                array = np.asarray(value)
+                kind = np.float64 if array.dtype.kind == "f" else np.int32
+                digest.update(array.astype(kind).tobytes() + b";")
+    return digest.hexdigest()

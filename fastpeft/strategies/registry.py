@@ -22,9 +22,8 @@ def strategy_of(config: FastpeftConfig) -> Strategy:
     """
     name = config.strategy.name
     if name not in STRATEGIES:
-        raise UserError(
-            f"strategy.name: expected one of {', '.join(STRATEGIES)}, got {name!r}{did_you_mean(name, STRATEGIES)}"
-        )
+        hint = "; fastpeft compare runs it" if name == "compare" else did_you_mean(name, STRATEGIES)
+        raise UserError(f"strategy.name: expected one of {', '.join(STRATEGIES)}, got {name!r}{hint}")
     module, kind = STRATEGIES[name]
     found: type[Strategy] = getattr(import_module(f".{module}", __package__), kind)
     strategy = found(config)

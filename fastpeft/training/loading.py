@@ -33,21 +33,10 @@ def load_model(
     import fastpeft
 
     home = torch.device("cpu") if prepared.memory.streams else device
-
     config = prepared.config
-    task = config.model.task
-    others = head_options(task, config.data.labels, config.data.problem_type)
-    _seed(config.training.seed)  # a fresh classifier's first values
-    others["whole"] = config.lora.modules_to_save
-    base, fresh = bases.load_base(config.model, task, home, dtype, config.model.quantization or "none", **others)
-    text = base.config.get_text_config()
-    if task == "sequence-classification" or text.pad_token_id is None:  # decoders look for the last token
-        text.pad_token_id = prepared.tokenizer.pad_token_id
-    section = change(base, _training_what_is_fresh(config, base, fresh))
-    model = attach_adapter(base, section, task, config.training.seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # a scaled float16 gradient could not be unscaled
+    base, section = load_base(prepared, home, dtype)
+    model = attach_adapter(base, change(base, section), config.model.task, config.training.seed)
+    trained_in_float32(model)
     if config.acceleration.enabled:
         fastpeft.accelerate(model, memory=prepared.memory.policy)
     if home != device:
@@ -55,6 +44,27 @@ def load_model(
         if hasattr(base, "hf_device_map"):
             base.hf_device_map = {"": device}  # what accelerate compares with the device that trains
     return model
+
+
+def load_base(prepared: Prepared, device: Any, dtype: Any) -> tuple[Any, LoraSection]:
+    """(the base, `lora` with what its checkpoint has no values for among what is trained whole)."""
+    config = prepared.config
+    task = config.model.task
+    others = head_options(task, config.data.labels, config.data.problem_type)
+    _seed(config.training.seed)  # a fresh classifier's first values
+    others["whole"] = config.lora.modules_to_save
+    base, fresh = bases.load_base(config.model, task, device, dtype, config.model.quantization or "none", **others)
+    text = base.config.get_text_config()
+    if task == "sequence-classification" or text.pad_token_id is None:  # decoders look for the last token
+        text.pad_token_id = prepared.tokenizer.pad_token_id
+    return base, _training_what_is_fresh(config, base, fresh)
+
+
+def trained_in_float32(model: Any) -> None:
+    """A scaled float16 gradient could not be unscaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _training_what_is_fresh(config: FastpeftConfig, base: Any, fresh: list[str]) -> LoraSection:

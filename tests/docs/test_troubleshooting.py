@@ -35,6 +35,7 @@ COVERED = (
     "fastpeft/models/*.py",
     "fastpeft/replacements/*.py",
     "fastpeft/responsible/*.py",
+    "fastpeft/strategies/compare/*.py",
     "fastpeft/training/*.py",
     "kernels/fastpeft_kernels/native/*.py",
     "kernels/fastpeft_kernels/weights/base.py",

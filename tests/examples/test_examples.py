@@ -37,6 +37,9 @@ HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
 
+COMPARISON = "compare"
+"""Runs through `fastpeft compare`."""
+
 ModelOf = Callable[[str], Path]
 
 
@@ -62,6 +65,13 @@ def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys:
     assert "2 steps, loss " in capsys.readouterr().out
     assert (folder / "adapter_model.safetensors").is_file()
     all_accelerated((folder / "report.md").read_text())
+
+
+def test_the_comparison(model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--model.name", str(model_of("encoder")), "--output-dir", str(tmp_path / "run"), "--steps", "2"]
+    few = ["--methods", "head", "--rates", "1", "--seeds", "1"]
+    assert app.run(["compare", f"examples/{COMPARISON}.yaml", "--quiet", *changes, *few]) == 0, capsys.readouterr().err
+    assert "| head only | 0.00548 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -117,7 +127,7 @@ class TestWhatIsThere:
     def test_every_file_has_a_test_and_a_line(self) -> None:
         table = (EXAMPLES / "README.md").read_text()
         assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
-        assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(RUNS)
+        assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*RUNS, COMPARISON}
         for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]:
             assert f"examples/{path.name}" in table
         for path in (EXAMPLES / "data").glob("*.*l"):
@@ -128,7 +138,7 @@ class TestWhatIsThere:
         named = re.findall(r"\b(?:examples|notebooks|docs)/[\w./-]+\w", table)
         assert named and not [name for name in named if not (ROOT / name).exists()]
 
-    @pytest.mark.parametrize("name", RUNS)
+    @pytest.mark.parametrize("name", [*RUNS, COMPARISON])
     def test_a_configuration_says_nothing_twice(self, name: str) -> None:
         """Defaults are left out but for those that readers look for."""
         config = FastpeftConfig.from_yaml(EXAMPLES / f"{name}.yaml")

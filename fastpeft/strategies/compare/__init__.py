@@ -1,0 +1,1 @@
+"""`fastpeft compare`: ways to fine-tune, side by side under one protocol."""

@@ -1,0 +1,196 @@
+"""What a comparison leaves: report.md, comparison.svg, results.json, and a table for the console."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastpeft.bench.records import environment
+from fastpeft.metrics.intervals import Interval
+from fastpeft.models.devices import pick_device
+from fastpeft.requirements import require
+
+from .folder import FIGURE, REPORT, RESULTS
+from .methods import METHODS
+from .plan import rates_of, searches
+from .runner import Comparison
+from .summary import Row, most_frequent, summarise
+
+
+def write(found: Comparison) -> tuple[str, str]:
+    """Write the files; returns (the table as text, results.json)."""
+    rows, folder = summarise(found), Path(found.config.training.output_dir).expanduser()
+    results = json.dumps(_plain(to_dict(found, rows)), indent=1, allow_nan=False) + "\n"
+    (folder / RESULTS).write_text(results, encoding="utf-8")
+    plot(rows, most_frequent(found), folder / FIGURE)
+    (folder / REPORT).write_text(report(found, rows), encoding="utf-8")
+    return "\n".join(table(rows) + _left(found)), results
+
+
+def to_dict(found: Comparison, rows: list[Row]) -> dict[str, Any]:
+    """Everything that the report says, and each trial, for programs."""
+    splits = found.splits
+    return {
+        "model": Path(found.config.model.name).name,
+        "complete": found.missing == 0,
+        "data": {
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+            "repeated": splits.exact,
+            "nearly_repeated": splits.near,
+            "other_label_than_its_twin": splits.ambiguous,
+            "unused": splits.unused,
+            "labels": found.config.data.labels,
+            "max_length": found.config.data.max_length,
+        },
+        "options": asdict(found.options),
+        "training": asdict(found.config.training) | {"output_dir": None},
+        "lora": asdict(found.config.lora),
+        "accelerated": found.config.acceleration.enabled,
+        "most_frequent_class": most_frequent(found),
+        "methods": [asdict(row) for row in rows],
+        "trials": [{name: value for name, value in one.items() if name != "guesses"} for one in found.results],
+        "environment": asdict(environment(pick_device().type)),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Intervals as mappings; infinite ends as null, which JSON has no number for."""
+    if isinstance(value, Interval):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| method | rate | accuracy, % | over rows, % | macro F1, % | against full, points | trained "
+        "| tokens/s | peak MiB | s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ranked = sorted(rows, key=lambda row: -row.accuracy.value if row.accuracy else math.inf)
+    return lines + [_line(row) for row in ranked]
+
+
+def _line(row: Row) -> str:
+    rate = "" if row.rate is None else f"{row.rate:g}"
+    if row.accuracy is None or row.f1 is None or row.rows is None:
+        return f"| {row.title} | {rate} | {'failed' if row.failed else 'not yet'} | | | | | | | | 0 |"
+    against = "" if row.difference is None else _said(row.difference, sign="+")
+    speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+    share = f"{row.trainable:,} ({100 * row.trainable / row.parameters:.3g} %)"
+    return (
+        f"| {row.title} | {rate} | {_said(row.accuracy)} | {100 * row.rows.low:.1f} to {100 * row.rows.high:.1f} "
+        f"| {_said(row.f1)} | {against} | {share} | {speed} | {row.peak_mib:,.0f} | {row.seconds:.0f} | {row.seeds} |"
+    )
+
+
+def _said(interval: Interval, sign: str = "") -> str:
+    half = interval.high - interval.value
+    return f"{100 * interval.value:{sign}.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+
+
+def _left(found: Comparison) -> list[str]:
+    if not found.missing:
+        return []
+    return ["", f"**Incomplete**: no time was left for at least {found.missing} trials; `--resume` goes on."]
+
+
+def report(found: Comparison, rows: list[Row]) -> str:
+    """Markdown."""
+    config, splits, options = found.config, found.splits, found.options
+    training = config.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    lines = [
+        f"# Methods compared on {Path(config.data.path).name}",
+        *_left(found),
+        "",
+        f"`{Path(config.model.name).name}`, {training.max_steps} steps of {batch} rows, at most "
+        f"{config.data.max_length} tokens a row; {len(splits.train)} rows to learn from, {len(splits.validation)} of "
+        f"validation, {len(splits.test)} of test. {splits.exact} repeated rows and {splits.near} nearly repeated ones "
+        f"(similarity from {options.similarity:g}) were left out first, {splits.ambiguous} of them with another label "
+        "than the row that stayed.",
+        "",
+        *table(rows),
+        "",
+        f"![accuracy over trained parameters]({FIGURE})",
+        "",
+        "Accuracy and F1 are means over seeds, with Student's 95 % interval: what other seeds would give on these "
+        "rows. *Over rows* is the bootstrap of the mean accuracy over the test rows: what other rows would give. "
+        "Neither contains the other's. *Against full* is the difference to full fine-tuning with the same seed and the "
+        "same batches. No interval is corrected for how many there are. Always guessing the training rows' most "
+        f"frequent class is right in {100 * most_frequent(found):.1f} %.",
+        "",
+        "tokens/s and peak memory are medians over the tests, which ran one after the other, seed by seed"
+        + (", with what fastpeft accelerates." if config.acceleration.enabled else ", in plain PEFT.")
+        + " Whatever else the machine did is in them. s: seconds of a whole trial, loading and testing included.",
+    ]
+    notes = [f"- {row.title}: {row.failed or row.note}" for row in rows if row.failed or row.note]
+    lines += ["", "## What should be looked at", "", *notes] if notes else []
+    lines += ["", "## The search for learning rates", "", *_searched(found)]
+    lines += ["", "## What each method trains, beside the classifier", ""]
+    lines += [f"- {row.title}: {METHODS[row.method].trains}" for row in rows]
+    where = environment(pick_device().type)
+    versions = ", ".join(f"{name} {version}" for name, version in where.versions.items())
+    lines += ["", "## Environment", "", f"{where.device}, {where.system}, Python {where.python}: {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def _searched(found: Comparison) -> list[str]:
+    """Accuracy on validation for each rate, lowest to highest."""
+    results = {one["key"]: one for one in found.results}
+    trials = searches(found.options, found.config.training.seed)
+    lines = [
+        f"Accuracy on the validation rows with seed {found.config.training.seed}, which no test uses.",
+        "",
+        "| method | " + " | ".join(f"rate {number}" for number in range(1, found.options.rates + 1)) + " |",
+        "|---|" + "---|" * found.options.rates,
+    ]
+    for name in found.options.methods or list(METHODS):
+        cells = []
+        for rate in rates_of(name, found.options):
+            key = next(trial.key for trial in trials if trial.method == name and trial.rate == rate)
+            one = results.get(key)
+            figure = "not yet" if one is None else "failed" if one["failed"] else f"{100 * one['accuracy']:.1f} %"
+            cells.append(f"{rate:g}: {figure}")
+        lines.append(f"| {METHODS[name].title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(rows: list[Row], baseline: float, path: Path) -> None:
+    """Accuracy with its interval over seeds, over the number of trained parameters."""
+    figure = require("train", "matplotlib.figure", "the figure").Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(row for row in rows if row.accuracy is not None):
+        assert row.accuracy is not None
+        half = row.accuracy.high - row.accuracy.value
+        axes.errorbar(
+            row.trainable,
+            100 * row.accuracy.value,
+            yerr=100 * half if math.isfinite(half) else None,
+            fmt="o",
+            color=f"C{place % 10}",
+            capsize=3,
+        )
+        offset = (6, 5) if place % 2 else (6, -11)
+        axes.annotate(
+            row.title, (row.trainable, 100 * row.accuracy.value), xytext=offset, textcoords="offset points", fontsize=8
+        )
+    axes.axhline(100 * baseline, linestyle="--", color="grey", linewidth=1)
+    axes.text(
+        0.01, 100 * baseline, "most frequent class", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom"
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("accuracy on the test rows, %")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.15)
+    figure.savefig(path, metadata={"Date": None})
