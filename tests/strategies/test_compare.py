@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import random
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,10 @@ from fastpeft.strategies.compare.plan import Trial
 from fastpeft.strategies.compare.report import report
 from fastpeft.strategies.compare.summary import summarise
 from fastpeft.training.preparing import Prepared, prepare
-from tests.checkpoints import Checkpoints
 
-from .compared import QUIET, Configure, configuration, out, words
+from .compared import QUIET, Configure, out
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests left is not collected at every trial."""
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return words(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture
-def configure(checkpoints: Checkpoints, data: str, tmp_path: Path) -> Configure:
-    return partial(configuration, checkpoints["bert"], data, tmp_path / "out")
+pytestmark = pytest.mark.usefixtures("uncollected")
 
 
 @pytest.fixture(scope="module")

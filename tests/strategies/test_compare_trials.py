@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,9 @@ from fastpeft.strategies.compare.summary import summarise
 from fastpeft.training.preparing import prepare
 from tests.checkpoints import Checkpoints
 
-from .compared import QUIET, STEPS, Configure, configuration, out, words
+from .compared import QUIET, STEPS, Configure, out
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests left is not collected at every trial."""
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return words(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture
-def configure(checkpoints: Checkpoints, data: str, tmp_path: Path) -> Configure:
-    return partial(configuration, checkpoints["bert"], data, tmp_path / "out")
+pytestmark = pytest.mark.usefixtures("uncollected")
 
 
 def test_all_methods_see_the_same_batches_and_no_row_that_they_are_judged_by(
