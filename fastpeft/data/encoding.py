@@ -28,6 +28,8 @@ class Encoded:
         dropped: how many had nothing left to learn after that, and are not among `rows`.
         tokens: in all rows.
         were_cut: for each of `rows`, whether it was longer than max_length.
+        raw: all rows as they were read, under the names of columns that are expected.
+        numbers: for each of `rows`, which of `raw` it came from, counted from 1; blocks of one document share theirs.
     """
 
     rows: Any
@@ -35,6 +37,8 @@ class Encoded:
     dropped: int
     tokens: int
     were_cut: tuple[bool, ...]
+    raw: Any
+    numbers: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,13 +64,22 @@ class Encoded:
         """Two parts, the second of `count` rows drawn by `seed`. Rows that were dropped stay with the first."""
         import datasets
 
-        marks = datasets.Dataset.from_dict({"cut": self.were_cut}).train_test_split(test_size=count, seed=seed)
+        marks = datasets.Dataset.from_dict({"cut": self.were_cut, "number": self.numbers})
+        marks = marks.train_test_split(test_size=count, seed=seed)
         parts = self.rows.train_test_split(test_size=count, seed=seed)  # the same rows, because only the seed draws
-        first, second = (tuple(marks[name]["cut"]) for name in ("train", "test"))
-        return (
-            Encoded(parts["train"], self.cut - sum(second), self.dropped, _tokens(parts["train"]), first),
-            Encoded(parts["test"], sum(second), 0, _tokens(parts["test"]), second),
-        )
+
+        def part(name: str, cut: int, dropped: int) -> Encoded:
+            rows, kept = parts[name], marks[name]
+            return Encoded(rows, cut, dropped, _tokens(rows), tuple(kept["cut"]), self.raw, tuple(kept["number"]))
+
+        held_back = sum(marks["test"]["cut"])
+        return part("train", self.cut - held_back, self.dropped), part("test", held_back, 0)
+
+    def first(self, count: int) -> Encoded:
+        """At most so many of the rows, from the beginning."""
+        rows = self.rows.select(range(min(count, len(self))))
+        were_cut = self.were_cut[:count]
+        return Encoded(rows, sum(were_cut), 0, _tokens(rows), were_cut, self.raw, self.numbers[:count])
 
 
 def encode(
@@ -104,7 +117,8 @@ def encode(
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
         with _in_temporary_files():
             blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
-        return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
+            blocks = blocks.add_column("cut", [False] * len(blocks))
+        return _counted(blocks, 0, 0, limit, rows)
 
     every = max(1, len(rows) // 100)
 
@@ -113,19 +127,24 @@ def encode(
             seen(number)
         encoded = make(row, f"{where}: row {number + 1}")
         cut = encoded.pop("cut", False) or any(isinstance(v, list) and len(v) > limit for v in encoded.values())
-        return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {"cut": cut}
+        return {name: v[:limit] if isinstance(v, list) else v for name, v in encoded.items()} | {
+            "cut": cut,
+            "number": number + 1,
+        }
 
     with _in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
     dropped = len(examples) - len(learnable)
-    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, tuple(learnable["cut"]))
+    return _counted(learnable, sum(examples["cut"]), dropped, limit, rows)
 
 
-def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...]) -> Encoded:
-    if len(rows) == 0:
+def _counted(marked: Any, cut: int, dropped: int, limit: int, raw: Any) -> Encoded:
+    """From rows that still have the columns `cut` and `number`."""
+    if len(marked) == 0:
         raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
-    return Encoded(rows, cut, dropped, _tokens(rows), were_cut)
+    rows = marked.remove_columns(["cut", "number"])
+    return Encoded(rows, cut, dropped, _tokens(rows), tuple(marked["cut"]), raw, tuple(marked["number"]))
 
 
 def _tokens(rows: Any) -> int:
@@ -254,10 +273,9 @@ def _divide(
 
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
         whole = make({name: values[0] for name, values in batch.items()}, f"{where}: document {numbers[0] + 1}")
-        return {
-            name: [values[start : start + length] for start in range(0, len(values) - 1, length)]
-            for name, values in whole.items()
-        }
+        starts = range(0, len(next(iter(whole.values()))) - 1, length)
+        blocks = {name: [values[start : start + length] for start in starts] for name, values in whole.items()}
+        return blocks | {"number": [numbers[0] + 1] * len(starts)}
 
     return divide
 
@@ -268,7 +286,8 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
         text = _words({"text": batch["text"][0]}, "text", f"{where}: document {numbers[0] + 1}")
         blocks = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True, verbose=False)
-        return {name: blocks[name] for name in ("input_ids", "attention_mask")}
+        found = {name: blocks[name] for name in ("input_ids", "attention_mask")}
+        return found | {"number": [numbers[0] + 1] * len(found["input_ids"])}
 
     return divide
 
