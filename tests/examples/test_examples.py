@@ -33,6 +33,8 @@ SCRIPTS = {
 """The kind of model that each is for."""
 RUNS = [name for name in SCRIPTS if name != "preferences"]
 """Those that `fastpeft train` does too."""
+ALONE = {"reviews": "encoder"}
+"""Those that it does alone, in short runs of their own too."""
 
 ModelOf = Callable[[str], Path]
 
@@ -48,10 +50,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.full) for name in ALONE)])
 def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    changes = ["--model.name", str(model_of(SCRIPTS[name])), "--output-dir", str(folder), "--max-steps", "2"]
+    changes = ["--model.name", str(model_of((SCRIPTS | ALONE)[name])), "--output-dir", str(folder), "--max-steps", "2"]
     assert app.run(["train", f"examples/{name}.yaml", "--quiet", *changes]) == 0, capsys.readouterr().err
     assert "2 steps, loss " in capsys.readouterr().out
     assert (folder / "adapter_model.safetensors").is_file()
@@ -111,7 +113,7 @@ class TestWhatIsThere:
     def test_every_file_has_a_test_and_a_line(self) -> None:
         table = (EXAMPLES / "README.md").read_text()
         assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
-        assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(RUNS)
+        assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*RUNS, *ALONE}
         for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]:
             assert f"examples/{path.name}" in table
         for path in (EXAMPLES / "data").glob("*.*l"):
@@ -122,14 +124,14 @@ class TestWhatIsThere:
         named = re.findall(r"\b(?:examples|notebooks|docs)/[\w./-]+\w", table)
         assert named and not [name for name in named if not (ROOT / name).exists()]
 
-    @pytest.mark.parametrize("name", RUNS)
+    @pytest.mark.parametrize("name", [*RUNS, *ALONE])
     def test_a_configuration_says_nothing_twice(self, name: str) -> None:
         """Defaults are left out but for those that readers look for."""
         config = FastpeftConfig.from_yaml(EXAMPLES / f"{name}.yaml")
         assert config.data.path.startswith("examples/data/") and config.training.output_dir == f"runs/{name}"
         given = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
         default = FastpeftConfig().to_dict()
-        shown = {"method", "lora.r", "lora.alpha", "data.max_length", "training.learning_rate"}
+        shown = {"method", "lora.r", "lora.alpha", "data.max_length", "training.learning_rate", "strategy.name"}
         shown |= {"training.per_device_train_batch_size"}
         for section, values in given.items():
             for key, value in values.items() if isinstance(values, dict) else ():

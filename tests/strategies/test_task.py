@@ -136,11 +136,13 @@ def test_answers_are_learned_and_beat_the_most_frequent_one(
 def test_figures_are_those_of_plain_peft(model: str, tmp_path: Path, data: Path, checkpoints: Checkpoints) -> None:
     if model != "bert":
         write_completions(data)
-    found = run(tmp_path / "run", checkpoints, data, model=model)
-    plain = run(tmp_path / "plain", checkpoints, data, "--acceleration.enabled", "false", model=model)
+    slow = ["--learning-rate", "3e-3", "--max-steps", "8"]  # a high rate makes other runs of other roundings
+    found = run(tmp_path / "run", checkpoints, data, *slow, model=model)
+    plain = run(tmp_path / "plain", checkpoints, data, *slow, "--acceleration.enabled", "false", model=model)
+    assert found.losses == pytest.approx(plain.losses, rel=1e-3)
     assert metrics(plain).keys() == metrics(found).keys()
     for name, metric in metrics(plain).items():
-        assert metrics(found)[name]["value"] == pytest.approx(metric["value"], rel=0.02, abs=0.02), name
+        assert metrics(found)[name]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-3), name
 
 
 @pytest.mark.full
