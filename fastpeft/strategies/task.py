@@ -176,7 +176,7 @@ class TaskAdaptive(Strategy):
         if wanted is None:
             return
         if task != "sequence-classification":
-            raise UserError(f"{class_weights.KEY}: expected null for task {task}, got {wanted}")
+            raise UserError(f"strategy.options.class_weights: expected null for task {task}, got {wanted}")
         if wanted != "balanced":
             class_weights.check_weights(wanted, prepared.config.data.labels or [])
 

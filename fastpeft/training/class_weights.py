@@ -9,17 +9,17 @@ from typing import Any, Literal
 from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean
 
-KEY = "strategy.options.class_weights"
-
 
 def check_weights(weights: dict[str, float], labels: Sequence[str]) -> None:
     """Raise UserError for a weight that is not above 0, or of no class."""
     for label, weight in weights.items():
         if label not in labels:
             hint = did_you_mean(label, labels)
-            raise UserError(f"{KEY}: expected classes of {', '.join(labels)}, got {label!r}{hint}")
+            raise UserError(
+                f"strategy.options.class_weights: expected classes of {', '.join(labels)}, got {label!r}{hint}"
+            )
         if not 0 < weight < math.inf:
-            raise UserError(f"{KEY}.{label}: expected a number above 0, got {weight}")
+            raise UserError(f"strategy.options.class_weights.{label}: expected a number above 0, got {weight}")
 
 
 def weights_of(

@@ -7,8 +7,6 @@ from typing import Any
 
 from fastpeft.errors import UserError
 
-KEY = "strategy.options.layer_rate_decay"
-
 
 @dataclass(frozen=True)
 class Level:
@@ -41,7 +39,8 @@ def levels(model: Any) -> list[Level]:
         stacks.setdefault(path.rpartition(".")[0], []).append(path)
     if not stacks:
         raise UserError(
-            f"{KEY}: expected a model of layers that transformers marks as such, got {type(model).__name__}"
+            "strategy.options.layer_rate_decay: expected a model of layers that transformers marks as such, "
+            f"got {type(model).__name__}"
         )
     of_layer = {
         path: (f"layer {number} of {len(paths)}", len(paths) - number + 1)
@@ -78,9 +77,15 @@ def use_layer_rates(trainer: Any, decay: float) -> list[tuple[str, float, int]]:
     arguments, model = trainer.args, trainer.model
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
-        raise UserError(f"{KEY}: expected an optimizer of groups of parameters, got {arguments.optim.value}")
+        raise UserError(
+            "strategy.options.layer_rate_decay: expected an optimizer of groups of parameters, "
+            f"got {arguments.optim.value}"
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UserError(f"{KEY}: expected null with FSDP or DeepSpeed, which make the optimizer by themselves")
+        raise UserError(
+            "strategy.options.layer_rate_decay: expected null with FSDP or DeepSpeed, "
+            "which make the optimizer by themselves"
+        )
     settings.pop("lr", None)
     decayed = set(trainer.get_decay_parameter_names(model))
     named = dict(model.named_parameters())

@@ -14,8 +14,6 @@ from fastpeft.errors import RunFailed, UserError
 
 from .folder import RATES
 
-KEY = "strategy.options.rate_search"
-
 
 @dataclass(frozen=True)
 class RateSearch:
@@ -38,14 +36,21 @@ class RateSearch:
     def check(self) -> None:
         """Raises UserError for rates that are none or fewer than two, or numbers out of range."""
         if (self.rates is None) == (self.low is None and self.high is None):
-            raise UserError(f"{KEY}: expected either rates, or low and high")
+            raise UserError("strategy.options.rate_search: expected either rates, or low and high")
         if self.rates is None and not (self.low is not None and self.high is not None and 0 < self.low < self.high):
-            raise UserError(f"{KEY}.low: expected more than 0 and less than {KEY}.high, got {self.low} and {self.high}")
+            raise UserError(
+                f"strategy.options.rate_search.low: expected more than 0 and less than "
+                f"strategy.options.rate_search.high, got {self.low} and {self.high}"
+            )
         for name, least in (("count", 2), ("steps", 1), ("rows", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"{KEY}.{name}: expected at least {least}, got {getattr(self, name)}")
+                raise UserError(
+                    f"strategy.options.rate_search.{name}: expected at least {least}, got {getattr(self, name)}"
+                )
         if self.rates is not None and (len(set(self.rates)) < 2 or not all(0 < rate < math.inf for rate in self.rates)):
-            raise UserError(f"{KEY}.rates: expected at least two different ones above 0, got {self.rates}")
+            raise UserError(
+                f"strategy.options.rate_search.rates: expected at least two different ones above 0, got {self.rates}"
+            )
 
     @property
     def tried(self) -> list[float]:
@@ -94,7 +99,8 @@ def best(trials: list[Trial]) -> Trial:
     """
     found = min(trials, key=lambda trial: (trial.loss, trial.rate))
     if math.isinf(found.loss):
-        raise RunFailed(f"{KEY}: no rate gave a loss that is a number: {', '.join(f'{t.rate:g}' for t in trials)}")
+        tried = ", ".join(f"{trial.rate:g}" for trial in trials)
+        raise RunFailed(f"strategy.options.rate_search: no rate gave a loss that is a number: {tried}")
     return found
 
 
