@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
 from fastpeft.training.findings import Findings, Section
 from fastpeft.training.layer_rates import use_layer_rates
+from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared
 from fastpeft.training.rate_search import RateSearch, Trial
 
@@ -107,18 +109,11 @@ class TaskAdaptive(Strategy):
         self._trials = (checkpoint and rate_search.read(checkpoint.parent)) or []
         if not self._trials:
             assert prepared.validation is not None
-            device = pick_device()
-            dtype = pick_dtype(prepared.config.model.dtype, device)
             short = replace(prepared, validation=prepared.validation.first(search.rows))
             for rate in search.tried:
                 console.print(f"trying learning rate {rate:g} for {search.steps} steps", highlight=False)
-                trial = rate_search.try_rate(
-                    lambda given: self.trainer(short, self.load(short, device, dtype), given, []),
-                    arguments,
-                    rate,
-                    search.steps,
-                )
-                self._trials.append(trial)
+                make = partial(self._fresh_trainer, short)
+                self._trials.append(rate_search.try_rate(make, arguments, rate, search.steps))
         chosen = copy.copy(arguments)
         chosen.learning_rate = rate_search.best(self._trials).rate
         return chosen
@@ -134,7 +129,7 @@ class TaskAdaptive(Strategy):
             weights = class_weights.weights_of(wanted, labels, classes)
             trainer.compute_loss_func = class_weights.weighted_loss(weights, arguments.label_smoothing_factor)
         if (decay := self.options.layer_rate_decay) is not None:
-            self._levels = use_layer_rates(trainer, decay)
+            self._levels = use_layer_rates(trainer, prepared.config.training.optim, decay)
         return trainer
 
     def is_over(self, checkpoint: Path) -> bool:
@@ -166,6 +161,14 @@ class TaskAdaptive(Strategy):
             lines += [f"| {name} | {rate:.3g} | {count:,} |" for name, rate, count in self._levels]
             sections.append(Section("Learning rates by layer", "\n".join(lines)))
         return replace(found, sections=tuple(sections), notes=tuple(notes))
+
+    def _fresh_trainer(self, prepared: Prepared, arguments: Any) -> Any:
+        device, name = pick_device(), prepared.config.training.optim
+        model = self.load(prepared, device, pick_dtype(prepared.config.model.dtype, device))
+        optimizer = chosen_optimizer(name, arguments, model)
+        trainer = self.trainer(prepared, model, arguments, [])
+        set_optimizer(trainer, name, optimizer)
+        return trainer
 
     @property
     def _chooses(self) -> bool:

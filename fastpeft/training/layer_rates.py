@@ -7,6 +7,8 @@ from typing import Any
 
 from fastpeft.errors import UserError
 
+from .optimizers import chosen_optimizer
+
 
 @dataclass(frozen=True)
 class Level:
@@ -60,10 +62,11 @@ def levels(model: Any) -> list[Level]:
     return [Level(label, below, tuple(found[below, label])) for below, label in sorted(found)]
 
 
-def use_layer_rates(trainer: Any, decay: float) -> list[tuple[str, float, int]]:
+def use_layer_rates(trainer: Any, optimizer: str, decay: float) -> list[tuple[str, float, int]]:
     """Give a trainer its optimizer, with groups by level; before it trains.
 
     Args:
+        optimizer: `training.optim`.
         decay: each level's rate is so many times that of the one above.
 
     Returns:
@@ -72,14 +75,11 @@ def use_layer_rates(trainer: Any, decay: float) -> list[tuple[str, float, int]]:
     Raises:
         UserError: a model whose layers are not known, or an optimizer that takes no groups of parameters.
     """
-    from transformers import Trainer
-
     arguments, model = trainer.args, trainer.model
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    kind, settings = chosen_optimizer(optimizer, arguments, model)
     if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
         raise UserError(
-            "strategy.options.layer_rate_decay: expected an optimizer of groups of parameters, "
-            f"got {arguments.optim.value}"
+            f"strategy.options.layer_rate_decay: expected an optimizer of groups of parameters, got {optimizer}"
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UserError(

@@ -62,7 +62,7 @@ def test_the_optimizers_groups_have_these_rates(checkpoints: Checkpoints, tmp_pa
     model = model_of("bert", checkpoints)
     arguments = TrainingArguments(str(tmp_path), learning_rate=RATE, weight_decay=0.1, report_to=[], use_cpu=True)
     trainer = Trainer(model, arguments)
-    said = use_layer_rates(trainer, DECAY)
+    said = use_layer_rates(trainer, "adamw_torch", DECAY)
     trainer.create_optimizer()
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     rates = {
@@ -87,4 +87,4 @@ def test_models_without_known_layers_and_other_optimizers_are_refused(checkpoint
     trainer = Trainer(model_of("bert", checkpoints), arguments)
     trainer = SimpleNamespace(args=arguments, model=trainer.model, is_fsdp_enabled=True, is_deepspeed_enabled=False)
     with pytest.raises(UserError, match="expected null with FSDP"):
-        use_layer_rates(trainer, DECAY)
+        use_layer_rates(trainer, "adamw_torch", DECAY)
