@@ -18,13 +18,14 @@ class Encoded:
     Attributes:
         rows: a `datasets.Dataset` with input_ids (list of int) and labels (list of int, IGNORED where not learned; one
             number for a class, a list of 0.0 and 1.0 for several), or start_positions and end_positions (int) of an
-            answer, and attention_mask where the model's encoder wants one. Where `source` is given, the column
-            `example` has the number of the row there that each was made of.
+            answer, and attention_mask where the model's encoder wants one.
         cut: how many were longer than max_length.
         dropped: how many had nothing left to learn after that, and are not among `rows`.
         tokens: in all rows.
         were_cut: for each of `rows`, whether it was longer than max_length.
-        source: the rows as they were read, of tasks that are measured on words or characters; else None.
+        raw: all rows as they were read, under the names of columns that are expected.
+        numbers: for each of `rows`, which of `raw` it came from, counted from 1; blocks of one document, and windows
+            over one context, share theirs.
     """
 
     rows: Any
@@ -32,7 +33,8 @@ class Encoded:
     dropped: int
     tokens: int
     were_cut: tuple[bool, ...]
-    source: Any = None
+    raw: Any
+    numbers: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,12 +49,12 @@ class Encoded:
         return fingerprint(self.rows)
 
     def groups(self) -> list[list[int]]:
-        """Numbers of the rows that were made of the same one: windows over a text; else one each."""
-        if "example" not in self.rows.column_names:
-            return [[number] for number in range(len(self))]
+        """Places of the rows that were made of the same one, if they are windows over a text; else one each."""
+        if "start_positions" not in self.rows.column_names:
+            return [[place] for place in range(len(self))]
         found: dict[int, list[int]] = {}
-        for number, example in enumerate(self.rows["example"]):
-            found.setdefault(example, []).append(number)
+        for place, number in enumerate(self.numbers):
+            found.setdefault(number, []).append(place)
         return list(found.values())
 
     def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
@@ -65,9 +67,15 @@ class Encoded:
         held = sum(self.were_cut[row] for row in second)
         return self._part(first, self.cut - held, self.dropped), self._part(second, held, 0)
 
-    def _part(self, numbers: Sequence[int], cut: int, dropped: int) -> Encoded:
-        rows = self.rows.select(numbers)
-        return Encoded(rows, cut, dropped, tokens_in(rows), tuple(self.were_cut[row] for row in numbers), self.source)
+    def first(self, count: int) -> Encoded:
+        """At most so many of the rows, from the beginning."""
+        places = range(min(count, len(self)))
+        return self._part(places, sum(self.were_cut[place] for place in places), 0)
+
+    def _part(self, places: Sequence[int], cut: int, dropped: int) -> Encoded:
+        rows = self.rows.select(places)
+        were_cut, numbers = (tuple(each[place] for place in places) for each in (self.were_cut, self.numbers))
+        return Encoded(rows, cut, dropped, tokens_in(rows), were_cut, self.raw, numbers)
 
 
 def tokens_in(rows: Any) -> int:

@@ -58,7 +58,8 @@ def encode(
         divide = _divide_masked(tokenizer, limit, where) if task == "masked-lm" else _divide(make, limit, where)
         with in_temporary_files():
             blocks = rows.map(divide, batched=True, batch_size=1, **options).filter(learns)
-        return _counted(blocks, 0, 0, limit, (False,) * len(blocks))
+            blocks = blocks.add_column("cut", [False] * len(blocks))
+        return _counted(blocks, 0, 0, limit, rows)
 
     every = max(1, len(rows) // 100)
 
@@ -66,19 +67,17 @@ def encode(
         if number % every == 0:
             seen(number)
         encoded = make(row, f"{where}: row {number + 1}")
-        marks = {"example": number} if kind.name == "tagged" else {}
+        mark = {"number": number + 1}
         if "cut" in encoded:  # already, where that was to be done
-            return encoded | marks
+            return encoded | mark
         cut = any(len(values) > limit for values in encoded.values())
-        return {name: values[:limit] for name, values in encoded.items()} | {"cut": cut}
+        return {name: values[:limit] for name, values in encoded.items()} | {"cut": cut} | mark
 
     with in_temporary_files():
         examples = rows.map(one, **options)
         learnable = examples.filter(learns)
     dropped = len(examples) - len(learnable)
-    were_cut = tuple(learnable["cut"])
-    source = rows if kind.name == "tagged" else None
-    return _counted(learnable.remove_columns("cut"), sum(examples["cut"]), dropped, limit, were_cut, source)
+    return _counted(learnable, sum(examples["cut"]), dropped, limit, rows)
 
 
 def _windowed(
@@ -92,17 +91,19 @@ def _windowed(
         if number % every == 0:
             seen(number)
         found = make({name: values[0] for name, values in batch.items()}, f"{where}: row {number + 1}")
-        return {name: [row[name] for row in found] for name in found[0]} | {"example": [number] * len(found)}
+        columns = {name: [row[name] for row in found] for name in found[0]}
+        return columns | {"number": [number + 1] * len(found), "cut": [False] * len(found)}
 
     options = {"with_indices": True, "remove_columns": rows.column_names}
-    examples = rows.map(several, batched=True, batch_size=1, **options)
-    return _counted(examples, 0, 0, limit, (False,) * len(examples), rows)
+    return _counted(rows.map(several, batched=True, batch_size=1, **options), 0, 0, limit, rows)
 
 
-def _counted(rows: Any, cut: int, dropped: int, limit: int, were_cut: tuple[bool, ...], source: Any = None) -> Encoded:
-    if len(rows) == 0:
+def _counted(marked: Any, cut: int, dropped: int, limit: int, raw: Any) -> Encoded:
+    """From rows that still have the columns `cut` and `number`."""
+    if len(marked) == 0:
         raise UserError(f"data.max_length: expected rows with something to learn within {limit} tokens, got none")
-    return Encoded(rows, cut, dropped, tokens_in(rows), were_cut, source)
+    rows = marked.remove_columns(["cut", "number"])
+    return Encoded(rows, cut, dropped, tokens_in(rows), tuple(marked["cut"]), raw, tuple(marked["number"]))
 
 
 @contextmanager
@@ -253,10 +254,9 @@ def _divide(
 
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
         whole = make({name: values[0] for name, values in batch.items()}, f"{where}: document {numbers[0] + 1}")
-        return {
-            name: [values[start : start + length] for start in range(0, len(values) - 1, length)]
-            for name, values in whole.items()
-        }
+        starts = range(0, len(next(iter(whole.values()))) - 1, length)
+        blocks = {name: [values[start : start + length] for start in starts] for name, values in whole.items()}
+        return blocks | {"number": [numbers[0] + 1] * len(starts)}
 
     return divide
 
@@ -267,7 +267,8 @@ def _divide_masked(tokenizer: Any, length: int, where: str) -> Callable[[dict[st
     def divide(batch: dict[str, list[Any]], numbers: list[int]) -> Row:
         text = words_of({"text": batch["text"][0]}, "text", f"{where}: document {numbers[0] + 1}")
         blocks = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True, verbose=False)
-        return {name: blocks[name] for name in ("input_ids", "attention_mask")}
+        found = {name: blocks[name] for name in ("input_ids", "attention_mask")}
+        return found | {"number": [numbers[0] + 1] * len(found["input_ids"])}
 
     return divide
 

@@ -75,13 +75,18 @@ def mixed(domain: Encoded, general: Encoded, share: float, seed: int) -> Mix:
     names = [name for name in domain.rows.column_names if name in general.rows.column_names]
     ours, theirs = domain.rows.select_columns(names), general.rows.select_columns(names).select(taken)
     rows = datasets.concatenate_datasets([ours, theirs.cast(ours.features)])
-    were_cut = [*domain.were_cut, *(general.were_cut[number] for number in taken)]
+    were_cut = [*domain.were_cut, *(general.were_cut[place] for place in taken)]
+    texts = [each.raw.select_columns(["text"]) for each in (domain, general)]
+    raw = datasets.concatenate_datasets([texts[0], texts[1].cast(texts[0].features)])
+    numbers = [*domain.numbers, *(len(domain.raw) + general.numbers[place] for place in taken)]
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     encoded = Encoded(
         rows.select(shuffled),
         domain.cut + sum(were_cut[len(domain) :]),
         domain.dropped,
         domain.tokens + tokens,
-        tuple(were_cut[number] for number in shuffled),
+        tuple(were_cut[place] for place in shuffled),
+        raw,
+        tuple(numbers[place] for place in shuffled),
     )
     return Mix(encoded, len(taken), tokens, tokens < wanted)

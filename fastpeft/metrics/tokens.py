@@ -95,7 +95,7 @@ def _metric(name: str, of: Callable[..., float], counts: Any, base: Any) -> Metr
 
 
 def _words_and_tags(encoded: Encoded) -> tuple[list[list[str]], list[list[str]]]:
-    rows = encoded.source.select(encoded.rows["example"])
+    rows = encoded.raw.select([number - 1 for number in encoded.numbers])
     return rows["tokens"][:], [[str(tag) for tag in tags] for tags in rows["tags"]]
 
 

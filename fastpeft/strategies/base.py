@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -64,6 +65,17 @@ class Strategy:
         """The rows as they are to be encoded; called by `prepare`. May hold an evaluation back."""
         return raw
 
+    def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
+        """The trainer's arguments, with what short runs of the strategy's own decide.
+
+        Args:
+            prepared: model and data.
+            arguments: as the configuration has them; they stay as they are.
+            checkpoint: that the run goes on from; None to begin.
+            console: for progress.
+        """
+        return arguments
+
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
         """The model with what is trained in it, accelerated."""
         return load_model(prepared, device, dtype, self.change)
@@ -78,10 +90,14 @@ class Strategy:
 
     def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
         """transformers' Trainer or one of its kind, with collator, loss and metrics."""
-        evaluation = None if prepared.evaluation is None else prepared.evaluation.rows
+        evaluation = None if prepared.watched is None else prepared.watched.rows
         return build_trainer(
             prepared.config.model.task, model, prepared.tokenizer, arguments, prepared.rows.rows, evaluation, callbacks
         )
+
+    def is_over(self, checkpoint: Path) -> bool:
+        """Whether a run ended at this checkpoint though it has steps left."""
+        return False
 
     def before(self, prepared: Prepared, trainer: Any) -> None:
         """Measure what the result is compared with. The model is as loaded; in a resumed run too."""

@@ -83,7 +83,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
         run_folder.check_data(target, fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
-    evaluates = prepared.evaluation is not None
+    evaluates = prepared.watched is not None
     arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
     if checkpoint is not None:
         run_folder.check_processes(target, arguments.world_size)
@@ -109,6 +109,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     task = config.model.task
+    arguments = strategy.settle(prepared, ready.arguments, checkpoint, console)
     console.print("loading the model", highlight=False)
     model = strategy.load(prepared, device, dtype)
     if config.data.packing:
@@ -116,8 +117,8 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     notes = _notes(model, prepared, dtype, console)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
-    optimizer = chosen_optimizer(config.training.optim, ready.arguments, model)
-    trainer = strategy.trainer(prepared, model, ready.arguments, callbacks)
+    optimizer = chosen_optimizer(config.training.optim, arguments, model)
+    trainer = strategy.trainer(prepared, model, arguments, callbacks)
     set_optimizer(trainer, config.training.optim, optimizer)
     if config.memory.retry:
         fastpeft.retry_steps(trainer)
@@ -129,7 +130,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     strategy.before(prepared, trainer)
     explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
     with stop, progress, PeakMemory(device) as peak, explained:
-        if checkpoint is not None and _is_done(checkpoint, config, console):
+        if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
             _restore(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -197,6 +198,8 @@ def _restore(trainer: Any, checkpoint: Path) -> None:
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
 
 
 def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:

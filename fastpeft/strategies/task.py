@@ -1,62 +1,239 @@
-"""Task-adaptive fine-tuning: one labelled task, measured row by row."""
+"""Task-adaptive fine-tuning: one labelled task, its data checked before, its result measured row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import copy
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.data.checks import leak_note, leaked, notes_on, samples
 from fastpeft.data.encoded import Encoded
-from fastpeft.metrics import answers, multilabel, regression, tokens
-from fastpeft.metrics.classification import accuracy, f1_macro
-from fastpeft.metrics.intervals import over_rows
-from fastpeft.training.findings import Findings, Metric
+from fastpeft.data.kinds import kind_of
+from fastpeft.data.labels import SINGLE
+from fastpeft.data.near import nearly_leaked
+from fastpeft.errors import UserError
+from fastpeft.models.devices import pick_device, pick_dtype
+from fastpeft.training import class_weights, rate_search
+from fastpeft.training.findings import Findings, Section
+from fastpeft.training.layer_rates import use_layer_rates
+from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared
+from fastpeft.training.rate_search import RateSearch, Trial
 
 from .base import Strategy
+from .figures import Figures
 
-MEASURES: dict[str, Callable[[Any, Encoded, Encoded, Sequence[str]], Findings]] = {
-    "token-classification": tokens.measure,
-    "question-answering": answers.measure,
-    "multi_label_classification": multilabel.measure,
-    "regression": regression.measure,
-}
-"""What is measured on the rows of the evaluation, by data.problem_type or else the task."""
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """`strategy.options` of task-adaptive fine-tuning.
+
+    Attributes:
+        class_weights: of the loss, for classes: "balanced", or by label; null: all the same.
+        early_stopping: end after so many evaluations without a lower loss, with the adapter of the lowest; null: never.
+        layer_rate_decay: each layer learns at so many times the rate of the one above; null: all at the same.
+        rate_search: choose training.learning_rate by short runs; null: take it as it is.
+        validation_fraction: share of the training rows held back for early_stopping and rate_search to look at.
+        generate: how many prompts of the evaluation are answered, before training and after; 0 for none.
+        before: measure the model before training too.
+        leaks: what is done where rows to evaluate on are trained on.
+        near_duplicates: rows count as trained on whose text is at least so much like a training row's; null: the same.
+    """
+
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    early_stopping: int | None = None
+    layer_rate_decay: float | None = None
+    rate_search: RateSearch | None = None
+    validation_fraction: float = 0.1
+    generate: int = 50
+    before: bool = True
+    leaks: Literal["note", "error"] = "note"
+    near_duplicates: float | None = None
 
 
 class TaskAdaptive(Strategy):
     """Supervised fine-tuning, as transformers' Trainer and TRL's SFTTrainer do it."""
 
     name: ClassVar[str] = "task"
+    Options: ClassVar[type] = TaskOptions
+    options: TaskOptions
+
+    def __init__(self, config: FastpeftConfig) -> None:
+        super().__init__(config)
+        self._trials: list[Trial] = []
+        self._levels: list[tuple[str, float, int]] = []
+        self._figures: Figures | None = None
+
+    def check(self) -> None:
+        options = self.options
+        if options.early_stopping is not None and options.early_stopping < 1:
+            raise UserError(f"strategy.options.early_stopping: expected at least 1, got {options.early_stopping}")
+        for name, value in (
+            ("layer_rate_decay", options.layer_rate_decay),
+            ("near_duplicates", options.near_duplicates),
+            ("validation_fraction", options.validation_fraction),
+        ):
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"strategy.options.{name}: expected more than 0 and less than 1, got {value}")
+        if options.generate < 0:
+            raise UserError(f"strategy.options.generate: expected at least 0, got {options.generate}")
+        if options.rate_search is not None:
+            options.rate_search.check()
+
+    def prepare(self, console: Console) -> Prepared:
+        prepared = super().prepare(console)
+        self._check_task(prepared)
+        notes = self._look_at_rows(prepared)
+        validation = None
+        if self._chooses:
+            prepared, validation = _held_back(prepared, self.options.validation_fraction)
+            notes.append(
+                f"{len(validation)} training rows are held back to choose by (strategy.options.validation_fraction): "
+                "the evaluation losses during training are over them"
+            )
+        if self.options.early_stopping is not None:
+            prepared = replace(prepared, config=_with_early_stopping(prepared.config))
+        self.config = prepared.config
+        return replace(prepared, notes=[*prepared.notes, *notes], validation=validation)
+
+    def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
+        search = self.options.rate_search
+        if search is None:
+            return arguments
+        self._trials = (checkpoint and rate_search.read(checkpoint.parent)) or []
+        if not self._trials:
+            assert prepared.validation is not None
+            short = replace(prepared, validation=prepared.validation.first(search.rows))
+            for rate in search.tried:
+                console.print(f"trying learning rate {rate:g} for {search.steps} steps", highlight=False)
+                make = partial(self._fresh_trainer, short)
+                self._trials.append(rate_search.try_rate(make, arguments, rate, search.steps))
+        chosen = copy.copy(arguments)
+        chosen.learning_rate = rate_search.best(self._trials).rate
+        return chosen
+
+    def callbacks(self, prepared: Prepared) -> list[TrainerCallback]:
+        patience = self.options.early_stopping
+        return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+    def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
+        trainer = super().trainer(prepared, model, arguments, callbacks)
+        if (wanted := self.options.class_weights) is not None:
+            labels, classes = prepared.config.data.labels or [], prepared.rows.rows["labels"]
+            weights = class_weights.weights_of(wanted, labels, classes)
+            trainer.compute_loss_func = class_weights.weighted_loss(weights, arguments.label_smoothing_factor)
+        if (decay := self.options.layer_rate_decay) is not None:
+            self._levels = use_layer_rates(trainer, prepared.config.training.optim, decay)
+        return trainer
+
+    def is_over(self, checkpoint: Path) -> bool:
+        patience = self.options.early_stopping
+        if patience is None:
+            return False
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        stopping = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+        return bool(stopping.get("early_stopping_patience_counter", 0) >= patience)
+
+    def before(self, prepared: Prepared, trainer: Any) -> None:
+        if self._trials and trainer.is_world_process_zero():
+            rate_search.write(self._trials, Path(trainer.args.output_dir))
+        if prepared.evaluation is not None:
+            self._figures = Figures(prepared, self.options.generate)
+            if self.options.before:
+                self._figures.measure_before(prepared, trainer)
 
     def after(self, prepared: Prepared, trainer: Any) -> Findings:
-        config = prepared.config
-        kind = config.data.problem_type or config.model.task
-        if prepared.evaluation is not None and kind in MEASURES:
-            predictions = trainer.predict(prepared.evaluation.rows).predictions
-            return MEASURES[kind](predictions, prepared.rows, prepared.evaluation, config.data.labels or ())
-        if prepared.evaluation is None or config.model.task != "sequence-classification":
-            return Findings()
-        import numpy as np
+        found = Findings() if self._figures is None else self._figures.findings(prepared, trainer)
+        sections, notes = list(found.sections), list(found.notes)
+        if self._trials:
+            sections.append(Section("Learning-rate search", rate_search.table(self._trials)))
+            ends = {self._trials[0].rate: "lowest", self._trials[-1].rate: "highest"}
+            if end := ends.get(rate_search.best(self._trials).rate):
+                notes.append(f"the rate that was taken is the {end} that was tried: a better one may lie beyond it")
+        if self._levels:
+            lines = ["| | peak learning rate | trained values |", "|---|---|---|"]
+            lines += [f"| {name} | {rate:.3g} | {count:,} |" for name, rate, count in self._levels]
+            sections.append(Section("Learning rates by layer", "\n".join(lines)))
+        return replace(found, sections=tuple(sections), notes=tuple(notes))
 
-        logits = trainer.predict(prepared.evaluation.rows).predictions
-        guessed = np.argmax(logits[0] if isinstance(logits, tuple) else logits, axis=-1)
-        true = np.asarray(prepared.evaluation.rows["labels"])
-        usual = np.bincount(np.asarray(prepared.rows.rows["labels"])).argmax()
-        most = np.full_like(true, usual)
-        against = "the training rows' most frequent class"
-        metrics = tuple(
-            Metric(name, *over_rows(of, true, guessed), len(true), of(true, most), against)
-            for name, of in (("accuracy", accuracy), ("F1, mean of the classes", f1_macro))
+    def _fresh_trainer(self, prepared: Prepared, arguments: Any) -> Any:
+        device, name = pick_device(), prepared.config.training.optim
+        model = self.load(prepared, device, pick_dtype(prepared.config.model.dtype, device))
+        optimizer = chosen_optimizer(name, arguments, model)
+        trainer = self.trainer(prepared, model, arguments, [])
+        set_optimizer(trainer, name, optimizer)
+        return trainer
+
+    @property
+    def _chooses(self) -> bool:
+        return self.options.early_stopping is not None or self.options.rate_search is not None
+
+    def _check_task(self, prepared: Prepared) -> None:
+        wanted, task = self.options.class_weights, prepared.config.model.task
+        if wanted is None:
+            return
+        if task != "sequence-classification":
+            raise UserError(f"strategy.options.class_weights: expected null for task {task}, got {wanted}")
+        if (problem := prepared.config.data.problem_type) != SINGLE:
+            raise UserError(
+                f"strategy.options.class_weights: expected null for data.problem_type {problem}, got {wanted}"
+            )
+        if wanted != "balanced":
+            class_weights.check_weights(wanted, prepared.config.data.labels or [])
+
+    def _look_at_rows(self, prepared: Prepared) -> list[str]:
+        """Notes on the data. Raises UserError for rows to evaluate on that are trained on, where that is asked for."""
+        task = prepared.config.model.task
+        kind = kind_of(prepared.rows.raw.column_names, task)
+        training = samples(prepared.rows, kind)
+        evaluation = [] if prepared.evaluation is None else samples(prepared.evaluation, kind)
+        if prepared.evaluation is not None and prepared.evaluation.raw is prepared.rows.raw:
+            divided = set(prepared.rows.numbers)  # blocks of a document that has some on either side
+            evaluation = [row for row in evaluation if row.number not in divided]
+        notes = notes_on(training, evaluation, labelled=prepared.config.data.problem_type == SINGLE)
+        threshold = self.options.near_duplicates
+        found = leaked(training, evaluation) if threshold is None else nearly_leaked(training, evaluation, threshold)
+        if not found:
+            return notes
+        if self.options.leaks == "error":
+            raise UserError(f"strategy.options.leaks: {leak_note(found, len(evaluation))}")
+        return [*notes, leak_note(found, len(evaluation))]
+
+
+def _held_back(prepared: Prepared, fraction: float) -> tuple[Prepared, Encoded]:
+    count = max(1, round(len(prepared.rows) * fraction))
+    if count >= len(prepared.rows):
+        raise UserError(
+            "strategy.options.validation_fraction: expected at least one training row on either side, "
+            f"got {len(prepared.rows)} in all"
         )
-        return Findings(metrics, _collapsed(guessed, true, prepared.config.data.labels or []))
+    rows, validation = prepared.rows.divided(count, prepared.config.training.seed)
+    return replace(prepared, rows=rows), validation
 
 
-def _collapsed(guessed: Any, true: Any, labels: list[str]) -> tuple[str, ...]:
-    """A warning where one class is all that is ever predicted, though the rows have more."""
-    found = {int(label) for label in guessed}
-    if len(found) > 1 or len({int(label) for label in true}) == 1:
-        return ()
-    return (
-        f"the model predicts {labels[found.pop()]!r} for every row of the evaluation: it has learned nothing; "
-        "a lower training.learning_rate, more steps, or other lora.target_modules may help",
-    )
+def _with_early_stopping(config: FastpeftConfig) -> FastpeftConfig:
+    """Checkpoints where it is evaluated, of which the best is loaded in the end."""
+    training = config.training
+    own = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,  # a resumed run has waited as long as one without a break
+    }
+    for name, value in own.items():
+        if training.extra.get(name, value) != value:
+            raise UserError(
+                f"training.extra.{name}: expected {value} with strategy.options.early_stopping, "
+                f"got {training.extra[name]}"
+            )
+    steps = training.eval_steps if training.save_steps is None else training.save_steps
+    evaluated = steps if training.eval_steps is None else training.eval_steps
+    training = replace(training, extra=training.extra | own, save_steps=steps, eval_steps=evaluated)
+    return replace(config, training=training)

@@ -61,6 +61,10 @@ class Findings:
     notes: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
 
+    def __add__(self, other: Findings) -> Findings:
+        """Both, the other's after these."""
+        return Findings(self.metrics + other.metrics, self.notes + other.notes, self.sections + other.sections)
+
     def lines(self) -> list[str]:
         """Markdown: a table of the metrics, then the sections; the notes stand elsewhere."""
         found: list[str] = []

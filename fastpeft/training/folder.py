@@ -16,6 +16,7 @@ from fastpeft.paths import can_be_made
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
+RATES = "rate_search.json"
 OWN = (
     CONFIG,
     RUN,
@@ -23,6 +24,7 @@ OWN = (
     LOSS,
     FINGERPRINT,
     PROCESSES,
+    RATES,
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -58,6 +58,8 @@ class Prepared:
         chat_template: what it is called; empty without chats.
         notes: what should be looked at.
         memory: what layers keep, decided once all else is known.
+        validation: training rows that a strategy holds back to choose by, so that `evaluation` need not be; None if it
+            chooses nothing.
     """
 
     config: FastpeftConfig
@@ -67,6 +69,12 @@ class Prepared:
     chat_template: str
     notes: list[str]
     memory: Decision = field(default_factory=Decision)
+    validation: Encoded | None = None
+
+    @property
+    def watched(self) -> Encoded | None:
+        """The rows whose loss is looked at during training."""
+        return self.evaluation if self.validation is None else self.validation
 
 
 def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw] = lambda raw: raw) -> Prepared:

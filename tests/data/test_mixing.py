@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import datasets
 import pytest
 
@@ -13,7 +15,9 @@ from fastpeft.errors import UserError
 def encoded(first: int, lengths: list[int]) -> Encoded:
     ids = [[first + number] * length for number, length in enumerate(lengths)]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-    return Encoded(rows, 0, 0, sum(lengths), tuple(length > 9 for length in lengths))
+    raw = datasets.Dataset.from_dict({"text": [str(first + number) for number in range(len(lengths))]})
+    were_cut, numbers = tuple(length > 9 for length in lengths), tuple(range(1, len(lengths) + 1))
+    return Encoded(rows, 0, 0, sum(lengths), were_cut, raw, numbers)
 
 
 DOMAIN, GENERAL = encoded(0, [8] * 40), encoded(1000, [4, 10] * 50)
@@ -27,6 +31,10 @@ def test_the_share_of_tokens_is_as_asked_to_within_a_row(share: float) -> None:
     assert wanted <= sum(map(len, general)) == mix.general_tokens < wanted + 10
     assert len(general) == mix.general_rows == len({ids[0] for ids in general}) and not mix.fell_short
     assert mix.encoded.tokens == sum(map(len, mix.encoded.rows["input_ids"])) == DOMAIN.tokens + mix.general_tokens
+    raw = mix.encoded.raw["text"][:]
+    assert all(
+        raw[n - 1] == str(ids[0]) for n, ids in zip(mix.encoded.numbers, mix.encoded.rows["input_ids"], strict=True)
+    )
     assert mix.share == pytest.approx(share, abs=10 / mix.encoded.tokens)
 
 
@@ -54,7 +62,7 @@ def test_no_share_takes_nothing_and_too_little_text_is_told() -> None:
 
 def test_columns_that_only_one_has_are_left_out() -> None:
     rows = GENERAL.rows.add_column("attention_mask", [[1]] * len(GENERAL))
-    mix = mixed(DOMAIN, Encoded(rows, 0, 0, GENERAL.tokens, GENERAL.were_cut), 0.2, seed=0)
+    mix = mixed(DOMAIN, replace(GENERAL, rows=rows), 0.2, seed=0)
     assert set(mix.encoded.rows.column_names) == {"input_ids", "labels"}
 
 

@@ -73,9 +73,9 @@ def test_windows_of_one_question_stay_together() -> None:
     whole = encoded(wordpieces(), *rows)
     assert len(whole) > len(whole.groups()) == 10
     first, second = whole.divided(3, seed=0)
-    parts = [set(part.rows["example"]) for part in (first, second)]
+    parts = [set(part.numbers) for part in (first, second)]
     assert not parts[0] & parts[1] and len(parts[1]) == 3 == len(second.groups())
-    assert len(first) + len(second) == len(whole) and first.source is whole.source
+    assert len(first) + len(second) == len(whole) and first.raw is whole.raw
     assert first.tokens + second.tokens == whole.tokens and first.fingerprint() != whole.fingerprint()
 
 

@@ -28,9 +28,10 @@ def row(words: str, tags: str) -> dict[str, Any]:
 
 
 def test_the_first_token_of_a_word_has_its_label() -> None:
-    [found] = encoded(wordpieces(), row("ab c def", "B-X I-X O")).rows
+    whole = encoded(wordpieces(), row("ab c def", "B-X I-X O"))
+    [found] = whole.rows
     assert found["labels"] == [NO, B, NO, I, O, NO, NO, NO]  # [CLS] a ##b c d ##e ##f [SEP]
-    assert found["places"] == [1, 3, 4] and found["example"] == 0
+    assert found["places"] == [1, 3, 4] and whole.numbers == (1,)
 
 
 def test_all_tokens_of_a_word_on_demand() -> None:
@@ -59,7 +60,7 @@ def test_longer_rows_are_cut_and_counted() -> None:
 
 def test_rows_without_words_are_left_out_and_counted() -> None:
     found = encoded(wordpieces(), row("", ""), row("a b", "O O"))
-    assert found.rows["example"][:] == [1] and found.dropped == 1
+    assert found.numbers == (2,) and found.dropped == 1
 
 
 def test_many_labels_are_not_cut_with_the_rows() -> None:

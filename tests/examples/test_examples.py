@@ -31,11 +31,12 @@ SCRIPTS = {
     "translation": "encoder-decoder",
 }
 """The kind of model that each is for."""
-STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder"}
+STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder", "reviews": "encoder"}
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
 RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
+FULL = {*HEADS, "domain-masked", "reviews"}
 
 COMPARISON = "compare"
 """Runs through `fastpeft compare`."""
@@ -54,10 +55,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.full if name in {*HEADS, "domain-masked"} else ()) for name in RUNS],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in RUNS])
 def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     changes = ["--model.name", str(model_of(RUNS[name])), "--output-dir", str(folder), "--max-steps", "2"]
@@ -145,7 +143,7 @@ class TestWhatIsThere:
         assert config.data.path.startswith("examples/data/") and config.training.output_dir == f"runs/{name}"
         given = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
         default = FastpeftConfig().to_dict()
-        shown = {"method", "lora.r", "lora.alpha", "data.max_length", "training.learning_rate"}
+        shown = {"method", "lora.r", "lora.alpha", "data.max_length", "training.learning_rate", "strategy.name"}
         shown |= {"training.per_device_train_batch_size"}
         for section, values in given.items():
             for key, value in values.items() if isinstance(values, dict) else ():

@@ -67,7 +67,7 @@ def sure_of(evaluation: Encoded, **spans: str | None) -> Any:
     """Scores that are high where a context has its text, and at the null position of windows without it."""
     starts, ends = np.zeros((2, len(evaluation), 20))
     for number, row in enumerate(evaluation.rows):
-        context = evaluation.source[row["example"]]["context"]
+        context = evaluation.raw[evaluation.numbers[number] - 1]["context"]
         text = spans.get(context[0])
         first = row["null_position"]
         last = first

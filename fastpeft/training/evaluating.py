@@ -1,0 +1,138 @@
+"""A model on rows, one result a row: classes, losses of tokens, generated answers. Changes no random state.
+
+Every process looks at all rows, so that no result depends on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from fastpeft.data.chat import IGNORED
+from fastpeft.data.encoding import Encoded
+from fastpeft.models.devices import autocast, pick_device, pick_dtype
+
+from .preparing import Prepared
+
+MOST_NEW_TOKENS = 512
+
+
+class TokenScores(NamedTuple):
+    """Of each row: the summed negative log likelihood of what is learned, how many tokens that is, how many are right.
+
+    Right is a token that the model takes for the likeliest.
+    """
+
+    loss: list[float]
+    tokens: list[int]
+    right: list[int]
+
+
+class Exchange(NamedTuple):
+    """A prompt and the answer that a row has to it, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def classes(prepared: Prepared, trainer: Any, encoded: Encoded) -> list[int]:
+    """The likeliest class of each row."""
+    found: list[int] = []
+    with _evaluating(prepared, trainer.model) as forward:
+        for batch in _batches(trainer, encoded, trainer.data_collator):
+            batch.pop("labels")
+            found += forward(batch).logits.argmax(dim=-1).tolist()
+    return found
+
+
+def token_scores(prepared: Prepared, trainer: Any, encoded: Encoded) -> TokenScores:
+    """Of a language model of any kind. Masks are those that the training's evaluations have."""
+    import torch
+
+    task = prepared.config.model.task
+    shift = int(task == "causal-lm")
+    found = TokenScores([], [], [])
+    with _evaluating(prepared, trainer.model) as forward:
+        for batch in _batches(trainer, encoded, _collator(prepared, trainer)):
+            labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
+            logits = forward(batch).logits
+            for row, wanted in enumerate(labels):
+                wanted = wanted[shift:]
+                scores = logits[row, : len(wanted)][wanted != IGNORED].float()
+                wanted = wanted[wanted != IGNORED]
+                found.loss.append(torch.nn.functional.cross_entropy(scores, wanted, reduction="sum").item())
+                found.tokens.append(len(wanted))
+                found.right.append(int((scores.argmax(dim=-1) == wanted).sum()))
+    return found
+
+
+def exchange(row: dict[str, Any], task: str) -> Exchange | None:
+    """An encoded row's last answer and what comes before it; None for a text that is learned from its first token."""
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    if task == "seq2seq-lm":
+        return Exchange(ids, labels)
+    end = max((place + 1 for place, label in enumerate(labels) if label != IGNORED), default=0)
+    start = end
+    while start > 0 and labels[start - 1] != IGNORED:
+        start -= 1
+    return Exchange(ids[:start], ids[start:end]) if 0 < start < end else None
+
+
+def answers(prepared: Prepared, trainer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+    """What the model generates, the likeliest token each time, up to `new_tokens`."""
+    from fastpeft.generation import Generator, Sampling
+
+    size = trainer.args.per_device_eval_batch_size
+    with _evaluating(prepared, trainer.model):
+        return list(
+            Generator(trainer.model, prepared.tokenizer).answers(prompts, Sampling(new_tokens), size),
+        )
+
+
+@contextmanager
+def _evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """A forward without gradients or dropout, in the dtype of the run; everything is as before when it ends."""
+    import torch
+
+    from fastpeft.layers.random_state import RandomState, devices_of
+
+    device = pick_device()
+    dtype = pick_dtype(prepared.config.model.dtype, device)
+    state, training = RandomState(devices_of(model)), model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, dtype):
+            yield lambda batch: model(**{name: value.to(device) for name, value in batch.items()})
+    finally:
+        model.train(training)
+        state.put_back()
+
+
+def _batches(trainer: Any, encoded: Encoded, collate: Any) -> Iterator[dict[str, Any]]:
+    size = trainer.args.per_device_eval_batch_size
+    for start in range(0, len(encoded), size):
+        rows = encoded.rows.select(range(start, min(start + size, len(encoded))))
+        yield dict(collate(list(rows)))
+
+
+def _collator(prepared: Prepared, trainer: Any) -> Any:
+    from .masking import RepeatableMasks
+
+    task = prepared.config.model.task
+    if task == "masked-lm":
+        return RepeatableMasks(prepared.tokenizer, trainer.args.seed)
+    return _padded if task == "causal-lm" else trainer.data_collator
+
+
+def _padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each row by itself, padded at its end; the trainer's own collator may put all into one."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    def column(values: list[list[int]], padding: int) -> Any:
+        return pad_sequence([torch.tensor(value) for value in values], batch_first=True, padding_value=padding)
+
+    ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
+    mask = column([[1] * len(row) for row in ids], 0)
+    return {"input_ids": column(ids, 0), "attention_mask": mask, "labels": column(labels, IGNORED)}
