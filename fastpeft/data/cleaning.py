@@ -31,7 +31,7 @@ class Removed(NamedTuple):
     units: int
 
 
-def words_of(text: str) -> list[str]:
+def compared_words(text: str) -> list[str]:
     """In lower case, without punctuation: what texts are compared by."""
     return WORD.findall(text.lower())
 
@@ -56,7 +56,7 @@ def without(rows: Any, document: bool, unwanted: Callable[[str], bool]) -> tuple
     def judged(unit: str) -> bool:
         nonlocal count, units
         units += 1
-        drop = not (document and len(words_of(unit)) < SHORT) and unwanted(unit)
+        drop = not (document and len(compared_words(unit)) < SHORT) and unwanted(unit)
         count += drop
         return not drop
 
@@ -98,7 +98,7 @@ class _Exact:
         self._seen: set[bytes] = set()
 
     def __call__(self, text: str) -> bool:
-        digest = hashlib.sha256(" ".join(words_of(text)).encode()).digest()[:16]
+        digest = hashlib.sha256(" ".join(compared_words(text)).encode()).digest()[:16]
         known = digest in self._seen
         self._seen.add(digest)
         return known
@@ -115,7 +115,7 @@ class _Near:
     def __call__(self, text: str) -> bool:
         if self._exact(text):
             return True
-        words = words_of(text)
+        words = compared_words(text)
         if len(words) < SHINGLE:
             return False
         signature = self._empty.copy()
@@ -138,11 +138,11 @@ def overlaps(texts: Iterable[str]) -> Callable[[str], bool]:
     """
     runs: set[bytes] = set()
     for text in texts:
-        words = words_of(text)
+        words = compared_words(text)
         runs.update(map(_digest, _runs(words, OVERLAP) if len(words) >= OVERLAP else [" ".join(words)]))
 
     def overlap(text: str) -> bool:
-        words = words_of(text)
+        words = compared_words(text)
         if len(words) < OVERLAP:
             return _digest(" ".join(words)) in runs
         return any(_digest(run) in runs for run in _runs(words, OVERLAP))
