@@ -74,7 +74,8 @@ class Encoded:
 
     def _part(self, places: Sequence[int], cut: int, dropped: int) -> Encoded:
         rows = self.rows.select(places)
-        were_cut, numbers = (tuple(each[place] for place in places) for each in (self.were_cut, self.numbers))
+        were_cut = tuple(self.were_cut[place] for place in places)
+        numbers = tuple(self.numbers[place] for place in places)
         return Encoded(rows, cut, dropped, tokens_in(rows), were_cut, self.raw, numbers)
 
 

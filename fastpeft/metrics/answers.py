@@ -112,10 +112,8 @@ def measure(predictions: Any, training: Encoded, evaluation: Encoded, labels: Se
     asked = evaluation.raw.select([evaluation.numbers[places[0]] - 1 for places in groups])
     right = [[row["context"][a:b] for a, b in answers_of(row, "data")] for row in asked]
     learned = np.asarray(training.rows["end_positions"]) - np.asarray(training.rows["start_positions"]) + 1
-    nothing = any(
-        not answers_of(row, "data")
-        for row in training.raw.select([number - 1 for number in sorted({*training.numbers})])
-    )
+    asked_before = training.raw.select([number - 1 for number in sorted({*training.numbers})])
+    nothing = any(not answers_of(row, "data") for row in asked_before)
     contexts = asked["context"][:]
     longest = max(LONGEST, int(learned.max()))
     guessed = answers_from(predictions, evaluation.rows, contexts, groups, longest, nothing=nothing)

@@ -182,9 +182,8 @@ class TaskAdaptive(Strategy):
         if task != "sequence-classification":
             raise UserError(f"strategy.options.class_weights: expected null for task {task}, got {wanted}")
         if (problem := prepared.config.data.problem_type) != SINGLE:
-            raise UserError(
-                f"strategy.options.class_weights: expected null for data.problem_type {problem}, got {wanted}"
-            )
+            expected = f"expected null for data.problem_type {problem}"
+            raise UserError(f"strategy.options.class_weights: {expected}, got {wanted}")
         if wanted != "balanced":
             class_weights.check_weights(wanted, prepared.config.data.labels or [])
 

@@ -32,9 +32,8 @@ def test_the_share_of_tokens_is_as_asked_to_within_a_row(share: float) -> None:
     assert len(general) == mix.general_rows == len({ids[0] for ids in general}) and not mix.fell_short
     assert mix.encoded.tokens == sum(map(len, mix.encoded.rows["input_ids"])) == DOMAIN.tokens + mix.general_tokens
     raw = mix.encoded.raw["text"][:]
-    assert all(
-        raw[n - 1] == str(ids[0]) for n, ids in zip(mix.encoded.numbers, mix.encoded.rows["input_ids"], strict=True)
-    )
+    rows = zip(mix.encoded.numbers, mix.encoded.rows["input_ids"], strict=True)
+    assert all(raw[number - 1] == str(ids[0]) for number, ids in rows)
     assert mix.share == pytest.approx(share, abs=10 / mix.encoded.tokens)
 
 
