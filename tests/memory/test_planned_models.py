@@ -58,7 +58,8 @@ def test_a_plan_is_carried_out(caplog: pytest.LogCaptureFixture) -> None:
     policy = MemoryPolicy((LayerPolicy("recompute"), LayerPolicy("recompute", streamed=True)))
     plan = fastpeft.plan(model, gpu_memory=CAPACITY, seq=16, policy=policy, largest=False)
     resident = model_of_loaded(model, 16, 1, "adamw_torch")[1].bytes
-    assert seeded(fastpeft.accelerate(model, memory=plan), given).equals(wanted) and not caplog.text
+    assert seeded(fastpeft.accelerate(model, memory=plan), given).equals(wanted)
+    assert not [record for record in caplog.records if record.name == "fastpeft"], "transformers may warn of caches"
     rows = [row.op for row in fastpeft.report(model).rows if row.kind == "memory"]
     assert rows == ["recompute", "recompute, streamed"]
     assert model_of_loaded(model, 16, 1, "adamw_torch")[1].bytes == resident  # wherever weights are
