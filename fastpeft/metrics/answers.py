@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpeft.data.encoded import Encoded
 from fastpeft.data.questions import NOWHERE, answers_of
-from fastpeft.training.findings import Findings, Metric
+from fastpeft.metrics.findings import Findings, Metric
 
 from .intervals import over_rows
 

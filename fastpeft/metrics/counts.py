@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastpeft.training.findings import Section
+from fastpeft.metrics.findings import Section
 
 RIGHT, GUESSED, TRUE = range(3)
 """The last axis of counts, which are (rows, 3) over all classes or (rows, classes, 3)."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpeft.data.encoded import Encoded
-from fastpeft.training.findings import Findings, Metric
+from fastpeft.metrics.findings import Findings, Metric
 
 from .counts import by_class, f1_mean, f1_micro
 from .intervals import over_rows

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpeft.data.encoded import Encoded
+from fastpeft.metrics.findings import Findings, Metric
 from fastpeft.requirements import require
-from fastpeft.training.findings import Findings, Metric
 
 from .intervals import over_rows
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastpeft.data.chat import IGNORED
 from fastpeft.data.encoded import Encoded
-from fastpeft.training.findings import Findings, Metric
+from fastpeft.metrics.findings import Findings, Metric
 
 from .counts import by_class, f1_mean, f1_micro, precision, recall
 from .intervals import over_rows

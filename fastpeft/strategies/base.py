@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
+from fastpeft.metrics.findings import Findings
 from fastpeft.structured import build
-from fastpeft.training.findings import Findings
 from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared, Raw, prepare
 from fastpeft.training.trainers import build_trainer

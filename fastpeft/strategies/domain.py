@@ -17,10 +17,10 @@ from fastpeft.data.mixing import Mix, held_back, mixed
 from fastpeft.data.rows import is_document, load_rows
 from fastpeft.data.vocabulary import grow
 from fastpeft.errors import UserError
+from fastpeft.metrics.findings import Findings, Metric
 from fastpeft.metrics.language import Losses, losses
 from fastpeft.models.devices import autocast
 from fastpeft.models.new_tokens import add_embeddings, trained_embeddings
-from fastpeft.training.findings import Findings, Metric
 from fastpeft.training.preparing import Prepared, Raw
 
 from .base import Strategy

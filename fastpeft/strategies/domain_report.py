@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fastpeft.data.cleaning import Removed
 from fastpeft.data.mixing import Mix
+from fastpeft.metrics.findings import Section
 from fastpeft.metrics.language import Losses
-from fastpeft.training.findings import Section
 
 REASONS = {
     "duplicates": "that came before",

@@ -19,9 +19,9 @@ from fastpeft.data.kinds import kind_of
 from fastpeft.data.labels import SINGLE
 from fastpeft.data.near import nearly_leaked
 from fastpeft.errors import UserError
+from fastpeft.metrics.findings import Findings, Section
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
-from fastpeft.training.findings import Findings, Section
 from fastpeft.training.layer_rates import use_layer_rates
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpeft.metrics.findings import Findings
 from fastpeft.requirements import require
 
-from .findings import Findings
 from .folder import LOSS, REPORT, RUN
 
 SHORTLY = ("accuracy", "f1", "f1_micro", "f1_macro", "pearson")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fastpeft.metrics.findings import Findings, Metric
 from fastpeft.metrics.generated import chrf, chrf_counts, exact, word_f1
 from fastpeft.metrics.intervals import over_rows
 from fastpeft.training.evaluating import MOST_NEW_TOKENS, answers, exchange
-from fastpeft.training.findings import Findings, Metric
 from fastpeft.training.preparing import Prepared
 
 from .change import change

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from fastpeft.metrics.findings import Metric
 from fastpeft.metrics.intervals import over_rows
-from fastpeft.training.findings import Metric
 
 BEFORE = "before training"
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpeft.metrics.classification import accuracy, f1_macro
+from fastpeft.metrics.findings import Findings, Metric, Section
 from fastpeft.metrics.intervals import over_rows
 from fastpeft.requirements import require
 from fastpeft.training.evaluating import classes
-from fastpeft.training.findings import Findings, Metric, Section
 from fastpeft.training.preparing import Prepared
 
 from .change import change

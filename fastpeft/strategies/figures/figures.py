@@ -9,7 +9,7 @@ from fastpeft.data.encoded import Encoded
 from fastpeft.metrics import answers as extracted
 from fastpeft.metrics import multilabel, regression
 from fastpeft.metrics import tokens as tags
-from fastpeft.training.findings import Findings
+from fastpeft.metrics.findings import Findings
 from fastpeft.training.preparing import Prepared
 
 from . import classes, tokens

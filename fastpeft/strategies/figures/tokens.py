@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fastpeft.metrics.findings import Findings, Metric
 from fastpeft.metrics.intervals import over_rows
 from fastpeft.training.evaluating import TokenScores, token_scores
-from fastpeft.training.findings import Findings, Metric
 from fastpeft.training.preparing import Prepared
 
 from .change import BEFORE, change
