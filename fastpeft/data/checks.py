@@ -11,7 +11,10 @@ from typing import Any
 from .chat import messages_of
 from .encoded import Encoded
 from .kinds import Kind
+from .near import NearIndex, Sketch, runs_of
 
+WORDS = 3
+"""Of a run, by which near duplicates are told."""
 SHOWN = 5
 """Row numbers in a message."""
 
@@ -60,6 +63,25 @@ def leaked(training: Sequence[Sample], evaluation: Sequence[Sample]) -> list[int
     """Numbers of evaluation rows whose text is trained on, whatever its answer there."""
     trained = {row.given for row in training}
     return [row.number for row in evaluation if row.given in trained]
+
+
+def nearly_leaked(training: Sequence[Sample], evaluation: Sequence[Sample], threshold: float) -> list[int]:
+    """Numbers of evaluation rows whose text is at least `threshold` like one that is trained on.
+
+    Args:
+        threshold: of the Jaccard similarity of runs of WORDS words; above 0 and below 1.
+
+    Raises:
+        MissingExtraError: datasketch is not installed.
+    """
+    index = NearIndex(threshold, "near duplicates")
+
+    def sketch(row: Sample) -> Sketch:
+        return index.sketch(runs_of(row.given.split(), WORDS))
+
+    for place, row in enumerate(training):
+        index.add(place, sketch(row))
+    return [row.number for row in evaluation if index.alike(sketch(row))]
 
 
 def notes_on(training: Sequence[Sample], evaluation: Sequence[Sample], *, labelled: bool) -> list[str]:

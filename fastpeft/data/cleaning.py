@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from fastpeft.errors import UserError
-from fastpeft.requirements import require
 
 from .encoding import in_temporary_files
+from .near import NearIndex, runs_of
 
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 WORD = re.compile(r"\w+")
@@ -19,7 +19,7 @@ SHORT = 13
 """Paragraphs of fewer words stay whatever they repeat: headings and lines of a dialogue do."""
 OVERLAP = 13
 """Words in a row that count as an overlap, as GPT-3's authors chose (arXiv 2005.14165, appendix C)."""
-SHINGLE, PERMUTATIONS = 5, 128
+SHINGLE = 5
 MOST_NEAR = 1_000_000
 """Texts that near duplicates are looked for among: a signature and its entries in the index take about 4 kB."""
 
@@ -106,11 +106,8 @@ class _Exact:
 
 class _Near:
     def __init__(self, threshold: float, key: str) -> None:
-        datasketch = require("train", "datasketch", key)
-        self._exact, self._threshold, self._key = _Exact(), threshold, key
-        self._empty = datasketch.MinHash(num_perm=PERMUTATIONS)
-        self._index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-        self._signatures: list[Any] = []
+        self._exact, self._key = _Exact(), key
+        self._index = NearIndex(threshold, key, whole=False)
 
     def __call__(self, text: str) -> bool:
         if self._exact(text):
@@ -118,16 +115,12 @@ class _Near:
         words = compared_words(text)
         if len(words) < SHINGLE:
             return False
-        signature = self._empty.copy()
-        signature.update_batch({shingle.encode() for shingle in _runs(words, SHINGLE)})
-        values = signature.hashvalues
-        for number in self._index.query(signature):  # candidates: some are less alike
-            if (self._signatures[number] == values).mean() >= self._threshold:
-                return True
-        if len(self._signatures) == MOST_NEAR:
+        sketch = self._index.sketch(runs_of(words, SHINGLE))
+        if self._index.alike(sketch):
+            return True
+        if len(self._index) == MOST_NEAR:
             raise UserError(f"{self._key}: expected at most {MOST_NEAR:,} texts or paragraphs for near, got more")
-        self._index.insert(len(self._signatures), signature)
-        self._signatures.append(values)
+        self._index.add(len(self._index), sketch)
         return False
 
 
@@ -139,19 +132,12 @@ def overlaps(texts: Iterable[str]) -> Callable[[str], bool]:
     runs: set[bytes] = set()
     for text in texts:
         words = compared_words(text)
-        runs.update(map(_digest, _runs(words, OVERLAP) if len(words) >= OVERLAP else [" ".join(words)]))
+        runs.update(map(_digest, runs_of(words, OVERLAP)))
 
     def overlap(text: str) -> bool:
-        words = compared_words(text)
-        if len(words) < OVERLAP:
-            return _digest(" ".join(words)) in runs
-        return any(_digest(run) in runs for run in _runs(words, OVERLAP))
+        return any(_digest(run) in runs for run in runs_of(compared_words(text), OVERLAP))
 
     return overlap
-
-
-def _runs(words: list[str], length: int) -> Iterable[str]:
-    return (" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
 
 
 def _digest(text: str) -> bytes:

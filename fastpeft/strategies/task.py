@@ -13,11 +13,10 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.data.checks import leak_note, leaked, notes_on, samples
+from fastpeft.data.checks import leak_note, leaked, nearly_leaked, notes_on, samples
 from fastpeft.data.encoded import Encoded
 from fastpeft.data.kinds import kind_of
 from fastpeft.data.labels import SINGLE
-from fastpeft.data.near import nearly_leaked
 from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Section
 from fastpeft.models.devices import pick_device, pick_dtype

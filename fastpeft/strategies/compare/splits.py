@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.data.encoded import fingerprint
+from fastpeft.data.near import NearIndex, runs_of
 from fastpeft.errors import UserError
 from fastpeft.requirements import require
 
 SHINGLE = 3
 """Tokens of a shingle: two rows are as alike as the sets of their shingles."""
-PERMUTATIONS = 128
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,8 @@ def without_twins(
 
     Candidates come from MinHash, which misses few of those well above `similarity`; each is compared exactly.
     """
-    datasketch = require("train", "datasketch", "leaving out near duplicates")
-    # Candidates that are none cost a comparison, those that are missed a twin on both sides.
-    index = datasketch.MinHashLSH(threshold=min(similarity, 0.95), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    index = NearIndex(similarity, "leaving out near duplicates")
     first: dict[tuple[int, ...], int] = {}
-    shingles: dict[int, set[bytes]] = {}
     kept, exact, near, ambiguous = [], 0, 0, 0
     for place, row in enumerate(tokens):
         twin = first.setdefault(tuple(row), place)
@@ -95,27 +92,14 @@ def without_twins(
             exact += 1
             ambiguous += labels[twin] != labels[place]
             continue
-        own = _shingles(row)
-        sketch = datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
-        sketch.update_batch(own)
-        alike = [other for other in index.query(sketch) if _jaccard(own, shingles[other]) >= similarity]
-        if alike:
+        sketch = index.sketch(runs_of([str(token) for token in row], SHINGLE))
+        if alike := index.alike(sketch):
             near += 1
             ambiguous += labels[min(alike)] != labels[place]
             continue
-        index.insert(place, sketch)
-        shingles[place] = own
+        index.add(place, sketch)
         kept.append(place)
     return kept, exact, near, ambiguous
-
-
-def _shingles(row: Sequence[int]) -> set[bytes]:
-    last = max(1, len(row) - SHINGLE + 1)
-    return {b",".join(str(token).encode() for token in row[start : start + SHINGLE]) for start in range(last)}
-
-
-def _jaccard(one: set[bytes], other: set[bytes]) -> float:
-    return len(one & other) / len(one | other)
 
 
 def _drawn(places: list[int], labels: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
