@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
+from fastpeft_kernels.common.remembered import forget_remembered
 from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.weights.held import release_held
 
@@ -131,6 +132,7 @@ def _settings(model: nn.Module) -> Iterator[dict[str, Any]]:
 def _free(model: nn.Module) -> None:
     """What a failed step left behind."""
     release_held()
+    forget_remembered()
     release_scratch()
     torch.clear_autocast_cache()  # of casts whose graph is gone
     with torch.inference_mode(False), torch.enable_grad():

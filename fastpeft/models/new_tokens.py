@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,24 @@ def add_embeddings(base: Any, pieces: dict[int, list[int]]) -> None:
                 values[token] = values[old].float().mean(0).to(values.dtype)
 
 
-def make_room(base: Any, size: int, folder: Path) -> None:
-    """Rows for `size` tokens where an adapter brings values for so many and the base has fewer.
+def make_room(base: Any, size: Callable[[], int], folder: Path) -> None:
+    """Rows for all of the adapter's tokens, where it brings values for so many and the base has fewer.
 
     Args:
+        size: how many these are; called only where the adapter brings more rows than the base has.
         folder: of the adapter.
     """
     from safetensors import safe_open
 
     file = folder / "adapter_model.safetensors"
-    if base.get_input_embeddings().weight.shape[0] >= size or not file.is_file():
+    if not file.is_file():
         return
+    rows = base.get_input_embeddings().weight.shape[0]
     with safe_open(file, "pt") as weights:
         names = [name for name in weights.keys() if "lora_" not in name]  # noqa: SIM118
-        brought = any(weights.get_slice(name).get_shape()[:1] == [size] for name in names)
-    if brought:
-        base.resize_token_embeddings(size, mean_resizing=False)
+        brought = {shape[0] for name in names if (shape := weights.get_slice(name).get_shape()) and shape[0] > rows}
+    if brought and (tokens := size()) in brought:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def trained_embeddings(base: Any, section: LoraSection, new: list[int], task: str) -> LoraSection:

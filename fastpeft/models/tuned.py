@@ -159,7 +159,7 @@ def attach(source: Source, base: Any) -> Any:
     assert source.adapter is not None
     folder = source.adapter if Path(source.adapter).is_dir() else _weights_of(source.adapter)
     if source.tokenizer_from == source.adapter:
-        make_room(base, len(load_tokenizer(source)), Path(folder))
+        make_room(base, lambda: len(load_tokenizer(source)), Path(folder))
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:

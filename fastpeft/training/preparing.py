@@ -25,6 +25,7 @@ from fastpeft.models.tasks import resolve_task
 from fastpeft.progress import count
 
 from .memory import Decision
+from .spans import sentinels_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw]
     set_languages(tokenizer, data.source_language, data.target_language)
     if task == "seq2seq-lm":
         check_target(tokenizer)
+        if kind.name == "text":
+            sentinels_of(tokenizer)
     if data.chat_template is not None and not _is_chat(raw, kind):
         raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
     template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""

@@ -37,7 +37,7 @@ def test_less_memory_is_asked_for_by_options_that_there_are(command: str) -> Non
     named = re.findall(r"--[\w.-]+\w", app.LESS_MEMORY[command])
     parameters = typer.main.get_command(app.app).commands[command].params  # type: ignore[attr-defined]
     there = {option for parameter in parameters for option in parameter.opts}
-    assert named and all(key_of(option[2:]) if command == "train" else option in there for option in named)
+    assert named and all(key_of(option[2:]) if command in ("train", "compare") else option in there for option in named)
 
 
 def test_out_of_memory_is_said_with_the_command_s_own_options(

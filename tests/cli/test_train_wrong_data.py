@@ -345,10 +345,10 @@ FITS = [
     ),
     fit(
         "text-for-an-encoder-decoder",
-        "t5",
+        "marian",
         TEXTS,
-        "model.name: expected a decoder (causal language model) or an encoder with a masked-language head for data "
-        "with columns text, got t5@, which is T5ForConditionalGeneration",
+        "model.name: expected a tokenizer with sentinels (<extra_id_0>, ...) and an end token, as T5's has, to "
+        "learn from texts alone, got one without",
     ),
     fit(
         "chats-for-a-classifier",

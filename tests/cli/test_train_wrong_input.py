@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.memory.predicting import OPTIMIZERS
+from fastpeft.memory.optimizer_state import OPTIMIZERS
 from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, TEXTS, Wrong, option
@@ -328,7 +328,7 @@ TRAINING = [
         "--budget-gib 8 --optim adafactor",
         f"memory.budget_gib: expected training.optim to be one of {', '.join(OPTIMIZERS)}, got 'adafactor'",
     ),
-    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, got 'dpo'"),
+    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, domain, got 'dpo'"),
     option(
         "schedule",
         "--lr-scheduler-type cosin",

@@ -58,7 +58,8 @@ def test_components() -> None:
     for policy in (LayerPolicy(), LayerPolicy("selective")):
         model = fastpeft.accelerate(real, memory=policy)
         forward = partial(lambda model: model(input_ids=ids, labels=ids).loss, model)
-        forward()
+        for _ in range(5):  # until as much is remembered of earlier inputs as ever will be
+            forward()
         found = peak(policy)
         assert found.when == "turn" and found.kept == bytes_kept(model, forward)
     assert peak(LayerPolicy("recompute")).layers == 6 * 2 * 128 * 256 * torch.float32.itemsize

@@ -12,6 +12,7 @@ from torch import Tensor
 from .tracing import as_op
 
 Result = TypeVar("Result")
+_ALL: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _Entry(NamedTuple):
@@ -42,6 +43,10 @@ class Remembered(Generic[Result]):
     def __init__(self, make: Callable[..., Result], most: int = 4) -> None:
         self.make, self.most = make, most
         self._entries: tuple[_Entry, ...] = ()
+        _ALL.add(self)
+
+    def forget(self) -> None:
+        self._entries = ()
 
     def __call__(self, *args: Any) -> Result:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -69,6 +74,12 @@ class Remembered(Generic[Result]):
         entry = _Entry(key, alive, tuple([t.clone() for t in on_host]), result)
         self._entries = (entry, *self._entries[: self.most - 1])
         return result
+
+
+def forget_remembered() -> None:
+    """Let go of all results, and of what they were made of."""
+    for each in list(_ALL):
+        each.forget()
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
