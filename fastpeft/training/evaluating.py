@@ -117,12 +117,9 @@ def _batches(trainer: Any, encoded: Encoded, collate: Any) -> Iterator[dict[str,
 
 
 def _collator(prepared: Prepared, trainer: Any) -> Any:
-    from .masking import RepeatableMasks
-
-    task = prepared.config.model.task
-    if task == "masked-lm":
-        return RepeatableMasks(prepared.tokenizer, trainer.args.seed)
-    return _padded if task == "causal-lm" else trainer.data_collator
+    if hasattr(trainer, "evaluation_collator"):  # the same masks and spans each time
+        return trainer.evaluation_collator
+    return _padded if prepared.config.model.task == "causal-lm" else trainer.data_collator
 
 
 def _padded(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ CASES = [
     ),
     Case("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
     Case("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
+    Case("spans", "t5-for-spans", texts(), "seq2seq-lm", "--eval-fraction 0.25"),
 ]
 MORE_CASES = [
     Case("text", "llama", texts(), "causal-lm", "--max-length 16"),

@@ -36,7 +36,8 @@ class Figures:
         task = prepared.config.model.task
         self._head = HEADS.get(prepared.config.data.problem_type or task)
         self._by_class = task == "sequence-classification"
-        found = Answers(prepared, generate) if generate and task in ("causal-lm", "seq2seq-lm") else None
+        asked = task in ("causal-lm", "seq2seq-lm") and "labels" in prepared.rows.rows.column_names  # else texts alone
+        found = Answers(prepared, generate) if generate and asked else None
         self._answers = found if found is not None and found.prompts else None
         self._before: tuple[Any, Any] = (None, None)
 
