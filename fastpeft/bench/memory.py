@@ -71,6 +71,21 @@ def peak_of_step(step: Callable[[], object], device: str = "cuda") -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@contextmanager
+def limited(device: str, size: int) -> Iterator[None]:
+    """So many bytes for this process, as torch's allocator on the GPU sees to; as many as there are on a CPU."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def _peak_on_cpu(step: Callable[[], object]) -> int:
     from torch.profiler import ProfilerActivity, profile
 

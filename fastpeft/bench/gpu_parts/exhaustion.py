@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ def _run(recorder: Recorder, small: bool) -> None:
 
     case = StepCase("llama", "lora", torch.bfloat16, 2048, layers=6, rows=4, tokens=2048, autocast=True, dropout=0.05)
     if small:
-        case = replace(case, dtype=torch.float32, autocast=False, hidden=64, layers=2, tokens=16)
+        case = replace(case, dtype=torch.float32, autocast=False, hidden=256, layers=2, tokens=16)
     checks = (("run again", _run_again), ("what helps", _advice))
     recorder.run_checks("exhaustion", [(name, partial(check, recorder.device, case)) for name, check in checks])
 
@@ -45,6 +44,7 @@ def _run_again(device: str, case: StepCase) -> dict[str, Any]:
     """Two batches accumulated; the second meets a limit between what keeping all takes and recomputing."""
     from fastpeft import LayerPolicy, StepRetry, accelerate, restore
     from fastpeft.bench.gpu_parts.memory import _distance
+    from fastpeft.bench.memory import limited
     from fastpeft.bench.steps import build, make_batch
 
     model, batch = accelerate(build(case, device)), make_batch(case, device)
@@ -58,7 +58,7 @@ def _run_again(device: str, case: StepCase) -> dict[str, Any]:
     accelerate(model)
     _gradients(model, one)
     retry = StepRetry(model)
-    with _limited(device, (keep + recompute) // 2):
+    with limited(device, (keep + recompute) // 2):
         second = one if device == "cuda" else _failing(one, 1)
         found = _gradients(model, lambda: retry(one), lambda: retry(second))
     assert retry.switches, f"nothing ran out: {keep} bytes reserved when all is kept, {recompute} when recomputed"
@@ -73,6 +73,7 @@ def _advice(device: str, case: StepCase) -> dict[str, Any]:
     import torch
 
     from fastpeft import StepRetry, accelerate
+    from fastpeft.bench.memory import limited
     from fastpeft.bench.steps import build, make_batch
     from fastpeft.memory.out_of_memory import OutOfMemory
 
@@ -82,7 +83,7 @@ def _advice(device: str, case: StepCase) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     there = torch.cuda.memory_allocated() if device == "cuda" else 0
     try:
-        with _limited(device, there + (8 << 20)):
+        with limited(device, there + (8 << 20)):
             StepRetry(model)(one if device == "cuda" else _failing(one, 9))
     except OutOfMemory as error:
         said, changes = str(error), error.changes
@@ -127,23 +128,6 @@ def _reserved(device: str, step: Callable[[], float]) -> int:
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_reserved()
-
-
-@contextmanager
-def _limited(device: str, size: int) -> Iterator[None]:
-    """So many bytes for this process, as torch's allocator sees to; none less on a CPU."""
-    if device != "cuda":
-        yield
-        return
-    import torch
-
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(size / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _failing(step: Callable[[], float], times: int) -> Callable[[], float]:
