@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from types import ModuleType
 
 EXTRAS = ("train", "bench", "bases", "dev", "docs")
 # As in pyproject.toml, which a tree that is used without being installed does not bring.
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "accelerate": "1.10", "bitsandbytes": "0.48"}
 CORE = ("torch", "transformers", "peft")  # what accelerating a model cannot do without
+EVERYWHERE = ("filelock", "platformdirs", "rich", "safetensors", "yaml")  # by their modules; pip brings them along
 
 
 class MissingExtraError(ImportError):
@@ -49,6 +51,11 @@ def check_versions(packages: Iterable[str] = MINIMUM) -> str | None:
     return f"fastpeft needs {', '.join(wrong)}: pip install --upgrade fastpeft" if wrong else None
 
 
+def missing() -> list[str]:
+    """Those of EVERYWHERE that are not installed, as in a tree that is used without being so. Imports none."""
+    return [name for name in EVERYWHERE if not _is_there(name)]
+
+
 @cache
 def require_core() -> None:
     """Raise ImportError, in one sentence, unless CORE is installed and new enough."""
@@ -68,3 +75,10 @@ def _release(version: str) -> tuple[int, ...]:
     """The leading numbers: (2, 13, 0) of "2.13.0+cpu"; trailing parts such as rc1 and dev0 are left out."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # told to be absent
+        return False

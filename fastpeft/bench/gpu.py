@@ -13,7 +13,8 @@ hangs costs only itself. What it measured goes to OUT/<part>.jsonl at once, what
 became of it to OUT/run.json. All parts share --total seconds; a part for which less than a minute is left is skipped.
 --resume goes on with what is missing: parts that did not pass, without their checks that did.
 
-Exit code: 0 when all parts passed, 1 when one did not or was not reached, 2 when there is no GPU, 130 after Ctrl-C.
+Exit code: 0 when all parts passed, 1 when one did not or was not reached, 2 when there is no GPU or no package
+that all need, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fastpeft.bench.parts import GO_ON, OUT_OF_TIME, Outcome, Part, Run, discove
 from fastpeft.bench.records import source_state
 from fastpeft.bench.supervising import Budget, supervise
 from fastpeft.hints import nearest
+from fastpeft.requirements import missing
 
 DEPTHS = ("quick", "default", "full")
 TOTAL_S = {"quick": 600.0, "default": 1200.0}
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = "" if options.dry_run else gpu_name()
     if not (gpu or options.dry_run):
         print("No NVIDIA GPU that torch can use was found: nothing was run. --dry-run tries the parts on the CPU.")
+        return 2
+    if absent := missing():
+        print(f"Not installed, and needed everywhere: {', '.join(absent)}: nothing was run.")
         return 2
     aside = "runs/gpu-dry-run" if options.dry_run else "runs/gpu-checks" if options.checks else ""
     out = options.out or Path(aside or f"benchmarks/results/{slug(gpu)}")

@@ -60,12 +60,25 @@ def _whole(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]
         uses.setdefault(traced, []).append(policy)
     first = next(iter(traces.values()))
     found: list[Stretch] = []
-    for index, stretch in enumerate(first):
+    index = 0
+    while index < len(first):
+        stretch = first[index]
         wanted = uses.get(stretch.layer, []) if stretch.phase in ("forward", "backward") else []
         if not wanted:
             any_trace = traces[policies[-1]] if policies else first
             found.append(any_trace[index])
+            index += 1
             continue
-        wanted = wanted if stretch.phase == "forward" else wanted[::-1]
-        found += [traces[policy][index] for policy in wanted]
+        length = 1 if stretch.phase == "backward" else _until_next(first, index)
+        for policy in wanted if stretch.phase == "forward" else wanted[::-1]:
+            found += traces[policy][index : index + length]
+        index += length
     return found
+
+
+def _until_next(stretches: Sequence[Stretch], index: int) -> int:
+    """How many from a layer's forward on are before the next layer's, which may be what ends its own: transformers of
+    5.17 and around checkpoint a layer outside the hooks that part the step. One where what follows is no layer."""
+    after = stretches[index + 1 : index + 3]
+    between = [each.phase for each in after] == ["loss", "forward"] and after[0].layer == stretches[index].layer
+    return 2 if between else 1

@@ -379,3 +379,13 @@ def test_names() -> None:
     assert gpu.slug("NVIDIA H200") == "nvidia-h200"
     assert [unit_of(name) for name in ("decode_ms", "traffic_gb_s", "share", "peak_mib")] == ["ms", "GB/s", "1", "MiB"]
     assert parts.Part("x").run is None
+
+
+def test_packages_that_every_part_needs_are_looked_for_first(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.add("passing", PASSING)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert runner("--dry-run") == 2
+    assert "needed everywhere: platformdirs: nothing was run" in capsys.readouterr().out
+    assert not runner.out.exists()

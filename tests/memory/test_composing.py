@@ -39,3 +39,18 @@ def test_layers_add_up() -> None:
 def test_each_layer_under_its_own_policy() -> None:
     found = compose({KEPT: KEEP, AGAIN: RECOMPUTE}, (0, 1, 1, 1), (AGAIN, AGAIN, KEPT, KEPT))
     assert found.size == 1 + 2 * 1 + 2 * 10 + 50
+
+
+def test_what_ends_a_layer_before_the_next_one_is_that_layers() -> None:
+    """transformers of 5.17 and around checkpoint outside the hooks: an input leaves the device after its layer."""
+    offload = [
+        Stretch("begin", -1, 5, 1),
+        Stretch("forward", 0, 12, 10),
+        Stretch("loss", 0, 0, -10),
+        Stretch("forward", 1, 12, 10),
+        Stretch("loss", 1, 50, -6),
+        Stretch("turn", -1, 6, -2),
+        Stretch("backward", 1, 17, 0),
+        Stretch("backward", 0, 17, 0),
+    ]
+    assert compose({AGAIN: offload}, (0, 0, 0, 1), (AGAIN,) * 4).size == 1 + 10 + 50

@@ -95,8 +95,6 @@ def _case(device: str, case: Case) -> dict[str, Any]:
                 "reserved_mib": torch.cuda.max_memory_reserved() / 2**20,
                 "predicted_to_peak": predicted / found,
             }
-            free, total = torch.cuda.mem_get_info()
-            figures["context_mib"] = (total - free - torch.cuda.memory_reserved()) / 2**20
     print(figures, flush=True)
     if streamed:
         figures |= _resident(model, step, ids, policy, device, figures["step_s"])
