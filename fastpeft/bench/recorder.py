@@ -13,6 +13,7 @@ from fastpeft.bench.records import Record, RecordFile
 
 _UNITS = {  # the first ending that fits
     "_gb_s": "GB/s",
+    "_gb_per_s": "GB/s",
     "_gbs": "GB/s",
     "_tflops": "TFLOP/s",
     "_ms": "ms",
