@@ -3,6 +3,7 @@
 python -m fastpeft.bench.planned                        # prints the table
 python -m fastpeft.bench.planned --into docs/concepts/memory.md
 python -m fastpeft.bench.planned --table                # the longest contexts that are predicted to fit
+python -m fastpeft.bench.planned --recorded benchmarks/results/nvidia-h200/memory.jsonl     # a GPU's measured peaks
 """
 
 from __future__ import annotations
@@ -173,12 +174,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", choices=FAMILIES, help="only this one")
     parser.add_argument("--into", type=Path, help="a document with the two markers; printed when not given")
     parser.add_argument("--table", action="store_true", help="the longest contexts of well-known models instead")
+    parser.add_argument("--recorded", type=Path, help="records of `make gpu`, part memory: the same steps predicted")
     options = parser.parse_args(arguments)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if options.table:
         from .planned_table import cells, contexts
 
         _show(contexts(list(cells())), options.into, "contexts")
+        return
+    if options.recorded:
+        from . import planned_recorded
+
+        _show(planned_recorded.table(*planned_recorded.recorded(options.recorded)), options.into, "planned on a GPU")
         return
     found = []
     wanted = [case for case in cases() if options.family in (None, case.family)]

@@ -28,11 +28,12 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    cases = _cases(small)
-    recorder.run_checks("memory", ((case.name, partial(_case, recorder, case, depth)) for case in cases))
+    found = cases(small)
+    recorder.run_checks("memory", ((case.name, partial(_case, recorder, case, depth)) for case in found))
 
 
-def _cases(small: bool) -> Iterator[StepCase]:
+def cases(small: bool) -> Iterator[StepCase]:
+    """Decoders whose layers are those of a large one, or small ones."""
     import torch
 
     from fastpeft.bench.steps import StepCase
