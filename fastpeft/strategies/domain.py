@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,9 +17,9 @@ from fastpeft.data.rows import is_document, load_rows
 from fastpeft.data.vocabulary import grow
 from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Metric
-from fastpeft.metrics.language import Losses, losses
-from fastpeft.models.devices import autocast
+from fastpeft.metrics.language import Losses
 from fastpeft.models.new_tokens import add_embeddings, trained_embeddings
+from fastpeft.training.evaluating import token_losses
 from fastpeft.training.preparing import Prepared, Raw
 
 from .base import Strategy
@@ -155,23 +154,13 @@ class DomainAdaptive(Strategy):
 
     def _measured(self, prepared: Prepared, trainer: Any) -> dict[str, Losses]:
         """Losses of held-out text by its kind; the same rows, and masks, each time."""
-        import torch
+        import numpy as np
 
-        config = prepared.config
-        dtype = getattr(torch, config.model.dtype)
         found = {}
         for name, held in (("domain", prepared.evaluation), ("general", self._held)):
-            if held is None:
-                continue
-            rows = held.rows.shuffle(seed=0).select(range(min(self.options.measured_rows, len(held))))
-            found[name] = losses(
-                trainer.model,
-                rows,
-                _collator(prepared.tokenizer, trainer),
-                config.training.per_device_eval_batch_size,
-                shifted=config.model.task == "causal-lm",
-                computing=lambda: autocast(trainer.model.device, dtype),
-            )
+            if held is not None:
+                drawn = np.random.default_rng(0).permutation(len(held))[: self.options.measured_rows]
+                found[name] = token_losses(prepared, trainer, held.part(drawn.tolist()))
         return found
 
     def _load_general(self) -> tuple[Any, Any] | None:
@@ -223,13 +212,3 @@ def _whole_paths(options: dict[str, Any]) -> dict[str, Any]:
 
 def _tokens(tokenizer: Any, texts: list[str]) -> int:
     return sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
-
-
-def _collator(tokenizer: Any, trainer: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq
-
-    if hasattr(trainer, "evaluation_collator"):  # with the masks of every evaluation
-        return trainer.evaluation_collator
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = "right"
-    return DataCollatorForSeq2Seq(tokenizer)  # pads labels too

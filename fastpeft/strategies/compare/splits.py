@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastpeft.data.dividing import divided
 from fastpeft.data.encoded import fingerprint
 from fastpeft.data.near import NearIndex, runs_of
 from fastpeft.errors import UserError
-from fastpeft.requirements import require
 
 SHINGLE = 3
 """Tokens of a shingle: two rows are as alike as the sets of their shingles."""
@@ -104,11 +104,6 @@ def without_twins(
 
 def _drawn(places: list[int], labels: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
     """(the rest, `count` of them), each class in its share."""
-    selection = require("train", "sklearn.model_selection", "dividing the data")
-    try:
-        rest, drawn = selection.train_test_split(
-            places, test_size=count, random_state=seed, stratify=[labels[place] for place in places]
-        )
-    except ValueError as error:
-        raise UserError(f"data.path: rows cannot be divided with each class in its share: {error}") from error
-    return list(rest), list(drawn)
+    classes = [labels[place] for place in places]
+    rest, drawn = divided(len(places), count, seed, "data.path", classes)
+    return [places[i] for i in rest], [places[i] for i in drawn]
