@@ -82,11 +82,11 @@ def split(rows: Encoded, sizes: tuple[int, int, int], similarity: float, seed: i
         unused, rest = _drawn(rest, classes, train, seed)
     elif len(rest) > train:
         unused, rest = rest[train:], rest[:train]
-    parts = (rows.part(places) for places in (rest, validated, tested))
-    return Splits(*parts, exact, near, ambiguous, len(unused))
+    learned, chosen, judged = (rows.part(places) for places in (rest, validated, tested))
+    return Splits(learned, chosen, judged, exact, near, ambiguous, len(unused))
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def _common(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with."""
     first, last = min(rows), max(rows)
     return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
