@@ -24,9 +24,14 @@ def divided(
         UserError: nothing would be left on one side, or a class is too small to be in both.
         MissingExtraError: scikit-learn is not installed.
     """
+    import numpy as np
+
     count = size if isinstance(size, int) else max(1, round(total * size))
     if not 0 < count < total:
         raise UserError(f"{key}: expected at least one row on either side, got {total} in all")
+    if classes is None:
+        order = np.random.default_rng(seed).permutation(total).tolist()  # as `datasets` draws
+        return order[count:], order[:count]
     selection = require("train", "sklearn.model_selection", "dividing the data")
     try:
         rest, drawn = selection.train_test_split(range(total), test_size=count, random_state=seed, stratify=classes)
