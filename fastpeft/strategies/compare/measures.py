@@ -84,7 +84,10 @@ class Measure:
         return {figure.name: figure.value(columns) for figure in self.figures if figure.columns[0] in columns}
 
     def columns(self, prepared: Prepared, trainer: Any, tested: bool) -> tuple[Columns, float]:
-        """(what is kept of each row, the mean loss) on the test rows, or those of validation.
+        """(what is kept of each row, the loss) on the test rows, or those of validation.
+
+        The loss is the mean over rows or tokens; of tags, numbers and several classes with what a method adds to it
+        (AdaLoRA does), since it only decides between rates of one method.
 
         Raises:
             RunFailed: the loss is no number.
@@ -95,10 +98,13 @@ class Measure:
         if not np.isfinite(loss):
             raise RunFailed("what it computes is no number")
         predictions = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
-        return self._kept(np.asarray(predictions), part), float(loss)
+        return self._kept(np.asarray(predictions), part), self._loss(np.asarray(predictions), part, float(loss))
 
     def _kept(self, predictions: Any, part: Encoded) -> Columns:
         raise NotImplementedError
+
+    def _loss(self, predictions: Any, part: Encoded, trained: float) -> float:
+        return trained
 
     def baseline(self) -> float | None:
         """The first figure on the test rows of what has learned nothing of the texts; None for nothing."""
@@ -114,6 +120,11 @@ class OfClasses(Measure):
 
     def _kept(self, predictions: Any, part: Encoded) -> Columns:
         return {"true": np.asarray(part.rows["labels"]), "guessed": predictions.argmax(-1)}
+
+    def _loss(self, predictions: Any, part: Encoded, trained: float) -> float:
+        logits, true = predictions.astype(np.float64), np.asarray(part.rows["labels"])
+        shifted = logits - logits.max(-1, keepdims=True)
+        return float(np.mean(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(true)), true]))
 
     def baseline(self) -> float:
         usual = np.bincount(np.asarray(self._splits.train.rows["labels"])).argmax()
