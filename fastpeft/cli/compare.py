@@ -43,7 +43,7 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Which way to fine-tune is best for a model and labelled texts?
+    """Which way to fine-tune is best for a model and your rows?
 
     Tries each method with several learning rates, chosen by rows of validation; then trains each with several seeds on
     the same batches, and tests once. Repeated and nearly repeated rows are left out first. The output folder gets

@@ -21,7 +21,7 @@ OVERLAP = 13
 """Words in a row that count as an overlap, as GPT-3's authors chose (arXiv 2005.14165, appendix C)."""
 SHINGLE = 5
 MOST_NEAR = 1_000_000
-"""Texts that near duplicates are looked for among: a signature and its entries in the index take about 4 kB."""
+"""Texts that near duplicates are looked for among: a signature and its entries in the index take about 6 kB."""
 
 
 class Removed(NamedTuple):
@@ -70,7 +70,8 @@ def without(rows: Any, document: bool, unwanted: Callable[[str], bool]) -> tuple
         return {"text": text, "kept": any(part.strip() for part in kept) or not any(part.strip() for part in parts)}
 
     with in_temporary_files():  # `datasets` would pickle all that `unwanted` remembers to name the result
-        marked = rows.select_columns("text").map(keep, new_fingerprint=uuid4().hex[:16])
+        held = 1 if document else 1000  # in memory, before they are written: a document may have any length
+        marked = rows.select_columns("text").map(keep, new_fingerprint=uuid4().hex[:16], writer_batch_size=held)
         left = marked if count == 0 else marked.filter(lambda kept: kept, input_columns="kept")
     return left.remove_columns("kept"), Removed(count, units)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .dividing import divided
 
 LEARNED = ("input_ids", "labels", "start_positions", "end_positions")
 """Columns that make a step what it is."""
@@ -57,26 +59,28 @@ class Encoded:
             found.setdefault(number, []).append(place)
         return list(found.values())
 
-    def divided(self, count: int, seed: int) -> tuple[Encoded, Encoded]:
-        """Two parts, the second of `count` groups drawn by `seed`. Rows that were dropped stay with the first."""
-        import datasets
+    def divided(self, size: int | float, seed: int, key: str) -> tuple[Encoded, Encoded]:
+        """Two parts, the second of groups drawn by `seed`. Rows that were dropped stay with the first.
 
+        Args and errors as dividing.divided's, of groups.
+        """
         groups = self.groups()
-        drawn = datasets.Dataset.from_dict({"group": range(len(groups))}).train_test_split(test_size=count, seed=seed)
-        first, second = ([row for group in drawn[name]["group"] for row in groups[group]] for name in ("train", "test"))
-        held = sum(self.were_cut[row] for row in second)
-        return self._part(first, self.cut - held, self.dropped), self._part(second, held, 0)
+        first, second = (
+            self.part([row for group in part for row in groups[group]])
+            for part in divided(len(groups), size, seed, key)
+        )
+        return replace(first, cut=self.cut - second.cut, dropped=self.dropped), second
 
     def first(self, count: int) -> Encoded:
         """At most so many of the rows, from the beginning."""
-        places = range(min(count, len(self)))
-        return self._part(places, sum(self.were_cut[place] for place in places), 0)
+        return self.part(range(min(count, len(self))))
 
-    def _part(self, places: Sequence[int], cut: int, dropped: int) -> Encoded:
+    def part(self, places: Sequence[int]) -> Encoded:
+        """The rows at these places, in this order; none of those that were dropped."""
         rows = self.rows.select(places)
         were_cut = tuple(self.were_cut[place] for place in places)
         numbers = tuple(self.numbers[place] for place in places)
-        return Encoded(rows, cut, dropped, tokens_in(rows), were_cut, self.raw, numbers)
+        return Encoded(rows, sum(were_cut), 0, tokens_in(rows), were_cut, self.raw, numbers)
 
 
 def tokens_in(rows: Any) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from fastpeft.errors import UserError
 
 from .cleaning import paragraphs
+from .dividing import divided
 from .encoding import Encoded
 
 
@@ -33,11 +34,8 @@ def held_back(rows: Any, document: bool, fraction: float, seed: int, key: str) -
         texts = ("\n\n".join(parts[:first]), "\n\n".join(parts[first:]))
         kept, held = (datasets.Dataset.from_dict({"text": [text]}) for text in texts)
         return kept, held
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise UserError(f"{key}: expected at least one row on either side, got {len(rows)} in all")
-    divided = rows.train_test_split(test_size=count, seed=seed)
-    return divided["train"], divided["test"]
+    rest, drawn = divided(len(rows), fraction, seed, key)
+    return rows.select(rest), rows.select(drawn)
 
 
 @dataclass(frozen=True)

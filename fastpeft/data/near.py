@@ -32,7 +32,7 @@ class NearIndex:
         threshold: Jaccard similarity of the sets of runs from which on texts are alike; above 0, at most 1.
         purpose: what needs it, for the message where datasketch is missing.
         whole: compare the runs themselves. Else the similarity is estimated by MinHash (standard error 0.035 at 0.8),
-            which holds about 4 kB a text however long it is.
+            which holds about 6 kB a text however long it is.
 
     Raises:
         MissingExtraError: datasketch is not installed.

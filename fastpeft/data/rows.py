@@ -105,7 +105,9 @@ def _from_file(datasets: Any, path: Path, key: str, label: str) -> Any:
 
 
 def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, label: str) -> Any:
-    options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
+    options: dict[str, Any] = {}
+    if loader == "text":  # of any length, so that no more than one is in memory before it is written
+        options = {"sample_by": "document", "writer_batch_size": 1}
     try:
         if loader == "csv":
             options = csv_options(datasets, files, key, label)

@@ -47,7 +47,7 @@ def measure(predictions: Any, training: Encoded, evaluation: Encoded, labels: Se
 
     true, guessed = np.asarray(evaluation.rows["labels"]), given(predictions)
     counts = counted(true, guessed)
-    base = counted(true, np.broadcast_to(_best_for_all(np.asarray(training.rows["labels"])), true.shape))
+    base = counted(true, np.broadcast_to(best_for_all(np.asarray(training.rows["labels"])), true.shape))
     rows = len(true)
     metrics = (
         Metric(
@@ -62,7 +62,7 @@ def measure(predictions: Any, training: Encoded, evaluation: Encoded, labels: Se
     return Findings(metrics, _silent(guessed, true), (by_class("By class", labels, counts),))
 
 
-def _best_for_all(true: Any) -> Any:
+def best_for_all(true: Any) -> Any:
     """The classes that, given to every row, have the best F1 together, (classes,): so many of the most frequent."""
     import numpy as np
 

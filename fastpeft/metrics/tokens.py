@@ -14,6 +14,8 @@ from .counts import by_class, f1_mean, f1_micro, precision, recall
 from .intervals import over_rows
 
 Spans = set[tuple[str, int, int]]
+Tags = list[list[str]]
+"""Of each row, of each word."""
 AGAINST = "each word's most frequent tag in the training rows"
 
 
@@ -69,37 +71,59 @@ def measure(predictions: Any, training: Encoded, evaluation: Encoded, labels: Se
         training, evaluation: from data.tagged.
         labels: names, in the order of their numbers.
     """
-    words, true = _words_and_tags(evaluation)
-    places = evaluation.rows["places"]
-    guessed = [
-        [labels[row[place]] if place >= 0 else "" for place in theirs]
-        for row, theirs in zip(predictions, places, strict=True)
-    ]
-    usual = _usual_tags(training)
-    looked_up = [[usual.get(word, usual[""]) for word in row] for row in words]
-    metrics = [_metric("accuracy of the words", _accuracy, _right_words(true, guessed), _right_words(true, looked_up))]
+    true, guessed = true_tags(evaluation), guessed_tags(predictions, evaluation, labels)
+    usual = usual_tags(training, evaluation)
+    metrics = [_metric("accuracy of the words", accuracy, right_words(true, guessed), right_words(true, usual))]
+    found, base = (counts(true, other, labels) for other in (guessed, usual))
     if not is_iob2(labels):
-        counts, base = (_counts_of_tags(true, other, labels) for other in (guessed, looked_up))
-        metrics.append(_metric("F1, mean of the tags", f1_mean, counts, base))
-        return Findings(tuple(metrics), _collapsed(guessed), (by_class("By tag", labels, counts),))
-    kinds = sorted({label[2:] for label in labels if label != "O"})
-    counts, base = (_counts_of_spans(true, other, kinds) for other in (guessed, looked_up))
+        metrics.append(_metric("F1, mean of the tags", f1_mean, found, base))
+        return Findings(tuple(metrics), _collapsed(guessed), (by_class("By tag", labels, found),))
     for name, of in (("F1", f1_micro), ("precision", precision), ("recall", recall)):
-        metrics.append(_metric(f"{name} of the entities", of, counts.sum(axis=1), base.sum(axis=1)))
+        metrics.append(_metric(f"{name} of the entities", of, found.sum(axis=1), base.sum(axis=1)))
     notes = (*_collapsed(guessed), *_not_iob2(true))
-    return Findings(tuple(metrics), notes, (by_class("By type of entity", kinds, counts),))
+    return Findings(tuple(metrics), notes, (by_class("By type of entity", _kinds(labels), found),))
 
 
-def _metric(name: str, of: Callable[..., float], counts: Any, base: Any) -> Metric:
-    return Metric(name, *over_rows(of, counts), len(counts), of(base), AGAINST)
+def _metric(name: str, of: Callable[..., float], rows: Any, base: Any) -> Metric:
+    return Metric(name, *over_rows(of, rows), len(rows), of(base), AGAINST)
 
 
-def _words_and_tags(encoded: Encoded) -> tuple[list[list[str]], list[list[str]]]:
+def _words_and_tags(encoded: Encoded) -> tuple[list[list[str]], Tags]:
     rows = encoded.raw.select([number - 1 for number in encoded.numbers])
     return rows["tokens"][:], [[str(tag) for tag in tags] for tags in rows["tags"]]
 
 
-def _usual_tags(training: Encoded) -> dict[str, str]:
+def true_tags(encoded: Encoded) -> Tags:
+    """Of each row's words."""
+    return _words_and_tags(encoded)[1]
+
+
+def guessed_tags(predictions: Any, encoded: Encoded, labels: Sequence[str]) -> Tags:
+    """Of each row's words, "" for those that were cut off. Arguments as measure's."""
+    return [
+        [labels[row[place]] if place >= 0 else "" for place in theirs]
+        for row, theirs in zip(predictions, encoded.rows["places"], strict=True)
+    ]
+
+
+def usual_tags(training: Encoded, encoded: Encoded) -> Tags:
+    """For each word of `encoded` its most frequent tag in training; for a word that is not there, that of all words."""
+    usual = _by_word(training)
+    return [[usual.get(word, usual[""]) for word in row] for row in _words_and_tags(encoded)[0]]
+
+
+def counts(true: Tags, guessed: Tags, labels: Sequence[str]) -> Any:
+    """(rows, types of entities, 3), for tags that are not IOB2 (rows, tags, 3); see metrics.counts."""
+    if is_iob2(labels):
+        return _counts_of_spans(true, guessed, _kinds(labels))
+    return _counts_of_tags(true, guessed, labels)
+
+
+def _kinds(labels: Sequence[str]) -> list[str]:
+    return sorted({label[2:] for label in labels if label != "O"})
+
+
+def _by_word(training: Encoded) -> dict[str, str]:
     """The most frequent tag of each word, and under "" that of all words."""
     found: dict[str, Counter[str]] = {"": Counter()}
     for words, tags in zip(*_words_and_tags(training), strict=True):
@@ -109,14 +133,16 @@ def _usual_tags(training: Encoded) -> dict[str, str]:
     return {word: tags.most_common(1)[0][0] for word, tags in found.items()}
 
 
-def _right_words(true: list[list[str]], guessed: list[list[str]]) -> Any:
+def right_words(true: Tags, guessed: Tags) -> Any:
+    """(rows, 2): how many words are right, and how many there are."""
     import numpy as np
 
     return np.asarray([[sum(map(str.__eq__, t, g)), len(t)] for t, g in zip(true, guessed, strict=True)])
 
 
-def _accuracy(right_words: Any) -> float:
-    right, every = right_words.sum(axis=0)
+def accuracy(words: Any) -> float:
+    """Share of the words that are right; `words` are of `right_words`."""
+    right, every = words.sum(axis=0)
     return float(right / every)
 
 
@@ -124,7 +150,7 @@ def _overlap(true: Spans, guessed: Spans) -> tuple[int, int, int]:
     return len(true & guessed), len(guessed), len(true)
 
 
-def _counts_of_spans(true: list[list[str]], guessed: list[list[str]], kinds: list[str]) -> Any:
+def _counts_of_spans(true: Tags, guessed: Tags, kinds: list[str]) -> Any:
     """(rows, types, 3)."""
     import numpy as np
 
@@ -134,7 +160,7 @@ def _counts_of_spans(true: list[list[str]], guessed: list[list[str]], kinds: lis
     return np.asarray([of_row(spans(t), spans(g)) for t, g in zip(true, guessed, strict=True)])
 
 
-def _counts_of_tags(true: list[list[str]], guessed: list[list[str]], labels: Sequence[str]) -> Any:
+def _counts_of_tags(true: Tags, guessed: Tags, labels: Sequence[str]) -> Any:
     """(rows, tags, 3)."""
     import numpy as np
 
@@ -146,7 +172,7 @@ def _counts_of_tags(true: list[list[str]], guessed: list[list[str]], labels: Seq
     return np.asarray([of_row(t, g) for t, g in zip(true, guessed, strict=True)])
 
 
-def _collapsed(guessed: list[list[str]]) -> tuple[str, ...]:
+def _collapsed(guessed: Tags) -> tuple[str, ...]:
     found = {tag for row in guessed for tag in row if tag}
     if len(found) > 1:
         return ()
@@ -156,7 +182,7 @@ def _collapsed(guessed: list[list[str]]) -> tuple[str, ...]:
     )
 
 
-def _not_iob2(true: list[list[str]]) -> tuple[str, ...]:
+def _not_iob2(true: Tags) -> tuple[str, ...]:
     inside = sum(tag.startswith("I-") for row in true for tag in row)
     counted = sum(end - start - 1 for row in true for _, start, end in spans(row))
     if inside == counted:

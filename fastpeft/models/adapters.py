@@ -99,6 +99,7 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
+        _check_head(model.get_output_embeddings())
         if config.modules_to_save is not None:  # PEFT adds a head's names once more
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
         return model
@@ -111,6 +112,20 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
         if type(error).__name__ == "OutOfMemoryError" or not re.search("allocat|overflow", str(error)):
             raise
         raise UserError(f"lora.r: expected an adapter that fits into memory, got {section.r}") from error
+
+
+def trains_single_rows(module: Any) -> bool:
+    """Whether PEFT trains some tokens of it (`trainable_token_indices`)."""
+    return type(module).__name__ == "TrainableTokensWrapper"
+
+
+def _check_head(head: Any) -> None:
+    """PEFT's layer for some tokens multiplies by their weight, and leaves a head's bias out without a word."""
+    if trains_single_rows(head) and getattr(head.original_module, "bias", None) is not None:
+        raise UserError(
+            "lora.extra.trainable_token_indices: expected none for a head with a bias, which PEFT would leave out; "
+            "lora.modules_to_save takes the embeddings whole"
+        )
 
 
 def _check_names(base: Any, names: list[str], key: str) -> None:

@@ -52,11 +52,15 @@ def make_room(base: Any, size: Callable[[], int], folder: Path) -> None:
         base.resize_token_embeddings(tokens, mean_resizing=False)
 
 
-def trained_embeddings(base: Any, section: LoraSection, new: list[int], task: str) -> LoraSection:
+def trained_embeddings(base: Any, section: LoraSection, new: list[int], whole: bool) -> LoraSection:
     """Settings with which an adapter trains new tokens' embeddings, and saves them as PEFT alone loads them.
 
-    Encoders and encoder-decoders train the new rows alone. Decoders train embeddings and head whole: TRL reads the
-    head's weight, and would not see single rows of it.
+    Args:
+        base: with rows for them.
+        section: the adapter's settings without.
+        new: IDs of the new tokens.
+        whole: train embeddings and head whole; else the new rows alone, but for a head with a bias, which PEFT's layer
+            for single rows would leave out.
 
     Raises:
         UserError: the settings ask for something else of the embeddings already.
@@ -67,10 +71,9 @@ def trained_embeddings(base: Any, section: LoraSection, new: list[int], task: st
         raise UserError(
             f"strategy.options.new_tokens: expected no other training of {names[inputs]}, got it in lora's settings"
         )
-    if task != "causal-lm":
-        return replace(section, extra=section.extra | {"trainable_token_indices": {names[inputs]: new}})
     tied = head.weight is inputs.weight
     added = [names[inputs]] if tied else [names[inputs], names[head]]
-    whole = list(dict.fromkeys([*section.modules_to_save, *added]))
+    if not whole and getattr(head, "bias", None) is None:
+        return replace(section, extra=section.extra | {"trainable_token_indices": dict.fromkeys(added, new)})
     extra = section.extra | ({"ensure_weight_tying": True} if tied else {})
-    return replace(section, modules_to_save=whole, extra=extra)
+    return replace(section, modules_to_save=list(dict.fromkeys([*section.modules_to_save, *added])), extra=extra)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,9 +18,9 @@ from fastpeft.data.rows import is_document, load_rows
 from fastpeft.data.vocabulary import grow
 from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Metric
-from fastpeft.metrics.language import Losses, losses
-from fastpeft.models.devices import autocast
+from fastpeft.metrics.language import Losses
 from fastpeft.models.new_tokens import add_embeddings, trained_embeddings
+from fastpeft.training.evaluating import token_losses
 from fastpeft.training.preparing import Prepared, Raw
 
 from .base import Strategy
@@ -28,8 +28,8 @@ from .domain_report import Cleaned, data_section, forgetting_section
 
 WARMUP = 0.05
 """Share of the steps over which the rate rises again, where training.warmup_steps says nothing."""
-SAMPLE = 1000
-"""Texts over which is counted how many tokens a larger vocabulary saves."""
+SAMPLE = 1_000_000
+"""Characters of the texts over which is counted how many tokens a larger vocabulary saves."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class DomainOptions:
         near_threshold: how alike texts are that are nearly the same: Jaccard similarity of runs of five words.
         decontaminate: take out training texts that have 13 words in a row with a text that is measured on.
         new_tokens: how many tokens to add to the vocabulary at most, or a file of words, one a line.
+        train_embeddings: of new tokens the new rows alone, or embeddings and head whole; the latter where a head has a
+            bias, in any case.
         measured_rows: how many rows of either kind losses are measured on at most.
     """
 
@@ -54,6 +56,7 @@ class DomainOptions:
     near_threshold: float = 0.8
     decontaminate: bool = True
     new_tokens: int | str = 0
+    train_embeddings: Literal["new", "all"] = "new"
     measured_rows: int = 500
 
 
@@ -118,7 +121,7 @@ class DomainAdaptive(Strategy):
             raise UserError("strategy.options: expected texts to be left after cleaning, got none")
         saved = 0.0
         if options.new_tokens:
-            sample = [text for text in rows[:SAMPLE]["text"] if isinstance(text, str)]
+            sample = _beginning(rows["text"], SAMPLE)
             before = _tokens(raw.tokenizer, sample)
             self._pieces = grow(raw.tokenizer, rows["text"], self._wanted())
             saved = 1 - _tokens(raw.tokenizer, sample) / before
@@ -130,7 +133,7 @@ class DomainAdaptive(Strategy):
         if not self._pieces:
             return section
         add_embeddings(base, self._pieces)
-        return trained_embeddings(base, section, sorted(self._pieces), self.config.model.task)
+        return trained_embeddings(base, section, sorted(self._pieces), self.options.train_embeddings == "all")
 
     def before(self, prepared: Prepared, trainer: Any) -> None:
         self._before = self._measured(prepared, trainer)
@@ -155,23 +158,13 @@ class DomainAdaptive(Strategy):
 
     def _measured(self, prepared: Prepared, trainer: Any) -> dict[str, Losses]:
         """Losses of held-out text by its kind; the same rows, and masks, each time."""
-        import torch
+        import numpy as np
 
-        config = prepared.config
-        dtype = getattr(torch, config.model.dtype)
         found = {}
         for name, held in (("domain", prepared.evaluation), ("general", self._held)):
-            if held is None:
-                continue
-            rows = held.rows.shuffle(seed=0).select(range(min(self.options.measured_rows, len(held))))
-            found[name] = losses(
-                trainer.model,
-                rows,
-                _collator(prepared.tokenizer, trainer),
-                config.training.per_device_eval_batch_size,
-                shifted=config.model.task == "causal-lm",
-                computing=lambda: autocast(trainer.model.device, dtype),
-            )
+            if held is not None:
+                drawn = np.random.default_rng(0).permutation(len(held))[: self.options.measured_rows]
+                found[name] = token_losses(prepared, trainer, held.part(drawn.tolist()))
         return found
 
     def _load_general(self) -> tuple[Any, Any] | None:
@@ -221,15 +214,17 @@ def _whole_paths(options: dict[str, Any]) -> dict[str, Any]:
     return options | {name: str(path.resolve()) for name, path in local.items() if path.exists()}
 
 
+def _beginning(texts: Iterable[Any], characters: int) -> list[str]:
+    """Of all texts together: a document may be longer than is good to hold."""
+    found: list[str] = []
+    for text in texts:
+        if isinstance(text, str):
+            found.append(text[:characters])
+            characters -= len(found[-1])
+        if characters <= 0:
+            break
+    return found
+
+
 def _tokens(tokenizer: Any, texts: list[str]) -> int:
     return sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
-
-
-def _collator(tokenizer: Any, trainer: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq
-
-    if hasattr(trainer, "evaluation_collator"):  # with the masks of every evaluation
-        return trainer.evaluation_collator
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = "right"
-    return DataCollatorForSeq2Seq(tokenizer)  # pads labels too

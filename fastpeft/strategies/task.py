@@ -14,7 +14,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.data.checks import leak_note, leaked, nearly_leaked, notes_on, samples
-from fastpeft.data.encoded import Encoded
 from fastpeft.data.kinds import kind_of
 from fastpeft.data.labels import SINGLE
 from fastpeft.errors import UserError
@@ -92,7 +91,12 @@ class TaskAdaptive(Strategy):
         notes = self._look_at_rows(prepared)
         validation = None
         if self._chooses:
-            prepared, validation = _held_back(prepared, self.options.validation_fraction)
+            rows, validation = prepared.rows.divided(
+                self.options.validation_fraction,
+                prepared.config.training.seed,
+                "strategy.options.validation_fraction",
+            )
+            prepared = replace(prepared, rows=rows)
             notes.append(
                 f"{len(validation)} training rows are held back to choose by (strategy.options.validation_fraction): "
                 "the evaluation losses during training are over them"
@@ -203,17 +207,6 @@ class TaskAdaptive(Strategy):
         if self.options.leaks == "error":
             raise UserError(f"strategy.options.leaks: {leak_note(found, len(evaluation))}")
         return [*notes, leak_note(found, len(evaluation))]
-
-
-def _held_back(prepared: Prepared, fraction: float) -> tuple[Prepared, Encoded]:
-    count = max(1, round(len(prepared.rows) * fraction))
-    if count >= len(prepared.rows):
-        raise UserError(
-            "strategy.options.validation_fraction: expected at least one training row on either side, "
-            f"got {len(prepared.rows)} in all"
-        )
-    rows, validation = prepared.rows.divided(count, prepared.config.training.seed)
-    return replace(prepared, rows=rows), validation
 
 
 def _with_early_stopping(config: FastpeftConfig) -> FastpeftConfig:

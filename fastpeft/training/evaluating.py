@@ -11,22 +11,12 @@ from typing import Any, NamedTuple
 
 from fastpeft.data.chat import IGNORED
 from fastpeft.data.encoding import Encoded
+from fastpeft.metrics.language import Losses
 from fastpeft.models.devices import autocast, pick_device, pick_dtype
 
 from .preparing import Prepared
 
 MOST_NEW_TOKENS = 512
-
-
-class TokenScores(NamedTuple):
-    """Of each row: the summed negative log likelihood of what is learned, how many tokens that is, how many are right.
-
-    Right is a token that the model takes for the likeliest.
-    """
-
-    loss: list[float]
-    tokens: list[int]
-    right: list[int]
 
 
 class Exchange(NamedTuple):
@@ -46,25 +36,29 @@ def classes(prepared: Prepared, trainer: Any, encoded: Encoded) -> list[int]:
     return found
 
 
-def token_scores(prepared: Prepared, trainer: Any, encoded: Encoded) -> TokenScores:
+def token_losses(prepared: Prepared, trainer: Any, encoded: Encoded) -> Losses:
     """Of a language model of any kind. Masks are those that the training's evaluations have."""
+    import numpy as np
     import torch
 
     task = prepared.config.model.task
     shift = int(task == "causal-lm")
-    found = TokenScores([], [], [])
+    sums, tokens, right = list[float](), list[int](), list[int]()
     with _evaluating(prepared, trainer.model) as forward:
         for batch in _batches(trainer, encoded, _collator(prepared, trainer)):
             labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
             logits = forward(batch).logits
-            for row, wanted in enumerate(labels):
+            labels = labels.to(logits.device)
+            virtual = logits.shape[1] - labels.shape[1]  # tokens of a prompt that PEFT puts before a decoder's
+            for row, wanted in enumerate(labels):  # a row at a time: float32 logits are large
                 wanted = wanted[shift:]
-                scores = logits[row, : len(wanted)][wanted != IGNORED].float()
+                scores = logits[row, virtual : virtual + len(wanted)][wanted != IGNORED].float()
                 wanted = wanted[wanted != IGNORED]
-                found.loss.append(torch.nn.functional.cross_entropy(scores, wanted, reduction="sum").item())
-                found.tokens.append(len(wanted))
-                found.right.append(int((scores.argmax(dim=-1) == wanted).sum()))
-    return found
+                losses = torch.nn.functional.cross_entropy(scores, wanted, reduction="none")
+                sums.append(losses.double().sum().item())
+                tokens.append(len(wanted))
+                right.append(int((scores.argmax(dim=-1) == wanted).sum()))
+    return Losses(np.asarray(sums), np.asarray(tokens), np.asarray(right))
 
 
 def exchange(row: dict[str, Any], task: str) -> Exchange | None:

@@ -130,7 +130,7 @@ def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw]
         document = edited.evaluation_document
         evaluation = encode(edited.evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
     elif data.eval_fraction:
-        rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
+        rows, evaluation = rows.divided(data.eval_fraction, config.training.seed, "data.eval_fraction")
     notes = []
     if template:
         token, note = _end_of_answers(rows, tokenizer, data)
@@ -207,14 +207,6 @@ def _end_of_answers(rows: Encoded, tokenizer: Any, data: DataSection) -> tuple[s
     if wanted is None and token != tokenizer.eos_token:
         tokenizer.eos_token = wanted = token
     return wanted, None
-
-
-def _held_back(rows: Encoded, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
-    groups = len(rows.groups())
-    count = max(1, round(groups * fraction))
-    if count >= groups:
-        raise UserError(f"data.eval_fraction: expected at least one row on either side, got {groups} in all")
-    return rows.divided(count, seed)
 
 
 def _whole_paths(data: Any) -> Any:

@@ -11,6 +11,7 @@ from fastpeft.metrics.classification import classification_metrics
 from fastpeft.metrics.multilabel import multilabel_metrics
 from fastpeft.metrics.regression import regression_metrics
 from fastpeft.metrics.tokens import token_metrics
+from fastpeft.models.adapters import trains_single_rows
 from fastpeft.models.tasks import HEADS
 from fastpeft.requirements import require
 
@@ -22,7 +23,7 @@ def build_trainer(
 
     Args:
         task: what the model is trained to do.
-        model: a PEFT model, accelerated or not.
+        model: of PEFT or transformers, accelerated or not.
         arguments: from training_arguments.
         rows, evaluation: encoded; None for no evaluation.
 
@@ -46,11 +47,9 @@ def build_trainer(
 
 def _decoder_trainer(given: dict[str, Any]) -> Any:
     trl = require("train", "trl", "training decoders")
-    if type(given["model"].get_output_embeddings()).__name__ == "TrainableTokensWrapper":
-        raise UserError(
-            "lora.extra.trainable_token_indices: expected none, because the head shares the embeddings' weights "
-            "and TRL cannot read such a head; lora.modules_to_save takes both whole"
-        )
+    head = given["model"].get_output_embeddings()
+    if trains_single_rows(head):
+        head.register_parameter("bias", None)  # TRL reads it beside the weight, which has the trained rows in it
     with dtypes_kept(given["model"]):
         try:
             return trl.SFTTrainer(**given)
@@ -78,9 +77,9 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
         return RepeatableTrainer(lambda: RepeatableMasks(tokenizer, seed), **given)
     if task == "seq2seq-lm" and "labels" not in given["train_dataset"].column_names:  # texts alone
-        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, model.get_base_model()), **given)
+        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, _base_of(model)), **given)
     if task == "seq2seq-lm":
-        collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model())
+        collator = DataCollatorForSeq2Seq(tokenizer, model=_base_of(model))
     elif task == "token-classification":
         collator = DataCollatorForTokenClassification(tokenizer)
     else:
@@ -89,6 +88,10 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
         given["compute_metrics"] = metrics_of(task, given["model"].config)
         given["preprocess_logits_for_metrics"] = KEPT.get(task, _first)
     return Trainer(**given, data_collator=collator)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def metrics_of(task: str, config: Any) -> Callable[[Any], dict[str, float]] | None:

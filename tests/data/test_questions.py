@@ -72,7 +72,7 @@ def test_windows_of_one_question_stay_together() -> None:
     rows = [row("q", "b c d e f g h i j k l m n"[: 25 - number], "c") for number in range(10)]
     whole = encoded(wordpieces(), *rows)
     assert len(whole) > len(whole.groups()) == 10
-    first, second = whole.divided(3, seed=0)
+    first, second = whole.divided(3, seed=0, key="key")
     parts = [set(part.numbers) for part in (first, second)]
     assert not parts[0] & parts[1] and len(parts[1]) == 3 == len(second.groups())
     assert len(first) + len(second) == len(whole) and first.raw is whole.raw

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
 from fastpeft.data.rows import is_document, load_rows
 from fastpeft.errors import UserError
@@ -197,3 +199,19 @@ class TestHub:
         with pytest.raises(UserError, match=r"^data.path: some/rows is no local file, and it is far away$"):
             load_rows("some/rows", split="train")
         assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_text_files_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, held = 100_000, []
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * (size // len(str(number))))
+    written = ArrowWriter.write_row
+
+    def watched(*given: Any, **named: Any) -> None:
+        written(*given, **named)
+        held.append(pyarrow.total_allocated_bytes())
+
+    monkeypatch.setattr(ArrowWriter, "write_row", watched)
+    before = pyarrow.total_allocated_bytes()
+    assert len(load_rows(str(tmp_path), split=None)) == len(held) == 20
+    assert max(held) - before < 5 * size

@@ -42,13 +42,15 @@ def pretended(monkeypatch: pytest.MonkeyPatch, read_once: dict[str, Prepared]) -
         found = read_once[config.data.path]
         return replace(found, config=replace(config, model=found.config.model, data=found.config.data))
 
-    def run(one: Trial, prepared: Any, splits: Any, keep: Path | None = None) -> dict[str, Any]:
+    def run(one: Trial, prepared: Any, splits: Any, measure: Any, keep: Path | None = None) -> dict[str, Any]:
         ran.append(one.key)
-        true = list((splits.validation if one.phase == "search" else splits.test)["labels"])
+        true = list((splits.validation if one.phase == "search" else splits.test).rows["labels"])
         drawn = random.Random(one.key)
         guesses = [label if drawn.random() < 0.8 else 1 - label for label in true]
-        right = sum(guess == label for guess, label in zip(guesses, true, strict=True)) / len(true)
-        result = trial.Result(one.key, **vars(one), accuracy=right, f1=right, loss=1 - right, guesses=guesses)
+        columns: Any = {"true": true, "guessed": guesses}
+        figures = measure.values(columns)
+        right = figures["accuracy"]
+        result = trial.Result(one.key, **vars(one), figures=figures, score=right, loss=1 - right, columns=columns)
         return vars(result) | {"trainable": 10 * len(one.method), "parameters": 1000, "seconds": 60.0}
 
     monkeypatch.setattr(trial, "run", run)
@@ -67,8 +69,12 @@ def test_the_command_writes_table_figure_and_json(configure: Configure, capsys: 
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out(config) / "results.json").read_text())
     head, prompt = printed["methods"]
-    assert head["seeds"] == 1 and 0 <= head["accuracy"]["value"] <= 1 and head["accuracy"]["low"] is None
-    assert "no values for bert.pooler.dense" in prompt["failed"] and prompt["accuracy"] is None
+    assert (
+        head["seeds"] == 1
+        and 0 <= head["figures"]["accuracy"]["value"] <= 1
+        and head["figures"]["accuracy"]["low"] is None
+    )
+    assert "no values for bert.pooler.dense" in prompt["failed"] and prompt["figures"] == {}
     assert printed["complete"] and printed["data"] | {"train": 40, "repeated": 8} == printed["data"]
     assert [one["phase"] for one in printed["trials"]] == ["search"] * 2 + ["test"]
     text = (out(config) / "report.md").read_text()
@@ -84,7 +90,7 @@ def test_the_rate_is_chosen_on_validation_and_each_test_is_run_once(configure: C
     assert [(one["method"], one["seed"]) for one in tested] == [("full", 1), ("lora", 1), ("full", 2), ("lora", 2)]
     for one in tested:
         tried = [other for other in searched.values() if other["method"] == one["method"]]
-        assert one["rate"] == max(tried, key=lambda other: other["accuracy"])["rate"]
+        assert one["rate"] == max(tried, key=lambda other: other["score"])["rate"]
     assert len(set(pretended)) == len(pretended) == 8
 
 
@@ -142,7 +148,7 @@ def test_no_trial_begins_that_would_end_beyond_the_budget(
     assert len(found.results) == 6 and found.missing == 2
     rows = summarise(found)
     assert [row.seeds for row in rows] == [1, 1], "a seed of each method rather than two of one"
-    assert math.isinf(rows[0].accuracy.high), "a single seed has no interval"  # type: ignore[union-attr]
+    assert math.isinf(rows[0].figures["accuracy"].high), "a single seed has no interval"
     assert "**Incomplete**: no time was left for at least 2 trials" in report(found, rows)
     early = runner.compare(configure(minutes=2.5), QUIET, overwrite=True)
     assert len(early.results) == 2 and [row.seeds for row in summarise(early)] == [0, 0]
@@ -153,12 +159,16 @@ def test_figures_over_seeds_and_over_rows(configure: Configure, pretended: list[
     found = runner.compare(configure(), QUIET)
     full, lora = summarise(found)
     tests = {one["key"]: one for one in found.results if one["phase"] == "test"}
-    of = {name: [one["accuracy"] for one in tests.values() if one["method"] == name] for name in ("full", "lora")}
+    of = {
+        name: [one["figures"]["accuracy"] for one in tests.values() if one["method"] == name]
+        for name in ("full", "lora")
+    }
     mean = sum(of["lora"]) / 2
-    assert lora.accuracy is not None and lora.rows is not None and lora.difference is not None
-    assert lora.accuracy.value == pytest.approx(mean) and lora.rows.value == pytest.approx(mean)
+    accuracy = lora.figures["accuracy"]
+    assert lora.rows is not None and lora.difference is not None
+    assert accuracy.value == pytest.approx(mean) and lora.rows.value == pytest.approx(mean)
     half = 12.7062 * abs(of["lora"][0] - of["lora"][1]) / 2  # Student's with one degree of freedom
-    assert lora.accuracy.high - mean == pytest.approx(half, rel=1e-4)
+    assert accuracy.high - mean == pytest.approx(half, rel=1e-4)
     gaps = [one - other for one, other in zip(of["lora"], of["full"], strict=True)]
     assert lora.difference.value == pytest.approx(sum(gaps) / 2) and full.difference is None
 
@@ -171,6 +181,8 @@ def test_figures_over_seeds_and_over_rows(configure: Configure, pretended: list[
         ({"seeds": 0}, [], r"strategy\.options\.seeds: expected at least 1, got 0"),
         ({"similarity": 0.0}, [], "expected above 0 and at most 1"),
         ({"minutes": 0.0}, [], "expected more than 0"),
+        ({"generate": -1}, [], r"strategy\.options\.generate: expected at least 0, got -1"),
+        ({}, ["data.packing=true"], r"data\.packing: expected false"),
         ({"ranges": {"lora": [1e-3, 1e-4]}}, [], "the lowest and the highest rate"),
         ({"sedes": 2}, [], r"did you mean 'strategy\.options\.seeds'"),
         ({}, ["training.max_steps=-1"], "as every method trains as long"),

@@ -44,14 +44,16 @@ def test_all_methods_see_the_same_batches_and_no_row_that_they_are_judged_by(
         assert len(of_a_seed) == 3 and of_a_seed[0] == of_a_seed[1] == of_a_seed[2]
         assert len(of_a_seed[0]) == 4 * STEPS
     assert seen[0] != seen[3], "another seed, another order"
-    held = {tuple(row) for part in (found.splits.validation, found.splits.test) for row in part["input_ids"]}
+    held = {tuple(row) for part in (found.splits.validation, found.splits.test) for row in part.rows["input_ids"]}
     assert not held & {tuple(row) for trained in seen for row in trained}
-    assert not {tuple(row) for row in found.splits.test["input_ids"]} & {
-        tuple(row) for row in found.splits.validation["input_ids"]
+    assert not {tuple(row) for row in found.splits.test.rows["input_ids"]} & {
+        tuple(row) for row in found.splits.validation.rows["input_ids"]
     }
 
-    again = trial.run(Trial("test", "lora", found.results[-2]["rate"], 1), prepare(configure(), QUIET), found.splits)
-    same = ("accuracy", "f1", "loss", "guesses", "trainable")
+    again = trial.run(
+        Trial("test", "lora", found.results[-2]["rate"], 1), prepare(configure(), QUIET), found.splits, found.measure
+    )
+    same = ("figures", "score", "loss", "columns", "trainable")
     assert {name: again[name] for name in same} == {name: found.results[-2][name] for name in same}
 
 
@@ -62,7 +64,7 @@ def test_a_failing_method_stops_no_other(configure: Configure, monkeypatch: pyte
     monkeypatch.setitem(METHODS, "ia3", METHODS["ia3"].__class__(**{**vars(METHODS["ia3"]), "attach": refuse}))
     found = runner.compare(configure(methods=["ia3", "head"], rates=1, seeds=1), QUIET)
     first, second = summarise(found)
-    assert first.failed == "ValueError: no such layer" and first.accuracy is None
+    assert first.failed == "ValueError: no such layer" and first.figures == {}
     assert second.failed is None and second.seeds == 1
     assert "- (IA)³: ValueError: no such layer" in report(found, [first, second])
 
@@ -109,10 +111,11 @@ def _loads_again(path: str, folder: Path, found: Any, result: dict[str, Any]) ->
         model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.eval()
     model.config.pad_token_id = 0
-    rows, labels = found.splits.test["input_ids"], torch.tensor(found.splits.test["labels"])
+    test = found.splits.test.rows
+    rows, labels = test["input_ids"], torch.tensor(test["labels"])
     with torch.no_grad():
         logits = torch.cat([model(input_ids=torch.tensor([row]).to(model.device)).logits.cpu() for row in rows])
-    assert logits.argmax(-1).tolist() == result["guesses"], result["method"]
+    assert logits.argmax(-1).tolist() == result["columns"]["guessed"], result["method"]
     loss = torch.nn.functional.cross_entropy(logits.double(), labels)
     assert float(loss) == pytest.approx(result["loss"], rel=1e-4), result["method"]
 

@@ -109,13 +109,15 @@ def test_new_tokens_begin_as_the_mean_of_their_pieces_and_are_trained(done: tupl
     trained = [
         part for key, part in adapter(run.folder).items() if "modules_to_save" in key or "trainable_tokens" in key
     ]
-    assert trained
+    assert len(trained) == {"llama": 2, "t5-for-spans": 2}.get(name, len(trained)) > 0  # neither head is tied
+    rows = {"bert": len(AutoTokenizer.from_pretrained(run.folder))}.get(name, 6)  # its head has a bias
+    assert all(len(part) == rows for part in trained)
     pieces = prepared(run)[1]._pieces
     base = auto_class(TASKS[name]).from_pretrained(run.config["model"]["name"]).get_input_embeddings().weight
     begun = torch.stack([base[old].mean(0) for old in pieces.values()]).detach()
     change = [(part[-6:] - begun).abs() for part in trained]
     assert min(float(found.max()) for found in change) < 0.2  # eight steps of 1e-2 from there
-    assert all(float(found.max()) > 1e-3 for found in change[:1])
+    assert all(float(found.max()) > 1e-3 for found in change)
 
 
 def prepared(run: Run) -> tuple[Any, Any]:

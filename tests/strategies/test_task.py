@@ -218,7 +218,7 @@ def test_early_stopping_keeps_the_best_and_resumes_as_if_without_a_break(
         ({"early_stopping": 0}, "strategy.options.early_stopping: expected at least 1, got 0"),
         ({"generate": -1}, "strategy.options.generate: expected at least 0, got -1"),
         ({"layer_rate_decay": 1.5}, "strategy.options.layer_rate_decay: expected more than 0 and less than 1, got 1.5"),
-        ({"early_stopping": 1, "validation_fraction": 0.99}, "validation_fraction: expected at least one training row"),
+        ({"early_stopping": 1, "validation_fraction": 0.99}, "validation_fraction: expected at least one row"),
         ({"rate_search": {}}, "strategy.options.rate_search: expected either rates, or low and high"),
         ({"classweights": "balanced"}, "strategy.options.classweights: unknown key"),
     ],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import yaml
 from fastpeft.cli import app
 from fastpeft.strategies import base
 from fastpeft.training import watching
+from tests.checkpoints import Checkpoints, write_rows
 
+C = TypeVar("C", bound="Case")
 SAYINGS = ["the sky is blue", "grass is green", "snow is white", "coal is black", "blood is red", "sand is brown"]
 
 
@@ -61,6 +64,45 @@ def train(folder: Path, *arguments: str, code: int = 0) -> Run:
         patched.setattr(base, "load_model", kept)
         assert app.run(["train", "--quiet", "--output-dir", str(folder), *arguments]) == code
     return Run(folder, made[-1] if made else None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        id: of the test.
+        model: name of a tiny checkpoint.
+        rows: of the data.
+        task: that should come of both.
+        more: further arguments of the command.
+    """
+
+    id: str
+    model: str
+    rows: list[dict[str, Any]]
+    task: str
+    more: str = ""
+
+
+def each_trained(cases: Sequence[C], full: Sequence[C], arguments: Sequence[str]) -> Callable[..., tuple[C, Run]]:
+    """A fixture of a module: each case with the run that it is trained by, those of `full` in full tests alone."""
+
+    @pytest.fixture(
+        scope="module",
+        params=[*cases, *(pytest.param(case, marks=pytest.mark.full) for case in full)],
+        ids=lambda case: case.id,
+    )
+    def done(
+        request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+    ) -> tuple[C, Run]:
+        case: C = request.param
+        folder = tmp_path_factory.mktemp(case.id)
+        rows = write_rows(folder / "rows.jsonl", *case.rows)
+        given = ["--model", checkpoints[case.model], "--data", rows, *arguments, *case.more.split()]
+        return case, train(folder / "run", *given)
+
+    return done
 
 
 def interrupted(folder: Path, *arguments: str, at: int, by: signal.Signals = signal.SIGTERM) -> None:

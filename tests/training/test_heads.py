@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,97 +19,78 @@ from fastpeft.models.tasks import auto_class
 from tests.checkpoints import Checkpoints, wordpieces, write_rows
 
 from .heads import numbered, questions, several, tagged
-from .runs import Run, train
+from .runs import Case, Run, each_trained, train
 
 QUICK = shlex.split("--max-steps 8 --batch-size 4 --learning-rate 1e-2 --logging-steps 1 --lora.r 4 --report-to none")
 TAGS = ["B-LOC", "B-PER", "O"]
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is trained, and what should come of it."""
+class Headed(Case):
+    """And what should come of it.
 
-    id: str
-    model: str
-    rows: Callable[[], list[dict[str, Any]]]
-    task: str
-    metric: str
-    head: str
-    options: dict[str, Any]
-    line: dict[str, Any]
-    more: str = ""
+    Attributes:
+        metric: a figure of the report.
+        head: name of the fresh module.
+        options: of `from_pretrained`, for the same head.
+        line: a row without its label.
+    """
+
+    metric: str = ""
+    head: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    line: dict[str, Any] = field(default_factory=dict)
 
 
-TOKENS = Case(
+TOKENS = Headed(
     "tags",
     "bert",
-    tagged,
+    tagged(),
     "token-classification",
-    "F1 of the entities",
-    "classifier",
-    {"num_labels": 3},
-    {"tokens": ["ann", "rome"]},
+    metric="F1 of the entities",
+    head="classifier",
+    options={"num_labels": 3},
+    line={"tokens": ["ann", "rome"]},
 )
-ANSWERS = Case(
+ANSWERS = Headed(
     "answers",
     "bert",
-    questions,
+    questions(),
     "question-answering",
-    "exact match",
-    "qa_outputs",
-    {},
-    {"question": "who?", "context": "x y ann"},
+    metric="exact match",
+    head="qa_outputs",
+    line={"question": "who?", "context": "x y ann"},
 )
-CLASSES = Case(
+CLASSES = Headed(
     "several-classes",
     "bert",
-    several,
+    several(),
     "sequence-classification",
-    "F1, mean of the classes",
-    "classifier",
-    {"num_labels": 4},
-    {"text": "ann rome"},
+    metric="F1, mean of the classes",
+    head="classifier",
+    options={"num_labels": 4},
+    line={"text": "ann rome"},
 )
-NUMBER = Case(
+NUMBER = Headed(
     "numbers",
     "bert",
-    numbered,
+    numbered(),
     "sequence-classification",
-    "Pearson's correlation",
-    "classifier",
-    {"num_labels": 1},
-    {"text": "a a", "text_pair": "b"},
+    metric="Pearson's correlation",
+    head="classifier",
+    options={"num_labels": 1},
+    line={"text": "a a", "text_pair": "b"},
 )
 DECODERS = [
-    Case("tags-by-a-decoder", "llama", tagged, TOKENS.task, TOKENS.metric, "score", TOKENS.options, TOKENS.line),
-    Case(
-        "classes-by-a-decoder", "llama", several, CLASSES.task, CLASSES.metric, "score", CLASSES.options, CLASSES.line
-    ),
-    Case("numbers-by-a-decoder", "llama", numbered, NUMBER.task, NUMBER.metric, "score", NUMBER.options, NUMBER.line),
+    replace(case, id=f"{case.id}-by-a-decoder", model="llama", head="score") for case in (TOKENS, CLASSES, NUMBER)
 ]
-QLORA = [
-    Case(f"{c.id}-qlora", c.model, c.rows, c.task, c.metric, c.head, c.options, c.line, "--method qlora")
-    for c in (TOKENS, ANSWERS)
-]
-FULL = [CLASSES, NUMBER, *DECODERS, *QLORA]
+QLORA = [replace(case, id=f"{case.id}-qlora", more="--method qlora") for case in (TOKENS, ANSWERS)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[TOKENS, ANSWERS, *(pytest.param(case, marks=pytest.mark.full) for case in FULL)],
-    ids=lambda case: case.id,
-)
-def done(
-    request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Case, Run]:
-    case: Case = request.param
-    folder = tmp_path_factory.mktemp(case.id)
-    rows = write_rows(folder / "rows.jsonl", *case.rows())
-    given = ["--model", checkpoints[case.model], "--data", rows, "--eval-fraction", "0.25"]
-    return case, train(folder / "run", *given, *QUICK, *case.more.split())
+done = each_trained([TOKENS, ANSWERS], [CLASSES, NUMBER, *DECODERS, *QLORA], ["--eval-fraction", "0.25", *QUICK])
 
 
-def test_it_learns_and_is_measured(done: tuple[Case, Run]) -> None:
+def test_it_learns_and_is_measured(done: tuple[Headed, Run]) -> None:
     case, run = done
     record = run.record
     assert record["task"] == case.task and min(run.losses[-3:]) < run.losses[0]
@@ -121,7 +101,7 @@ def test_it_learns_and_is_measured(done: tuple[Case, Run]) -> None:
     assert int(count) == int(every) > 0
 
 
-def test_the_head_is_saved_whole_and_has_no_adapter(done: tuple[Case, Run]) -> None:
+def test_the_head_is_saved_whole_and_has_no_adapter(done: tuple[Headed, Run]) -> None:
     case, run = done
     with safe_open(run.folder / "adapter_model.safetensors", "pt") as saved:
         names = [name for name in saved.keys() if case.head in name]  # noqa: SIM118
@@ -137,7 +117,7 @@ def outputs(model: Any) -> torch.Tensor:
     return torch.cat([found.start_logits, found.end_logits]) if "start_logits" in found else found.logits
 
 
-def test_plain_peft_and_merged_models_compute_the_same(done: tuple[Case, Run], tmp_path: Path) -> None:
+def test_plain_peft_and_merged_models_compute_the_same(done: tuple[Headed, Run], tmp_path: Path) -> None:
     case, run = done
     ours = outputs(run.model)
     if not case.more:
@@ -152,13 +132,13 @@ def test_plain_peft_and_merged_models_compute_the_same(done: tuple[Case, Run], t
         assert merged.config.id2label == dict(enumerate(TAGS))
 
 
-def test_verify_passes(done: tuple[Case, Run], capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_passes(done: tuple[Headed, Run], capsys: pytest.CaptureFixture[str]) -> None:
     _, run = done
     assert app.run(["verify", str(run.folder), "--quiet"]) == 0, capsys.readouterr().out
     assert "fastpeft verify: passed" in capsys.readouterr().out
 
 
-def test_generate_answers(done: tuple[Case, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_answers(done: tuple[Headed, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case, run = done
     file = write_rows(tmp_path / "prompts.jsonl", case.line)
     assert app.run(["generate", str(run.folder), "--file", file, "--quiet"]) == 0

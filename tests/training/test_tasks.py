@@ -13,77 +13,60 @@ import torch
 from peft import PeftModel
 
 from fastpeft.models.tasks import auto_class
-from tests.checkpoints import Checkpoints, write_rows
+from tests.checkpoints import Checkpoints
 
-from .runs import Run, adapter, chats, classes, completions, texts, train
+from .runs import Case, Run, adapter, chats, classes, completions, each_trained, texts, train
 
 QUICK = shlex.split("--max-steps 10 --batch-size 4 --learning-rate 1e-2 --logging-steps 1 --lora.r 4 --report-to none")
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is trained, and what should come of it."""
+class Learned(Case):
+    """And what should stand in its record."""
 
-    id: str
-    model: str
-    rows: list[dict[str, Any]]
-    task: str
-    more: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = [
-    Case("chat", "llama", chats(), "causal-lm", facts={"chat_template": "plain"}),
-    Case("completion", "llama", completions(), "causal-lm"),
-    Case("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
-    Case("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
-    Case("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
-    Case("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
-    Case(
+    Learned("chat", "llama", chats(), "causal-lm", facts={"chat_template": "plain"}),
+    Learned("completion", "llama", completions(), "causal-lm"),
+    Learned("packing", "llama", chats(), "causal-lm", "--packing --max-length 64"),
+    Learned("qlora", "llama", chats(), "causal-lm", "--method qlora", {"method": "qlora"}),
+    Learned("plain-peft", "llama", chats(), "causal-lm", "--acceleration.enabled false", {"accelerated": ""}),
+    Learned("bfloat16", "llama", chats(), "causal-lm", "--dtype bfloat16"),
+    Learned(
         "eval", "llama", chats(), "causal-lm", "--eval-fraction 0.25 --eval-steps 5", {"rows": 9, "evaluation_rows": 3}
     ),
-    Case("classes", "bert", classes(), "sequence-classification", "--eval-fraction 0.34 --eval-steps 5"),
-    Case(
+    Learned("classes", "bert", classes(), "sequence-classification", "--eval-fraction 0.34 --eval-steps 5"),
+    Learned(
         "numbered-classes",
         "bert",
         [row | {"label": len(row["label"] + row["text"]) % 3} for row in classes()],
         "sequence-classification",
     ),
-    Case("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
-    Case("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
-    Case("spans", "t5-for-spans", texts(), "seq2seq-lm", "--eval-fraction 0.25"),
+    Learned("t5", "t5", completions(), "seq2seq-lm", "--eval-fraction 0.25"),
+    Learned("masked", "bert", texts(), "masked-lm", "--eval-fraction 0.25"),
+    Learned("spans", "t5-for-spans", texts(), "seq2seq-lm", "--eval-fraction 0.25"),
 ]
 MORE_CASES = [
-    Case("text", "llama", texts(), "causal-lm", "--max-length 16"),
-    Case("dora", "llama", chats(), "causal-lm", "--use-dora"),
-    Case("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
-    Case("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
-    Case("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
-    Case("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
-    Case(
+    Learned("text", "llama", texts(), "causal-lm", "--max-length 16"),
+    Learned("dora", "llama", chats(), "causal-lm", "--use-dora"),
+    Learned("checkpointing", "llama", chats(), "causal-lm", "--gradient-checkpointing"),
+    Learned("classes-by-a-decoder", "llama", classes(), "sequence-classification"),
+    Learned("classes-qlora", "bert", classes(), "sequence-classification", "--method qlora"),
+    Learned("pissa", "llama", chats(), "causal-lm", "--init-lora-weights pissa"),
+    Learned(
         "rslora-and-biases", "llama", chats(), "causal-lm", "--use-rslora --bias lora_only --init-lora-weights gaussian"
     ),
-    Case("saved-whole", "llama", chats(), "causal-lm", "--method qlora --modules-to-save [down_proj]"),
-    Case("marian", "marian", completions(), "seq2seq-lm"),
+    Learned("saved-whole", "llama", chats(), "causal-lm", "--method qlora --modules-to-save [down_proj]"),
+    Learned("marian", "marian", completions(), "seq2seq-lm"),
 ]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CASES)],
-    ids=lambda case: case.id,
-)
-def done(
-    request: pytest.FixtureRequest, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Case, Run]:
-    case: Case = request.param
-    folder = tmp_path_factory.mktemp(case.id)
-    rows = write_rows(folder / "rows.jsonl", *case.rows)
-    run = train(folder / "run", "--model", checkpoints[case.model], "--data", rows, *QUICK, *case.more.split())
-    return case, run
+done = each_trained(CASES, MORE_CASES, QUICK)
 
 
-def test_it_learns_and_says_what_it_did(done: tuple[Case, Run]) -> None:
+def test_it_learns_and_says_what_it_did(done: tuple[Learned, Run]) -> None:
     case, run = done
     record = run.record
     assert (record["task"], record["steps"], len(run.losses)) == (case.task, 10, 10)
@@ -91,7 +74,7 @@ def test_it_learns_and_says_what_it_did(done: tuple[Case, Run]) -> None:
     assert min(run.losses[-3:]) < run.losses[0] and torch.tensor(run.losses).isfinite().all()
 
 
-def test_the_folder_holds_what_is_needed_and_no_more(done: tuple[Case, Run]) -> None:
+def test_the_folder_holds_what_is_needed_and_no_more(done: tuple[Learned, Run]) -> None:
     _, run = done
     wanted = "README.md adapter_config.json adapter_model.safetensors config.yaml data.sha256 loss.png processes.txt"
     wanted += " report.md run.json tokenizer.json tokenizer_config.json training_args.bin"
@@ -102,7 +85,7 @@ def test_the_folder_holds_what_is_needed_and_no_more(done: tuple[Case, Run]) -> 
     assert "checkpoint-10" in checkpoints and len(checkpoints) <= 2
 
 
-def test_the_report(done: tuple[Case, Run]) -> None:
+def test_the_report(done: tuple[Learned, Run]) -> None:
     case, run = done
     record, report = run.record, (run.folder / "report.md").read_text()
     assert report.startswith(f"# run\n\n{record['method']} of `{record['base']}` for {case.task}.\n")
@@ -121,7 +104,7 @@ def test_the_report(done: tuple[Case, Run]) -> None:
         assert f"| evaluation: {name} | {value:.4f} |" in report
 
 
-def test_the_model_card_is_for_the_hub(done: tuple[Case, Run]) -> None:
+def test_the_model_card_is_for_the_hub(done: tuple[Learned, Run]) -> None:
     from huggingface_hub import ModelCard
 
     case, run = done
@@ -130,7 +113,7 @@ def test_the_model_card_is_for_the_hub(done: tuple[Case, Run]) -> None:
     assert f"for {case.task}" in card.text and "10 steps, loss" in card.text
 
 
-def test_every_layer_was_accelerated(done: tuple[Case, Run]) -> None:
+def test_every_layer_was_accelerated(done: tuple[Learned, Run]) -> None:
     case, run = done
     if case.id == "plain-peft":
         assert run.record["accelerated"] == ""
@@ -139,7 +122,7 @@ def test_every_layer_was_accelerated(done: tuple[Case, Run]) -> None:
         assert int(count) == int(every) > 0
 
 
-def test_evaluation(done: tuple[Case, Run]) -> None:
+def test_evaluation(done: tuple[Learned, Run]) -> None:
     case, run = done
     record = run.record
     steps = [step for step, _ in record["evaluation"]]
@@ -154,7 +137,7 @@ def test_evaluation(done: tuple[Case, Run]) -> None:
     assert ("accuracy" in record["metrics"]) == (case.task == "sequence-classification")
 
 
-def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Case, Run]) -> None:
+def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Learned, Run]) -> None:
     case, run = done
     dtype = torch.bfloat16 if case.id == "bfloat16" else torch.float32
     options: dict[str, Any] = {"dtype": dtype}
@@ -184,19 +167,19 @@ def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Case, Run]) -> No
         assert (plain(**batch).logits - expected).abs().max() > 2 * tolerance
 
 
-def test_what_is_trained_is_saved_in_float32(done: tuple[Case, Run]) -> None:
+def test_what_is_trained_is_saved_in_float32(done: tuple[Learned, Run]) -> None:
     _, run = done
     assert {value.dtype for value in adapter(run.folder).values()} == {torch.float32}
 
 
-def test_the_classes_are_kept_in_the_order_of_their_numbers(done: tuple[Case, Run]) -> None:
+def test_the_classes_are_kept_in_the_order_of_their_numbers(done: tuple[Learned, Run]) -> None:
     case, run = done
     wanted = {"sequence-classification": ["0", "1", "2"] if case.id == "numbered-classes" else ["a", "b"]}
     assert run.config["data"]["labels"] == wanted.get(case.task)
 
 
 @pytest.mark.parametrize("done", [case for case in CASES if case.id in ("chat", "masked")], indirect=True)
-def test_its_configuration_trains_the_same_again(done: tuple[Case, Run], tmp_path: Path) -> None:
+def test_its_configuration_trains_the_same_again(done: tuple[Learned, Run], tmp_path: Path) -> None:
     _, run = done
     again = train(tmp_path / "again", str(run.folder / "config.yaml"))
     assert again.losses == run.losses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainerCallback
@@ -14,6 +14,12 @@ from fastpeft.models.tasks import PEFT_TASKS
 
 VIRTUAL_TOKENS = 20
 """Of prompt and prefix tuning; the papers take 5 to 100."""
+HEADLESS = {
+    task: "the checkpoint has its head, so nothing would be trained"
+    for task in ("causal-lm", "seq2seq-lm", "masked-lm")
+}
+UNMASKED = {"masked-lm": "PEFT knows no such task"}
+UNTAGGED = UNMASKED | {"token-classification": "PEFT has the virtual tokens tagged too, for which rows have no tags"}
 HEADS = ("classifier", "score")
 """Names of classifiers, which PEFT trains whole beside any adapter, and so do we without one."""
 
@@ -49,6 +55,7 @@ class Method:
         optimizer: from the model, an optimizer's class and its options; None for the trainer's own groups.
         callback: from the model, of the trainer; None for none.
         whole: whether modules beside PEFT's HEADS can be trained too, and saved with the adapter.
+        refuses: by task that it does not serve, the reason.
     """
 
     title: str
@@ -60,11 +67,17 @@ class Method:
     optimizer: Callable[[Any, Any, dict[str, Any]], Any] | None = None
     callback: Callable[[Any], TrainerCallback] | None = None
     whole: bool = True
+    refuses: dict[str, str] = field(default_factory=dict)
 
     def rates(self, count: int) -> list[float]:
         """`count` learning rates from low to high; for one, their geometric mean. Three significant digits."""
         share = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
         return [float(f"{self.low ** (1 - s) * self.high**s:.3g}") for s in share]
+
+    def serves_not(self, task: str) -> str | None:
+        """Why it cannot be tried for a task; else None."""
+        reason = self.refuses.get(task)
+        return None if reason is None else f"{self.title} does not serve {task}: {reason}"
 
     def why_not(self, setting: Setting) -> str | None:
         """Why it cannot be tried on this model, as far as that can be told before it is; else None."""
@@ -104,7 +117,7 @@ def _peft(config_class: str, options: Callable[[Any, Setting], dict[str, Any]]) 
         import peft
         import torch
 
-        given = {"task_type": PEFT_TASKS[setting.task], **options(base, setting)}
+        given = {"task_type": PEFT_TASKS.get(setting.task), **options(base, setting)}
         torch.manual_seed(setting.seed)
         return peft.get_peft_model(base, getattr(peft, config_class)(**given))  # type: ignore[no-untyped-call]
 
@@ -112,7 +125,9 @@ def _peft(config_class: str, options: Callable[[Any, Setting], dict[str, Any]]) 
 
 
 def _whole(setting: Setting) -> dict[str, Any]:
-    return {"modules_to_save": list(setting.lora.modules_to_save) or None}
+    """A tagger's head by its names too, since PEFT would take it for one of `all-linear`."""
+    names = [*setting.lora.modules_to_save, *(HEADS if setting.task == "token-classification" else ())]
+    return {"modules_to_save": names or None}
 
 
 def _norms(base: Any, setting: Setting) -> dict[str, Any]:
@@ -174,7 +189,7 @@ class _Reallocate(TrainerCallback):
 
 METHODS = {
     "full": Method("full fine-tuning", 4e-5, 1e-3, _unfrozen(lambda name, parameter: True), "everything"),
-    "head": Method("head only", 1e-3, 3e-2, _unfrozen(lambda name, parameter: False), "nothing"),
+    "head": Method("head only", 1e-3, 3e-2, _unfrozen(lambda name, parameter: False), "nothing", refuses=HEADLESS),
     "bitfit": Method("BitFit", 4e-4, 1e-2, _unfrozen(lambda name, parameter: name.endswith("bias")), "the biases"),
     "layernorm": Method("LayerNorm tuning", 4e-4, 1e-2, _peft("LNTuningConfig", _norms), "weight and bias of norms"),
     "lora": Method("LoRA", 2e-4, 5e-3, _lora(), "B A beside each projection"),
@@ -204,9 +219,16 @@ METHODS = {
         _peft("PromptTuningConfig", _virtual()),
         "virtual tokens before the text",
         whole=False,
+        refuses=UNTAGGED,
     ),
     "p-tuning": Method(
-        "P-tuning", 4e-4, 1e-2, _peft("PromptEncoderConfig", _virtual()), "virtual tokens, through an MLP", whole=False
+        "P-tuning",
+        4e-4,
+        1e-2,
+        _peft("PromptEncoderConfig", _virtual()),
+        "virtual tokens, through an MLP",
+        whole=False,
+        refuses=UNTAGGED,
     ),
     "prefix": Method(
         "prefix tuning",
@@ -215,6 +237,7 @@ METHODS = {
         _peft("PrefixTuningConfig", _prefix),
         "keys, values before each layer's, through an MLP",
         whole=False,
+        refuses=UNMASKED,
     ),
     "p-tuning-v2": Method(
         "P-tuning v2",
@@ -223,6 +246,7 @@ METHODS = {
         _peft("PrefixTuningConfig", _virtual()),
         "keys, values before each layer's",
         whole=False,
+        refuses=UNMASKED,
     ),
 }
 """By name. Bottleneck adapters (Houlsby, Pfeiffer) are not among them: PEFT has none."""

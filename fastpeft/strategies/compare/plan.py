@@ -30,6 +30,7 @@ class Options:
         test_rows: that each trained model sees once.
         similarity: from which rows are twins; see splits.split.
         minutes: no trial begins that would end later; None for no limit.
+        generate: how many prompts of the test rows each trained model answers, where rows have prompts.
         save: keep what the tests' trials trained, in `trained/`.
     """
 
@@ -42,6 +43,7 @@ class Options:
     test_rows: int = 300
     similarity: float = 0.8
     minutes: float | None = None
+    generate: int = 50
     save: bool = False
 
 
@@ -81,6 +83,10 @@ def options_of(config: FastpeftConfig) -> Options:
     for name in ("seeds", "rates", "rows", "validation_rows", "test_rows"):
         if getattr(options, name) < 1:
             raise UserError(f"strategy.options.{name}: expected at least 1, got {getattr(options, name)}")
+    if options.generate < 0:
+        raise UserError(f"strategy.options.generate: expected at least 0, got {options.generate}")
+    if config.data.packing:
+        raise UserError("data.packing: expected false, because prompts and prefixes stand before each text, got true")
     if not 0 < options.similarity <= 1:
         raise UserError(f"strategy.options.similarity: expected above 0 and at most 1, got {options.similarity}")
     if options.minutes is not None and not options.minutes > 0:
@@ -116,7 +122,7 @@ def rates_of(name: str, options: Options) -> list[float]:
 
 
 def chosen_rates(options: Options, results: Iterable[dict[str, Any]], seed: int) -> dict[str, float]:
-    """By method, the rate with the best accuracy on validation, then the smallest loss; of methods searched whole.
+    """By method, the rate with the best score on validation, then the smallest loss; of methods searched whole.
 
     A method without a rate that worked is left out.
     """
@@ -127,7 +133,7 @@ def chosen_rates(options: Options, results: Iterable[dict[str, Any]], seed: int)
         done = [one for one in tried if one is not None]
         worked = [one for one in done if one["failed"] is None]
         if len(done) == len(tried) and worked:
-            chosen[name] = max(worked, key=lambda one: (one["accuracy"], -one["loss"]))["rate"]
+            chosen[name] = max(worked, key=lambda one: (one["score"], -one["loss"]))["rate"]
     return chosen
 
 

@@ -14,10 +14,11 @@ from fastpeft.models.devices import pick_device
 from fastpeft.requirements import require
 
 from .folder import FIGURE, REPORT, RESULTS
+from .measures import Figure, Measure
 from .methods import METHODS
 from .plan import rates_of, searches
 from .runner import Comparison
-from .summary import Row, most_frequent, summarise
+from .summary import Row, summarise
 
 
 def write(found: Comparison) -> tuple[str, str]:
@@ -25,9 +26,9 @@ def write(found: Comparison) -> tuple[str, str]:
     rows, folder = summarise(found), Path(found.config.training.output_dir).expanduser()
     results = json.dumps(_plain(to_dict(found, rows)), indent=1, allow_nan=False) + "\n"
     (folder / RESULTS).write_text(results, encoding="utf-8")
-    plot(rows, most_frequent(found), folder / FIGURE)
+    plot(found.measure, rows, folder / FIGURE)
     (folder / REPORT).write_text(report(found, rows), encoding="utf-8")
-    return "\n".join(table(rows) + _left(found)), results
+    return "\n".join(table(found.measure, rows) + _left(found)), results
 
 
 def to_dict(found: Comparison, rows: list[Row]) -> dict[str, Any]:
@@ -51,9 +52,11 @@ def to_dict(found: Comparison, rows: list[Row]) -> dict[str, Any]:
         "training": asdict(found.config.training) | {"output_dir": None},
         "lora": asdict(found.config.lora),
         "accelerated": found.config.acceleration.enabled,
-        "most_frequent_class": most_frequent(found),
+        "task": found.config.model.task,
+        "baseline": found.measure.baseline(),
+        "baseline_is": found.measure.against,
         "methods": [asdict(row) for row in rows],
-        "trials": [{name: value for name, value in one.items() if name != "guesses"} for one in found.results],
+        "trials": [{name: value for name, value in one.items() if name != "columns"} for one in found.results],
         "environment": asdict(environment(pick_device().type)),
     }
 
@@ -69,33 +72,43 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(rows: list[Row]) -> list[str]:
-    """Markdown."""
-    lines = [
-        "| method | rate | accuracy, % | over rows, % | macro F1, % | against full, points | trained "
-        "| tokens/s | peak MiB | s | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def table(measure: Measure, rows: list[Row]) -> list[str]:
+    """Markdown, the best method first."""
+    chief, *others = measure.figures
+    heads = [
+        *("method", "rate", chief.title, "over rows", *(figure.title for figure in others)),
+        *(f"against full{', points' if chief.percent else ''}", "trained", "tokens/s", "peak MiB", "s", "seeds"),
     ]
-    ranked = sorted(rows, key=lambda row: -row.accuracy.value if row.accuracy else math.inf)
-    return lines + [_line(row) for row in ranked]
+    sign = -1 if chief.better == "higher" else 1
+    ranked = sorted(rows, key=lambda row: sign * row.figures[chief.name].value if row.figures else math.inf)
+    return [_cells(heads), "|---" * len(heads) + "|", *(_line(measure, row) for row in ranked)]
 
 
-def _line(row: Row) -> str:
+def _line(measure: Measure, row: Row) -> str:
+    chief, *others = measure.figures
     rate = "" if row.rate is None else f"{row.rate:g}"
-    if row.accuracy is None or row.f1 is None or row.rows is None:
-        return f"| {row.title} | {rate} | {'failed' if row.failed else 'not yet'} | | | | | | | | 0 |"
-    against = "" if row.difference is None else _said(row.difference, sign="+")
-    speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-    share = f"{row.trainable:,} ({100 * row.trainable / row.parameters:.3g} %)"
-    return (
-        f"| {row.title} | {rate} | {_said(row.accuracy)} | {100 * row.rows.low:.1f} to {100 * row.rows.high:.1f} "
-        f"| {_said(row.f1)} | {against} | {share} | {speed} | {row.peak_mib:,.0f} | {row.seconds:.0f} | {row.seeds} |"
+    if row.rows is None:
+        return _cells([row.title, rate, "failed" if row.failed else "not yet", *[""] * (6 + len(others)), "0"])
+    return _cells(
+        [
+            *(row.title, rate, _said(chief, row.figures[chief.name])),
+            f"{chief.said(row.rows.low)} to {chief.said(row.rows.high)}",
+            *(_said(figure, row.figures[figure.name]) for figure in others),
+            "" if row.difference is None else _said(chief, row.difference, sign="+"),
+            f"{row.trainable:,} ({100 * row.trainable / row.parameters:.3g} %)",
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            *(f"{row.peak_mib:,.0f}", f"{row.seconds:.0f}", str(row.seeds)),
+        ]
     )
 
 
-def _said(interval: Interval, sign: str = "") -> str:
+def _cells(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _said(figure: Figure, interval: Interval, sign: str = "") -> str:
     half = interval.high - interval.value
-    return f"{100 * interval.value:{sign}.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+    return figure.said(interval.value, sign) + (f" ± {figure.said(half)}" if math.isfinite(half) else "")
 
 
 def _left(found: Comparison) -> list[str]:
@@ -107,7 +120,7 @@ def _left(found: Comparison) -> list[str]:
 def report(found: Comparison, rows: list[Row]) -> str:
     """Markdown."""
     config, splits, options = found.config, found.splits, found.options
-    training = config.training
+    training, chief = config.training, found.measure.chief
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     lines = [
         f"# Methods compared on {Path(config.data.path).name}",
@@ -117,17 +130,16 @@ def report(found: Comparison, rows: list[Row]) -> str:
         f"{config.data.max_length} tokens a row; {len(splits.train)} rows to learn from, {len(splits.validation)} of "
         f"validation, {len(splits.test)} of test. {splits.exact} repeated rows and {splits.near} nearly repeated ones "
         f"(similarity from {options.similarity:g}) were left out first, {splits.ambiguous} of them with another label "
-        "than the row that stayed.",
+        "or answer than the row that stayed.",
         "",
-        *table(rows),
+        *table(found.measure, rows),
         "",
-        f"![accuracy over trained parameters]({FIGURE})",
+        f"![{chief.name} over trained parameters]({FIGURE})",
         "",
-        "Accuracy and F1 are means over seeds, with Student's 95 % interval: what other seeds would give on these "
-        "rows. *Over rows* is the bootstrap of the mean accuracy over the test rows: what other rows would give. "
-        "Neither contains the other's. *Against full* is the difference to full fine-tuning with the same seed and the "
-        "same batches. No interval is corrected for how many there are. Always guessing the training rows' most "
-        f"frequent class is right in {100 * most_frequent(found):.1f} %.",
+        "Figures are means over seeds, with Student's 95 % interval: what other seeds would give on these rows. *Over "
+        f"rows* is the bootstrap of the mean over the test rows, of {chief.name}: what other rows would give. Neither "
+        "contains the other's. *Against full* is the difference to full fine-tuning with the same seed and the same "
+        f"batches. No interval is corrected for how many there are.{_baseline(found.measure)}",
         "",
         "tokens/s and peak memory are medians over the tests, which ran one after the other, seed by seed"
         + (", with what fastpeft accelerates." if config.acceleration.enabled else ", in plain PEFT.")
@@ -144,12 +156,20 @@ def report(found: Comparison, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _baseline(measure: Measure) -> str:
+    value = measure.baseline()
+    if value is None:
+        return ""
+    return f" With {measure.against}, {measure.chief.title} would be {measure.chief.said(value)}."
+
+
 def _searched(found: Comparison) -> list[str]:
-    """Accuracy on validation for each rate, lowest to highest."""
+    """The first figure on validation for each rate, lowest to highest."""
+    chief = found.measure.chief
     results = {one["key"]: one for one in found.results}
     trials = searches(found.options, found.config.training.seed)
     lines = [
-        f"Accuracy on the validation rows with seed {found.config.training.seed}, which no test uses.",
+        f"{chief.title} on the validation rows with seed {found.config.training.seed}, which no test uses.",
         "",
         "| method | " + " | ".join(f"rate {number}" for number in range(1, found.options.rates + 1)) + " |",
         "|---|" + "---|" * found.options.rates,
@@ -159,38 +179,36 @@ def _searched(found: Comparison) -> list[str]:
         for rate in rates_of(name, found.options):
             key = next(trial.key for trial in trials if trial.method == name and trial.rate == rate)
             one = results.get(key)
-            figure = "not yet" if one is None else "failed" if one["failed"] else f"{100 * one['accuracy']:.1f} %"
+            figure = "not yet" if one is None else "failed" if one["failed"] else chief.said(one["figures"][chief.name])
             cells.append(f"{rate:g}: {figure}")
         lines.append(f"| {METHODS[name].title} | " + " | ".join(cells) + " |")
     return lines
 
 
-def plot(rows: list[Row], baseline: float, path: Path) -> None:
-    """Accuracy with its interval over seeds, over the number of trained parameters."""
+def plot(measure: Measure, rows: list[Row], path: Path) -> None:
+    """The first figure with its interval over seeds, over the number of trained parameters."""
+    chief, scale = measure.chief, 100 if measure.chief.percent else 1
     figure = require("train", "matplotlib.figure", "the figure").Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(row for row in rows if row.accuracy is not None):
-        assert row.accuracy is not None
-        half = row.accuracy.high - row.accuracy.value
+    for place, row in enumerate(row for row in rows if row.figures):
+        value, _, high = row.figures[chief.name]
         axes.errorbar(
             row.trainable,
-            100 * row.accuracy.value,
-            yerr=100 * half if math.isfinite(half) else None,
+            scale * value,
+            yerr=scale * (high - value) if math.isfinite(high) else None,
             fmt="o",
             color=f"C{place % 10}",
             capsize=3,
         )
         offset = (6, 5) if place % 2 else (6, -11)
-        axes.annotate(
-            row.title, (row.trainable, 100 * row.accuracy.value), xytext=offset, textcoords="offset points", fontsize=8
-        )
-    axes.axhline(100 * baseline, linestyle="--", color="grey", linewidth=1)
-    axes.text(
-        0.01, 100 * baseline, "most frequent class", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom"
-    )
+        axes.annotate(row.title, (row.trainable, scale * value), xytext=offset, textcoords="offset points", fontsize=8)
+    if (baseline := measure.baseline()) is not None:
+        height = scale * baseline
+        axes.axhline(height, linestyle="--", color="grey", linewidth=1)
+        axes.text(0.01, height, measure.against, transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
-    axes.set_ylabel("accuracy on the test rows, %")
+    axes.set_ylabel(f"{chief.title}, on the test rows")
     axes.grid(alpha=0.3)
     axes.margins(x=0.15)
     figure.savefig(path, metadata={"Date": None})

@@ -17,6 +17,7 @@ from fastpeft.training.preparing import Prepared, prepare
 
 from . import folder as results_folder
 from . import trial as trials
+from .measures import Measure, check_task, measure_of
 from .plan import Options, Trial, chosen_rates, options_of, plan_of, searches, tests
 from .splits import Splits, split
 
@@ -28,6 +29,7 @@ class Comparison:
     Attributes:
         options, config: as resolved.
         splits: of the rows.
+        measure: what is measured of their task.
         results: of the trials that ended; see trial.Result.
         missing: how many trials there was no time for; searches that are not done hide those that follow them.
     """
@@ -35,6 +37,7 @@ class Comparison:
     options: Options
     config: FastpeftConfig
     splits: Splits
+    measure: Measure
     results: list[dict[str, Any]]
     missing: int
 
@@ -62,22 +65,20 @@ def compare(config: FastpeftConfig, console: Console, *, resume: bool = False, o
         raise UserError(f"data.{given[0]}: expected none, because a comparison divides the rows itself")
     start = time.perf_counter()
     prepared = prepare(config, console)
-    if prepared.config.model.task != "sequence-classification":
-        raise UserError(
-            f"data: expected texts with labels, whose accuracy is compared row by row, got task "
-            f"{prepared.config.model.task}"
-        )
+    task = prepared.config.model.task
+    check_task(task)
     sizes = (options.rows, options.validation_rows, options.test_rows)
-    splits = split(prepared.rows.rows, sizes, options.similarity, config.training.seed)
+    splits = split(prepared.rows, sizes, options.similarity, config.training.seed, task)
+    measure = measure_of(prepared, splits, options.generate)
     console.print(f"data: {_said(splits)}", highlight=False, soft_wrap=True)
     plan = plan_of(prepared.config, options, splits.fingerprints())
     done = results_folder.begin(target, plan, overwrite=overwrite)
     deadline = None if options.minutes is None else start + 60 * options.minutes
-    runner = _Runner(prepared, splits, options, target, done, deadline, console)
+    runner = _Runner(prepared, splits, measure, options, target, done, deadline, console)
     left = runner.run(searches(options, config.training.seed))
     chosen = chosen_rates(options, done, config.training.seed)
     left += runner.run(tests(options, chosen, config.training.seed))
-    return Comparison(options, prepared.config, splits, done, left)
+    return Comparison(options, prepared.config, splits, measure, done, left)
 
 
 def _said(splits: Splits) -> str:
@@ -92,13 +93,15 @@ class _Runner:
         self,
         prepared: Prepared,
         splits: Splits,
+        measure: Measure,
         options: Options,
         target: Path,
         done: list[dict[str, Any]],
         deadline: float | None,
         console: Console,
     ) -> None:
-        self._prepared, self._splits, self._options, self._target = prepared, splits, options, target
+        self._prepared, self._splits, self._measure = prepared, splits, measure
+        self._options, self._target = options, target
         self._done, self._deadline, self._console = done, deadline, console
 
     def run(self, wanted: list[Trial]) -> int:
@@ -112,12 +115,16 @@ class _Runner:
                 continue
             keep = self._target / results_folder.TRAINED / f"{trial.method}-{trial.seed}"
             kept = keep if self._options.save and trial.phase == "test" else None
-            result = trials.run(trial, self._prepared, self._splits, kept)
+            result = trials.run(trial, self._prepared, self._splits, self._measure, kept)
             results_folder.append(self._target, result)
             self._done.append(result)
-            said = result["failed"] or f"accuracy {result['accuracy']:.3f}, {result['seconds']:.0f} s"
+            said = result["failed"] or self._said(result)
             self._console.print(f"{number}/{len(waiting)} {trial.key}: {said}", highlight=False, markup=False)
         return left
+
+    def _said(self, result: dict[str, Any]) -> str:
+        name = self._measure.chief.name
+        return f"{name} {result['figures'][name]:.3f}, {result['seconds']:.0f} s"
 
     def _fits(self, trial: Trial) -> bool:
         """Whether it should end in time, by the longest of its method so far, else of all; the very first does."""

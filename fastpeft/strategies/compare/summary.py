@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from fastpeft.metrics.intervals import Interval, over_rows, over_seeds
 
+from .measures import Columns, Figure
 from .methods import METHODS
 from .plan import chosen_rates, rates_of, searches
 from .runner import Comparison
@@ -25,10 +28,10 @@ class Row:
         method, title: its name, and as papers write it.
         rate: chosen on validation; None if none was.
         seeds: how many tests there are.
-        accuracy, f1: mean over the seeds with Student's interval; None without a test.
-        rows: the mean accuracy with the interval over the test rows: each row's share of seeds that are right, drawn
-            anew. Seeds and rows pooled would count a row as often as there are seeds.
-        difference: of accuracy to REFERENCE with the same seed, with Student's interval; None without.
+        figures: by name of measures.Figure, mean over the seeds with Student's interval; empty without a test.
+        rows: the first figure's mean over the seeds with the interval over the test rows: the same rows are drawn for
+            all seeds. Seeds and rows pooled would count a row as often as there are seeds.
+        difference: of the first figure to REFERENCE with the same seed, with Student's interval; None without.
         trainable, parameters, tokens_per_second, peak_mib, seconds: medians over the tests; 0 or None without.
         failed: why there is no test; None if there is one, or was no time.
         note: what should be looked at; empty for nothing.
@@ -38,8 +41,7 @@ class Row:
     title: str
     rate: float | None
     seeds: int
-    accuracy: Interval | None = None
-    f1: Interval | None = None
+    figures: dict[str, Interval] = field(default_factory=dict)
     rows: Interval | None = None
     difference: Interval | None = None
     trainable: int = 0
@@ -54,18 +56,10 @@ class Row:
 def summarise(found: Comparison) -> list[Row]:
     """A row for each method, in the order asked for."""
     chosen = chosen_rates(found.options, found.results, found.config.training.seed)
-    true = list(found.splits.test["labels"])
+    chief = found.measure.chief.name
     tested = {name: _tests(found, name, chosen.get(name)) for name in found.options.methods or list(METHODS)}
-    reference = {one["seed"]: one["accuracy"] for one in tested.get(REFERENCE, []) if one["failed"] is None}
-    return [_row(found, name, chosen.get(name), results, true, reference) for name, results in tested.items()]
-
-
-def most_frequent(found: Comparison) -> float:
-    """The accuracy on the test rows of always guessing the training rows' most frequent class."""
-    labels = list(found.splits.train["labels"])
-    usual = max(set(labels), key=lambda label: (labels.count(label), -label))
-    true = list(found.splits.test["labels"])
-    return true.count(usual) / len(true)
+    reference = {one["seed"]: one["figures"][chief] for one in tested.get(REFERENCE, []) if one["failed"] is None}
+    return [_row(found, name, chosen.get(name), results, reference) for name, results in tested.items()]
 
 
 def _tests(found: Comparison, name: str, rate: float | None) -> list[dict[str, Any]]:
@@ -79,25 +73,22 @@ def _row(
     name: str,
     rate: float | None,
     results: list[dict[str, Any]],
-    true: list[int],
     reference: dict[int, float],
 ) -> Row:
     done = [one for one in results if one["failed"] is None]
     title = METHODS[name].title
     if not done:
         return Row(name, title, rate, 0, failed=_failure(found, name, results))
-    right = [[guess == label for guess, label in zip(one["guesses"], true, strict=True)] for one in done]
-    shares = [sum(column) / len(done) for column in zip(*right, strict=True)]
-    paired = [one["accuracy"] - reference[one["seed"]] for one in done if one["seed"] in reference]
+    chief = found.measure.chief
+    paired = [one["figures"][chief.name] - reference[one["seed"]] for one in done if one["seed"] in reference]
     speeds = [one["tokens_per_second"] for one in done if one["tokens_per_second"] is not None]
     return Row(
         name,
         title,
         rate,
         len(done),
-        accuracy=over_seeds([one["accuracy"] for one in done]),
-        f1=over_seeds([one["f1"] for one in done]),
-        rows=over_rows(_mean, shares),
+        figures={name: over_seeds([one["figures"][name] for one in done]) for name in done[0]["figures"]},
+        rows=_over_rows(chief, [one["columns"] for one in done]),
         difference=over_seeds(paired) if paired and name != REFERENCE else None,
         trainable=done[0]["trainable"],
         parameters=done[0]["parameters"],
@@ -108,8 +99,13 @@ def _row(
     )
 
 
-def _mean(shares: Any) -> float:
-    return float(shares.mean())
+def _over_rows(figure: Figure, seeds: list[Columns]) -> Interval:
+    columns = [[np.asarray(one[name]) for name in figure.columns] for one in seeds]
+
+    def mean(places: Any) -> float:
+        return sum(figure.of(*(column[places] for column in one)) for one in columns) / len(columns)
+
+    return over_rows(mean, range(len(columns[0][0])))
 
 
 def _failure(found: Comparison, name: str, tests: Sequence[dict[str, Any]]) -> str | None:
@@ -128,8 +124,8 @@ def _note(
     if len(rates) > 1 and rate in (rates[0], rates[-1]):
         end = "lowest" if rate == rates[0] else "highest"
         notes.append(f"the best rate is the {end} that was tried: strategy.options.ranges.{name} can go further")
-    if one_class := sum(len(set(one["guesses"])) == 1 for one in done):
-        notes.append(f"{one_class} of {len(done)} guessed one class for every row")
+    if one_class := sum(len(set(one["columns"].get("guessed", "ab"))) == 1 for one in done):
+        notes.append(f"{one_class} of {len(done)} guessed the same for every row")
     if broken := [one["failed"] for one in results if one["failed"] is not None]:
         notes.append(f"{len(broken)} of {len(results)} failed: {broken[0]}")
     return "; ".join(notes)

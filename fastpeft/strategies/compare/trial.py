@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastpeft.bench.memory import PeakMemory
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import RunFailed, UserError
-from fastpeft.metrics.classification import accuracy, f1_macro
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training.arguments import training_arguments
 from fastpeft.training.loading import load_base, trained_in_float32
@@ -20,6 +19,7 @@ from fastpeft.training.preparing import Prepared
 from fastpeft.training.trainers import build_trainer
 from fastpeft.training.watching import Speed, StopAtNaN
 
+from .measures import Measure
 from .methods import METHODS, Method, Setting
 from .plan import Trial
 from .splits import Splits
@@ -32,8 +32,9 @@ class Result:
     Attributes:
         key, phase, method, rate, seed: the trial's.
         failed: why there are no figures; None if there are.
-        accuracy, f1, loss: over the validation rows in a search, else over the test rows; f1 is the classes' mean.
-        guesses: the class guessed for each of these rows.
+        figures, loss: over the validation rows in a search, else over the test rows; by name of measures.Figure.
+        score: the first figure; its negative where lower is better.
+        columns: what is kept of each of these rows, see measures.Columns.
         trainable, parameters: how many numbers are trained, and there are in all.
         tokens_per_second: median of the steps but the first; None if there were too few.
         peak_mib: see PeakMemory.
@@ -46,10 +47,10 @@ class Result:
     rate: float
     seed: int
     failed: str | None = None
-    accuracy: float = 0.0
-    f1: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+    score: float = 0.0
     loss: float = 0.0
-    guesses: list[int] | None = None
+    columns: dict[str, list[Any]] = field(default_factory=dict)
     trainable: int = 0
     parameters: int = 0
     tokens_per_second: float | None = None
@@ -57,19 +58,22 @@ class Result:
     seconds: float = 0.0
 
 
-def run(trial: Trial, prepared: Prepared, splits: Splits, keep: Path | None = None) -> dict[str, Any]:
+def run(trial: Trial, prepared: Prepared, splits: Splits, measure: Measure, keep: Path | None = None) -> dict[str, Any]:
     """Train and measure; what goes wrong with the method becomes `failed`.
 
     Args:
         trial: which.
         prepared: model and settings that all trials share.
         splits: of its rows.
+        measure: what is measured of their task.
         keep: folder for what was trained; None to forget it.
     """
     start = time.perf_counter()
     result = Result(trial.key, **asdict(trial))
     try:
-        result = _measured(result, METHODS[trial.method], _config(trial, prepared.config), prepared, splits, keep)
+        result = _measured(
+            result, METHODS[trial.method], _config(trial, prepared.config), prepared, splits, measure, keep
+        )
     except Exception as error:  # libraries refuse a model in ways of their own, often at the first step
         result = replace(result, failed=_reason(error))
     gc.collect()
@@ -95,20 +99,28 @@ def trainable(method: Method, prepared: Prepared, device: Any, dtype: Any) -> An
     import fastpeft
 
     config = prepared.config
+    if reason := method.serves_not(config.model.task):
+        raise UserError(reason)
     base, section = load_base(prepared, device, dtype)
     setting = Setting(section, config.model.task, config.training.max_steps, config.training.seed)
     if reason := method.why_not(setting):
         raise UserError(reason)
     model = method.attach(base, setting)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{method.title} would train nothing of this model: it trains {method.trains}")
     trained_in_float32(model)
     return fastpeft.accelerate(model) if config.acceleration.enabled else model
 
 
 def _measured(
-    result: Result, method: Method, config: FastpeftConfig, prepared: Prepared, splits: Splits, keep: Path | None
+    result: Result,
+    method: Method,
+    config: FastpeftConfig,
+    prepared: Prepared,
+    splits: Splits,
+    measure: Measure,
+    keep: Path | None,
 ) -> Result:
-    import numpy as np
-
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     model = trainable(method, replace(prepared, config=config), device, dtype)
@@ -117,40 +129,29 @@ def _measured(
     speed, nan = Speed(), StopAtNaN()
     callbacks = [speed, *([method.callback(model)] if method.callback else []), nan]
     kind, options = chosen_optimizer(config.training.optim, arguments, model)
-    trainer = build_trainer(config.model.task, model, prepared.tokenizer, arguments, splits.train, None, callbacks)
+    trainer = build_trainer(config.model.task, model, prepared.tokenizer, arguments, splits.train.rows, None, callbacks)
     set_optimizer(trainer, config.training.optim, (kind, options))
     if method.optimizer is not None:
         trainer.optimizer = method.optimizer(model, kind, options | {"weight_decay": config.training.weight_decay})
     with PeakMemory(device) as peak:
         trainer.train()
     nan.check(model)
-    rows = splits.validation if result.phase == "search" else splits.test
-    logits = trainer.predict(rows).predictions
-    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
-    if not np.isfinite(logits).all():
-        raise RunFailed("what it computes is no number")
-    true, guessed = np.asarray(rows["labels"]), logits.argmax(-1)
+    columns, loss = measure.columns(prepared, trainer, tested=result.phase == "test")
+    figures = measure.values(columns)
+    score = figures[measure.chief.name]
     if keep is not None:
         model.save_pretrained(str(keep))
     return replace(
         result,
-        accuracy=accuracy(true, guessed),
-        f1=f1_macro(true, guessed),
-        loss=_cross_entropy(logits, true),
-        guesses=[int(label) for label in guessed],
+        figures=figures,
+        score=score if measure.chief.better == "higher" else -score,
+        loss=loss,
+        columns={name: column.tolist() for name, column in columns.items()},
         trainable=sum(parameter.numel() for parameter in trained),
         parameters=_numbers(model),
         tokens_per_second=speed.tokens_per_second,
         peak_mib=round(peak.mib, 1),
     )
-
-
-def _cross_entropy(logits: Any, true: Any) -> float:
-    """Mean over the rows. logits: (rows, classes) in fp64; true: (rows,)."""
-    import numpy as np
-
-    shifted = logits - logits.max(-1, keepdims=True)
-    return float(np.mean(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(true)), true]))
 
 
 def _numbers(model: Any) -> int:

@@ -70,15 +70,18 @@ class Answers:
     def findings(self, guessed: Sequence[str], before: Sequence[str] | None) -> Findings:
         """Beside always giving the training rows' most frequent answer."""
         metrics = []
-        for name, kept, figure in FIGURES:
-            now, usual = self._kept(kept, guessed), self._kept(kept, [self.usual] * len(guessed))
-            metrics.append(Metric(name, *over_rows(figure, now), len(guessed), figure(usual), AGAINST))
-            if before is not None:
-                metrics.append(change(name, figure, (self._kept(kept, before),), (now,)))
+        now, usual = self.kept(guessed), self.kept([self.usual] * len(guessed))
+        old = None if before is None else self.kept(before)
+        for name, _, figure in FIGURES:
+            metrics.append(Metric(name, *over_rows(figure, now[name]), len(guessed), figure(usual[name]), AGAINST))
+            if old is not None:
+                metrics.append(change(name, figure, (old[name],), (now[name],)))
         return Findings(tuple(metrics), _collapsed(guessed, self.true))
 
-    def _kept(self, kept: Any, guessed: Sequence[str]) -> Any:
-        return np.asarray([kept(one, true) for one, true in zip(guessed, self.true, strict=True)])
+    def kept(self, guessed: Sequence[str]) -> dict[str, Any]:
+        """By name of FIGURES, what is kept of each answer, rows first."""
+        pairs = list(zip(guessed, self.true, strict=True))
+        return {name: np.asarray([kept(*pair) for pair in pairs]) for name, kept, _ in FIGURES}
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

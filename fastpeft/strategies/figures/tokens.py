@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable
+from typing import Any, Literal
 
 from fastpeft.metrics.findings import Findings, Metric
-from fastpeft.metrics.intervals import over_rows
-from fastpeft.training.evaluating import TokenScores, token_scores
+from fastpeft.metrics.intervals import Interval
+from fastpeft.metrics.language import Losses
+from fastpeft.training.evaluating import token_losses
 from fastpeft.training.preparing import Prepared
 
-from .change import BEFORE, change
+from .change import BEFORE
 
 
-def measure(prepared: Prepared, trainer: Any) -> TokenScores:
+def measure(prepared: Prepared, trainer: Any) -> Losses:
     """Of each row of the evaluation."""
     assert prepared.evaluation is not None
-    return token_scores(prepared, trainer, prepared.evaluation)
+    return token_losses(prepared, trainer, prepared.evaluation)
 
 
-def findings(prepared: Prepared, scores: TokenScores, before: TokenScores | None) -> Findings:
+def findings(prepared: Prepared, losses: Losses, before: Losses | None) -> Findings:
     """Per token of what is learned: loss and perplexity, for masked tokens the share that is right."""
     masked = prepared.config.model.task == "masked-lm"
-    kind = "masked token" if masked else "token"
-    metrics = [_metric(f"loss per {kind}", _loss, scores, before)]
+    losses, before = losses.learned(), None if before is None else before.learned()
+    name = f"loss per {'masked token' if masked else 'token'}"
+    metrics = [_metric(name, Losses.loss, losses, before)]
     if before is not None:
-        columns = ((before.loss, before.tokens), (scores.loss, scores.tokens))
-        metrics.append(change(metrics[0].name, _ratio, *columns, "lower"))
+        interval = losses.since(before)
+        metrics.append(Metric(f"{name}: change by training", *interval, len(losses), 0.0, "no change", "lower"))
     if masked:
-        metrics.append(_metric("accuracy of masked tokens", _right, scores, before, better="higher"))
+        metrics.append(_metric("accuracy of masked tokens", Losses.accuracy, losses, before, better="higher"))
     else:
-        metrics.append(_metric("perplexity", _perplexity, scores, before))
+        metrics.append(_metric("perplexity", Losses.perplexity, losses, before))
     return Findings(tuple(metrics))
 
 
 def _metric(
-    name: str, statistic: Any, scores: TokenScores, before: TokenScores | None, better: Any = "lower"
+    name: str,
+    figure: Callable[[Losses], Interval],
+    losses: Losses,
+    before: Losses | None,
+    better: Literal["higher", "lower"] = "lower",
 ) -> Metric:
-    counted = [row for row, count in enumerate(scores.tokens) if count]
-    columns = [np.asarray(column)[counted] for column in scores]
-    baseline = None if before is None else statistic(*map(np.asarray, before))
-    against = "" if before is None else BEFORE
-    return Metric(name, *over_rows(statistic, *columns), len(counted), baseline, against, better)
-
-
-def _ratio(sums: Any, counts: Any) -> float:
-    """Over all tokens, so that long rows weigh more."""
-    return float(np.sum(sums) / max(1, np.sum(counts)))
-
-
-def _loss(loss: Any, tokens: Any, right: Any) -> float:
-    return _ratio(loss, tokens)
-
-
-def _right(loss: Any, tokens: Any, right: Any) -> float:
-    return _ratio(right, tokens)
-
-
-def _perplexity(loss: Any, tokens: Any, right: Any) -> float:
-    return math.exp(min(700.0, _ratio(loss, tokens)))
+    baseline, against = (None, "") if before is None else (figure(before).value, BEFORE)
+    return Metric(name, *figure(losses), len(losses), baseline, against, better)
