@@ -71,6 +71,8 @@ def _training_what_is_fresh(config: FastpeftConfig, base: Any, fresh: list[str])
     """A head's new modules are trained and saved whole; a language model should not have any, and no body should."""
     heads = HEADS.get(config.model.task, ())
     known = (*config.lora.modules_to_save, *heads)
+    if config.model.task == "feature-extraction":
+        fresh = [name for name in fresh if name != "pooler.dense"]  # what is above the hidden states is not used
     added = [name for name in fresh if not any(name == one or name.endswith(f".{one}") for one in known)]
     embeddings = base.get_input_embeddings()
     if any(base.get_submodule(name) is embeddings for name in fresh):
