@@ -50,6 +50,8 @@ HEADS = {
     "question-answering": ("qa_outputs",),
 }
 """Tasks with a head of their own, and the modules of it that PEFT trains and saves whole by itself."""
+UNUSED = {"feature-extraction": ("pooler.dense",)}
+"""Modules that have no part in what a task takes from the model."""
 
 SAVED = {
     "ForSequenceClassification": "sequence-classification",

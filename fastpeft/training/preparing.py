@@ -134,7 +134,9 @@ def prepare(
     evaluation = None
     if edited.evaluation is not None:
         document = edited.evaluation_document
-        evaluation = encode(edited.evaluation, kind, read_as or task, tokenizer, data, document=document, where=evaluated)
+        evaluation = encode(
+            edited.evaluation, kind, read_as or task, tokenizer, data, document=document, where=evaluated
+        )
     elif data.eval_fraction:
         rows, evaluation = _held_back(rows, data.eval_fraction, config.training.seed)
     notes = []

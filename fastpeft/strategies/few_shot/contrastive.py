@@ -145,5 +145,3 @@ def cosine_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     vectors = embed(model, texts)
     cosines = (vectors[batch["first"]] * vectors[batch["second"]]).sum(-1)
     return torch.nn.functional.mse_loss(cosines, batch["labels"].to(cosines.dtype))
-
-

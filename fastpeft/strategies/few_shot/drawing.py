@@ -65,8 +65,8 @@ class Pool:
                     taken.append(place)
             if len(taken) < shots:
                 raise UserError(
-                    f"strategy.options.shots: expected at most {len(taken)}, the different rows of class {label!r} that "
-                    f"are not measured on, got {shots}"
+                    f"strategy.options.shots: expected at most {len(taken)}, the different rows of class {label!r} "
+                    f"that are not measured on, got {shots}"
                 )
             found += taken
         return found

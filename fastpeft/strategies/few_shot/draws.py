@@ -19,10 +19,12 @@ class Draw:
 
     Attributes:
         seed: of the draw, the adapter's first values and the order of the rows.
+        steps: that it was trained.
         figures: accuracy and mean F1 by way: "trained", and the baselines.
     """
 
     seed: int
+    steps: int
     figures: dict[str, dict[str, float]]
 
 
@@ -46,7 +48,10 @@ def findings(draws: Sequence[Draw], trained: str, rows: int) -> Findings:
         rows: that each was measured on.
     """
     ways = list(draws[0].figures)
-    lines = ["| | accuracy | 95 % interval | F1, mean of the classes | 95 % interval | against it |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | accuracy | 95 % interval | F1, mean of the classes | 95 % interval | against it |",
+        "|---|---|---|---|---|---|",
+    ]
     for way in ways:
         cells = [trained if way == "trained" else way]
         for name in ("accuracy", "f1"):
@@ -60,8 +65,8 @@ def findings(draws: Sequence[Draw], trained: str, rows: int) -> Findings:
             cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
         lines.append(f"| {' | '.join(cells)} |")
     text = [
-        f"{len(draws)} draws of training rows (seeds {draws[0].seed} to {draws[-1].seed}), measured on the same {rows} rows. "
-        "Intervals are Student's over the draws; the last column is how much better the trained model's accuracy is, "
+        f"{len(draws)} draws of training rows (seeds {draws[0].seed} to {draws[-1].seed}), measured on the same {rows} "
+        "rows. Intervals are Student's over the draws; the last column is how much better the trained model's accuracy is, "
         "draw by draw.",
         "",
         *lines,

@@ -107,5 +107,3 @@ def loss_trainer(
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
     )
-
-

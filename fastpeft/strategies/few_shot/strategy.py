@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from datasets import Dataset
 from rich.console import Console
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -27,8 +28,8 @@ from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared, Raw
 
 from . import draws as kept
-from .draws import Draw
 from .drawing import Pool, held_back
+from .draws import Draw
 from .method import Classifier, Method, classes_of
 from .methods import method_class
 from .options import FewShotOptions
@@ -109,9 +110,10 @@ class FewShot(Strategy):
             value = accuracy(true, self._baselines[best])
             head, *others = found.metrics
             found = replace(found, metrics=(replace(head, baseline=value, against=best), *others))
-        draws = [self._figures(prepared, guessed, self._baselines)]
+        draws = [self._figures(prepared, trainer, guessed, self._baselines)]
         if self.options.seeds > 1:
-            done = {draw.seed: draw for draw in kept.read(target)}
+            steps = trainer.state.max_steps
+            done = {draw.seed: draw for draw in kept.read(target) if draw.steps == steps}
             for seed in range(draws[0].seed + 1, draws[0].seed + self.options.seeds):
                 draws.append(done.get(seed) or self._drawn_anew(prepared, trainer, seed))
                 if first:
@@ -137,7 +139,8 @@ class FewShot(Strategy):
         own = self._method.trainer(prepared, model, arguments, [])
         set_optimizer(own, config.training.optim, optimizer)
         own.train()
-        return self._figures(prepared, self._guesses(self._method.fit(prepared, model), prepared, own), baselines)
+        guessed = self._guesses(self._method.fit(prepared, model), prepared, own)
+        return self._figures(prepared, own, guessed, baselines)
 
     def _without_training(self, prepared: Prepared, model: Any) -> dict[str, list[int]]:
         if prepared.evaluation is None or not self.options.baselines:
@@ -150,15 +153,15 @@ class FewShot(Strategy):
             return classes(prepared, trainer, prepared.evaluation)
         return classes_of(classifier, prepared, trainer.model)
 
-    def _figures(self, prepared: Prepared, guessed: list[int], baselines: dict[str, list[int]]) -> Draw:
+    def _figures(self, prepared: Prepared, trainer: Any, guessed: list[int], baselines: dict[str, list[int]]) -> Draw:
         assert prepared.evaluation is not None
         true = prepared.evaluation.rows["labels"]
         ways = {"trained": guessed} | baselines
         measured = {name: {"accuracy": accuracy(true, one), "f1": f1_macro(true, one)} for name, one in ways.items()}
-        return Draw(prepared.config.training.seed, measured)
+        return Draw(prepared.config.training.seed, trainer.state.max_steps, measured)
 
     def _filled(self, rows: Any) -> Any:
-        return rows if self._fill is None else rows.map(self._fill)
+        return rows if self._fill is None else Dataset.from_list([self._fill(row) for row in rows])
 
     def _task(self) -> str:
         """Of the model: what the method is for."""

@@ -22,6 +22,8 @@ class LossTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # it is a mean over the batch
         self.remove_callback(PrinterCallback)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = self._loss(model, inputs)
         return (loss, {}) if return_outputs else loss
