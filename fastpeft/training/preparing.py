@@ -87,7 +87,8 @@ def prepare(
     """Check model and data against each other, and encode the data.
 
     Args:
-        edit: what is done to the rows before; it may hold an evaluation back, and add to the tokenizer.
+        edit: what is done to the rows before; it may hold an evaluation back, leave out classes, and add to the
+            tokenizer.
         read_as: the task whose rows these are, where the model is trained to do another.
 
     Raises:
@@ -129,6 +130,7 @@ def prepare(
     data, raw, raw_evaluation = resolve_labels(read_as or task, data, raw, raw_evaluation)
     documents = is_document(data.path), is_document(data.eval_path or data.path)
     edited = edit(Raw(raw, raw_evaluation, *documents, tokenizer, data, task, kind))
+    data = edited.data
     with count(console, "reading the data", len(edited.rows)) as seen:
         rows = encode(edited.rows, kind, read_as or task, tokenizer, data, document=edited.document, seen=seen)
     evaluation = None

@@ -71,6 +71,11 @@ class Pool:
             found += taken
         return found
 
+    @property
+    def labels(self) -> list[str]:
+        """Classes that have rows."""
+        return sorted(self._places)
+
     def all_of(self, label: str) -> list[int]:
         """Places of all rows of a class."""
         return list(self._places.get(label, ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from fastpeft.training.evaluating import evaluating
 from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared, Raw
 
+from .drawing import Pool
 from .embedding import embed, padded
 from .options import FewShotOptions
 from .trainer import Loss, LossTrainer
@@ -48,6 +49,13 @@ class Method:
 
     def check(self) -> None:
         """Raises UserError for what can be told from the configuration alone to be wrong."""
+
+    def measured(self, labels: Sequence[str]) -> list[str]:
+        """The classes that are drawn and measured, of all."""
+        return list(labels)
+
+    def begin(self, prepared: Prepared, pool: Pool) -> None:
+        """Once the data is read: what a method wants of the rows that are not drawn."""
 
     def fill(self, raw: Raw) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
         """How a row is changed before it is encoded; None where it is not. May refuse by UserError."""

@@ -32,7 +32,6 @@ class FewShotOptions:
         queries: rows a class that an episode's adaptation is judged by.
         inner_steps: of an adaptation.
         inner_rate: its learning rate.
-        tasks: N-way episodes of the novel classes that are measured.
     """
 
     method: MethodName = "contrastive"
@@ -52,17 +51,18 @@ class FewShotOptions:
     queries: int = 4
     inner_steps: int = 5
     inner_rate: float = 0.01
-    tasks: int = 20
 
     def check(self) -> None:
         """Raises UserError for what no data could make right."""
         least = {"shots": 1, "seeds": 1, "measured_rows": 1, "pairs": 1, "demonstrations": 0, "queries": 1}
-        for name, low in (least | {"inner_steps": 1, "tasks": 1}).items():
+        for name, low in (least | {"inner_steps": 1}).items():
             if (value := getattr(self, name)) < low:
                 raise UserError(f"strategy.options.{name}: expected at least {low}, got {value}")
         if not 0 < self.near_threshold <= 1:
             raise UserError(f"strategy.options.near_threshold: expected above 0 to 1, got {self.near_threshold}")
         if not self.inner_rate > 0:
             raise UserError(f"strategy.options.inner_rate: expected more than 0, got {self.inner_rate}")
+        if self.novel is not None and self.method not in ("reptile", "fomaml"):
+            raise UserError(f"strategy.options.novel: expected null for method {self.method}, got {self.novel}")
         if self.ways is not None and self.ways < 2:
             raise UserError(f"strategy.options.ways: expected at least 2, got {self.ways}")

@@ -28,7 +28,7 @@ from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared, Raw
 
 from . import draws as kept
-from .drawing import Pool, held_back
+from .drawing import Pool, class_of, held_back
 from .draws import Draw
 from .method import Classifier, Method, classes_of
 from .methods import method_class
@@ -64,23 +64,28 @@ class FewShot(Strategy):
         if (problem := prepared.config.data.problem_type) != SINGLE:
             raise UserError(f"data.problem_type: expected {SINGLE} for strategy few-shot, got {problem}")
         self._method.config = prepared.config
+        self._method.begin(prepared, self._pool)
         notes = [] if prepared.evaluation is not None else ["nothing is measured: give data.eval_fraction or eval_path"]
         return replace(prepared, notes=[*prepared.notes, *notes])
 
     def edit(self, raw: Raw) -> Raw:
         options, seed = self.options, self.config.training.seed
         rows, evaluation = raw.rows, raw.evaluation
+        labels = self._method.measured(raw.data.labels or [])
         if raw.data.eval_fraction:
             count = max(1, round(len(rows) * raw.data.eval_fraction))
             rest, held = held_back(rows, count, seed, "data.eval_fraction")
             rows, evaluation = rows.select(rest), rows.select(held)
+        if evaluation is not None and len(labels) < len(raw.data.labels or ()):
+            evaluation = evaluation.select([n for n, row in enumerate(evaluation) if class_of(row) in labels])
         if evaluation is not None and len(evaluation) > options.measured_rows:
             _, held = held_back(evaluation, options.measured_rows, seed, "strategy.options.measured_rows")
             evaluation = evaluation.select(held)
         self._pool = Pool(rows, evaluation, options.near_threshold)
         self._fill = self._method.fill(raw)
-        drawn = self._filled(rows.select(self._pool.draw(raw.data.labels or [], options.shots, seed)))
-        return replace(raw, rows=drawn, evaluation=None if evaluation is None else self._filled(evaluation))
+        drawn = self._filled(rows.select(self._pool.draw(labels, options.shots, seed)))
+        evaluation = None if evaluation is None else self._filled(evaluation)
+        return replace(raw, rows=drawn, evaluation=evaluation, data=replace(raw.data, labels=labels))
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
         self._console = console
