@@ -66,8 +66,8 @@ def findings(draws: Sequence[Draw], trained: str, rows: int) -> Findings:
         lines.append(f"| {' | '.join(cells)} |")
     text = [
         f"{len(draws)} draws of training rows (seeds {draws[0].seed} to {draws[-1].seed}), measured on the same {rows} "
-        "rows. Intervals are Student's over the draws; the last column is how much better the trained model's accuracy is, "
-        "draw by draw.",
+        "rows. Intervals are Student's over the draws; the last column is how much better the trained model's accuracy "
+        "is, draw by draw.",
         "",
         *lines,
     ]

@@ -46,8 +46,6 @@ class Meta(Contrastive):
                 f"strategy.options.novel: expected at least two classes to adapt to for method {self.options.method}, "
                 f"got {self.options.novel}"
             )
-        if self.config.model.dtype == "float16":
-            raise UserError(f"model.dtype: expected float32 or bfloat16 for method {self.options.method}, got float16")
 
     def measured(self, labels: Sequence[str]) -> list[str]:
         novel = self.options.novel or []
@@ -57,6 +55,8 @@ class Meta(Contrastive):
 
     def begin(self, prepared: Prepared, pool: Pool) -> None:
         options = self.options
+        if prepared.config.model.dtype == "float16":  # whose scaled gradients are not the trainer's to make here
+            raise UserError(f"model.dtype: expected float32 or bfloat16 for method {options.method}, got float16")
         known = [label for label in pool.labels if label not in (options.novel or ())]
         ways = options.ways or len(options.novel or ())
         if len(known) < ways:

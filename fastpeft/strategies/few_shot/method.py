@@ -54,6 +54,10 @@ class Method:
         """The classes that are drawn and measured, of all."""
         return list(labels)
 
+    def notes(self) -> list[str]:
+        """What should be looked at."""
+        return []
+
     def begin(self, prepared: Prepared, pool: Pool) -> None:
         """Once the data is read: what a method wants of the rows that are not drawn."""
 

@@ -26,7 +26,7 @@ class FewShotOptions:
         verbaliser: what stands for each class in {answer}; null: the classes' names.
         calibrate: subtract what the model gives for a pattern without text (Zhao et al. 2021).
         demonstrations: rows shown in the prompts of the in-context baselines, at most; 0 for no such baseline.
-        adapter: t-few and pattern: (IA)³, which scales keys, values and feed-forward, or LoRA; null: as the papers do.
+        adapter: pattern and t-few: LoRA, or (IA)³, which scales keys, values and feed-forward; null: (IA)³ for t-few.
         novel: reptile and fomaml: classes that are adapted to; no row of theirs is trained on before.
         ways: classes of a training episode; null: as many as novel ones.
         queries: rows a class that an episode's adaptation is judged by.

@@ -49,7 +49,7 @@ class Pattern:
     def prompt(self, text: str, pair: str | None, tokenizer: Any) -> str:
         """What the model reads: with a mask in the slot, or up to the slot."""
         if self.task == "masked-lm":
-            return self.filled(text, pair, tokenizer.mask_token)
+            return self.filled(text.replace(tokenizer.mask_token, " "), pair, tokenizer.mask_token)
         return self._before(text, pair).rstrip()
 
     def shown(self, text: str, pair: str | None, answer: str) -> str:
@@ -57,8 +57,8 @@ class Pattern:
         return self.filled(text, pair, answer)
 
     def _before(self, text: str, pair: str | None) -> str:
-        marked = self.filled(text, pair, "\0")
-        return marked[: marked.index("\0")]
+        before = Pattern(self.text[: self.text.index("{answer}")], self.task)
+        return before.filled(text, pair, "")
 
     def gap(self) -> str:
         """What stands between prompt and answer."""

@@ -54,8 +54,17 @@ class PatternTuning(Method):
 
         return fill
 
+    def notes(self) -> list[str]:
+        if self._adapter == "lora":
+            return []
+        return ["(IA)³ is trained in place of LoRA: the settings of lora, but for modules_to_save, are not used"]
+
+    @property
+    def _adapter(self) -> str:
+        return self.options.adapter or self.adapter
+
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
-        if (self.options.adapter or self.adapter) == "ia3":
+        if self._adapter == "ia3":
             return load_model(prepared, device, dtype, self.change, attach_ia3)
         return super().load(prepared, device, dtype)
 

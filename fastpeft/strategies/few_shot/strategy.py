@@ -66,7 +66,7 @@ class FewShot(Strategy):
         self._method.config = prepared.config
         self._method.begin(prepared, self._pool)
         notes = [] if prepared.evaluation is not None else ["nothing is measured: give data.eval_fraction or eval_path"]
-        return replace(prepared, notes=[*prepared.notes, *notes])
+        return replace(prepared, notes=[*prepared.notes, *notes, *self._method.notes()])
 
     def edit(self, raw: Raw) -> Raw:
         options, seed = self.options, self.config.training.seed
