@@ -30,8 +30,11 @@ LEARNS = {
     "contrastive": ("bert", "1e-2", 6, {}),
     "classifier": ("bert", "1e-2", 10, {}),
     "pattern": ("bert", "1e-2", 16, {"pattern": SLOT, "verbaliser": {"no": "n", "yes": "y"}, "calibrate": True}),
-    "pattern-t5": ("t5", "3e-2", 24, {"method": "pattern", "pattern": SLOT, "verbaliser": {"no": "n", "yes": "y"}}),
-    "t-few": ("t5", "1e-1", 40, {"pattern": SLOT}),
+    "pattern-t5": (
+        *("t5", "3e-2", 40),
+        {"method": "pattern", "pattern": SLOT, "verbaliser": {"no": "n", "yes": "y"}, "shots": 8},
+    ),
+    "t-few": ("t5", "1e-1", 40, {"pattern": SLOT, "shots": 8}),
     "t-few-decoder": (SHIPPED, "5e-2", 24, {"method": "t-few", "pattern": SLOT, "demonstrations": 2}),
     "reptile": ("bert", "1e-2", 2, {"novel": ["no", "yes"], "inner_rate": 0.1, "queries": 2, "inner_steps": 2}),
     "fomaml": ("bert", "1e-2", 2, {"novel": ["no", "yes"], "inner_rate": 0.1, "queries": 2, "inner_steps": 2}),
@@ -147,7 +150,6 @@ def test_what_cannot_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["--model", checkpoints[given.pop("model")]] if "model" in given else []
-    given = {key: value for key, value in given.items()}
     train(tmp_path / "run", *settings(name, checkpoints, tmp_path, *more, **given), code=2)
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

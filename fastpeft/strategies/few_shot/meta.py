@@ -64,7 +64,8 @@ class Meta(Contrastive):
             raise UserError(
                 f"strategy.options.novel: expected at least {ways} other classes to learn from, got {len(known)}{hint}"
             )
-        self._ways, self._rows, self._of = ways, [], {}
+        self._ways, self._of = ways, dict[str, range]()
+        self._rows: list[dict[str, Any]] = []
         for label in known:
             places = pool.all_of(label)
             if len(places) < options.shots + options.queries:
