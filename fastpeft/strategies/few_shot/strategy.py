@@ -76,7 +76,7 @@ class FewShot(Strategy):
             count = max(1, round(len(rows) * raw.data.eval_fraction))
             rest, held = held_back(rows, count, seed, "data.eval_fraction")
             rows, evaluation = rows.select(rest), rows.select(held)
-        if evaluation is not None and len(labels) < len(raw.data.labels or ()):
+        if evaluation is not None and options.novel:
             evaluation = evaluation.select([n for n, row in enumerate(evaluation) if class_of(row) in labels])
         if evaluation is not None and len(evaluation) > options.measured_rows:
             _, held = held_back(evaluation, options.measured_rows, seed, "strategy.options.measured_rows")
