@@ -39,6 +39,7 @@ class ModelSection:
         "sequence-classification",
         "token-classification",
         "question-answering",
+        "feature-extraction",
     ] = option("auto", "What the model is trained to do; auto: by the data's columns and the model.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
     quantization: Literal["none", "nf4", "fp4", "int8"] | None = option(

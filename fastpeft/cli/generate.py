@@ -79,6 +79,7 @@ def generate(
     from fastpeft.models import tuned
     from fastpeft.models.devices import pick_device, pick_dtype
     from fastpeft.models.tasks import HEADS
+    from fastpeft.strategies.few_shot.using import saved_by
 
     if output is not None and (not output.parent.is_dir() or output.is_dir() or output == file):
         raise UserError(f"--output: expected a new file in a folder that is there, got {output}")
@@ -87,21 +88,23 @@ def generate(
     prompts = _prompts(prompt, file)
     settle_logs(verbose, quiet)
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
-    if source.task == "masked-lm":
-        raise UserError(f"MODEL: expected a language model or a classifier, got a masked language model: {model}")
+    few_shot = saved_by(source)
+    if few_shot is None and source.task in ("masked-lm", "feature-extraction"):
+        raise UserError(f"MODEL: expected a language model or a classifier, got a {_said(source.task)}: {model}")
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
     tokenizer = tuned.load_tokenizer(source)
     set_languages(tokenizer, source_language, target_language, ("--source-language", "--target-language"))
     one = len(prompts) == 1 and file is None and output is None
-    if source.task in HEADS:
+    if few_shot is not None or source.task in HEADS:
         from .heads import checked, plain, predictions
 
         if system is not None:
             raise UserError(f"--system: expected none for a classifier, got {system!r}")
         prompts = [checked(prompt, source.task) for prompt in prompts]
         loaded = _loaded(source, device, chosen, quantization, quiet)
-        found = predictions(source, loaded, tokenizer, prompts, batch_size)
+        make = predictions if few_shot is None else few_shot.predictions
+        found = make(source, loaded, tokenizer, prompts, batch_size)
         if one:
             print(plain(next(found)))
             return
@@ -144,6 +147,10 @@ def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization 
 
     console(quiet).print("loading the model", highlight=False)
     return tuned.load(source, device, dtype, None if quantization is None else quantization.value)
+
+
+def _said(task: str) -> str:
+    return "masked language model" if task == "masked-lm" else "model for embeddings"
 
 
 def _is_special(output: Path) -> bool:

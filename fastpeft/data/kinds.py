@@ -95,6 +95,8 @@ def kind_of(names: Sequence[str], task: str) -> Kind:
         return fitting[0]
     if found:
         wanted = " or ".join(str(kind) for kind in KINDS if task in kind.tasks)
+        if not wanted:
+            raise UserError(f"model.task: {task} is for strategy.name few-shot, which learns from labelled texts")
         raise UserError(f"data: expected columns {wanted} for task {task}, got {', '.join(names)}")
     if {"chosen", "rejected"} <= set(names):
         raise UserError(

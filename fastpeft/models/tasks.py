@@ -33,6 +33,7 @@ AUTO = {
         "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
         "a model that transformers has a head for extracted answers for",
     ),
+    "feature-extraction": ("AutoModel", "MODEL_MAPPING_NAMES", "a model without a head"),
 }
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
@@ -40,6 +41,7 @@ PEFT_TASKS = {
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
+    "feature-extraction": "FEATURE_EXTRACTION",
 }
 """PEFT has no name for masked language models."""
 HEADS = {
@@ -48,6 +50,8 @@ HEADS = {
     "question-answering": ("qa_outputs",),
 }
 """Tasks with a head of their own, and the modules of it that PEFT trains and saves whole by itself."""
+UNUSED = {"feature-extraction": ("pooler.dense",)}
+"""Modules that have no part in what a task takes from the model."""
 
 SAVED = {
     "ForSequenceClassification": "sequence-classification",

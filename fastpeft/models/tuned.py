@@ -12,7 +12,7 @@ from fastpeft.hub import unreachable
 
 from . import bases
 from .new_tokens import make_room
-from .tasks import HEADS, PEFT_TASKS, head_options, task_of
+from .tasks import HEADS, PEFT_TASKS, UNUSED, head_options, task_of
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +145,7 @@ def check_values(source: Source, fresh: list[str]) -> None:
         fresh: what the checkpoint has none for, from load_base.
     """
     trained = () if source.adapter is None else (*source.whole, *HEADS.get(source.task, ()))
+    fresh = [name for name in fresh if name not in UNUSED.get(source.task, ())]
     lacking = [name for name in fresh if not any(f".{one}." in f".{name}." for one in trained)]
     if lacking:
         raise UserError(

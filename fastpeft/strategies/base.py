@@ -32,6 +32,7 @@ class Strategy:
         name: its value of `strategy.name`.
         Options: dataclass of `strategy.options`, in the types that `structured.build` knows.
         tasks: values of `model.task` that it serves; None for all.
+        read_as: the task whose rows it reads, where the model is trained to do another; None for the model's own.
         config: of the run; after `prepare` as resolved there.
         options: an instance of `Options`.
     """
@@ -39,6 +40,7 @@ class Strategy:
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     tasks: ClassVar[tuple[str, ...] | None] = None
+    read_as: ClassVar[str | None] = None
 
     def __init__(self, config: FastpeftConfig) -> None:
         """Raises UserError for options that are unknown or of the wrong type."""
@@ -53,7 +55,7 @@ class Strategy:
 
     def prepare(self, console: Console) -> Prepared:
         """The data, encoded, and the configuration as resolved. Nothing is written and no model is loaded."""
-        prepared = prepare(self.config, console, self.edit)
+        prepared = prepare(self.config, console, self.edit, self.read_as)
         if self.tasks is not None and prepared.config.model.task not in self.tasks:
             raise UserError(
                 f"strategy.name: {self.name} expected task {' or '.join(self.tasks)}, got {prepared.config.model.task}"

@@ -10,7 +10,11 @@ from fastpeft.hints import did_you_mean
 
 from .base import Strategy
 
-STRATEGIES = {"task": ("task", "TaskAdaptive"), "domain": ("domain", "DomainAdaptive")}
+STRATEGIES = {
+    "task": ("task", "TaskAdaptive"),
+    "domain": ("domain", "DomainAdaptive"),
+    "few-shot": ("few_shot.strategy", "FewShot"),
+}
 """Module and class of each `strategy.name`."""
 
 

@@ -29,7 +29,7 @@ class Exchange(NamedTuple):
 def classes(prepared: Prepared, trainer: Any, encoded: Encoded) -> list[int]:
     """The likeliest class of each row."""
     found: list[int] = []
-    with _evaluating(prepared, trainer.model) as forward:
+    with evaluating(prepared, trainer.model) as forward:
         for batch in _batches(trainer, encoded, trainer.data_collator):
             batch.pop("labels")
             found += forward(batch).logits.argmax(dim=-1).tolist()
@@ -44,7 +44,7 @@ def token_losses(prepared: Prepared, trainer: Any, encoded: Encoded) -> Losses:
     task = prepared.config.model.task
     shift = int(task == "causal-lm")
     sums, tokens, right = list[float](), list[int](), list[int]()
-    with _evaluating(prepared, trainer.model) as forward:
+    with evaluating(prepared, trainer.model) as forward:
         for batch in _batches(trainer, encoded, _collator(prepared, trainer)):
             labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
             logits = forward(batch).logits
@@ -78,14 +78,14 @@ def answers(prepared: Prepared, trainer: Any, prompts: Sequence[list[int]], new_
     from fastpeft.generation import Generator, Sampling
 
     size = trainer.args.per_device_eval_batch_size
-    with _evaluating(prepared, trainer.model):
+    with evaluating(prepared, trainer.model):
         return list(
             Generator(trainer.model, prepared.tokenizer).answers(prompts, Sampling(new_tokens), size),
         )
 
 
 @contextmanager
-def _evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
+def evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """A forward without gradients or dropout, in the dtype of the run; everything is as before when it ends."""
     import torch
 

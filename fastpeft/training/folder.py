@@ -17,6 +17,7 @@ from fastpeft.paths import can_be_made
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
+FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
 OWN = (
     CONFIG,
     RUN,
@@ -25,6 +26,7 @@ OWN = (
     FINGERPRINT,
     PROCESSES,
     RATES,
+    *FEW_SHOT,
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -10,7 +10,7 @@ from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
 from fastpeft.models import bases
 from fastpeft.models.adapters import attach_adapter
-from fastpeft.models.tasks import HEADS, head_options
+from fastpeft.models.tasks import HEADS, UNUSED, head_options
 
 from .preparing import Prepared
 
@@ -20,6 +20,7 @@ def load_model(
     device: Any,
     dtype: Any,
     change: Callable[[Any, LoraSection], LoraSection] = lambda base, section: section,
+    attach: Callable[[Any, LoraSection, str, int], Any] = attach_adapter,
 ) -> Any:
     """Base and fresh adapter, accelerated; what is trained is in float32.
 
@@ -27,6 +28,7 @@ def load_model(
 
     Args:
         change: what is done to the base before; it gives the adapter's settings.
+        attach: makes the PEFT model.
     """
     import torch
 
@@ -35,7 +37,7 @@ def load_model(
     home = torch.device("cpu") if prepared.memory.streams else device
     config = prepared.config
     base, section = load_base(prepared, home, dtype)
-    model = attach_adapter(base, change(base, section), config.model.task, config.training.seed)
+    model = attach(base, change(base, section), config.model.task, config.training.seed)
     trained_in_float32(model)
     if config.acceleration.enabled:
         fastpeft.accelerate(model, memory=prepared.memory.policy)
@@ -71,6 +73,7 @@ def _training_what_is_fresh(config: FastpeftConfig, base: Any, fresh: list[str])
     """A head's new modules are trained and saved whole; a language model should not have any, and no body should."""
     heads = HEADS.get(config.model.task, ())
     known = (*config.lora.modules_to_save, *heads)
+    fresh = [name for name in fresh if name not in UNUSED.get(config.model.task, ())]
     added = [name for name in fresh if not any(name == one or name.endswith(f".{one}") for one in known)]
     embeddings = base.get_input_embeddings()
     if any(base.get_submodule(name) is embeddings for name in fresh):

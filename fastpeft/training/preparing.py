@@ -78,11 +78,18 @@ class Prepared:
         return self.evaluation if self.validation is None else self.validation
 
 
-def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw] = lambda raw: raw) -> Prepared:
+def prepare(
+    config: FastpeftConfig,
+    console: Console,
+    edit: Callable[[Raw], Raw] = lambda raw: raw,
+    read_as: str | None = None,
+) -> Prepared:
     """Check model and data against each other, and encode the data.
 
     Args:
-        edit: what is done to the rows before; it may hold an evaluation back, and add to the tokenizer.
+        edit: what is done to the rows before; it may hold an evaluation back, leave out classes, and add to the
+            tokenizer.
+        read_as: the task whose rows these are, where the model is trained to do another.
 
     Raises:
         UserError: they cannot be had, do not fit, or cannot be trained on as configured.
@@ -96,7 +103,7 @@ def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw]
     hf_config = bases.load_config(model)
     data = replace(config.data, max_length=bases.checked_length(config.data.max_length, hf_config))
     raw = _rows(config, "path")
-    kind = kind_of(raw.column_names, model.task)
+    kind = kind_of(raw.column_names, read_as or model.task)
     task = resolve_task(model.task, kind, hf_config, config.model.name)
     lora_config(config.lora, task)
     if data.packing and task != "causal-lm":
@@ -120,15 +127,18 @@ def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw]
         _check_apart(data, evaluated)
     if task in ("token-classification", "question-answering"):
         tokenizer.padding_side = "right"  # places in a row must not depend on its batch
-    data, raw, raw_evaluation = resolve_labels(task, data, raw, raw_evaluation)
+    data, raw, raw_evaluation = resolve_labels(read_as or task, data, raw, raw_evaluation)
     documents = is_document(data.path), is_document(data.eval_path or data.path)
     edited = edit(Raw(raw, raw_evaluation, *documents, tokenizer, data, task, kind))
+    data = edited.data
     with count(console, "reading the data", len(edited.rows)) as seen:
-        rows = encode(edited.rows, kind, task, tokenizer, data, document=edited.document, seen=seen)
+        rows = encode(edited.rows, kind, read_as or task, tokenizer, data, document=edited.document, seen=seen)
     evaluation = None
     if edited.evaluation is not None:
         document = edited.evaluation_document
-        evaluation = encode(edited.evaluation, kind, task, tokenizer, data, document=document, where=evaluated)
+        evaluation = encode(
+            edited.evaluation, kind, read_as or task, tokenizer, data, document=document, where=evaluated
+        )
     elif data.eval_fraction:
         rows, evaluation = rows.divided(data.eval_fraction, config.training.seed, "data.eval_fraction")
     notes = []

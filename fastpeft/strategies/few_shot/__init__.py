@@ -1,0 +1,1 @@
+"""Few-shot fine-tuning: a handful of labelled texts a class."""

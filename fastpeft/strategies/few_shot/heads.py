@@ -1,0 +1,80 @@
+"""What makes classes of embeddings: logistic regression, or the nearest mean of a class; both are linear."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastpeft.requirements import require
+
+SETTINGS, WEIGHTS = "few_shot.json", "few_shot.safetensors"
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Scores of classes: embeddings @ weight.T + bias.
+
+    Attributes:
+        weight: (classes, width).
+        bias: (classes,).
+    """
+
+    weight: Floats
+    bias: Floats
+
+    def scores(self, embeddings: Any) -> Floats:
+        """(rows, classes); their softmax are the probabilities."""
+        found: Floats = np.asarray(embeddings, dtype=np.float32) @ self.weight.T + self.bias
+        return found
+
+    def save(self, folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        save_file({"weight": np.ascontiguousarray(self.weight), "bias": self.bias}, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path) -> LinearHead:
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(folder / WEIGHTS))
+
+
+def logistic_regression(embeddings: Any, labels: Any) -> LinearHead:
+    """scikit-learn's, with its default penalty, as SetFit's head is.
+
+    Args:
+        embeddings: (rows, width).
+        labels: (rows,) numbers of classes from 0 on, each at least once.
+    """
+    linear = require("train", "sklearn.linear_model", "the head on the embeddings")
+    fitted = linear.LogisticRegression(max_iter=1000).fit(embeddings, labels)
+    weight, bias = fitted.coef_.astype(np.float32), fitted.intercept_.astype(np.float32)
+    if len(weight) == 1:  # of two classes it keeps the second's against the first
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    return LinearHead(weight, bias)
+
+
+def centroids(embeddings: Any, labels: Any) -> LinearHead:
+    """The class whose mean is nearest (Snell et al. 2017): -|x - c|² is 2 x·c - |c|² and what all classes share."""
+    embeddings, labels = np.asarray(embeddings, dtype=np.float32), np.asarray(labels)
+    means = np.stack([embeddings[labels == label].mean(0) for label in range(labels.max() + 1)])
+    return LinearHead(2 * means, -(means**2).sum(-1))
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """None where a folder is of no few-shot run."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
