@@ -39,8 +39,8 @@ class Exchange(NamedTuple):
 def classes(prepared: Prepared, trainer: Any, encoded: Encoded) -> list[int]:
     """The likeliest class of each row."""
     found: list[int] = []
-    with _evaluating(prepared, trainer.model) as forward:
-        for batch in _batches(trainer, encoded, trainer.data_collator):
+    with evaluating(prepared, trainer.model) as forward:
+        for batch in batches(prepared, trainer, encoded):
             batch.pop("labels")
             found += forward(batch).logits.argmax(dim=-1).tolist()
     return found
@@ -53,8 +53,8 @@ def token_scores(prepared: Prepared, trainer: Any, encoded: Encoded) -> TokenSco
     task = prepared.config.model.task
     shift = int(task == "causal-lm")
     found = TokenScores([], [], [])
-    with _evaluating(prepared, trainer.model) as forward:
-        for batch in _batches(trainer, encoded, _collator(prepared, trainer)):
+    with evaluating(prepared, trainer.model) as forward:
+        for batch in batches(prepared, trainer, encoded):
             labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
             logits = forward(batch).logits
             for row, wanted in enumerate(labels):
@@ -84,14 +84,14 @@ def answers(prepared: Prepared, trainer: Any, prompts: Sequence[list[int]], new_
     from fastpeft.generation import Generator, Sampling
 
     size = trainer.args.per_device_eval_batch_size
-    with _evaluating(prepared, trainer.model):
+    with evaluating(prepared, trainer.model):
         return list(
             Generator(trainer.model, prepared.tokenizer).answers(prompts, Sampling(new_tokens), size),
         )
 
 
 @contextmanager
-def _evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
+def evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """A forward without gradients or dropout, in the dtype of the run; everything is as before when it ends."""
     import torch
 
@@ -109,8 +109,9 @@ def _evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, 
         state.put_back()
 
 
-def _batches(trainer: Any, encoded: Encoded, collate: Any) -> Iterator[dict[str, Any]]:
-    size = trainer.args.per_device_eval_batch_size
+def batches(prepared: Prepared, trainer: Any, encoded: Encoded) -> Iterator[dict[str, Any]]:
+    """All rows in their order, with their labels. Masks are those that the training's evaluations have."""
+    collate, size = _collator(prepared, trainer), trainer.args.per_device_eval_batch_size
     for start in range(0, len(encoded), size):
         rows = encoded.rows.select(range(start, min(start + size, len(encoded))))
         yield dict(collate(list(rows)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fastpeft.errors import UserError
@@ -15,8 +16,19 @@ from fastpeft.models.tasks import HEADS
 from fastpeft.requirements import require
 
 
+def _as_it_is(kind: type) -> type:
+    return kind
+
+
 def build_trainer(
-    task: str, model: Any, tokenizer: Any, arguments: Any, rows: Any, evaluation: Any, callbacks: list[Any]
+    task: str,
+    model: Any,
+    tokenizer: Any,
+    arguments: Any,
+    rows: Any,
+    evaluation: Any,
+    callbacks: list[Any],
+    subclass: Callable[[type], Any] = _as_it_is,
 ) -> Any:
     """A trainer that reports through `callbacks` alone.
 
@@ -25,6 +37,7 @@ def build_trainer(
         model: a PEFT model, accelerated or not.
         arguments: from training_arguments.
         rows, evaluation: encoded; None for no evaluation.
+        subclass: makes of the class of the trainer what it is an instance of.
 
     Raises:
         UserError: a model that the task's collator or trainer refuses.
@@ -39,12 +52,13 @@ def build_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    trainer = _decoder_trainer(given) if task == "causal-lm" else _trainer(task, tokenizer, given)
+    make = _decoder_trainer if task == "causal-lm" else partial(_trainer, task, tokenizer)
+    trainer = make(given, subclass)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _decoder_trainer(given: dict[str, Any]) -> Any:
+def _decoder_trainer(given: dict[str, Any], subclass: Callable[[type], Any]) -> Any:
     trl = require("train", "trl", "training decoders")
     if type(given["model"].get_output_embeddings()).__name__ == "TrainableTokensWrapper":
         raise UserError(
@@ -53,14 +67,14 @@ def _decoder_trainer(given: dict[str, Any]) -> Any:
         )
     with dtypes_kept(given["model"]):
         try:
-            return trl.SFTTrainer(**given)
+            return subclass(trl.SFTTrainer)(**given)
         except ValueError as error:
             if "lm_head" in str(error):
                 raise UserError("lora.target_modules: expected none of the head's modules, got lm_head") from error
             raise UserError(f"training: {error}") from error
 
 
-def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
+def _trainer(task: str, tokenizer: Any, given: dict[str, Any], subclass: Callable[[type], Any]) -> Any:
     from transformers import (
         DataCollatorForSeq2Seq,
         DataCollatorForTokenClassification,
@@ -76,9 +90,10 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
     if task == "masked-lm":
         if tokenizer.mask_token is None:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
-        return RepeatableTrainer(lambda: RepeatableMasks(tokenizer, seed), **given)
+        return subclass(RepeatableTrainer)(lambda: RepeatableMasks(tokenizer, seed), **given)
     if task == "seq2seq-lm" and "labels" not in given["train_dataset"].column_names:  # texts alone
-        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, model.get_base_model()), **given)
+        spans = partial(RepeatableSpans, tokenizer, seed, model.get_base_model())
+        return subclass(RepeatableTrainer)(spans, **given)
     if task == "seq2seq-lm":
         collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model())
     elif task == "token-classification":
@@ -88,7 +103,7 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
     if task in HEADS:
         given["compute_metrics"] = metrics_of(task, given["model"].config)
         given["preprocess_logits_for_metrics"] = KEPT.get(task, _first)
-    return Trainer(**given, data_collator=collator)
+    return subclass(Trainer)(**given, data_collator=collator)
 
 
 def metrics_of(task: str, config: Any) -> Callable[[Any], dict[str, float]] | None:
