@@ -45,7 +45,7 @@ def seeing_attentions(config: FastpeftConfig, options: DistillationOptions) -> F
     Raises:
         UserError: another one was asked for, or a model whose inner states are not matched.
     """
-    if config.model.task == "seq2seq-lm":
+    if options.matches and config.model.task == "seq2seq-lm":
         name = "hidden_weight" if options.hidden_weight else "attention_weight"
         raise UserError(f"strategy.options.{name}: expected 0 for task seq2seq-lm, got {getattr(options, name)}")
     if not options.attention_weight:

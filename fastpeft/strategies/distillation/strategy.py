@@ -17,7 +17,6 @@ from fastpeft.models import bases
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.models.tasks import head_options
 from fastpeft.training.evaluating import batches, evaluating
-from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared
 from fastpeft.training.trainers import build_trainer
 
@@ -66,13 +65,14 @@ class Distillation(Strategy):
 
     def prepare(self, console: Console) -> Prepared:
         prepared = super().prepare(console)
-        config, options = prepared.config, self.options
+        options = self.options
+        config = checks.seeing_attentions(prepared.config, options)
+        prepared = replace(prepared, config=config)
         described = bases.load_config(config.model)
         if options.student_layers is not None:
             student.check(described, options.student_layers)
         self._choice = Choice(options, config, prepared.tokenizer)
         if options.matches:
-            prepared = replace(prepared, config=checks.seeing_attentions(config, options))
             self._matching = Matching(options, self._student_config(described), self._teacher_config(described))
         checks.check_rows(prepared, options)
         if self._is_stored(config):
@@ -95,7 +95,7 @@ class Distillation(Strategy):
         if self.options.student_layers is not None:
             self._make_student(prepared)
             prepared = replace(prepared, config=self.kept(prepared.config))
-        model = load_model(prepared, device, dtype, self.change)
+        model = super().load(prepared, device, dtype)
         if self._choice.shares:
             self._teacher = self._choice.beside(model)
             if prepared.config.acceleration.enabled and self._choice.source is not None:

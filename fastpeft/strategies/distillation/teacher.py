@@ -120,7 +120,7 @@ class Choice:
             raise UserError(f"{KEY}: expected a model for task {task}, got {self.name}, which is {_kind(found)}")
         if found.adapter is not None and found.task != task:
             raise UserError(f"{KEY}: expected an adapter for task {task}, got {self.name}, which is for {found.task}")
-        self.source = replace(found, task=task)
+        self.source = replace(found, task=task, model=replace(found.model, attention=config.model.attention))
         if self.shares and (options.teacher_quantization is not None or options.teacher_streamed):
             name = "teacher_streamed" if options.teacher_streamed else "teacher_quantization"
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from .stored import StoredTeacher
 from .teacher import Teacher
 
 STORED = "teacher_logits", "teacher_words"
-"""Keys of a batch."""
+OWN = "own_answers"
+"""Keys of a batch: its tokens' stored logits, and whether the student wrote it."""
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Lesson:
     def loss(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
         """0-d: a mean over the tokens (rows, for classes) with a label, or their sum divided by `items`."""
         batch = dict(inputs)
+        ways = replace(self.ways, labels=0.0) if batch.pop(OWN, False) else self.ways  # nobody says that they are right
         labels = batch.pop("labels")
         wanted = {} if self.matching is None else self.matching.wanted
         stored = [batch.pop(name) for name in STORED if name in batch]
@@ -69,7 +71,7 @@ class Lesson:
             answered = model(**batch, **wanted)
             student = self._tokens(answered.logits, labels)
         flat = self._labels(labels)
-        loss = token_loss(student, teacher, flat, self.ways)
+        loss = token_loss(student, teacher, flat, ways)
         loss = loss / ((flat != IGNORED).sum().clamp(min=1) if items is None else items)
         if self.matching is not None:
             # a mean over the batch: of several batches that make a step, each counts by its tokens
@@ -175,7 +177,12 @@ def own_answers(trainer: Any, model: Any, inputs: dict[str, Any], lesson: Lesson
         kept = [row[keep] for row, keep in zip(rows, there, strict=True)]
         return pad_sequence(kept, batch_first=True, padding_value=padding)
 
-    return {"input_ids": right(ids, lesson.padding), "attention_mask": right(mask, 0), "labels": right(labels, IGNORED)}
+    padded = {
+        "input_ids": right(ids, lesson.padding),
+        "attention_mask": right(mask, 0),
+        "labels": right(labels, IGNORED),
+    }
+    return {**padded, OWN: True}
 
 
 def _prompt(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
