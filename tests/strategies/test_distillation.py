@@ -18,10 +18,10 @@ from fastpeft.errors import UserError
 from fastpeft.layers import head
 from fastpeft.models import tuned
 from fastpeft.models.tasks import auto_class
-from fastpeft.strategies.distillation import matching, stored, teacher
+from fastpeft.strategies.distillation import matching, stored
 from fastpeft.strategies.registry import strategy_of
 from tests.checkpoints import Checkpoints, write_rows
-from tests.training.runs import SAYINGS, Run, adapter, classes, completions, interrupted, texts, train
+from tests.training.runs import Run, adapter, classes, completions, interrupted, texts, train
 
 QUICK = shlex.split(
     "--batch-size 4 --learning-rate 1e-2 --logging-steps 1 --lora.r 4 --report-to none --max-length 32 "
@@ -142,3 +142,174 @@ def test_a_classifier_matches_hidden_states_and_attentions_and_an_adapter_teache
     assert "accuracy" in (run.folder / "report.md").read_text()
     base = AutoModelForSequenceClassification.from_pretrained(run.folder / "student")
     assert PeftModel.from_pretrained(base, str(run.folder)).get_base_model().config.num_hidden_layers == 1
+
+
+@pytest.fixture(scope="module")
+def taught(sure: str, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter of the sure decoder."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("taught")
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(sure)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, settings).save_pretrained(folder)
+    return str(folder)
+
+
+def test_another_adapter_of_the_same_weights_teaches(
+    sure: str, taught: str, data: dict[str, str], tmp_path: Path, no_logits: None
+) -> None:
+    more = options(teacher=taught, labels_weight=0.0)
+    arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "10"]
+    run = train(tmp_path / "run", *arguments)
+    assert run.losses[-1] < run.losses[0]
+    assert (
+        not (run.folder / "teacher").exists()
+        and "an adapter of the student's base" in (run.folder / "report.md").read_text()
+    )
+    names = [name for name, _ in run.model.named_parameters() if ".lora_A.teacher." in name]
+    theirs = tuned.attach(tuned.find(taught), AutoModelForCausalLM.from_pretrained(sure))
+    parts = dict(theirs.named_parameters())
+    assert names and len({id(part) for part in run.model.parameters()}) == len(list(run.model.parameters()))
+    for name in names:  # it is never trained
+        torch.testing.assert_close(run.model.get_parameter(name), parts[name.replace(".teacher.", ".default.")])
+
+
+RESUMED = {
+    "half": {"student_layers": 2},
+    "stored": {"student_layers": 2, "top_k": 8},
+    "own answers": {"teacher": "base", "on_policy": 0.5, "max_new_tokens": 4},
+    "adapter": {"teacher": "taught", "beta": 0.5},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_is_one_without_a_break(
+    kind: str, sure: str, taught: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    given = {name: taught if value == "taught" else value for name, value in RESUMED[kind].items()}
+    arguments = ["--model", sure, "--data", data["completions"], *QUICK, *options(**given), "--lora.dropout", "0.1"]
+    arguments += ["--epochs", "2", "--save-steps", "100"]
+    whole = train(tmp_path / "whole", *arguments)
+    interrupted(tmp_path / "cut", *arguments, at=4)
+    changed = ["--strategy.options.temperature", "3"]
+    train(tmp_path / "cut", *arguments, *changed, "--resume", code=2)
+    cut = train(tmp_path / "cut", "--resume")
+    assert cut.losses == whole.losses
+    ours, theirs = adapter(cut.folder), adapter(whole.folder)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def config(model: str, path: str, **given: Any) -> FastpeftConfig:
+    settings = {"name": "distillation", "options": given}
+    return FastpeftConfig.from_dict({"model": model, "data": {"path": path, "max_length": 32}, "strategy": settings})
+
+
+class TestStoredLogits:
+    def test_are_written_once_and_tell_what_they_are_of(
+        self, sure: str, judge: str, data: dict[str, str], tmp_path: Path, no_logits: None
+    ) -> None:
+        file = tmp_path / "logits" / "teacher.safetensors"
+        more = options(student_layers=2, top_k=8, stored=file)
+        arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "2"]
+        first = train(tmp_path / "first", *arguments)
+        written = file.stat().st_mtime_ns
+        again = train(tmp_path / "again", *arguments)
+        assert file.stat().st_mtime_ns == written and again.losses == first.losses
+        assert "| loss per token |" in (again.folder / "report.md").read_text().partition("Teacher and student")[2]
+        settings = config(sure, data["completions"], student_layers=2, top_k=8, stored=str(file))
+        settings = settings.override(["data.eval_fraction=0.25"])
+        strategy_of(settings).prepare(Console(quiet=True))
+        for change, message in (
+            ("data.max_length=16", r"expected logits of data\.max_length 16, got 32 in "),
+            ("data.limit=20", r"expected logits of the rows of data\.path, got another in "),
+            ("strategy.options.top_k=4", r"expected logits of top_k 4, got 8 in "),
+            (
+                "strategy.options.teacher_quantization=nf4",
+                r"expected logits of strategy\.options\.teacher, got an",
+            ),
+        ):
+            with pytest.raises(UserError, match=rf"strategy\.options\.stored: {message}"):
+                strategy_of(settings.override([change])).prepare(Console(quiet=True))
+        file.write_bytes(b"no tensors")
+        with pytest.raises(UserError, match=r"strategy\.options\.stored: .* cannot be read"):
+            strategy_of(settings).prepare(Console(quiet=True))
+
+    def test_other_weights_are_another_teacher(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(bytes(100))
+        before = stored.fingerprint([str(tmp_path)], "none")
+        assert stored.fingerprint([str(tmp_path)], "none") == before != stored.fingerprint([str(tmp_path)], "nf4")
+        (tmp_path / "model.safetensors").write_bytes(bytes(99) + b"1")
+        assert stored.fingerprint([str(tmp_path)], "none") != before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"teacher: expected a model, an adapter or 'base', got null without student_layers"),
+        ({"teacher": "base", "student_layers": 2}, r"teacher: expected null with student_layers"),
+        ({"teacher": "base", "teacher_streamed": True}, r"teacher_streamed: expected none with teacher 'base'"),
+        ({"teacher": "base", "beta": 2.0}, r"beta: expected 0 to 1, got 2\.0"),
+        ({"teacher": "base", "temperature": 0.0}, r"temperature: expected more than 0, got 0\.0"),
+        ({"teacher": "base", "hidden_weight": -1.0}, r"hidden_weight: expected at least 0, got -1\.0"),
+        ({"teacher": "base", "top_k": -1}, r"top_k: expected at least 0, got -1"),
+        ({"teacher": "base", "labels_weight": 1.0}, r"labels_weight: expected less than 1, got 1"),
+        ({"teacher": "base", "layer_map": [0]}, r"layer_map: expected null without hidden_weight or attention_weight"),
+        ({"teacher": "base", "stored": "x"}, r"stored: expected null with top_k 0, got 'x'"),
+        ({"teacher": "base", "student_of": "x"}, r"student_of: expected null without student_layers, got 'x'"),
+        ({"teacher": "base", "top_k": 4, "beta": 1.0}, r"beta: expected less than 1 with top_k"),
+        ({"teacher": "base", "top_k": 4, "on_policy": 0.5}, r"on_policy: expected 0 with top_k, because what the"),
+        ({"student_layers": 1}, r"student_layers: expected at least 2, every second layer, got 1"),
+        ({"student_layers": [1, 0]}, r"student_layers: expected numbers from 0 on in ascending order, got \[1, 0\]"),
+        ({"student_layers": [0, 2]}, r"student_layers: expected layers below 2, which is how many .* got 2"),
+        ({"student_layers": [0, 1]}, r"student_layers: expected to leave out some of the model's 2 layers, got all"),
+        ({"student_layers": 2, "hidden_weight": 1.0, "layer_map": [2]}, r"layer_map: expected layers from 0 to 1 of"),
+        ({"student_layers": 2, "hidden_weight": 1.0, "layer_map": [0, 1]}, r"layer_map: expected 1 of the teacher's"),
+        ({"teacher": "nowhere/at/all"}, r"teacher: expected a model's folder or its ID on the hub"),
+    ],
+)
+def test_options_that_cannot_be(
+    given: dict[str, Any], message: str, checkpoints: Checkpoints, data: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match=rf"strategy\.options\.{message}"):
+        strategy_of(config(checkpoints["llama"], data["completions"], **given)).prepare(Console(quiet=True))
+
+
+class TestTeachersThatCannotBe:
+    def test_a_folder_without_an_adapter(self, checkpoints: Checkpoints, data: dict[str, str], tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"strategy\.options\.teacher: expected a folder with adapter_config\.json"):
+            strategy_of(config(checkpoints["llama"], data["texts"], teacher=str(tmp_path))).prepare(Console(quiet=True))
+
+    def test_another_vocabulary(self, checkpoints: Checkpoints, data: dict[str, str], tmp_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+        tokenizer.add_tokens(["<other>"])
+        AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        number = len(tokenizer) - 1
+        message = rf"got 1 in .* that are not, such as '<other>' \(-, {number}\) .* learn them by strategy task"
+        with pytest.raises(UserError, match=message):
+            strategy_of(config(checkpoints["llama"], data["texts"], teacher=str(tmp_path))).prepare(Console(quiet=True))
+
+    def test_another_task_or_other_classes(self, checkpoints: Checkpoints, data: dict[str, str], judge: str) -> None:
+        settings = config(checkpoints["llama"], data["texts"], teacher=checkpoints["bert"])
+        with pytest.raises(UserError, match=r"teacher: expected a model for task causal-lm, got .*, which is Bert"):
+            strategy_of(settings).prepare(Console(quiet=True))
+        settings = config(judge, data["classes"], teacher=checkpoints["bert-classifier"])
+        with pytest.raises(UserError, match=r"teacher: expected the classes a, b in this order, .* got LABEL_0, LA"):
+            strategy_of(settings).prepare(Console(quiet=True))
+
+    def test_rows_that_it_cannot_answer_for(self, checkpoints: Checkpoints, data: dict[str, str]) -> None:
+        settings = config(checkpoints["llama"], data["texts"], teacher="base", on_policy=0.5)
+        with pytest.raises(UserError, match=r"on_policy: expected rows with a prompt and an answer to it"):
+            strategy_of(settings).prepare(Console(quiet=True))
+        settings = config(checkpoints["bert"], data["texts"], teacher="base", top_k=4)
+        with pytest.raises(UserError, match=r"top_k: expected 0 for texts under task masked-lm"):
+            strategy_of(settings.override(["model.task=masked-lm"])).prepare(Console(quiet=True))
+
+
+def test_layers_are_spread_evenly_and_the_last_matches_the_last() -> None:
+    assert matching.layer_map(None, 4, 12) == [2, 5, 8, 11]
+    assert matching.layer_map(None, 2, 2) == [0, 1] and matching.layer_map([1, 0], 2, 2) == [1, 0]
+    assert matching.layer_map(None, 4, 2)[-1] == 1

@@ -177,12 +177,8 @@ def own_answers(trainer: Any, model: Any, inputs: dict[str, Any], lesson: Lesson
         kept = [row[keep] for row, keep in zip(rows, there, strict=True)]
         return pad_sequence(kept, batch_first=True, padding_value=padding)
 
-    padded = {
-        "input_ids": right(ids, lesson.padding),
-        "attention_mask": right(mask, 0),
-        "labels": right(labels, IGNORED),
-    }
-    return {**padded, OWN: True}
+    ids, mask, labels = right(ids, lesson.padding), right(mask, 0), right(labels, IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, OWN: True}
 
 
 def _prompt(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
