@@ -32,11 +32,16 @@ SCRIPTS = {
 }
 """The kind of model that each is for."""
 STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder", "reviews": "encoder"}
+STRATEGIES |= {
+    "distillation": "decoder",
+    "distillation-masked": "encoder",
+    "distillation-translation": "encoder-decoder",
+}
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
 RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
-FULL = {*HEADS, "domain-masked", "reviews"}
+FULL = {*HEADS, "domain-masked", "reviews", "distillation-masked", "distillation-translation"}
 
 COMPARISON = "compare"
 """Runs through `fastpeft compare`."""

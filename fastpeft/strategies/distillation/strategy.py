@@ -49,6 +49,7 @@ class Distillation(Strategy):
         super().__init__(config)
         if (source := self.options.student_of) is not None:  # a run that is resumed names the student that it made
             self.config = replace(config, model=replace(config.model, name=source))
+        self._arguments: Any = None
         self._checkpoint: Path | None = None
         self._teacher: Teacher | None = None
         self._figures: Figures | None = None
@@ -57,6 +58,12 @@ class Distillation(Strategy):
 
     def check(self) -> None:
         self.options.check()
+        for name in ("label_smoothing_factor", "loss_type"):
+            if name in self.config.training.extra:
+                raise UserError(
+                    f"training.extra.{name}: expected none with strategy.name {self.name}, whose loss is its own, "
+                    f"got {self.config.training.extra[name]}"
+                )
         if self.options.student_layers is not None and self.config.training.push_to_hub:
             raise UserError(
                 "training.push_to_hub: expected false with strategy.options.student_layers, because an adapter is "
@@ -88,7 +95,7 @@ class Distillation(Strategy):
         return replace(config, model=model, strategy=replace(config.strategy, options=given))
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
-        self._checkpoint = checkpoint
+        self._arguments, self._checkpoint = arguments, checkpoint
         return arguments
 
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
@@ -173,7 +180,8 @@ class Distillation(Strategy):
         set_seed(config.training.seed)  # a fresh classifier's first values
         head = head_options(config.model.task, config.data.labels, config.data.problem_type)
         folder = self._student_folder(config)
-        student.make(config.model, config.model.task, wanted, folder, prepared.tokenizer, **head)
+        with self._arguments.main_process_first(local=False, desc="the student's layers"):
+            student.make(config.model, config.model.task, wanted, folder, prepared.tokenizer, **head)
 
     def _stored_file(self, config: FastpeftConfig) -> Path:
         given = self.options.stored
@@ -186,8 +194,9 @@ class Distillation(Strategy):
     def _about(self, prepared: Prepared) -> dict[str, str]:
         source, config = self._choice.source, prepared.config
         names = [config.model.name] if source is None else [source.model.name, source.adapter or ""]
+        commit = getattr(None if source is None else source.config, "_commit_hash", None)  # of the hub's
         kind = self.options.teacher_quantization or (source and source.model.quantization) or "none"
-        teacher = stored.fingerprint(filter(None, names), f"{kind} {config.model.dtype}")
+        teacher = stored.fingerprint(filter(None, names), f"{kind} {config.model.dtype} {commit}")
         return stored.about(prepared.rows, teacher, self.options.top_k, config.data.max_length)
 
     def _store(self, prepared: Prepared, trainer: Any) -> None:

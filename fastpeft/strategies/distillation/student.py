@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastpeft.models import bases
 KEY = "strategy.options.student_layers"
 FOLDER = "student"
 """In a run's folder: the student's own weights, which its adapter is for."""
+MADE_OF = "student.json"
 COUNTS = ("encoder_layers", "num_layers", "n_layer", "n_layers", "num_hidden_layers")
 """Names by which configurations say how many layers there are, but for a decoder behind an encoder."""
 DECODERS = ("num_decoder_layers", "decoder_layers")
@@ -62,28 +65,33 @@ def check(config: Any, wanted: int | list[int]) -> None:
 
 
 def make(model: ModelSection, task: str, wanted: int | list[int], folder: Path, tokenizer: Any, **head: Any) -> None:
-    """Write the student as a checkpoint of its own, in the dtype of the model's, unless it is there.
+    """Write the student as a checkpoint of its own, in the dtype of the model's, unless this one is there.
 
     Args:
         model: whose layers are taken.
         task: that it is loaded for.
         wanted: every n-th, or these.
-        folder: where to.
+        folder: where to; another student there is replaced.
         tokenizer: of both.
         head: as `tasks.head_options`.
 
     Raises:
         UserError: the model cannot be loaded, or its layers cannot be told.
     """
-    if (folder / "config.json").is_file():
-        return
     import torch
 
+    made_of = json.dumps({"model": model.name, "layers": wanted, "task": task, "head": head}, sort_keys=True)
+    if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text(encoding="utf-8") == made_of:
+        return
     stored = getattr(bases.load_config(model), "dtype", None) or torch.float32
     base, _ = bases.load_base(model, task, torch.device("cpu"), stored, **head)
     cut(base, wanted)
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    part = folder.with_name(f"{folder.name}.part")
+    base.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / MADE_OF).write_text(made_of, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
 
 
 def cut(base: Any, wanted: int | list[int]) -> None:
