@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
@@ -176,7 +176,34 @@ def test_another_adapter_of_the_same_weights_teaches(
         torch.testing.assert_close(run.model.get_parameter(name), parts[name.replace(".teacher.", ".default.")])
 
 
-RESUMED = {
+@pytest.fixture(scope="module")
+def wide(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A decoder with the vocabulary of the tiny one, wider and deeper."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(2)
+    settings = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).config
+    settings.hidden_size, settings.intermediate_size, settings.num_hidden_layers = 128, 192, 3
+    settings.head_dim = 64
+    model = LlamaForCausalLM(settings)
+    model.lm_head.weight.data *= 4
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.full
+def test_a_teacher_in_four_bits_and_packed_rows(
+    sure: str, wide: str, data: dict[str, str], tmp_path: Path, no_logits: None
+) -> None:
+    more = options(teacher=wide, teacher_quantization="nf4", labels_weight=0.0)
+    arguments = ["--model", sure, "--data", data["texts"], *QUICK, *more, "--packing", "--max-steps", "3"]
+    fast, plain = (train(tmp_path / on, *arguments, "--acceleration.enabled", on) for on in ("true", "false"))
+    torch.testing.assert_close(torch.tensor(fast.losses), torch.tensor(plain.losses), rtol=1e-4, atol=1e-4)
+    assert fast.losses[-1] < fast.losses[0] and " in nf4, the student " in (fast.folder / "report.md").read_text()
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "wide": {"teacher": "wide", "hidden_weight": 1.0, "attention_weight": 1.0},
     "half": {"student_layers": 2},
     "stored": {"student_layers": 2, "top_k": 8},
     "own answers": {"teacher": "base", "on_policy": 0.5, "max_new_tokens": 4},
@@ -187,9 +214,10 @@ RESUMED = {
 @pytest.mark.full
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_run_is_one_without_a_break(
-    kind: str, sure: str, taught: str, data: dict[str, str], tmp_path: Path
+    kind: str, sure: str, taught: str, wide: str, data: dict[str, str], tmp_path: Path
 ) -> None:
-    given = {name: taught if value == "taught" else value for name, value in RESUMED[kind].items()}
+    folders: dict[Any, str] = {"taught": taught, "wide": wide}
+    given = {name: folders.get(value, value) for name, value in RESUMED[kind].items()}
     arguments = ["--model", sure, "--data", data["completions"], *QUICK, *options(**given), "--lora.dropout", "0.1"]
     arguments += ["--epochs", "2", "--save-steps", "100"]
     whole = train(tmp_path / "whole", *arguments)

@@ -23,6 +23,7 @@ class Matching:
     Args:
         options: with at least one of the weights.
         student, teacher: transformers' configurations.
+        seed: of the matrix's first values.
 
     Attributes:
         pairs: (layer of the student, layer of the teacher), counted from 0.
@@ -32,7 +33,7 @@ class Matching:
         UserError: a map that does not fit, or another number of heads.
     """
 
-    def __init__(self, options: DistillationOptions, student: Any, teacher: Any) -> None:
+    def __init__(self, options: DistillationOptions, student: Any, teacher: Any, seed: int) -> None:
         ours, theirs = (config.get_text_config() for config in (student, teacher))
         self._hidden, self._attention = options.hidden_weight, options.attention_weight
         layers = layer_map(options.layer_map, ours.num_hidden_layers, theirs.num_hidden_layers)
@@ -44,7 +45,8 @@ class Matching:
             )
         self.projection: nn.Linear | None = None
         if self._hidden and ours.hidden_size != theirs.hidden_size:
-            self.projection = nn.Linear(ours.hidden_size, theirs.hidden_size, bias=False)
+            self.projection = nn.utils.skip_init(nn.Linear, ours.hidden_size, theirs.hidden_size, bias=False)
+            nn.init.orthogonal_(self.projection.weight, generator=torch.Generator().manual_seed(seed))
 
     @property
     def wanted(self) -> dict[str, bool]:

@@ -80,7 +80,8 @@ class Distillation(Strategy):
             student.check(described, options.student_layers)
         self._choice = Choice(options, config, prepared.tokenizer)
         if options.matches:
-            self._matching = Matching(options, self._student_config(described), self._teacher_config(described))
+            configs = self._student_config(described), self._teacher_config(described)
+            self._matching = Matching(options, *configs, config.training.seed)
         checks.check_rows(prepared, options)
         if self._is_stored(config):
             stored.StoredTeacher(self._stored_file(config), self._about(prepared), prepared.rows.rows)
