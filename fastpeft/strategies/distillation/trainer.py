@@ -98,6 +98,8 @@ def distilling(lesson: Lesson) -> Callable[[type], Any]:
         kind: Any = base
 
         class Distilling(kind):  # type: ignore[misc]
+            data_collator: Any
+
             def compute_loss(
                 self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
             ) -> Any:
