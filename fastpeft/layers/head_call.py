@@ -122,7 +122,7 @@ class HeadCall:
         Raises:
             RuntimeError: the head is no longer what it was when it was called.
         """
-        self._check_unchanged()
+        self.check_unchanged()
         with torch.no_grad(), autocast_off(self.device):
             h, bias = self.hidden, self.bias
             y = self.weight.linear(h.flatten(0, -2)) if isinstance(self.weight, FrozenWeight) else None
@@ -175,18 +175,23 @@ class HeadCall:
             RuntimeError: as in `logits`, for losses after the model's call.
         """
         if not self.calls.labelled:
-            self._check_unchanged()
+            self.check_unchanged()
         if self.calls.records is not None:
             self.calls.records.append(Recorded(self, trail, labels, options))
         dtype = _loss_dtype(self.device.type, trail.like.dtype, autocast_dtype(self.device))
+        hidden, head = self.parts(trail)
+        with autocast_off(self.device):
+            return linear_cross_entropy(hidden, head, labels, **options).loss.to(dtype)
+
+    def parts(self, trail: Trail) -> tuple[Tensor, Head]:
+        """Hidden states (..., hidden_size) and head of what `trail` has made of the logits; differentiable."""
         bias = self.bias
         for added in trail.biases:
             more = added.tensor.reshape(self.words)
             bias = more if bias is None else bias + more
         with autocast_off(self.device):
             s = None if self.s is None else trail.rows_of(self.s)
-            head = Head(self.weight, bias, s, self.b, trail.head_scale, trail.softcap)
-            return linear_cross_entropy(trail.rows_of(self.hidden), head, labels, **options).loss.to(dtype)
+            return trail.rows_of(self.hidden), Head(self.weight, bias, s, self.b, trail.head_scale, trail.softcap)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """(words, hidden_size), without a graph."""
@@ -203,7 +208,8 @@ class HeadCall:
             [_sample(p) for p in parameters if p is not None and p.requires_grad],
         )
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the head is no longer what it was when it was called."""
         if not self._is_unchanged():
             raise RuntimeError(
                 "logits: expected to be read before the head or its input changes, got a change between; "

@@ -63,6 +63,10 @@ class Strategy:
         self.config = prepared.config
         return prepared
 
+    def kept(self, config: FastpeftConfig) -> FastpeftConfig:
+        """The resolved configuration as the run's folder keeps it, for whoever goes on with it or loads the adapter."""
+        return config
+
     def edit(self, raw: Raw) -> Raw:
         """The rows as they are to be encoded; called by `prepare`. May hold an evaluation back."""
         return raw

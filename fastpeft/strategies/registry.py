@@ -14,6 +14,7 @@ STRATEGIES = {
     "task": ("task", "TaskAdaptive"),
     "domain": ("domain", "DomainAdaptive"),
     "few-shot": ("few_shot.strategy", "FewShot"),
+    "distillation": ("distillation", "Distillation"),
 }
 """Module and class of each `strategy.name`."""
 

@@ -78,7 +78,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     prepared = strategy.prepare(console)
     fingerprint = prepared.rows.fingerprint()
     if checkpoint is not None:
-        run_folder.check_same(prepared.config, target)
+        run_folder.check_same(strategy.kept(prepared.config), target)
         run_folder.check_steps(checkpoint, config.training)
         run_folder.check_data(target, fingerprint)
     device = pick_device()
@@ -126,7 +126,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first:
         if overwrite:
             run_folder.clear(target)
-        run_folder.begin(target, config, ready.fingerprint, ready.arguments.world_size)
+        run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
     strategy.before(prepared, trainer)
     explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
     with stop, progress, PeakMemory(device) as peak, explained:

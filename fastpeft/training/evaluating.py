@@ -30,7 +30,7 @@ def classes(prepared: Prepared, trainer: Any, encoded: Encoded) -> list[int]:
     """The likeliest class of each row."""
     found: list[int] = []
     with evaluating(prepared, trainer.model) as forward:
-        for batch in _batches(trainer, encoded, trainer.data_collator):
+        for batch in batches(prepared, trainer, encoded):
             batch.pop("labels")
             found += forward(batch).logits.argmax(dim=-1).tolist()
     return found
@@ -45,7 +45,7 @@ def token_losses(prepared: Prepared, trainer: Any, encoded: Encoded) -> Losses:
     shift = int(task == "causal-lm")
     sums, tokens, right = list[float](), list[int](), list[int]()
     with evaluating(prepared, trainer.model) as forward:
-        for batch in _batches(trainer, encoded, _collator(prepared, trainer)):
+        for batch in batches(prepared, trainer, encoded):
             labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
             logits = forward(batch).logits
             labels = labels.to(logits.device)
@@ -103,8 +103,9 @@ def evaluating(prepared: Prepared, model: Any) -> Iterator[Callable[[dict[str, A
         state.put_back()
 
 
-def _batches(trainer: Any, encoded: Encoded, collate: Any) -> Iterator[dict[str, Any]]:
-    size = trainer.args.per_device_eval_batch_size
+def batches(prepared: Prepared, trainer: Any, encoded: Encoded) -> Iterator[dict[str, Any]]:
+    """All rows in their order, with their labels. Masks are those that the training's evaluations have."""
+    collate, size = _collator(prepared, trainer), trainer.args.per_device_eval_batch_size
     for start in range(0, len(encoded), size):
         rows = encoded.rows.select(range(start, min(start + size, len(encoded))))
         yield dict(collate(list(rows)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fastpeft.errors import UserError
@@ -16,8 +17,19 @@ from fastpeft.models.tasks import HEADS
 from fastpeft.requirements import require
 
 
+def _as_it_is(kind: type) -> type:
+    return kind
+
+
 def build_trainer(
-    task: str, model: Any, tokenizer: Any, arguments: Any, rows: Any, evaluation: Any, callbacks: list[Any]
+    task: str,
+    model: Any,
+    tokenizer: Any,
+    arguments: Any,
+    rows: Any,
+    evaluation: Any,
+    callbacks: list[Any],
+    subclass: Callable[[type], Any] = _as_it_is,
 ) -> Any:
     """A trainer that reports through `callbacks` alone.
 
@@ -26,6 +38,7 @@ def build_trainer(
         model: of PEFT or transformers, accelerated or not.
         arguments: from training_arguments.
         rows, evaluation: encoded; None for no evaluation.
+        subclass: makes of the class of the trainer what it is an instance of.
 
     Raises:
         UserError: a model that the task's collator or trainer refuses.
@@ -40,26 +53,27 @@ def build_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    trainer = _decoder_trainer(given) if task == "causal-lm" else _trainer(task, tokenizer, given)
+    make = _decoder_trainer if task == "causal-lm" else partial(_trainer, task, tokenizer)
+    trainer = make(given, subclass)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _decoder_trainer(given: dict[str, Any]) -> Any:
+def _decoder_trainer(given: dict[str, Any], subclass: Callable[[type], Any]) -> Any:
     trl = require("train", "trl", "training decoders")
     head = given["model"].get_output_embeddings()
     if trains_single_rows(head):
         head.register_parameter("bias", None)  # TRL reads it beside the weight, which has the trained rows in it
     with dtypes_kept(given["model"]):
         try:
-            return trl.SFTTrainer(**given)
+            return subclass(trl.SFTTrainer)(**given)
         except ValueError as error:
             if "lm_head" in str(error):
                 raise UserError("lora.target_modules: expected none of the head's modules, got lm_head") from error
             raise UserError(f"training: {error}") from error
 
 
-def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
+def _trainer(task: str, tokenizer: Any, given: dict[str, Any], subclass: Callable[[type], Any]) -> Any:
     from transformers import (
         DataCollatorForSeq2Seq,
         DataCollatorForTokenClassification,
@@ -75,9 +89,10 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
     if task == "masked-lm":
         if tokenizer.mask_token is None:
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
-        return RepeatableTrainer(lambda: RepeatableMasks(tokenizer, seed), **given)
+        return subclass(RepeatableTrainer)(lambda: RepeatableMasks(tokenizer, seed), **given)
     if task == "seq2seq-lm" and "labels" not in given["train_dataset"].column_names:  # texts alone
-        return RepeatableTrainer(lambda: RepeatableSpans(tokenizer, seed, _base_of(model)), **given)
+        spans = partial(RepeatableSpans, tokenizer, seed, _base_of(model))
+        return subclass(RepeatableTrainer)(spans, **given)
     if task == "seq2seq-lm":
         collator = DataCollatorForSeq2Seq(tokenizer, model=_base_of(model))
     elif task == "token-classification":
@@ -87,7 +102,7 @@ def _trainer(task: str, tokenizer: Any, given: dict[str, Any]) -> Any:
     if task in HEADS:
         given["compute_metrics"] = metrics_of(task, given["model"].config)
         given["preprocess_logits_for_metrics"] = KEPT.get(task, _first)
-    return Trainer(**given, data_collator=collator)
+    return subclass(Trainer)(**given, data_collator=collator)
 
 
 def _base_of(model: Any) -> Any:

@@ -32,12 +32,20 @@ SCRIPTS = {
 }
 """The kind of model that each is for."""
 STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder", "reviews": "encoder"}
-FEW_SHOT = {"few-shot": "encoder", "few-shot-pattern": "encoder", "few-shot-answers": "encoder-decoder"}
+STRATEGIES |= {
+    "few-shot": "encoder",
+    "few-shot-pattern": "encoder",
+    "few-shot-answers": "encoder-decoder",
+    "distillation": "decoder",
+    "distillation-masked": "encoder",
+    "distillation-translation": "encoder-decoder",
+}
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
-RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | FEW_SHOT | HEADS).items() if name != "preferences"}
+RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
 FULL = {*HEADS, "domain-masked", "few-shot-pattern", "few-shot-answers", "reviews"}
+FULL |= {"distillation-masked", "distillation-translation"}
 CHANGES = {
     "few-shot-pattern": [  # words that are one token each of a tiny vocabulary
         *("--strategy.options.pattern", "'{text}\n{answer}\n'"),
