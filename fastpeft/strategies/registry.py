@@ -10,7 +10,11 @@ from fastpeft.hints import did_you_mean
 
 from .base import Strategy
 
-STRATEGIES = {"task": ("task", "TaskAdaptive"), "domain": ("domain", "DomainAdaptive")}
+STRATEGIES = {
+    "task": ("task", "TaskAdaptive"),
+    "domain": ("domain", "DomainAdaptive"),
+    "dynamic": ("dynamic.strategy", "Dynamic"),
+}
 """Module and class of each `strategy.name`."""
 
 

@@ -14,7 +14,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.data.checks import leak_note, leaked, nearly_leaked, notes_on, samples
-from fastpeft.data.encoded import Encoded
 from fastpeft.data.kinds import kind_of
 from fastpeft.data.labels import SINGLE
 from fastpeft.errors import UserError
@@ -23,7 +22,7 @@ from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
 from fastpeft.training.layer_rates import use_layer_rates
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
-from fastpeft.training.preparing import Prepared
+from fastpeft.training.preparing import Prepared, hold_back
 from fastpeft.training.rate_search import RateSearch, Trial
 
 from .base import Strategy
@@ -90,9 +89,10 @@ class TaskAdaptive(Strategy):
         prepared = super().prepare(console)
         self._check_task(prepared)
         notes = self._look_at_rows(prepared)
-        validation = None
         if self._chooses:
-            prepared, validation = _held_back(prepared, self.options.validation_fraction)
+            prepared = hold_back(prepared, self.options.validation_fraction)
+            validation = prepared.validation
+            assert validation is not None
             notes.append(
                 f"{len(validation)} training rows are held back to choose by (strategy.options.validation_fraction): "
                 "the evaluation losses during training are over them"
@@ -100,7 +100,7 @@ class TaskAdaptive(Strategy):
         if self.options.early_stopping is not None:
             prepared = replace(prepared, config=_with_early_stopping(prepared.config))
         self.config = prepared.config
-        return replace(prepared, notes=[*prepared.notes, *notes], validation=validation)
+        return replace(prepared, notes=[*prepared.notes, *notes])
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
         search = self.options.rate_search
@@ -203,17 +203,6 @@ class TaskAdaptive(Strategy):
         if self.options.leaks == "error":
             raise UserError(f"strategy.options.leaks: {leak_note(found, len(evaluation))}")
         return [*notes, leak_note(found, len(evaluation))]
-
-
-def _held_back(prepared: Prepared, fraction: float) -> tuple[Prepared, Encoded]:
-    count = max(1, round(len(prepared.rows) * fraction))
-    if count >= len(prepared.rows):
-        raise UserError(
-            "strategy.options.validation_fraction: expected at least one training row on either side, "
-            f"got {len(prepared.rows)} in all"
-        )
-    rows, validation = prepared.rows.divided(count, prepared.config.training.seed)
-    return replace(prepared, rows=rows), validation
 
 
 def _with_early_stopping(config: FastpeftConfig) -> FastpeftConfig:

@@ -17,6 +17,7 @@ from fastpeft.paths import can_be_made
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
+DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
 OWN = (
     CONFIG,
     RUN,
@@ -25,6 +26,8 @@ OWN = (
     FINGERPRINT,
     PROCESSES,
     RATES,
+    DECISIONS,
+    DECISIONS_PLOT,
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -142,6 +142,22 @@ def prepare(config: FastpeftConfig, console: Console, edit: Callable[[Raw], Raw]
     return Prepared(resolved, tokenizer, rows, evaluation, template, notes)
 
 
+def hold_back(prepared: Prepared, fraction: float) -> Prepared:
+    """The same with a share of the training rows, drawn by the seed, as `validation`.
+
+    Raises:
+        UserError: no row would be left on either side.
+    """
+    count = max(1, round(len(prepared.rows) * fraction))
+    if count >= len(prepared.rows):
+        raise UserError(
+            "strategy.options.validation_fraction: expected at least one training row on either side, "
+            f"got {len(prepared.rows)} in all"
+        )
+    rows, validation = prepared.rows.divided(count, prepared.config.training.seed)
+    return replace(prepared, rows=rows, validation=validation)
+
+
 def _check_evaluation(config: FastpeftConfig) -> None:
     data = config.data
     given = [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(data, name)]

@@ -28,7 +28,7 @@ def findings(prepared: Prepared, scores: TokenScores, before: TokenScores | None
     metrics = [_metric(f"loss per {kind}", _loss, scores, before)]
     if before is not None:
         columns = ((before.loss, before.tokens), (scores.loss, scores.tokens))
-        metrics.append(change(metrics[0].name, _ratio, *columns, "lower"))
+        metrics.append(change(metrics[0].name, ratio, *columns, "lower"))
     if masked:
         metrics.append(_metric("accuracy of masked tokens", _right, scores, before, better="higher"))
     else:
@@ -46,18 +46,18 @@ def _metric(
     return Metric(name, *over_rows(statistic, *columns), len(counted), baseline, against, better)
 
 
-def _ratio(sums: Any, counts: Any) -> float:
+def ratio(sums: Any, counts: Any) -> float:
     """Over all tokens, so that long rows weigh more."""
     return float(np.sum(sums) / max(1, np.sum(counts)))
 
 
 def _loss(loss: Any, tokens: Any, right: Any) -> float:
-    return _ratio(loss, tokens)
+    return ratio(loss, tokens)
 
 
 def _right(loss: Any, tokens: Any, right: Any) -> float:
-    return _ratio(right, tokens)
+    return ratio(right, tokens)
 
 
 def _perplexity(loss: Any, tokens: Any, right: Any) -> float:
-    return math.exp(min(700.0, _ratio(loss, tokens)))
+    return math.exp(min(700.0, ratio(loss, tokens)))
