@@ -36,6 +36,7 @@ COVERED = (
     "fastpeft/replacements/*.py",
     "fastpeft/responsible/*.py",
     "fastpeft/strategies/compare/*.py",
+    "fastpeft/strategies/dynamic/**/*.py",
     "fastpeft/training/*.py",
     "kernels/fastpeft_kernels/native/*.py",
     "kernels/fastpeft_kernels/weights/base.py",

@@ -31,12 +31,18 @@ SCRIPTS = {
     "translation": "encoder-decoder",
 }
 """The kind of model that each is for."""
-STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder", "reviews": "encoder"}
+STRATEGIES = {
+    "domain": "decoder",
+    "domain-masked": "encoder",
+    "domain-spans": "encoder-decoder",
+    "dynamic": "decoder",
+    "reviews": "encoder",
+}
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
 RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
-FULL = {*HEADS, "domain-masked", "reviews"}
+FULL = {*HEADS, "domain-masked", "dynamic", "reviews"}
 
 COMPARISON = "compare"
 """Runs through `fastpeft compare`."""

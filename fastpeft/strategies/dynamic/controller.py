@@ -59,8 +59,8 @@ class Controller(TrainerCallback, ExportableState):
         run = self.run
         assert run is not None
         run.step, self._training = state.global_step, True
+        self._write()
         if run.step:
-            self._write()
             for rule in self._rules:
                 rule.resume(run)
         else:

@@ -98,6 +98,8 @@ class Dynamic(Strategy):
         return prepared
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
+        if arguments.world_size > 1:
+            raise UserError(f"strategy.name: dynamic expected one process, got {arguments.world_size}")
         self._saved = saved_in(checkpoint)
         return arguments
 
@@ -117,7 +119,7 @@ class Dynamic(Strategy):
         return [self._costs, self._controller]
 
     def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
-        self._check_process(prepared, model, arguments)
+        self._check_optimizer(prepared, model, arguments)
         trainer = super().trainer(prepared, model, arguments, callbacks)
         steer(trainer, prepared.config.model.task, self._rules)
         assert self._controller is not None
@@ -139,16 +141,11 @@ class Dynamic(Strategy):
             found = found + self._beside(prepared, trainer)
         return found + self._decided(trainer)
 
-    def _check_process(self, prepared: Prepared, model: Any, arguments: Any) -> None:
-        """Raises UserError for processes or optimizers that cannot do without some parameters."""
-        acting = next((rule for rule in self._rules if rule.chooses_layers or rule.name == "ranks"), None)
+    def _check_optimizer(self, prepared: Prepared, model: Any, arguments: Any) -> None:
+        """Raises UserError for an optimizer whose state is not that of single parameters, where some come and go."""
+        acting = next((rule for rule in self._rules if rule.changes_parameters), None)
         if acting is None:
             return
-        if arguments.world_size > 1:
-            raise UserError(
-                f"{acting.key}.action: expected one process with {acting.name}, got {arguments.world_size}: DDP and FSDP "
-                "want the same parameters trained in every step"
-            )
         optimizer = prepared.config.training.optim
         kind, settings = chosen_optimizer(optimizer, arguments, model)
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():

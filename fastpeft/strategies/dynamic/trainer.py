@@ -49,8 +49,6 @@ class Steered:
         count = num_items_in_batch if scaled else tokens.counted.sum().clamp(min=1)
         batches = 1 if scaled else trainer.current_gradient_accumulation_steps
         self._plain = tokens.nll.detach().sum() / count / batches
-        if scaled and trainer.args.average_tokens_across_devices:
-            count = count / trainer.accelerator.num_processes
         return loss.sum() / count
 
 

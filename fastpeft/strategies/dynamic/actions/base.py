@@ -56,6 +56,7 @@ class Action:
         name: its value of `action`.
         Options: dataclass of the rule's other keys.
         chooses_layers: it decides which layers are trained; only one rule of a run may.
+        changes_parameters: it freezes or shrinks what is trained.
         weighs: it changes the loss by `weights`.
         key: of the rule in the configuration, for messages.
     """
@@ -63,6 +64,7 @@ class Action:
     name: ClassVar[str]
     Options: ClassVar[type]
     chooses_layers: ClassVar[bool] = False
+    changes_parameters: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
 
     def __init__(self, options: Any, number: int, seed: int) -> None:

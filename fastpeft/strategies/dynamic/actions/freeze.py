@@ -46,6 +46,7 @@ class Freeze(Action):
     name: ClassVar[str] = "freeze"
     Options: ClassVar[type] = FreezeOptions
     chooses_layers: ClassVar[bool] = True
+    changes_parameters: ClassVar[bool] = True
     options: FreezeOptions
 
     def __init__(self, options: FreezeOptions, number: int, seed: int) -> None:

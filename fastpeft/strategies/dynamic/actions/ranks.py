@@ -44,6 +44,7 @@ class Ranks(Action):
 
     name: ClassVar[str] = "ranks"
     Options: ClassVar[type] = RanksOptions
+    changes_parameters: ClassVar[bool] = True
     options: RanksOptions
 
     def __init__(self, options: RanksOptions, number: int, seed: int) -> None:

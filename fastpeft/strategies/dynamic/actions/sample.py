@@ -40,6 +40,7 @@ class Sample(Action):
     name: ClassVar[str] = "sample"
     Options: ClassVar[type] = SampleOptions
     chooses_layers: ClassVar[bool] = True
+    changes_parameters: ClassVar[bool] = True
     options: SampleOptions
 
     def __init__(self, options: SampleOptions, number: int, seed: int) -> None:

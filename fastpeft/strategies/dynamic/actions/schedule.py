@@ -42,12 +42,13 @@ class Schedule(Action):
     name: ClassVar[str] = "schedule"
     Options: ClassVar[type] = ScheduleOptions
     chooses_layers: ClassVar[bool] = True
+    changes_parameters: ClassVar[bool] = True
     options: ScheduleOptions
 
     def check(self, config: FastpeftConfig) -> None:
         steps = [stage.at for stage in self.options.stages]
         if not steps or steps != sorted(set(steps)) or steps[0] < 0:
-            raise UserError(f"{self.key}.stages: expected at least one, with `at` from 0 upwards, got {steps}")
+            raise UserError(f"{self.key}.stages: expected at least one, with at from 0 upwards, got {steps}")
 
     def begin(self, run: Run) -> None:
         layers = run.trained.layers
