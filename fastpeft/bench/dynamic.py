@@ -36,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, on a CPU in the process's own time")
+    parser.add_argument("--table", choices=sorted(TABLES), action="append", help="this one alone; may come twice")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = _batch(options, device)
-    for table in (freezing, weighting):
-        print("\n".join([*table(options, batch, device), ""]), flush=True)
+    for name in options.table or TABLES:
+        print("\n".join([*TABLES[name](options, batch, device), ""]), flush=True)
     return 0
 
 
@@ -106,6 +107,9 @@ def weighting(options: Any, batch: dict[str, Any], device: str) -> list[str]:
         f"| {name} | {peaks[name] / MIB:.1f} | {median(times[name]):.1f} ({_ratio(times, name, first):.2f}) |"
         for name in cases
     ]
+
+
+TABLES = {"freezing": freezing, "weighting": weighting}
 
 
 def _model(options: Any, device: str, *, accelerated: bool = True) -> Any:

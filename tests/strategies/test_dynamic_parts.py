@@ -77,6 +77,16 @@ def test_dft_and_its_anchor_without_logits_are_those_of_logits(task: str, monkey
     assert torch.allclose(wanted.divergence, torch.where(wanted.counted, divergence, 0.0), atol=1e-5)
 
 
+def test_the_anchor_leaves_frozen_what_is_frozen() -> None:
+    model = model_of()
+    Trained(model).only([3], torch.optim.SGD(model.parameters()))
+    token_losses(model, batch_of(), "causal-lm", anchored=True).nll.sum().backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert any("lora_A" in name and ".layers.0." in name for name in frozen)
+    token_losses(model, batch_of(), "causal-lm", anchored=True).nll.sum().backward()
+    assert all(".layers.3." in name for name in gradients(model))
+
+
 def test_rows_of_packed_texts() -> None:
     tokens = token_losses(
         model_of(),

@@ -56,11 +56,11 @@ def static_run(prepared: Prepared, arguments: Any, model: Any, build: Callable[.
         model: as loaded.
         build: `Strategy.trainer`.
     """
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+    from transformers.trainer_utils import SaveStrategy
 
     plain = copy.copy(arguments)
     plain.report_to, plain.load_best_model_at_end = [], False
-    plain.eval_strategy, plain.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    plain.save_strategy = SaveStrategy.NO  # evaluations draw random numbers, so they stay
     name, costs = prepared.config.training.optim, Costs()
     optimizer = chosen_optimizer(name, plain, model)
     trainer = build(prepared, model, plain, [costs])

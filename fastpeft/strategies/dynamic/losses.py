@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +95,7 @@ def _divergence(model: Any, inputs: dict[str, Any], logits: Tensor, labels: Tens
     counted, training = labels != IGNORED, model.training
     model.eval()  # the base drops nothing, and draws no random numbers
     try:
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), _adapter_off(model):
             teacher = _flat(model(**inputs).logits, labels)
     finally:
         model.train(training)
@@ -102,6 +104,16 @@ def _divergence(model: Any, inputs: dict[str, Any], logits: Tensor, labels: Tens
         given = Teacher(*_hidden_and_head(teacher))
         return linear_distillation(hidden, head, given, mask=counted, reduction="none").loss
     return kl_divergence(plain(logits), plain(teacher).detach(), mask=counted, reduction="none")
+
+
+@contextmanager
+def _adapter_off(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter` leaves all adapters trained, frozen ones too."""
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with model.disable_adapter():
+        yield
+    for parameter, trained in parameters:
+        parameter.requires_grad_(trained)
 
 
 def _lazy(logits: LazyLogits) -> bool:
