@@ -7,6 +7,7 @@ its attribute `fastpeft_loss`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +129,25 @@ def _adapted(request: Request, x: Tensor, calls: LossCalls) -> HeadCall | str:
 def _share(adapter: LoraAdapter, x: Tensor) -> Tensor:
     dropped = F.dropout(x, adapter.dropout) if adapter.dropout else x
     return F.linear(dropped, adapter.a.to(x.dtype)) * adapter.scaling
+
+
+@contextmanager
+def logits_for_a_loss(model: nn.Module) -> Iterator[None]:
+    """Within it an accelerated model's heads give lazy logits, as in a call with labels, for a loss of the caller's.
+
+    `F.cross_entropy` of them, with any reduction, is then computed without them; it must be taken within.
+
+    Args:
+        model: accelerated, or plain: then nothing is different.
+    """
+    found = {id(calls): calls for part in model.modules() if (calls := part.__dict__.get("fastpeft_loss"))}
+    for calls in found.values():
+        calls.labelled += 1
+    try:
+        yield
+    finally:
+        for calls in found.values():
+            calls.labelled -= 1
 
 
 def make_head(module: nn.Module) -> None:

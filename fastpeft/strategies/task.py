@@ -22,7 +22,7 @@ from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
 from fastpeft.training.layer_rates import use_layer_rates
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
-from fastpeft.training.preparing import Prepared
+from fastpeft.training.preparing import Prepared, hold_back
 from fastpeft.training.rate_search import RateSearch, Trial
 
 from .base import Strategy
@@ -89,14 +89,10 @@ class TaskAdaptive(Strategy):
         prepared = super().prepare(console)
         self._check_task(prepared)
         notes = self._look_at_rows(prepared)
-        validation = None
         if self._chooses:
-            rows, validation = prepared.rows.divided(
-                self.options.validation_fraction,
-                prepared.config.training.seed,
-                "strategy.options.validation_fraction",
-            )
-            prepared = replace(prepared, rows=rows)
+            prepared = hold_back(prepared, self.options.validation_fraction)
+            validation = prepared.validation
+            assert validation is not None
             notes.append(
                 f"{len(validation)} training rows are held back to choose by (strategy.options.validation_fraction): "
                 "the evaluation losses during training are over them"
@@ -104,7 +100,7 @@ class TaskAdaptive(Strategy):
         if self.options.early_stopping is not None:
             prepared = replace(prepared, config=_with_early_stopping(prepared.config))
         self.config = prepared.config
-        return replace(prepared, notes=[*prepared.notes, *notes], validation=validation)
+        return replace(prepared, notes=[*prepared.notes, *notes])
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
         search = self.options.rate_search

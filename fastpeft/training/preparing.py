@@ -152,6 +152,17 @@ def prepare(
     return Prepared(resolved, tokenizer, rows, evaluation, template, notes)
 
 
+def hold_back(prepared: Prepared, fraction: float) -> Prepared:
+    """The same with a share of the training rows, drawn by the seed, as `validation`.
+
+    Raises:
+        UserError: no row would be left on either side.
+    """
+    key = "strategy.options.validation_fraction"
+    rows, validation = prepared.rows.divided(fraction, prepared.config.training.seed, key)
+    return replace(prepared, rows=rows, validation=validation)
+
+
 def _check_evaluation(config: FastpeftConfig) -> None:
     data = config.data
     given = [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(data, name)]

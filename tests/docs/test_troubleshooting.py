@@ -37,6 +37,7 @@ COVERED = (
     "fastpeft/responsible/*.py",
     "fastpeft/strategies/compare/*.py",
     "fastpeft/strategies/few_shot/*.py",
+    "fastpeft/strategies/dynamic/**/*.py",
     "fastpeft/training/*.py",
     "kernels/fastpeft_kernels/native/*.py",
     "kernels/fastpeft_kernels/weights/base.py",

@@ -33,6 +33,7 @@ SCRIPTS = {
 """The kind of model that each is for."""
 STRATEGIES = {"domain": "decoder", "domain-masked": "encoder", "domain-spans": "encoder-decoder", "reviews": "encoder"}
 STRATEGIES |= {
+    "dynamic": "decoder",
     "few-shot": "encoder",
     "few-shot-pattern": "encoder",
     "few-shot-answers": "encoder-decoder",
@@ -45,7 +46,7 @@ HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
 FULL = {*HEADS, "domain-masked", "few-shot-pattern", "few-shot-answers", "reviews"}
-FULL |= {"distillation-masked", "distillation-translation"}
+FULL |= {"distillation-masked", "distillation-translation", "dynamic"}
 CHANGES = {
     "few-shot-pattern": [  # words that are one token each of a tiny vocabulary
         *("--strategy.options.pattern", "'{text}\n{answer}\n'"),

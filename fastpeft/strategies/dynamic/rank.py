@@ -1,0 +1,85 @@
+"""LoRA adapters whose rank falls during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+ADAPTER = "default"
+
+
+class Adapter:
+    """One module's, of PEFT.
+
+    Attributes:
+        path: within the base model.
+        layer: PEFT's.
+    """
+
+    def __init__(self, path: str, layer: Any, config: Any) -> None:
+        self.path, self.layer, self._config = path, layer, config
+
+    @property
+    def a(self) -> Any:
+        """(rank, in_features)."""
+        return self.layer.lora_A[ADAPTER].weight
+
+    @property
+    def b(self) -> Any:
+        """(out_features, rank)."""
+        return self.layer.lora_B[ADAPTER].weight
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def alpha(self) -> float:
+        """What `alpha_pattern` must say for the scaling to stay what it is."""
+        divisor = math.sqrt(self.rank) if self._config.use_rslora else self.rank
+        return float(self.layer.scaling[ADAPTER] * divisor)
+
+    def importance(self) -> Any:
+        """(rank,) mean of |value times gradient| over a rank's row of A, plus that over its column of B."""
+        a, b = ((weight.detach() * weight.grad).abs() for weight in (self.a, self.b))
+        return a.mean(1) + b.mean(0)
+
+    def keep(self, ranks: Sequence[int], optimizer: Any) -> None:
+        """Leave these alone, with their optimizer state; the scaling stays. PEFT's configuration is told.
+
+        Args:
+            ranks: ascending.
+            optimizer: of the run; accelerate's wrapper or torch's.
+        """
+        states = getattr(optimizer, "optimizer", optimizer).state
+        for parameter, dim in ((self.a, 0), (self.b, 1)):
+            places = torch.tensor(ranks, device=parameter.device)
+            state, shape = states.get(parameter, {}), parameter.shape
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == shape:
+                    state[name] = value.index_select(dim, places).contiguous()
+            parameter.grad = None
+            parameter.data = parameter.data.index_select(dim, places).contiguous()
+        self.layer.lora_A[ADAPTER].out_features = self.layer.lora_B[ADAPTER].in_features = len(ranks)
+        self.layer.r[ADAPTER], self.layer.lora_alpha[ADAPTER] = len(ranks), self.alpha
+        self._config.rank_pattern[self.path] = len(ranks)
+        self._config.alpha_pattern[self.path] = self.alpha
+
+
+def adapters_of(model: Any) -> dict[str, Adapter]:
+    """By path, those of a PEFT model's linear layers.
+
+    Args:
+        model: with an adapter of the name that `get_peft_model` gives.
+    """
+    config = model.peft_config[ADAPTER]
+    found = {}
+    for path, module in model.get_base_model().named_modules():
+        lora_a = getattr(module, "lora_A", None)
+        if isinstance(lora_a, nn.ModuleDict) and ADAPTER in lora_a and isinstance(lora_a[ADAPTER], nn.Linear):
+            found[path] = Adapter(path, module, config)
+    return found

@@ -1,0 +1,158 @@
+"""What dynamic rules stand on: weighted losses without logits, layers that are frozen, ranks that go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import fastpeft
+from fastpeft.bench.kept import bytes_kept
+from fastpeft.layers import head
+from fastpeft.strategies.dynamic.costs import state_bytes
+from fastpeft.strategies.dynamic.losses import Tokens, token_losses
+from fastpeft.strategies.dynamic.rank import adapters_of
+from fastpeft.strategies.dynamic.trained import Trained, named
+
+
+def model_of(kind: str = "causal-lm") -> Any:
+    torch.manual_seed(0)
+    if kind == "causal-lm":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+        base: Any = LlamaForCausalLM(LlamaConfig(vocab_size=90, **sizes))
+    else:
+        given = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        base = T5ForConditionalGeneration(T5Config(vocab_size=90, **given, decoder_start_token_id=0, dropout_rate=0.0))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch_of() -> dict[str, Any]:
+    ids = torch.randint(1, 90, (3, 7))
+    labels = torch.where(torch.rand(3, 7) < 0.3, -100, ids)
+    labels[:, 1] = ids[:, 1]
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: Any) -> dict[str, Any]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def dft(tokens: Tokens) -> Any:
+    assert tokens.divergence is not None
+    return (tokens.nll * (-tokens.nll.detach()).exp() + 0.3 * tokens.divergence).sum()
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_dft_and_its_anchor_without_logits_are_those_of_logits(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "FEW_ON_CPU", 0)
+    batch, plain, fast = batch_of(), model_of(task), fastpeft.accelerate(model_of(task))
+    wanted = token_losses(plain, batch, task, anchored=True)
+    dft(wanted).backward()
+    found = token_losses(fast, batch, task, anchored=True)
+    dft(found).backward()
+    outcomes = next(part.fastpeft_loss for part in fast.modules() if "fastpeft_loss" in part.__dict__).outcomes
+    assert set(outcomes) == {"fused"}, outcomes
+    assert torch.allclose(found.nll, wanted.nll, atol=1e-5) and torch.allclose(
+        found.divergence, wanted.divergence, atol=1e-5
+    )
+    ours, theirs = gradients(fast), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5, rtol=1e-4) for name in theirs)
+    # by the definitions, and the mean is the model's own loss
+    with torch.no_grad():
+        own = plain(**batch)
+        with plain.disable_adapter():
+            start = plain(**batch).logits
+    assert torch.allclose(wanted.nll.sum() / wanted.counted.sum(), own.loss, atol=1e-5)
+    p, q = start.log_softmax(-1), own.logits.log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).reshape(-1)
+    assert torch.allclose(wanted.divergence, torch.where(wanted.counted, divergence, 0.0), atol=1e-5)
+
+
+def test_the_anchor_leaves_frozen_what_is_frozen() -> None:
+    model = model_of()
+    Trained(model).only([3], torch.optim.SGD(model.parameters()))
+    token_losses(model, batch_of(), "causal-lm", anchored=True).nll.sum().backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert any("lora_A" in name and ".layers.0." in name for name in frozen)
+    token_losses(model, batch_of(), "causal-lm", anchored=True).nll.sum().backward()
+    assert all(".layers.3." in name for name in gradients(model))
+
+
+def test_rows_of_packed_texts() -> None:
+    tokens = token_losses(
+        model_of(),
+        {
+            "input_ids": torch.tensor([[5, 6, 7, 8, 9]]),
+            "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+            "labels": torch.tensor([[-100, 6, 7, -100, 9]]),
+        },
+        "causal-lm",
+    )
+    assert tokens.rows.tolist() == [0, 0, 0, 1, 1] and tokens.counted.tolist() == [True, True, False, True, False]
+    nll = tokens.nll.detach()
+    assert torch.allclose(tokens.row_losses(), torch.stack([nll[:2].mean(), nll[3]]))
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_frozen_layers_have_no_gradient_no_state_and_keep_nothing_below(accelerated: bool) -> None:
+    model, batch = model_of(), batch_of()
+    if accelerated:
+        fastpeft.accelerate(model)
+    trained = Trained(model)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+
+    def forward() -> Any:
+        return model(**batch, use_cache=False).loss
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    step()
+    whole, kept, values = state_bytes(optimizer), bytes_kept(model, forward), trained.values
+    trained.only([3], optimizer)
+    step()
+    assert state_bytes(optimizer) == pytest.approx(whole / 4, rel=0.01) and trained.values == values // 4
+    assert bytes_kept(model, forward) < 0.45 * kept
+    forward().backward()
+    assert all(".layers.3." in name for name in gradients(model))
+    model.zero_grad()
+    trained.only([0], optimizer)
+    assert state_bytes(optimizer) == 0
+    step()
+    assert state_bytes(optimizer) == pytest.approx(whole / 4, rel=0.01), "what thaws begins anew"
+
+
+def test_ranks_that_go_take_their_state_along() -> None:
+    model, batch = model_of(), batch_of()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    model(**batch).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+    adapter = next(iter(adapters_of(model).values()))
+    a, b = adapter.a.detach().clone(), adapter.b.detach().clone()
+    moment = optimizer.state[adapter.b]["exp_avg"].clone()
+    scaling = adapter.layer.scaling["default"]
+    adapter.keep([0, 2], optimizer)
+    assert torch.equal(adapter.a, a[[0, 2]]) and torch.equal(adapter.b, b[:, [0, 2]])
+    assert torch.equal(optimizer.state[adapter.b]["exp_avg"], moment[:, [0, 2]])
+    assert adapter.layer.scaling["default"] == scaling == adapter.alpha / 2
+    assert model.peft_config["default"].rank_pattern == {adapter.path: 2}
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    assert adapter.b.shape == (b.shape[0], 2)
+
+
+def test_layers_in_words() -> None:
+    assert named([5, 0, 1, 2]) == "0-2, 5" and named([]) == "none"
