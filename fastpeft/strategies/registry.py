@@ -15,6 +15,7 @@ STRATEGIES = {
     "domain": ("domain", "DomainAdaptive"),
     "few-shot": ("few_shot.strategy", "FewShot"),
     "distillation": ("distillation", "Distillation"),
+    "multi-task": ("multi_task.strategy", "MultiTask"),
 }
 """Module and class of each `strategy.name`."""
 

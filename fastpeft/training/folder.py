@@ -18,6 +18,7 @@ CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
+ALONE = "alone.json"
 OWN = (
     CONFIG,
     RUN,
@@ -27,6 +28,7 @@ OWN = (
     PROCESSES,
     RATES,
     *FEW_SHOT,
+    ALONE,
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
