@@ -37,9 +37,7 @@ def write(folder: Path, model: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def run(
-    folder: Path, checkpoints: Checkpoints, *more: str, model: str = "bert", code: int = 0, **options: Any
-) -> Run:
+def run(folder: Path, checkpoints: Checkpoints, *more: str, model: str = "bert", code: int = 0, **options: Any) -> Run:
     """`fastpeft train` under multi-task; `options` are `strategy.options` beside the tasks."""
     return train(folder, *arguments(folder, checkpoints, *more, model=model, **options), code=code)
 

@@ -106,9 +106,7 @@ def test_copies_of_one_adapter_have_the_gradients_of_one_adapter() -> None:
 def test_partly_shared_copies() -> None:
     model, shared = model_of(rank=1)
     losses(model).sum().backward()
-    a, b = (
-        [model.base_model.model.bert.encoder.layer[0].attention.self.query.lora_A[task].weight for task in LABELS]
-    )
+    a, b = [model.base_model.model.bert.encoder.layer[0].attention.self.query.lora_A[task].weight for task in LABELS]
     own, other, total = b.grad[1].clone(), a.grad[1].clone(), a.grad[0] + b.grad[0]
     shared.combine([0, 1], None)
     torch.testing.assert_close(a.grad, torch.stack([total, other]))
@@ -233,7 +231,10 @@ class TestSampling:
 
 def test_a_row_s_loss_is_a_mean_over_what_it_learns() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(2, 5, 7, generator=generator), torch.tensor([[-100, 1, 2, 3, -100], [4, 5, 6, -100, -100]])
+    logits, labels = (
+        torch.randn(2, 5, 7, generator=generator),
+        torch.tensor([[-100, 1, 2, 3, -100], [4, 5, 6, -100, -100]]),
+    )
     found = token_losses(logits, labels, shifted=True)
     for row in range(2):
         wanted = functional.cross_entropy(logits[row, :-1], labels[row, 1:], ignore_index=-100)

@@ -240,10 +240,11 @@ class _Epochs(TrainerCallback):
 
 
 class _Steps(TrainerCallback):
-    """What follows the first copies does so after each step of theirs."""
+    """What is done after each step of the optimizer."""
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
         self._trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.plan.shared.follow()
+        self._trainer.plan.weights.zero_grad()  # Trainer clears the model's gradients alone
