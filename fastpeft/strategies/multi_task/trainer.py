@@ -129,11 +129,6 @@ class MultiTaskTrainer(Trainer):
         state = {"memory": self.plan.memory.to_dict(), "log_variances": self.plan.weights.log_variances.tolist()}
         (Path(output_dir) / STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.recall(Path(checkpoint))
-
     def recall(self, checkpoint: Path) -> None:
         """Go on from what was remembered."""
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -144,11 +139,12 @@ class MultiTaskTrainer(Trainer):
             values.copy_(torch.tensor(state["log_variances"]))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """All adapters, where Trainer's own has the first one trained alone."""
+        """All adapters, where Trainer's own has the first one trained alone, and what was remembered."""
         model = self.model if model is None else model
         for name in self.plan.adapters:
             model.load_adapter(str(Path(resume_from_checkpoint) / name), name, is_trainable=True)
         activate(model, self.plan.adapters)
+        self.recall(Path(resume_from_checkpoint))
 
     def _mixed(self, inputs: Any) -> Any:
         return fastpeft.mixed_batch(self.model, [self.plan.adapters[task] for task in inputs[TASK].tolist()])
