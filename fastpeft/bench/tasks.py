@@ -76,7 +76,7 @@ def _model(hidden: int, layers: int, tasks: int) -> Any:
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=ids).last_hidden_state.square().sum()
+    loss: Tensor = model(input_ids=ids).last_hidden_state.pow(3).sum()  # of squares after a norm it would be constant
     return loss
 
 
