@@ -10,7 +10,7 @@ import numpy as np
 from fastpeft.metrics.classification import accuracy
 from fastpeft.metrics.findings import Metric
 from fastpeft.metrics.intervals import Interval, over_rows
-from fastpeft.training.evaluating import classes, token_scores
+from fastpeft.training.evaluating import classes, token_losses
 from fastpeft.training.preparing import Prepared
 
 Measured = list[list[float]]
@@ -22,8 +22,8 @@ def measure(prepared: Prepared, trainer: Any) -> Measured:
     assert prepared.evaluation is not None
     if prepared.config.model.task == "sequence-classification":
         return [list(prepared.evaluation.rows["labels"]), classes(prepared, trainer, prepared.evaluation)]
-    scores = token_scores(prepared, trainer, prepared.evaluation)
-    return [list(scores.loss), list(scores.tokens)]
+    losses = token_losses(prepared, trainer, prepared.evaluation)
+    return [losses.sums.tolist(), losses.tokens.tolist()]
 
 
 def figure(prepared: Prepared) -> tuple[str, Any, Any]:
