@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
 
-EXTRAS = ("train", "bench", "bases", "dev", "docs")
+EXTRAS = ("train", "multi", "bench", "bases", "dev", "docs")
 # As in pyproject.toml, which a tree that is used without being installed does not bring.
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "accelerate": "1.10", "bitsandbytes": "0.48"}
 CORE = ("torch", "transformers", "peft")  # what accelerating a model cannot do without

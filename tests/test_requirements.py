@@ -37,7 +37,7 @@ def test_a_broken_module_says_itself_what_is_wrong(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_extra() -> None:
-    with pytest.raises(ValueError, match="extra: expected one of train, bench, bases, dev, docs, got 'all'"):
+    with pytest.raises(ValueError, match="extra: expected one of train, multi, bench, bases, dev, docs, got 'all'"):
         require("all", "json")
 
 

@@ -83,8 +83,8 @@ def targets(section: LoraSection) -> str | list[str]:
     return given
 
 
-def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any:
-    """A PEFT model with a fresh adapter; the same for the same seed.
+def attach_adapter(base: Any, section: LoraSection, task: str, seed: int, name: str = "default") -> Any:
+    """A PEFT model with a fresh adapter of this name; the same for the same seed.
 
     Raises:
         UserError: as lora_config, or one of the names is of no module in the model.
@@ -98,7 +98,7 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int) -> Any
             _check_names(base, names, f"lora.{key}")
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, config, adapter_name=name)
         _check_head(model.get_output_embeddings())
         if config.modules_to_save is not None:  # PEFT adds a head's names once more
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))

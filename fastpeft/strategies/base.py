@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings
+from fastpeft.models.adapters import attach_adapter
 from fastpeft.structured import build
 from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared, Raw, prepare
@@ -84,11 +85,15 @@ class Strategy:
 
     def load(self, prepared: Prepared, device: Any, dtype: Any) -> Any:
         """The model with what is trained in it, accelerated."""
-        return load_model(prepared, device, dtype, self.change)
+        return load_model(prepared, device, dtype, self.change, self.attach)
 
     def change(self, base: Any, section: LoraSection) -> LoraSection:
         """What is done to the base before it gets an adapter; gives the adapter's settings. Called by `load`."""
         return section
+
+    def attach(self, base: Any, section: LoraSection, task: str, seed: int) -> Any:
+        """The PEFT model: the base with what is trained on it. Called by `load`; arguments as `attach_adapter`'s."""
+        return attach_adapter(base, section, task, seed)
 
     def callbacks(self, prepared: Prepared) -> list[TrainerCallback]:
         """Beside those of every run."""

@@ -16,6 +16,7 @@ STRATEGIES = {
     "few-shot": ("few_shot.strategy", "FewShot"),
     "distillation": ("distillation", "Distillation"),
     "dynamic": ("dynamic.strategy", "Dynamic"),
+    "multi-task": ("multi_task.strategy", "MultiTask"),
 }
 """Module and class of each `strategy.name`."""
 

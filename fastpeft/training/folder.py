@@ -19,6 +19,7 @@ FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
 DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
+ALONE = "alone.json"
 OWN = (
     CONFIG,
     RUN,
@@ -30,6 +31,7 @@ OWN = (
     *FEW_SHOT,
     DECISIONS,
     DECISIONS_PLOT,
+    ALONE,
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",

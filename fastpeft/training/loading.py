@@ -28,7 +28,7 @@ def load_model(
 
     Args:
         change: what is done to the base before; it gives the adapter's settings.
-        attach: makes the PEFT model.
+        attach: makes the PEFT model; as `attach_adapter`.
     """
     import torch
 

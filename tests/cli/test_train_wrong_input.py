@@ -328,7 +328,7 @@ TRAINING = [
         "--budget-gib 8 --optim adafactor",
         f"memory.budget_gib: expected training.optim to be one of {', '.join(OPTIMIZERS)}, got 'adafactor'",
     ),
-    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, domain, few-shot, got 'dpo'"),
+    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, domain, few-shot, "),
     option(
         "schedule",
         "--lr-scheduler-type cosin",

@@ -41,9 +41,11 @@ STRATEGIES |= {
     "distillation-masked": "encoder",
     "distillation-translation": "encoder-decoder",
 }
+TASKS = {"multi-task": "encoder", "multi-task-prompts": "decoder"}
+"""Several data sets each; tests/strategies/test_multi_task.py runs the like of both."""
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
-RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | HEADS).items() if name != "preferences"}
+RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | TASKS | HEADS).items() if name != "preferences"}
 """What `fastpeft train` does."""
 FULL = {*HEADS, "domain-masked", "few-shot-pattern", "few-shot-answers", "reviews"}
 FULL |= {"distillation-masked", "distillation-translation", "dynamic"}
@@ -55,6 +57,7 @@ CHANGES = {
 }
 """What an example needs with a tiny model."""
 WITHOUT_LORA = {"few-shot-answers"}
+FULL |= {*TASKS}
 
 COMPARISON = "compare"
 """Runs through `fastpeft compare`."""
@@ -80,7 +83,8 @@ def test_the_configuration(name: str, model_of: ModelOf, tmp_path: Path, capsys:
     changes += CHANGES.get(name, [])
     assert app.run(["train", f"examples/{name}.yaml", "--quiet", *changes]) == 0, capsys.readouterr().err
     assert "2 steps, loss " in capsys.readouterr().out
-    assert (folder / "adapter_model.safetensors").is_file()
+    parts = FastpeftConfig.from_yaml(EXAMPLES / f"{name}.yaml").strategy.options.get("tasks", ["."])
+    assert all((folder / part / "adapter_model.safetensors").is_file() for part in parts)
     if name not in WITHOUT_LORA:
         all_accelerated((folder / "report.md").read_text())
 
@@ -160,7 +164,9 @@ class TestWhatIsThere:
     def test_a_configuration_says_nothing_twice(self, name: str) -> None:
         """Defaults are left out but for those that readers look for."""
         config = FastpeftConfig.from_yaml(EXAMPLES / f"{name}.yaml")
-        assert config.data.path.startswith("examples/data/") and config.training.output_dir == f"runs/{name}"
+        paths = [task["path"] for task in config.strategy.options.get("tasks", {}).values()] or [config.data.path]
+        assert all(path.startswith("examples/data/") for path in paths)
+        assert config.training.output_dir == f"runs/{name}"
         given = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
         default = FastpeftConfig().to_dict()
         shown = {"method", "lora.r", "lora.alpha", "data.max_length", "training.learning_rate", "strategy.name"}
