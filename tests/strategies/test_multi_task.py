@@ -97,7 +97,8 @@ def test_acceleration_changes_nothing_but_the_rounding(
 @pytest.mark.parametrize("model", ["llama", pytest.param("t5", marks=pytest.mark.full)])
 def test_language_models_learn_both_tasks(model: str, tmp_path: Path, checkpoints: Checkpoints) -> None:
     found = run(tmp_path / "run", checkpoints, model=model, generate=6)
-    assert found.losses[-1] < 0.5 * found.losses[0]
+    part = {"llama": 0.5, "t5": 0.7}[model]  # T5 begins with random values: it learns the answers' letters, not which
+    assert found.losses[-1] < part * found.losses[0]
     for task in KINDS:
         loss = metrics(found)[f"{task}: loss per token"]
         assert loss["high"] < loss["baseline"] and loss["against"] == "before training"
