@@ -328,7 +328,11 @@ TRAINING = [
         "--budget-gib 8 --optim adafactor",
         f"memory.budget_gib: expected training.optim to be one of {', '.join(OPTIMIZERS)}, got 'adafactor'",
     ),
-    option("strategy", "--strategy.name dpo", "strategy.name: expected one of task, domain, few-shot, "),
+    option(
+        "strategy",
+        "--strategy.name dpo",
+        "strategy.name: expected one of task, domain, few-shot, distillation, dynamic, multi-task, got 'dpo'",
+    ),
     option(
         "schedule",
         "--lr-scheduler-type cosin",
