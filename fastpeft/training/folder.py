@@ -19,7 +19,7 @@ FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
 DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
-ALONE = "alone.json"
+ALONE, MERGED = "alone.json", "merged"
 OWN = (
     CONFIG,
     RUN,
@@ -115,10 +115,24 @@ def _in_the_way(folder: Path) -> str | None:
 
 def clear(folder: Path) -> None:
     """Delete what a former run left, and nothing else."""
+    for tasks in _task_folders(folder):
+        shutil.rmtree(tasks)
     for name in OWN:
         (folder / name).unlink(missing_ok=True)
     for checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint)
+
+
+def _task_folders(folder: Path) -> list[Path]:
+    """Those that a multi-task run's adapters are in, by the run's own configuration."""
+    try:
+        strategy = FastpeftConfig.from_yaml(folder / CONFIG).strategy
+    except (OSError, ValueError, TypeError):
+        return []
+    tasks = strategy.options.get("tasks") if strategy.name == "multi-task" else None
+    places = [folder / name for name in [*tasks, MERGED]] if isinstance(tasks, dict) else []
+    inside = [place for place in places if place.resolve().parent == folder.resolve() and not place.is_symlink()]
+    return [place for place in inside if any(place.rglob("adapter_config.json"))]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

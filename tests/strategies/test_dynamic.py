@@ -172,6 +172,15 @@ def test_wrong_rules(
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_the_best_adapter_may_have_more_ranks_than_the_last(
+    tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = ["--training.extra", '{"load_best_model_at_end": true}']
+    train(tmp_path / "run", *arguments(tmp_path, "llama", checkpoints, *best), *rules(PACE, RANKS), code=2)
+    said = "training.extra.load_best_model_at_end: expected false with strategy.options.rules[1], ranks, got true"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("given", "said"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
@@ -16,6 +17,7 @@ from fastpeft.layers import head
 from fastpeft.strategies.dynamic.costs import state_bytes
 from fastpeft.strategies.dynamic.losses import Tokens, token_losses
 from fastpeft.strategies.dynamic.rank import adapters_of
+from fastpeft.strategies.dynamic.signals import of_layers
 from fastpeft.strategies.dynamic.trained import Trained, named
 
 
@@ -152,6 +154,32 @@ def test_ranks_that_go_take_their_state_along() -> None:
     loss.backward()
     optimizer.step()
     assert adapter.b.shape == (b.shape[0], 2)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_state_that_is_not_value_by_value_begins_anew(bits: int) -> None:
+    model, batch = model_of(), batch_of()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    if bits == 8:
+        bnb = pytest.importorskip("bitsandbytes")
+        optimizer = bnb.optim.AdamW8bit(trained, lr=1e-2, min_8bit_size=1)
+    else:
+        optimizer = Adafactor(trained, lr=1e-2, scale_parameter=False, relative_step=False)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+        for adapter in adapters_of(model).values():
+            adapter.keep(range(adapter.rank - 1), optimizer)
+            assert adapter.a not in optimizer.state and adapter.b not in optimizer.state
+
+
+def test_gradients_that_overflowed_have_no_signal() -> None:
+    layers = {number: [nn.Parameter(torch.ones(2))] for number in (1, 2, 3)}
+    for number, value in zip(layers, (3.0, math.inf, math.nan), strict=True):
+        layers[number][0].grad = torch.tensor([value, 4.0])
+    assert of_layers(layers, "gradient_norm") == {1: 5.0} and of_layers(layers, "importance") == {1: 7.0}
+    assert of_layers({}, "importance") == {}
 
 
 def test_layers_in_words() -> None:

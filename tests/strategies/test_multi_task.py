@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastpeft.models import tuned
+from fastpeft.strategies.multi_task import alone
 from tests.checkpoints import Checkpoints
 from tests.training.runs import Run, adapter, interrupted, train
 
@@ -122,3 +123,46 @@ def test_a_resumed_run_is_one_without_a_break(model: str, tmp_path: Path, checkp
     place = given.index("--strategy.options") + 1
     other = json.dumps(json.loads(given[place]) | {"weighting": "dwa"})
     train(tmp_path / "cut", "--resume", *given[:place], other, *given[place + 1 :], code=2)
+
+
+@pytest.mark.full
+def test_the_best_of_all_adapters_is_kept(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    best = ["--training.extra", '{"load_best_model_at_end": true}', "--eval-steps", "1", "--save-steps", "1"]
+    found = run(tmp_path / "run", checkpoints, *best, "--max-steps", "4", "--learning-rate", "1", adapters="per-task")
+    losses = dict(found.record["evaluation"])
+    step = min(losses, key=lambda step: losses[step])
+    assert step < 4 and losses[step] < losses[4], "a rate at which training fails"
+    for task in KINDS:
+        ours, theirs = adapter(found.folder / task), adapter(found.folder / f"checkpoint-{step}" / task)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.full
+def test_tasks_alone_go_on_where_they_were_broken_off(
+    tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(tmp_path / "whole", checkpoints, "--max-steps", "4", alone=True)
+    whole = train(tmp_path / "whole", *given)
+    trained, original = list[int](), alone.train_alone
+
+    def counted(*of: Any) -> Any:
+        if len(trained) == 1:
+            monkeypatch.setattr(alone, "train_alone", original)
+            raise KeyboardInterrupt
+        trained.append(1)
+        return original(*of)
+
+    monkeypatch.setattr(alone, "train_alone", counted)
+    train(tmp_path / "cut", *given, code=130)
+    (one,) = alone.read(tmp_path / "cut")
+    assert one == next(iter(KINDS))
+    stored = (tmp_path / "cut" / "alone.json").read_text()
+    cut = train(tmp_path / "cut", "--resume")
+    assert cut.record["findings"] == whole.record["findings"]
+    assert alone.read(cut.folder)[one] == alone.Alone(**json.loads(stored)[one]) and len(alone.read(cut.folder)) == 2
+    # of other rows, it is trained again
+    changed = json.loads(stored)
+    changed[one]["measured"][0].reverse()
+    changed[one]["measured"][0].append(0)
+    (cut.folder / "alone.json").write_text(json.dumps(changed))
+    assert train(tmp_path / "cut", "--resume").record["findings"] == whole.record["findings"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fastpeft
 from fastpeft.config import LoraSection
+from fastpeft.errors import UserError
+from fastpeft.strategies.multi_task import alone
 from fastpeft.strategies.multi_task.adapters import activate, attach, only, size_head
 from fastpeft.strategies.multi_task.balance import Memory, Weights
 from fastpeft.strategies.multi_task.gradients import Part, Shared, cosines, parts_of
@@ -103,6 +106,13 @@ def test_copies_of_one_adapter_have_the_gradients_of_one_adapter() -> None:
     assert gramian[0, 0].item() == pytest.approx(float(one @ one), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["query", "0", "weight", "model"])
+def test_a_task_called_as_a_part_of_the_model(name: str) -> None:
+    """PEFT, which looks for adapters' names in those of parameters, would leave such parts out of what it saves."""
+    with pytest.raises(UserError, match=f"expected names that no part of the model has, got '{name}'"):
+        attach(bert(), {"one": SECTION, name: SECTION}, "sequence-classification", 0)
+
+
 def test_partly_shared_copies() -> None:
     model, shared = model_of(rank=1)
     losses(model).sum().backward()
@@ -161,6 +171,14 @@ class TestSurgery:
         found = first.grad / 2
         assert float((found - mean).norm()) == pytest.approx(0.4 * float(mean.norm()), rel=1e-2)
         assert min(float(found @ self.G), float(found @ self.H)) > min(float(mean @ self.G), float(mean @ self.H))
+
+    @pytest.mark.parametrize("surgery", ["pcgrad", "mgda", "imtl-g", "aligned-mtl"])
+    def test_a_gradient_that_overflowed_is_left_to_the_scaler(self, surgery: str) -> None:
+        pytest.importorskip("torchjd")
+        shared, first = self.shared(surgery)
+        shared._parts[0].copies[1].grad = torch.tensor([math.inf, 1.0])
+        shared.combine([0, 1], shared.gramian([0, 1]))
+        assert first.grad.tolist() == [math.inf, 1.0]
 
     @pytest.mark.parametrize("surgery", ["sum", "pcgrad", "mgda", "imtl-g", "aligned-mtl"])
     def test_a_task_that_is_not_in_the_step_changes_nothing(self, surgery: str) -> None:
@@ -227,6 +245,12 @@ class TestSampling:
         assert by_loss(windows, 1) is None and by_loss(windows[:1], 0) is None
         assert by_loss(windows, 3) == pytest.approx([1 / 3, 2 / 3]), "the last window may not be over yet"
         assert by_loss([[1.0, math.nan], [0.5, 1.0]], 3) == pytest.approx([1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("text", ['{"one": {"wan', "[]", '{"one": {"wanted": 1}}', '{"one": 3}'])
+def test_results_alone_that_were_not_written_to_their_end(text: str, tmp_path: Path) -> None:
+    (tmp_path / "alone.json").write_text(text)
+    assert alone.read(tmp_path) == {}
 
 
 def test_a_row_s_loss_is_a_mean_over_what_it_learns() -> None:

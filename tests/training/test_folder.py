@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, StrategySection
 from fastpeft.errors import UserError
 from fastpeft.training import folder as run_folder
 from tests.checkpoints import Checkpoints, write_rows
@@ -135,3 +135,20 @@ class TestUpload:
                 for path in (local.model.name, local.data.path, str(run.folder)):
                     assert path.encode() not in content, name
         assert b"base_model" not in files["README.md"]
+
+
+def test_adapters_of_tasks_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    tasks = {name: {} for name in ("news", "notes", "link", "near", "../other", ".")}
+    config = FastpeftConfig(strategy=StrategySection(name="multi-task", options={"tasks": tasks}))
+    run_folder.begin(run, config, "0", 1)
+    adapters = [run / "news", run / "merged" / "ties", run / "apart", other]
+    for folder in adapters:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").touch()
+    (run / "notes").mkdir()
+    (run / "link").symlink_to(other)
+    (run / "near").symlink_to(run / "apart")
+    run_folder.clear(run)
+    assert sorted(path.name for path in run.iterdir()) == ["apart", "link", "near", "notes"]
+    assert (other / "adapter_config.json").is_file()

@@ -51,6 +51,8 @@ class Adapter:
     def keep(self, ranks: Sequence[int], optimizer: Any) -> None:
         """Leave these alone, with their optimizer state; the scaling stays. PEFT's configuration is told.
 
+        State that is not value by value (Adafactor's, blocks of 8 bits) begins anew.
+
         Args:
             ranks: ascending.
             optimizer: of the run; accelerate's wrapper or torch's.
@@ -59,9 +61,12 @@ class Adapter:
         for parameter, dim in ((self.a, 0), (self.b, 1)):
             places = torch.tensor(ranks, device=parameter.device)
             state, shape = states.get(parameter, {}), parameter.shape
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == shape:
+            tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            for name, value in tensors.items():
+                if value.shape == shape:
                     state[name] = value.index_select(dim, places).contiguous()
+            if any(value.shape != shape and value.numel() > 1 for value in tensors.values()):
+                del states[parameter]
             parameter.grad = None
             parameter.data = parameter.data.index_select(dim, places).contiguous()
         self.layer.lora_A[ADAPTER].out_features = self.layer.lora_B[ADAPTER].in_features = len(ranks)

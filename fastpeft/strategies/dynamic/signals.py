@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 LayerSignal = Literal["gradient_norm", "importance"]
@@ -31,6 +32,16 @@ def importance(parameters: Sequence[Any]) -> Any:
 
 
 LAYER_SIGNALS: dict[str, Callable[[Sequence[Any]], Any]] = {"gradient_norm": gradient_norm, "importance": importance}
+
+
+def of_layers(layers: Mapping[int, Sequence[Any]], signal: LayerSignal) -> dict[int, float]:
+    """The signal of each layer; those are left out whose gradients overflowed, as the first of fp16 do."""
+    import torch
+
+    if not layers:
+        return {}
+    values = torch.stack([LAYER_SIGNALS[signal](parameters) for parameters in layers.values()]).tolist()
+    return {number: value for number, value in zip(layers, values, strict=True) if math.isfinite(value)}
 
 
 def smoothed(before: float | None, now: float, smoothing: float = SMOOTHING) -> float:

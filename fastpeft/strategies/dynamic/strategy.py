@@ -75,6 +75,12 @@ class Dynamic(Strategy):
             )
         if options.generate < 0:
             raise UserError(f"strategy.options.generate: expected at least 0, got {options.generate}")
+        pruning = next((rule for rule in self._rules if rule.name == "ranks"), None)
+        if pruning is not None and self.config.training.extra.get("load_best_model_at_end"):
+            raise UserError(
+                f"training.extra.load_best_model_at_end: expected false with {pruning.key}, ranks, got true: the best "
+                "adapter may be larger than the last"
+            )
         smoothing = self.config.training.extra.get("label_smoothing_factor")
         if smoothing and any(rule.weighs for rule in self._rules):
             raise UserError(

@@ -12,8 +12,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fastpeft.config import LoraSection
+from fastpeft.errors import UserError
 from fastpeft.models.adapters import attach_adapter, lora_config
 from fastpeft.models.tasks import HEADS
+
+PEFTS = {"base_model", "base_layer", "model", "modules_to_save", "original_module"}
+"""Parts that PEFT adds to the names of a model's."""
 
 
 def attach(base: Any, sections: dict[str, LoraSection], task: str, seed: int) -> Any:
@@ -23,7 +27,13 @@ def attach(base: Any, sections: dict[str, LoraSection], task: str, seed: int) ->
         base: the model.
         sections: `lora` of each adapter.
         task: as `attach_adapter`.
+
+    Raises:
+        UserError: a name that a part of the model has, by which PEFT would take it for an adapter's.
     """
+    parts = {part for path, _ in base.named_parameters() for part in path.split(".")} | PEFTS
+    if (taken := next((name for name in sections if name in parts), None)) is not None:
+        raise UserError(f"strategy.options.tasks: expected names that no part of the model has, got {taken!r}")
     (first, section), *others = sections.items()
     model = attach_adapter(base, section, task, seed, first)
     whole = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]

@@ -96,11 +96,12 @@ def train_alone(trainer: MultiTaskTrainer, prepared: Prepared, section: LoraSect
 
 
 def read(folder: Path) -> dict[str, Alone]:
-    """What a run that is resumed had finished, by task."""
-    if not (folder / ALONE).is_file():
+    """What a run that is resumed had finished, by task; nothing where the file was not written to its end."""
+    try:
+        found = json.loads((folder / ALONE).read_text(encoding="utf-8"))
+        return {task: Alone(**given) for task, given in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    found = json.loads((folder / ALONE).read_text(encoding="utf-8"))
-    return {task: Alone(**given) for task, given in found.items()}
 
 
 def write(found: dict[str, Alone], folder: Path) -> None:

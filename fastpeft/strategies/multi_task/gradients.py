@@ -119,7 +119,7 @@ class Shared:
             What each was multiplied by, (tasks,) in the order of `present`.
         """
         weights = torch.ones(len(present), dtype=torch.float64)
-        if self._weighting is not None and gramian is not None and len(present) > 1 and gramian.diagonal().min() > 0:
+        if self._weighting is not None and gramian is not None and len(present) > 1 and _weighable(gramian):
             weights = self._weighting(gramian)
             if self.surgery != "pcgrad":
                 weights = weights * len(present)  # of a mean, as the others have it
@@ -147,6 +147,11 @@ class Shared:
     def _gradient(self, part: Part, task: int) -> Tensor | None:
         gradient = part.copies[task].grad
         return None if gradient is None else part.shared(gradient)
+
+
+def _weighable(gramian: Tensor) -> bool:
+    """Whether no gradient is zero or overflowed, as the first ones of fp16 do."""
+    return bool(gramian.isfinite().all()) and float(gramian.diagonal().min()) > 0
 
 
 def cosines(gramian: Tensor) -> Tensor:

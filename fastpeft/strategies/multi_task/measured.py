@@ -26,6 +26,12 @@ def measure(prepared: Prepared, trainer: Any) -> Measured:
     return [losses.sums.tolist(), losses.tokens.tolist()]
 
 
+def of_same_rows(prepared: Prepared, one: Measured, other: Measured) -> bool:
+    """Whether two were measured on the same rows, as far as the columns tell that no model has a say in."""
+    given = 0 if prepared.config.model.task == "sequence-classification" else 1
+    return [len(column) for column in one] == [len(column) for column in other] and one[given] == other[given]
+
+
 def figure(prepared: Prepared) -> tuple[str, Any, Any]:
     """(name, function of the columns, which way is better)."""
     if prepared.config.model.task == "sequence-classification":

@@ -22,7 +22,7 @@ from .measured import Measured, difference, figure, value, verdict
 from .options import Merge
 
 NAME = "merged"
-"""Of the adapter while it is there, and of the folder."""
+"""Of the adapter, while it is there."""
 
 
 @contextmanager

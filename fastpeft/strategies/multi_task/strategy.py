@@ -14,6 +14,7 @@ from fastpeft.metrics.findings import Findings
 from fastpeft.models.tasks import HEADS
 from fastpeft.strategies.base import Strategy
 from fastpeft.strategies.figures import Figures
+from fastpeft.training.folder import MERGED
 from fastpeft.training.preparing import Prepared
 
 from . import alone
@@ -22,7 +23,7 @@ from . import options as opts
 from .adapters import activate, attach, only, size_head
 from .balance import Memory, Weights
 from .gradients import Shared, parts_of
-from .measured import Measured, measure
+from .measured import Measured, measure, of_same_rows
 from .options import MultiTaskOptions, sections_of
 from .prepared import check_one_head, one_of, prepare_tasks
 from .report import conflict_section, prefixed, task_section
@@ -134,7 +135,11 @@ class MultiTask(Strategy):
 
     def _beside_alone(self, measured: dict[str, Prepared], joint: dict[str, Measured], trainer: Any) -> Findings:
         folder, rows = Path(trainer.args.output_dir), dict(zip(self._tasks, trainer.plan.memory.rows, strict=True))
-        finished = {name: one for name, one in alone.read(folder).items() if one.wanted == rows.get(name)}
+        finished = {
+            name: one
+            for name, one in alone.read(folder).items()
+            if name in joint and one.wanted == rows[name] and of_same_rows(measured[name], one.measured, joint[name])
+        }
         for name, task in measured.items():
             if name not in finished:
                 finished[name] = alone.train_alone(trainer, task, self._sections[name], rows[name])
@@ -147,7 +152,7 @@ class MultiTask(Strategy):
         found: dict[str, dict[str, Measured]] = {}
         has_heads = self.config.model.task in HEADS
         for method in merge.methods:
-            folder = Path(trainer.args.output_dir) / merging.NAME / method
+            folder = Path(trainer.args.output_dir) / MERGED / method
             shares = self.options.adapters == "both"
             with merging.merged(model, names, method, merge, shares=shares, seed=trainer.args.seed):
                 found[method] = {}

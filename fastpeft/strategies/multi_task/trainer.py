@@ -140,11 +140,17 @@ class MultiTaskTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """All adapters, where Trainer's own has the first one trained alone, and what was remembered."""
-        model = self.model if model is None else model
-        for name in self.plan.adapters:
-            model.load_adapter(str(Path(resume_from_checkpoint) / name), name, is_trainable=True)
-        activate(model, self.plan.adapters)
+        self._load_adapters(self.model if model is None else model, Path(resume_from_checkpoint))
         self.recall(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """All adapters, where Trainer's own looks for the first one in another place."""
+        self._load_adapters(self.model, Path(self.state.best_model_checkpoint or ""))
+
+    def _load_adapters(self, model: Any, checkpoint: Path) -> None:
+        for name in self.plan.adapters:
+            model.load_adapter(str(checkpoint / name), name, is_trainable=True)
+        activate(model, self.plan.adapters)
 
     def _mixed(self, inputs: Any) -> Any:
         return fastpeft.mixed_batch(self.model, [self.plan.adapters[task] for task in inputs[TASK].tolist()])

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 
-from ..signals import LAYER_SIGNALS, LayerSignal, smoothed
+from ..signals import LayerSignal, of_layers, smoothed
 from ..trained import named
 from .base import Action, Run
 
@@ -71,12 +69,7 @@ class Freeze(Action):
         run.trained.only(run.trained.layers.keys() - set(self._frozen), run.optimizer)
 
     def measure(self, run: Run) -> None:
-        found = run.trained.in_gradient()
-        if not found:
-            return
-        signal = LAYER_SIGNALS[self.options.signal]
-        values = torch.stack([signal(parameters) for parameters in found.values()]).tolist()
-        for number, value in zip(found, values, strict=True):
+        for number, value in of_layers(run.trained.in_gradient(), self.options.signal).items():
             self._signals[number] = smoothed(self._signals.get(number), value)
             self._largest[number] = max(self._largest.get(number, 0.0), self._signals[number])
 
@@ -92,7 +85,7 @@ class Freeze(Action):
         chosen = self._chosen(run)
         if not chosen:
             return
-        signals = {str(number): self._signals[number] for number in sorted(trained.active)}
+        signals = {str(number): self._signals[number] for number in sorted(trained.active) if number in self._signals}
         compared = "the largest of the trained layers'" if options.against == "largest" else "their own largest"
         self._frozen, self._since = sorted({*self._frozen, *chosen}), run.step
         trained.only(trained.layers.keys() - set(self._frozen), run.optimizer)

@@ -76,7 +76,7 @@ class Ranks(Action):
         for path, adapter in self._adapters.items():
             if adapter.a.grad is None or adapter.b.grad is None:
                 continue
-            now = adapter.importance()
+            now = adapter.importance().nan_to_num(0.0, 0.0, 0.0)  # fp16's first gradients overflow
             before = self._scores.get(path)
             smoothing = self.options.smoothing
             self._scores[path] = now if before is None else smoothing * before.to(now) + (1 - smoothing) * now

@@ -6,12 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 
-from ..signals import LAYER_SIGNALS, LayerSignal, smoothed
+from ..signals import LayerSignal, of_layers, smoothed
 from ..trained import named
 from .base import Action, Run
 
@@ -64,12 +62,8 @@ class Sample(Action):
     def measure(self, run: Run) -> None:
         if self.options.signal is None:
             return
-        found = run.trained.in_gradient()
-        if found:
-            signal = LAYER_SIGNALS[self.options.signal]
-            values = torch.stack([signal(parameters) for parameters in found.values()]).tolist()
-            for number, value in zip(found, values, strict=True):
-                self._signals[number] = smoothed(self._signals.get(number), value)
+        for number, value in of_layers(run.trained.in_gradient(), self.options.signal).items():
+            self._signals[number] = smoothed(self._signals.get(number), value)
 
     def act(self, run: Run) -> None:
         if run.step % self.options.every:
