@@ -228,5 +228,9 @@ def _labels(config: Any) -> list[str] | None:
 
 
 def _runs(folder: Path) -> str:
+    """What in a folder could be meant: adapters of tasks, or a checkpoint."""
+    places = [path.parent for path in folder.glob(f"*/{ADAPTER}")]
+    if apart := sorted(str(path) for path in places if not path.name.startswith("checkpoint-")):
+        return f"; adapters are in {', '.join(apart)}"
     found = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: (len(name), name))
     return f"; an unfinished run has {folder / found[-1]}" if found else ""

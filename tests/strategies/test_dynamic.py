@@ -62,13 +62,21 @@ def same(found: Run, wanted: Run) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_layers_freeze_and_ranks_go(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    given = arguments(tmp_path, "llama", checkpoints)
-    found = train(tmp_path / "run", *given, *rules(FREEZE, RANKS))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints) -> tuple[list[str], Run]:
+    """A run under three rules, and its arguments."""
+    folder = tmp_path_factory.mktemp("whole")
+    more = ["--save-steps", "100", "--learning-rate", "2e-2"]
+    given = [*arguments(folder, "llama", checkpoints, *more, steps=8), *rules(FREEZE, RANKS, PACE)]
+    return given, train(folder / "run", *given)
+
+
+def test_layers_freeze_and_ranks_go(whole: tuple[list[str], Run]) -> None:
+    found = whole[1]
     assert found.losses[-1] < 0.7 * found.losses[0]
     assert metrics(found)["loss per token"]["high"] < metrics(found)["loss per token"]["baseline"]
     kinds = {decision["action"] for decision in decisions(found)}
-    assert kinds == {"freeze", "ranks"} and (found.folder / "decisions.png").is_file()
+    assert kinds == {"freeze", "ranks", "pace"} and (found.folder / "decisions.png").is_file()
     first = next(decision for decision in decisions(found) if decision["action"] == "freeze")
     assert first["step"] == 2 and set(first["value"]) == {"0", "1", "2", "3"}
     base = AutoModelForCausalLM.from_pretrained(SHIPPED)
@@ -80,11 +88,10 @@ def test_layers_freeze_and_ranks_go(tmp_path: Path, checkpoints: Checkpoints) ->
     assert sum(ranks) == 40 and min(ranks) >= 1 and len(ranks) == 28
 
 
-def test_a_broken_run_ends_as_one_that_was_not(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    given = [*arguments(tmp_path, "llama", checkpoints, "--save-steps", "100", steps=8), *rules(FREEZE, RANKS, PACE)]
-    whole = train(tmp_path / "whole", *given)
+def test_a_broken_run_ends_as_one_that_was_not(whole: tuple[list[str], Run], tmp_path: Path) -> None:
+    given, wanted = whole
     interrupted(tmp_path / "broken", *given, at=5)
-    same(train(tmp_path / "broken", "--resume"), whole)
+    same(train(tmp_path / "broken", "--resume"), wanted)
 
 
 MORE = {

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fastpeft.errors import UserError
 from fastpeft.models import tuned
 from fastpeft.strategies.multi_task import alone
 from tests.checkpoints import Checkpoints
@@ -74,7 +75,11 @@ def test_two_classifiers_with_everything_at_once(tmp_path: Path, checkpoints: Ch
     assert "ends, moods" in sections(found)["Conflicts"]
     assert metrics(found)["ends, ties: accuracy, difference"]["against"] == "its own adapter"
     for method in ("svd", "ties"):
-        assert (found.folder / "merged" / method / "moods" / "adapter_model.safetensors").is_file()
+        source = tuned.find(str(found.folder / "merged" / method / "moods"))
+        assert source.labels == sorted(KINDS["moods"][1]) and source.max_length is not None
+    apart = ", ".join(str(found.folder / task) for task in KINDS)
+    with pytest.raises(UserError, match=f"; adapters are in {apart}$"):
+        tuned.find(str(found.folder))
     config = json.loads((found.folder / "ends" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (6, 12), "the factor is lora.alpha / lora.r, whatever the rank"
 
@@ -97,7 +102,7 @@ def test_acceleration_changes_nothing_but_the_rounding(
 
 @pytest.mark.parametrize("model", ["llama", pytest.param("t5", marks=pytest.mark.full)])
 def test_language_models_learn_both_tasks(model: str, tmp_path: Path, checkpoints: Checkpoints) -> None:
-    found = run(tmp_path / "run", checkpoints, model=model, generate=6)
+    found = run(tmp_path / "run", checkpoints, model=model, generate=2)
     part = {"llama": 0.5, "t5": 0.7}[model]  # T5 begins with random values: it learns the answers' letters, not which
     assert found.losses[-1] < part * found.losses[0]
     for task in KINDS:

@@ -1,4 +1,4 @@
-"""What a task's folder has beside its adapter, so that it can be used as any run's."""
+"""What an adapter's folder has beside it, so that it can be used as any run's."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config import StrategySection
+from fastpeft.config import FastpeftConfig, LoraSection, StrategySection
 from fastpeft.training.folder import CONFIG
-from fastpeft.training.preparing import Prepared
-
-from .options import MultiTaskOptions
 
 
-def write_tasks(tasks: dict[str, Prepared], run: Prepared, options: MultiTaskOptions, trainer: Any) -> None:
-    """Tokenizer, and the configuration that the task would have by itself, into a folder of each task's name."""
-    for name, prepared in tasks.items():
-        folder = Path(trainer.args.output_dir) / name
-        folder.mkdir(exist_ok=True)
-        config = replace(
-            prepared.config,
-            lora=options.section_of(name, run.config.lora),
-            training=replace(run.config.training, output_dir=str(folder)),
-            strategy=StrategySection(),
-        )
-        (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        run.tokenizer.save_pretrained(folder)
+def complete(folder: Path, config: FastpeftConfig, lora: LoraSection, tokenizer: Any) -> None:
+    """The tokenizer, and the configuration that the adapter would have been trained with by itself.
+
+    Args:
+        folder: of the adapter.
+        config: of its task.
+        lora: of the adapter.
+        tokenizer: of the run.
+    """
+    training = replace(config.training, output_dir=str(folder))
+    config = replace(config, lora=lora, training=training, strategy=StrategySection())
+    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    tokenizer.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from .options import MultiTaskOptions, sections_of
 from .prepared import check_one_head, one_of, prepare_tasks
 from .report import conflict_section, prefixed, task_section
 from .rows import TaskSampler, by_loss, by_temperature
-from .saving import write_tasks
+from .saving import complete
 from .trainer import MultiTaskTrainer, Plan
 
 
@@ -128,9 +129,12 @@ class MultiTask(Strategy):
         if self.options.alone:
             found += self._beside_alone(measured, joint, trainer)
         if self.options.merge is not None:
-            found += self._merged(measured, joint, trainer)
+            found += self._merged(prepared, measured, joint, trainer)
         if trainer.is_world_process_zero():
-            write_tasks(self._tasks, prepared, self.options, trainer)
+            for name, task in self._tasks.items():
+                folder = Path(trainer.args.output_dir) / name
+                folder.mkdir(exist_ok=True)
+                complete(folder, task.config, self._sections[name], prepared.tokenizer)
         return found
 
     def _beside_alone(self, measured: dict[str, Prepared], joint: dict[str, Measured], trainer: Any) -> Findings:
@@ -146,7 +150,9 @@ class MultiTask(Strategy):
                 alone.write(finished, folder)
         return alone.transfer(measured, joint, finished, rows)
 
-    def _merged(self, measured: dict[str, Prepared], own: dict[str, Measured], trainer: Any) -> Findings:
+    def _merged(
+        self, prepared: Prepared, measured: dict[str, Prepared], own: dict[str, Measured], trainer: Any
+    ) -> Findings:
         merge, model, names = self.options.merge, trainer.model, list(self._tasks)
         assert merge is not None
         found: dict[str, dict[str, Measured]] = {}
@@ -159,10 +165,14 @@ class MultiTask(Strategy):
                 for name, task in measured.items():
                     with only(model, merging.NAME, name):
                         found[method][name] = measure(task, trainer)
+                rank = model.peft_config[merging.NAME].r
+                lora = replace(self.config.lora, r=rank, alpha=rank)
                 for name in names if has_heads else ():
                     merging.save(model, folder / name, name)
+                    complete(folder / name, self._tasks[name].config, lora, prepared.tokenizer)
                 if not has_heads:
                     merging.save(model, folder, None)
+                    complete(folder, prepared.config, lora, prepared.tokenizer)
         return merging.findings(measured, own, found) if measured else Findings()
 
     def _sampler(self, arguments: Any, memory: Memory) -> TaskSampler:

@@ -30,7 +30,9 @@ class ReweightOptions:
 
 
 class Reweight(Action):
-    """DFT, and with an anchor ASFT. The starting model is the base without its adapter.
+    """DFT, and with an anchor what ASFT adds. The starting model is the base without its adapter.
+
+    Whether ASFT's paper has this direction of the divergence or the other was not checked.
 
     Source: On the Generalization of SFT, Wu et al. 2025, arXiv:2508.05629; Anchored Supervised
     Fine-Tuning, Zhu et al. 2025, arXiv:2509.23753.
