@@ -147,7 +147,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     outcome = Outcome(
         base=config.model.name,
         task=task,
-        method=config.method,
+        method=_method(model, config),
         rows=len(prepared.rows),
         evaluation_rows=0 if prepared.evaluation is None else len(prepared.evaluation),
         cut=prepared.rows.cut,
@@ -175,6 +175,12 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     if first and config.training.push_to_hub:
         upload(target, config, prepared.tokenizer)
     return outcome
+
+
+def _method(model: Any, config: FastpeftConfig) -> str:
+    """What was trained: a strategy may have taken another kind of adapter than LoRA."""
+    kinds = {str(adapter.peft_type.value) for adapter in model.peft_config.values()}
+    return "ia3" if kinds == {"IA3"} else config.method
 
 
 def _is_done(checkpoint: Path, config: FastpeftConfig, console: Console) -> bool:
