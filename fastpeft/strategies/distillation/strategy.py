@@ -208,7 +208,8 @@ class Distillation(Strategy):
         """Words, or classes, that the student has."""
         if config.model.task in HEADS:
             return len(config.data.labels or [])
-        return int(bases.load_config(config.model).get_text_config().vocab_size)
+        described = bases.load_config(config.model)
+        return int(getattr(described, "decoder_vocab_size", None) or described.get_text_config().vocab_size)
 
     def _about(self, prepared: Prepared) -> dict[str, str]:
         source, config = self._choice.source, prepared.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -103,6 +102,8 @@ def make(
             return
         if not may_replace:
             raise UserError(f"--resume: expected {model.name} as {folder} was made of it, got other weights or options")
+    elif folder.exists():
+        raise UserError(f"training.output_dir: expected a folder without another's {folder.name} in it, got {folder}")
     stored = getattr(config, "dtype", None) or torch.float32
     base, _ = bases.load_base(model, task, torch.device("cpu"), stored, **head)
     cut(base, wanted)
@@ -140,7 +141,7 @@ def cut(base: Any, wanted: int | list[int]) -> None:
         setattr(base.get_submodule(parent), last, nn.ModuleList(layers[number] for number in kept))
         setattr(config, name, len(kept))
         if len(names) == 1 and (kinds := getattr(config, "layer_types", None)) is not None:
-            config.layer_types = [copy.copy(kinds)[number] for number in kept]
+            config.layer_types = [kinds[number] for number in kept]
 
 
 def _kind(config: Any) -> str:
