@@ -114,7 +114,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     model = strategy.load(prepared, device, dtype)
     if config.data.packing:
         check_packing(model, dtype)
-    notes = _notes(model, prepared, dtype, console)
+    notes = _notes(model, prepared, dtype, console, generates=strategy.read_as is None)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
     optimizer = chosen_optimizer(config.training.optim, arguments, model)
@@ -208,12 +208,17 @@ def _restore(trainer: Any, checkpoint: Path) -> None:
         trainer._load_best_model()
 
 
-def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:
-    """What should be looked at, shown at once and kept for the report."""
+def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console, *, generates: bool) -> list[str]:
+    """What should be looked at, shown at once and kept for the report.
+
+    Args:
+        generates: a decoder learns to write, and has to stop.
+    """
     import torch
 
     notes = [*prepared.notes, *filter(None, [prepared.memory.note])]
-    if prepared.config.model.task == "causal-lm" and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
+    writes = generates and prepared.config.model.task == "causal-lm"
+    if writes and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
         notes.append(reason)
     if dtype == torch.float16 and "t5" in model.config.model_type:
         notes.append("T5 models are known to overflow in float16: if the loss becomes NaN, set model.dtype to float32")

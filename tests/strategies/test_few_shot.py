@@ -21,6 +21,7 @@ from fastpeft.cli import app
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 from fastpeft.generation import Prompt
+from fastpeft.strategies import run
 from fastpeft.strategies.few_shot import draws
 from fastpeft.strategies.few_shot.contrastive import Contrastive, pairs
 from fastpeft.strategies.few_shot.demonstrations import with_demonstrations
@@ -292,6 +293,16 @@ def test_examples_in_a_prompt_leave_it_within_its_length(tmp_path: Path, checkpo
     assert not any("text_pair" in note for note in prepared.notes)
     _, unread = prepared_of("t-few-decoder", checkpoints, tmp_path, rows, *more[:2])
     assert any("rows have a text_pair" in note for note in unread.notes)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_decoder_that_ranks_answers_need_not_stop(
+    generates: bool, tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "why_it_cannot_stop", lambda *_: "it cannot stop")
+    _, prepared = prepared_of("t-few-decoder", checkpoints, tmp_path, letters())
+    notes = run._notes(None, prepared, torch.float32, Console(quiet=True), generates=generates)
+    assert ("it cannot stop" in notes) == generates
 
 
 def test_the_longer_of_two_texts_is_cut_and_neither_has_the_mask(checkpoints: Checkpoints) -> None:
