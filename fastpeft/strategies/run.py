@@ -114,7 +114,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     model = strategy.load(prepared, device, dtype)
     if config.data.packing:
         check_packing(model, dtype)
-    notes = _notes(model, prepared, dtype, console)
+    notes = _notes(model, prepared, dtype, console, generates=strategy.read_as is None)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
     callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
     optimizer = chosen_optimizer(config.training.optim, arguments, model)
@@ -147,7 +147,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     outcome = Outcome(
         base=config.model.name,
         task=task,
-        method=config.method,
+        method=_method(model, config),
         rows=len(prepared.rows),
         evaluation_rows=0 if prepared.evaluation is None else len(prepared.evaluation),
         cut=prepared.rows.cut,
@@ -177,6 +177,12 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
     return outcome
 
 
+def _method(model: Any, config: FastpeftConfig) -> str:
+    """What was trained: a strategy may have taken another kind of adapter than LoRA."""
+    kinds = {str(adapter.peft_type.value) for adapter in model.peft_config.values()}
+    return "ia3" if kinds == {"IA3"} else config.method
+
+
 def _is_done(checkpoint: Path, config: FastpeftConfig, console: Console) -> bool:
     """Whether no step is left of a run that is resumed, which is said."""
     done, wanted = run_folder.steps(checkpoint, config.training)
@@ -202,12 +208,17 @@ def _restore(trainer: Any, checkpoint: Path) -> None:
         trainer._load_best_model()
 
 
-def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console) -> list[str]:
-    """What should be looked at, shown at once and kept for the report."""
+def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console, *, generates: bool) -> list[str]:
+    """What should be looked at, shown at once and kept for the report.
+
+    Args:
+        generates: a decoder learns to write, and has to stop.
+    """
     import torch
 
     notes = [*prepared.notes, *filter(None, [prepared.memory.note])]
-    if prepared.config.model.task == "causal-lm" and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
+    writes = generates and prepared.config.model.task == "causal-lm"
+    if writes and (reason := why_it_cannot_stop(model, prepared.tokenizer)):
         notes.append(reason)
     if dtype == torch.float16 and "t5" in model.config.model_type:
         notes.append("T5 models are known to overflow in float16: if the loss becomes NaN, set model.dtype to float32")

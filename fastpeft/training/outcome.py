@@ -149,10 +149,11 @@ def add_to_model_card(folder: Path, outcome: Outcome) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(folder / "README.md")
-    tags = set(card.data.tags or ()) | {"fastpeft", "lora"}
+    kind, tag = ("An (IA)³", "ia3") if outcome.method == "ia3" else ("A LoRA", "lora")
+    tags = set(card.data.tags or ()) | {"fastpeft", tag}
     card.data.tags = sorted(tags)
     text = (
-        f"# {folder.resolve().name}\n\nA LoRA adapter of `{outcome.base}` for {outcome.task}, trained with "
+        f"# {folder.resolve().name}\n\n{kind} adapter of `{outcome.base}` for {outcome.task}, trained with "
         f"fastpeft and PEFT: {outcome.summary}.\n\n"
         "What came of it is in `report.md`. "
         "What it was not tested for, nobody knows: try it on your own data first.\n"

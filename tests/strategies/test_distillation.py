@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
-from fastpeft.config import FastpeftConfig
+from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
 from fastpeft.layers import head
 from fastpeft.models import tuned
 from fastpeft.models.tasks import auto_class
-from fastpeft.strategies.distillation import matching, stored
+from fastpeft.strategies.distillation import matching, projection, report, stored, strategy, student, teacher
 from fastpeft.strategies.registry import strategy_of
 from tests.checkpoints import Checkpoints, write_rows
 from tests.training.runs import Run, adapter, classes, completions, interrupted, texts, train
@@ -81,7 +86,7 @@ def half(sure: str, data: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(head, "FEW_ON_CPU", 0)
-        return train(folder, "--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "16")
+        return train(folder, "--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "10")
 
 
 class TestALayerLess:
@@ -138,7 +143,7 @@ def test_acceleration_changes_nothing_but_the_rounding(
 
 def test_a_classifier_matches_hidden_states_and_attentions(judge: str, data: dict[str, str], tmp_path: Path) -> None:
     more = options(student_layers=2, hidden_weight=1.0, attention_weight=1.0, layer_map="[1]", labels_weight=0.0)
-    run = train(tmp_path / "run", "--model", judge, "--data", data["classes"], *QUICK, *more, "--max-steps", "12")
+    run = train(tmp_path / "run", "--model", judge, "--data", data["classes"], *QUICK, *more, "--max-steps", "5")
     assert run.losses[-1] < run.losses[0] and run.config["model"]["attention"] == "eager"
     assert "accuracy" in (run.folder / "report.md").read_text()
     base = AutoModelForSequenceClassification.from_pretrained(run.folder / "student")
@@ -241,7 +246,7 @@ class TestStoredLogits:
     ) -> None:
         file = tmp_path / "logits" / "teacher.safetensors"
         more = options(student_layers=2, top_k=8, stored=file)
-        arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "2"]
+        arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "1"]
         first = train(tmp_path / "first", *arguments)
         written = file.stat().st_mtime_ns
         again = train(tmp_path / "again", *arguments)
@@ -261,9 +266,53 @@ class TestStoredLogits:
         ):
             with pytest.raises(UserError, match=rf"strategy\.options\.stored: {message}"):
                 strategy_of(settings.override([change])).prepare(Console(quiet=True))
+        own = settings.override(["strategy.options.stored=null", f"training.output_dir={file.parent}", "data.limit=20"])
+        strategy_of(own).prepare(Console(quiet=True))  # a former run's, which this one's replaces
         file.write_bytes(b"no tensors")
         with pytest.raises(UserError, match=r"strategy\.options\.stored: .* cannot be read"):
             strategy_of(settings).prepare(Console(quiet=True))
+
+    @pytest.mark.full
+    def test_another_run_in_the_folder_writes_its_own(self, sure: str, data: dict[str, str], tmp_path: Path) -> None:
+        more = options(student_layers=2, top_k=8)
+        arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "1"]
+        train(tmp_path / "run", *arguments)
+        train(tmp_path / "run", *arguments, "--strategy.options.top_k", "4", "--overwrite")
+        with safe_open(tmp_path / "run" / stored.FILE, "pt") as file:
+            assert file.get_tensor("logits").shape[1] == 4
+
+    def test_what_does_not_fit_is_never_indexed(self, tmp_path: Path) -> None:
+        rows = Dataset.from_list(
+            [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
+        )
+        about = stored.about(SimpleNamespace(fingerprint=lambda: "rows"), "teacher", 2, 8)  # type: ignore[arg-type]
+        batches = [{"labels": torch.tensor([row["labels"] + [-100] * (3 - len(row["labels"]))])} for row in rows]
+        padded = torch.cat([torch.randn(1, 3, 5), torch.full((1, 3, 2), 99.0)], -1)  # words that pad a vocabulary
+        file = tmp_path / "teacher.safetensors"
+        stored.write(file, about, rows, 2, 5, batches, lambda _: padded, shifted=True)
+        given = stored.StoredTeacher(file, about, rows, 5).of([rows[0]])
+        assert int(given.words.max()) < 5
+        torch.testing.assert_close(given.logits[:, 0], torch.zeros(2))
+        wanted = padded[0, :2, :5].topk(2).values
+        torch.testing.assert_close(given.logits[:, 1], wanted[:, 1] - wanted[:, 0], atol=1e-3, rtol=1e-3)
+        whole = load_file(file)
+        for name, value, message in (
+            ("words", whole["words"] + 5, "expected words below 5"),
+            ("words", whole["words"][:1], "expected logits and words"),
+            ("logits", whole["logits"] * torch.nan, "expected finite logits"),
+            ("logits", whole["words"].clone(), "expected floating logits"),
+            ("starts", whole["starts"].flip(0), "expected starts that ascend"),
+            ("starts", whole["starts"][:2], "expected logits and words"),
+        ):
+            save_file({**whole, name: value.contiguous()}, file, {**about, "format": stored.FORMAT})
+            with pytest.raises(UserError, match=rf"strategy\.options\.stored: .* cannot be read: {message}"):
+                stored.StoredTeacher(file, about, rows, 5)
+
+    def test_figures_of_a_teacher_that_are_none(self) -> None:
+        side = report.Side(3, 1.0, 0.5, 8, {"loss per token": 2.0})
+        assert report.read_side(json.dumps(vars(side))) == side
+        for text in ("", "[]", "{}", json.dumps(vars(side) | {"quality": 3}), json.dumps(vars(side) | {"mib": "x"})):
+            assert report.read_side(text) is None
 
     def test_other_weights_are_another_teacher(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(bytes(100))
@@ -271,6 +320,69 @@ class TestStoredLogits:
         assert stored.fingerprint([str(tmp_path)], "none") == before != stored.fingerprint([str(tmp_path)], "nf4")
         (tmp_path / "model.safetensors").write_bytes(bytes(99) + b"1")
         assert stored.fingerprint([str(tmp_path)], "none") != before
+
+
+class TestTheStudentsFolder:
+    def test_is_made_anew_of_other_weights(self, sure: str, tmp_path: Path) -> None:
+        source, folder = tmp_path / "source", tmp_path / "run" / "student"
+        shutil.copytree(sure, source)
+        tokenizer = AutoTokenizer.from_pretrained(sure)
+        given = (ModelSection(name=str(source)), "causal-lm", 2, folder, tokenizer, 0)
+        student.make(*given, may_replace=True)
+        first = load_file(folder / "model.safetensors")
+        student.make(*given, may_replace=False)  # a run that goes on
+        changed = load_file(source / "model.safetensors")
+        save_file({name: value + 1 for name, value in changed.items()}, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=r"--resume: expected .*source as .*student was made of it, got other"):
+            student.make(*given, may_replace=False)
+        student.make(*given, may_replace=True)
+        second = load_file(folder / "model.safetensors")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name] + 1, second[name]) for name in first)
+
+    def test_another_folder_of_that_name_stays(self, sure: str, tmp_path: Path) -> None:
+        (tmp_path / "student").mkdir()
+        (tmp_path / "student" / "thesis.txt").write_text("years of work")
+        given = (ModelSection(name=sure), "causal-lm", 2, tmp_path / "student", AutoTokenizer.from_pretrained(sure), 0)
+        with pytest.raises(UserError, match=r"training\.output_dir: expected a folder without another's student in it"):
+            student.make(*given, may_replace=True)
+        assert (tmp_path / "student" / "thesis.txt").read_text() == "years of work"
+
+
+def test_each_side_is_counted_without_the_other(sure: str, taught: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(sure)
+    values = base.num_parameters()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    own = sum(part.numel() for part in model.parameters() if part.requires_grad)
+    assert report.size_of(model, teacher.SameBase(model, None).has)[0] == values
+    both = teacher.SameBase(model, taught)
+    theirs = sum(value.numel() for value in adapter(Path(taught)).values())
+    assert report.size_of(model, both.has)[0] == values + theirs
+    model.add_module(projection.PROJECTION, torch.nn.Linear(2, 2))
+    assert report.size_of(model, strategy._is_students)[0] == values + own
+
+
+def test_a_checkpoint_with_another_projection_is_refused(tmp_path: Path) -> None:
+    matrix = torch.nn.Linear(4, 8, bias=False)
+    model = torch.nn.Module()
+    model.device = torch.device("cpu")  # type: ignore[assignment]
+    for given, message in (
+        ({"weight": torch.zeros(4, 4)}, r"expected weight of shape \(8, 4\), got \(4, 4\)"),
+        ({"other": torch.zeros(8, 4)}, "cannot be read: 'weight'"),
+    ):
+        save_file(given, tmp_path / projection.FILE)
+        with pytest.raises(UserError, match=rf"--resume: .*{message}"):
+            projection.KeptProjection(model, matrix, tmp_path)
+
+
+@pytest.mark.full
+def test_a_streamed_teacher_says_the_same(
+    sure: str, wide: str, data: dict[str, str], tmp_path: Path, no_logits: None
+) -> None:
+    arguments = ["--model", sure, "--data", data["completions"], *QUICK, "--max-steps", "3"]
+    kept = train(tmp_path / "kept", *arguments, *options(teacher=wide))
+    streamed = train(tmp_path / "streamed", *arguments, *options(teacher=wide, teacher_streamed=True))
+    torch.testing.assert_close(torch.tensor(streamed.losses), torch.tensor(kept.losses), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,26 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from rich.console import Console
+from safetensors.numpy import save
 from transformers import AutoModel, AutoTokenizer
 
 from fastpeft.cli import app
+from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
-from fastpeft.strategies.few_shot.contrastive import pairs
+from fastpeft.generation import Prompt
+from fastpeft.strategies import run
+from fastpeft.strategies.few_shot import draws
+from fastpeft.strategies.few_shot.contrastive import Contrastive, pairs
+from fastpeft.strategies.few_shot.demonstrations import with_demonstrations
 from fastpeft.strategies.few_shot.drawing import Pool, held_back
+from fastpeft.strategies.few_shot.draws import Draw
 from fastpeft.strategies.few_shot.heads import LinearHead, centroids, logistic_regression
+from fastpeft.strategies.few_shot.pattern import Pattern
 from fastpeft.strategies.few_shot.t_few import t_few_loss
+from fastpeft.strategies.few_shot.using import saved_by
 from fastpeft.strategies.few_shot.worded import answer_log_probabilities
+from fastpeft.strategies.registry import strategy_of
 from tests.checkpoints import SHIPPED, Checkpoints, write_rows
 from tests.training.runs import Run, adapter, interrupted, train
 
@@ -62,16 +74,30 @@ def settings(name: str, checkpoints: Checkpoints, data: Path, *more: str, **opti
     ]
 
 
+@pytest.fixture(scope="module")
+def two_draws(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A contrastive run of two draws, which others are compared with."""
+    folder = tmp_path_factory.mktemp("two")
+    return train(folder / "run", *settings("contrastive", checkpoints, folder, "--save-steps", "100", seeds=2))
+
+
 def figures(found: Run) -> dict[str, dict[str, Any]]:
     return {metric["name"]: metric for metric in found.record["findings"]["metrics"]}
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_each_method_learns_from_few_rows(
-    name: str, tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+    name: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    checkpoints: Checkpoints,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Better than one class for all, whose share is a half; a random model's baselines may be right too."""
-    found = train(tmp_path / "run", *settings(name, checkpoints, tmp_path))
+    if name == "contrastive":
+        found: Run = request.getfixturevalue("two_draws")
+    else:
+        found = train(tmp_path / "run", *settings(name, checkpoints, tmp_path))
     assert name in ("reptile", "fomaml") or found.losses[-1] < 0.7 * found.losses[0]
     accuracy = figures(found)["accuracy"]
     assert accuracy["rows"] == 16 and accuracy["low"] > 0.5
@@ -80,8 +106,8 @@ def test_each_method_learns_from_few_rows(
     assert capsys.readouterr().out.splitlines()[-2].startswith("yes\t"), "likeliest first"
 
 
-def test_the_adapter_and_its_head_are_those_of_plain_peft(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    found = train(tmp_path / "run", *settings("contrastive", checkpoints, tmp_path))
+def test_the_adapter_and_its_head_are_those_of_plain_peft(two_draws: Run, checkpoints: Checkpoints) -> None:
+    found = two_draws
     base = AutoModel.from_pretrained(checkpoints["bert"])
     model = PeftModel.from_pretrained(base, str(found.folder)).eval()
     held = letters()
@@ -106,21 +132,57 @@ def test_acceleration_changes_nothing(name: str, tmp_path: Path, checkpoints: Ch
     assert figures(found)["accuracy"]["value"] == pytest.approx(figures(plain)["accuracy"]["value"], abs=0.07)
 
 
-@pytest.mark.parametrize("name", ["contrastive", pytest.param("reptile", marks=pytest.mark.full)])
-def test_a_resumed_run_has_the_numbers_of_one_without_a_break(
-    name: str, tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = settings(name, checkpoints, tmp_path, "--max-steps", "4", "--save-steps", "1", seeds=2)
-    whole = train(tmp_path / "whole", *given)
-    interrupted(tmp_path / "broken", *given, at=2)
-    other = settings(name, checkpoints, tmp_path, "--max-steps", "4", "--save-steps", "1", seeds=2, shots=3)
-    train(tmp_path / "broken", *other, "--resume", code=2)
-    assert "strategy.options.shots: expected" in capsys.readouterr().err
-    resumed = train(tmp_path / "broken", *given, "--resume")
+def check_resumed(name: str, whole: Run, data: Path, checkpoints: Checkpoints, *more: str) -> None:
+    """Against a run of the same settings without a break."""
+    given = settings(name, checkpoints, data, *more, "--save-steps", "100", seeds=2)
+    interrupted(data / "broken", *given, at=2)
+    resumed = train(data / "broken", *given, "--resume")
     ours, theirs = adapter(resumed.folder), adapter(whole.folder)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert resumed.record["findings"] == whole.record["findings"]
     assert "accuracy, mean of 2 draws" in figures(whole)
+
+
+def test_a_resumed_run_has_the_numbers_of_one_without_a_break(
+    two_draws: Run, tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_resumed("contrastive", two_draws, tmp_path, checkpoints)
+    other = settings("contrastive", checkpoints, tmp_path, seeds=2, shots=3)
+    train(tmp_path / "broken", *other, "--resume", code=2)
+    assert "strategy.options.shots: expected" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_a_resumed_run_of_episodes(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    more = ["--max-steps", "4", "--save-steps", "100"]
+    whole = train(tmp_path / "whole", *settings("reptile", checkpoints, tmp_path, *more, seeds=2))
+    check_resumed("reptile", whole, tmp_path, checkpoints, *more)
+
+
+def test_another_draw_whose_loss_is_no_number_ends_the_run(
+    tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, trainer = [], Contrastive.trainer
+
+    def second(self: Any, prepared: Any, model: Any, *given: Any) -> Any:
+        made.append(trainer(self, prepared, model, *given))
+        if len(made) == 2:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return made[-1]
+
+    monkeypatch.setattr(Contrastive, "trainer", second)
+    given = settings("contrastive", checkpoints, tmp_path, "--max-steps", "1", seeds=2, baselines=False)
+    train(tmp_path / "run", *given, code=1)
+    assert "is no number, so no adapter was saved" in capsys.readouterr().err
+    assert len(made) == 2
+
+
+def test_the_report_calls_ia3_by_its_name(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    steps = ["--max-steps", "1", "--data.max-length", "48"]
+    found = train(tmp_path / "run", *settings("t-few", checkpoints, tmp_path, *steps, measured_rows=4))
+    assert "\nia3 of `" in (found.folder / "report.md").read_text()
+    card = (found.folder / "README.md").read_text()
+    assert "An (IA)³ adapter of `" in card and "- ia3" in card and "LoRA" not in card
 
 
 @pytest.mark.parametrize(
@@ -183,6 +245,120 @@ def test_rows_are_drawn_by_the_seed_and_never_measured() -> None:
     with pytest.raises(UserError, match="expected at most 0"):
         Pool(twin, Dataset.from_list([{"text": "one two three four five", "label": "no"}]), 0.4).draw(["no"], 1, 0)
     assert near.labels == ["no", "yes"]
+
+
+def prepared_of(name: str, checkpoints: Checkpoints, data: Path, rows: list[dict[str, Any]], *more: str) -> Any:
+    """(strategy, what it prepares) of the rows."""
+    model, _, _, own = LEARNS[name]
+    options = {"method": name, "shots": 4} | own
+    settings = {
+        "model": {"name": model if model == SHIPPED else checkpoints[model]},
+        "data": {"path": write_rows(data / "mine.jsonl", *rows)},
+        "strategy": {"name": "few-shot", "options": options},
+    }
+    strategy = strategy_of(FastpeftConfig.from_dict(settings).override(list(more)))
+    return strategy, strategy.prepare(Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("place", "row", "said"),
+    [
+        (6, {"text": " ", "label": "no"}, "data: row 7, column text: expected text, got an empty one"),
+        (39, {"text": "a text", "label": "so"}, "data: row 40, column label: expected one of no, yes, got 'so'"),
+    ],
+)
+def test_a_row_is_refused_by_its_number_whether_it_is_drawn_or_not(
+    place: int, row: dict[str, Any], said: str, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    rows = letters()
+    rows[place] = row
+    with pytest.raises(UserError, match=said):
+        prepared_of("contrastive", checkpoints, tmp_path, rows, "data.labels=['no', 'yes']")
+
+
+def test_rows_that_come_twice_are_measured_once(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    twice = write_rows(tmp_path / "twice.jsonl", *(letters()[:10] * 3), {"text": "?!", "label": "no"})
+    more = [f"data.eval_path={twice}", "strategy.options.measured_rows=20"]
+    _, prepared = prepared_of("contrastive", checkpoints, tmp_path, letters(), *more)
+    assert len(prepared.evaluation) == 11, "texts of signs alone count too"
+
+
+def test_examples_in_a_prompt_leave_it_within_its_length(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    rows = [row | {"text": row["text"] * 9, "text_pair": "second " * 9} for row in letters()]
+    more = ["data.eval_fraction=0.2", "data.max_length=60", "strategy.options.pattern='{text} / {text_pair} {answer}'"]
+    strategy, prepared = prepared_of("t-few-decoder", checkpoints, tmp_path, rows, *more)
+    for nearest in (False, True):
+        found = with_demonstrations(prepared, strategy._method.classifier, 4, nearest=nearest)
+        assert len(found) == 8 and all(len(row["input_ids"]) <= 60 for row in found)
+    assert not any("text_pair" in note for note in prepared.notes)
+    _, unread = prepared_of("t-few-decoder", checkpoints, tmp_path, rows, *more[:2])
+    assert any("rows have a text_pair" in note for note in unread.notes)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_decoder_that_ranks_answers_need_not_stop(
+    generates: bool, tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "why_it_cannot_stop", lambda *_: "it cannot stop")
+    _, prepared = prepared_of("t-few-decoder", checkpoints, tmp_path, letters())
+    notes = run._notes(None, prepared, torch.float32, Console(quiet=True), generates=generates)
+    assert ("it cannot stop" in notes) == generates
+
+
+def test_the_longer_of_two_texts_is_cut_and_neither_has_the_mask(checkpoints: Checkpoints) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
+    pattern = Pattern("{text} {text_pair} {answer} .", "masked-lm")
+    prompt = pattern.fit("ab cd", f"x {tokenizer.mask_token} " * 30, tokenizer, 20)
+    ids = tokenizer(prompt)["input_ids"]
+    assert len(ids) <= 20 and ids.count(tokenizer.mask_token_id) == 1
+    assert prompt.startswith("ab cd x"), "the short text is whole"
+    with pytest.raises(UserError, match=r"data\.max_length: expected more than the pattern's own tokens, got 3"):
+        pattern.fit("ab cd", "x", tokenizer, 3)
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize(
+        ("settings", "task", "said"),
+        [
+            ("[]", "feature-extraction", "expected kind as a str"),
+            ('{"kind": "pickle", "labels": ["a", "b"]}', "feature-extraction", "expected kind embedded or worded"),
+            ('{"kind": "embedded", "labels": [1, 2]}', "feature-extraction", "expected labels as a list of names"),
+            ('{"kind": "embedded", "labels": ["a"]}', "feature-extraction", "expected two classes or more"),
+            ('{"kind": "embedded", "labels": ["a", "b"]}', "causal-lm", "expected an adapter for task feature-extr"),
+            ('{"kind": "worded", "labels": ["a", "b"], "words": ["a"]}', "causal-lm", "expected pattern as a str"),
+        ],
+    )
+    def test_settings(self, settings: str, task: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / "few_shot.json").write_text(settings)
+        with pytest.raises(UserError, match=f"MODEL: .*few_shot.json.*{said}"):
+            saved_by(SimpleNamespace(adapter=str(tmp_path), task=task))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"weight": np.zeros((2, 4)), "bias": np.zeros(3)}, "expected weight"),
+            ({"weight": np.zeros((2, 4)), "bias": np.zeros(2), "more": np.zeros(1)}, "expected weight"),
+            ({"weight": np.zeros((3, 4)), "bias": np.zeros(3)}, "expected weight of shape"),
+            (None, "cannot be read"),
+        ],
+    )
+    def test_heads(self, given: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+        (tmp_path / "few_shot.json").write_text('{"kind": "embedded", "labels": ["a", "b"]}')
+        (tmp_path / "few_shot.safetensors").write_bytes(b"no tensors" if given is None else save(given))
+        config = SimpleNamespace(hidden_size=4)
+        source: Any = SimpleNamespace(adapter=str(tmp_path), task="feature-extraction", max_length=8, config=config)
+        saved = saved_by(source)
+        assert saved is not None
+        with pytest.raises(UserError, match=f"MODEL: .*few_shot.safetensors.*{said}"):
+            next(saved.predictions(source, None, None, [Prompt("a", "a")], 1))
+
+    def test_draws_are_measured_again(self, tmp_path: Path) -> None:
+        draw = Draw(1, 4, {"trained": {"accuracy": 0.5, "f1": 0.5}})
+        draws.write(tmp_path, [draw])
+        assert draws.read(tmp_path) == [draw] and draw.like(draw)
+        assert not draw.like(Draw(1, 4, {"trained": {"accuracy": 0.5}}))
+        (tmp_path / draws.DRAWS).write_text('[{"seed": 1, "what": 2}]')
+        assert draws.read(tmp_path) == []
 
 
 def test_pairs_are_alike_or_not() -> None:

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from fastpeft.errors import UserError
 
 FILE = "projection.safetensors"
+PROJECTION = "distillation_projection"
+"""Its name in the student's model."""
 
 
 class KeptProjection(TrainerCallback):
@@ -23,20 +25,30 @@ class KeptProjection(TrainerCallback):
         checkpoint: that the run goes on from; None to begin.
 
     Raises:
-        UserError: the checkpoint has no values for it.
+        UserError: the checkpoint has no values for it, or others.
     """
 
     def __init__(self, model: Any, projection: nn.Linear, checkpoint: Path | None) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         self._projection = projection.to(model.device)
-        model.add_module("distillation_projection", projection)
+        model.add_module(PROJECTION, projection)
         if checkpoint is None:
             return
         if not (checkpoint / FILE).is_file():
             raise UserError(f"--resume: expected a checkpoint with {FILE}, got {checkpoint}")
+        try:
+            found = load_file(checkpoint / FILE)["weight"]
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"--resume: {checkpoint / FILE} cannot be read: {error}") from error
+        if found.shape != projection.weight.shape:
+            expected = tuple(projection.weight.shape)
+            raise UserError(
+                f"--resume: {checkpoint / FILE}: expected weight of shape {expected}, got {tuple(found.shape)}"
+            )
         with torch.no_grad():
-            projection.weight.copy_(load_file(checkpoint / FILE)["weight"])
+            projection.weight.copy_(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from safetensors.torch import save_file

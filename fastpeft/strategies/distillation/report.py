@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -44,11 +45,21 @@ class Side:
     quality: dict[str, float]
 
 
-def size_of(model: Any, names: Callable[[str], bool] = lambda name: True) -> tuple[int, float]:
+def read_side(text: str) -> Side | None:
+    """From JSON of a `Side`'s attributes; None for anything else."""
+    try:
+        side = Side(**json.loads(text))
+        numbers = [side.parameters, side.mib, side.seconds, side.tokens, *side.quality.values()]
+        return side if all(isinstance(number, (int, float)) for number in numbers) else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def size_of(model: Any, has: Callable[[str], bool]) -> tuple[int, float]:
     """(values, MiB) of the parameters whose names are wanted, each once; values that are packed count as they are."""
     values, size = 0, 0
     for name, parameter in model.named_parameters():
-        if not names(name):
+        if not has(name):
             continue
         state = getattr(parameter, "quant_state", None)
         values += parameter.numel() if state is None else int(np.prod(state.shape))

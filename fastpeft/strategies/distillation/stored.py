@@ -32,6 +32,7 @@ class StoredTeacher:
         path: the file.
         about: what it must be of, as `write` was told.
         rows: the encoded training rows, a `datasets.Dataset`.
+        vocabulary: how many words, or classes, the student has.
 
     Attributes:
         about: all that `write` was told.
@@ -40,7 +41,7 @@ class StoredTeacher:
         UserError: the file cannot be read, or is of another teacher, other rows or another k.
     """
 
-    def __init__(self, path: Path, about: dict[str, str], rows: Any) -> None:
+    def __init__(self, path: Path, about: dict[str, str], rows: Any, vocabulary: int) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -48,7 +49,8 @@ class StoredTeacher:
                 self.about: dict[str, str] = file.metadata() or {}
                 check_same(path, self.about, about)
                 self._logits, self._words, starts = (file.get_tensor(name) for name in ("logits", "words", "starts"))
-        except (OSError, SafetensorError) as error:
+            _check_tensors(self._logits, self._words, starts, len(rows), vocabulary)
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"strategy.options.stored: {path} cannot be read: {error}; delete it to have it written anew"
             ) from error
@@ -68,6 +70,7 @@ def write(
     about: dict[str, str],
     rows: Any,
     k: int,
+    vocabulary: int,
     batches: Iterable[dict[str, Any]],
     forward: Callable[[dict[str, Any]], Tensor],
     *,
@@ -77,7 +80,7 @@ def write(
 
     Args:
         about: goes into the file's metadata.
-        rows: as of `StoredTeacher`.
+        rows, vocabulary: as of `StoredTeacher`; words that the student has not are left out.
         k: how many logits of each token; at most as many as there are words.
         batches: of all rows in their order, with labels.
         forward: the teacher's logits (batch, tokens, words) for a batch.
@@ -87,7 +90,7 @@ def write(
     logits, words, counts = list[Tensor](), list[Tensor](), [0]
     for batch in batches:
         labels = batch["labels"]
-        found = plain(forward(batch))
+        found = plain(forward(batch))[..., :vocabulary]
         for row, wanted in enumerate(labels):
             scores = found[row]
             if wanted.dim() == 0:  # a class
@@ -129,6 +132,21 @@ def check_same(path: Path, found: dict[str, str], wanted: dict[str, str]) -> Non
                 f"strategy.options.stored: expected logits of {text}, got {got} in {path}; "
                 "name another file, or delete it to have it written anew"
             )
+
+
+def _check_tensors(logits: Tensor, words: Tensor, starts: Tensor, rows: int, vocabulary: int) -> None:
+    """Raise ValueError unless these are what `write` makes of so many rows."""
+    shapes = [tuple(one.shape) for one in (logits, words, starts)]
+    if logits.dim() != 2 or shapes[0] != shapes[1] or shapes[2] != (rows + 1,):
+        raise ValueError(f"expected logits and words (tokens, k) and starts ({rows + 1},), got {shapes}")
+    if not logits.is_floating_point() or words.is_floating_point() or starts.is_floating_point():
+        raise ValueError(f"expected floating logits, whole words and starts, got {logits.dtype}, {words.dtype}, ...")
+    if starts[0] != 0 or starts[-1] != len(logits) or bool((starts.diff() < 0).any()):
+        raise ValueError(f"expected starts that ascend from 0 to {len(logits)}")
+    if len(words) and not 0 <= int(words.min()) <= int(words.max()) < vocabulary:
+        raise ValueError(f"expected words below {vocabulary}, got {int(words.min())} to {int(words.max())}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("expected finite logits")
 
 
 def fingerprint(names: Iterable[str], quantization: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings
 from fastpeft.models import bases
 from fastpeft.models.devices import pick_device, pick_dtype
-from fastpeft.models.tasks import head_options
+from fastpeft.models.tasks import HEADS, head_options
 from fastpeft.training.evaluating import batches, evaluating
 from fastpeft.training.preparing import Prepared
 from fastpeft.training.trainers import build_trainer
@@ -26,8 +27,8 @@ from . import checks, report, stored, student
 from .losses import Ways
 from .matching import Matching
 from .options import BASE, DistillationOptions
-from .projection import KeptProjection
-from .teacher import Choice, Teacher, whole_path
+from .projection import PROJECTION, KeptProjection
+from .teacher import ADAPTER, Choice, Teacher, whole_path
 from .trainer import Lesson, distilling
 
 
@@ -83,8 +84,7 @@ class Distillation(Strategy):
             configs = self._student_config(described), self._teacher_config(described)
             self._matching = Matching(options, *configs, config.training.seed)
         checks.check_rows(prepared, options)
-        if self._is_stored(config):
-            stored.StoredTeacher(self._stored_file(config), self._about(prepared), prepared.rows.rows)
+        self._is_stored = self._read_stored(prepared) is not None
         self.config = config = _with_whole_paths(prepared.config)
         return replace(prepared, config=config)
 
@@ -110,7 +110,7 @@ class Distillation(Strategy):
                 import fastpeft
 
                 fastpeft.accelerate(model, memory=prepared.memory.policy)  # the adapter that came since
-        elif not self._is_stored(prepared.config):
+        elif not self._is_stored:
             self._teacher = self._choice.load(device, dtype)
         return model
 
@@ -138,10 +138,10 @@ class Distillation(Strategy):
                 self._store(prepared, trainer)
         elif self._teacher is not None:
             with self._teacher.asked() as model:
-                self._sides["teacher"] = self._side(prepared, trainer, model)
+                self._sides["teacher"] = self._side(prepared, trainer, model, self._teacher.has)
             if evaluated:
                 self._apart = self._distance(prepared, trainer)
-        self._sides["before"] = self._side(prepared, trainer, trainer.model)
+        self._sides["before"] = self._side(prepared, trainer, trainer.model, _is_students)
         if evaluated:
             self._figures = Figures(prepared, self.options.generate)
             self._figures.measure_before(prepared, trainer)
@@ -155,7 +155,7 @@ class Distillation(Strategy):
             metrics.append(report.divergence_metric(self._apart, self._distance(prepared, trainer), unit))
         sections = [*found.sections]
         if "teacher" in self._sides:
-            after = self._side(prepared, trainer, trainer.model)
+            after = self._side(prepared, trainer, trainer.model, _is_students)
             sections.insert(0, report.section(self._sides["teacher"], self._sides["before"], after, *self._said()))
         return replace(found, metrics=tuple(metrics), sections=tuple(sections))
 
@@ -182,21 +182,40 @@ class Distillation(Strategy):
         head = head_options(config.model.task, config.data.labels, config.data.problem_type)
         folder = self._student_folder(config)
         with self._arguments.main_process_first(local=False, desc="the student's layers"):
-            student.make(config.model, config.model.task, wanted, folder, prepared.tokenizer, **head)
+            given = (config.model, config.model.task, wanted, folder, prepared.tokenizer, config.training.seed)
+            student.make(*given, may_replace=self._checkpoint is None, **head)
 
     def _stored_file(self, config: FastpeftConfig) -> Path:
         given = self.options.stored
         folder = Path(config.training.output_dir).expanduser()
         return folder / stored.FILE if given is None else Path(given).expanduser()
 
-    def _is_stored(self, config: FastpeftConfig) -> bool:
-        return bool(self.options.top_k) and self._stored_file(config).is_file()
+    def _read_stored(self, prepared: Prepared) -> stored.StoredTeacher | None:
+        """None where there are none yet, or where the run's own file is that of a former run, which is replaced."""
+        config = prepared.config
+        path = self._stored_file(config)
+        if not self.options.top_k or not path.is_file():
+            return None
+        vocabulary = self._vocabulary(config)
+        try:
+            return stored.StoredTeacher(path, self._about(prepared), prepared.rows.rows, vocabulary)
+        except UserError:
+            if self.options.stored is None:
+                return None
+            raise
+
+    def _vocabulary(self, config: FastpeftConfig) -> int:
+        """Words, or classes, that the student has."""
+        if config.model.task in HEADS:
+            return len(config.data.labels or [])
+        described = bases.load_config(config.model)
+        return int(getattr(described, "decoder_vocab_size", None) or described.get_text_config().vocab_size)
 
     def _about(self, prepared: Prepared) -> dict[str, str]:
         source, config = self._choice.source, prepared.config
         names = [config.model.name] if source is None else [source.model.name, source.adapter or ""]
         commit = getattr(None if source is None else source.config, "_commit_hash", None)  # of the hub's
-        kind = self.options.teacher_quantization or (source and source.model.quantization) or "none"
+        kind = self.options.teacher_quantization or (source or config).model.quantization or "none"
         teacher = stored.fingerprint(filter(None, names), f"{kind} {config.model.dtype} {commit}")
         return stored.about(prepared.rows, teacher, self.options.top_k, config.data.max_length)
 
@@ -204,7 +223,7 @@ class Distillation(Strategy):
         """The teacher's logits and figures, unless they are there; then the teacher is not needed any more."""
         config = prepared.config
         path, shifted = self._stored_file(config), config.model.task == "causal-lm"
-        if not path.is_file():
+        if (found := self._read_stored(prepared)) is None:
             if self._teacher is None:
                 device = pick_device()
                 self._teacher = self._choice.load(device, pick_dtype(config.model.dtype, device))
@@ -213,18 +232,22 @@ class Distillation(Strategy):
                 def answer(batch: dict[str, Any]) -> Any:
                     return forward({name: value for name, value in batch.items() if name != "labels"}).logits
 
-                said = {"side": json.dumps(vars(self._side(prepared, trainer, model))), "evaluated": _rows_of(prepared)}
+                side = self._side(prepared, trainer, model, self._teacher.has)
+                said = {"side": json.dumps(vars(side)), "evaluated": _rows_of(prepared)}
                 given = batches(prepared, trainer, prepared.rows)
                 about = self._about(prepared) | said
-                stored.write(path, about, prepared.rows.rows, self.options.top_k, given, answer, shifted=shifted)
+                rows, k, vocabulary = prepared.rows.rows, self.options.top_k, self._vocabulary(config)
+                stored.write(path, about, rows, k, vocabulary, given, answer, shifted=shifted)
+            found = self._read_stored(prepared)
         self._teacher = self._lesson.teacher = self._teacher if self._choice.shares else None
-        self._lesson.stored = stored.StoredTeacher(path, self._about(prepared), prepared.rows.rows)
-        found = self._lesson.stored.about
-        if found.get("evaluated") == _rows_of(prepared):
-            self._sides["teacher"] = report.Side(**json.loads(found["side"]))
+        self._lesson.stored = found
+        assert found is not None
+        teacher = report.read_side(found.about.get("side", ""))
+        if teacher is not None and found.about.get("evaluated") == _rows_of(prepared):
+            self._sides["teacher"] = teacher
 
-    def _side(self, prepared: Prepared, trainer: Any, model: Any) -> report.Side:
-        values, size = report.size_of(model)
+    def _side(self, prepared: Prepared, trainer: Any, model: Any, has: Callable[[str], bool]) -> report.Side:
+        values, size = report.size_of(model, has)
         if prepared.evaluation is None:
             return report.Side(values, size, 0.0, 0, {})
         seconds, tokens = report.timed(prepared, trainer, model)
@@ -249,6 +272,11 @@ class Distillation(Strategy):
         count = student.count_of(bases.load_config(self.config.model))
         kept = ", ".join(map(str, student.kept_of(count, options.student_layers)))
         return teacher, f"layers {kept} of {count} of `{Path(self.config.model.name).name}` with an adapter"
+
+
+def _is_students(name: str) -> bool:
+    """Of a parameter in the student's model: no adapter that teaches, no matrix that is left behind."""
+    return not {ADAPTER, PROJECTION} & {*name.split(".")}
 
 
 def _rows_of(prepared: Prepared) -> str:

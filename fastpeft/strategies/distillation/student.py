@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,8 @@ from fastpeft.config import ModelSection
 from fastpeft.errors import UserError
 from fastpeft.memory.layers import model_layers
 from fastpeft.models import bases
+
+from .stored import fingerprint
 
 KEY = "strategy.options.student_layers"
 FOLDER = "student"
@@ -64,29 +65,50 @@ def check(config: Any, wanted: int | list[int]) -> None:
         kept_of(getattr(text, name), wanted)
 
 
-def make(model: ModelSection, task: str, wanted: int | list[int], folder: Path, tokenizer: Any, **head: Any) -> None:
+def make(
+    model: ModelSection,
+    task: str,
+    wanted: int | list[int],
+    folder: Path,
+    tokenizer: Any,
+    seed: int,
+    *,
+    may_replace: bool,
+    **head: Any,
+) -> None:
     """Write the student as a checkpoint of its own, in the dtype of the model's, unless this one is there.
 
     Args:
         model: whose layers are taken.
         task: that it is loaded for.
         wanted: every n-th, or these.
-        folder: where to; another student there is replaced.
+        folder: where to.
         tokenizer: of both.
+        seed: of a fresh head's values, which torch's generator was given.
+        may_replace: another student in the folder; else it is one that a run goes on with.
         head: as `tasks.head_options`.
 
     Raises:
-        UserError: the model cannot be loaded, or its layers cannot be told.
+        UserError: the model cannot be loaded, its layers cannot be told, or it is not what the student was made of.
     """
     import torch
 
-    made_of = json.dumps({"model": model.name, "layers": wanted, "task": task, "head": head}, sort_keys=True)
-    if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text(encoding="utf-8") == made_of:
-        return
-    stored = getattr(bases.load_config(model), "dtype", None) or torch.float32
+    config = bases.load_config(model)
+    weights = fingerprint([model.name], str(getattr(config, "_commit_hash", None)))
+    about = {"model": model.name, "weights": weights, "layers": wanted, "task": task, "head": head, "seed": seed}
+    made_of = json.dumps(about, sort_keys=True)
+    if (folder / MADE_OF).is_file():
+        if (folder / MADE_OF).read_text(encoding="utf-8") == made_of:
+            return
+        if not may_replace:
+            raise UserError(f"--resume: expected {model.name} as {folder} was made of it, got other weights or options")
+    elif folder.exists():
+        raise UserError(f"training.output_dir: expected a folder without another's {folder.name} in it, got {folder}")
+    stored = getattr(config, "dtype", None) or torch.float32
     base, _ = bases.load_base(model, task, torch.device("cpu"), stored, **head)
     cut(base, wanted)
     part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     base.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / MADE_OF).write_text(made_of, encoding="utf-8")
@@ -119,7 +141,7 @@ def cut(base: Any, wanted: int | list[int]) -> None:
         setattr(base.get_submodule(parent), last, nn.ModuleList(layers[number] for number in kept))
         setattr(config, name, len(kept))
         if len(names) == 1 and (kinds := getattr(config, "layer_types", None)) is not None:
-            config.layer_types = [copy.copy(kinds)[number] for number in kept]
+            config.layer_types = [kinds[number] for number in kept]
 
 
 def _kind(config: Any) -> str:

@@ -17,6 +17,7 @@ from fastpeft.models import tuned
 from fastpeft.models.tasks import HEADS, fits
 
 from .options import BASE, DistillationOptions
+from .projection import PROJECTION
 
 KEY = "strategy.options.teacher"
 ADAPTER = "teacher"
@@ -29,6 +30,9 @@ class Teacher(Protocol):
 
     def asked(self) -> AbstractContextManager[Any]:
         """The model, in evaluation mode and without gradients; everything is as before when the context ends."""
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of the model that is asked is the teacher's, and not the student's alone."""
 
     def unsaved(self) -> AbstractContextManager[None]:
         """What the student's adapter is saved within, so that nothing of the teacher goes along."""
@@ -44,6 +48,9 @@ class Another:
     def asked(self) -> Iterator[Any]:
         with torch.no_grad():
             yield self.model
+
+    def has(self, name: str) -> bool:
+        return True
 
     @contextmanager
     def unsaved(self) -> Iterator[None]:
@@ -85,6 +92,9 @@ class SameBase:
                     student.set_adapter(self._own)
         finally:
             student.train(training)
+
+    def has(self, name: str) -> bool:
+        return not {self._own, PROJECTION} & {*name.split(".")}
 
     @contextmanager
     def unsaved(self) -> Iterator[None]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastpeft.requirements import require
 from fastpeft.training.preparing import Prepared
 
+from .pattern import cut
+
 if TYPE_CHECKING:
     from .worded import Worded
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 def with_demonstrations(prepared: Prepared, classifier: Worded, count: int, *, nearest: bool) -> list[dict[str, Any]]:
     """Prompts of the rows that are measured on, each behind examples of the drawn rows.
 
-    Each text is cut to its share of data.max_length. The nearest example is the last, next to the question.
+    Each text is cut to its share of data.max_length, and the first examples go where all are still too long. The
+    nearest example is the last, next to the question.
 
     Args:
         count: of examples, at most.
@@ -27,20 +30,22 @@ def with_demonstrations(prepared: Prepared, classifier: Worded, count: int, *, n
     answers = [classifier.words[label] for label in prepared.rows.rows["labels"]]
     pattern, tokenizer = classifier.pattern, prepared.tokenizer
     count = min(count, len(shown))
-    share = prepared.config.data.max_length // (count + 1)
+    room = classifier.room(prepared.config.data.max_length)
+    spare = (room // (count + 1) - _own_tokens(classifier, tokenizer)) // (1 + pattern.pairs)
 
-    def cut(text: str) -> str:
-        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        spare = max(1, share - _own_tokens(classifier, tokenizer))
-        return text if len(ends) <= spare else text[: ends[spare - 1][1]]
+    def texts(row: dict[str, Any]) -> tuple[str, str]:
+        return cut(row["source"], max(1, spare), tokenizer), cut(row["source_pair"] or "", max(1, spare), tokenizer)
 
-    examples = [pattern.shown(cut(r["source"]), r["source_pair"], a) for r, a in zip(shown, answers, strict=True)]
+    examples = [pattern.shown(*texts(row), answer) for row, answer in zip(shown, answers, strict=True)]
     order = _nearest(shown, asked, count) if nearest else _drawn(len(shown), len(asked), count, prepared)
     found = []
     for row, places in zip(asked, order, strict=True):
-        question = pattern.prompt(cut(row["source"]), row["source_pair"], tokenizer)
-        text = "\n\n".join([*(examples[place] for place in places), question])
-        found.append(dict(tokenizer(text, verbose=False)))
+        question = pattern.fit(*texts(row), tokenizer, room)
+        for first in range(len(places) + 1):
+            text = "\n\n".join([*(examples[place] for place in places[first:]), question])
+            if len((encoded := dict(tokenizer(text, verbose=False)))["input_ids"]) <= room:
+                break
+        found.append(encoded)
     return found
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastpeft.data.cleaning import compared_words
+from fastpeft.data.columns import class_of as number_of_class
+from fastpeft.data.columns import words_of
 from fastpeft.data.near import NearIndex, Sketch, runs_of
 from fastpeft.errors import UserError
 
@@ -22,6 +24,15 @@ def text_of(row: dict[str, Any]) -> str:
 
 def class_of(row: dict[str, Any]) -> str:
     return str(row["label"])
+
+
+def check_rows(rows: Any, labels: Sequence[str], where: str) -> None:
+    """Raise UserError for a row without a text or with another class, by its number; in a draw it has another."""
+    numbers = {name: number for number, name in enumerate(labels)}
+    for place, row in enumerate(rows):
+        named = f"{where}: row {place + 1}"
+        words_of(row, "text", named)
+        number_of_class(row["label"], numbers, "label", named)
 
 
 class Pool:
@@ -81,7 +92,7 @@ class Pool:
         return list(self._places.get(label, ()))
 
     def _sketch(self, row: dict[str, Any]) -> Sketch:
-        return self._index.sketch(runs_of(compared_words(text_of(row)), WORDS))
+        return self._index.sketch(runs_of(_words(row), WORDS))
 
 
 def distinct(rows: Any, seen: Iterable[tuple[str, ...]] = ()) -> list[int]:
@@ -116,4 +127,5 @@ def held_back(rows: Any, count: int, seed: int, key: str) -> tuple[list[int], li
 
 
 def _words(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(compared_words(text_of(row)))
+    text = text_of(row)
+    return tuple(compared_words(text)) or (text,)  # signs alone

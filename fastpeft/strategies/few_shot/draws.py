@@ -27,10 +27,19 @@ class Draw:
     steps: int
     figures: dict[str, dict[str, float]]
 
+    def like(self, other: Draw) -> bool:
+        """Whether both have the same figures."""
+        return {way: list(one) for way, one in self.figures.items()} == {
+            way: list(one) for way, one in other.figures.items()
+        }
+
 
 def read(folder: Path) -> list[Draw]:
-    path = folder / DRAWS
-    return [Draw(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    """Empty where there is no such file, or one that cannot be read: those draws are measured again."""
+    try:
+        return [Draw(**one) for one in json.loads((folder / DRAWS).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def write(folder: Path, draws: Sequence[Draw]) -> None:

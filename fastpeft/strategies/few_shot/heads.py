@@ -40,9 +40,19 @@ class LinearHead:
 
     @classmethod
     def load(cls, folder: Path) -> LinearHead:
+        """What `save` wrote. Raises ValueError for anything else, OSError where there is nothing."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        return cls(**load_file(folder / WEIGHTS))
+        try:
+            found = load_file(folder / WEIGHTS)
+        except (SafetensorError, KeyError, TypeError) as error:  # the latter two for dtypes that NumPy has not
+            raise ValueError(str(error)) from error
+        shapes = {name: value.shape for name, value in found.items()}
+        weight, bias = (shapes.get(name, ()) for name in ("weight", "bias"))
+        if len(shapes) != 2 or len(weight) != 2 or bias != weight[:1]:
+            raise ValueError(f"expected weight (classes, width) and bias (classes,), got {shapes}")
+        return cls(**{name: value.astype(np.float32) for name, value in found.items()})
 
 
 def logistic_regression(embeddings: Any, labels: Any) -> LinearHead:
@@ -72,9 +82,21 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """None where a folder is of no few-shot run."""
+    """What `write_settings` wrote; None where a folder is of no few-shot run. Raises ValueError for anything else."""
     path = folder / SETTINGS
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    expected: dict[str, type] = {"kind": str, "labels": list}
+    if isinstance(found, dict) and found.get("kind") == "worded":
+        expected |= {"words": list, "pattern": str, "whole": bool, "calibrate": bool}
+    for name, kind in expected.items():
+        value = found.get(name) if isinstance(found, dict) else None
+        names = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(one, str) for one in names):
+            raise ValueError(f"expected {name} as a {kind.__name__}{' of names' * (kind is list)}, got {value!r}")
+    if found["kind"] not in ("embedded", "worded"):
+        raise ValueError(f"expected kind embedded or worded, got {found['kind']!r}")
+    if len(found["labels"]) < 2 or len(found.get("words", found["labels"])) != len(found["labels"]):
+        raise ValueError(f"expected two classes or more, each with its word, got {found['labels']}")
     return found

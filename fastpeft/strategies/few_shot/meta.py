@@ -41,10 +41,11 @@ class Meta(Contrastive):
     """Episodes of other classes teach the adapter; the novel classes' few rows then adapt it."""
 
     def check(self) -> None:
-        if not self.options.novel or len(set(self.options.novel)) < 2:
+        novel = self.options.novel or []
+        if len(novel) < 2 or len(set(novel)) < len(novel):
             raise UserError(
                 f"strategy.options.novel: expected at least two classes to adapt to for method {self.options.method}, "
-                f"got {self.options.novel}"
+                f"each once, got {self.options.novel}"
             )
 
     def measured(self, labels: Sequence[str]) -> list[str]:

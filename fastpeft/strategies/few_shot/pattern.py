@@ -49,7 +49,8 @@ class Pattern:
     def prompt(self, text: str, pair: str | None, tokenizer: Any) -> str:
         """What the model reads: with a mask in the slot, or up to the slot."""
         if self.task == "masked-lm":
-            return self.filled(text.replace(tokenizer.mask_token, " "), pair, tokenizer.mask_token)
+            texts = [None if one is None else one.replace(tokenizer.mask_token, " ") for one in (text, pair)]
+            return self.filled(texts[0] or "", texts[1], tokenizer.mask_token)
         return self._before(text, pair).rstrip()
 
     def shown(self, text: str, pair: str | None, answer: str) -> str:
@@ -65,17 +66,42 @@ class Pattern:
         before = self._before("x", "x")
         return before[len(before.rstrip()) :]
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it has a slot for a second text."""
+        return "{text_pair}" in self.text
+
     def fit(self, text: str, pair: str | None, tokenizer: Any, limit: int) -> str:
-        """The prompt with so much of the text that it has at most `limit` tokens; the slot is never cut."""
+        """The prompt with so much of the texts, the longer one cut first, that it has at most `limit` tokens.
+
+        Raises:
+            UserError: the rest of the pattern leaves no room for them.
+        """
         prompt = self.prompt(text, pair, tokenizer)
         while (over := len(_ids(tokenizer, prompt)) - limit) > 0:
-            pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ends = [end for _, end in pieces["offset_mapping"]]
-            if len(ends) <= over:
+            sizes = [len(ends_of(text, tokenizer)), len(ends_of(pair or "", tokenizer)) if self.pairs else 0]
+            short, long = sorted(sizes)
+            if long <= 1:
                 raise UserError(f"data.max_length: expected more than the pattern's own tokens, got {limit}")
-            text = text[: ends[len(ends) - over - 1]]
+            kept = max(long - over, min(short, long - 1), 1)
+            if sizes[0] == long:
+                text = cut(text, kept, tokenizer)
+            else:
+                pair = cut(pair or "", kept, tokenizer)
             prompt = self.prompt(text, pair, tokenizer)
         return prompt
+
+
+def ends_of(text: str, tokenizer: Any) -> list[int]:
+    """Where each token of a text ends in it."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return [end for _, end in found]
+
+
+def cut(text: str, count: int, tokenizer: Any) -> str:
+    """The first `count` tokens of a text."""
+    ends = ends_of(text, tokenizer)
+    return text if len(ends) <= count else text[: ends[count - 1]]
 
 
 def tokens_of(pattern: Pattern, words: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -39,6 +39,7 @@ class PatternTuning(Method):
             raise UserError("model.name: expected a tokenizer with a mask token, got one without")
         pattern, tokenizer = Pattern(self.options.pattern, raw.task), raw.tokenizer
         pattern.check()
+        self._unread = "text_pair" in raw.rows.column_names and not pattern.pairs
         labels = raw.data.labels or []
         words = words_of(labels, self.options.verbaliser)
         check_words(labels, words, tokens_of(pattern, words, tokenizer), single=not self.whole)
@@ -55,9 +56,16 @@ class PatternTuning(Method):
         return fill
 
     def notes(self) -> list[str]:
-        if self._adapter == "lora":
-            return []
-        return ["(IA)³ is trained in place of LoRA: the settings of lora, but for modules_to_save, are not used"]
+        found = []
+        if self._adapter == "ia3":
+            found.append(
+                "(IA)³ is trained in place of LoRA: the settings of lora, but for modules_to_save, are not used"
+            )
+        if self._unread:
+            found.append(
+                "rows have a text_pair, which strategy.options.pattern has no slot {text_pair} for: it is not read"
+            )
+        return found
 
     @property
     def _adapter(self) -> str:

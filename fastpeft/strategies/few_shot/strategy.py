@@ -26,9 +26,10 @@ from fastpeft.strategies.figures import classes as figures
 from fastpeft.training.evaluating import classes
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared, Raw
+from fastpeft.training.watching import StopAtNaN
 
 from . import draws as kept
-from .drawing import Pool, class_of, held_back
+from .drawing import Pool, check_rows, class_of, distinct, held_back
 from .draws import Draw
 from .method import Classifier, Method, classes_of
 from .methods import method_class
@@ -71,13 +72,22 @@ class FewShot(Strategy):
     def edit(self, raw: Raw) -> Raw:
         options, seed = self.options, self.config.training.seed
         rows, evaluation = raw.rows, raw.evaluation
+        check_rows(rows, raw.data.labels or [], "data")
         labels = self._method.measured(raw.data.labels or [])
         if raw.data.eval_fraction:
             count = max(1, round(len(rows) * raw.data.eval_fraction))
             rest, held = held_back(rows, count, seed, "data.eval_fraction")
             rows, evaluation = rows.select(rest), rows.select(held)
+        elif evaluation is not None:
+            check_rows(evaluation, raw.data.labels or [], "data.eval_path" if raw.data.eval_path else "data.eval_split")
+            evaluation = evaluation.select(distinct(evaluation))
         if evaluation is not None and options.novel:
             evaluation = evaluation.select([n for n, row in enumerate(evaluation) if class_of(row) in labels])
+            if len(evaluation) == 0:
+                raise UserError(
+                    f"strategy.options.novel: expected rows of {', '.join(labels)} to measure on, got none; give more "
+                    "data.eval_fraction, or other rows"
+                )
         if evaluation is not None and len(evaluation) > options.measured_rows:
             _, held = held_back(evaluation, options.measured_rows, seed, "strategy.options.measured_rows")
             evaluation = evaluation.select(held)
@@ -118,7 +128,7 @@ class FewShot(Strategy):
         draws = [self._figures(prepared, trainer, guessed, self._baselines)]
         if self.options.seeds > 1:
             steps = trainer.state.max_steps
-            done = {draw.seed: draw for draw in kept.read(target) if draw.steps == steps}
+            done = {draw.seed: draw for draw in kept.read(target) if draw.steps == steps and draw.like(draws[0])}
             for seed in range(draws[0].seed + 1, draws[0].seed + self.options.seeds):
                 draws.append(done.get(seed) or self._drawn_anew(prepared, trainer, seed))
                 if first:
@@ -141,9 +151,11 @@ class FewShot(Strategy):
         arguments.save_strategy, arguments.report_to = SaveStrategy.NO, []
         baselines = self._without_training(prepared, model)
         optimizer = chosen_optimizer(config.training.optim, arguments, model)
-        own = self._method.trainer(prepared, model, arguments, [])
+        nan = StopAtNaN()
+        own = self._method.trainer(prepared, model, arguments, [nan])
         set_optimizer(own, config.training.optim, optimizer)
         own.train()
+        nan.check(model)
         guessed = self._guesses(self._method.fit(prepared, model), prepared, own)
         return self._figures(prepared, own, guessed, baselines)
 

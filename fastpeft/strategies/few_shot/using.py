@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .method import Classifier
 
 
+TASKS = {"embedded": ("feature-extraction",), "worded": ("masked-lm", "causal-lm", "seq2seq-lm")}
+"""What models each kind of classifier is of."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """What is in a run's folder.
@@ -57,7 +61,8 @@ class Saved:
             from .contrastive import Embedded
 
             cut = {"truncation": True, "max_length": limit, "verbose": False}
-            return Embedded(self._head()), [dict(tokenizer(prompt.given, prompt.pair, **cut)) for prompt in prompts]
+            head = self._head(source.config.hidden_size)
+            return Embedded(head), [dict(tokenizer(prompt.given, prompt.pair, **cut)) for prompt in prompts]
         from .worded import Worded
 
         worded = Worded.made(self.settings, source.task, tokenizer)
@@ -67,11 +72,18 @@ class Saved:
             rows.append(dict(tokenizer(text, verbose=False)))
         return worded, rows
 
-    def _head(self) -> LinearHead:
+    def _head(self, width: int) -> LinearHead:
         try:
-            return LinearHead.load(self.folder)
-        except (OSError, ValueError, TypeError) as error:
+            head = LinearHead.load(self.folder)
+        except (OSError, ValueError) as error:
             raise UserError(f"MODEL: {self.folder / WEIGHTS} cannot be read: {error}") from error
+        expected = len(self.settings["labels"]), width
+        if head.weight.shape != expected:
+            raise UserError(
+                f"MODEL: {self.folder / WEIGHTS}: expected weight of shape {expected}, a row for each class and a "
+                f"column for each of the model's hidden values, got {head.weight.shape}"
+            )
+        return head
 
 
 def saved_by(source: Source) -> Saved | None:
@@ -83,4 +95,11 @@ def saved_by(source: Source) -> Saved | None:
         settings = read_settings(folder)
     except ValueError as error:
         raise UserError(f"MODEL: {folder / SETTINGS} cannot be read: {error}") from error
-    return None if settings is None else Saved(folder, settings)
+    if settings is None:
+        return None
+    expected = TASKS[settings["kind"]]
+    if source.task not in expected:
+        raise UserError(
+            f"MODEL: {folder / SETTINGS}: expected an adapter for task {' or '.join(expected)}, got {source.task}"
+        )
+    return Saved(folder, settings)
