@@ -61,9 +61,9 @@ def plan(
 
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
-    from fastpeft.memory.planning import model_of, plan_on
+    from fastpeft.memory.plan.planning import model_of, plan_on
+    from fastpeft.memory.plan.timing import Rates
     from fastpeft.memory.sizes import gib, parse_size
-    from fastpeft.memory.timing import Rates
 
     settle_logs(verbose, quiet)
     try:
@@ -80,7 +80,7 @@ def plan(
     elif len(plans) == 1:
         print(plans[0])
     else:
-        from fastpeft.memory.rendering import policy_text
+        from fastpeft.memory.plan.rendering import policy_text
 
         print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
         for each in plans:

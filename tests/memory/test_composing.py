@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastpeft.memory.composing import compose
 from fastpeft.memory.policy import LayerPolicy
-from fastpeft.memory.timeline import Stretch
+from fastpeft.memory.trace.composing import compose
+from fastpeft.memory.trace.timeline import Stretch
 
 KEPT, AGAIN = LayerPolicy(), LayerPolicy("recompute")
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import fastpeft
 from fastpeft import LayerPolicy
-from fastpeft.memory import advice
-from fastpeft.memory.out_of_memory import OutOfMemory
+from fastpeft.memory.exhaustion import advice
+from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 from tests.integration.models import batch, make
 from tests.memory.exhausted import SAID

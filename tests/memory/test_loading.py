@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 import fastpeft
 from fastpeft.config import ModelSection
 from fastpeft.integrations import packed_loading
-from fastpeft.memory import packed_cache
-from fastpeft.memory.packed_files import Packed
+from fastpeft.memory.packed import cache as packed_cache
+from fastpeft.memory.packed.files import Packed
 from fastpeft.models.bases import load_base
 
 from .packed import MODELS, check_same, checkpoint, plain

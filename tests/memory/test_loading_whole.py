@@ -75,7 +75,7 @@ def test_host_memory_holds_the_packed_model_and_little_more(
 
 def test_a_load_that_was_killed_is_gone_on_with(large: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    smaller = "from fastpeft.memory import packed_cache\npacked_cache.FILE_BYTES = 4 << 20\n"
+    smaller = "from fastpeft.memory.packed import cache\ncache.FILE_BYTES = 4 << 20\n"
     code = LOAD.format(cache=str(cache)) + smaller + f"load({large!r})"
     path = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
     process = subprocess.Popen([sys.executable, "-c", path + code], stderr=subprocess.DEVNULL)

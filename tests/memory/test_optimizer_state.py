@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpeft.memory.optimizer_state import OPTIMIZERS, state_sizes
+from fastpeft.memory.plan.optimizer_state import OPTIMIZERS, state_sizes
 from fastpeft.optim import AdamW
 
 

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastpeft.memory import packed_cache, packed_entries, packed_files
-from fastpeft.memory.packed_cache import PackedCache
-from fastpeft.memory.packed_files import Packed
+from fastpeft.memory.packed import cache as packed_cache
+from fastpeft.memory.packed import entries as packed_entries
+from fastpeft.memory.packed import files as packed_files
+from fastpeft.memory.packed.cache import PackedCache
+from fastpeft.memory.packed.files import Packed
 
 ABOUT = {"source": "some/model", "packing": "nf4"}
 FORK = multiprocessing.get_context("fork")

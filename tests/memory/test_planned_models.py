@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
-from fastpeft.memory.loaded import model_of_loaded
-from fastpeft.memory.skeleton import stored
+from fastpeft.memory.plan.loaded import model_of_loaded
+from fastpeft.memory.trace.skeleton import stored
 from tests.integration.models import batch, make, make_base, with_lora
 from tests.integration.quantised import make_quantised
 from tests.integration.steps import step

@@ -9,12 +9,12 @@ import pytest
 from transformers import LlamaConfig
 
 import fastpeft
-from fastpeft.memory.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
-from fastpeft.memory.largest import EXTREMES, largest, largest_of, most_of
-from fastpeft.memory.planning import Plan, model_of, plan_on
+from fastpeft.memory.plan.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
+from fastpeft.memory.plan.largest import EXTREMES, largest, largest_of, most_of
+from fastpeft.memory.plan.planning import Plan, model_of, plan_on
+from fastpeft.memory.plan.predicting import Model
+from fastpeft.memory.plan.timing import Rates
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
-from fastpeft.memory.predicting import Model
-from fastpeft.memory.timing import Rates
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2,

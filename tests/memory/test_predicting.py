@@ -11,8 +11,8 @@ from torch import nn
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
 from fastpeft.bench.planned import FAMILIES, METHODS, TILE, Case, Family, cases
-from fastpeft.memory.composing import Peak
 from fastpeft.memory.policy import LayerPolicy
+from fastpeft.memory.trace.composing import Peak
 from fastpeft_kernels.common.remembered import forget_remembered
 
 WITHIN = 0.05

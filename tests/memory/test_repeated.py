@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft.memory.repeated import Repeated
+from fastpeft.memory.trace.repeated import Repeated
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy, StepRetry
-from fastpeft.memory.ladder import current_policy, level_text
+from fastpeft.memory.exhaustion.ladder import current_policy, level_text
+from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 from fastpeft.memory.layers import model_layers
-from fastpeft.memory.out_of_memory import OutOfMemory
 from tests.integration.models import batch, checkpointed, make
 from tests.memory.exhausted import Exhausted
 
@@ -281,7 +281,7 @@ def among_others(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_be_run_again_as_it_was_is_not(change: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastpeft.memory.advice.prediction", lambda *_: ([], []))
+    monkeypatch.setattr("fastpeft.memory.exhaustion.advice.prediction", lambda *_: ([], []))
     model = make()
     change(model, monkeypatch) if change is among_others else change(model)
     retry = StepRetry(model)

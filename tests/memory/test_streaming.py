@@ -12,10 +12,10 @@ from torch import nn
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
-from fastpeft.memory import stowing
 from fastpeft.memory.layers import model_layers
-from fastpeft.memory.ring import Ring
-from fastpeft.memory.streaming import StreamedLayer
+from fastpeft.memory.streaming import stowing
+from fastpeft.memory.streaming.layer import StreamedLayer
+from fastpeft.memory.streaming.ring import Ring
 from tests.integration.models import ARCHITECTURES, batch, checkpointed, make_base, with_lora
 from tests.integration.quantised import make_quantised
 from tests.integration.steps import Step, step

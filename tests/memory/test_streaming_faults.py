@@ -17,7 +17,7 @@ from fastpeft import LayerPolicy, MemoryPolicy
 from fastpeft.layers.kept import KEEPERS
 from fastpeft.memory.layers import model_layers
 from fastpeft.memory.offloading import Line
-from fastpeft.memory.ring import Ring
+from fastpeft.memory.streaming.ring import Ring
 from tests.integration.models import batch
 from tests.integration.steps import Step
 from tests.memory.test_policies import full, seeded
@@ -72,7 +72,7 @@ def in_a_copy(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
 
 
 def in_giving_up(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    from fastpeft.memory.stowing import Bundle
+    from fastpeft.memory.streaming.stowing import Bundle
 
     fails_once(monkeypatch, Bundle, "empty", 2, KeyboardInterrupt)
 
@@ -89,7 +89,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, nn.Module], None]] = {
 @pytest.fixture(scope="module")
 def begun() -> Started:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastpeft.memory.stowing.SMALLEST", 16)
+        patched.setattr("fastpeft.memory.streaming.stowing.SMALLEST", 16)
         torch.manual_seed(0)
         return started()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.memory.layers import model_layers
-from fastpeft.memory.stowing import Stowed
+from fastpeft.memory.streaming.stowing import Stowed
 from tests.memory.test_policies import seeded
 from tests.memory.test_streaming import _small, on_device, ring_of, started, streamed  # noqa: F401
 
@@ -109,7 +109,7 @@ def test_what_asks_for_no_values_copies_nothing(monkeypatch: pytest.MonkeyPatch)
     model, *_ = started()
     streamed(model)
     parameter = stowed(model).tensor
-    monkeypatch.setattr("fastpeft.memory.reading._on_copies", None)
+    monkeypatch.setattr("fastpeft.memory.streaming.reading._on_copies", None)
     assert parameter.shape == parameter.size() and parameter.numel() == parameter.nbytes // parameter.element_size()
     assert parameter.to(parameter.device) is parameter and parameter.to(parameter.dtype).float() is parameter
     assert not parameter.requires_grad and parameter.grad is None and parameter.is_leaf and len(parameter)

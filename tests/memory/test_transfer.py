@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastpeft.memory.transfer import Transfer, tokens_to_hide
+from fastpeft.memory.plan.transfer import Transfer, tokens_to_hide
 
 
 def test_a_layer_by_hand() -> None:

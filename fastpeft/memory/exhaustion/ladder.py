@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ..replacements.memory import MemoryReplacement, mlps
-from ..replacements.mlp import RECOMPUTE
-from .layers import model_layers
-from .policy import ACTIVATIONS, Activations, LayerPolicy, MemoryPolicy
-from .streaming import StreamedLayer
+from ...replacements.memory import MemoryReplacement, mlps
+from ...replacements.mlp import RECOMPUTE
+from ..layers import model_layers
+from ..policy import ACTIVATIONS, Activations, LayerPolicy, MemoryPolicy
+from ..streaming.layer import StreamedLayer
 
 
 def current_policy(model: nn.Module) -> MemoryPolicy:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .offloading import Line
+from ..offloading import Line
 from .stowing import Bundle
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-from ..layers.kept import KEEPERS
-from ..layers.mixing import swap_in
-from .activations import PolicyLayer
+from ...layers.kept import KEEPERS
+from ...layers.mixing import swap_in
+from ..activations import PolicyLayer
 from .ring import Ring
 from .stowing import Bundle, shared_storages
 

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..layers.random_state import RandomState
+from ...layers.random_state import RandomState
+from ..policy import MemoryPolicy
+from ..sizes import parse_size
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
 from .largest import MOST_TOKENS, largest_of, most_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
-from .policy import MemoryPolicy
 from .predicting import Model, Setting
 from .rendering import render
-from .sizes import parse_size
 from .timing import Rates
 
 METHODS = ("lora", "qlora")
@@ -98,8 +98,8 @@ def plan(
 
     Args:
         name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
-            `fastpeft.memory.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter of
-            PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
+            `fastpeft.memory.plan.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter
+            of PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
         gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
         seq, batch: tokens a row, and rows, of one forward pass.
         rank, targets: of LoRA, as PEFT takes them.

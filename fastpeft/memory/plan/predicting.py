@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fastpeft.config import LoraSection
 
-from .composing import Peak, compose
-from .layers import model_layers
-from .live import LiveBytes, rounded
+from ..layers import model_layers
+from ..policy import LayerPolicy
+from ..streaming.stowing import SMALLEST
+from ..trace.composing import Peak, compose
+from ..trace.live import LiveBytes, rounded
+from ..trace.repeated import Repeated
+from ..trace.skeleton import Skeleton, build, follow, stored
+from ..trace.timeline import Stretch, trace
 from .optimizer_state import state_sizes
-from .policy import LayerPolicy
-from .repeated import Repeated
-from .skeleton import Skeleton, build, follow, stored
-from .stowing import SMALLEST
-from .timeline import Stretch, trace
 from .timing import Work, work_of
 
 _STATE = "optimizer's state"

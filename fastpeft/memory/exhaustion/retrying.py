@@ -15,7 +15,7 @@ from fastpeft_kernels.common.remembered import forget_remembered
 from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.weights.held import release_held
 
-from ..applying import RETRIED, SETTINGS
+from ...applying import RETRIED, SETTINGS
 from .before import StateBefore
 from .ladder import level_text, next_policy, switch_policy
 from .out_of_memory import LastCall, OutOfMemory, phase_of
@@ -68,8 +68,8 @@ class StepRetry:
             undo: puts back what else it changed.
 
         Raises:
-            fastpeft.memory.out_of_memory.OutOfMemory: memory ran out, and there is no policy left that keeps less, or
-                a reason not to run the step again, which the message names.
+            fastpeft.memory.exhaustion.out_of_memory.OutOfMemory: memory ran out, and there is no policy left that
+                keeps less, or a reason not to run the step again, which the message names.
         """
         self._state.note()
         try:

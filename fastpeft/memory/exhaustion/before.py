@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.buffers import BufferOwners, BufferValue
-from ..layers.random_state import RandomState, devices_of
-from .offloading import Line
+from ...layers.buffers import BufferOwners, BufferValue
+from ...layers.random_state import RandomState, devices_of
+from ..offloading import Line
 
 SMALL = 1 << 16
 """Bytes of a buffer of which a copy is kept; of larger ones it is looked whether they were written to."""

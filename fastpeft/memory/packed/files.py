@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .packed_entries import SUFFIX, UNFINISHED
+from .entries import SUFFIX, UNFINISHED
 
 _DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .policy import LayerPolicy, MemoryPolicy
+from ..policy import LayerPolicy, MemoryPolicy
 from .predicting import Model
 from .timing import Rates, hidden_from, seconds
 

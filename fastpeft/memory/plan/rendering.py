@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .sizes import gib
+from ..sizes import gib
 
 if TYPE_CHECKING:
     from .planning import Plan

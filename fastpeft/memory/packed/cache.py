@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .packed_entries import LOCK, MANIFEST, SUFFIX, UNFINISHED
-from .packed_files import Damaged, Packed, check, contents, write
+from .entries import LOCK, MANIFEST, SUFFIX, UNFINISHED
+from .files import Damaged, Packed, check, contents, write
 
 logger = logging.getLogger("fastpeft")
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations import bitsandbytes, peft
-from ..layers.kept import stock_type
+from ...integrations import bitsandbytes, peft
+from ...layers.kept import stock_type
+from ..offloading import Line
 from .host_store import pin, to_host
-from .offloading import Line
 from .reading import HOME, hide, show
 
 SMALLEST = 4096

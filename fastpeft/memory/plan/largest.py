@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..policy import LayerPolicy, MemoryPolicy
 from .choosing import LEAST, OFFLOAD, RECOMPUTE, STREAMED, Need, need, tiled
-from .policy import LayerPolicy, MemoryPolicy
 from .predicting import Model
 from .timing import Rates
 

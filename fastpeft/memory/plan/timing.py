@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from .policy import LayerPolicy
+from ..policy import LayerPolicy
 from .transfer import PRODUCT, tokens_to_hide
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..requirements import require_core
+from ...requirements import require_core
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -75,7 +75,7 @@ def load(
     require_core()
     from transformers import AutoModelForCausalLM
 
-    from ..models.devices import pick_device, pick_dtype
+    from ...models.devices import pick_device, pick_dtype
 
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization: expected one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
@@ -100,8 +100,8 @@ def load(
         options["quantization_config"] = bits
     if not cache or quantization not in ("nf4", "fp4"):
         return kind.from_pretrained(name, **options)
-    from ..integrations.packed_loading import from_pretrained
-    from .packed_entries import user_folder
+    from ...integrations.packed_loading import from_pretrained
+    from .entries import user_folder
 
     return from_pretrained(kind, name, user_folder() if cache_dir is None else Path(cache_dir), **options)
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..layers.random_state import RandomState, devices_of
-from .choosing import Need, need
+from ...layers.random_state import RandomState, devices_of
+from ..plan.choosing import Need, need
+from ..plan.loaded import model_of_loaded
+from ..plan.optimizer_state import OPTIMIZERS, state_sizes
+from ..plan.planning import components
+from ..plan.predicting import Model
+from ..plan.timing import Rates
+from ..policy import ACTIVATIONS, MemoryPolicy
+from ..sizes import mib_or_gib
 from .ladder import current_policy, level_text
-from .loaded import model_of_loaded
-from .optimizer_state import OPTIMIZERS, state_sizes
 from .out_of_memory import Call, OutOfMemory, Phase, asked_bytes, phase_of
-from .planning import components
-from .policy import ACTIVATIONS, MemoryPolicy
-from .predicting import Model
-from .sizes import mib_or_gib
-from .timing import Rates
 
 MOST_CHANGES = 3
 EIGHT_BIT = "adamw_8bit"

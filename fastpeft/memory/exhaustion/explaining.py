@@ -28,8 +28,8 @@ def explain_out_of_memory(model: nn.Module, *, optimizer: str = "adamw_torch") -
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        fastpeft.memory.out_of_memory.OutOfMemory: a torch.OutOfMemoryError, in place of this or of another error that
-            says the same ("can't allocate memory", CUBLAS_STATUS_ALLOC_FAILED), which is its `__cause__`.
+        fastpeft.memory.exhaustion.out_of_memory.OutOfMemory: a torch.OutOfMemoryError, in place of this or of another
+            error that says the same ("can't allocate memory", CUBLAS_STATUS_ALLOC_FAILED), which is its `__cause__`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..layers.kept import STOCK, Keeper, stock_type
+from ...layers.kept import STOCK, Keeper, stock_type
 
 HOME = "fastpeft_home"
 """Attribute of a streamed tensor: its `Stowed`."""

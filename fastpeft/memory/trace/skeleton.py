@@ -14,8 +14,8 @@ from fastpeft.config import LoraSection
 from fastpeft.models.adapters import attach_adapter
 from fastpeft.models.tasks import auto_class, head_options
 
-from .layers import model_layers
-from .policy import LayerPolicy, MemoryPolicy
+from ..layers import model_layers
+from ..policy import LayerPolicy, MemoryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

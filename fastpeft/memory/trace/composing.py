@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .policy import LayerPolicy
+from ..policy import LayerPolicy
 from .timeline import Stretch
 
 Traces = dict[LayerPolicy, list[Stretch]]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraSection
-from ..integrations import bitsandbytes, quantised
-from ..models.tasks import task_of
-from .layers import model_layers
+from ...config import LoraSection
+from ...integrations import bitsandbytes, quantised
+from ...models.tasks import task_of
+from ..layers import model_layers
+from ..trace.skeleton import stored
 from .predicting import Model, Setting, is_streamed
-from .skeleton import stored
 
 BLOCK = 512
 """Bytes of which torch's allocator on a GPU hands out multiples."""
