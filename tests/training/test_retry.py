@@ -23,7 +23,7 @@ from fastpeft.strategies import base
 from tests.checkpoints import Checkpoints, write_rows
 from tests.integration.models import make
 from tests.integration.test_trainers import Rows, arguments
-from tests.memory.exhausted import SAID
+from tests.memory.exhaustion.exhausted import SAID
 
 from .runs import adapter, chats, texts, train
 

@@ -18,7 +18,7 @@ from fastpeft.memory.exhaustion.ladder import current_policy, level_text
 from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 from fastpeft.memory.layers import model_layers
 from tests.integration.models import batch, checkpointed, make
-from tests.memory.exhausted import Exhausted
+from tests.memory.exhaustion.exhausted import Exhausted
 
 LEVELS = ["selective", "recompute", "offload"]
 MICRO_STEPS = 4

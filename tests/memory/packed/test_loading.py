@@ -18,7 +18,7 @@ from fastpeft.memory.packed import cache as packed_cache
 from fastpeft.memory.packed.files import Packed
 from fastpeft.models.bases import load_base
 
-from .packed import MODELS, check_same, checkpoint, plain
+from .checkpoints import MODELS, check_same, checkpoint, plain
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 full = pytest.mark.full

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.fresh import ROOT, run_fresh
 
-from .packed import check_same, checkpoint, plain
+from .checkpoints import check_same, checkpoint, plain
 
 pytestmark = pytest.mark.full
 LAYERS = 8

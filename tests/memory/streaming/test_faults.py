@@ -20,8 +20,8 @@ from fastpeft.memory.offloading import Line
 from fastpeft.memory.streaming.ring import Ring
 from tests.integration.models import batch
 from tests.integration.steps import Step
+from tests.memory.streaming.test_streaming import _small, ring_of, started, streamed  # noqa: F401
 from tests.memory.test_policies import full, seeded
-from tests.memory.test_streaming import _small, ring_of, started, streamed  # noqa: F401
 
 Started = tuple[nn.Module, dict[str, Any], Step]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft.memory.layers import model_layers
 from fastpeft.memory.streaming.stowing import Stowed
+from tests.memory.streaming.test_streaming import _small, on_device, ring_of, started, streamed  # noqa: F401
 from tests.memory.test_policies import seeded
-from tests.memory.test_streaming import _small, on_device, ring_of, started, streamed  # noqa: F401
 
 READINGS: dict[str, Callable[[nn.Parameter], Any]] = {
     "repr": lambda p: repr(p) if type(p).__name__ == "Parameter" else repr(p.data),

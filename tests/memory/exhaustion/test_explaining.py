@@ -15,7 +15,7 @@ from fastpeft.memory.exhaustion import advice
 from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 from tests.integration.models import batch, make
-from tests.memory.exhausted import SAID
+from tests.memory.exhaustion.exhausted import SAID
 
 
 @pytest.fixture
