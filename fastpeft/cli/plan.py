@@ -11,7 +11,7 @@ import typer
 from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
-from .shared import Quiet, Verbose, settle_logs
+from .shared import Quiet, Verbose, settle_logs, uncollected
 
 EPILOG = """
 Examples:
@@ -61,19 +61,20 @@ def plan(
 
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
-    from fastpeft.memory.plan.planning import model_of, plan_on
-    from fastpeft.memory.plan.timing import Rates
-    from fastpeft.memory.sizes import gib, parse_size
+    with uncollected():
+        from fastpeft.memory.plan.planning import model_of, plan_on
+        from fastpeft.memory.plan.timing import Rates
+        from fastpeft.memory.sizes import gib, parse_size
 
-    settle_logs(verbose, quiet)
-    try:
-        sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
-        host = None if host_memory is None else parse_size(host_memory, "--host-memory")
-        name, found = model_of(
-            model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        settle_logs(verbose, quiet, rows=False)
+        try:
+            sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
+            host = None if host_memory is None else parse_size(host_memory, "--host-memory")
+            name, found = model_of(
+                model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
     plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
     if as_json:
         print(json.dumps({"plans": [each.to_dict() for each in plans]}, indent=1))
