@@ -75,7 +75,7 @@ def plan(
             )
         except ValueError as error:
             raise UserError(str(error)) from error
-    plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
+        plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
     if as_json:
         print(json.dumps({"plans": [each.to_dict() for each in plans]}, indent=1))
     elif len(plans) == 1:
