@@ -83,10 +83,10 @@ def plan(
     else:
         from fastpeft.memory.plan.rendering import policy_text
 
-        print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
+        print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
         for each in plans:
             fits = "yes" if each.fits else "no"
-            figures = f"{gib(each.gpu_memory):>12}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
+            figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
     if not all(each.fits for each in plans):
