@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .integrations.attention import register_attention
     from .integrations.peft import lora_config, mixed_batch
     from .integrations.trainer import retry_steps
-    from .memory.explaining import explain_out_of_memory
-    from .memory.loading import load
-    from .memory.planning import plan
+    from .memory.exhaustion.explaining import explain_out_of_memory
+    from .memory.exhaustion.retrying import StepRetry
+    from .memory.packed.loading import load
+    from .memory.plan.planning import plan
     from .memory.policy import LayerPolicy, MemoryPolicy
-    from .memory.retrying import StepRetry
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "accelerate": "applying",
     "restore": "applying",
-    "load": "memory.loading",
+    "load": "memory.packed.loading",
     "LayerPolicy": "memory.policy",
     "MemoryPolicy": "memory.policy",
     "report": "reporting",
@@ -39,9 +39,9 @@ _HOME = {
     "use_tuned": "tuning",
     "lora_config": "integrations.peft",
     "mixed_batch": "integrations.peft",
-    "plan": "memory.planning",
-    "explain_out_of_memory": "memory.explaining",
-    "StepRetry": "memory.retrying",
+    "plan": "memory.plan.planning",
+    "explain_out_of_memory": "memory.exhaustion.explaining",
+    "StepRetry": "memory.exhaustion.retrying",
     "retry_steps": "integrations.trainer",
     "register_attention": "integrations.attention",
 }

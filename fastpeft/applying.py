@@ -20,7 +20,7 @@ from .replacements.mlp import RECOMPUTE
 from .requirements import require_core
 
 if TYPE_CHECKING:
-    from .memory.planning import Plan
+    from .memory.plan.planning import Plan
 
 logger = logging.getLogger("fastpeft")
 

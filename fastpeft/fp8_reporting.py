@@ -13,7 +13,7 @@ from .integrations.transformers import sample_batch
 from .layers.fp8 import BOTH, FORWARD, NEVER, asked, why_not_fp8
 from .layers.lora import FastLoraLayer
 from .layers.requests import compute
-from .memory.streaming import check_resident
+from .memory.streaming.layer import check_resident
 from .verification import recorded_step
 from .verification_states import calm
 

@@ -19,7 +19,7 @@ from fastpeft_kernels.tuning.measuring import Measured
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer
 from .layers.watching import side_effects_undone
-from .memory.streaming import check_resident
+from .memory.streaming.layer import check_resident
 from .verification import output_and_loss
 
 __all__ = ["TOKENS", "Tuning", "cases_of", "measure", "tune", "use_tuned", "winners_file"]

@@ -26,7 +26,7 @@ from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
 from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
-from .memory.streaming import check_resident
+from .memory.streaming.layer import check_resident
 from .verification_losses import check_losses, noisy_gradients, recorded_losses
 from .verification_modules import Check, Whole, check_layers, check_norms, check_wholes, rounding_of_heads
 from .verification_states import calm, noisy, suspended

@@ -108,7 +108,7 @@ def measured_choices(choices_root: Path, request: pytest.FixtureRequest, monkeyp
 @pytest.fixture(autouse=True)
 def packed_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In place of the user's cache folder: one of the whole run, not made yet."""
-    from fastpeft.memory import packed_entries
+    from fastpeft.memory.packed import entries as packed_entries
 
     folder = tmp_path_factory.getbasetemp() / "packed"
     monkeypatch.setattr(packed_entries, "user_folder", lambda: folder)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastpeft.memory.choosing import in_turns
+from fastpeft.memory.plan.choosing import in_turns
 from fastpeft.memory.policy import ACTIVATIONS, LayerPolicy, MemoryPolicy
 
 from .memory import peak_of_step
@@ -86,7 +86,7 @@ class Family:
 
     def __init__(self, family: str, method: str) -> None:
         from fastpeft.config import LoraSection
-        from fastpeft.memory.predicting import Model, Setting
+        from fastpeft.memory.plan.predicting import Model, Setting
 
         size = StepCase(family, method, torch.float32, hidden=256, layers=6, tokens=LENGTHS[-1], words=2000)
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ class Family:
 
     def _measured(self, policy: LayerPolicy, tokens: int) -> int:
         import fastpeft
-        from fastpeft.memory.streaming import StreamedLayer
+        from fastpeft.memory.streaming.layer import StreamedLayer
 
         model = fastpeft.accelerate(self.model, memory=policy)
         ids = torch.randint(3, self.words, (2, tokens), generator=torch.Generator().manual_seed(1))

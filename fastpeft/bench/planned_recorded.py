@@ -27,8 +27,8 @@ def recorded(path: Path) -> tuple[list[Compared], str]:
 
 def _compared(case: Any, measured: dict[tuple[str, str], int]) -> Iterator[Compared]:
     from fastpeft.config import LoraSection
+    from fastpeft.memory.plan.predicting import Model, Setting
     from fastpeft.memory.policy import ACTIVATIONS, LayerPolicy
-    from fastpeft.memory.predicting import Model, Setting
 
     from .steps import base_model, targets
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastpeft.memory.choosing import RECOMPUTE, Need, choose
-from fastpeft.memory.largest import STEP, largest_of, most_of
-from fastpeft.memory.planning import model_of
-from fastpeft.memory.predicting import Model
-from fastpeft.memory.rendering import policy_text
-from fastpeft.memory.timing import Rates
+from fastpeft.memory.plan.choosing import RECOMPUTE, Need, choose
+from fastpeft.memory.plan.largest import STEP, largest_of, most_of
+from fastpeft.memory.plan.planning import model_of
+from fastpeft.memory.plan.predicting import Model
+from fastpeft.memory.plan.rendering import policy_text
+from fastpeft.memory.plan.timing import Rates
 
 MODELS = ("llama-3.1-8b", "qwen3-14b", "qwen3-32b", "llama-3.1-70b")
 CARDS = (8, 12, 16, 24, 48, 80)

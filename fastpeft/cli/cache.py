@@ -40,7 +40,7 @@ def cache(
     fastpeft.load and the commands pack the weights of a model once, and read them from there in later runs. Whatever is
     cleared is packed again when it is needed.
     """
-    from fastpeft.memory import packed_entries
+    from fastpeft.memory.packed import entries as packed_entries
 
     found = packed_entries.entries(folder)
     if clear is not None:

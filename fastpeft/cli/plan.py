@@ -11,7 +11,7 @@ import typer
 from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
-from .shared import Quiet, Verbose, settle_logs
+from .shared import Quiet, Verbose, settle_logs, uncollected
 
 EPILOG = """
 Examples:
@@ -61,31 +61,32 @@ def plan(
 
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
-    from fastpeft.memory.planning import model_of, plan_on
-    from fastpeft.memory.sizes import gib, parse_size
-    from fastpeft.memory.timing import Rates
+    with uncollected():
+        from fastpeft.memory.plan.planning import model_of, plan_on
+        from fastpeft.memory.plan.timing import Rates
+        from fastpeft.memory.sizes import gib, parse_size
 
-    settle_logs(verbose, quiet)
-    try:
-        sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
-        host = None if host_memory is None else parse_size(host_memory, "--host-memory")
-        name, found = model_of(
-            model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
+        settle_logs(verbose, quiet, rows=False)
+        try:
+            sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
+            host = None if host_memory is None else parse_size(host_memory, "--host-memory")
+            name, found = model_of(
+                model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
     if as_json:
         print(json.dumps({"plans": [each.to_dict() for each in plans]}, indent=1))
     elif len(plans) == 1:
         print(plans[0])
     else:
-        from fastpeft.memory.rendering import policy_text
+        from fastpeft.memory.plan.rendering import policy_text
 
-        print(f"{'GPU memory':>12}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
+        print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
         for each in plans:
             fits = "yes" if each.fits else "no"
-            figures = f"{gib(each.gpu_memory):>12}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
+            figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
     if not all(each.fits for each in plans):

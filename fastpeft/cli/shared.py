@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,30 +59,47 @@ def complains() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def settle_logs(verbose: bool, quiet: bool = False) -> None:
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's search for garbage waits: importing libraries makes millions of objects that stay, all searched again
+    and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def settle_logs(verbose: bool, quiet: bool = False, rows: bool = True) -> None:
     """What the libraries log and warn of goes to stderr if `verbose`; without, nothing below an error does.
 
     What fastpeft itself warns of does, unless `quiet`, until `unsettle_logs`. The libraries' own progress bars would
-    break ours, so they are off.
+    break ours, so they are off. Without `rows` datasets is left alone, which takes a second to import.
     """
     import transformers
 
     level = logging.INFO if verbose else logging.ERROR
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        import datasets
-    except ImportError:  # what needs it says so
-        pass
-    else:
-        datasets.utils.logging.set_verbosity(level if verbose else logging.CRITICAL)  # its errors are raised as well
-        datasets.disable_progress_bars()
+    if rows:
+        _settle_datasets(verbose)
     for name in ("trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "torch"):
         logging.getLogger(name).setLevel(level)
     if quiet:
         logging.getLogger("fastpeft").setLevel(logging.ERROR)
     if not verbose:
         warnings.simplefilter("ignore")
+
+
+def _settle_datasets(verbose: bool) -> None:
+    try:
+        import datasets
+    except ImportError:  # what needs it says so
+        return
+    datasets.utils.logging.set_verbosity(logging.INFO if verbose else logging.CRITICAL)  # its errors are raised as well
+    datasets.disable_progress_bars()
 
 
 def unsettle_logs() -> None:

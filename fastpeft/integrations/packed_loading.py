@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.packed_cache import PackedCache
-from ..memory.packed_entries import key_of
-from ..memory.packed_files import Packed
+from ..memory.packed.cache import PackedCache
+from ..memory.packed.entries import key_of
+from ..memory.packed.files import Packed
 
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 

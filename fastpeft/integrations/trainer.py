@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..memory.retrying import StepRetry
+from ..memory.exhaustion.retrying import StepRetry
 
 logger = logging.getLogger("fastpeft")
 

@@ -169,7 +169,7 @@ def quantization_config(quantization: str, double_quant: bool, dtype: torch.dtyp
     """
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"model.quantization: {quantization} needs bitsandbytes: pip install bitsandbytes")
-    from fastpeft.memory.loading import bits_and_bytes
+    from fastpeft.memory.packed.loading import bits_and_bytes
 
     return bits_and_bytes(quantization, double_quant, dtype)
 
@@ -239,8 +239,8 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
     from safetensors import SafetensorError
 
     from fastpeft.integrations import packed_loading
-    from fastpeft.memory.loading import check_index
-    from fastpeft.memory.packed_entries import user_folder
+    from fastpeft.memory.packed.entries import user_folder
+    from fastpeft.memory.packed.loading import check_index
 
     kind, options = auto_class(task), _source(model) | options
     bits = options.get("quantization_config")

@@ -16,7 +16,7 @@ from ..memory.activations import PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
 from ..memory.sizes import gib
-from ..memory.streaming import StreamedLayer, stream_layers
+from ..memory.streaming.layer import StreamedLayer, stream_layers
 from .base import Left, Match
 from .swap import MixedIn
 
@@ -50,7 +50,7 @@ def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) 
 
 def carried_out(model: nn.Module, memory: Any) -> Any:
     """A plan's policy in place of the plan; anything else as it is. Raises ValueError for a plan of another model."""
-    planning = sys.modules.get(f"{__package__.rpartition('.')[0]}.memory.planning")
+    planning = sys.modules.get(f"{__package__.rpartition('.')[0]}.memory.plan.planning")
     if planning is None or not isinstance(memory, planning.Plan):
         return memory
     planned, here = memory.policy.layers, len(model_layers(model))

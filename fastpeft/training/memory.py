@@ -13,7 +13,7 @@ from fastpeft.memory.sizes import gib, parse_size
 if TYPE_CHECKING:
     import torch
 
-    from fastpeft.memory.planning import Plan
+    from fastpeft.memory.plan.planning import Plan
 
 OWN = ("activations", "streamed", "ring", "decoded")
 """Keys of `memory` that only an accelerated model has a use for; `budget_gib` is one more."""
@@ -40,7 +40,7 @@ class Decision:
     @property
     def summary(self) -> str:
         """One line; empty where nothing was decided."""
-        from fastpeft.memory.rendering import policy_text
+        from fastpeft.memory.plan.rendering import policy_text
 
         if self.plan is not None:
             need, room = gib(self.plan.need.total), gib(self.plan.gpu_memory)
@@ -138,10 +138,10 @@ def _planned(
     config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int, processes: int
 ) -> Plan:
     """Raises ValueError for what cannot be planned."""
-    from fastpeft.memory.optimizer_state import OPTIMIZERS
-    from fastpeft.memory.planning import plan_on
-    from fastpeft.memory.predicting import Model, Setting
-    from fastpeft.memory.timing import Rates
+    from fastpeft.memory.plan.optimizer_state import OPTIMIZERS
+    from fastpeft.memory.plan.planning import plan_on
+    from fastpeft.memory.plan.predicting import Model, Setting
+    from fastpeft.memory.plan.timing import Rates
     from fastpeft.models.bases import load_config
     from fastpeft.models.tasks import head_options
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft.bench.planned_table import CARDS, MODELS, cell, contexts, model_for, row
-from fastpeft.memory.known import KNOWN
+from fastpeft.memory.plan.known import KNOWN
 
 PAGE = Path(__file__).parents[2] / "docs/concepts/memory.md"
 NAMED = list(product(MODELS, CARDS))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft.memory.packed_cache import PackedCache
-from fastpeft.memory.packed_files import Packed
+from fastpeft.memory.packed.cache import PackedCache
+from fastpeft.memory.packed.files import Packed
 from tests.commands import run
 
 

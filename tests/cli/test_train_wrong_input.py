@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.memory.optimizer_state import OPTIMIZERS
+from fastpeft.memory.plan.optimizer_state import OPTIMIZERS
 from tests.checkpoints import Checkpoints
 
 from .wrong import CHATS, TEXTS, Wrong, option

@@ -31,7 +31,7 @@ COVERED = (
     "fastpeft/data/*.py",
     "fastpeft/integrations/*.py",
     "fastpeft/layers/*.py",
-    "fastpeft/memory/*.py",
+    "fastpeft/memory/**/*.py",
     "fastpeft/models/*.py",
     "fastpeft/replacements/*.py",
     "fastpeft/responsible/*.py",

@@ -12,7 +12,7 @@ from torch import nn
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
 from fastpeft.layers.mlp import FastMlp
-from fastpeft.memory.live import LiveBytes
+from fastpeft.memory.trace.live import LiveBytes
 from fastpeft_kernels.weights import DenseWeight
 from tests.integration.models import batch, checkpointed, make, make_base, with_lora
 from tests.integration.quantised import make_quantised, quantised_truth

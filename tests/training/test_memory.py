@@ -12,9 +12,9 @@ import torch
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
-from fastpeft.memory.planning import Plan
+from fastpeft.memory.plan.planning import Plan
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
-from fastpeft.memory.streaming import StreamedLayer
+from fastpeft.memory.streaming.layer import StreamedLayer
 from fastpeft.training import memory as training_memory
 from fastpeft.training.memory import Decision, check_memory, decide, fixed
 from tests.checkpoints import Checkpoints, write_rows
@@ -58,7 +58,7 @@ def plain(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of these models are small."""
-    monkeypatch.setattr("fastpeft.memory.stowing.SMALLEST", 16)
+    monkeypatch.setattr("fastpeft.memory.streaming.stowing.SMALLEST", 16)
 
 
 def policies(*regular: str) -> list[Any]:
@@ -132,7 +132,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     def answer(config: Any, capacity: int, policy: Any, dtype: Any, longest: int, processes: int) -> Plan:
-        from fastpeft.memory.choosing import Need
+        from fastpeft.memory.plan.choosing import Need
 
         asked.update(capacity=capacity, policy=policy)
         chosen = policy or MemoryPolicy((LayerPolicy("recompute"), LayerPolicy()))

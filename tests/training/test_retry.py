@@ -17,13 +17,13 @@ from torch import nn
 from transformers import Trainer
 
 import fastpeft
+from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 from fastpeft.memory.layers import model_layers
-from fastpeft.memory.out_of_memory import OutOfMemory
 from fastpeft.strategies import base
 from tests.checkpoints import Checkpoints, write_rows
 from tests.integration.models import make
 from tests.integration.test_trainers import Rows, arguments
-from tests.memory.exhausted import SAID
+from tests.memory.exhaustion.exhausted import SAID
 
 from .runs import adapter, chats, texts, train
 
@@ -106,7 +106,7 @@ def _logs(folder: Path) -> Iterator[dict[str, Any]]:
 def test_without_retry_the_command_says_what_helps(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastpeft.memory.advice.prediction", lambda *_: (["predicted"], []))
+    monkeypatch.setattr("fastpeft.memory.exhaustion.advice.prediction", lambda *_: (["predicted"], []))
     original = base.load_model
 
     def failing(*args: Any) -> Any:
@@ -141,7 +141,7 @@ def settings(**changes: Any) -> Any:
 def test_trainers_whose_steps_are_not_run_again(
     args: Any, kind: str, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastpeft.memory.advice.prediction", lambda *_: ([], []))
+    monkeypatch.setattr("fastpeft.memory.exhaustion.advice.prediction", lambda *_: ([], []))
 
     def step(model: Any, inputs: Any) -> None:
         raise torch.OutOfMemoryError(SAID)

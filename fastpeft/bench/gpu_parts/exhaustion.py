@@ -75,7 +75,7 @@ def _advice(device: str, case: StepCase) -> dict[str, Any]:
     from fastpeft import StepRetry, accelerate
     from fastpeft.bench.memory import limited
     from fastpeft.bench.steps import build, make_batch
-    from fastpeft.memory.out_of_memory import OutOfMemory
+    from fastpeft.memory.exhaustion.out_of_memory import OutOfMemory
 
     model, batch = accelerate(build(case, device)), make_batch(case, device)
     one = partial(_forward_and_backward, model, case, batch)

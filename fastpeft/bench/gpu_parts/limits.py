@@ -60,7 +60,7 @@ def _case(device: str, case: Case) -> dict[str, Any]:
     import fastpeft
     from fastpeft import MemoryPolicy
     from fastpeft.bench.memory import limited
-    from fastpeft.memory.choosing import CONTEXT
+    from fastpeft.memory.plan.choosing import CONTEXT
 
     config = _config(case)
     gpu, host = (int(gib * 2**30) for gib in (case.gpu_gib, case.host_gib))
@@ -164,7 +164,7 @@ def _seconds(device: str, call: Callable[[], None]) -> float:
 def _config(case: Case) -> Any:
     from transformers import LlamaConfig
 
-    from fastpeft.memory.known import known_config
+    from fastpeft.memory.plan.known import known_config
 
     if case is SMALL:
         return LlamaConfig(

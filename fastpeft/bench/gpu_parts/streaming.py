@@ -34,7 +34,7 @@ def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, f
     import fastpeft
     from fastpeft.bench.memory import peak_of_step
     from fastpeft.bench.timer import interleaved, ratio
-    from fastpeft.memory.transfer import Transfer
+    from fastpeft.memory.plan.transfer import Transfer
 
     base, how = name.split(", ")
     device = recorder.device

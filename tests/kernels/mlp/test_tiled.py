@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft.memory.live import LiveBytes
+from fastpeft.memory.trace.live import LiveBytes
 from fastpeft_kernels.activation import KINDS
 from fastpeft_kernels.common.random import dropout_bits, seeds_from
 from fastpeft_kernels.lora import Dtypes, LoraProjection

@@ -1,0 +1,1 @@
+"""Models whose frozen weights are quantised once and read from the user's cache afterwards."""

@@ -1,0 +1,141 @@
+"""The fastest policy that fits, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..policy import LayerPolicy, MemoryPolicy
+from .predicting import Model
+from .timing import Rates, hidden_from, seconds
+
+CONTEXT = 512 << 20
+"""Bytes of a process's CUDA context with its libraries' kernels; differs from GPU to GPU."""
+RESERVE = 0.03
+"""Of the GPU's memory, for the allocator's fragments."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a training under a policy, and its time beside that of keeping all.
+
+    Attributes:
+        static: base, adapters, gradients and optimizer on the GPU.
+        step: what a step takes at the most beside these.
+        total: with context and fragments.
+        host: in pinned memory.
+        slowdown: time of a step over that with everything kept and resident, told from `Rates`.
+        hidden_from: tokens of a forward pass from which on copies of streamed weights cost no time; None without any.
+    """
+
+    policy: MemoryPolicy
+    static: int
+    step: int
+    when: str
+    kept: int
+    loss: int
+    working: int
+    total: int
+    host: int
+    slowdown: float
+    hidden_from: int | None = None
+
+
+def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates) -> Need:
+    """Bytes and time under a policy."""
+    layers = policy.of(len(model.skeleton.order))
+    peak = model.peak(layers, rows, tokens)
+    inputs = rows * tokens * _width(model) * model.setting.dtype.itemsize
+    offloaded = inputs * sum(each.activations == "offload" for each in layers)
+    streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
+    static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
+    step = peak.size
+    if model.setting.accumulated and model.setting.optimizer == "adamw_torch":
+        step = max(step, model.bytes["trained"])  # its temporaries, when all activations are gone
+    total = static + step + CONTEXT + int(RESERVE * capacity)
+    kept = (LayerPolicy(),) * len(layers)
+    times = [seconds(model, each, rows, tokens, _width(model), rates) for each in (layers, kept)]
+    return Need(
+        policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total, offloaded + sum(streamed),
+        times[0] / times[1], hidden_from(model, layers, rates),
+    )  # fmt: skip
+
+
+def in_turns(streamed: Sequence[int], policy: MemoryPolicy) -> int:
+    """Bytes on the device of layers of so many bytes that take turns in it."""
+    return sum(sorted(streamed)[-policy.ring :])
+
+
+KEEP, SELECTIVE, RECOMPUTE, OFFLOAD = (LayerPolicy(kind) for kind in ("keep", "selective", "recompute", "offload"))
+STREAMED, LEAST = LayerPolicy("recompute", streamed=True), LayerPolicy("offload", streamed=True)
+TILE = 4096
+"""Tokens of the tiles that are chosen."""
+
+Mixes = tuple[tuple[LayerPolicy, LayerPolicy], ...]
+"""(what some of the first layers do, what the others do)"""
+RESIDENT: tuple[Mixes, ...] = (
+    ((SELECTIVE, KEEP), (RECOMPUTE, KEEP), (RECOMPUTE, SELECTIVE)),
+    ((OFFLOAD, RECOMPUTE),),
+)
+STREAMING: tuple[Mixes, ...] = (((STREAMED, RECOMPUTE),), ((LEAST, OFFLOAD), (LEAST, STREAMED)))
+
+
+def tiled(policy: LayerPolicy) -> LayerPolicy:
+    return replace(policy, tile=TILE)
+
+
+def _in_tiles(step: Mixes) -> Mixes:
+    """Every layer: one without tiles needs as much at its turn as if all were so. "keep" has none."""
+    return tuple((tiled(first), tiled(others)) for first, others in step if others != KEEP)
+
+
+STEPS = (*RESIDENT, *map(_in_tiles, RESIDENT), *STREAMING, *map(_in_tiles, STREAMING))
+"""A later step is tried where no earlier one is enough. Tiles, which round differently, come where what rounds alike
+does not fit; before streamed weights, which are told to take 1 % less time at the best, where copies hide, and take the
+base to the host."""
+
+
+def has_tiles(model: Model, rows: int, tokens: int) -> bool:
+    """Whether tiles make a difference."""
+    return rows * tokens > TILE and any(work.gates for work in model.work)
+
+
+def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None, rates: Rates) -> Need:
+    """The cheapest policy in time of the first of STEPS that fits; where none does, the one that needs least."""
+    count = len(model.skeleton.order)
+
+    def of(first: LayerPolicy, some: int, others: LayerPolicy) -> Need:
+        policy = MemoryPolicy((first,) * some + (others,) * (count - some))
+        return need(model, policy, rows, tokens, capacity, rates)
+
+    def fits(found: Need) -> bool:
+        return found.total <= capacity and (host is None or found.host <= host)
+
+    least = of(KEEP, count, KEEP)
+    if fits(least):
+        return least
+    tiles = has_tiles(model, rows, tokens)
+    for step in STEPS if count else ():
+        enough = []
+        for first, others in step:
+            if first.tile:
+                plain = of(replace(first, tile=0), count, KEEP)
+                if not tiles or plain.total - (plain.step - plain.kept) > capacity:  # tiles keep as much
+                    continue
+            whole = of(first, count, others)
+            least = min(least, whole, key=lambda each: each.total)
+            if not fits(whole):
+                continue
+            low, high = 0, count  # fits with `high`
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if fits(of(first, middle, others)) else (middle + 1, high)
+            enough.append(of(first, high, others))
+        if enough:
+            return min(enough, key=lambda each: each.slowdown)
+    return least
+
+
+def _width(model: Model) -> int:
+    text = model.setting.config.get_text_config()
+    return int(getattr(text, "hidden_size", None) or text.d_model)

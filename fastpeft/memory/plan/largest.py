@@ -1,0 +1,88 @@
+"""The longest context, and the largest batch, that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..policy import LayerPolicy, MemoryPolicy
+from .choosing import LEAST, OFFLOAD, RECOMPUTE, STREAMED, Need, need, tiled
+from .predicting import Model
+from .timing import Rates
+
+EXTREMES = (LEAST, OFFLOAD, STREAMED, RECOMPUTE)
+"""The last three for where the host's memory ends first. Each is tried in tiles, too."""
+STEP = 64
+STRAIGHT = 16384
+"""Tokens of a forward pass from which on bytes grow in a straight line: the loss's blocks do not grow any more."""
+TRIES = 8
+MOST_TOKENS = 1 << 24
+
+
+def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, host: int | None) -> tuple[int, int]:
+    """(tokens a row at the setting's batch, rows at the setting's tokens) with the best of these policies everywhere.
+
+    Tokens are a multiple of STEP, as many as the model has positions for at the most. Rows are told from tokens: what a
+    step takes depends on their product.
+    """
+    rows, tokens = model.setting.rows, model.setting.tokens
+    positions = getattr(model.setting.config.get_text_config(), "max_position_embeddings", None)
+    best = 0
+    for policy in policies:
+
+        def asked(size: int, policy: LayerPolicy = policy) -> Need:
+            return need(model, MemoryPolicy(policy), rows, size, capacity, Rates())
+
+        found = largest(lambda size: asked(size).total, tokens, capacity, rows, positions or MOST_TOKENS)
+        if host is not None:
+            found = min(found, _within_host(asked, tokens, host))
+        best = max(best, found)
+    longest = best // STEP * STEP
+    return longest if positions is None else min(longest, positions), best * rows // tokens
+
+
+def most_of(model: Model, capacity: int, host: int | None) -> tuple[int, int]:
+    """The same with the best of any policies."""
+    extremes = EXTREMES if host is not None else EXTREMES[:1]
+    found = (0, 0)
+    if any(work.gates for work in model.work):
+        found = largest_of(model, list(map(tiled, extremes)), capacity, host)
+    if model.setting.rows * found[0] >= STRAIGHT:  # of so many tokens a tile takes less than all at once
+        return found
+    return max(found, largest_of(model, extremes, capacity, host))
+
+
+def largest(total: Callable[[int], int], at: int, capacity: int, rows: int, most: int = MOST_TOKENS) -> int:
+    """The most tokens whose bytes fit: where a straight line through two sizes says, which are nearer each time.
+
+    `total` is not asked for more than `most` tokens.
+    """
+    first, second = _two(at)
+    points = {first: total(first), second: total(second)}
+    best = first
+    for _ in range(TRIES):
+        low, high = sorted(sorted(points, key=lambda size: abs(size - best))[:2])
+        slope = (points[high] - points[low]) / (high - low)
+        if slope > 0:
+            best = int(low + (capacity - points[low]) / slope)
+        else:  # something else takes more than any of these tokens
+            best = 2 * high if points[high] <= capacity else 0
+        if best < 1:
+            return 0
+        if (slope > 0 and rows * min(low, best) >= STRAIGHT) or best in points or best > most:
+            break
+        points[best] = total(best)
+    return best
+
+
+def _within_host(asked: Callable[[int], Need], at: int, host: int) -> int:
+    """The most tokens whose pinned memory is within the host's."""
+    first, second = _two(at)
+    each = (asked(second).host - asked(first).host) / (second - first)
+    fixed = asked(first).host - each * first
+    if fixed > host:
+        return 0
+    return int((host - fixed) / each) if each else MOST_TOKENS
+
+
+def _two(at: int) -> tuple[int, int]:
+    return (at // 2, at) if at > 1 else (at, 2 * at)

@@ -1,0 +1,110 @@
+"""What is planned for a loaded model: its adapters, storage and dtypes, and its bytes counted on itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import LoraSection
+from ...integrations import bitsandbytes, quantised
+from ...models.tasks import task_of
+from ..layers import model_layers
+from ..trace.skeleton import stored
+from .predicting import Model, Setting, is_streamed
+
+BLOCK = 512
+"""Bytes of which torch's allocator on a GPU hands out multiples."""
+_OURS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora")
+_OTHERS = ("use_dora", "bias", "init_lora_weights", "task_type", "peft_type", "base_model_name_or_path", "revision")
+_NO_SHAPES = ("inference_mode", "peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config")
+
+
+def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> tuple[str, Model]:
+    """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
+
+    Args:
+        model: of transformers, with adapters of PEFT; its weights 32 or 16 bits, or bitsandbytes' 4.
+        seq, batch, optimizer: as of `plan`.
+
+    Raises:
+        ValueError: another kind of model, of adapter or of storage.
+        UserError: the adapter does not fit a model that is built from the configuration.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if not hasattr(base, "config") or len(adapters) != 1:
+        raise ValueError(
+            f"model: expected a model of transformers with one adapter, got {type(base).__name__} with {len(adapters)}"
+        )
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    setting = Setting(
+        config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
+        _section(next(iter(adapters.values())), base), optimizer,
+    )  # fmt: skip
+    found = Model(setting)
+    layers = list(model_layers(model).values())
+    if len(layers) != len(found.skeleton.order):
+        expected = len(found.skeleton.order)
+        raise ValueError(f"model: expected {expected} layers, as its configuration has, got {len(layers)}")
+    found.bytes = _counted(stored(model))
+    sizes = [_counted(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
+    found.streamed = tuple((size["packed"], size["dense"]) for size in sizes)
+    return str(getattr(config, "_name_or_path", "") or config.model_type), found
+
+
+def _section(adapter: Any, base: nn.Module) -> LoraSection:
+    """The configuration of ours that gives an adapter of the same sizes."""
+    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
+        raise ValueError(f"model: expected an adapter of LoRA, got {adapter.peft_type}")
+    targets = adapter.target_modules
+    if not isinstance(targets, str):
+        targets = sorted(targets)
+        if adapter.layers_to_transform is None:  # a name may be of a layer that is not traced
+            targets = rf"(.*\.)?({'|'.join(targets)})"
+    # PEFT names heads of any classifier, "classifier" and "score", and takes those that are there
+    whole = [name for name in adapter.modules_to_save or () if any(n.endswith(name) for n, _ in base.named_modules())]
+    plain, known = type(adapter)(), (*_OURS, *_OTHERS, *_NO_SHAPES)
+    names = [field.name for field in fields(adapter) if field.name not in known]
+    extra = {name: getattr(adapter, name) for name in names if getattr(adapter, name) != getattr(plain, name)}
+    return LoraSection(
+        r=adapter.r, alpha=adapter.lora_alpha, dropout=adapter.lora_dropout, target_modules=targets,
+        exclude_modules=sorted(adapter.exclude_modules or ()), modules_to_save=whole,
+        use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, bias=adapter.bias, extra=extra,
+    )  # fmt: skip
+
+
+def _in_four_bits(base: nn.Module) -> bool:
+    found = False
+    for module in base.modules():
+        reader = quantised.reader(module) if "weight" in module._parameters else None
+        if reader is not None and not bitsandbytes.is_linear_4bit(module):
+            raise ValueError(f"model: expected weights in 32, 16 or 4 bits, got {reader.name(module)}")
+        found = found or bitsandbytes.is_linear_4bit(module)
+    return found
+
+
+def _dtype(base: nn.Module) -> torch.dtype:
+    """Of most of the frozen values that are not packed."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in base.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Bytes by kind, each tensor once, wherever its values are at present."""
+    sizes, seen = dict.fromkeys(("packed", "dense", "trained", "buffer"), 0), set()
+    for kind, tensor in tensors:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            sizes[kind] += -(-tensor.nbytes // BLOCK) * BLOCK
+    return sizes

@@ -1,0 +1,268 @@
+"""`fastpeft.plan`: what a training will need, and the fastest memory policy that fits, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ...layers.random_state import RandomState
+from ..policy import MemoryPolicy
+from ..sizes import parse_size
+from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
+from .largest import MOST_TOKENS, largest_of, most_of
+from .loaded import model_of_loaded
+from .optimizer_state import OPTIMIZERS
+from .predicting import Model, Setting
+from .rendering import render
+from .timing import Rates
+
+METHODS = ("lora", "qlora")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction; str() shows it.
+
+    Attributes:
+        model: its name.
+        fits: whether `need.total` and `need.host` are within what there is.
+        gpu_memory, host_memory: bytes; None where nothing was said of the host's.
+        bytes: by component, on the GPU; "total" is the predicted peak, context and reserve included.
+        need: the same in parts, with the policy and its time.
+        largest_sequence, largest_batch: tokens and rows that would fit, with recomputed layers; 0 for none, None where
+            it was not asked for.
+        changes: where it does not fit, up to three changes that would make it fit, the smallest first.
+        untraced: parts of the policy whose bytes are told from sizes: "streamed" or nothing.
+        notes: what the figures leave out.
+        most_sequence, most_batch: as the largest ones, with any policy.
+    """
+
+    model: str
+    fits: bool
+    gpu_memory: int
+    host_memory: int | None
+    settings: dict[str, Any]
+    bytes: dict[str, int]
+    need: Need
+    largest_sequence: int | None
+    largest_batch: int | None
+    changes: tuple[str, ...]
+    untraced: tuple[str, ...]
+    notes: tuple[str, ...]
+    most_sequence: int | None = None
+    most_batch: int | None = None
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """Of every layer; `accelerate(memory=...)` takes the plan itself, too."""
+        return self.need.policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of numbers, strings and lists alone; sizes in bytes."""
+        found = {key: value for key, value in asdict(self).items() if key != "need"}
+        layers = self.policy.layers
+        found["policy"] = [asdict(layer) for layer in (layers if isinstance(layers, tuple) else (layers,))]
+        return found | {"slowdown": self.need.slowdown, "peak_in": self.need.when, "schema": 1}
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def plan(
+    name_or_config: Any,
+    *,
+    gpu_memory: str | int,
+    seq: int,
+    batch: int = 1,
+    host_memory: str | int | None = None,
+    rank: int = 16,
+    method: Literal["lora", "qlora"] = "qlora",
+    targets: str | list[str] = "all-linear",
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw_torch",
+    task: str = "auto",
+    policy: MemoryPolicy | None = None,
+    largest: bool = True,
+    rates: Rates | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
+
+    Static bytes are counted on a model without values; what a step makes is followed through the model's own code, run
+    without values as it would run on a GPU, for the first layers of each stack, and composed for all of them. Random
+    numbers are afterwards what they were.
+
+    Args:
+        name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
+            `fastpeft.memory.plan.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter
+            of PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
+        gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
+        seq, batch: tokens a row, and rows, of one forward pass.
+        rank, targets: of LoRA, as PEFT takes them.
+        method: "qlora" keeps frozen linear layers as nested NF4.
+        dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
+        optimizer: one of `optimizer_state.OPTIMIZERS`.
+        task: one of `tasks.AUTO`, or "auto" for what the configuration says.
+        policy: predict this one rather than choose.
+        largest: find the largest context and batch, too, with recomputed layers and with any policy.
+        rates: what times are told from.
+
+    Raises:
+        ValueError: an argument is none of these, or the adapter does not fit the model.
+        fastpeft.errors.UserError: the configuration cannot be had.
+        ImportError: bitsandbytes is missing, with "qlora".
+    """
+    capacity, host = parse_size(gpu_memory, "gpu_memory"), None
+    if host_memory is not None:
+        host = parse_size(host_memory, "host_memory")
+    generators = RandomState(())
+    try:
+        model: Model
+        if isinstance(name_or_config, nn.Module):
+            given = {"rank": (rank, 16), "method": (method, "qlora"), "targets": (targets, "all-linear")}
+            given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
+            if own := [key for key, (one, default) in given.items() if one != default]:
+                raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
+            _check_numbers(seq, batch, 1, optimizer)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
+        else:
+            name, model = model_of(
+                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
+            )
+        return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
+    finally:
+        generators.put_back()
+
+
+def model_of(
+    name_or_config: Any,
+    seq: int,
+    batch: int,
+    rank: int,
+    method: str,
+    targets: str | list[str],
+    dtype: str,
+    optimizer: str,
+    task: str,
+    trust_remote_code: bool = False,
+) -> tuple[str, Model]:
+    """The name and what is traced, for any number of `plan_on`."""
+    import torch
+
+    from fastpeft.config import LoraSection, ModelSection
+    from fastpeft.models.bases import checked_length, load_config
+    from fastpeft.models.tasks import AUTO, task_of
+    from fastpeft.requirements import require_core
+
+    from .known import KNOWN, known_config
+
+    require_core()
+    _check_numbers(seq, batch, rank, optimizer)
+    for key, one, among in (("method", method, METHODS), ("dtype", dtype, DTYPES), ("task", task, ("auto", *AUTO))):
+        _check_one_of(key, one, among)
+    if not isinstance(name_or_config, str):
+        name, config = name_or_config.model_type, name_or_config
+    elif name_or_config.lower() in KNOWN:
+        name, config = name_or_config.lower(), known_config(name_or_config.lower())
+    else:
+        name = name_or_config
+        config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
+    checked_length(max(seq, 2), config, "seq")
+    setting = Setting(
+        config,
+        task_of(config) if task == "auto" else task,
+        seq,
+        batch,
+        method == "qlora",
+        getattr(torch, dtype),
+        LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
+        optimizer,
+    )
+    return name, Model(setting)
+
+
+def _check_numbers(seq: int, batch: int, rank: int, optimizer: str) -> None:
+    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
+    _check_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+
+
+def _check_one_of(key: str, value: str, among: Sequence[str]) -> None:
+    if value not in among:
+        raise ValueError(f"{key}: expected one of {', '.join(among)}, got {value!r}")
+
+
+def plan_on(
+    name: str, model: Model, capacity: int, host: int | None, policy: MemoryPolicy | None, largest: bool, rates: Rates
+) -> Plan:
+    """The plan of a model for one size of GPU."""
+    setting = model.setting
+    rows, tokens = setting.rows, setting.tokens
+    if policy is None:
+        found = choose(model, rows, tokens, capacity, host, rates)
+    else:
+        found = need(model, policy, rows, tokens, capacity, rates)
+    fits = found.total <= capacity and (host is None or found.host <= host)
+    sizes: list[tuple[int, int] | tuple[None, None]] = [(None, None)] * 2
+    if largest:
+        sizes = [largest_of(model, (RECOMPUTE,), capacity, host), most_of(model, capacity, host)]
+    (longest, most), (longest_of_all, most_of_all) = sizes
+    settings = {
+        "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
+        "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
+    }  # fmt: skip
+    changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
+    return Plan(
+        name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
+        () if found.hidden_from is None else ("streamed",), notes(model, found.policy), longest_of_all, most_of_all,
+    )  # fmt: skip
+
+
+def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
+    """Bytes on the GPU by what they are for, at the moment of the peak; and on the host."""
+    sizes, policy = model.bytes, found.policy
+    layers = zip(model.streamed, policy.of(len(model.skeleton.order)), strict=True)
+    turns = sorted((parts for parts, each in layers if each.streamed), key=sum)
+    away = turns[: -policy.ring]
+    return {
+        "base, packed": sizes["packed"] - sum(packed for packed, _ in away),
+        "base, dense": sizes["dense"] - sum(dense for _, dense in away),
+        "adapters": sizes["trained"],
+        "gradients": model.gradients,
+        "optimizer": model.optimizer,
+        "buffers": sizes["buffer"],
+        "saved activations": min(found.kept, found.step),
+        "working memory": found.step - min(found.kept, found.step),
+        "CUDA context": CONTEXT,
+        "fragments": int(RESERVE * capacity),
+        "total": found.total,
+        "host": found.host,
+        "of it, loss alone": found.loss,
+        "of it, one layer alone": found.working,
+    }
+
+
+def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
+    found = ["rows without padding; evaluation and saving are not counted"]
+    if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
+        found.append("experts: every one is taken to get as many tokens")
+    if any(layer.tile for layer in policy.different):
+        found.append("MLPs in tiles: gradients of their adapters are equal to rounding, not to the bit")
+    if not model.skeleton.layers:
+        found.append("this family has no layers that transformers recomputes: one policy for all")
+    return tuple(found)
+
+
+def _changes(found: Need, tokens: int, rows: int, longest: int | None, most: int | None) -> tuple[str, ...]:
+    changes = []
+    if most and most < rows:
+        changes.append(f"batch {most} rather than {rows}, with more gradient accumulation: the same result")
+    if longest and longest < tokens:
+        changes.append(f"seq {longest} rather than {tokens}")
+    changes.append(f"a GPU of {-(-found.total // 2**30)} GiB")
+    return tuple(changes[:3])

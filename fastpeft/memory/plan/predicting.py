@@ -1,0 +1,158 @@
+"""What one training needs, from a configuration alone: what lies there all the time, and the traced step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.config import LoraSection
+
+from ..layers import model_layers
+from ..policy import LayerPolicy
+from ..streaming.stowing import SMALLEST
+from ..trace.composing import Peak, compose
+from ..trace.live import LiveBytes, rounded
+from ..trace.repeated import Repeated
+from ..trace.skeleton import Skeleton, build, follow, stored
+from ..trace.timeline import Stretch, trace
+from .optimizer_state import state_sizes
+from .timing import Work, work_of
+
+_STATE = "optimizer's state"
+
+WARM = 32
+"""Tokens of the call before the first that is traced."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training.
+
+    Attributes:
+        packed: frozen linear layers as nested NF4.
+        dtype: of the frozen rest, and of autocast if it has 16 bits.
+        device: "cuda" or "cpu", whose implementations are followed.
+        accumulated: whether gradients of an earlier batch are there in forward, as with gradient accumulation.
+    """
+
+    config: Any
+    task: str
+    tokens: int
+    rows: int
+    packed: bool
+    dtype: torch.dtype
+    section: LoraSection
+    optimizer: str = "adamw_torch"
+    device: str = "cuda"
+    accumulated: bool = True
+
+
+@dataclass
+class Model:
+    """A skeleton, and its traces by (rows, tokens, what its layers do): each is made when it is first wanted.
+
+    Attributes:
+        bytes: that lie there all the time, by the kinds of `skeleton.stored`.
+        streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
+        work: of each traced layer.
+    """
+
+    setting: Setting
+    skeleton: Skeleton = field(init=False)
+    bytes: dict[str, int] = field(init=False)
+    optimizer: int = field(init=False)
+    streamed: tuple[tuple[int, int], ...] = field(init=False)
+    work: tuple[Work, ...] = field(init=False)
+    _traces: dict[tuple[int, int, LayerPolicy], list[Stretch]] = field(default_factory=dict)
+    _repeated: Repeated = field(default_factory=Repeated)
+
+    def __post_init__(self) -> None:
+        s = self.setting
+        self.skeleton = build(s.config, s.task, s.dtype, s.packed, s.section)
+        layers = [self.skeleton.model.get_submodule(path) for path in self.skeleton.layers]
+        all_of = self._count(stored(self.skeleton.model))
+        of_layers = [self._count(stored(layer)) for layer in layers]
+        extra = [0] * len(layers)
+        for index in self.skeleton.order:
+            extra[index] += 1
+        for layer, uses in zip(of_layers, extra, strict=True):
+            for kind, size in layer.items():
+                all_of[kind] += (uses - 1) * size
+        self.optimizer = all_of.pop(_STATE)
+        self.bytes = all_of
+        streamed = [self._count(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
+        self.streamed = tuple((streamed[i]["packed"], streamed[i]["dense"]) for i in self.skeleton.order)
+        self.work = tuple(work_of(layer, s.config.get_text_config()) for layer in layers)
+
+    def _count(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        live = LiveBytes(self.setting.device)
+        sizes = dict.fromkeys(("packed", "dense", "trained", "buffer", _STATE), 0)
+        for kind, tensor in tensors:
+            sizes[kind] += (new := live.add([tensor]))
+            if kind == "trained" and new:
+                state = state_sizes(self.setting.optimizer, tensor.numel(), self.setting.device)
+                sizes[_STATE] += sum(rounded(size, self.setting.device) for size in state)
+        return sizes
+
+    @property
+    def streamed_bytes(self) -> tuple[int, ...]:
+        return tuple(map(sum, self.streamed))
+
+    @property
+    def gradients(self) -> int:
+        return self.bytes["trained"]
+
+    def peak(self, policies: Sequence[LayerPolicy], rows: int, tokens: int) -> Peak:
+        """Of one step, beside what lies there all the time; where streamed weights are makes no difference to it."""
+        resident = [replace(each, streamed=False) for each in policies]
+        traces = {each: self._traced(each, rows, tokens) for each in dict.fromkeys(resident or [LayerPolicy()])}
+        return compose(traces, self.skeleton.order, resident)
+
+    def _traced(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
+        key = (rows, tokens, policy)
+        if key not in self._traces:
+            if not self._traces:  # which projections share an input is learned in the first call
+                self._trace(policy, 1, min(tokens, WARM))
+            self._traces[key] = self._trace(policy, rows, tokens)
+        return self._traces[key]
+
+    def _trace(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
+        model: Any = self.skeleton.model
+        if layers := model_layers(model):
+            follow(model, policy)
+        dtype = self.setting.dtype
+        return trace(
+            model,
+            layers,
+            _batch(self.setting, rows, tokens),
+            self.setting.device,
+            autocast=dtype if dtype.itemsize == 2 else None,
+            accumulated=self.setting.accumulated,
+            repeated=self._repeated,
+        )
+
+
+def is_streamed(kind: str, tensor: Tensor) -> bool:
+    """Whether a streamed layer has this in host memory: frozen matrices, and scales of packed ones."""
+    matrix = kind == "dense" and tensor.dim() > 1
+    return (matrix or kind == "packed") and tensor.nbytes >= SMALLEST
+
+
+def _label(config: Any, classes: Tensor) -> Tensor:
+    """A class a row, several, or a number, as the model's loss wants it."""
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        return torch.empty((len(classes), config.num_labels), device="meta")
+    return classes.float() if config.num_labels == 1 else classes
+
+
+def _batch(setting: Setting, rows: int, tokens: int) -> dict[str, Tensor]:
+    ids = torch.empty((rows, tokens), dtype=torch.int64, device="meta")
+    if setting.task == "sequence-classification":
+        return {"input_ids": ids, "labels": _label(setting.config, ids[:, 0])}
+    if setting.task == "question-answering":
+        return {"input_ids": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 0]}
+    return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,114 @@
+"""What a step's layers take in time, told from operations and the link; nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from ..policy import LayerPolicy
+from .transfer import PRODUCT, tokens_to_hide
+
+if TYPE_CHECKING:
+    from .predicting import Model
+
+
+TILED = 0.01
+"""Of an MLP's time, what tiles of TILED_AT tokens add. Measured on a CPU: 1.01 at 4096, and 1.08 at 1024."""
+TILED_AT = 4096
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a time is told from.
+
+    Attributes:
+        flops: multiplications and additions a second that training reaches on the GPU.
+        link: bytes a second from host to GPU, and as many at the same time back.
+    """
+
+    flops: float = 60e12
+    link: float = 20e9
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one layer.
+
+    Attributes:
+        elements: weights that each token is multiplied by, of stacked experts those that it chooses.
+        gates: of these gate and up of MLPs that are one op, which "selective" computes again.
+        down: of these those that nothing in backward reads the result of.
+    """
+
+    elements: float
+    gates: float
+    down: float
+
+
+def work_of(layer: Any, config: Any) -> Work:
+    """Of a traced layer."""
+    from fastpeft.replacements.memory import mlps
+
+    total = gates = down = 0.0
+    chosen, experts = getattr(config, "num_experts_per_tok", None), _experts(config)
+    for module in layer.modules():
+        if hasattr(module, "in_features") and not hasattr(module, "base_layer"):
+            total += _elements(module)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 3 and chosen and experts:
+                total += parameter.numel() * chosen / experts
+    for mlp in mlps(layer):
+        roles = mlp.fastpeft_roles
+        assert roles is not None
+        gates += sum(_elements(mlp.get_submodule(name)) for name in roles.inner)
+        down += _elements(mlp.get_submodule(roles.down))
+    return Work(total, gates, down)
+
+
+def seconds(model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: int, width: int, rates: Rates) -> float:
+    """Of a step of all layers.
+
+    Products with frozen weights take as long forward as backward; attention, of causal scores, two and a half times as
+    long backward. What is computed again is added, and in each pass the link's time stands in where it is longer.
+    Tiles add their share of the MLP's time.
+    """
+    attention = 2.0 * rows * tokens**2 * width
+    inputs = rows * tokens * width * model.setting.dtype.itemsize
+    total = 0.0
+    for policy, traced, size in zip(policies, model.skeleton.order, model.streamed_bytes, strict=True):
+        work = model.work[traced]
+        product = PRODUCT * rows * tokens
+        forward = product * work.elements + attention
+        backward = product * work.elements + 2.5 * attention
+        if policy.activations == "selective":
+            backward += product * work.gates
+        elif policy.activations != "keep":
+            backward += forward - product * work.down
+        if policy.tile:
+            mlp = product * (work.gates + work.down)
+            more = TILED * (TILED_AT / min(policy.tile, TILED_AT)) ** 1.5  # through both of what was measured
+            forward, backward = forward + more * mlp, backward + more * (2 * mlp - product * work.down)
+        copied, moved = size * policy.streamed, inputs * (policy.activations == "offload")
+        total += max(forward / rates.flops, copied / rates.link, moved / rates.link)
+        total += max(backward / rates.flops, (copied + moved) / rates.link)
+    return total or 1.0
+
+
+def hidden_from(model: Model, policies: Sequence[LayerPolicy], rates: Rates) -> int | None:
+    """Tokens of a forward pass from which on the copies of all streamed layers hide; None where none is streamed."""
+    found = [
+        tokens_to_hide(int(model.work[traced].elements), size, rates.link, rates.flops)
+        for policy, traced, size in zip(policies, model.skeleton.order, model.streamed_bytes, strict=True)
+        if policy.streamed and size
+    ]
+    return ceil(max(found)) if found else None
+
+
+def _elements(linear: Any) -> int:
+    return int(linear.in_features * linear.out_features)
+
+
+def _experts(config: Any) -> int:
+    return getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0

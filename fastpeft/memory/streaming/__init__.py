@@ -1,0 +1,1 @@
+"""Frozen weights that wait in host memory and are on the device in their layer's turn."""

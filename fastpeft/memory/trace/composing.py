@@ -1,0 +1,84 @@
+"""From the traced first layers of a model to the memory of a whole step, each layer under its own policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..policy import LayerPolicy
+from .timeline import Stretch
+
+Traces = dict[LayerPolicy, list[Stretch]]
+"""A trace in which every layer does the same, for each policy."""
+
+
+class Peak(NamedTuple):
+    """The most that is alive at a time.
+
+    Attributes:
+        size: bytes beside what lies there all the time.
+        when: the phase of the stretch, see `timeline.Stretch`.
+        kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
+        layers: bytes that all layers keep for backward.
+        loss, working: working memory of the loss, and the most of a layer.
+    """
+
+    size: int
+    when: str
+    kept: int
+    layers: int
+    loss: int
+    working: int
+
+
+def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> Peak:
+    """The step of the whole model.
+
+    Args:
+        order: for each layer, in the order of modules, the traced layer that stands for it.
+        policies: of each layer.
+    """
+    level, best = 0, Peak(0, "begin", 0, 0, 0, 0)
+    layers = loss = working = 0
+    for stretch in _whole(traces, order, policies):
+        if level + stretch.peak > best.size:
+            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level)
+        if stretch.phase == "forward":
+            layers += stretch.change
+        if stretch.phase in ("loss", "turn"):
+            loss = max(loss, stretch.peak)
+        elif stretch.phase != "begin":
+            working = max(working, stretch.peak)
+        level += stretch.change
+    return best._replace(layers=layers, loss=loss, working=working)
+
+
+def _whole(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> list[Stretch]:
+    """The stretches of every layer, in order of time."""
+    uses: dict[int, list[LayerPolicy]] = {}
+    for traced, policy in zip(order, policies, strict=True):
+        uses.setdefault(traced, []).append(policy)
+    first = next(iter(traces.values()))
+    found: list[Stretch] = []
+    index = 0
+    while index < len(first):
+        stretch = first[index]
+        wanted = uses.get(stretch.layer, []) if stretch.phase in ("forward", "backward") else []
+        if not wanted:
+            any_trace = traces[policies[-1]] if policies else first
+            found.append(any_trace[index])
+            index += 1
+            continue
+        length = 1 if stretch.phase == "backward" else _until_next(first, index)
+        for policy in wanted if stretch.phase == "forward" else wanted[::-1]:
+            found += traces[policy][index : index + length]
+        index += length
+    return found
+
+
+def _until_next(stretches: Sequence[Stretch], index: int) -> int:
+    """How many from a layer's forward on are before the next layer's, which may be what ends its own: transformers of
+    5.17 and around checkpoint a layer outside the hooks that part the step. One where what follows is no layer."""
+    after = stretches[index + 1 : index + 3]
+    between = [each.phase for each in after] == ["loss", "forward"] and after[0].layer == stretches[index].layer
+    return 2 if between else 1
