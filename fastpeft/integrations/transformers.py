@@ -17,6 +17,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return home is not None and type(module) is home.Conv1D
 
 
+def is_own_linear(module: nn.Module) -> bool:
+    """True for Falcon's nn.Linear, which adds its bias after the product: no more than another rounding."""
+    home = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return home is not None and type(module) is home.FalconLinear
+
+
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "mems", "cache")
 
 

@@ -45,7 +45,7 @@ class Outcome:
     Attributes:
         state: "compared"; "none" where the cell cannot exist without us, "failed" where it does with PEFT but not with
             us, "broken" where the process ended.
-        reason: of a state that is not "compared"; of one that is, why it was compared with PEFT's fp32 and not with fp64.
+        reason: of a state that is not "compared"; of one that is, why PEFT's fp32 stood in for fp64.
         served: what the report says after the steps.
         parity: of the worst of loss and gradients in two steps.
     """
@@ -110,7 +110,7 @@ def _targets(model: Any, named: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
     left = tuple(get_keys_to_not_convert(model))
     paths = {
-        path: type(module) is nn.Linear
+        path: isinstance(module, nn.Linear)
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and not any(f"{path}.".startswith(f"{each}.") for each in left)

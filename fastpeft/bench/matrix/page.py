@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from textwrap import shorten
 
 from ..bases import LLM_INT8
+from ..reading import versions
 from ..records import Record
 from .cells import BASES, CHOSEN, EXPERTS, MODES, Cell, cells
 from .families import FAMILIES
@@ -69,17 +70,16 @@ def _summary(found: dict[Cell, Record]) -> str:
     absent = sum(record.metric == "refused" for record in known)
     bad = len(known) - len(compared) - absent
     return (
-        f"{len(FAMILIES)} families, {len(every)} cells. {len(compared)} were compared: loss and every gradient are equal "
-        f"to plain PEFT's in {sum(map(equal, compared))} of them, and an op serves {fused} of their {layers} adapter "
+        f"{len(FAMILIES)} families, {len(every)} cells. {len(compared)} were compared: loss and every gradient are "
+        f"within the budget in {sum(map(equal, compared))} of them, and an op serves {fused} of their {layers} adapter "
         f"layers. {absent} cannot exist, {bad} fail, {len(every) - len(known)} were not run."
     )
 
 
 def _where(records: Sequence[Record]) -> str:
-    stamps = dict.fromkeys(
-        (r.environment.device, ", ".join(f"{n} {r.environment.versions[n]}" for n in PACKAGES if n in r.environment.versions))
-        for r in records
-    )  # fmt: skip
+    stamps = dict.fromkeys((r.environment.device, versions(r.environment, PACKAGES)) for r in records)
     dates = sorted({record.environment.date[:10] for record in records})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(f'{device}; {versions}' for device, versions in stamps)}; {when}; `make matrix`. {LLM_INT8}: bitsandbytes' int8."
+    where = "; ".join(f"{device}; {names}" for device, names in stamps)
+    return (
+        f"{where}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; `make matrix`. {LLM_INT8}: bitsandbytes' int8."
+    )

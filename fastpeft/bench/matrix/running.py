@@ -29,10 +29,9 @@ def here() -> Environment:
 
 
 def parts(chosen: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
-    """What one process does: first every family over the first base with the first method, and so on."""
-    passes = dict.fromkeys((cell.base, cell.method) for cell in chosen)
-    order = {pair: i for i, pair in enumerate(passes)}
-    in_order = sorted(chosen, key=lambda cell: order[cell.base, cell.method])  # stable
+    """What one process does: every family with the first method over the first base, over the second, and so on."""
+    methods, bases = ([*dict.fromkeys(getattr(cell, of) for cell in chosen)] for of in ("method", "base"))
+    in_order = sorted(chosen, key=lambda cell: (methods.index(cell.method), bases.index(cell.base)))  # stable
     for (family, _, _), mine in groupby(in_order, lambda cell: (cell.family, cell.base, cell.method)):
         yield family, list(mine)
 
