@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..records import Environment, RecordFile, environment, load
-from .cells import Cell, Outcome, run
+from .cells import BASES, CHOSEN, EXPERTS, Cell, Outcome, run
 from .families import FAMILIES, batch
 from .kept import PACKAGES, cell_of, keep
 
@@ -30,8 +30,8 @@ def here() -> Environment:
 
 def parts(chosen: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
     """What one process does: every family with the first method over the first base, over the second, and so on."""
-    methods, bases = ([*dict.fromkeys(getattr(cell, of) for cell in chosen)] for of in ("method", "base"))
-    in_order = sorted(chosen, key=lambda cell: (methods.index(cell.method), bases.index(cell.base)))  # stable
+    methods = (*CHOSEN, EXPERTS)
+    in_order = sorted(chosen, key=lambda cell: (methods.index(cell.method), BASES.index(cell.base)))  # stable
     for (family, _, _), mine in groupby(in_order, lambda cell: (cell.family, cell.base, cell.method)):
         yield family, list(mine)
 
