@@ -53,7 +53,7 @@ bench: .venv/.dev ## benchmarks on this machine's CPU, in ten minutes: records a
 	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/losses.jsonl --as losses --into docs/measured.md
 	$(BIN)/python -m benchmarks report
 
-matrix: .venv/.dev ## model families x bases x methods x modes beside plain PEFT, half an hour; ARGS="--only llama"
+matrix: .venv/.dev ## model families x bases x methods x modes beside plain PEFT, within an hour; ARGS="--only llama"
 	OMP_NUM_THREADS=1 $(BIN)/python -m fastpeft.bench.matrix $(ARGS)
 
 docs: .venv/.dev ## build the documentation into site/; a broken link is an error

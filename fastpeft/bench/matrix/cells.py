@@ -58,7 +58,7 @@ class Outcome:
 
 def cells(family: str) -> Iterator[Cell]:
     """All of a family."""
-    of = {base: CHOSEN for base in BASES}
+    of: dict[str, tuple[str, ...]] = dict.fromkeys(BASES, CHOSEN)
     if FAMILIES[family].kind == MIXTURE:
         of[DENSE] = (*CHOSEN, EXPERTS)
     return (Cell(family, base, method, mode) for base in BASES for method in of[base] for mode in MODES)
