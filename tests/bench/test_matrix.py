@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD, PAGE = ROOT / "benchmarks" / "results" / "cpu" / "matrix.jsonl", ROOT / "docs" / "reference" / "coverage.md"
 SUBSET = [
     Cell("llama", "NF4", "DoRA", "checkpointing"),
-    Cell("gpt2", "dense", "LoRA", "autocast"),
-    Cell("bert", "dense", "LoRA, two active adapters", "eager"),
+    Cell("qwen2", "dense", "LoRA, two active adapters", "eager"),
+    Cell("bert", "dense", "LoRA", "autocast"),
     Cell("t5", "dense", "LoRA", "eager"),
     Cell("mixtral", "dense", "LoRA, stacked experts too", "eager"),
     Cell("vit", "NF4", "LoRA", "eager"),
