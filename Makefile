@@ -14,7 +14,7 @@ ON_CPU := benchmarks/results/cpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint aot bench docs docs-serve gpu
+.PHONY: help quickstart test test-full lint aot bench matrix docs docs-serve gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -52,6 +52,9 @@ bench: .venv/.dev ## benchmarks on this machine's CPU, in ten minutes: records a
 	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/steps.jsonl --into docs/measured.md
 	$(BIN)/python -m fastpeft.bench.tables $(ON_CPU)/losses.jsonl --as losses --into docs/measured.md
 	$(BIN)/python -m benchmarks report
+
+matrix: .venv/.dev ## model families x bases x methods x modes beside plain PEFT, within an hour; ARGS="--only llama"
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastpeft.bench.matrix $(ARGS)
 
 docs: .venv/.dev ## build the documentation into site/; a broken link is an error
 	$(MKDOCS) build --strict

@@ -17,6 +17,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return home is not None and type(module) is home.Conv1D
 
 
+def is_own_linear(module: nn.Module) -> bool:
+    """True for Falcon's nn.Linear, which adds its bias after the product: no more than another rounding."""
+    home = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return home is not None and type(module) is home.FalconLinear
+
+
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "mems", "cache")
 
 
@@ -136,7 +142,8 @@ def sample_batch(model: Any, seed: int = 0, rows: int = 2, tokens: int = 32) -> 
             f"batch: {type(base).__name__} does not take input_ids alone; pass a batch as a dict of tensors"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    tokens = min(tokens, positions) if positions > 0 else tokens  # XLNet's -1: as many as come
     generator = torch.Generator().manual_seed(seed)
     device = next(base.parameters()).device
     ids = torch.randint(0, text.vocab_size, (rows, tokens), generator=generator)

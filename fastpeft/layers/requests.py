@@ -14,7 +14,7 @@ from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft, quantised
-from ..integrations.transformers import is_conv1d
+from ..integrations.transformers import is_conv1d, is_own_linear
 from .bypass import why_not_bypassed
 from .fp8 import products_of
 
@@ -87,7 +87,7 @@ def _stored_base(
     if reader is not None:
         return why_not_bypassed(base, type(base), device) or quantised.frozen_base(reader, base, x, autocast)
     turned = is_conv1d(base)
-    reason = why_not_bypassed(base, type(base) if turned else nn.Linear, device)
+    reason = why_not_bypassed(base, type(base) if turned or is_own_linear(base) else nn.Linear, device)
     if reason is not None:
         return reason
     weight = base._parameters["weight"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..integrations import bitsandbytes, dora, peft, quantised
 from ..integrations.accelerate import rebind_hooked_forward
-from ..integrations.transformers import is_conv1d
+from ..integrations.transformers import is_conv1d, is_own_linear
 from ..layers.bypass import own_class
 from ..layers.counting import outcomes
 from ..layers.few_tokens import FEW_TOKENS
@@ -34,7 +34,7 @@ class LoraReplacement:
 
         if type(module) in fast_classes():
             base = module.get_submodule("base_layer")
-            dense = own_class(base) is nn.Linear or is_conv1d(base)
+            dense = own_class(base) is nn.Linear or is_conv1d(base) or is_own_linear(base)
             if not dense and not bitsandbytes.is_linear_4bit(base) and quantised.reader(base) is None:
                 return Left(f"no op for a base layer of type {type(base).__name__}")
             variants: dict[str, Any] = getattr(module, "lora_variant", {})

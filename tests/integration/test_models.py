@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
@@ -18,6 +19,16 @@ from tests.integration.steps import assert_accelerated_close, assert_step_close,
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_peft(name: str) -> None:
     model = make(name)
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert not notes(model)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcon_s_own_linear_layers_are_served(bias: bool) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bias": bias}
+    config = FalconConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0, pad_token_id=0)
+    model = with_lora(FalconForCausalLM(config)).train()
     inputs = batch(model)
     assert_accelerated_close(model, inputs, truth(model, inputs))
     assert not notes(model)
