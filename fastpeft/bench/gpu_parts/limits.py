@@ -23,7 +23,7 @@ OPTIMIZER = "adamw_torch_fused"
 
 @dataclass(frozen=True)
 class Case:
-    """A QLoRA training of a model of `memory.known` under limits of GPU and pinned host memory."""
+    """A QLoRA training of a model of `memory.plan.known` under limits of GPU and pinned host memory."""
 
     model: str
     gpu_gib: float
