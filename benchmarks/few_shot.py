@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.bench.tables import insert
-from fastpeft.metrics.intervals import Interval, over_seeds
+from fastpeft.metrics.intervals import over_seeds
 
 ROOT = Path(__file__).parents[1]
 DRAWS = ROOT / "benchmarks" / "results" / "strategies" / "few-shot-minilm.json"
@@ -76,7 +76,7 @@ def _row(name: str, cells: list[str]) -> str:
 def _said(values: list[float], sign: str = "") -> str:
     if not values:
         return "-"
-    mean, low, high = Interval(*over_seeds(values))
+    mean, low, high = over_seeds(values)
     return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
 order = 57
 time_limit_s = 120
+needs = ("peft",)
 
 
 def run(recorder: Recorder, depth: str) -> None:
@@ -26,9 +26,6 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, small: bool) -> None:
-    if importlib.util.find_spec("peft") is None:
-        print("peft is not installed: no whole model was stepped")
-        return
     import torch
 
     from fastpeft.bench.steps import StepCase
