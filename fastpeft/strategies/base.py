@@ -54,6 +54,18 @@ class Strategy:
     def check(self) -> None:
         """Raises UserError for what can be told from the configuration alone to be wrong."""
 
+    def check_shares(self, *names: str) -> None:
+        """Raises UserError for an option that is a share of something, and neither null nor between 0 and 1."""
+        for name in names:
+            value = getattr(self.options, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"strategy.options.{name}: expected more than 0 and less than 1, got {value}")
+
+    def check_generate(self) -> None:
+        """Raises UserError for an option `generate`, a number of prompts, below 0."""
+        if self.options.generate < 0:
+            raise UserError(f"strategy.options.generate: expected at least 0, got {self.options.generate}")
+
     def prepare(self, console: Console) -> Prepared:
         """The data, encoded, and the configuration as resolved. Nothing is written and no model is loaded."""
         prepared = prepare(self.config, console, self.edit, self.read_as)

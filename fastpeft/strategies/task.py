@@ -73,15 +73,8 @@ class TaskAdaptive(Strategy):
         options = self.options
         if options.early_stopping is not None and options.early_stopping < 1:
             raise UserError(f"strategy.options.early_stopping: expected at least 1, got {options.early_stopping}")
-        for name, value in (
-            ("layer_rate_decay", options.layer_rate_decay),
-            ("near_duplicates", options.near_duplicates),
-            ("validation_fraction", options.validation_fraction),
-        ):
-            if value is not None and not 0 < value < 1:
-                raise UserError(f"strategy.options.{name}: expected more than 0 and less than 1, got {value}")
-        if options.generate < 0:
-            raise UserError(f"strategy.options.generate: expected at least 0, got {options.generate}")
+        self.check_shares("layer_rate_decay", "near_duplicates", "validation_fraction")
+        self.check_generate()
         if options.rate_search is not None:
             options.rate_search.check()
 

@@ -65,16 +65,10 @@ class Dynamic(Strategy):
         self._figures: Figures | None = None
 
     def check(self) -> None:
-        options = self.options
-        if not options.rules:
+        if not self.options.rules:
             raise UserError("strategy.options.rules: expected at least one rule, got none")
-        if not 0 < options.validation_fraction < 1:
-            raise UserError(
-                f"strategy.options.validation_fraction: expected more than 0 and less than 1, "
-                f"got {options.validation_fraction}"
-            )
-        if options.generate < 0:
-            raise UserError(f"strategy.options.generate: expected at least 0, got {options.generate}")
+        self.check_shares("validation_fraction")
+        self.check_generate()
         pruning = next((rule for rule in self._rules if rule.name == "ranks"), None)
         if pruning is not None and self.config.training.extra.get("load_best_model_at_end"):
             raise UserError(
