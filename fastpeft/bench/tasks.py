@@ -1,6 +1,7 @@
 """A step of several tasks in one pass, each row through its own task's adapter, beside one pass a task.
 
-Both give the same gradients; counted are the products that torch makes, and the time of this thread on the CPU.
+Both give the same gradients; counted are the products that torch makes, the time of this thread on the CPU, and the
+bytes that a step takes at the most beside what lies there before.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from torch import Tensor
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::baddbmm")
 
 
-def measure(hidden: int, layers: int, tasks: int, rows: int, tokens: int, rounds: int) -> list[tuple[str, float, int]]:
-    """(way, milliseconds of a forward and a backward, matrix products), for PEFT and for fastpeft.
+def measure(hidden: int, layers: int, tasks: int, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """By way, PEFT's and fastpeft's: "ms" of each forward and backward, "products" of matrices, "peak MiB".
 
     Args:
         hidden, layers: of an encoder with random weights, LoRA of rank 8 on all its projections.
         tasks: how many; the rows are theirs in turn.
         rows, tokens: of a step.
-        rounds: of which the median is taken, all ways in turn.
+        rounds: how often each is timed, all ways in turn.
     """
     import fastpeft
+
+    from .memory import MIB, peak_of_step
 
     model = _model(hidden, layers, tasks)
     names = [f"task{row % tasks}" for row in range(rows)]
@@ -43,7 +46,7 @@ def measure(hidden: int, layers: int, tasks: int, rows: int, tokens: int, rounds
             with fastpeft.mixed_batch(model, [task] * len(mine)):
                 _loss(model, ids[mine]).backward()
 
-    found = []
+    found: dict[str, dict[str, Any]] = {}
     for peer in ("PEFT", "fastpeft"):
         if peer == "fastpeft":
             fastpeft.accelerate(model)
@@ -56,7 +59,10 @@ def measure(hidden: int, layers: int, tasks: int, rows: int, tokens: int, rounds
                 begun = time.thread_time()
                 step()
                 times[way].append(1e3 * (time.thread_time() - begun))
-        found += [(way, median(times[way]), _products(step)) for way, step in ways.items()]
+        for way, step in ways.items():
+            model.zero_grad()
+            peak = peak_of_step(step, "cpu") / MIB
+            found[way] = {"ms": times[way], "products": _products(step), "peak MiB": peak}
     return found
 
 
@@ -104,8 +110,9 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = vars(parser.parse_args(arguments))
     print(f"{given}, {torch.get_num_threads()} threads")
-    for way, milliseconds, products in measure(**given):
-        print(f"{way:24} {milliseconds:9.1f} ms {products:6} products")
+    for way, found in measure(**given).items():
+        time_, peak = median(found["ms"]), found["peak MiB"]
+        print(f"{way:24} {time_:9.1f} ms {found['products']:6} products {peak:8.1f} MiB")
 
 
 if __name__ == "__main__":
