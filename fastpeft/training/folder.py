@@ -116,6 +116,7 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held
         lock.release()
 
 

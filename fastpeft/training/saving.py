@@ -84,8 +84,9 @@ def half_checkpoints_deleted(trainer: Any, folder: Path) -> Iterator[None]:
         half = checkpoint_of(folder, trainer.state.global_step)
         if not trainer.args.should_save or not half.is_dir() or (half / SEAL).exists():
             raise
+        message = f"{half} cannot be saved: {_line(error, folder)}"
         shutil.rmtree(half, ignore_errors=True)
-        raise RunFailed(f"{half} cannot be saved: {_line(error)}; {_further(folder)}") from error
+        raise RunFailed(f"{message}; {_further(folder)}") from error
 
 
 def save_finished(trainer: Any, folder: Path) -> None:
@@ -102,8 +103,9 @@ def save_finished(trainer: Any, folder: Path) -> None:
         if trainer.is_world_process_zero():
             _put_in_place(beside, folder)
     except Exception as error:
+        message = f"what was trained cannot be saved: {_line(error, folder)}"
         shutil.rmtree(beside, ignore_errors=True)
-        raise RunFailed(f"what was trained cannot be saved: {_line(error)}; {_further(folder)}") from error
+        raise RunFailed(f"{message}; {_further(folder)}") from error
 
 
 def _put_in_place(beside: Path, folder: Path) -> None:
@@ -119,8 +121,11 @@ def _put_in_place(beside: Path, folder: Path) -> None:
     shutil.rmtree(beside)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _line(error: Exception, folder: Path) -> str:
+    """Of libraries that do not say why they could not write, too."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    free = shutil.disk_usage(folder).free
+    return f"the disk is full: {said}" if free < 2**20 else said
 
 
 def _further(folder: Path) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastpeft.paths import write_whole
 from fastpeft.training.checkpoints import SEAL, STATE, checkpoints, delete_older, is_whole, last_checkpoint, seal
 from tests.checkpoints import Checkpoints, write_rows
+from tests.commands import run as command
 
 from .runs import chats, train
 
@@ -114,6 +117,44 @@ def test_a_clock_that_is_set_back_during_a_run_costs_nothing(
     settings = shlex.split("--batch-size 4 --report-to none --max-steps 4 --save-steps 1 --save-total-limit 2")
     train(tmp_path / "run", "--model", checkpoints["llama"], "--data", rows, *settings)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        ("transformers.Trainer._save_rng_state", "{run}/checkpoint-2 cannot be saved: no space"),
+        ("fastpeft.training.saving.seal", "{run}/checkpoint-2 cannot be saved: no space"),
+        ("fastpeft.training.saving._put_in_place", "what was trained cannot be saved: no space"),
+    ],
+)
+def test_what_cannot_be_saved_ends_a_run_in_words_and_takes_no_space(
+    save: str,
+    message: str,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, _, name = save.rpartition(".")
+    before = getattr(pkgutil.resolve_name(module), name)
+
+    def full(first: Any, *others: Any) -> None:
+        if "checkpoint-1" not in str((first, *others)):
+            raise OSError("no space")
+        before(first, *others)
+
+    monkeypatch.setattr(save, full)
+    rows, run = write_rows(tmp_path / "rows.jsonl", *chats()), tmp_path / "run"
+    settings = shlex.split("--batch-size 4 --report-to none --max-steps 2 --save-steps 1")
+    given = ["--output-dir", str(run), "--model", checkpoints["llama"], "--data", rows, *settings]
+    answer = command(capsys, "train", "--quiet", *given)
+    last = "checkpoint-2" if "trained" in message else "checkpoint-1"
+    assert answer.code == 1
+    assert answer.err == f"fastpeft: {message.format(run=run)}; --resume goes on from {run}/{last}\n"
+    assert sorted(path.name for path in run.glob("checkpoint-*"))[-1] == last
+    assert not {".unfinished", ".lock", "adapter_model.safetensors"} & {path.name for path in run.iterdir()}
+    monkeypatch.undo()
+    assert train(run, "--resume").record["steps"] == 2
 
 
 def test_a_file_is_written_as_a_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
