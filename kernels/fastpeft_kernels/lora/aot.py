@@ -31,8 +31,8 @@ def cases() -> Iterator[AotCase]:
     yield from _linear_tma()
     yield from _backward()
     for batch, mixed in _BATCHES:
-        tensors, tables = _tables({"partial_ptr": "fp32", "out_ptr": "fp32"}, mixed, "starts_ptr")
-        constants = {**tables, "factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
+        tensors, table = _table({"partial_ptr": "fp32", "out_ptr": "fp32"}, mixed, "starts_ptr")
+        constants = {**table, "factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
         yield _case(f"{batch}sum", partial_sums.lora_sum_kernel, tensors, constants, targets=None)
     yield _pack()
     yield from _dora()
@@ -41,8 +41,8 @@ def cases() -> Iterator[AotCase]:
 def _down() -> Iterator[AotCase]:
     for (rank, drops), (batch, mixed) in product(_RANKS, _BATCHES):
         for default, config in _tuned(configs.DOWN):
-            tensors, tables = _tables(dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "bf16"), mixed, "blocks_ptr")
-            constants = {**tables, "x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
+            tensors, table = _table(dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "bf16"), mixed, "blocks_ptr")
+            constants = {**table, "x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
             constants |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.ranks(rank)}
             name = f"{batch}down_bf16_r{rank}"
             yield _dropping(name, forward.lora_down_fwd_kernel, tensors, constants, drops, config, default)
@@ -107,22 +107,22 @@ def _backward() -> Iterator[AotCase]:
     for batch, mixed in _BATCHES:
         for default, config in _tuned(configs.UP):
             tensors = {"dy_ptr": "bf16", "b_ptr": "bf16", "s_ptr": "bf16", "ds_ptr": "fp32", "db_ptr": "fp32"}
-            tensors, constants = _tables(tensors, mixed, "blocks_ptr", "splits_ptr")
+            tensors, constants = _table(tensors, mixed, "blocks_ptr")
             constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 16}
             name = f"{batch}up_bwd_{_label(config)}"
             yield _case(name, backward.lora_up_bwd_kernel, tensors, constants, config, default)
     for (rank, drops), (batch, mixed) in product(_RANKS, _BATCHES):
         for default, config in _tuned(configs.WEIGHT):
             tensors = {"x_ptr": "bf16", "ds_ptr": "bf16", "out_ptr": "fp32"}
-            tensors, constants = _tables(tensors, mixed, "blocks_ptr", "splits_ptr")
+            tensors, constants = _table(tensors, mixed, "blocks_ptr")
             constants |= {"out_feature_stride": 1, **_tile(config, rank)}
             name = f"{batch}down_bwd_weight_bf16_r{rank}"
             yield _dropping(name, backward.lora_down_bwd_weight_kernel, tensors, constants, drops, config, default)
         for default, config in _tuned(configs.INPUT):
             kernel = backward.lora_down_bwd_input_kernel
             for dx in ("bf16", "fp32"):
-                tensors, tables = _tables({"ds_ptr": "bf16", "a_ptr": "bf16", "dx_ptr": dx}, mixed, "blocks_ptr")
-                constants = {**tables, "bias_ptr": None, "a_column_stride": 1, "ACCUMULATE": True}
+                tensors, table = _table({"ds_ptr": "bf16", "a_ptr": "bf16", "dx_ptr": dx}, mixed, "blocks_ptr")
+                constants = {**table, "bias_ptr": None, "a_column_stride": 1, "ACCUMULATE": True}
                 name = f"{batch}down_bwd_input_{dx}_r{rank}"
                 constants |= _tile(config, rank)
                 yield _dropping(name, kernel, tensors, constants, drops, config, default)
@@ -133,16 +133,16 @@ def _mixed_update() -> Iterator[AotCase]:
     """Y = S B^T + bias, of B as it is."""
     for rank in (16, 64):
         for default, config in _tuned(configs.INPUT):
-            tensors = {**dict.fromkeys(("ds_ptr", "a_ptr", "dx_ptr", "bias_ptr"), "bf16")}
-            tensors, constants = _tables(tensors, True, "blocks_ptr")
+            tensors = dict.fromkeys(("ds_ptr", "a_ptr", "dx_ptr", "bias_ptr"), "bf16")
+            tensors, constants = _table(tensors, True, "blocks_ptr")
             constants |= {"a_row_stride": 1, "ACCUMULATE": False, **_tile(config, rank)}
             kernel, name = backward.lora_down_bwd_input_kernel, f"mixed_update_bf16_r{rank}"
             yield _dropping(name, kernel, tensors, constants, False, config, default)
 
 
-def _tables(tensors: dict[str, str], mixed: bool, *names: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The tensors of a kernel and the constants, with the tables of a mixed batch or None in their place."""
-    return ({**tensors, **dict.fromkeys(names, "i32")}, {}) if mixed else (tensors, dict.fromkeys(names))
+def _table(tensors: dict[str, str], mixed: bool, name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tensors of a kernel and the constants, with the table of a mixed batch or None in its place."""
+    return ({**tensors, name: "i32"}, {}) if mixed else (tensors, {name: None})
 
 
 def _pack() -> AotCase:

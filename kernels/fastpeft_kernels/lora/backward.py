@@ -35,16 +35,9 @@ from .mixed_rows import RowSlots
 from .partial_sums import lora_sum, splits_of, sums_of_slots
 
 
-@triton.jit
-def _split_of_slot(blocks_ptr, splits_ptr, split):
-    """(first block, the end of its blocks, slot) of a split of `RowSlots.splits`."""
-    first = tl.load(splits_ptr + 2 * split)
-    return first, tl.load(splits_ptr + 2 * split + 1), tl.load(blocks_ptr + 3 * first + 2).to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def lora_up_bwd_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, blocks_ptr, splits_ptr,
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, blocks_ptr,
     tokens, out_features, rank, split_tokens,
     dy_row_stride, b_slot_stride, b_row_stride, s_row_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -52,13 +45,15 @@ def lora_up_bwd_kernel(
     """Partial sums of dS = dY B and dB = dY^T S from one read of dY; rank <= BLOCK_R.
 
     Program (i, j) reads column block i of dY in token split j. It writes its share of dS, fp32 (column blocks, tokens,
-    rank), and its share of dB, fp32 (splits, out_features, rank). Without a mixed batch splits_ptr is None.
+    rank), and its share of dB, fp32 (splits, out_features, rank). In a mixed batch the splits are those of
+    `RowSlots.splits`; else blocks_ptr is None.
     """
     block, split = tl.program_id(0), tl.program_id(1)
-    if splits_ptr is None:
-        first, last, end = 0, split_tokens // BLOCK_M, tokens
+    if blocks_ptr is None:  # split_tokens is a multiple of BLOCK_M
+        first, end, steps = split.to(tl.int64) * split_tokens, tokens, split_tokens // BLOCK_M
     else:
-        first, last, slot = _split_of_slot(blocks_ptr, splits_ptr, split)
+        first, end, slot = block_of_row(blocks_ptr, split)
+        steps = tl.cdiv(end - first, BLOCK_M)
         b_ptr += slot * b_slot_stride
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
@@ -66,33 +61,27 @@ def lora_up_bwd_kernel(
     wide = n.to(tl.int64)
     b = tl.load(b_ptr + wide[None, :] * b_row_stride + r[:, None], mask=in_columns[None, :] & in_rank, other=0.0)
     acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    row = split.to(tl.int64) * split_tokens + tl.arange(0, BLOCK_M)  # split_tokens is a multiple of BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
     dy_ptrs = dy_ptr + row[:, None] * dy_row_stride + n[None, :]
     s_ptrs = s_ptr + row[None, :] * s_row_stride + r[:, None]
     ds_ptrs = ds_ptr + (block.to(tl.int64) * tokens + row[None, :]) * rank + r[:, None]
-    for i in range(first, last):
-        if splits_ptr is not None:
-            row, end, _ = block_of_row(blocks_ptr, i, BLOCK_M)
-            dy_ptrs = dy_ptr + row[:, None] * dy_row_stride + n[None, :]
-            s_ptrs = s_ptr + row[None, :] * s_row_stride + r[:, None]
-            ds_ptrs = ds_ptr + (block.to(tl.int64) * tokens + row[None, :]) * rank + r[:, None]
+    for _ in range(0, steps):
         inside = row < end
         dy = tl.load(dy_ptrs, mask=inside[:, None] & in_columns[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=inside[None, :] & in_rank, other=0.0)
         acc = tl.dot(s, dy, acc)
         tl.store(ds_ptrs, tl.dot(b, tl.trans(dy)), mask=inside[None, :] & in_rank)
-        if splits_ptr is None:
-            row += BLOCK_M
-            dy_ptrs += BLOCK_M * dy_row_stride
-            s_ptrs += BLOCK_M * s_row_stride
-            ds_ptrs += BLOCK_M * rank
+        row += BLOCK_M
+        dy_ptrs += BLOCK_M * dy_row_stride
+        s_ptrs += BLOCK_M * s_row_stride
+        ds_ptrs += BLOCK_M * rank
     db_ptrs = db_ptr + (split.to(tl.int64) * out_features + wide[None, :]) * rank + r[:, None]
     tl.store(db_ptrs, acc, mask=in_columns[None, :] & in_rank)
 
 
 @triton.jit(do_not_specialize=["tokens", "stream", "threshold"])
 def lora_down_bwd_weight_kernel(
-    x_ptr, ds_ptr, seed_ptr, out_ptr, blocks_ptr, splits_ptr,
+    x_ptr, ds_ptr, seed_ptr, out_ptr, blocks_ptr,
     tokens, features, rank, split_tokens,
     x_row_stride, ds_row_stride, out_split_stride, out_rank_stride, out_feature_stride,
     stream, threshold, scale,
@@ -101,26 +90,23 @@ def lora_down_bwd_weight_kernel(
 ):  # fmt: skip
     """Partial sums over token splits of scale * dS^T keep(X): fp32, any strides. Also dB^T = S^T dY.
 
-    Without a mixed batch splits_ptr is None.
+    In a mixed batch the splits are those of `RowSlots.splits`; else blocks_ptr is None.
     """
     split = tl.program_id(1)
-    if splits_ptr is None:
-        first_block, last_block, end = 0, split_tokens // BLOCK_M, tokens
+    if blocks_ptr is None:  # split_tokens is a multiple of BLOCK_M
+        first_row, end, steps = split.to(tl.int64) * split_tokens, tokens, split_tokens // BLOCK_M
     else:
-        first_block, last_block, slot = _split_of_slot(blocks_ptr, splits_ptr, split)
+        first_row, end, _ = block_of_row(blocks_ptr, split)
+        steps = tl.cdiv(end - first_row, BLOCK_M)
     across = tl.cdiv(rank, BLOCK_R)
     r = (tl.program_id(0) % across) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = (tl.program_id(0) // across) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rank, in_columns = (r < rank)[:, None], (k < features)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    row = split.to(tl.int64) * split_tokens + tl.arange(0, BLOCK_M)  # split_tokens is a multiple of BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     x_ptrs = x_ptr + row[:, None] * x_row_stride + k[None, :]
     ds_ptrs = ds_ptr + row[None, :] * ds_row_stride + r[:, None]
-    for i in range(first_block, last_block):
-        if splits_ptr is not None:
-            row, end, _ = block_of_row(blocks_ptr, i, BLOCK_M)
-            x_ptrs = x_ptr + row[:, None] * x_row_stride + k[None, :]
-            ds_ptrs = ds_ptr + row[None, :] * ds_row_stride + r[:, None]
+    for _ in range(0, steps):
         inside = row < end
         ds = tl.load(ds_ptrs, mask=inside[None, :] & in_rank, other=0.0)
         x = tl.load(x_ptrs, mask=inside[:, None] & in_columns, other=0.0).to(ds.dtype)
@@ -128,10 +114,9 @@ def lora_down_bwd_weight_kernel(
             first, second = row_keys(seed_ptr, row, stream)
             x = tl.where(kept(first[:, None], second[:, None], k[None, :], threshold), x, 0.0)
         acc = tl.dot(ds, x, acc, input_precision="ieee")
-        if splits_ptr is None:
-            row += BLOCK_M
-            x_ptrs += BLOCK_M * x_row_stride
-            ds_ptrs += BLOCK_M * ds_row_stride
+        row += BLOCK_M
+        x_ptrs += BLOCK_M * x_row_stride
+        ds_ptrs += BLOCK_M * ds_row_stride
     if HAS_DROPOUT:
         acc *= scale
     out_ptrs = out_ptr + split.to(tl.int64) * out_split_stride + k[None, :].to(tl.int64) * out_feature_stride
@@ -149,15 +134,16 @@ def lora_down_bwd_input_kernel(
 ):  # fmt: skip
     """dX = (dX) + scale * keep(dS A) + bias; one program a tile of dX, columns fastest.
 
-    Without a mixed batch blocks_ptr is None.
+    In a mixed batch blocks of tokens are those of `RowSlots.blocks`; else blocks_ptr is None.
     """
     across = tl.cdiv(in_features, BLOCK_K)
     block = tl.program_id(0) // across
     if blocks_ptr is None:
-        row, end = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tokens
+        first_row, end = block.to(tl.int64) * BLOCK_M, tokens
     else:
-        row, end, slot = block_of_row(blocks_ptr, block, BLOCK_M)
+        first_row, end, slot = block_of_row(blocks_ptr, block)
         a_ptr += slot * a_slot_stride
+    row = first_row + tl.arange(0, BLOCK_M)
     k = (tl.program_id(0) % across) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rows, in_columns = (row < end)[:, None], (k < in_features)[None, :]
     r = tl.arange(0, BLOCK_R)
@@ -210,13 +196,13 @@ def lora_up_bwd(
         out.zero_()
         return dy.new_zeros((1, out_features, rank), dtype=torch.float32)
     blocks = triton.cdiv(out_features, config.block_n)
-    splits, each, tables, starts = splits_of(tokens, blocks, config.block_m, dy.device, rows)
+    splits, each, table, starts = splits_of(tokens, blocks, config.block_m, dy.device, rows)
     dy, b, s = columns_contiguous(dy), columns_contiguous(b), columns_contiguous(s)
     ds = dy.new_empty((blocks, tokens, rank), dtype=torch.float32)
     db = dy.new_empty((splits, out_features, rank), dtype=torch.float32)
     with torch.cuda.device_of(dy):
         lora_up_bwd_kernel[(blocks, splits)](
-            dy, b, s, ds, db, *tables,
+            dy, b, s, ds, db, table,
             tokens, out_features, rank, each, dy.stride(0), *stack_strides(b)[:2], s.stride(0),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.ranks(rank),
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -257,14 +243,14 @@ def lora_down_bwd_weight(
     config = config or default_config(WEIGHT, x.device)
     block_r = config.ranks(rank)
     blocks = triton.cdiv(features, config.block_n) * triton.cdiv(rank, block_r)
-    splits, each, tables, starts = splits_of(tokens, blocks, config.block_m, x.device, rows)
+    splits, each, table, starts = splits_of(tokens, blocks, config.block_m, x.device, rows)
     x, ds = columns_contiguous(x), columns_contiguous(ds)
     out = x.new_empty((splits, *shape), dtype=torch.float32)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if features_first else out.stride()
     drops = seed is not None and p > 0.0
     with torch.cuda.device_of(x):
         lora_down_bwd_weight_kernel[(blocks, splits)](
-            x, ds, seed if drops else None, out, *tables,
+            x, ds, seed if drops else None, out, table,
             tokens, features, rank, each, x.stride(0), ds.stride(0), *strides,
             stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
             HAS_DROPOUT=drops, BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=block_r,

@@ -114,14 +114,10 @@ def token_splits(tokens: int, blocks: int, block_m: int, device: torch.device) -
 
     Depends on shapes and the device alone, so that the partial sums are the same every time.
     """
-    splits = max(1, min(wanted_splits(blocks, device), ceil(tokens / block_m)))
+    wanted = ceil(2 * multiprocessors(device) / max(blocks, 1))
+    splits = max(1, min(wanted, ceil(tokens / block_m), 64))
     each = ceil(ceil(tokens / splits) / block_m) * block_m
     return ceil(tokens / each), each
-
-
-def wanted_splits(blocks: int, device: torch.device) -> int:
-    """How many splits of `blocks` programs each fill the device about twice."""
-    return min(ceil(2 * multiprocessors(device) / max(blocks, 1)), 64)
 
 
 @lru_cache

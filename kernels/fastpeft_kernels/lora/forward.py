@@ -34,11 +34,11 @@ from .mixed_rows import RowSlots
 
 
 @triton.jit
-def block_of_row(blocks_ptr, block, BLOCK_M: tl.constexpr):
-    """(token numbers, the end of their row, slot) of a block of `RowSlots.blocks`."""
+def block_of_row(blocks_ptr, block):
+    """(first token, the end of its block, slot) of a line of `RowSlots.blocks` or `splits`."""
     first = tl.load(blocks_ptr + 3 * block).to(tl.int64)
     slot = tl.load(blocks_ptr + 3 * block + 2).to(tl.int64)
-    return first + tl.arange(0, BLOCK_M), tl.load(blocks_ptr + 3 * block + 1), slot
+    return first, tl.load(blocks_ptr + 3 * block + 1), slot
 
 
 @triton.jit(do_not_specialize=["tokens", "stream", "threshold"])
@@ -58,10 +58,11 @@ def lora_down_fwd_kernel(
     across = tl.cdiv(rank, BLOCK_R)
     block = tl.program_id(0) // across
     if blocks_ptr is None:
-        row, end = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tokens
+        first_row, end = block.to(tl.int64) * BLOCK_M, tokens
     else:
-        row, end, slot = block_of_row(blocks_ptr, block, BLOCK_M)
+        first_row, end, slot = block_of_row(blocks_ptr, block)
         a_ptr += slot * a_slot_stride
+    row = first_row + tl.arange(0, BLOCK_M)
     r = (tl.program_id(0) % across) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     inside = tl.minimum(row, end - 1)  # rows past the end repeat the last one and are not stored

@@ -6,14 +6,15 @@ What depends on the numbers of a batch alone is made once and kept on the device
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, groupby
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from .configs import wanted_splits
 from .projection import Group
 
 
@@ -150,20 +151,21 @@ class RowSlots:
     each: int
 
     def blocks(self, block_m: int, device: torch.device) -> Tensor:
-        """int32 (blocks, 3): each block's first token, the end of its row, and its slot, by which they are sorted.
+        """int32 (blocks, 3): each block's first token, its end, and its slot, by which they are sorted.
 
-        No block has tokens of two rows, nor more than `block_m`.
+        No block has tokens of two adapters, nor more than `block_m`.
         """
-        return _blocks(self.index, self.each, block_m, device)
+        return _blocks(self.index, self.each, block_m, block_m, device)[0]
 
-    def splits(self, block_m: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """How sums over each slot's tokens are split, for `columns` programs a split.
+    def splits(self, tokens: int, block_m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How sums over each slot's tokens are split, in parts of at most half more than `tokens`, a multiple of
+        `block_m`.
 
         Returns:
-            (splits, starts): int32 (splits, 2), each one's first block and the end of its blocks; int32 (slots + 1),
-            each slot's first split, and their number.
+            (splits, starts): as `blocks`; int32 (slots + 1), each slot's first split, and the number of all.
         """
-        return _splits(self.index, self.each, block_m, wanted_splits(columns, device), device)
+        most = (tokens + tokens // 2) // block_m * block_m
+        return _blocks(self.index, self.each, most, block_m, device)
 
 
 def row_slots(group: Group, tokens: int) -> RowSlots:
@@ -173,33 +175,22 @@ def row_slots(group: Group, tokens: int) -> RowSlots:
 
 
 @lru_cache(maxsize=256)
-def _blocks(index: tuple[int, ...], each: int, block_m: int, device: torch.device) -> Tensor:
-    found = [
-        (row * each + first, (row + 1) * each, slot)
-        for slot, rows in enumerate(_rows(index))
-        for row in rows
-        for first in range(0, each, block_m)
-    ]
-    return _on(device, found, torch.int32)
+def _blocks(index: tuple[int, ...], each: int, most: int, multiple: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks of at most `most` tokens, about equal, and each slot's first one and their number."""
+    owners, first = owners_of(index), 0
+    found: list[list[tuple[int, int, int]]] = [[] for _ in owners]
+    for owner, rows in groupby(index):  # adjacent rows of an adapter lie together
+        slot, end = owners.index(owner), first + each * len(list(rows))
+        size = multiple * ceil((end - first) / multiple / max(ceil((end - first) / most), 1))
+        found[slot] += [(at, min(at + size, end), slot) for at in range(first, end, max(size, 1))]
+        first = end
+    starts = list(accumulate(map(len, found), initial=0))
+    return _on(device, [line for lines in found for line in lines], torch.int32), _on(device, starts, torch.int32)
 
 
-@lru_cache(maxsize=256)
-def _splits(
-    index: tuple[int, ...], each: int, block_m: int, wanted: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    of_row, first = ceil(each / block_m), 0
-    share = max(ceil(len(index) * of_row / wanted), 1)
-    splits, starts = list[tuple[int, int]](), [0]
-    for rows in _rows(index):
-        blocks = len(rows) * of_row
-        size = ceil(blocks / max(round(blocks / share), 1))
-        splits += [(first + at, first + min(at + size, blocks)) for at in range(0, blocks, size)]
-        starts.append(len(splits))
-        first += blocks
-    return _on(device, splits, torch.int32), _on(device, starts, torch.int32)
-
-
-def _on(device: torch.device, numbers: list[int] | list[tuple[int, ...]], dtype: torch.dtype = torch.int64) -> Tensor:
+def _on(
+    device: torch.device, numbers: Sequence[int] | Sequence[tuple[int, ...]], dtype: torch.dtype = torch.int64
+) -> Tensor:
     """Without waiting for a GPU."""
     with torch.inference_mode(False):
         values = torch.tensor(numbers, dtype=dtype, device="cpu")

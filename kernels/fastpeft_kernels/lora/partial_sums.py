@@ -81,13 +81,14 @@ _SUM_BLOCK = 128
 
 def splits_of(
     tokens: int, blocks: int, block_m: int, device: torch.device, rows: RowSlots | None
-) -> tuple[int, int, tuple[Tensor | None, Tensor | None], Tensor | None]:
-    """(splits, tokens of each, blocks and splits of `RowSlots`, starts) of sums over tokens, for `blocks` programs a
-    split."""
+) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """(splits, tokens of each, their table, starts) of sums over tokens, for `blocks` programs a split; the tables are
+    those of `RowSlots.splits`."""
+    splits, each = token_splits(tokens, blocks, block_m, device)
     if rows is None:
-        return *token_splits(tokens, blocks, block_m, device), (None, None), None
-    splits, starts = rows.splits(block_m, blocks, device)
-    return splits.shape[0], 0, (rows.blocks(block_m, device), splits), starts
+        return splits, each, None, None
+    table, starts = rows.splits(each, block_m, device)
+    return table.shape[0], each, table, starts
 
 
 def sums_of_slots(partial: Tensor, starts: Tensor | None) -> Tensor:

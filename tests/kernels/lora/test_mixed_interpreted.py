@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ from fastpeft_kernels.lora.mixed_rows import RowSlots
 from tests.budget import assert_within_budget
 from tests.kernels.lora.groups import check_group, parameters, projection
 from tests.kernels.lora.test_mixed import WAYS, siblings
-from tests.kernels.lora.test_triton_interpreted import SEED, check, configs, dropped, every_dtype, matrix
+from tests.kernels.lora.test_triton_interpreted import SEED, check, configs, dropped, matrix
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("nan_filled")]
 pytest.importorskip("triton")
 
 F32, F16 = torch.float32, torch.float16
-ROWS = RowSlots((7, 3, 7, 3, 7), 45)  # no tile divides a row; slot 0 has three of them, slot 1 two
-TOKENS, FEATURES, RANK = 5 * 45, 50, 20
+full = pytest.mark.full
+every_dtype = pytest.mark.parametrize("dtype", (pytest.param(F32, marks=full), F16), ids=("fp32", "fp16"))
+drops_or_not = pytest.mark.parametrize("p", (pytest.param(0.0, marks=full), 0.4), ids=("", "dropout"))
+ROWS = RowSlots((7, 3, 3, 7), 23)  # no tile divides what lies together: a row, two, and a row
+TOKENS, FEATURES, RANK = 4 * 23, 37, 20
 
 
 def by_row(t: Tensor, stack: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def by_slot(t: Tensor, u: Tensor) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("p", (0.0, 0.4), ids=("", "dropout"))
+@drops_or_not
 def test_down_in_every_configuration(dtype: torch.dtype, p: float) -> None:
     from fastpeft_kernels.lora.forward import lora_down
 
@@ -55,7 +59,7 @@ def test_down_in_every_configuration(dtype: torch.dtype, p: float) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("p", (0.0, 0.4), ids=("", "dropout"))
+@drops_or_not
 def test_update_in_every_configuration(dtype: torch.dtype, p: float) -> None:
     """Y = S B^T + bias of a stack that is turned, and dX += dS A."""
     from fastpeft_kernels.lora.backward import lora_down_bwd_input_
@@ -72,7 +76,7 @@ def test_update_in_every_configuration(dtype: torch.dtype, p: float) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("p", (0.0, 0.4), ids=("", "dropout"))
+@drops_or_not
 def test_weight_gradient_in_every_configuration(dtype: torch.dtype, p: float) -> None:
     from fastpeft_kernels.lora.backward import lora_down_bwd_weight
 
@@ -96,31 +100,27 @@ def test_up_backward_in_every_configuration() -> None:
         check(db, by_slot, dy.float(), s.float())
 
 
-@given(index=st.lists(st.integers(-1, 3), min_size=1, max_size=7), each=st.integers(1, 70), columns=st.integers(1, 9))
-def test_blocks_and_splits_cover_each_row_once(index: list[int], each: int, columns: int) -> None:
+@given(index=st.lists(st.integers(-1, 3), max_size=7), each=st.integers(0, 70), times=st.integers(1, 5))
+def test_blocks_and_splits_hold_each_token_once(index: list[int], each: int, times: int) -> None:
     cpu, block_m = torch.device("cpu"), 16
-    rows = RowSlots(tuple(index), each)
-    blocks = rows.blocks(block_m, cpu).tolist()
-    splits, starts = (table.tolist() for table in rows.splits(block_m, columns, cpu))
-    owners = list(dict.fromkeys(index))
-    covered = []
-    for slot in range(len(owners)):
-        for first, last in splits[starts[slot] : starts[slot + 1]]:
-            assert first < last
-            for token, end, own in blocks[first:last]:
-                assert own == slot and token < end
-                tokens = range(token, min(token + block_m, end))
-                assert {index[t // each] for t in tokens} == {owners[slot]}
-                covered += tokens
-    assert sorted(covered) == list(range(len(index) * each)) and starts[-1] == len(splits)
+    rows, owners = RowSlots(tuple(index), each), list(dict.fromkeys(index))
+    splits, starts = rows.splits(times * block_m, block_m, cpu)
+    for table, most in ((rows.blocks(block_m, cpu), block_m), (splits, (times + times // 2) * block_m)):
+        held = []
+        for first, end, slot in table.tolist():
+            assert 0 < end - first <= most and {index[token // each] for token in range(first, end)} == {owners[slot]}
+            held += range(first, end)
+        assert sorted(held) == list(range(len(index) * each))
+    slots = [slot for slot, (first, last) in enumerate(pairwise(starts.tolist())) for _ in range(first, last)]
+    assert slots == [slot for _, _, slot in splits.tolist()] and len(starts) == len(owners) + 1
 
 
 @every_dtype
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("chances", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, 0.0, 0.25)], ids=str)
+@pytest.mark.parametrize("way", [pytest.param("as they lie", marks=full), "each row alone"])
+@pytest.mark.parametrize("chances", [(0.0,) * 3, pytest.param((0.5,) * 3, marks=full), (0.5, 0.0, 0.25)], ids=str)
 def test_siblings(way: str, chances: tuple[float, ...], dtype: torch.dtype) -> None:
     """Adapters of differing ranks, rows without one, a projection without any."""
-    index, each = WAYS[way]
+    index, each = WAYS[way][0], 3
     group = siblings(dtype)
     drops = tuple(replace(a, dropout=p) for a, p in zip(group[0].adapters, chances, strict=True))
     group[0] = replace(group[0], adapters=drops)
@@ -165,7 +165,7 @@ def test_no_batched_product_is_left_and_the_same_result_every_time(monkeypatch: 
 
     for name in ("bmm", "baddbmm"):
         monkeypatch.setattr(torch, name, never)
-    group, x, runs = siblings(), torch.randn(6, 40, 24).requires_grad_(), []
+    group, x, runs = siblings(), torch.randn(6, 3, 24).requires_grad_(), []
     for _ in range(2):
         ys = lora_linear_group(x, group, adapter_index=[2, 0, -1, 0, 2, 2], backend="triton")
         runs.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *parameters(group)])])
