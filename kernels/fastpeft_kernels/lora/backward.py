@@ -194,7 +194,7 @@ def lora_up_bwd(
         raise ValueError(f"b: expected a rank of at most {config.block_r}, got {rank}")
     if dy.numel() == 0:
         out.zero_()
-        return dy.new_zeros((1, out_features, rank), dtype=torch.float32)
+        return dy.new_zeros((1 if rows is None else rows.count, out_features, rank), dtype=torch.float32)
     blocks = triton.cdiv(out_features, config.block_n)
     splits, each, table, starts = splits_of(tokens, blocks, config.block_m, dy.device, rows)
     dy, b, s = columns_contiguous(dy), columns_contiguous(b), columns_contiguous(s)
@@ -239,7 +239,7 @@ def lora_down_bwd_weight(
     (tokens, features), rank = x.shape, ds.shape[1]
     shape = (features, rank) if features_first else (rank, features)
     if x.numel() == 0:
-        return x.new_zeros((1, *shape), dtype=torch.float32)
+        return x.new_zeros((1 if rows is None else rows.count, *shape), dtype=torch.float32)
     config = config or default_config(WEIGHT, x.device)
     block_r = config.ranks(rank)
     blocks = triton.cdiv(features, config.block_n) * triton.cdiv(rank, block_r)

@@ -4,17 +4,16 @@ By the library a batched product of groups of rows (`RowGroups`); by our kernels
 adapter, each program of which reads the adapter of its rows (`RowSlots`). With our kernels dS and dB come from one read
 of dY, and the update is one pass over its output.
 
-Plan for 8 rows of 1024 tokens, K = N = 4096, r = 16, bf16, an adapter a row, as in `backward.py`; not yet measured. One
-adapter takes the same numbers with rows of 8192 tokens, but for the update, which is free in the large product's
-accumulator:
+Plan for 8 rows of 1024 tokens, K = N = 4096, r = 16, bf16, an adapter a row; not yet measured on a GPU. Programs, or
+tiles of 128 x 64 of a batched product, for the 132 multiprocessors of an H200:
 
-| product | batched, tiles of 128 x 64 | ours, programs | MB of both |
+| product | one adapter | batched | ours |
 |---|---|---|---|
-| S = X A^T | 64, one for two multiprocessors of an H200 | 256 | 67 |
-| Y = S B^T, then read by the large product | 4096 | 4096 | 67 + 67 |
-| dS and dB | 64 and 512, 134 MB | 256, 92 MB | |
-| dX = dS A, likewise | 4096 | 4096 | 67 + 67 |
-| dA = dS^T X | 512 | 256 | 67 + 2 |
+| S = X A^T | 256, 67 MB | 64, 67 MB | 256, 67 MB |
+| Y += S B^T | in the large product's accumulator | 4096, 67 MB, which that reads again | 4096, the same |
+| dS and dB | 272, 92 MB | 64 and 256, 134 MB | 256, 92 MB |
+| dX += dS A | as Y | as Y | as Y |
+| dA = dS^T X | 288, 71 MB | 256, 69 MB | 256, 71 MB |
 """
 
 from __future__ import annotations

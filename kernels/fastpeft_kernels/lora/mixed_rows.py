@@ -150,6 +150,11 @@ class RowSlots:
     index: tuple[int, ...]
     each: int
 
+    @property
+    def count(self) -> int:
+        """Of slots."""
+        return len(owners_of(self.index))
+
     def blocks(self, block_m: int, device: torch.device) -> Tensor:
         """int32 (blocks, 3): each block's first token, its end, and its slot, by which they are sorted.
 
