@@ -128,6 +128,7 @@ def test_siblings(way: str, chances: tuple[float, ...], dtype: torch.dtype) -> N
     check_group(x, group, Dtypes(dtype, dtype, dtype), adapter_index=index, backend="triton")
 
 
+@full
 @pytest.mark.parametrize("dtypes", [Dtypes(F16, F32, F16), Dtypes(F16, F16, F32), Dtypes(F32, F16, F32)], ids=str)
 def test_mixed_dtypes(dtypes: Dtypes) -> None:
     x = torch.randn(6, 5, 24).to(F32 if dtypes.out == F32 else dtypes.compute).requires_grad_()
