@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from transformers import TrainerCallback
@@ -17,6 +17,9 @@ from fastpeft.structured import build
 from fastpeft.training.loading import load_model
 from fastpeft.training.preparing import Prepared, Raw, prepare
 from fastpeft.training.trainers import build_trainer
+
+if TYPE_CHECKING:
+    from fastpeft.memory.plan.predicting import Setting
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ class Strategy:
     def edit(self, raw: Raw) -> Raw:
         """The rows as they are to be encoded; called by `prepare`. May hold an evaluation back."""
         return raw
+
+    def planned(self, setting: Setting) -> Setting:
+        """The training that memory is planned for, of a plain one; after `prepare`.
+
+        Raises:
+            ValueError: it cannot be planned.
+        """
+        return setting
 
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
         """The trainer's arguments, with what short runs of the strategy's own decide.

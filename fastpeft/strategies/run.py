@@ -95,7 +95,10 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     if checkpoint is not None:
         run_folder.check_processes(target, arguments.world_size)
     longest = _longest(prepared)
-    memory = decide(prepared.config, device, dtype, longest=longest, processes=arguments.world_size)
+    processes = arguments.world_size
+    memory = decide(
+        prepared.config, device, dtype, longest=longest, processes=processes, change=strategy.planned
+    )  # fmt: skip
     if memory.summary:
         console.print(f"memory: {memory.summary}", markup=False, highlight=False, soft_wrap=True)
     return Ready(strategy, replace(prepared, memory=memory), arguments, checkpoint, fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastpeft.memory.plan.planning import Plan
+    from fastpeft.memory.plan.predicting import Setting
 
 OWN = ("activations", "streamed", "ring", "decoded")
 """Keys of `memory` that only an accelerated model has a use for; `budget_gib` is one more."""
@@ -72,8 +74,9 @@ def check_memory(config: FastpeftConfig) -> None:
 
 
 def decide(
-    config: FastpeftConfig, device: torch.device, dtype: torch.dtype, *, longest: int, processes: int
-) -> Decision:
+    config: FastpeftConfig, device: torch.device, dtype: torch.dtype, *, longest: int, processes: int,
+    change: Callable[[Setting], Setting] = lambda setting: setting,
+) -> Decision:  # fmt: skip
     """The policy of a run, before its model is loaded.
 
     The GPU's free memory is the budget where none is given. Nothing is planned for a CPU without a budget, nor where
@@ -83,6 +86,7 @@ def decide(
         config: as resolved.
         longest: tokens of the longest row.
         processes: that train together.
+        change: makes what is planned of a plain training, as `Strategy.planned`.
 
     Raises:
         UserError: it does not fit into the budget or cannot be planned, or several processes stream.
@@ -97,7 +101,7 @@ def decide(
     known = MemoryPolicy(LayerPolicy("recompute")) if section.gradient_checkpointing and policy is None else policy
     if section.budget_gib is not None:
         try:
-            plan = _planned(config, int(section.budget_gib * 2**30), known, dtype, longest, processes)
+            plan = _planned(config, int(section.budget_gib * 2**30), known, dtype, longest, processes, change)
         except ValueError as error:
             raise UserError(f"memory.budget_gib: {error}") from error
         if not plan.fits:
@@ -110,7 +114,7 @@ def decide(
 
     free = torch.cuda.mem_get_info(device)[0]
     try:
-        plan = _planned(config, free, None, dtype, longest, processes)
+        plan = _planned(config, free, None, dtype, longest, processes, change)
     except Exception as error:  # of any kind, from a model's own code: nobody asked for a plan
         return Decision(note=f"memory was not planned: {' '.join(str(error).split())[:200]}")
     note = "" if plan.fits else f"this run may not fit: {gib(plan.need.total)} are predicted, {gib(free)} are free"
@@ -135,8 +139,9 @@ def _decoded(section: MemorySection) -> int:
 
 
 def _planned(
-    config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int, processes: int
-) -> Plan:
+    config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int,
+    processes: int, change: Callable[[Setting], Setting],
+) -> Plan:  # fmt: skip
     """Raises ValueError for what cannot be planned."""
     from fastpeft.memory.plan.optimizer_state import OPTIMIZERS
     from fastpeft.memory.plan.planning import plan_on
@@ -153,13 +158,12 @@ def _planned(
     described: Any = load_config(config.model)
     for name, value in head_options(config.model.task, config.data.labels, config.data.problem_type).items():
         setattr(described, name, value)
-    model = Model(
-        Setting(
-            described, config.model.task, longest, training.per_device_train_batch_size,
-            config.model.quantization in ("nf4", "fp4"), dtype, config.lora, training.optim,
-            accumulated=training.gradient_accumulation_steps > 1,
-        )
+    setting = Setting(
+        described, config.model.task, longest, training.per_device_train_batch_size,
+        config.model.quantization in ("nf4", "fp4"), dtype, config.lora, training.optim,
+        accumulated=training.gradient_accumulation_steps > 1,
     )  # fmt: skip
+    model = Model(change(setting))
     if policy is None and not model.skeleton.layers:
         policy = MemoryPolicy()
 

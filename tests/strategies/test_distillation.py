@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +29,7 @@ from fastpeft.models.tasks import auto_class
 from fastpeft.strategies.distillation import matching, projection, report, stored, strategy, student, teacher
 from fastpeft.strategies.registry import strategy_of
 from tests.checkpoints import Checkpoints, write_rows
+from tests.fresh import ROOT
 from tests.training.runs import Run, adapter, classes, completions, interrupted, texts, train
 
 QUICK = shlex.split(
@@ -241,9 +245,8 @@ def config(model: str, path: str, **given: Any) -> FastpeftConfig:
 
 
 class TestStoredLogits:
-    def test_are_written_once_and_tell_what_they_are_of(
-        self, sure: str, judge: str, data: dict[str, str], tmp_path: Path, no_logits: None
-    ) -> None:
+    @pytest.mark.full
+    def test_are_written_once(self, sure: str, data: dict[str, str], tmp_path: Path, no_logits: None) -> None:
         file = tmp_path / "logits" / "teacher.safetensors"
         more = options(student_layers=2, top_k=8, stored=file)
         arguments = ["--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "1"]
@@ -252,6 +255,11 @@ class TestStoredLogits:
         again = train(tmp_path / "again", *arguments)
         assert file.stat().st_mtime_ns == written and again.losses == first.losses
         assert "| loss per token |" in (again.folder / "report.md").read_text().partition("Teacher and student")[2]
+
+    def test_tell_what_they_are_of(self, sure: str, data: dict[str, str], tmp_path: Path, no_logits: None) -> None:
+        file = tmp_path / "logits" / "teacher.safetensors"
+        more = options(student_layers=2, top_k=8, stored=file)
+        train(tmp_path / "run", "--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "1")
         settings = config(sure, data["completions"], student_layers=2, top_k=8, stored=str(file))
         settings = settings.override(["data.eval_fraction=0.25"])
         strategy_of(settings).prepare(Console(quiet=True))
@@ -453,3 +461,21 @@ def test_layers_are_spread_evenly_and_the_last_matches_the_last() -> None:
     assert matching.layer_map(None, 4, 12) == [2, 5, 8, 11]
     assert matching.layer_map(None, 2, 2) == [0, 1] and matching.layer_map([1, 0], 2, 2) == [1, 0]
     assert matching.layer_map(None, 4, 2)[-1] == 1
+
+
+@pytest.mark.full
+def test_two_processes_learn_as_one(sure: str, data: dict[str, str], tmp_path: Path) -> None:
+    shared = ["train", "--quiet", "--model", sure, "--data", data["completions"], *QUICK, "--lora.dropout", "0"]
+    shared += [*options(student_layers=2, labels_weight=0.3), "--max-steps", "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [*launch, "-m", "fastpeft", *shared, "--batch-size", "2", "--output-dir", str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = train(tmp_path / "one", *shared[2:])
+    assert Run(tmp_path / "two", None).losses == pytest.approx(one.losses, rel=1e-4)

@@ -21,6 +21,7 @@ from fastpeft.strategies.multi_task import alone
 from fastpeft.strategies.multi_task.adapters import activate, attach, only, size_head
 from fastpeft.strategies.multi_task.balance import Memory, Weights
 from fastpeft.strategies.multi_task.gradients import Part, Shared, cosines, parts_of
+from fastpeft.strategies.multi_task.options import SOLVERS
 from fastpeft.strategies.multi_task.rows import TaskSampler, by_loss, by_temperature
 from fastpeft.strategies.multi_task.trainer import token_losses
 
@@ -137,6 +138,16 @@ def test_a_shared_head() -> None:
     assert float(second.detach().abs().max()) == 0
 
 
+SURGERY = ["pcgrad", "cagrad", "mgda", "imtl-g", "aligned-mtl", "nash-mtl", "upgrad", "dualproj"]
+
+
+def available(surgery: str) -> None:
+    """Skips where what it needs is not installed."""
+    if surgery != "sum":
+        pytest.importorskip("torchjd")
+        pytest.importorskip(SOLVERS.get(surgery, "torchjd"))
+
+
 class TestSurgery:
     G, H = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
 
@@ -172,18 +183,41 @@ class TestSurgery:
         assert float((found - mean).norm()) == pytest.approx(0.4 * float(mean.norm()), rel=1e-2)
         assert min(float(found @ self.G), float(found @ self.H)) > min(float(mean @ self.G), float(mean @ self.H))
 
-    @pytest.mark.parametrize("surgery", ["pcgrad", "mgda", "imtl-g", "aligned-mtl"])
-    def test_a_gradient_that_overflowed_is_left_to_the_scaler(self, surgery: str) -> None:
+    @pytest.mark.parametrize("size", [1.0, 1e-4])
+    def test_nash_mtl_solves_its_equation(self, size: float) -> None:
         pytest.importorskip("torchjd")
+        pytest.importorskip("scipy")
+        shared, first = self.shared("nash-mtl")
+        for copy in shared._parts[0].copies:
+            copy.grad = copy.grad * size
+        gramian = shared.gramian([0, 1])
+        weights = shared.combine([0, 1], gramian)
+        torch.testing.assert_close(gramian @ weights, 1 / weights, rtol=1e-4, atol=0)
+        torch.testing.assert_close(first.grad, size * (weights[0] * self.G + weights[1] * self.H).float())
+
+    @pytest.mark.parametrize("surgery", ["upgrad", "dualproj"])
+    def test_projections_give_no_task_the_worse(self, surgery: str) -> None:
+        pytest.importorskip("torchjd")
+        pytest.importorskip("quadprog")
+        pytest.importorskip("qpsolvers")
+        shared, first = self.shared(surgery)
+        shared.combine([0, 1], shared.gramian([0, 1]))
+        assert min(float(first.grad @ self.G), float(first.grad @ self.H)) > -1e-3
+        # UPGrad projects each, DualProj the mean, onto what gives neither the worse
+        wanted = torch.tensor([0.5, 1.5]) if surgery == "upgrad" else torch.tensor([0.0, 1.0])
+        torch.testing.assert_close(first.grad, wanted, atol=1e-2, rtol=0)
+
+    @pytest.mark.parametrize("surgery", SURGERY)
+    def test_a_gradient_that_overflowed_is_left_to_the_scaler(self, surgery: str) -> None:
+        available(surgery)
         shared, first = self.shared(surgery)
         shared._parts[0].copies[1].grad = torch.tensor([math.inf, 1.0])
         shared.combine([0, 1], shared.gramian([0, 1]))
         assert first.grad.tolist() == [math.inf, 1.0]
 
-    @pytest.mark.parametrize("surgery", ["sum", "pcgrad", "mgda", "imtl-g", "aligned-mtl"])
+    @pytest.mark.parametrize("surgery", ["sum", *SURGERY])
     def test_a_task_that_is_not_in_the_step_changes_nothing(self, surgery: str) -> None:
-        if surgery != "sum":
-            pytest.importorskip("torchjd")
+        available(surgery)
         shared, first = self.shared(surgery)
         shared._parts[0].copies[0].grad = None
         shared.combine([1], shared.gramian([1]))

@@ -131,7 +131,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `decide` asks of the planner, which answers with 3 GiB, and a GPU with 8 GiB free."""
     asked: dict[str, Any] = {}
 
-    def answer(config: Any, capacity: int, policy: Any, dtype: Any, longest: int, processes: int) -> Plan:
+    def answer(config: Any, capacity: int, policy: Any, *_: Any) -> Plan:
         from fastpeft.memory.plan.choosing import Need
 
         asked.update(capacity=capacity, policy=policy)

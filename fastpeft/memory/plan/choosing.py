@@ -56,8 +56,8 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
     kept = (LayerPolicy(),) * len(layers)
     times = [seconds(model, each, rows, tokens, _width(model), rates) for each in (layers, kept)]
     return Need(
-        policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total, offloaded + sum(streamed),
-        times[0] / times[1], hidden_from(model, layers, rates),
+        policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
+        model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates),
     )  # fmt: skip
 
 

@@ -212,8 +212,9 @@ def plan_on(
     if largest:
         sizes = [largest_of(model, (RECOMPUTE,), capacity, host), most_of(model, capacity, host)]
     (longest, most), (longest_of_all, most_of_all) = sizes
+    rank = 0 if setting.section is None else setting.section.r
     settings = {
-        "seq": tokens, "batch": rows, "rank": setting.section.r, "method": "qlora" if setting.packed else "lora",
+        "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
     }  # fmt: skip
     changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
@@ -236,6 +237,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "gradients": model.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],
+        **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
         "saved activations": min(found.kept, found.step),
         "working memory": found.step - min(found.kept, found.step),
         "CUDA context": CONTEXT,
@@ -255,6 +257,9 @@ def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
         found.append("MLPs in tiles: gradients of their adapters are equal to rounding, not to the bit")
     if not model.skeleton.layers:
         found.append("this family has no layers that transformers recomputes: one policy for all")
+    if model.setting.others:
+        found.append(f"{1 + len(model.setting.others)} adapters are counted; a batch is followed through the first one")
+    found += model.setting.notes
     return tuple(found)
 
 

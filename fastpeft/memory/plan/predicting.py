@@ -12,7 +12,7 @@ from torch import Tensor
 from fastpeft.config import LoraSection
 
 from ..layers import model_layers
-from ..policy import LayerPolicy
+from ..policy import LayerPolicy, MemoryPolicy
 from ..streaming.stowing import SMALLEST
 from ..trace.composing import Peak, compose
 from ..trace.live import LiveBytes, rounded
@@ -29,6 +29,21 @@ WARM = 32
 
 
 @dataclass(frozen=True)
+class OtherAdapter:
+    """One more adapter on the modules that the first is on, with gradients of its own.
+
+    Attributes:
+        rank: of LoRA.
+        follows: its matrices get the first one's values after each step, so that the optimizer keeps nothing for them.
+        head_follows: the same of its copy of what is trained whole.
+    """
+
+    rank: int
+    follows: bool = False
+    head_follows: bool = False
+
+
+@dataclass(frozen=True)
 class Setting:
     """A training.
 
@@ -36,7 +51,12 @@ class Setting:
         packed: frozen linear layers as nested NF4.
         dtype: of the frozen rest, and of autocast if it has 16 bits.
         device: "cuda" or "cpu", whose implementations are followed.
+        section: the adapter; None for a model that is asked alone, without gradients.
         accumulated: whether gradients of an earlier batch are there in forward, as with gradient accumulation.
+        others: further adapters; a batch is followed through the first one.
+        teacher: a model that answers the same rows before each forward pass, and
+        teacher_streamed: whether its layers' weights are in host memory, and take turns on the device.
+        notes: what is left out of such a training, in words.
     """
 
     config: Any
@@ -45,10 +65,14 @@ class Setting:
     rows: int
     packed: bool
     dtype: torch.dtype
-    section: LoraSection
+    section: LoraSection | None
     optimizer: str = "adamw_torch"
     device: str = "cuda"
     accumulated: bool = True
+    others: tuple[OtherAdapter, ...] = ()
+    teacher: Setting | None = None
+    teacher_streamed: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,7 +80,8 @@ class Model:
     """A skeleton, and its traces by (rows, tokens, what its layers do): each is made when it is first wanted.
 
     Attributes:
-        bytes: that lie there all the time, by the kinds of `skeleton.stored`.
+        bytes: that lie there all the time, by the kinds of `skeleton.stored`, and those of a "teacher".
+        host: bytes of a teacher that are in host memory.
         streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
         work: of each traced layer.
     """
@@ -67,6 +92,8 @@ class Model:
     optimizer: int = field(init=False)
     streamed: tuple[tuple[int, int], ...] = field(init=False)
     work: tuple[Work, ...] = field(init=False)
+    host: int = field(init=False, default=0)
+    _teacher: Model | None = field(init=False, default=None)
     _traces: dict[tuple[int, int, LayerPolicy], list[Stretch]] = field(default_factory=dict)
     _repeated: Repeated = field(default_factory=Repeated)
 
@@ -82,11 +109,16 @@ class Model:
         for layer, uses in zip(of_layers, extra, strict=True):
             for kind, size in layer.items():
                 all_of[kind] += (uses - 1) * size
+        for kind, size in self._of_others().items():
+            all_of[kind] += size
         self.optimizer = all_of.pop(_STATE)
         self.bytes = all_of
         streamed = [self._count(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
         self.streamed = tuple((streamed[i]["packed"], streamed[i]["dense"]) for i in self.skeleton.order)
         self.work = tuple(work_of(layer, s.config.get_text_config()) for layer in layers)
+        if s.teacher is not None:
+            self._teacher = Model(s.teacher)
+            self._count_teacher(self._teacher)
 
     def _count(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         live = LiveBytes(self.setting.device)
@@ -97,6 +129,32 @@ class Model:
                 state = state_sizes(self.setting.optimizer, tensor.numel(), self.setting.device)
                 sizes[_STATE] += sum(rounded(size, self.setting.device) for size in state)
         return sizes
+
+    def _of_others(self) -> dict[str, int]:
+        """Bytes of further adapters' values, and of the optimizer's state for them."""
+        section, sizes = self.setting.section, {"trained": 0, _STATE: 0}
+        if section is None or not self.setting.others:
+            return sizes
+        uses = [self.skeleton.order.count(place) for place in range(len(self.skeleton.layers))]
+        inside = [f"{path}." for path in self.skeleton.layers]
+        for name, parameter in self.skeleton.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            count = next((use for use, path in zip(uses, inside, strict=True) if path in name), 1)
+            for other in self.setting.others:
+                matrix = "lora_" in name
+                elements = parameter.numel() * other.rank // section.r if matrix else parameter.numel()
+                sizes["trained"] += count * rounded(elements * parameter.itemsize, self.setting.device)
+                if not (other.follows if matrix else other.head_follows):
+                    state = state_sizes(self.setting.optimizer, elements, self.setting.device)
+                    sizes[_STATE] += count * sum(rounded(size, self.setting.device) for size in state)
+        return sizes
+
+    def _count_teacher(self, teacher: Model) -> None:
+        whole, layers = sum(teacher.bytes.values()), teacher.streamed_bytes
+        turns = sum(sorted(layers)[-MemoryPolicy().ring :])
+        self.host = sum(layers) if self.setting.teacher_streamed else 0
+        self.bytes["teacher"] = whole - self.host + (turns if self.host else 0)
 
     @property
     def streamed_bytes(self) -> tuple[int, ...]:
@@ -110,7 +168,15 @@ class Model:
         """Of one step, beside what lies there all the time; where streamed weights are makes no difference to it."""
         resident = [replace(each, streamed=False) for each in policies]
         traces = {each: self._traced(each, rows, tokens) for each in dict.fromkeys(resident or [LayerPolicy()])}
-        return compose(traces, self.skeleton.order, resident)
+        found = compose(traces, self.skeleton.order, resident)
+        if self._teacher is None:
+            return found
+        asked = self._teacher.peak((LayerPolicy(),) * len(self._teacher.skeleton.order), rows, tokens)
+        config = self._teacher.setting.config.get_text_config()
+        told = rows * tokens * config.hidden_size * self._teacher.setting.dtype.itemsize + asked.loss
+        if asked.size > found.size + told:
+            return asked._replace(when="teacher")
+        return found._replace(size=found.size + told, kept=found.kept + told)
 
     def _traced(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
         key = (rows, tokens, policy)
@@ -133,6 +199,7 @@ class Model:
             autocast=dtype if dtype.itemsize == 2 else None,
             accumulated=self.setting.accumulated,
             repeated=self._repeated,
+            backward=self.setting.section is not None,
         )
 
 

@@ -30,7 +30,7 @@ class Skeleton:
     """A model without values.
 
     Attributes:
-        model: accelerated, in training mode, with at least the first layers of each stack.
+        model: accelerated, in training mode where it has an adapter, with at least the first layers of each stack.
         order: for each layer of the whole model, in the order of its modules, the traced layer that is like it.
         layers: paths of the traced layers.
     """
@@ -42,7 +42,7 @@ class Skeleton:
 
 
 def build(
-    config: Any, task: str, dtype: torch.dtype, packed: bool, section: LoraSection, whole: bool = False
+    config: Any, task: str, dtype: torch.dtype, packed: bool, section: LoraSection | None, whole: bool = False
 ) -> Skeleton:
     """The skeleton of a configuration.
 
@@ -51,7 +51,7 @@ def build(
         task: one of `tasks.AUTO`.
         dtype: of the frozen weights that are not packed.
         packed: whether linear layers are stored as nested NF4, but for the head, as transformers does.
-        section: the adapter.
+        section: the adapter; None for a model that is asked alone.
         whole: trace every layer, not only the first ones.
 
     Raises:
@@ -66,9 +66,12 @@ def build(
     order = _keep_first_layers(model, whole)
     if packed:
         _pack(model, dtype)
-    with torch.device("meta"):
-        peft_model: Any = attach_adapter(model, section, task, seed=0).train()
-    return Skeleton(accelerated(peft_model), order, tuple(model_layers(peft_model)), task)
+    if section is None:
+        whole_model: Any = model.requires_grad_(False).eval()
+    else:
+        with torch.device("meta"):
+            whole_model = attach_adapter(model, section, task, seed=0).train()
+    return Skeleton(accelerated(whole_model), order, tuple(model_layers(whole_model)), task)
 
 
 def accelerated(model: Any) -> Any:

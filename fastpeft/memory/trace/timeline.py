@@ -43,6 +43,7 @@ def trace(
     autocast: torch.dtype | None = None,
     accumulated: bool = True,
     repeated: Repeated | None = None,
+    backward: bool = True,
 ) -> list[Stretch]:
     """The stretches of one step of forward and backward, in order of time.
 
@@ -54,6 +55,7 @@ def trace(
         autocast: dtype of autocast; None for none.
         accumulated: gradients of an earlier batch are there already.
         repeated: of earlier traces.
+        backward: false for a forward pass without gradients alone.
     """
     live = LiveBytes(device, Repeated() if repeated is None else repeated)
     marks = _Marks(live, layers)
@@ -63,10 +65,11 @@ def trace(
         parameter.grad = torch.empty_like(parameter) if accumulated and parameter.requires_grad else None
     with imitating(device):
         with marks.set(), live:
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            with torch.set_grad_enabled(backward), torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = model(**batch).loss
-            marks.turn()
-            loss.backward()
+            if backward:
+                marks.turn()
+                loss.backward()
         release_scratch()
     model.zero_grad(set_to_none=True)
     return marks.stretches()

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.memory.plan.predicting import Setting
 from fastpeft.metrics.findings import Findings
 from fastpeft.models import bases
 from fastpeft.models.devices import pick_device, pick_dtype
@@ -87,6 +88,20 @@ class Distillation(Strategy):
         self._is_stored = self._read_stored(prepared) is not None
         self.config = config = _with_whole_paths(prepared.config)
         return replace(prepared, config=config)
+
+    def planned(self, setting: Setting) -> Setting:
+        notes = []
+        if self.options.on_policy:
+            notes.append("what the student's own answers take while they are written is not counted")
+        if self.options.matches:
+            notes.append("inner states that are compared are not counted")
+        setting = replace(setting, config=self._student_config(setting.config))
+        if not self._choice.shares and not self._is_stored:
+            teacher = self._choice.setting(setting)
+            setting = replace(setting, teacher=teacher, teacher_streamed=self.options.teacher_streamed)
+        elif self._choice.source is not None and not self._is_stored:
+            notes.append("the teacher's adapter is not counted")
+        return replace(setting, notes=(*setting.notes, *notes))
 
     def kept(self, config: FastpeftConfig) -> FastpeftConfig:
         if self.options.student_layers is None:

@@ -12,6 +12,7 @@ import torch
 
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
+from fastpeft.memory.plan.predicting import Setting
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.models import tuned
 from fastpeft.models.tasks import HEADS, fits
@@ -153,6 +154,21 @@ class Choice:
             and (theirs.name, theirs.revision) == (ours.name, ours.revision)
             and (theirs.quantization or "none") == (ours.quantization or "none")
         )
+
+    def setting(self, student: Setting) -> Setting:
+        """What memory is planned for it, beside what is planned for the student; not where it `shares`.
+
+        Raises:
+            ValueError: it is stored in a way that no plan follows.
+        """
+        assert self.source is not None
+        kind = self._options.teacher_quantization or self.source.model.quantization or "none"
+        if kind == "int8":
+            raise ValueError("expected strategy.options.teacher_quantization none, nf4 or fp4, got int8")
+        return Setting(
+            self.source.config, student.task, student.tokens, student.rows, kind in ("nf4", "fp4"), student.dtype,
+            None, device=student.device,
+        )  # fmt: skip
 
     def load(self, device: Any, dtype: Any) -> Another:
         """A model of its own, accelerated where the student is."""

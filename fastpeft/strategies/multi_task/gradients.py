@@ -20,6 +20,8 @@ AXES = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 """Dimension that is the rank."""
 CAGRAD = 0.4
 """c of CAGrad: how far its gradient may be from the mean. The paper's choice on most of its data."""
+OF_SUMS = ("pcgrad", "nash-mtl")
+"""Ways whose weights are of a sum; the others' are of a mean."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class Shared:
         weights = torch.ones(len(present), dtype=torch.float64)
         if self._weighting is not None and gramian is not None and len(present) > 1 and _weighable(gramian):
             weights = self._weighting(gramian)
-            if self.surgery != "pcgrad":
-                weights = weights * len(present)  # of a mean, as the others have it
+            if self.surgery not in OF_SUMS:
+                weights = weights * len(present)
         for part in self._parts:
             self._combine(part, list(zip(present, weights.tolist(), strict=True)))
         return weights
@@ -166,5 +168,28 @@ def _weighting(surgery: str) -> Any:
 
     if surgery == "cagrad":
         return aggregation.CAGradWeighting(c=CAGRAD)
-    kinds = {"pcgrad": "PCGrad", "mgda": "MGDA", "imtl-g": "IMTLG", "aligned-mtl": "AlignedMTL"}
+    if surgery == "nash-mtl":
+        return _nash(aggregation.FairGradWeighting(alpha=1.0))
+    kinds = {
+        "pcgrad": "PCGrad",
+        "mgda": "MGDA",
+        "imtl-g": "IMTLG",
+        "aligned-mtl": "AlignedMTL",
+        "upgrad": "UPGrad",
+        "dualproj": "DualProj",
+    }
     return getattr(aggregation, f"{kinds[surgery]}Weighting")()
+
+
+def _nash(fair: Any) -> Any:
+    """Nash-MTL's weights w, Gw = 1/w of a Gramian G, which are those of FairGrad at alpha 1: no state, any tasks.
+
+    The solver is given a Gramian of ordinary size, from whose weights those of any other follow.
+    """
+
+    def weighting(gramian: Tensor) -> Tensor:
+        size = gramian.diagonal().mean()
+        weights: Tensor = fair(gramian / size) / size.sqrt()
+        return weights
+
+    return weighting

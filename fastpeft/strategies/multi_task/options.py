@@ -18,6 +18,8 @@ TAKEN = ("default", "alone", "merged", "tensorboard", "runs")
 """Names of adapters and folders that a run has itself."""
 EQUAL_RANKS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 """Ways of merging that add matrices A, and matrices B, of adapters up; PEFT's others multiply them first."""
+SOLVERS = {"cagrad": "cvxpy", "nash-mtl": "scipy", "upgrad": "quadprog", "dualproj": "quadprog"}
+"""Packages that TorchJD asks for what it solves."""
 Merging = Literal[
     "linear",
     "svd",
@@ -92,7 +94,9 @@ class MultiTaskOptions:
     weight_rate: float = 0.01
     dwa_temperature: float = 2.0
     window: int = 20
-    gradients: Literal["sum", "pcgrad", "cagrad", "mgda", "imtl-g", "aligned-mtl"] = "sum"
+    gradients: Literal[
+        "sum", "pcgrad", "cagrad", "mgda", "imtl-g", "aligned-mtl", "nash-mtl", "upgrad", "dualproj"
+    ] = "sum"  # fmt: skip
     conflict_steps: int = 10
     alone: bool = False
     merge: Merge | None = None
@@ -163,8 +167,8 @@ def check(config: FastpeftConfig, options: MultiTaskOptions) -> None:
         if not options.shares:
             raise UserError(f"{key}.gradients: expected sum for tasks that share nothing, got {options.gradients}")
         require("multi", "torchjd", "gradient surgery")
-        if options.gradients == "cagrad":
-            require("multi", "cvxpy", "CAGrad")
+        if options.gradients in SOLVERS:
+            require("multi", SOLVERS[options.gradients], f"strategy.options.gradients {options.gradients}")
     _check_lora(config)
     _check_merge(config, options)
     workers = config.training.extra.get("dataloader_num_workers", 0)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
+from fastpeft.memory.plan.predicting import OtherAdapter, Setting
 from fastpeft.metrics.findings import Findings
 from fastpeft.models.tasks import HEADS
 from fastpeft.strategies.base import Strategy
@@ -55,11 +56,21 @@ class MultiTask(Strategy):
             check_one_head(self._tasks)
         prepared = one_of(self.config, self._tasks)
         self.config = prepared.config
-        if (world := _processes()) > 1:
-            raise UserError(f"strategy.name: multi-task expected one process, got {world}")
         return prepared
 
+    def planned(self, setting: Setting) -> Setting:
+        options, lora = self.options, self.config.lora
+        first, *others = options.tasks
+        follows, head_follows = options.adapters == "shared", options.head == "shared"
+        return replace(
+            setting,
+            section=options.section_of(first, lora),
+            others=tuple(OtherAdapter(options.rank_of(name, lora), follows, head_follows) for name in others),
+        )
+
     def settle(self, prepared: Prepared, arguments: Any, checkpoint: Path | None, console: Console) -> Any:
+        if arguments.world_size > 1:  # each would combine its own gradients before they are added up
+            raise UserError(f"strategy.name: multi-task expected one process, got {arguments.world_size}")
         settled = copy.copy(arguments)
         settled.remove_unused_columns = False  # a row's task is no input of the model
         return settled
@@ -186,9 +197,3 @@ class MultiTask(Strategy):
             rows = options.window * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
             shares = lambda place: by_loss(memory.windows, place // rows) or by_size  # noqa: E731
         return TaskSampler(sizes, arguments.seed, shares)
-
-
-def _processes() -> int:
-    from torch import distributed
-
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
