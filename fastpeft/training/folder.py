@@ -18,7 +18,7 @@ CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
-DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
+DECISIONS, DECISIONS_PLOT, COSTS = "decisions.jsonl", "decisions.png", "costs.json"
 ALONE, MERGED = "alone.json", "merged"
 OWN = (
     CONFIG,
@@ -31,6 +31,7 @@ OWN = (
     *FEW_SHOT,
     DECISIONS,
     DECISIONS_PLOT,
+    COSTS,
     ALONE,
     "README.md",
     "adapter_config.json",

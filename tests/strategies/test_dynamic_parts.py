@@ -16,7 +16,7 @@ from fastpeft.bench.kept import bytes_kept
 from fastpeft.layers import head
 from fastpeft.strategies.dynamic.costs import state_bytes
 from fastpeft.strategies.dynamic.losses import Tokens, token_losses
-from fastpeft.strategies.dynamic.rank import adapters_of
+from fastpeft.strategies.dynamic.rank import adapters_of, cut_to, first_alone, put_back
 from fastpeft.strategies.dynamic.signals import of_layers
 from fastpeft.strategies.dynamic.trained import Trained, named
 
@@ -154,6 +154,33 @@ def test_ranks_that_go_take_their_state_along() -> None:
     loss.backward()
     optimizer.step()
     assert adapter.b.shape == (b.shape[0], 2)
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_the_first_ranks_alone_are_an_adapter_of_that_rank(accelerated: bool) -> None:
+    model, smaller, batch = model_of(), model_of(), batch_of()
+    cut_to(smaller, 2)
+    if accelerated:
+        fastpeft.accelerate(model)
+        fastpeft.accelerate(smaller)
+    adapters = adapters_of(model)
+    values = {path: (each.a.detach().clone(), each.b.detach().clone()) for path, each in adapters.items()}
+    left_out = first_alone(adapters.values(), 2)
+    found, wanted = model(**batch).loss, smaller(**batch).loss
+    found.backward()
+    wanted.backward()
+    put_back(left_out)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for path, other in adapters_of(smaller).items():
+        mine, (a, b) = adapters[path], values[path]
+        assert torch.equal(mine.a, a) and torch.equal(mine.b, b)
+        assert other.a.shape[0] == 2 and torch.equal(other.a, a[:2])
+        assert torch.allclose(mine.a.grad[:2], other.a.grad, atol=1e-6)
+        assert torch.allclose(mine.b.grad[:, :2], other.b.grad, atol=1e-6)
+        assert not mine.a.grad[2:].any() and not mine.b.grad[:, 2:].any()
+        assert mine.b.grad[:, :2].any()
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        cut_to(model, 0)
 
 
 @pytest.mark.parametrize("bits", [32, 8])

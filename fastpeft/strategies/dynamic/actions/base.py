@@ -56,7 +56,7 @@ class Action:
         name: its value of `action`.
         Options: dataclass of the rule's other keys.
         chooses_layers: it decides which layers are trained; only one rule of a run may.
-        changes_parameters: it freezes or shrinks what is trained.
+        changes_parameters: it freezes or shrinks what is trained, or leaves a part of it out of steps.
         weighs: it changes the loss by `weights`.
         key: of the rule in the configuration, for messages.
     """
@@ -84,6 +84,9 @@ class Action:
 
     def resume(self, run: Run) -> None:
         """Put a state that `restore` was given into effect; the optimizer is there."""
+
+    def begin_step(self, run: Run) -> None:
+        """Before the first forward of a step, with `run.step` of them done."""
 
     def measure(self, run: Run) -> None:
         """In each step: gradients are there, clipped, and the optimizer has not acted on them."""
