@@ -1,19 +1,18 @@
 """`python -m benchmarks.dynamic`: table and figure of docs/strategies/dynamic.md from trials beside a static run.
 
-`--run MODEL NOVELS` trains what is not recorded yet; MODEL is a decoder's folder, NOVELS a file with Emma in it.
+`--run MODEL NOVELS` trains what is not recorded yet, before: a small story writer, on a novel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from benchmarks.trials import FIGURES, RESULTS, ROOT, Record, fill, read, row, said, train, where, write
 from fastpeft.bench.tables import insert
@@ -21,67 +20,72 @@ from fastpeft.metrics.intervals import over_seeds
 
 TRIALS, STEPS = RESULTS / "dynamic-stories15m.json", RESULTS / "dynamic-stories15m-steps.json"
 PAGE, FIGURE = ROOT / "docs/strategies/dynamic.md", FIGURES / "dynamic-stories15m.svg"
-BOOK, CHARACTERS = "[Emma by Jane Austen 1816]", 60_000
-SEEDS, COUNT, ROWS, TOKENS, RANK = (0, 1, 2), 40, 4, 64, 8
+BOOK, CHARACTERS = "[Emma by Jane Austen 1816]", 40_000
+SEEDS, COUNT, ROWS, TOKENS, RANK = (0, 1, 2), 30, 2, 64, 8
 RULES: dict[str, Record] = {
     "sample": {"action": "sample", "layers": 2, "every": 10},
-    "freeze, any": {"action": "freeze", "below": 0.6, "order": "any", "start": 10, "every": 5},
-    "freeze, bottom": {"action": "freeze", "against": "own", "below": 0.7, "start": 10, "every": 5},
+    "freeze": {"action": "freeze", "below": 0.6, "order": "any", "start": 10, "every": 5},
     "schedule": {
         "action": "schedule",
         "stages": [{"at": 0, "trained": [-1]}, {"at": 10, "trained": [-1, -2, -3]}, {"at": 20, "trained": "all"}],
     },
-    "ranks": {"action": "ranks", "budget": 168, "start": 10, "end": 30, "every": 5},
+    "ranks": {"action": "ranks", "budget": 168, "start": 10, "end": 25, "every": 5},
     "dylora": {"action": "dylora"},
-    "pace": {"action": "pace", "until": 30, "every": 10},
     "reweight": {"action": "reweight"},
-    "reweight, anchored": {"action": "reweight", "anchor": 0.1},
 }
 MIB = 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamic", description=__doc__)
-    parser.add_argument("--run", nargs=2, type=Path, metavar=("MODEL", "NOVELS"))
+    given = {"metavar": ("MODEL", "NOVELS"), "help": f"a decoder's folder, and a file of texts with {BOOK}"}
+    parser.add_argument("--run", nargs=2, **given)
     options = parser.parse_args(arguments)
     if options.run:
         model, novels = options.run
         with TemporaryDirectory() as folder:
             text = Path(folder) / "emma.txt"
-            text.write_text(novels.read_text(encoding="utf-8").partition(BOOK)[2].strip()[:CHARACTERS], "utf-8")
+            text.write_text(Path(novels).read_text(encoding="utf-8").partition(BOOK)[2].strip()[:CHARACTERS], "utf-8")
             cases = [{"rule": name, "seed": seed} for seed in SEEDS for name in RULES]
-            fill(TRIALS, cases, partial(_trial, model, text))
-        _measure_steps(model)
-    trials, steps = read(TRIALS), read(STEPS)
-    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), table(trials, steps), "dynamic"), encoding="utf-8")
-    figure(trials, steps, FIGURE)
+            found = fill(TRIALS, cases, partial(trial, model, text))
+        write(STEPS, measured_steps(model, found))
+    found, steps = read(TRIALS), read(STEPS)
+    page = insert(PAGE.read_text(encoding="utf-8"), table(found, steps), "dynamic")
+    PAGE.write_text(insert(page, ranks_table(found), "dynamic-ranks"), encoding="utf-8")
+    figure(found, steps, FIGURE)
 
 
-def table(trials: Sequence[Record], steps: Sequence[Record]) -> str:
-    """A row for each rule, the static run first."""
-    lines = [
-        row(
-            "rule",
-            ("nats a token, held out", "less static's, seed by seed", "trained values", "gradients, MiB")
-            + ("optimizer state, MiB", "kept for backward, MiB", "time of a step, of static's"),
-        ),
-        "|---" * 8 + "|",
-        row("none (static)", _cells(_static(trials), steps, _static(trials))),
-    ]
-    names = [name for name in RULES if any(trial["rule"] == name for trial in trials)]
-    return "\n".join([*lines, *(row(f"`{name}`", _cells(_of(trials, name), steps, _static(trials))) for name in names)])
+HEAD = ("rule", "nats a token, held out", "less static's, seed by seed", "trained values, of static's")
+HEAD += ("gradients, MiB", "optimizer state, MiB", "kept for backward, MiB", "time of a step, of static's")
 
 
-def figure(trials: Sequence[Record], steps: Sequence[Record], path: Path) -> None:
+def table(found: Sequence[Record], steps: Sequence[Record]) -> str:
+    """A row for each rule, the static run first; means over the steps and the seeds."""
+    static = _static(found)
+    first, *others = HEAD
+    lines = [row(first, others), "|---" * len(HEAD) + "|", row("none (static)", _cells(static, static, steps))]
+    return "\n".join([*lines, *(row(f"`{name}`", _cells(_of(found, name), static, steps)) for name in _names(found))])
+
+
+def ranks_table(found: Sequence[Record]) -> str:
+    """What the reports of "dylora" say of each rank, a column for each seed."""
+    mine = _of(found, "dylora")
+    lines = [row("rank", [f"seed {trial['seed']}" for trial in mine]), "|---" * (len(mine) + 1) + "|"]
+    for reported in zip(*(trial["by rank"][0].splitlines()[2:] for trial in mine), strict=True):
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in reported]
+        lines.append(row(cells[0][0], [f"{loss} ({interval})" for _, loss, interval in cells]))
+    return "\n".join(lines)
+
+
+def figure(found: Sequence[Record], steps: Sequence[Record], path: Path) -> None:
     """How much worse than static each rule is, and what is left of static's memory."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 4), layout="constrained")
     loss, memory = drawn.subplots(1, 2, sharey=True)
-    names = [name for name in RULES if any(trial["rule"] == name for trial in trials)]
-    static = _static(trials)
+    names, static = _names(found), _static(found)
     for place, name in enumerate(names):
-        mine = _of(trials, name)
+        mine = _of(found, name)
         mean, low, high = over_seeds(_differences(mine, static))
         loss.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
         for number, (label, share) in enumerate(_shares(mine, static, steps).items()):
@@ -98,30 +102,19 @@ def figure(trials: Sequence[Record], steps: Sequence[Record], path: Path) -> Non
     drawn.savefig(path, metadata={"Date": None})
 
 
-def _trial(model: Path, text: Path, case: Record) -> Record:
+def trial(model: str, text: Path, case: Record) -> Record:
     """A run under one rule; the first rule's has the static run of its seed beside it."""
     beside = case["rule"] == next(iter(RULES))
-    strategy = {"rules": [RULES[case["rule"]]], "static": beside, "before": beside}
-    settings: dict[str, Any] = {
-        "data.eval-fraction": 0.1,
-        "max-length": TOKENS,
-        "batch-size": ROWS,
-        "training.per-device-eval-batch-size": 8,
-        "max-steps": COUNT,
-        "save-steps": COUNT,
-        "learning-rate": 1e-3,
-        "lora.r": RANK,
-        "lora.alpha": 2 * RANK,
-        "seed": case["seed"],
-        "report-to": "none",
-        "strategy.name": "dynamic",
-        "strategy.options": json.dumps(strategy),
-    }
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    strategy = json.dumps({"rules": [RULES[case["rule"]]], "static": beside, "before": beside})
+    given = ("--model", model, "--data", str(text), "--data.eval-fraction", "0.12", "--max-length", str(TOKENS))
+    given += ("--batch-size", str(ROWS), "--training.per-device-eval-batch-size", "8", "--report-to", "none")
+    given += ("--max-steps", str(COUNT), "--save-steps", str(COUNT), "--learning-rate", "1e-3")
+    given += ("--seed", str(case["seed"]), "--lora.r", str(RANK), "--lora.alpha", str(2 * RANK))
     with TemporaryDirectory() as folder:
-        run = train(Path(folder) / "run", ["--model", str(model), "--data", str(text), *given])
-        costs = json.loads((Path(folder) / "run/costs.json").read_text(encoding="utf-8"))
-        state = json.loads((Path(folder) / f"run/checkpoint-{COUNT}/trainer_state.json").read_text(encoding="utf-8"))
+        place = Path(folder) / "run"
+        run = train(place, [*given, "--strategy.name", "dynamic", "--strategy.options", strategy])
+        costs = json.loads((place / "costs.json").read_text(encoding="utf-8"))
+        state = json.loads((place / f"checkpoint-{COUNT}/trainer_state.json").read_text(encoding="utf-8"))
     metrics = {metric["name"]: metric for metric in run["findings"]["metrics"]}
     loss = metrics["loss per token"]
     found: Record = {"loss": loss["value"], "rows": loss["rows"], "costs": costs["dynamic"]}
@@ -129,11 +122,12 @@ def _trial(model: Path, text: Path, case: Record) -> Record:
     if beside:
         found["static loss"] = loss["value"] - metrics["loss per token: dynamic less static"]["value"]
         found |= {"static costs": costs["static"], "loss before": loss["baseline"]}
+    found["by rank"] = [part["text"] for part in run["findings"]["sections"] if part["title"] == "By rank"]
     return found
 
 
-def _measure_steps(model: Path) -> None:
-    """Of each set of layers that was trained: what is kept for backward, and the processor time of a step."""
+def measured_steps(model: str, found: Sequence[Record]) -> list[Record]:
+    """Of each set of layers that was trained: bytes kept for backward, and processor time of steps, in turn."""
     import torch
 
     from fastpeft.bench.dynamic import batch_of, model_of, own_loss, processor_ms
@@ -141,13 +135,10 @@ def _measure_steps(model: Path) -> None:
     from fastpeft.bench.timer import interleaved
     from fastpeft.strategies.dynamic.trained import Trained
 
-    trials = read(TRIALS)
-    sets = sorted({tuple(layers) for trial in trials for layers in trial["trained"].values()})
-    if sets == [tuple(step["layers"]) for step in read(STEPS)]:
-        return
-    peft, batch = model_of(str(model), RANK, "cpu"), batch_of(ROWS, TOKENS, "cpu")
+    peft, batch = model_of(model, RANK, "cpu"), batch_of(ROWS, TOKENS, "cpu")
     optimizer = torch.optim.AdamW([each for each in peft.parameters() if each.requires_grad], lr=1e-4)
     trained = Trained(peft)
+    sets = sorted({tuple(trained.layers), *(tuple(layers) for one in found for layers in one["trained"].values())})
 
     def step(layers: tuple[int, ...]) -> None:
         trained.only(layers, optimizer)
@@ -160,20 +151,33 @@ def _measure_steps(model: Path) -> None:
     for layers in sets:
         trained.only(layers, optimizer)
         kept = bytes_kept(peft, partial(own_loss, peft, batch))
-        records.append({"layers": list(layers), "kept": kept, "ms": times[str(layers)], "where": where()})
-    write(STEPS, records)
+        records.append({"layers": list(layers), "kept": kept, "ms": times[str(layers)]})
+    return [record | {"where": where()} for record in records]
 
 
-def _of(trials: Sequence[Record], rule: str) -> list[Record]:
-    return [trial for trial in trials if trial["rule"] == rule]
+def _names(found: Sequence[Record]) -> list[str]:
+    return [name for name in RULES if _of(found, name)]
 
 
-def _static(trials: Sequence[Record]) -> list[Record]:
-    """The static runs, as trials."""
+def _of(found: Sequence[Record], rule: str) -> list[Record]:
+    return [trial for trial in found if trial["rule"] == rule]
+
+
+def _static(found: Sequence[Record]) -> list[Record]:
+    """The static runs, as trials in which nothing was decided."""
+    begun = [trial for trial in found if "static loss" in trial]
+    return [trial | {"loss": trial["static loss"], "costs": trial["static costs"], "trained": None} for trial in begun]
+
+
+def _cells(mine: Sequence[Record], static: Sequence[Record], steps: Sequence[Record]) -> list[str]:
+    kept, time = (_over_steps(mine, steps, figure) for figure in (_kept, _time))
     return [
-        {"seed": trial["seed"], "loss": trial["static loss"], "costs": trial["static costs"], "trained": None}
-        for trial in trials
-        if "static loss" in trial
+        said([trial["loss"] for trial in mine], 3),
+        "" if mine is static else said(_differences(mine, static), 3, "+"),
+        f"{100 * _mean(mine, 'trained') / _mean(static, 'trained'):.0f} %",
+        *(f"{_mean(mine, name) / MIB:.2f}" for name in ("gradient_bytes", "optimizer_bytes")),
+        "-" if kept is None else f"{kept / MIB:.1f}",
+        "-" if time is None else f"{time:.2f}",
     ]
 
 
@@ -182,26 +186,15 @@ def _differences(mine: Sequence[Record], static: Sequence[Record]) -> list[float
     return [trial["loss"] - losses[trial["seed"]] for trial in mine]
 
 
-def _cells(mine: Sequence[Record], steps: Sequence[Record], static: Sequence[Record]) -> list[str]:
-    kept, time = (_over_steps(mine, steps, figure) for figure in (_kept, _time))
-    cells = [said([trial["loss"] for trial in mine], 3)]
-    cells.append("" if mine == static else said(_differences(mine, static), 3, "+"))
-    cells.append(f"{_mean(mine, 'trained'):,.0f}")
-    cells += [f"{_mean(mine, name) / MIB:.2f}" for name in ("gradient_bytes", "optimizer_bytes")]
-    return [*cells, "-" if kept is None else f"{kept / MIB:.1f}", "-" if time is None else f"{time:.2f}"]
-
-
 def _shares(mine: Sequence[Record], static: Sequence[Record], steps: Sequence[Record]) -> dict[str, float]:
-    found = {
-        "gradients": _mean(mine, "gradient_bytes") / _mean(static, "gradient_bytes"),
-        "optimizer state": _mean(mine, "optimizer_bytes") / _mean(static, "optimizer_bytes"),
-    }
-    kept, whole = (_over_steps(trials, steps, _kept) for trials in (mine, static))
+    costs = {"gradients": "gradient_bytes", "optimizer state": "optimizer_bytes"}
+    found = {label: _mean(mine, name) / _mean(static, name) for label, name in costs.items()}
+    kept, whole = (_over_steps(each, steps, _kept) for each in (mine, static))
     return found if kept is None or whole is None else found | {"kept for backward": kept / whole}
 
 
-def _mean(trials: Sequence[Record], name: str) -> float:
-    return fmean(trial["costs"][name] for trial in trials)
+def _mean(mine: Sequence[Record], name: str) -> float:
+    return fmean(trial["costs"][name] for trial in mine)
 
 
 def _kept(step: Record, whole: Record) -> float:
@@ -212,16 +205,18 @@ def _time(step: Record, whole: Record) -> float:
     return median(one / other for one, other in zip(step["ms"], whole["ms"], strict=True))
 
 
-def _over_steps(trials: Sequence[Record], steps: Sequence[Record], figure: Any) -> float | None:
+def _over_steps(
+    mine: Sequence[Record], steps: Sequence[Record], figure: Callable[[Record, Record], float]
+) -> float | None:
     """Mean over the steps of all trials; None for rules that choose no layers, whose steps were not measured."""
     by_layers = {tuple(step["layers"]): step for step in steps}
     whole = by_layers[max(by_layers, key=len)]
-    if all(trial["trained"] is None for trial in trials):
-        return float(figure(whole, whole))
-    if all(len(trial["trained"]) == 1 for trial in trials):
+    if mine[0]["trained"] is None:
+        return figure(whole, whole)
+    if RULES[mine[0]["rule"]]["action"] not in ("sample", "freeze", "schedule"):
         return None
     values = []
-    for trial in trials:
+    for trial in mine:
         begun = sorted((int(step), tuple(layers)) for step, layers in trial["trained"].items())
         for (step, layers), (end, _) in pairwise([*begun, (COUNT, ())]):
             values += [figure(by_layers[layers], whole)] * (end - step)
