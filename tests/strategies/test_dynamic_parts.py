@@ -240,5 +240,11 @@ def test_gradients_that_overflowed_have_no_signal() -> None:
     assert of_layers({}, "importance") == {}
 
 
+def test_a_value_that_is_no_number_is_null_in_the_log() -> None:
+    run = Run(None, Trained(model_of()))
+    Reweight(ReweightOptions(), 0, 0).decide(run, "loss", math.nan, "nothing", "it is no number")
+    assert run.decisions[0].value is None
+
+
 def test_layers_in_words() -> None:
     assert named([5, 0, 1, 2]) == "0-2, 5" and named([]) == "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,9 @@ class Action:
         """What `state` gave."""
 
     def decide(self, run: Run, signal: str, value: float | dict[str, float] | None, does: str, why: str) -> None:
-        """Note an action in the run's log."""
+        """Note an action in the run's log; a value that is no number is null there, as JSON has none."""
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
         run.decisions.append(Decision(run.step, self.number, self.name, signal, value, does, why))
         run.write()
 
