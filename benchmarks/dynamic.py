@@ -98,7 +98,7 @@ def figure(found: Sequence[Record], steps: Sequence[Record], path: Path) -> None
     loss.invert_yaxis()
     loss.grid(axis="x", alpha=0.3)
     memory.set_xlabel("% of static's, mean of the steps")
-    memory.legend(fontsize=8)
+    drawn.legend(*memory.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     drawn.savefig(path, metadata={"Date": None})
 
 
