@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.trials import FIGURES, RESULTS, ROOT, row, said
 from fastpeft.bench.tables import insert
 from fastpeft.metrics.intervals import over_seeds
 
-ROOT = Path(__file__).parents[1]
-DRAWS = ROOT / "benchmarks" / "results" / "strategies" / "few-shot-minilm.json"
+DRAWS = RESULTS / "few-shot-minilm.json"
 """Of each run: data, shots, method, and what `few_shot_draws.json` of its folder has."""
-PAGE, FIGURE = ROOT / "docs/strategies/few-shot.md", ROOT / "docs/assets/strategies/few-shot-minilm.svg"
+PAGE, FIGURE = ROOT / "docs/strategies/few-shot.md", FIGURES / "few-shot-minilm.svg"
 WAYS = {
     "`contrastive`": ("contrastive", "trained"),
     "`classifier`": ("classifier", "trained"),
@@ -43,10 +43,10 @@ def table(runs: Runs) -> str:
     lines.append("|---" * (len(columns) + 1) + "|")
     ours, theirs, *_ = WAYS
     for way in WAYS:
-        lines.append(_row(way, [_said(accuracies(runs, *column, way)) for column in columns]))
+        lines.append(row(way, [said(accuracies(runs, *column, way)) for column in columns]))
     pairs = [[accuracies(runs, *column, way) for way in (ours, theirs)] for column in columns]
-    cells = [_said([a - b for a, b in zip(*pair, strict=True)], "+") if all(pair) else "-" for pair in pairs]
-    return "\n".join([*lines, _row(f"{ours} - {theirs}, draw by draw", cells)])
+    cells = [said([a - b for a, b in zip(*pair, strict=True)], sign="+") if all(pair) else "-" for pair in pairs]
+    return "\n".join([*lines, row(f"{ours} - {theirs}, draw by draw", cells)])
 
 
 def figure(runs: Runs, path: Path) -> None:
@@ -67,17 +67,6 @@ def figure(runs: Runs, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
     drawn.savefig(path, metadata={"Date": None})
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-def _said(values: list[float], sign: str = "") -> str:
-    if not values:
-        return "-"
-    mean, low, high = over_seeds(values)
-    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 if __name__ == "__main__":

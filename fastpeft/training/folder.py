@@ -21,7 +21,7 @@ FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
-DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
+DECISIONS, DECISIONS_PLOT, COSTS = "decisions.jsonl", "decisions.png", "costs.json"
 ALONE, MERGED = "alone.json", "merged"
 OWN = (
     CONFIG,
@@ -34,6 +34,7 @@ OWN = (
     *FEW_SHOT,
     DECISIONS,
     DECISIONS_PLOT,
+    COSTS,
     ALONE,
     "README.md",
     "adapter_config.json",
