@@ -64,7 +64,7 @@ def own_function(module: nn.Module) -> FunctionType | str | None:
 
 
 def within_decorators(forward: Any) -> FunctionType | None:
-    """The function that decorators are around, each a function that holds the next one, once, in its closure; else None.
+    """The function that decorators are around: each a function that holds the next one once in its closure, else None.
 
     transformers 5.24 decorates most forwards, to take an argument by its old name too.
     """

@@ -67,5 +67,5 @@ def _steps(name: str, releases: list[str]) -> list[str]:
 
 def _numbers(release: str) -> tuple[int, int, int]:
     """(5, 17, 0) of "5.17" and of "5.17.0.post1"."""
-    major, minor, patch = (re.findall(r"\d+", release) + ["0", "0"])[:3]
+    major, minor, patch = [*re.findall(r"\d+", release), "0", "0"][:3]
     return int(major), int(minor), int(patch)

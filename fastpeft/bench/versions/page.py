@@ -34,12 +34,12 @@ def versions_table(records: Sequence[Record]) -> str:
     if floor not in torches:
         rows.append(f"| torch at its oldest | {floor} |{'  |' * len(columns)} not run |  |  |")
     dates = sorted(record.environment.date[:10] for record in records)
+    days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     devices = "; ".join(dict.fromkeys(record.environment.device for record in records))
     ran = sum(map(bool, known.values()))
-    where = (
-        f"{ran} of {len(known)} legs; {devices}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; `make versions`."
-    )
-    return "\n".join([*rows, "", *(f"- [{i}] {words}" for i, words in enumerate(notes, 1)), *[""][: len(notes)], where])
+    where = f"{ran} of {len(known)} legs; {devices}; {days}; `make versions`."
+    listed = [f"- [{number}] {words}" for number, words in enumerate(notes, 1)]
+    return "\n".join([*rows, "", *listed, *([""] if listed else []), where])
 
 
 def _row(record: Record, columns: Sequence[str], notes: list[str]) -> str:
