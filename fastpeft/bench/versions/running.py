@@ -89,17 +89,18 @@ def run_tests(python: Path, tests: Sequence[str], limit_s: float) -> Outcome:
 
 def outcome_of(report: ElementTree.Element) -> Outcome:
     """The outcome that a report in JUnit's format tells."""
-    failed, passed, skipped = {}, 0, 0
+    failed: list[str] = []
+    passed = skipped = 0
     for case in report.iter("testcase"):
         kinds = {child.tag for child in case}
         if kinds & {"failure", "error"}:
             file = case.get("classname", "").rpartition("test_")[2]
-            failed["::".join(filter(None, (f"test_{file}" if file else "", case.get("name", ""))))] = None
+            failed.append("::".join(filter(None, (f"test_{file}" if file else "", case.get("name", "")))))
         elif "skipped" in kinds:
             skipped += 1
         else:
             passed += 1
-    return Outcome("ran", "", passed, skipped, tuple(failed))
+    return Outcome("ran", "", passed, skipped, tuple(dict.fromkeys(failed)))
 
 
 def keep(file: RecordFile, leg: Leg, outcome: Outcome) -> Record:
