@@ -16,8 +16,8 @@ from fastpeft_kernels.lora import LoraAdapter
 
 from ..layers.bypass import own_class, why_not_bypassed
 from ..layers.kept import AWAY, is_elsewhere, stock_type
-from ..requirements import require_core
 from .dora import is_dora
+from .versions import require_core
 
 if TYPE_CHECKING:
     from peft import LoraConfig
