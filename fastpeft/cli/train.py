@@ -50,6 +50,7 @@ def train(
     """
     shown = console(quiet)
     settled = read_config(config, context.obj or [], resume)
+    from fastpeft import serving
     from fastpeft.strategies.run import check_run
     from fastpeft.strategies.run import train as run
 
@@ -65,6 +66,8 @@ def train(
     folder = settled.training.output_dir
     print(f"{folder}: {outcome.summary}")
     shown.print(f"report: {folder}/report.md", markup=False, highlight=False, soft_wrap=True)
+    if (words := serving.note(Path(folder).expanduser())) is not None:
+        shown.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_config(path: Path | None, settings: list[str], resume: bool) -> FastpeftConfig:
