@@ -51,7 +51,8 @@ def trained(folder: Path, model: str, rows: str, killed_at: int) -> tuple[dict[s
         env={
             **os.environ,
             **{"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"},
-            **{"CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else addresses of the dead remain
+            # else torch keeps the addresses of the processes that died
+            **{"CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         },
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
