@@ -14,7 +14,7 @@ from torch import nn
 from fastpeft_kernels.experts import ExpertAdapter
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import own_class, why_not_bypassed
+from ..layers.bypass import SHARDED_BY_DEEPSPEED, own_class, why_not_bypassed
 from ..layers.kept import AWAY, is_elsewhere, stock_type
 from .dora import is_dora
 from .versions import require_core
@@ -284,7 +284,7 @@ def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str |
     if parameter.device != device:
         return f"a parameter on {parameter.device}, the input on {device}"
     if hasattr(parameter, "ds_id"):
-        return "a parameter sharded by DeepSpeed"
+        return SHARDED_BY_DEEPSPEED
     return None
 
 
