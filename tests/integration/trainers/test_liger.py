@@ -52,6 +52,7 @@ def train(model: Any, folder: Path) -> list[float]:
     return losses_of(trainer)
 
 
+@pytest.mark.full
 def test_the_same_training(tmp_path: Path) -> None:
     check_same_training(make(), train, tmp_path)
 
