@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,8 @@ def train(config: FastpeftConfig, console: Console, *, resume: bool = False, ove
         RunFailed: the loss became NaN.
     """
     ready = check_run(config, console, resume=resume, overwrite=overwrite)
-    target = Path(config.training.output_dir).expanduser()
-    if ready.arguments.process_index:
-        return _train(ready, console, overwrite)
-    with run_folder.held(target):
-        if run_folder.prepare(target, resume=resume, overwrite=overwrite) != ready.checkpoint:
-            raise UserError(f"training.output_dir: expected a folder that no other run writes, got {target}")
-        return _train(ready, console, overwrite)
+    with ExitStack() as held:
+        return _train(ready, console, overwrite, held)
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     return Ready(strategy, replace(prepared, memory=memory), arguments, checkpoint, fingerprint)
 
 
-def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
+def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> Outcome:
     import fastpeft
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
@@ -135,6 +131,9 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         fastpeft.retry_steps(trainer)
     first = trainer.is_world_process_zero()
     if first:
+        held.enter_context(run_folder.held(target))
+        if run_folder.prepare(target, resume=checkpoint is not None, overwrite=overwrite) != checkpoint:
+            raise UserError(f"training.output_dir: expected a folder that no other run writes, got {target}")
         if overwrite:
             run_folder.clear(target)
         run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
