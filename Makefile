@@ -14,7 +14,7 @@ ON_CPU := benchmarks/results/cpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint aot bench matrix docs docs-serve gpu
+.PHONY: help quickstart test test-full lint aot bench matrix versions docs docs-serve gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -55,6 +55,9 @@ bench: .venv/.dev ## benchmarks on this machine's CPU, in ten minutes: records a
 
 matrix: .venv/.dev ## model families x bases x methods x modes beside plain PEFT, within an hour; ARGS="--only llama"
 	OMP_NUM_THREADS=1 $(BIN)/python -m fastpeft.bench.matrix $(ARGS)
+
+versions: .venv/.dev ## tests of the seams with old and new transformers, peft, TRL and others; ARGS="--only peft"
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastpeft.bench.versions $(ARGS)
 
 docs: .venv/.dev ## build the documentation into site/; a broken link is an error
 	$(MKDOCS) build --strict

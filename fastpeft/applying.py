@@ -11,13 +11,13 @@ from torch import nn
 
 from fastpeft_kernels.common.scratch import release_scratch
 
+from .integrations.versions import require_core
 from .layers.kept import bring
 from .memory.policy import LayerPolicy, MemoryPolicy
 from .replacements import REPLACEMENTS, Match
 from .replacements.fp8 import ask_fp8, check_fp8
 from .replacements.memory import carried_out, check_memory
 from .replacements.mlp import RECOMPUTE
-from .requirements import require_core
 
 if TYPE_CHECKING:
     from .memory.plan.planning import Plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from fastpeft.errors import UserError
 from fastpeft.models import tuned
-from fastpeft.paths import can_be_made
+from fastpeft.paths import can_be_made, umask
 
 MARK = "fastpeft.json"
 """Lists what `save` wrote: a folder that holds nothing else may be replaced."""
@@ -126,7 +125,7 @@ def save(model: Any, tokenizer: Any, target: Path, *, overwrite: bool) -> None:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / MARK).write_text(json.dumps({"files": _files(beside)}, indent=1) + "\n", encoding="utf-8")
-        beside.chmod(0o777 & ~_umask())
+        beside.chmod(0o777 & ~umask())
         _put_in_place(beside, target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -169,9 +168,3 @@ def _put_in_place(new: Path, target: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside)
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now

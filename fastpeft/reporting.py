@@ -9,8 +9,13 @@ from typing import Any
 from torch import nn
 
 from .applying import RETRIED, SETTINGS
+from .layers.counting import Counting, outcomes
 from .replacements import REPLACEMENTS, Left, Match
 from .replacements.lora import FROZEN
+from .replacements.swap import why_not_its_own
+
+BY_FORWARD = ("lora", "mlp", "norms")
+"""What serves a module by the forward of its class."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
     name = type(module).__name__
     served = replacement.installed(module)
     if served is not None:
+        if replacement.switch in BY_FORWARD and (passed := _passed_over(module)) is not None:
+            return ReportRow(path, name, replacement.switch, "", "", passed.reason)
         return ReportRow(path, name, replacement.switch, served.op, *replacement.status(module))
     matched = replacement.match(module)
     if matched is None:
@@ -139,6 +146,11 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
     if not matched.reason:
         return None
     return ReportRow(path, name, replacement.switch, "", "", matched.reason)
+
+
+def _passed_over(module: nn.Module) -> Left | None:
+    """Why our forward is not reached: another was put on the instance later, and handed on none of its calls."""
+    return why_not_its_own(module) if isinstance(module, Counting) and not outcomes(module)[0] else None
 
 
 def _without_numbers(path: str) -> str:

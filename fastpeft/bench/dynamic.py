@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", choices=sorted(TABLES), action="append", help="this one alone; may come twice")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = _batch(options, device)
+    batch = batch_of(options.rows, options.tokens, device)
     for name in options.table or TABLES:
         print("\n".join([*TABLES[name](options, batch, device), ""]), flush=True)
     return 0
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def freezing(options: Any, batch: dict[str, Any], device: str) -> list[str]:
     """Layers trained, what forward keeps for backward, optimizer state, time of a step."""
-    count = len(Trained(_model(options, device)).layers)
+    count = len(Trained(model_of(options.model, options.rank, device)).layers)
     cases = {
         "all": range(count),
         "upper half": range(count // 2, count),
@@ -63,14 +63,14 @@ def freezing(options: Any, batch: dict[str, Any], device: str) -> list[str]:
         steps: dict[str, Step] = {}
         kept, states = {}, {}
         for name, numbers in cases.items():
-            model = _model(options, device, accelerated=accelerated)
+            model = model_of(options.model, options.rank, device, accelerated=accelerated)
             optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
             Trained(model).only(list(numbers), optimizer)
-            steps[name] = partial(_step, model, batch, _own_loss, optimizer)
+            steps[name] = partial(_step, model, batch, own_loss, optimizer)
             steps[name]()
-            kept[name] = bytes_kept(model, partial(_own_loss, model, batch))
+            kept[name] = bytes_kept(model, partial(own_loss, model, batch))
             states[name] = state_bytes(optimizer)
-        times = interleaved(steps, options.rounds, 1, device, _clock(device))
+        times = interleaved(steps, options.rounds, 1, device, None if device == "cuda" else processor_ms)
         for name, numbers in cases.items():
             lines.append(
                 f"| {name} ({named(list(numbers))}) | {'yes' if accelerated else 'no'} | {kept[name] / MIB:.1f} | "
@@ -83,7 +83,7 @@ def weighting(options: Any, batch: dict[str, Any], device: str) -> list[str]:
     """Time and peak memory of forward and backward by loss."""
     anchored = partial(_dft, anchor=0.1)
     cases: dict[str, tuple[Loss, bool]] = {
-        "cross-entropy, the model's own; accelerated": (_own_loss, True),
+        "cross-entropy, the model's own; accelerated": (own_loss, True),
         "DFT, without logits": (_dft, True),
         "DFT of logits, plain PEFT": (_dft, False),
         "DFT by TRL's chunked head, plain PEFT": (_trl, False),
@@ -92,7 +92,7 @@ def weighting(options: Any, batch: dict[str, Any], device: str) -> list[str]:
     }
     steps: dict[str, Step] = {}
     for name, (loss, accelerated) in cases.items():
-        model = _model(options, device, accelerated=accelerated)
+        model = model_of(options.model, options.rank, device, accelerated=accelerated)
         if loss is _trl:
             from trl.trainer.utils import add_fused_lm_head
 
@@ -100,7 +100,7 @@ def weighting(options: Any, batch: dict[str, Any], device: str) -> list[str]:
         steps[name] = partial(_step, model, batch, loss)
         steps[name]()
     peaks = {name: peak_of_step(step, device) for name, step in steps.items()}
-    times = interleaved(steps, options.rounds, 1, device, _clock(device))
+    times = interleaved(steps, options.rounds, 1, device, None if device == "cuda" else processor_ms)
     first = next(iter(cases))
     lines = ["| loss | peak of a step, MiB | forward and backward, ms (of the first) |", "|---|---|---|"]
     return lines + [
@@ -112,25 +112,28 @@ def weighting(options: Any, batch: dict[str, Any], device: str) -> list[str]:
 TABLES = {"freezing": freezing, "weighting": weighting}
 
 
-def _model(options: Any, device: str, *, accelerated: bool = True) -> Any:
+def model_of(name: str, rank: int, device: str, *, accelerated: bool = True) -> Any:
+    """A decoder in fp32 with LoRA of that rank on all its layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     import fastpeft
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
-    model = get_peft_model(base, LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     return fastpeft.accelerate(model).train() if accelerated else model.train()
 
 
-def _batch(options: Any, device: str) -> dict[str, Any]:
+def batch_of(rows: int, tokens: int, device: str) -> dict[str, Any]:
+    """Drawn at random, the same each time."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 1000, (options.rows, options.tokens), generator=generator).to(device)
+    ids = torch.randint(0, 1000, (rows, tokens), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
-def _own_loss(model: Any, batch: dict[str, Any]) -> Any:
+def own_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """The model's own."""
     return model(**batch, use_cache=False).loss
 
 
@@ -154,17 +157,11 @@ def _step(model: Any, batch: dict[str, Any], loss: Loss, optimizer: Any = None) 
     model.zero_grad()
 
 
-def _clock(device: str) -> Callable[[Step], float] | None:
-    """On a CPU the process's own time, which other programs on the machine disturb least; None for the usual one."""
-    if device == "cuda":
-        return None
-
-    def process_ms(step: Step) -> float:
-        start = time.process_time()
-        step()
-        return 1000 * (time.process_time() - start)
-
-    return process_ms
+def processor_ms(step: Step) -> float:
+    """The process's own time of one call, which other programs on the machine disturb least."""
+    start = time.process_time()
+    step()
+    return 1000 * (time.process_time() - start)
 
 
 def _ratio(times: dict[str, list[float]], name: str, against: str) -> float:

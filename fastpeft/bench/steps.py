@@ -262,7 +262,9 @@ def nf4_linear(module: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    new.weight = bnb.nn.Params4bit(
+        module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+    )
     new.bias = module.bias
     new.support_avx512bf16_for_cpu = False  # else an eval forward on such a CPU rearranges the weights in place
     return new.to(module.weight.device)

@@ -19,6 +19,8 @@ Examples:
   fastpeft plan meta-llama/Llama-3.1-8B --gpu-memory 24GiB --seq 8192
 
   fastpeft plan llama-3.1-8b --gpu-memory 16GiB --gpu-memory 24GiB --seq 4096 --json
+
+  fastpeft plan llama-3.1-70b --gpu-memory 80GiB --seq 4096 --gpus 8 --gpus 64 --network 50GB
 """
 
 
@@ -51,6 +53,13 @@ def plan(
     dtype: Annotated[PlanDtype, typer.Option(help="What is computed with.")] = PlanDtype.bfloat16,
     optimizer: Annotated[str, typer.Option(help="As training.optim.")] = "adamw_torch",
     task: Annotated[str, typer.Option(help="auto: what the configuration says.")] = "auto",
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Also what so many send, computed; may come again.", show_default=False),
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, for --gpus.")] = 8,
+    gpu_link: Annotated[str, typer.Option(help="Bytes a second from GPU to GPU in a machine, for --gpus.")] = "450GB",
+    network: Annotated[str, typer.Option(help="The same between machines, for each GPU, for --gpus.")] = "50GB",
     largest: Annotated[bool, typer.Option(help="Find the largest context and batch.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,6 +72,7 @@ def plan(
     """
     with uncollected():
         from fastpeft.memory.plan.planning import model_of, plan_on
+        from fastpeft.memory.plan.several import Fabric, render, scaling
         from fastpeft.memory.plan.timing import Rates
         from fastpeft.memory.sizes import gib, parse_size
 
@@ -70,14 +80,17 @@ def plan(
         try:
             sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
             host = None if host_memory is None else parse_size(host_memory, "--host-memory")
+            fabric = Fabric(gpus_per_node, parse_size(gpu_link, "--gpu-link"), parse_size(network, "--network"))
             name, found = model_of(
                 model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
             )
+            spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:
             raise UserError(str(error)) from error
         plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
     if as_json:
-        print(json.dumps({"plans": [each.to_dict() for each in plans]}, indent=1))
+        several = {"spread": [each.to_dict() for each in spreads]} if spreads else {}
+        print(json.dumps({"plans": [each.to_dict() for each in plans], **several}, indent=1))
     elif len(plans) == 1:
         print(plans[0])
     else:
@@ -89,5 +102,7 @@ def plan(
             figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
+    if spreads and not as_json:
+        print(f"\nseveral GPUs, a step of {seq * batch} tokens on each, computed and not measured:\n{render(spreads)}")
     if not all(each.fits for each in plans):
         raise typer.Exit(1)

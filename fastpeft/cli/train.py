@@ -24,6 +24,8 @@ Examples:
 
   fastpeft train run.yaml --resume
 
+  torchrun --nproc_per_node 2 --max-restarts 3 -m fastpeft train run.yaml --resume-or-begin
+
 Any key may be shortened to its last part where that is the only one: --r 8 is --lora.r 8.
 """
 
@@ -34,6 +36,10 @@ def train(
         Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration; options change it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume_or_begin: Annotated[
+        bool,
+        typer.Option("--resume-or-begin", help="The same where there is one, else begin; for torchrun's restarts."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check configuration and data, print what would be run, and stop.")
@@ -50,9 +56,15 @@ def train(
     """
     shown = console(quiet)
     settled = read_config(config, context.obj or [], resume)
+    from fastpeft import serving
     from fastpeft.strategies.run import check_run
     from fastpeft.strategies.run import train as run
+    from fastpeft.training.folder import last_checkpoint
 
+    if resume_or_begin and (resume or overwrite):
+        raise UserError("--resume-or-begin: expected it without --resume and --overwrite, got both")
+    if resume_or_begin:
+        resume = last_checkpoint(Path(settled.training.output_dir).expanduser()) is not None
     settle_logs(verbose, quiet)
     if dry_run:
         prepared = check_run(settled, shown, resume=resume, overwrite=overwrite).prepared
@@ -65,6 +77,8 @@ def train(
     folder = settled.training.output_dir
     print(f"{folder}: {outcome.summary}")
     shown.print(f"report: {folder}/report.md", markup=False, highlight=False, soft_wrap=True)
+    if (words := serving.note(Path(folder).expanduser())) is not None:
+        shown.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_config(path: Path | None, settings: list[str], resume: bool) -> FastpeftConfig:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastpeft.requirements import CORE
+from fastpeft.integrations.versions import CORE
 
 from .findings import Finding, Status, in_short, note, ok, problem
 from .machine import Machine

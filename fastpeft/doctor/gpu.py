@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastpeft.requirements import check_versions
+from fastpeft.integrations.versions import check_versions
 
 from .findings import Finding, gib, note, ok, problem, warning
 from .machine import Machine

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import metadata
 
-from fastpeft.requirements import CORE, _too_old, check_versions
+from fastpeft.integrations.versions import CORE, MINIMUM_OF_EXTRAS, check_versions, too_old
 
 from .findings import Finding, note, ok, problem, warning
 
 NEEDED = ("transformers", "peft", "accelerate")  # torch and bitsandbytes have checks of their own
-OPTIONAL = {"trl": "1.10", "datasets": "", "matplotlib": "", "tensorboard": "", "sentencepiece": ""} | {
-    "scikit-learn": "",
-    "datasketch": "",
-}
-"""The extra `train`, with the oldest supported version."""
+OPTIONAL = ("trl", "datasets", "matplotlib", "tensorboard", "sentencepiece", "scikit-learn", "datasketch")
+"""The extra `train`."""
 INSTALL_OPTIONAL = "pip install 'fastpeft[train]'"
 
 
 def packages() -> Iterator[Finding]:
     for name in NEEDED:
         yield _needed(name)
-    for name, least in OPTIONAL.items():
-        yield _optional(name, least)
+    for name in OPTIONAL:
+        yield _optional(name)
 
 
 def installed(name: str) -> str | None:
@@ -42,11 +39,12 @@ def _needed(name: str) -> Finding:
     return kind(name, f"{version or 'not installed'}; {needs}", f"Run {command}.", version=version)
 
 
-def _optional(name: str, least: str) -> Finding:
+def _optional(name: str) -> Finding:
     version = installed(name)
     if version is None:
         return note(name, "not installed", f"Run {INSTALL_OPTIONAL} if you want it.", version=None)
-    if least and _too_old(name, least):
+    if too_old(name):
+        least = MINIMUM_OF_EXTRAS[name]
         advice = f"Run {INSTALL_OPTIONAL} --upgrade for {name} {least} or newer."
         return warning(name, f"{version}, older than the {least} that is supported", advice, version=version)
     return ok(name, version, version=version)

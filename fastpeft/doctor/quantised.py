@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.requirements import check_versions
+from fastpeft.integrations.versions import check_versions
 
 from .findings import Finding, in_short, note, ok, problem, warning
 from .machine import Machine

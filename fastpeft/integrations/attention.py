@@ -35,7 +35,7 @@ def register_attention() -> None:
     Raises:
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
-    from ..requirements import require_core
+    from .versions import require_core
 
     require_core()
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -78,6 +78,7 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     state = getattr(weight, "quant_state", None)
     if state is None:
         state = getattr(layer, "quant_state", None)  # FSDP2 gives parameters that have lost theirs
+        _check_not_cast(weight, getattr(layer, "quant_storage", weight.dtype))
     if state is None:
         return "a 4-bit weight without quant_state: not quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
@@ -96,6 +97,15 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     if not tracing:
         _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen)
     return frozen
+
+
+def _check_not_cast(weight: Tensor, stored: torch.dtype) -> None:
+    """Raise ValueError where FSDP2 has cast packed values as if they were numbers, which no one can undo."""
+    if stored.is_floating_point and weight.dtype.is_floating_point and weight.dtype != stored:
+        raise ValueError(
+            f"4-bit weight: expected its storage in {stored}, got {weight.dtype}: FSDP2's mixed precision casts "
+            f"floating storage; load with bnb_4bit_quant_storage={weight.dtype}, or train without mixed precision"
+        )
 
 
 def forget(layer: Any) -> None:

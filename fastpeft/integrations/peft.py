@@ -14,10 +14,10 @@ from torch import nn
 from fastpeft_kernels.experts import ExpertAdapter
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import own_class, why_not_bypassed
+from ..layers.bypass import SHARDED_BY_DEEPSPEED, own_class, why_not_bypassed
 from ..layers.kept import AWAY, is_elsewhere, stock_type
-from ..requirements import require_core
 from .dora import is_dora
+from .versions import require_core
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -161,7 +161,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names: expected the name of an adapter for each row, got {adapter_names!r}")
     names = list(adapter_names)
-    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
+    layers = [
+        module
+        for module in _outside_adapters(model, LoraLayer)
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
+    ]
     known = {
         key for layer in layers if isinstance(layer, LoraLayer) for key in (*layer.lora_A, *layer.lora_embedding_A)
     }
@@ -176,6 +180,21 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _outside_adapters(model: nn.Module, adapted: type[Any]) -> list[nn.Module]:
+    """The model's modules, in any order, but for what layers of class `adapted` hold beside their base: with several
+    adapters that is most of them."""
+    seen, left = dict[nn.Module, None](), [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen[module] = None
+        inside = module._modules
+        held = [inside["base_layer"]] if isinstance(module, adapted) and "base_layer" in inside else inside.values()
+        left += [child for child in held if child is not None]
+    return list(seen)
 
 
 def _with_row_names(
@@ -265,7 +284,7 @@ def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str |
     if parameter.device != device:
         return f"a parameter on {parameter.device}, the input on {device}"
     if hasattr(parameter, "ds_id"):
-        return "a parameter sharded by DeepSpeed"
+        return SHARDED_BY_DEEPSPEED
     return None
 
 

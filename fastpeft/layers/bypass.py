@@ -10,6 +10,8 @@ from torch.nn.modules import module as torch_module
 
 from ..integrations.accelerate import forward_is_its_class_s, is_idle_hook
 
+SHARDED_BY_DEEPSPEED = "a parameter sharded by DeepSpeed"
+
 OWN_CLASS: dict[type[nn.Module], type[nn.Module]] = {}
 """Our classes for frozen siblings -> the classes that they stand for; `layers/frozen.py` enters them."""
 
@@ -30,7 +32,7 @@ def why_not_bypassed(
     if type(module) is not kind and own_class(module) is not kind:
         return f"{type(module).__name__} in place of {kind.__name__}"
     if _has_hooks(module, known_hooks):
-        return f"a hook on a bypassed {kind.__name__}"
+        return SHARDED_BY_DEEPSPEED if _is_partitioned(module) else f"a hook on a bypassed {kind.__name__}"
     if "forward" in module.__dict__ and not (forward_is_its_class_s(module) or is_idle_hook(module, device)):
         return f"a replaced forward on a bypassed {kind.__name__}"
     parameters = module._parameters
@@ -38,6 +40,11 @@ def why_not_bypassed(
         held = [name for name in ("weight", "bias") if name not in parameters]  # FSDP1 keeps views in plain attributes
         return f"{' and '.join(held)} of a {kind.__name__} held elsewhere"
     return None
+
+
+def _is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds its parameters: they are empty until its hooks, which only a call runs, gather them."""
+    return any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
 
 
 def is_bare(module: Any, kind: type[nn.Module]) -> bool:

@@ -12,10 +12,11 @@ from fastpeft_kernels.lora import lora_embedding, mixed_lora_embedding
 from ..integrations import peft
 from .bypass import why_not_embedded
 from .counting import Counting
+from .naming import NamedAsPeft
 from .requests import OTHER_ROWS, without_names
 
 
-class FastEmbedding(Counting, nn.Module):
+class FastEmbedding(NamedAsPeft, Counting, nn.Module):
     """Mixed in before PEFT's embedding class; overrides `forward`. The frozen embedding is called as it is."""
 
     op_name = "lora_embedding"

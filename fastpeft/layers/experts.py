@@ -25,11 +25,12 @@ from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
 from .experts_structure import ExpertRoles, settings
 from .merges import SeenMerges
+from .naming import NamedAsPeft
 
 CLASS = "FastParamWrapper"
 
 
-class FastExperts(SeenMerges, Counting, nn.Module):
+class FastExperts(NamedAsPeft, SeenMerges, Counting, nn.Module):
     """Mixed in before PEFT's ParamWrapper; overrides `forward`.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.

@@ -23,12 +23,13 @@ from .fp8 import ask, products_of
 from .head import lazy_logits
 from .head_call import LossCalls
 from .merges import SeenMerges
+from .naming import NamedAsPeft
 from .requests import OTHER_ROWS, Request, base_bias, compute, frozen_base, lora_dtype, without_names
 from .siblings import RowNames, Sibling
 from .watching import SiblingWatch
 
 
-class FastLoraLayer(SeenMerges, Sibling):
+class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
     """Mixed in before a PEFT LoRA layer class; overrides `forward`.
 
     What else it keeps is in instance attributes of these names; `leave` takes them away again.

@@ -18,10 +18,11 @@ from ..integrations.peft import why_not_plain
 from .bypass import why_not_called
 from .counting import Counting
 from .merges import SeenMerges
+from .naming import NamedAsPeft
 from .requests import frozen_base
 
 
-class FastLycorisLayer(SeenMerges, Counting, nn.Module):
+class FastLycorisLayer(NamedAsPeft, SeenMerges, Counting, nn.Module):
     """Mixed in before PEFT's layer class; overrides `forward`, and marks the base as changed by a merge."""
 
     op_name: str

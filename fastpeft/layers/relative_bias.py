@@ -112,7 +112,8 @@ def _ours(module: Any) -> bool:
 @cache
 def _asks_whether_to_make_one(kind: type[Any]) -> bool:
     """Whether the code of its forward reads the flag and makes a bias once each, by arguments that `NoBias` takes."""
-    read = [each.argval for each in dis.get_instructions(kind.forward) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    steps = dis.get_instructions(inspect.unwrap(kind.forward))
+    read = [each.argval for each in steps if each.opname in ("LOAD_ATTR", "LOAD_METHOD")]
     return read.count("has_relative_attention_bias") == read.count("compute_bias") == 1
 
 

@@ -7,7 +7,8 @@ others whenever they are looked up. The file, its other classes and instances ar
 
 from __future__ import annotations
 
-from types import FunctionType
+import inspect
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastpeft_kernels.rope.api import kernel_serves, run_rotary
 
 from .bypass import transformed
 from .mixing import reduced, swap_out, unmixed
-from .rotary_structure import NAME, Turn
+from .rotary_structure import NAME, Turn, holds
 
 NO_KERNEL = "no kernel for this device and dtype"
 
@@ -44,7 +45,7 @@ class FastRotary(nn.Module):
         reason = "called otherwise than with q, k, cos and sin" if turn is None else _why_not(turn, args, kwargs)
         self._count(reason or "fused")
         if turn is None or reason is not None:
-            return unmixed(type(self)).forward.__globals__[NAME](*args, **kwargs)
+            return inspect.unwrap(unmixed(type(self)).forward).__globals__[NAME](*args, **kwargs)
         q, k, cos, sin = args
         return run_rotary(q, k, cos, sin, turn.rotation(q.dtype, cos.dtype))
 
@@ -75,14 +76,16 @@ class _Globals(dict[str, Any]):
 
 
 def _with_ours(forward: FunctionType, ours: Any) -> FunctionType:
-    """`forward` with `ours` for NAME. A new function costs about a microsecond, so none is kept and none goes stale."""
-    made = FunctionType(
-        forward.__code__,
-        _Globals(forward.__globals__, ours),
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
+    """`forward` with `ours` for NAME, within its decorators if it has any.
+
+    A new function costs about a microsecond, so none is kept and none goes stale.
+    """
+    inner: Any = getattr(forward, "__wrapped__", None)
+    names: dict[str, Any] = _Globals(forward.__globals__, ours) if inner is None else forward.__globals__
+    closure = forward.__closure__
+    if inner is not None and closure is not None:
+        closure = tuple(CellType(_with_ours(inner, ours)) if holds(cell, inner) else cell for cell in closure)
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, closure)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,17 +49,38 @@ _KNOWN: dict[tuple[Callable[..., Any], int, str], Turn] = {}
 
 def own_function(module: nn.Module) -> FunctionType | str | None:
     """The function of its file that a module's forward calls by NAME; why that isn't known; None if it calls none."""
-    forward: Any = unmixed(type(module)).forward
-    if NAME not in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ()):
+    outer: Any = unmixed(type(module)).forward
+    if NAME not in getattr(getattr(inspect.unwrap(outer), "__code__", None), "co_names", ()):
         return None
-    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
-        return "its forward is decorated"
+    forward = within_decorators(outer)
+    if forward is None or NAME not in forward.__code__.co_names:
+        return "its forward is decorated in a way that is not known"
     function = forward.__globals__.get(NAME)
     if not isinstance(function, FunctionType):
         return f"{NAME} was replaced by something that is no function"
     if any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(forward)):
         return "its forward writes to globals"
     return function
+
+
+def within_decorators(forward: Any) -> FunctionType | None:
+    """The function that decorators are around: each a function that holds the next one once in its closure, else None.
+
+    transformers 5.24 decorates most forwards, to take an argument by its old name too.
+    """
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        if not isinstance(forward, FunctionType) or sum(holds(cell, inner) for cell in forward.__closure__ or ()) != 1:
+            return None
+        forward = inner
+    return forward if isinstance(forward, FunctionType) else None
+
+
+def holds(cell: CellType, value: Any) -> bool:
+    """Whether a cell of a closure holds the very value."""
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
 
 
 def proved(module: nn.Module, function: Callable[..., Any]) -> Turn | str:

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from fastpeft.errors import UserError
-from fastpeft.requirements import check_versions, require
+from fastpeft.integrations.versions import check_versions
+from fastpeft.requirements import require
 
 from ..progress import stage
 from . import curves

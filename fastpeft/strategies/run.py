@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastpeft.errors import Interrupted, UserError
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import folder as run_folder
 from fastpeft.training.arguments import check, training_arguments
+from fastpeft.training.checkpoints import check_steps, last_checkpoint, steps
 from fastpeft.training.end_token import why_it_cannot_stop
 from fastpeft.training.memory import decide
 from fastpeft.training.outcome import Outcome
@@ -43,7 +45,8 @@ def train(config: FastpeftConfig, console: Console, *, resume: bool = False, ove
         RunFailed: the loss became NaN.
     """
     ready = check_run(config, console, resume=resume, overwrite=overwrite)
-    return _train(ready, console, overwrite)
+    with ExitStack() as held:
+        return _train(ready, console, overwrite, held)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     fingerprint = prepared.rows.fingerprint()
     if checkpoint is not None:
         run_folder.check_same(strategy.kept(prepared.config), target)
-        run_folder.check_steps(checkpoint, config.training)
+        check_steps(checkpoint, config.training)
         run_folder.check_data(target, fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
@@ -97,12 +100,12 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     return Ready(strategy, replace(prepared, memory=memory), arguments, checkpoint, fingerprint)
 
 
-def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
+def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> Outcome:
     import fastpeft
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
-    from fastpeft.training.saving import SaveAfterEvaluation
+    from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
     from fastpeft.training.stopping import StopOnSignal
     from fastpeft.training.watching import Progress, Speed, StopAtNaN
 
@@ -119,7 +122,8 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console, generates=strategy.read_as is None)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
-    callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan]
+    seal = Seal(config.training.save_total_limit)
+    callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan, seal]
     optimizer = chosen_optimizer(config.training.optim, arguments, model)
     trainer = strategy.trainer(prepared, model, arguments, callbacks)
     set_optimizer(trainer, config.training.optim, optimizer)
@@ -127,19 +131,22 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         fastpeft.retry_steps(trainer)
     first = trainer.is_world_process_zero()
     if first:
+        held.enter_context(run_folder.held(target))
+        if run_folder.prepare(target, resume=checkpoint is not None, overwrite=overwrite) != checkpoint:
+            raise UserError(f"training.output_dir: expected a folder that no other run writes, got {target}")
         if overwrite:
             run_folder.clear(target)
         run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
     strategy.before(prepared, trainer)
     explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
-    with stop, progress, PeakMemory(device) as peak, explained:
+    with half_checkpoints_deleted(trainer, target), stop, progress, PeakMemory(device) as peak, explained:
         if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
             _restore(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     nan.check(model)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        saved = run_folder.last_checkpoint(target)
+        saved = last_checkpoint(target)
         assert saved is not None
         further = "--resume goes on from it"
         if ready.arguments.save_only_model:
@@ -172,7 +179,7 @@ def _train(ready: Ready, console: Console, overwrite: bool) -> Outcome:
         chat_template=prepared.chat_template,
         environment=asdict(environment(device.type)),
     )
-    trainer.save_model(str(target))
+    save_finished(trainer, target)
     if first:
         outcome.write(target)
     if first and config.training.push_to_hub:
@@ -188,7 +195,7 @@ def _method(model: Any, config: FastpeftConfig) -> str:
 
 def _is_done(checkpoint: Path, config: FastpeftConfig, console: Console) -> bool:
     """Whether no step is left of a run that is resumed, which is said."""
-    done, wanted = run_folder.steps(checkpoint, config.training)
+    done, wanted = steps(checkpoint, config.training)
     if done < wanted:
         return False
     console.print(

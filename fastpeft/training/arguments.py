@@ -24,7 +24,7 @@ NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"
 FINITE = ("learning_rate", "warmup_steps", "weight_decay")
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """Of trackers whose own name is another."""
-OWN = ("eval_steps", "save_steps", "report_to", "push_to_hub", "hub_model_id", "extra")
+OWN = ("eval_steps", "save_steps", "save_total_limit", "report_to", "push_to_hub", "hub_model_id", "extra")
 """Settings that are not handed on as they are."""
 
 

@@ -1,24 +1,27 @@
-"""A run's folder: what is in it, whether it may be written, and where to go on."""
+"""A run's folder: what is in it, whether it may be written, and who writes it."""
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastpeft.config import FastpeftConfig, TrainingSection
+from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
-from fastpeft.paths import can_be_made
+from fastpeft.paths import can_be_made, write_whole
+
+from .checkpoints import checkpoints, last_checkpoint
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
 RATES = "rate_search.json"
+LOCK, UNFINISHED = ".lock", ".unfinished"
 FEW_SHOT = ("few_shot.json", "few_shot.safetensors", "few_shot_draws.json")
-DECISIONS, DECISIONS_PLOT = "decisions.jsonl", "decisions.png"
+DECISIONS, DECISIONS_PLOT, COSTS = "decisions.jsonl", "decisions.png", "costs.json"
 ALONE, MERGED = "alone.json", "merged"
 OWN = (
     CONFIG,
@@ -31,6 +34,7 @@ OWN = (
     *FEW_SHOT,
     DECISIONS,
     DECISIONS_PLOT,
+    COSTS,
     ALONE,
     "README.md",
     "adapter_config.json",
@@ -77,7 +81,8 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         raise UserError("--resume: expected it without --overwrite, got both")
     if resume:
         if (found := last_checkpoint(folder)) is None:
-            raise UserError(f"--resume: expected a checkpoint in training.output_dir, got none in {folder}")
+            none = "none that is whole" if checkpoints(folder) else "none"
+            raise UserError(f"--resume: expected a checkpoint in training.output_dir, got {none} in {folder}")
         return found
     if _holds_a_model(folder):
         raise UserError(f"training.output_dir: expected a folder of a run or a new one, got a model's: {folder}")
@@ -91,6 +96,31 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     return None
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else trains into the folder meanwhile; a process that was killed holds nothing.
+
+    Raises:
+        UserError: somebody does.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"training.output_dir: expected a folder that no other run writes, got {folder}") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held
+        lock.release()
+
+
 def _holds_a_model(folder: Path) -> bool:
     """A run would change its tokenizer, and put an adapter beside its weights."""
     weights = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack")
@@ -100,7 +130,7 @@ def _holds_a_model(folder: Path) -> bool:
 def _has_something_to_lose(folder: Path) -> bool:
     """A run that died before its first checkpoint left nothing to go on with."""
     names = (RUN, REPORT, "adapter_model.safetensors")
-    return bool(_checkpoints(folder)) or any((folder / name).exists() for name in names)
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in names)
 
 
 def _is_run(folder: Path) -> bool:
@@ -109,7 +139,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _in_the_way(folder: Path) -> str | None:
-    found = [name for name in OWN if (folder / name).exists()] + [path.name for path in _checkpoints(folder)]
+    found = [name for name in OWN if (folder / name).exists()] + [path.name for path in checkpoints(folder)]
     return found[0] if found else None
 
 
@@ -119,8 +149,9 @@ def clear(folder: Path) -> None:
         shutil.rmtree(tasks)
     for name in OWN:
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def _task_folders(folder: Path) -> list[Path]:
@@ -133,54 +164,6 @@ def _task_folders(folder: Path) -> list[Path]:
     places = [folder / name for name in [*tasks, MERGED]] if isinstance(tasks, dict) else []
     inside = [place for place in places if place.resolve().parent == folder.resolve() and not place.is_symlink()]
     return [place for place in inside if any(place.rglob("adapter_config.json"))]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, of numbers only."""
-    found = (checkpoint for checkpoint in reversed(_checkpoints(folder)) if _is_whole(checkpoint))
-    return next((checkpoint for checkpoint in found if _is_finite(checkpoint)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The trainer's state is the last file that is written."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _is_finite(checkpoint: Path) -> bool:
-    """Older versions saved what a loss that is no number had made of the adapter."""
-    from safetensors import safe_open
-
-    weights = checkpoint / "adapter_model.safetensors"
-    if not weights.is_file():
-        return True
-    with safe_open(weights, "pt") as values:
-        return all(bool(values.get_tensor(name).isfinite().all()) for name in values.keys())  # noqa: SIM118
-
-
-def steps(checkpoint: Path, training: TrainingSection) -> tuple[int, int]:
-    """(steps that a checkpoint has, steps that a run on its data has in all)."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    done: int = state["global_step"]
-    if training.max_steps > 0:
-        return done, training.max_steps
-    an_epoch = round(done / state["epoch"]) if state.get("epoch") else 1
-    return done, math.ceil(training.num_train_epochs * an_epoch)
-
-
-def check_steps(checkpoint: Path, training: TrainingSection) -> None:
-    """Raise UserError if a run to resume has more steps than are asked for."""
-    done, wanted = steps(checkpoint, training)
-    if done > wanted:
-        raise UserError(f"--resume: expected at least the {done} steps that {checkpoint} has, got {wanted}")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def check_same(config: FastpeftConfig, folder: Path) -> None:
@@ -202,9 +185,9 @@ def check_same(config: FastpeftConfig, folder: Path) -> None:
 def begin(folder: Path, config: FastpeftConfig, fingerprint: str, processes: int) -> None:
     """Write what a run that goes on from here is compared with."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / FINGERPRINT).write_text(f"{fingerprint}\n")
-    (folder / PROCESSES).write_text(f"{processes}\n")
+    write_whole(folder / CONFIG, config.to_yaml())
+    write_whole(folder / FINGERPRINT, f"{fingerprint}\n")
+    write_whole(folder / PROCESSES, f"{processes}\n")
 
 
 def check_data(folder: Path, fingerprint: str) -> None:

@@ -8,11 +8,11 @@ from importlib import metadata
 import pytest
 import torch
 
-from fastpeft import requirements
 from fastpeft.doctor import gpu
 from fastpeft.doctor.findings import Status
 from fastpeft.doctor.machine import Machine, Torch, TorchGpu, look_at_torch
 from fastpeft.doctor.system import Smi, SmiGpu
+from fastpeft.integrations import versions
 from tests.doctor.machines import CPU_ONLY, CPU_TORCH, GIB, H200, H200_SMI, SMI, T4, WORKING, cuda_torch, machine, only
 
 
@@ -102,10 +102,10 @@ def test_torch_that_cannot_be_imported() -> None:
 
 
 def test_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements.metadata, "version", lambda name: "2.9.1")
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "2.9.1")
     found = only(gpu.torch_build(WORKING))
     assert found.status is Status.problem and "torch>=2.11 (2.9.1 is installed)" in found.text
-    assert found.advice == "Run pip install --upgrade fastpeft."
+    assert found.advice == 'Run pip install --upgrade "torch>=2.11".'
 
 
 def test_nvidia_smi_that_hangs() -> None:

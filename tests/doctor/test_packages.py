@@ -8,7 +8,7 @@ import pytest
 
 from fastpeft.doctor import packages
 from fastpeft.doctor.findings import Finding
-from fastpeft.requirements import MINIMUM
+from fastpeft.integrations.versions import MINIMUM, MINIMUM_OF_EXTRAS
 from tests.fresh import ROOT
 
 GOOD = {"transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "trl": "1.16.0", "datasets": "5.2.0"} | {
@@ -42,7 +42,7 @@ def test_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "version", "status", "said"),
     [
         ("transformers", "4.57.0", "problem", "fastpeft needs transformers>=5.17 (4.57.0 is installed)"),
-        ("peft", None, "problem", "fastpeft needs peft>=0.18 (not installed)"),
+        ("peft", None, "problem", "fastpeft needs peft>=0.19.1 (not installed)"),
         ("accelerate", "1.2.0", "warning", "fastpeft needs accelerate>=1.10 (1.2.0 is installed)"),
         ("trl", "0.9.0", "warning", "older than the 1.10 that is supported"),
         ("trl", None, "note", "not installed"),
@@ -65,6 +65,7 @@ def test_missing_and_old(
 def test_what_is_supported_is_what_the_package_asks_for() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = {f"{name}>={least}" if least else name for name, least in packages.OPTIONAL.items()}
+    least = MINIMUM_OF_EXTRAS
+    optional = {f"{name}>={least[name]}" if name in least else name for name in packages.OPTIONAL}
     assert optional == set(project["optional-dependencies"]["train"])
     assert set(packages.NEEDED) == set(MINIMUM) - {"torch", "bitsandbytes"}

@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from fastpeft import requirements
 from fastpeft.doctor import quantised
 from fastpeft.doctor.findings import Status
 from fastpeft.doctor.machine import Machine, Torch
 from fastpeft.doctor.quantised import Native
+from fastpeft.integrations import versions
 from tests.doctor.machines import CPU_ONLY, WORKING, cuda_torch, machine, only
 
 CPU_LIBRARY = Native("libbitsandbytes_cpu.so", False)
@@ -75,9 +75,9 @@ def test_the_advice_names_what_torch_was_built_for(monkeypatch: pytest.MonkeyPat
 
 def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, CUDA_LIBRARY)
-    monkeypatch.setattr(requirements.metadata, "version", lambda name: "0.45.0")
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.45.0")
     found = only(quantised.bitsandbytes(WORKING))
-    assert found.status is Status.warning and "bitsandbytes>=0.48 (0.45.0 is installed)" in found.text
+    assert found.status is Status.warning and "bitsandbytes>=0.49 (0.45.0 is installed)" in found.text
 
 
 def test_an_import_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,8 @@ def values(layer: Any) -> Tensor | None:
     """What the library itself decodes, (out_features, in_features), or None for a layer that is none of theirs."""
     weight = layer._parameters.get("weight")
     if type(weight).__name__ == "Int8Params":
-        codes, scale = (weight.CB, weight.SCB) if weight.CB is not None else (layer.state.CB, layer.state.SCB)
+        codes = layer.state.CB if weight.CB is None else weight.CB
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return codes.float() * scale.unsqueeze(1).mul(1.0 / 127.0)
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()

@@ -80,9 +80,11 @@ def forbid_packing(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantised_truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
-    """The step in fp64 with the dequantised values. `model` was not accelerated."""
+def decoded(model: Any) -> Any:
+    """A copy in fp64, with the dequantised values. `model` was not accelerated."""
     wide = copy.deepcopy(model)
+    base = wide.get_base_model()
+    base.is_loaded_in_4bit, base.quantization_method = False, None
     for path, layer in list(wide.named_modules()):
         if isinstance(layer, bnb.nn.Linear4bit):
             state = layer.weight.quant_state
@@ -92,4 +94,9 @@ def quantised_truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
             dense.bias = layer.bias
             parent, _, name = path.rpartition(".")
             setattr(wide.get_submodule(parent), name, dense)
-    return step(wide.double(), inputs)
+    return wide.double()
+
+
+def quantised_truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
+    """The step in fp64 with the dequantised values. `model` was not accelerated."""
+    return step(decoded(model), inputs)

@@ -28,7 +28,7 @@ from transformers.models.mllama import MllamaTextConfig
 import fastpeft
 from fastpeft.layers.relative_bias import MIXTURES
 from tests.integration.attention_models import NAMES, inputs, make
-from tests.integration.models import make_base, with_lora
+from tests.integration.models import add_adapter, make_base, with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
@@ -449,6 +449,6 @@ def test_a_planted_leak_is_caught() -> None:
 def test_add_adapter_of_transformers_own() -> None:
     """A model that is no PeftModel."""
     model = make("llama")
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]))
     fastpeft.accelerate(model)
     assert len(rows(model)) == 2 and model.config._attn_implementation == "fastpeft"

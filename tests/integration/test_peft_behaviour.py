@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import fastpeft
-from tests.integration.models import batch, make, make_base, trained, with_lora
+from tests.integration.models import add_adapter, batch, make, make_base, trained, with_lora
 from tests.integration.reports import adapter_rows, notes, shape_of, siblings
 from tests.integration.steps import assert_step_close, step, truth
 
@@ -203,7 +203,7 @@ class TestScaling:
 class TestOtherWaysIn:
     def test_transformers_own_add_adapter(self) -> None:
         peft = make_base()
-        peft.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]))
+        add_adapter(peft, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]))
         trained(peft).train()
         ours, inputs = fastpeft.accelerate(copy.deepcopy(peft), attention=False), batch(peft)
         assert_step_close(step(ours, inputs), step(peft, inputs), truth(peft, inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import fastpeft
 from fastpeft.layers import rotary
@@ -91,6 +92,42 @@ def test_whole_models(name: str) -> None:
     fastpeft.restore(model)
     assert not attentions(model) and not rows(model)
     assert not [n for m in model.modules() for n in m.__dict__ if n.startswith("fastpeft_turn")]
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_a_decorated_forward_is_run_within_its_decorators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 takes a cache by its old name through one; an older one is given two here."""
+    model = make()
+    given = batch(model)
+    theirs, exact = step(model, given), truth(model, given)
+    passed: list[str] = []
+    for name in ("inner", "outer"):
+        monkeypatch.setattr(LlamaAttention, "forward", noting(LlamaAttention.forward, name, passed))
+    fastpeft.accelerate(model)
+    assert_step_close(step(model, given), theirs, exact)
+    assert {row.note for row in rows(model)} == {""} and passed[:2] == ["outer", "inner"]
+    assert all(set(module.fastpeft_turns) == {"fused"} for module in attentions(model))
+
+
+def noting(forward: Any, name: str, passed: list[str]) -> Any:
+    @functools.wraps(forward)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        passed.append(name)
+        return forward(*args, **kwargs)
+
+    return noted
+
+
+def test_what_a_decorator_keeps_elsewhere_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = [LlamaAttention.forward]
+
+    @functools.wraps(functions[0])
+    def indirect(*args: Any, **kwargs: Any) -> Any:
+        return functions[0](*args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", indirect)
+    said = "its forward is decorated in a way that is not known"
+    assert own_function(attention_of("llama", "LlamaAttention")) == said
 
 
 def test_without_a_kernel_the_model_s_own_function_runs() -> None:

@@ -112,6 +112,27 @@ def test_parameters_that_are_plain_attributes_run_peft(taken: str) -> None:
     assert "weight of a Linear held elsewhere" in notes(ours)
 
 
+def test_what_deepspeed_partitions_runs_peft_and_says_so() -> None:
+    """As ZeRO-3 leaves them: parameters without elements, which a hook before each call fills."""
+    ours, peft = pair()
+    check(ours, peft)
+    for module in ours.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.ds_id, parameter.whole, parameter.data = 1, parameter.data, parameter.data.new_empty(0)
+                module.register_forward_pre_hook(gathered)
+    x = inputs()
+    y = ours(x)
+    torch.testing.assert_close(y, peft(x))
+    assert "a parameter sharded by DeepSpeed" in notes(ours)
+
+
+def gathered(module: nn.Module, _: Any) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = parameter.whole  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "when",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fastpeft.cli import app
+from fastpeft.config import FastpeftConfig
+from fastpeft.errors import UserError
+from fastpeft.strategies.dynamic.actions import rules_of
+from fastpeft.strategies.dynamic.rank import cut_to
 from tests.checkpoints import SHIPPED, Checkpoints, write_rows
 from tests.training.runs import Run, adapter, classes, completions, interrupted, texts, train
 
@@ -102,6 +107,7 @@ MORE = {
     ),
     "thawed": ("llama", [FREEZE | {"against": "own", "below": 2.0, "thaw_after": 3, "signal": "importance"}]),
     "weighted": ("llama", [{"action": "reweight", "anchor": 0.1, "start": 2}, PACE]),
+    "dylora": ("llama", [{"action": "dylora"}]),
     "rate": ("llama", [{"action": "rate", "patience": 1, "improvement": 9.0}]),
     "stopped": ("llama", [{"action": "stop", "signal": "loss", "patience": 2, "improvement": 9.0, "every": 3}]),
     "classes": ("bert", [FREEZE | {"keep": 1}, {"action": "reweight"}]),
@@ -125,6 +131,26 @@ def test_every_rule_resumes_and_is_the_same_without_acceleration(
     assert plain.losses == pytest.approx(whole.losses, rel=2e-3, abs=1e-4)
     does = [[decision[name] for name in ("step", "action", "does")] for decision in decisions(whole)]
     assert does == [[decision[name] for name in ("step", "action", "does")] for decision in decisions(plain)]
+
+
+@pytest.mark.full
+def test_an_adapter_is_as_good_at_each_rank_as_the_report_says(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """Cut to a rank and loaded by plain PEFT."""
+    given = [*arguments(tmp_path, "llama", checkpoints, steps=16), *rules({"action": "dylora"})]
+    found = train(tmp_path / "run", *given)
+    lines = sections(found)["By rank"].splitlines()[2:]
+    losses = {int(cells[1]): float(cells[2]) for line in lines if (cells := line.split("|"))}
+    assert list(losses) == [1, 2, 4]
+    whole = metrics(found)["loss per token"]
+    assert losses[4] == pytest.approx(whole["value"], abs=1e-4) and losses[1] < whole["baseline"]
+    cut_to(found.model, 2)
+    found.model.save_pretrained(str(tmp_path / "cut"))
+    base = AutoModelForCausalLM.from_pretrained(SHIPPED)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "cut")).eval()
+    assert {module.r["default"] for module in plain.modules() if hasattr(module, "lora_A")} == {2}
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, found.model.eval()(ids).logits, atol=1e-4)
 
 
 @pytest.mark.full
@@ -161,22 +187,29 @@ def test_rules_that_never_act_change_nothing(tmp_path: Path, checkpoints: Checkp
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([], "strategy.options.rules: expected at least one rule, got none"),
         ([{"action": "freez"}], "strategy.options.rules[0].action: expected one of freeze, schedule, sample"),
         ([{"action": "freeze", "signal": "gradnorm"}], "strategy.options.rules[0].signal: expected one of"),
         ([{"action": "freeze", "above": 1}], "strategy.options.rules[0].above: unknown key"),
         ([{"action": "freeze", "keep": 0}], "strategy.options.rules[0].keep: expected at least 1, got 0"),
         ([{"action": "pace", "share": 1.5}], "rules[0].share: expected more than 0 and less than 1, got 1.5"),
         ([FREEZE, {"action": "sample"}], "rules[1].action: expected one rule that chooses layers, got sample beside"),
+        ([{"action": "dylora"}, RANKS], "strategy.options.rules[1].action: expected ranks or dylora, got both"),
+        ([{"action": "dylora", "least": 0}], "strategy.options.rules[0].least: expected at least 1, got 0"),
         ([PACE, PACE], "strategy.options.rules[1].action: expected one rule of pace, got another"),
         ([{"action": "schedule"}], "strategy.options.rules[0].stages: expected at least one, with at from 0"),
     ],
 )
-def test_wrong_rules(
-    given: list[dict[str, Any]], said: str, tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+def test_wrong_rules(given: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        rules_of(given, FastpeftConfig())
+
+
+def test_no_rule_is_refused_before_anything_is_written(
+    tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path / "run", *arguments(tmp_path, "llama", checkpoints), *rules(*given), code=2)
-    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+    train(tmp_path / "run", *arguments(tmp_path, "llama", checkpoints), *rules(), code=2)
+    assert "strategy.options.rules: expected at least one rule, got none" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_adapter_may_have_more_ranks_than_the_last(
@@ -199,6 +232,8 @@ def test_the_best_adapter_may_have_more_ranks_than_the_last(
         ([{"action": "schedule", "stages": [{"at": 0, "trained": [9]}]}], "expected layers of 0-3 with something to"),
         ([{"action": "ranks", "budget": 27}], "rules[0].budget: expected at least one for each of 28 adapters, got 27"),
         ([{"action": "ranks", "budget": 112}], "rules[0].budget: expected less than the 112 ranks there are, got 112"),
+        ([{"action": "dylora", "least": 4}], "rules[0].least: expected less than the adapters' rank of 4, got 4"),
+        ([{"action": "dylora", "measured": [1, 5]}], "rules[0].measured: expected ranks of 1 to 4, got 5"),
         ([{"action": "freeze", "keep": 4}], "rules[0].keep: expected less than the model's 4 trained layers, got 4"),
         ([{"action": "sample", "layers": 4}], "rules[0].layers: expected less than the model's 4 trained layers"),
     ],

@@ -14,11 +14,14 @@ from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, T5Config, T5F
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
 from fastpeft.layers import head
+from fastpeft.strategies.dynamic.actions import Run
+from fastpeft.strategies.dynamic.actions.reweight import Reweight, ReweightOptions
 from fastpeft.strategies.dynamic.costs import state_bytes
 from fastpeft.strategies.dynamic.losses import Tokens, token_losses
-from fastpeft.strategies.dynamic.rank import adapters_of
+from fastpeft.strategies.dynamic.rank import adapters_of, cut_to, first_alone, put_back
 from fastpeft.strategies.dynamic.signals import of_layers
 from fastpeft.strategies.dynamic.trained import Trained, named
+from fastpeft.strategies.dynamic.trainer import Steered
 
 
 def model_of(kind: str = "causal-lm") -> Any:
@@ -68,15 +71,43 @@ def test_dft_and_its_anchor_without_logits_are_those_of_logits(task: str, monkey
     ours, theirs = gradients(fast), gradients(plain)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5, rtol=1e-4) for name in theirs)
-    # by the definitions, and the mean is the model's own loss
     with torch.no_grad():
-        own = plain(**batch)
-        with plain.disable_adapter():
-            start = plain(**batch).logits
-    assert torch.allclose(wanted.nll.sum() / wanted.counted.sum(), own.loss, atol=1e-5)
-    p, q = start.log_softmax(-1), own.logits.log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1).reshape(-1)
-    assert torch.allclose(wanted.divergence, torch.where(wanted.counted, divergence, 0.0), atol=1e-5)
+        own = plain(**batch).loss
+    assert torch.allclose(wanted.nll.sum() / wanted.counted.sum(), own, atol=1e-5)
+
+
+def test_dft_with_an_anchor_is_its_definition_in_double_precision() -> None:
+    """p(label) times the cross-entropy, p without a gradient, plus 0.3 times KL(starting model || model), by token."""
+    model, exact, batch = model_of(), model_of().double(), batch_of()
+    trainer: Any = type("Trainer", (Steered,), {"current_gradient_accumulation_steps": 1})()
+    rule = Reweight(ReweightOptions(anchor=0.3), 0, 0)
+    rule.resume(Run(trainer, Trained(model), step=1))
+    trainer.task, trainer.weighing = "causal-lm", [rule]
+    found = trainer.compute_loss(model, batch)
+    found.backward()
+
+    def by_definition(of: Any) -> tuple[Any, Any, Any]:
+        labels = batch["labels"][:, 1:]
+        counted = labels != -100
+        own = of(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)[counted]
+        with torch.no_grad(), of.disable_adapter():
+            start = of(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)[counted]
+        nll = -own.gather(-1, labels[counted][:, None])[:, 0]
+        divergence = (start.exp() * (start - own)).sum(-1)
+        losses = nll * (-nll).exp().detach() + 0.3 * divergence
+        losses.mean().backward()
+        return losses.detach(), divergence, (own.exp() * (own - start)).sum(-1)
+
+    plain = model_of()
+    wanted, divergence, other_way = by_definition(exact)
+    eps = torch.finfo(torch.float32).eps
+    allowed = (2 * abs(by_definition(plain)[0] - wanted).max() + eps * wanted.max()).item()
+    assert abs(found - wanted.mean()).item() <= allowed, "the mean of tokens is no worse than the worst of them"
+    assert (divergence > 0).all() and abs(divergence - other_way).max() > 100 * allowed, "the other direction is seen"
+    pairs = [(gradients(model)[name], gradients(plain)[name], wanted) for name, wanted in gradients(exact).items()]
+    ours, theirs = (max(abs(pair[side] - pair[2]).max().item() for pair in pairs) for side in (0, 1))
+    largest = max(abs(wanted).max().item() for _, _, wanted in pairs)
+    assert ours <= 2 * theirs + eps * largest
 
 
 def test_the_anchor_leaves_frozen_what_is_frozen() -> None:
@@ -156,6 +187,33 @@ def test_ranks_that_go_take_their_state_along() -> None:
     assert adapter.b.shape == (b.shape[0], 2)
 
 
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_the_first_ranks_alone_are_an_adapter_of_that_rank(accelerated: bool) -> None:
+    model, smaller, batch = model_of(), model_of(), batch_of()
+    cut_to(smaller, 2)
+    if accelerated:
+        fastpeft.accelerate(model)
+        fastpeft.accelerate(smaller)
+    adapters = adapters_of(model)
+    values = {path: (each.a.detach().clone(), each.b.detach().clone()) for path, each in adapters.items()}
+    left_out = first_alone(adapters.values(), 2)
+    found, wanted = model(**batch).loss, smaller(**batch).loss
+    found.backward()
+    wanted.backward()
+    put_back(left_out)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for path, other in adapters_of(smaller).items():
+        mine, (a, b) = adapters[path], values[path]
+        assert torch.equal(mine.a, a) and torch.equal(mine.b, b)
+        assert other.a.shape[0] == 2 and torch.equal(other.a, a[:2])
+        assert torch.allclose(mine.a.grad[:2], other.a.grad, atol=1e-6)
+        assert torch.allclose(mine.b.grad[:, :2], other.b.grad, atol=1e-6)
+        assert not mine.a.grad[2:].any() and not mine.b.grad[:, 2:].any()
+        assert mine.b.grad[:, :2].any()
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        cut_to(model, 0)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_state_that_is_not_value_by_value_begins_anew(bits: int) -> None:
     model, batch = model_of(), batch_of()
@@ -180,6 +238,12 @@ def test_gradients_that_overflowed_have_no_signal() -> None:
         layers[number][0].grad = torch.tensor([value, 4.0])
     assert of_layers(layers, "gradient_norm") == {1: 5.0} and of_layers(layers, "importance") == {1: 7.0}
     assert of_layers({}, "importance") == {}
+
+
+def test_a_value_that_is_no_number_is_null_in_the_log() -> None:
+    run = Run(None, Trained(model_of()))
+    Reweight(ReweightOptions(), 0, 0).decide(run, "loss", math.nan, "nothing", "it is no number")
+    assert run.decisions[0].value is None
 
 
 def test_layers_in_words() -> None:

@@ -52,8 +52,7 @@ LEARNS = {
     "fomaml": ("bert", "1e-2", 2, {"novel": ["no", "yes"], "inner_rate": 0.1, "queries": 2, "inner_steps": 2}),
 }
 """Model, rate, steps and options with which each learns `letters`."""
-SLOW = {"classifier", "pattern-t5", "t-few", "t-few-decoder", "fomaml"}
-EACH = [pytest.param(name, marks=pytest.mark.full if name in SLOW else ()) for name in LEARNS]
+EACH = [pytest.param(name, marks=() if name == "contrastive" else pytest.mark.full) for name in LEARNS]
 
 
 def letters(classes: int = 2) -> list[dict[str, Any]]:
@@ -143,6 +142,7 @@ def check_resumed(name: str, whole: Run, data: Path, checkpoints: Checkpoints, *
     assert "accuracy, mean of 2 draws" in figures(whole)
 
 
+@pytest.mark.full
 def test_a_resumed_run_has_the_numbers_of_one_without_a_break(
     two_draws: Run, tmp_path: Path, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +159,7 @@ def test_a_resumed_run_of_episodes(tmp_path: Path, checkpoints: Checkpoints) -> 
     check_resumed("reptile", whole, tmp_path, checkpoints, *more)
 
 
+@pytest.mark.full
 def test_another_draw_whose_loss_is_no_number_ends_the_run(
     tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +178,7 @@ def test_another_draw_whose_loss_is_no_number_ends_the_run(
     assert len(made) == 2
 
 
+@pytest.mark.full
 def test_the_report_calls_ia3_by_its_name(tmp_path: Path, checkpoints: Checkpoints) -> None:
     steps = ["--max-steps", "1", "--data.max-length", "48"]
     found = train(tmp_path / "run", *settings("t-few", checkpoints, tmp_path, *steps, measured_rows=4))
@@ -303,6 +305,16 @@ def test_a_decoder_that_ranks_answers_need_not_stop(
     _, prepared = prepared_of("t-few-decoder", checkpoints, tmp_path, letters())
     notes = run._notes(None, prepared, torch.float32, Console(quiet=True), generates=generates)
     assert ("it cannot stop" in notes) == generates
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("pattern-t5", "pattern of an encoder-decoder"), ("reptile", "reptile expected one process")]
+)
+def test_methods_that_train_in_one_process(name: str, said: str, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    more = ["strategy.options.shots=2"]
+    strategy, prepared = prepared_of(name, checkpoints, tmp_path, letters(4 if name == "reptile" else 2), *more)
+    with pytest.raises(UserError, match=rf"strategy\.options\.method: {said}.*, got 2"):
+        strategy.trainer(prepared, None, SimpleNamespace(world_size=2), [])
 
 
 def test_the_longer_of_two_texts_is_cut_and_neither_has_the_mask(checkpoints: Checkpoints) -> None:

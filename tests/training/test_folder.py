@@ -12,6 +12,7 @@ from fastpeft.errors import UserError
 from fastpeft.training import folder as run_folder
 from tests.checkpoints import Checkpoints, write_rows
 from tests.cli.wrong import contents
+from tests.commands import run as command
 
 from .runs import Run, adapter, chats, interrupted, train
 
@@ -58,12 +59,33 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
         run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-best").mkdir()
-    assert run_folder.last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+def test_one_run_at_a_time(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_folder.held(tmp_path):
+        answer = command(capsys, "train", "--quiet", "--output-dir", str(tmp_path), *settings, "--max-steps", "1")
+        assert (answer.code, answer.err) == (
+            2,
+            f"fastpeft: training.output_dir: expected a folder that no other run writes, got {tmp_path}\n",
+        )
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert train(tmp_path, *settings, "--max-steps", "1").record["steps"] == 1
+
+
+def test_a_run_that_another_has_written_meanwhile_is_not_replaced(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was there neither when this one looked first nor held then."""
+    prepare = run_folder.prepare
+
+    def then_another(folder: Path, **how: bool) -> Path | None:
+        found = prepare(folder, **how)
+        (folder / "run.json").write_text("{}")
+        (folder / "data.sha256").write_text("0")
+        return found
+
+    monkeypatch.setattr(run_folder, "prepare", then_another)
+    answer = command(capsys, "train", "--quiet", "--output-dir", str(tmp_path), *settings, "--max-steps", "1")
+    assert answer.code == 2 and "holds a run already" in answer.err
+    assert (tmp_path / "run.json").read_text() == "{}"
 
 
 def test_a_home_folder_holds_all_of_a_run(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 from tests.checkpoints import Checkpoints, write_rows
 from tests.commands import run as command
@@ -46,30 +44,3 @@ def test_no_checkpoint_is_saved_of_it(
 def test_an_epochs_end_saves_none_either(settings: list[str], tmp_path: Path) -> None:
     train(tmp_path / "run", *settings, "--lr", "1e30", "--max-grad-norm", "0", "--epochs", "3", code=1)
     assert len(steps(tmp_path / "run")) < 2
-
-
-class TestResume:
-    """From checkpoints of an older version, which saved such values."""
-
-    @pytest.fixture
-    def folder(self, settings: list[str], tmp_path: Path) -> Path:
-        train(tmp_path / "run", *settings, "--max-steps", "3", "--save-steps", "1", "--save-total-limit", "null")
-        self.spoil(tmp_path / "run" / "checkpoint-3")
-        return tmp_path / "run"
-
-    @staticmethod
-    def spoil(checkpoint: Path) -> None:
-        values = {name: value.fill_(float("nan")) for name, value in adapter(checkpoint).items()}
-        save_file(values, checkpoint / "adapter_model.safetensors")
-
-    def test_it_goes_on_from_the_newest_of_numbers(self, folder: Path) -> None:
-        wanted = adapter(folder)
-        train(folder, "--resume")
-        assert all(value.equal(wanted[name]) for name, value in adapter(folder).items())
-
-    def test_none_of_numbers(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.spoil(folder / "checkpoint-2")
-        shutil.rmtree(folder / "checkpoint-1")
-        answer = command(capsys, "train", "--quiet", "--resume", "--output-dir", str(folder))
-        message = f"--resume: expected a checkpoint in training.output_dir, got none in {folder}"
-        assert (answer.code, answer.err) == (2, f"fastpeft: {message}\n")

@@ -1,4 +1,4 @@
-"""A step on a batch whose rows have eight adapters, beside the same batch with one adapter for all rows."""
+"""A step on a batch whose rows have eight adapters, by whoever makes its products, beside one adapter for all rows."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def _case(recorder: Recorder, method: str, rounds: int, hidden: int, tokens: int
     import fastpeft
     from fastpeft.bench.steps import StepCase, build, make_batch
     from fastpeft.bench.timer import interleaved, ratio
+    from fastpeft_kernels.lora.keys import MIXED, rank_backends
+    from fastpeft_kernels.tuning.choosing import forced
 
     case = StepCase(
         "llama", method, torch.bfloat16, hidden, layers=2, rows=ADAPTERS, tokens=tokens, rank=16, autocast=True
@@ -51,16 +53,20 @@ def _case(recorder: Recorder, method: str, rounds: int, hidden: int, tokens: int
     batch = make_batch(case, recorder.device)
     fastpeft.accelerate(model)
 
-    def step(mixed: bool) -> None:
+    def step(mixed: bool, choice: dict[str, str]) -> None:
         several = fastpeft.mixed_batch(model, names) if mixed else nullcontext()
-        with torch.autocast(recorder.device, torch.bfloat16), several:
+        chosen = forced(choice) if choice else nullcontext()
+        with torch.autocast(recorder.device, torch.bfloat16), several, chosen:
             model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    steps = {"one adapter": partial(step, False), "mixed": partial(step, True)}
+    steps = {"one adapter": partial(step, False, {}), "mixed": partial(step, True, {})}
+    for backend in rank_backends(torch.device(recorder.device)):
+        steps[f"mixed, {backend}"] = partial(step, True, {MIXED: backend})
     samples = interleaved(steps, rounds, device=recorder.device)
     for peer, times in samples.items():
         recorder.add(
             case=f"{case.name} {ADAPTERS} adapters", op="lora", peer=peer, metric="step time", unit="ms", samples=times
         )
-    return {"time_ratio_of_one_adapter": ratio(samples, "mixed", "one adapter")}
+    ratios = {name.replace(", ", "_"): ratio(samples, name, "one adapter") for name in steps if name != "one adapter"}
+    return {f"time_ratio_of_one_adapter{name.removeprefix('mixed')}": value for name, value in ratios.items()}

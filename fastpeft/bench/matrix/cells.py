@@ -116,7 +116,8 @@ def _targets(model: Any, named: tuple[str, ...]) -> tuple[list[str], list[str]]:
         and not any(f"{path}.".startswith(f"{each}.") for each in left)
         and path.rpartition(".")[2] not in named
     }
-    wide = model._keep_in_fp32_modules or ()  # T5 casts to the dtype of its wo, which is no number's in 4 bits
+    # T5's kin cast to the dtype of their wo, uint8 in 4 bits; transformers leaves only some of them dense
+    wide = (*(model._keep_in_fp32_modules or ()), "wo")
     return list(paths), [path for path, linear in paths.items() if linear and path.rpartition(".")[2] not in wide]
 
 

@@ -14,8 +14,8 @@ FLOORS = ("copy", "frozen products", "frozen layer", "one adapter")
 ABSENT = ("left out", "refused")
 """Metrics of a peer that has no figure; settings["reason"] says why."""
 MARKS = (*ABSENT, "passed", "served")
-RAW = ("kernels", "tiles", "tuning", "check", "matrix")
-"""Suites of which reports say only how much there is: proofs, every candidate of a choice, the coverage matrix."""
+RAW = ("kernels", "tiles", "tuning", "check", "matrix", "versions")
+"""Suites of which reports say only how much there is: proofs, every candidate of a choice, tables of coverage."""
 
 
 @dataclass(frozen=True)

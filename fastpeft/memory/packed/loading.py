@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ...requirements import require_core
+from ...integrations.versions import require_core
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)

@@ -45,7 +45,7 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
     """Bytes and time under a policy."""
     layers = policy.of(len(model.skeleton.order))
     peak = model.peak(layers, rows, tokens)
-    inputs = rows * tokens * _width(model) * model.setting.dtype.itemsize
+    inputs = rows * tokens * width_of(model) * model.setting.dtype.itemsize
     offloaded = inputs * sum(each.activations == "offload" for each in layers)
     streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
     static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
@@ -54,7 +54,7 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
         step = max(step, model.bytes["trained"])  # its temporaries, when all activations are gone
     total = static + step + CONTEXT + int(RESERVE * capacity)
     kept = (LayerPolicy(),) * len(layers)
-    times = [seconds(model, each, rows, tokens, _width(model), rates) for each in (layers, kept)]
+    times = [seconds(model, each, rows, tokens, width_of(model), rates) for each in (layers, kept)]
     return Need(
         policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
         model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates),
@@ -136,6 +136,7 @@ def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None
     return least
 
 
-def _width(model: Model) -> int:
+def width_of(model: Model) -> int:
+    """Features of the hidden state."""
     text = model.setting.config.get_text_config()
     return int(getattr(text, "hidden_size", None) or text.d_model)

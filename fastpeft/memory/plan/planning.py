@@ -154,9 +154,9 @@ def model_of(
     import torch
 
     from fastpeft.config import LoraSection, ModelSection
+    from fastpeft.integrations.versions import require_core
     from fastpeft.models.bases import checked_length, load_config
     from fastpeft.models.tasks import AUTO, task_of
-    from fastpeft.requirements import require_core
 
     from .known import KNOWN, known_config
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastpeft.errors import UserError
+from fastpeft.training.checkpoints import checkpoint_of
 
 FILE = "projection.safetensors"
 PROJECTION = "distillation_projection"
@@ -53,6 +54,6 @@ class KeptProjection(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from safetensors.torch import save_file
 
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = checkpoint_of(args.output_dir, state.global_step)
         if state.is_world_process_zero and folder.is_dir():
             save_file({"weight": self._projection.weight.detach().cpu().contiguous()}, folder / FILE)

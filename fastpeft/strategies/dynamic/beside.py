@@ -36,16 +36,22 @@ class Result:
 
 def measured(prepared: Prepared, trainer: Any, costs: Costs) -> Result:
     """A trained model, on the rows of the evaluation."""
-    scores: Any = None
     loss = None
     if prepared.evaluation is not None:
-        task, problem = prepared.config.model.task, prepared.config.data.problem_type
         loss = float(trainer.evaluate(prepared.evaluation.rows)["eval_loss"])
-        if task in ("causal-lm", "seq2seq-lm", "masked-lm"):
-            scores = tokens.measure(prepared, trainer)
-        elif task == "sequence-classification" and problem in (None, "single_label_classification"):
-            scores = classes.measure(prepared, trainer)
-    return Result(trainer.state.global_step, loss, scores, costs)
+    return Result(trainer.state.global_step, loss, scores_of(prepared, trainer), costs)
+
+
+def scores_of(prepared: Prepared, trainer: Any) -> Any:
+    """Row by row: losses of a language model, guesses of a classifier; None for other tasks, or no evaluation."""
+    task, problem = prepared.config.model.task, prepared.config.data.problem_type
+    if prepared.evaluation is None:
+        return None
+    if task in ("causal-lm", "seq2seq-lm", "masked-lm"):
+        return tokens.measure(prepared, trainer)
+    if task == "sequence-classification" and problem in (None, "single_label_classification"):
+        return classes.measure(prepared, trainer)
+    return None
 
 
 def static_run(prepared: Prepared, arguments: Any, model: Any, build: Callable[..., Any]) -> Result:
@@ -105,6 +111,7 @@ ROWS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("steps", lambda result: str(result.steps)),
     ("loss on the evaluation", lambda result: "" if result.loss is None else f"{result.loss:.4f}"),
     ("trained values, mean of the steps", lambda result: f"{result.costs.trained:,.0f}"),
+    ("gradients, mean, MiB", lambda result: _mib(result.costs.gradient_bytes)),
     ("optimizer state, mean, MiB", lambda result: _mib(result.costs.optimizer_bytes[0])),
     ("optimizer state, largest, MiB", lambda result: _mib(result.costs.optimizer_bytes[1])),
     ("time of a step, median, ms", _seconds),

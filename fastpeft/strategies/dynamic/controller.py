@@ -66,6 +66,11 @@ class Controller(TrainerCallback, ExportableState):
         else:
             self._act()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.run is not None
+        for rule in self._rules:
+            rule.begin_step(self.run)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.run is not None
         for rule in self._rules:

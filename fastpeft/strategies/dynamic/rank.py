@@ -1,13 +1,13 @@
-"""LoRA adapters whose rank falls during training."""
+"""LoRA adapters of which some ranks go, for good or for a while."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ADAPTER = "default"
 
@@ -48,16 +48,16 @@ class Adapter:
         a, b = ((weight.detach() * weight.grad).abs() for weight in (self.a, self.b))
         return a.mean(1) + b.mean(0)
 
-    def keep(self, ranks: Sequence[int], optimizer: Any) -> None:
+    def keep(self, ranks: Sequence[int], optimizer: Any = None) -> None:
         """Leave these alone, with their optimizer state; the scaling stays. PEFT's configuration is told.
 
         State that is not value by value (Adafactor's, blocks of 8 bits) begins anew.
 
         Args:
             ranks: ascending.
-            optimizer: of the run; accelerate's wrapper or torch's.
+            optimizer: of the run; accelerate's wrapper or torch's; None after it.
         """
-        states = getattr(optimizer, "optimizer", optimizer).state
+        states = {} if optimizer is None else getattr(optimizer, "optimizer", optimizer).state
         for parameter, dim in ((self.a, 0), (self.b, 1)):
             places = torch.tensor(ranks, device=parameter.device)
             state, shape = states.get(parameter, {}), parameter.shape
@@ -88,3 +88,38 @@ def adapters_of(model: Any) -> dict[str, Adapter]:
         if isinstance(lora_a, nn.ModuleDict) and ADAPTER in lora_a and isinstance(lora_a[ADAPTER], nn.Linear):
             found[path] = Adapter(path, module, config)
     return found
+
+
+def first_alone(adapters: Iterable[Adapter], rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Set all but the first ranks of A and of B to zero, so that they neither count nor get a gradient.
+
+    Args:
+        rank: how many count.
+
+    Returns:
+        What `put_back` wants: views of the values, and what they were.
+    """
+    others = [view for each in adapters for view in (each.a.detach()[rank:], each.b.detach()[:, rank:])]
+    found = [(view, view.clone()) for view in others]
+    for view in others:
+        view.zero_()
+    return found
+
+
+def put_back(left_out: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Undo `first_alone`."""
+    for view, values in left_out:
+        view.copy_(values)
+
+
+def cut_to(model: Any, rank: int) -> None:
+    """Leave a PEFT model the first ranks of each adapter alone; the scaling stays. It saves as any of that rank.
+
+    Raises:
+        ValueError: less than one.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    for adapter in adapters_of(model).values():
+        if rank < adapter.rank:
+            adapter.keep(range(rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +17,14 @@ from fastpeft.metrics.findings import Findings, Section
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.strategies.base import Strategy
 from fastpeft.strategies.figures import Figures
-from fastpeft.training.folder import DECISIONS_PLOT
+from fastpeft.training.folder import COSTS, DECISIONS_PLOT
 from fastpeft.training.optimizers import chosen_optimizer
 from fastpeft.training.preparing import Prepared, hold_back
 
 from . import beside
 from .actions import rules_of
+from .actions.dylora import Dylora
+from .by_rank import by_rank
 from .controller import Controller, saved_in
 from .costs import Costs
 from .decisions import plot, table
@@ -137,8 +140,17 @@ class Dynamic(Strategy):
 
     def after(self, prepared: Prepared, trainer: Any) -> Findings:
         found = Findings() if self._figures is None else self._figures.findings(prepared, trainer)
+        costs = {"dynamic": self._costs}
         if self.options.static:
-            found = found + self._beside(prepared, trainer)
+            dynamic, static = self._both(prepared, trainer)
+            costs["static"] = static.costs
+            found = found + beside.compared(prepared, dynamic, static)
+        for rule in self._rules:
+            if isinstance(rule, Dylora):
+                found = found + by_rank(prepared, trainer, rule.measured)
+        if trainer.is_world_process_zero():
+            records = {name: each.record() for name, each in costs.items()}
+            (Path(trainer.args.output_dir) / COSTS).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         return found + self._decided(trainer)
 
     def _check_optimizer(self, prepared: Prepared, model: Any, arguments: Any) -> None:
@@ -154,12 +166,12 @@ class Dynamic(Strategy):
                 f"got {optimizer}"
             )
 
-    def _beside(self, prepared: Prepared, trainer: Any) -> Findings:
+    def _both(self, prepared: Prepared, trainer: Any) -> tuple[beside.Result, beside.Result]:
         device = pick_device()
         dynamic = beside.measured(prepared, trainer, self._costs)
         self._saved = None  # all ranks again
         model = self.load(prepared, device, pick_dtype(prepared.config.model.dtype, device))
-        return beside.compared(prepared, dynamic, beside.static_run(prepared, trainer.args, model, super().trainer))
+        return dynamic, beside.static_run(prepared, trainer.args, model, super().trainer)
 
     def _decided(self, trainer: Any) -> Findings:
         controller = self._controller

@@ -81,7 +81,9 @@ class Meta(Contrastive):
 
     def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
         if arguments.world_size > 1:
-            raise UserError(f"strategy.options.method: {self.options.method} expected one process, got more")
+            raise UserError(
+                f"strategy.options.method: {self.options.method} expected one process, got {arguments.world_size}"
+            )
         options, seed = self.options, prepared.config.training.seed
 
         def collate(batch: list[dict[str, int]]) -> dict[str, Tensor]:

@@ -78,6 +78,11 @@ class PatternTuning(Method):
 
     def trainer(self, prepared: Prepared, model: Any, arguments: Any, callbacks: list[Any]) -> Any:
         tokenizer = prepared.tokenizer
+        if arguments.world_size > 1 and self.classifier.pattern.task == "seq2seq-lm":  # whose encoder runs by itself
+            raise UserError(
+                f"strategy.options.method: {self.options.method} of an encoder-decoder expected one process, "
+                f"got {arguments.world_size}"
+            )
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             return padded(tokenizer, rows) | {"labels": torch.tensor([row["labels"] for row in rows])}

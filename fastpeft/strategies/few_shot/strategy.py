@@ -130,8 +130,11 @@ class FewShot(Strategy):
             steps = trainer.state.max_steps
             done = {draw.seed: draw for draw in kept.read(target) if draw.steps == steps and draw.like(draws[0])}
             for seed in range(draws[0].seed + 1, draws[0].seed + self.options.seeds):
-                draws.append(done.get(seed) or self._drawn_anew(prepared, trainer, seed))
-                if first:
+                if seed in done:
+                    draws.append(done[seed])
+                    continue
+                draws.append(self._drawn_anew(prepared, trainer, seed))
+                if first:  # only what all processes took part in: others may not have read the file yet
                     kept.write(target, draws)
             found = found + kept.findings(draws, self.options.method, len(prepared.evaluation))
         return found

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from ..common.aot import AotCase, signature_of
 from ..common.triton_random import dropout_kernel
-from . import backward, configs, dora_triton, forward, forward_tma, packing
+from . import backward, configs, dora_triton, forward, forward_tma, packing, partial_sums
 from .configs import Config
 
 _TENSOR_CORES = (80, 86, 89, 90, 100, 120)  # `backends.triton_refusal` keeps these kernels from older devices
 _DESCRIPTORS = (90, 100)
 _RANKS = ((16, False), (16, True), (64, True))  # with dropout or without
+_BATCHES = (("", False), ("mixed_", True))
 _INTEGERS = dict.fromkeys(("tokens", "stream", "threshold", "splits", "rows"), "i32")  # not specialised
 _NUMBERS = dict.fromkeys(("scale", "factor", "factor0", "factor1", "factor2", "factor3"), "fp32")
 
@@ -28,20 +30,21 @@ def cases() -> Iterator[AotCase]:
     yield from _linear()
     yield from _linear_tma()
     yield from _backward()
-    tensors = {"partial_ptr": "fp32", "out_ptr": "fp32"}
-    constants = {"factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
-    yield _case("sum", backward.lora_sum_kernel, tensors, constants, targets=None)
+    for batch, mixed in _BATCHES:
+        tensors, table = _table({"partial_ptr": "fp32", "out_ptr": "fp32"}, mixed, "starts_ptr")
+        constants = {**table, "factor_ptr": None, "HAS_FACTOR_TENSOR": False, "BLOCK": 128}
+        yield _case(f"{batch}sum", partial_sums.lora_sum_kernel, tensors, constants, targets=None)
     yield _pack()
     yield from _dora()
 
 
 def _down() -> Iterator[AotCase]:
-    for rank, drops in _RANKS:
+    for (rank, drops), (batch, mixed) in product(_RANKS, _BATCHES):
         for default, config in _tuned(configs.DOWN):
-            tensors = dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "bf16")
-            constants = {"x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
+            tensors, table = _table(dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "bf16"), mixed, "blocks_ptr")
+            constants = {**table, "x_column_stride": 1, "a_column_stride": 1, "s_column_stride": 1, "EVEN_K": True}
             constants |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.ranks(rank)}
-            name = f"down_bf16_r{rank}"
+            name = f"{batch}down_bf16_r{rank}"
             yield _dropping(name, forward.lora_down_fwd_kernel, tensors, constants, drops, config, default)
 
 
@@ -101,22 +104,45 @@ def _linear_tma() -> Iterator[AotCase]:
 
 
 def _backward() -> Iterator[AotCase]:
-    for default, config in _tuned(configs.UP):
-        tensors = {"dy_ptr": "bf16", "b_ptr": "bf16", "s_ptr": "bf16", "ds_ptr": "fp32", "db_ptr": "fp32"}
-        constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 16}
-        yield _case(f"up_bwd_{_label(config)}", backward.lora_up_bwd_kernel, tensors, constants, config, default)
-    for rank, drops in _RANKS:
+    for batch, mixed in _BATCHES:
+        for default, config in _tuned(configs.UP):
+            tensors = {"dy_ptr": "bf16", "b_ptr": "bf16", "s_ptr": "bf16", "ds_ptr": "fp32", "db_ptr": "fp32"}
+            tensors, constants = _table(tensors, mixed, "blocks_ptr")
+            constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 16}
+            name = f"{batch}up_bwd_{_label(config)}"
+            yield _case(name, backward.lora_up_bwd_kernel, tensors, constants, config, default)
+    for (rank, drops), (batch, mixed) in product(_RANKS, _BATCHES):
         for default, config in _tuned(configs.WEIGHT):
             tensors = {"x_ptr": "bf16", "ds_ptr": "bf16", "out_ptr": "fp32"}
-            constants = {"out_feature_stride": 1, **_tile(config, rank)}
-            name = f"down_bwd_weight_bf16_r{rank}"
+            tensors, constants = _table(tensors, mixed, "blocks_ptr")
+            constants |= {"out_feature_stride": 1, **_tile(config, rank)}
+            name = f"{batch}down_bwd_weight_bf16_r{rank}"
             yield _dropping(name, backward.lora_down_bwd_weight_kernel, tensors, constants, drops, config, default)
         for default, config in _tuned(configs.INPUT):
             kernel = backward.lora_down_bwd_input_kernel
             for dx in ("bf16", "fp32"):
-                tensors = {"ds_ptr": "bf16", "a_ptr": "bf16", "dx_ptr": dx}
-                name = f"down_bwd_input_{dx}_r{rank}"
-                yield _dropping(name, kernel, tensors, _tile(config, rank), drops, config, default)
+                tensors, table = _table({"ds_ptr": "bf16", "a_ptr": "bf16", "dx_ptr": dx}, mixed, "blocks_ptr")
+                constants = {**table, "bias_ptr": None, "a_column_stride": 1, "ACCUMULATE": True}
+                name = f"{batch}down_bwd_input_{dx}_r{rank}"
+                constants |= _tile(config, rank)
+                yield _dropping(name, kernel, tensors, constants, drops, config, default)
+    yield from _mixed_update()
+
+
+def _mixed_update() -> Iterator[AotCase]:
+    """Y = S B^T + bias, of B as it is."""
+    for rank in (16, 64):
+        for default, config in _tuned(configs.INPUT):
+            tensors = dict.fromkeys(("ds_ptr", "a_ptr", "dx_ptr", "bias_ptr"), "bf16")
+            tensors, constants = _table(tensors, True, "blocks_ptr")
+            constants |= {"a_row_stride": 1, "ACCUMULATE": False, **_tile(config, rank)}
+            kernel, name = backward.lora_down_bwd_input_kernel, f"mixed_update_bf16_r{rank}"
+            yield _dropping(name, kernel, tensors, constants, False, config, default)
+
+
+def _table(tensors: dict[str, str], mixed: bool, name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tensors of a kernel and the constants, with the table of a mixed batch or None in its place."""
+    return ({**tensors, name: "i32"}, {}) if mixed else (tensors, {name: None})
 
 
 def _pack() -> AotCase:

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import columns_contiguous, lora_sum
+from .backward import columns_contiguous
 from .configs import token_splits
+from .partial_sums import lora_sum
 
 NORMS = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 GAIN = {"BLOCK_M": 32, "BLOCK_N": 256, "num_warps": 8}

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
 from ..common.validation import check_floating, check_instance, check_scaling
-from .mixed import rows_by_owner
+from .mixed_rows import rows_by_owner
 
 
 def lora_embedding(

@@ -30,23 +30,42 @@ from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import DOWN, Config, default_config, linear_config
 from .forward_tma import describable, lora_linear_tma
+from .mixed_rows import RowSlots
+
+
+@triton.jit
+def block_of_row(blocks_ptr, block):
+    """(first token, the end of its block, slot) of a line of `RowSlots.blocks` or `splits`."""
+    first = tl.load(blocks_ptr + 3 * block).to(tl.int64)
+    slot = tl.load(blocks_ptr + 3 * block + 2).to(tl.int64)
+    return first, tl.load(blocks_ptr + 3 * block + 1), slot
 
 
 @triton.jit(do_not_specialize=["tokens", "stream", "threshold"])
 def lora_down_fwd_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr,
+    x_ptr, a_ptr, s_ptr, seed_ptr, blocks_ptr,
     tokens, in_features, rank,
-    x_row_stride, x_column_stride, a_row_stride, a_column_stride, s_row_stride, s_column_stride,
+    x_row_stride, x_column_stride, a_slot_stride, a_row_stride, a_column_stride, s_row_stride, s_column_stride,
     stream, threshold, scale,
     HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S^T = scale * A keep(X)^T; one program a block of tokens and of ranks, ranks fastest."""
+    """S^T = scale * A keep(X)^T; one program a block of tokens and of ranks, ranks fastest.
+
+    In a mixed batch the blocks of tokens, and whose A each reads, are those of `RowSlots.blocks`; else blocks_ptr is
+    None.
+    """
     across = tl.cdiv(rank, BLOCK_R)
-    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.program_id(0) // across
+    if blocks_ptr is None:
+        first_row, end = block.to(tl.int64) * BLOCK_M, tokens
+    else:
+        first_row, end, slot = block_of_row(blocks_ptr, block)
+        a_ptr += slot * a_slot_stride
+    row = first_row + tl.arange(0, BLOCK_M)
     r = (tl.program_id(0) % across) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
-    inside = tl.minimum(row, tokens - 1)  # rows past the end repeat the last one and are not stored
+    inside = tl.minimum(row, end - 1)  # rows past the end repeat the last one and are not stored
     in_rank = (r < rank)[:, None]
     x_ptrs = x_ptr + inside[None, :] * x_row_stride + k[:, None].to(tl.int64) * x_column_stride
     a_ptrs = a_ptr + r[:, None].to(tl.int64) * a_row_stride + k[None, :].to(tl.int64) * a_column_stride
@@ -69,7 +88,7 @@ def lora_down_fwd_kernel(
     if HAS_DROPOUT:
         acc *= scale
     s_ptrs = s_ptr + row[None, :] * s_row_stride + r[:, None] * s_column_stride
-    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=in_rank & (row < tokens)[None, :])
+    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=in_rank & (row < end)[None, :])
 
 
 @triton.jit
@@ -137,37 +156,46 @@ def lora_down(
     p: float = 0.0,
     stream: int = 0,
     out: Tensor | None = None,
+    rows: RowSlots | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`dropout(x.to(a.dtype)) @ a.T` from one read of x.
 
     Args:
         x: (tokens, in_features), fp16, bf16 or fp32, any strides.
-        a: (rank, in_features), likewise; its dtype is that of the product.
+        a: (rank, in_features), likewise, or with `rows` (slots, rank, in_features); its dtype is that of the product.
         seed, p, stream: of the dropout, as for `common.random.dropout`; none without a seed.
         out: (tokens, rank) to fill, any strides; a new tensor of a's dtype by default.
+        rows: of a mixed batch, each row of which reads the matrix of its slot.
         config: tile; the analytic default when None.
 
     Returns:
         `out`.
     """
-    (tokens, in_features), rank = x.shape, a.shape[0]
+    (tokens, in_features), rank = x.shape, a.shape[-2]
     out = a.new_empty((tokens, rank)) if out is None else out
     if out.numel() == 0:
         return out
     config = config or default_config(DOWN, x.device)
     block_r = config.ranks(rank)
     drops = seed is not None and p > 0.0
+    blocks = None if rows is None else rows.blocks(config.block_m, x.device)
+    count = triton.cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
     with torch.cuda.device_of(x):
-        lora_down_fwd_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(rank, block_r),)](
-            x, a, out, seed if drops else None,
-            tokens, in_features, rank, *x.stride(), *a.stride(), *out.stride(),
+        lora_down_fwd_kernel[(count * triton.cdiv(rank, block_r),)](
+            x, a, out, seed if drops else None, blocks,
+            tokens, in_features, rank, *x.stride(), *stack_strides(a), *out.stride(),
             stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
             HAS_DROPOUT=drops, EVEN_K=in_features % config.block_k == 0,
             BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
+
+
+def stack_strides(matrices: Tensor) -> tuple[int, ...]:
+    """(slot, row, column) of a stack; of one matrix, with 0 for its slot."""
+    return (*[0] * (3 - matrices.dim()), *matrices.stride())
 
 
 def lora_linear(

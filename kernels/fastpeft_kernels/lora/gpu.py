@@ -23,6 +23,7 @@ from .api import run_group
 from .backends import triton_refusal
 from .configs import DOWN, INPUT, LINEAR, UP, WEIGHT, Config, linear_tiles
 from .gpu_graph import graph_checks
+from .gpu_mixed import mixed_checks
 from .gpu_support import (
     BF16,
     CHOICES,
@@ -77,8 +78,8 @@ def checks() -> Iterator[Check]:
                     name = f"{backend} {'/'.join(map(dtype_name, (dtypes.compute, dtypes.lora)))} {base} {p=}"
                     yield f"group {name}", partial(_check_group, backend, dtypes, base, p)
                     yield f"group with DoRA {name}", partial(_check_group, backend, dtypes, base, p, dora=True)
-                    if p == 0.0:
-                        yield f"mixed group {name}", partial(_check_group, backend, dtypes, base, p, mixed=True)
+                    yield f"mixed group {name}", partial(_check_group, backend, dtypes, base, p, mixed=True)
+    yield from mixed_checks()
     yield from graph_checks()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.random import draw_seed
 from .api import run_group
 from .backends import triton_refusal
-from .gpu_support import BF16, DEVICE, derive, make_projection, rand, same_dtypes
+from .gpu_support import BF16, DEVICE, derive, make_projection, mixed_rows, rand, same_dtypes
 from .projection import Group, LoraProjection
 
 WARMUP = 3
@@ -26,17 +26,19 @@ def graph_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Named checks. Each returns figures, or raises AssertionError."""
     for backend in ("library", "triton"):
         for base in ("dense", "nf4"):
-            yield f"CUDA graph of a group {backend} {base}", partial(_check_group, backend, base)
+            for mixed in (False, True):
+                name = f"CUDA graph of a {'mixed ' * mixed}group {backend} {base}"
+                yield name, partial(_check_group, backend, base, mixed)
 
 
-def _check_group(backend: str, base: str) -> dict[str, Any]:
+def _check_group(backend: str, base: str, mixed: bool) -> dict[str, Any]:
     dtypes = same_dtypes(BF16)
     group = [make_projection(768, out, (16, 8), dtypes, base, 0.25) for out in (768, 256, 256)]
-    x, seeds = rand(512, 768, dtype=BF16).requires_grad_(), [draw_seed(DEVICE) for _ in group]
-    dys = [rand(512, projection.weight.shape[0], dtype=BF16) for projection in group]
+    x, seeds = rand(8, 64, 768, dtype=BF16).requires_grad_(), [draw_seed(DEVICE) for _ in group]
+    dys = [rand(8, 64, projection.weight.shape[0], dtype=BF16) for projection in group]
     if backend == "triton" and (reason := triton_refusal(x, Group(group, dtypes, seeds))):
         return {"skipped": reason}
-    run = partial(run_group, backend=backend)
+    run = partial(run_group, backend=backend, adapter_index=mixed_rows(8) if mixed else None)
     check_replay(lambda: derive(run, x, group, dtypes, seeds, dys), lambda: change(x, group, seeds))
     return {}
 

@@ -20,6 +20,7 @@ from .gpu_support import (
     make_projection,
     rand,
     same_dtypes,
+    with_numbers,
 )
 
 _SHAPE = (8192, 4096, 4096, 16)  # tokens, features in, features out, rank: that of the plans
@@ -43,6 +44,7 @@ def speed_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for backend in ("library", "triton"):
         for p in (0.0, 0.05):
             yield f"speed group of 3, {backend} {p=}", partial(_measure_group, backend, p)
+        yield f"speed mixed group of 3, {backend}", partial(_measure_group, backend, 0.0, mixed=True)
 
 
 def _linear_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -158,14 +160,17 @@ def _measure_library() -> dict[str, Any]:
     }
 
 
-def _measure_group(backend: str, p: float) -> dict[str, Any]:
-    """q, k and v of a layer of 4096 features with grouped heads, fp32 adapters under bf16."""
-    dtypes = same_dtypes(BF16)
-    x = rand(_SHAPE[0], 4096, dtype=BF16).requires_grad_()
-    group = [make_projection(4096, out, (16,), dtypes, "dense", p) for out in (4096, 1024, 1024)]
+def _measure_group(backend: str, p: float, mixed: bool = False) -> dict[str, Any]:
+    """q, k and v of a layer of 4096 features with grouped heads, fp32 adapters under bf16; `mixed`: eight of them, one
+    for each row of the batch."""
+    dtypes, rows = same_dtypes(BF16), 8
+    x = rand(rows, _SHAPE[0] // rows, 4096, dtype=BF16).requires_grad_()
+    ranks = (16,) * (rows if mixed else 1)
+    group = [make_projection(4096, out, ranks, dtypes, "dense", p) for out in (4096, 1024, 1024)]
+    group = [with_numbers(projection) for projection in group] if mixed else group
     seeds = [draw_seed(DEVICE) if p else None for _ in group]
-    dys = [rand(_SHAPE[0], projection.weight.shape[0], dtype=BF16) for projection in group]
-    run = partial(run_group, backend=backend)
+    dys = [rand(*x.shape[:2], projection.weight.shape[0], dtype=BF16) for projection in group]
+    run = partial(run_group, backend=backend, adapter_index=tuple(range(rows)) if mixed else None)
     with torch.no_grad():
         forward = median_us(lambda: run(x, group, dtypes, seeds))
     both = median_us(lambda: derive(run, x, group, dtypes, seeds, dys))

@@ -14,7 +14,7 @@ from ..common.gpu_verdicts import Verdicts
 from ..common.random import dropout_bits, keep_threshold
 from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight, FrozenWeight
-from .keys import LINEAR, RANK
+from .keys import LINEAR, MIXED, RANK
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection
 from .reference import lora_group_reference
 
@@ -122,8 +122,8 @@ def worse(one: Tensor, other: Tensor, exact: Tensor) -> Tensor:
 
 
 CHOICES: dict[str, dict[str, str]] = {
-    "library": {RANK: "library", LINEAR: "torch"},
-    "our kernels": {RANK: "triton", LINEAR: "triton"},
+    "library": {RANK: "library", LINEAR: "torch", MIXED: "library"},
+    "our kernels": {RANK: "triton", LINEAR: "triton", MIXED: "triton"},
 }
 """What backend "auto" can be told to take."""
 

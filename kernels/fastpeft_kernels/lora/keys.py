@@ -11,7 +11,7 @@ from ..common.device import device_capability, triton_serves
 from ..tuning.keys import CHECKED_TOKENS, bucket, dtype_name
 from .configs import linear_tiles, turns_filled
 
-LINEAR, RANK = "lora_linear", "lora_rank_products"
+LINEAR, RANK, MIXED = "lora_linear", "lora_rank_products", "lora_mixed_products"
 FIRST_CAPABILITY = 80
 """Of an NVIDIA GPU on which Triton multiplies 16-bit matrices on tensor cores."""
 MEASURED_CAPABILITY = 90
@@ -22,6 +22,9 @@ the host more than a call of cuBLAS, for its descriptors above all, and with sma
 MANY_ELEMENTS = 2**26
 """Likewise of a matrix that products of rank width, or the pass of an activation, read: 31 us of an H200."""
 WELL_FILLED = 0.9
+MANY_MIXED_ELEMENTS = 2**24
+"""Likewise in a mixed batch, not yet measured: a batched product of rank width has no more tiles than an eighth of its
+hundreds of tokens, which leaves half of a GPU idle, and dS and dB read dY twice."""
 _FEWEST_RANKS = 8
 
 
@@ -72,6 +75,42 @@ def default_rank_backend(device: torch.device, tokens: int, features: int, rank:
     large = tokens * features >= MANY_ELEMENTS
     ours = device_capability(device) == MEASURED_CAPABILITY and large and rank <= 16 and not drops
     return "triton" if ours else "library"
+
+
+class MixedKey(NamedTuple):
+    """The products of a mixed batch: those of `RankKey`, and the update, of which each row reads its own matrices.
+
+    Attributes:
+        tokens, features, rank, dtype: as there.
+        rows: of the batch, rounded up to a power of two.
+    """
+
+    tokens: int
+    features: int
+    rank: int
+    dtype: str
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.features}, r={self.rank}, {self.dtype}, {self.rows} rows"
+
+    def at(self, tokens: int, device: torch.device) -> MixedKey:
+        return self._replace(tokens=bucket(tokens), rows=min(self.rows, bucket(tokens)))
+
+    def smaller(self) -> MixedKey:
+        tokens = min(self.tokens, CHECKED_TOKENS)
+        return self._replace(tokens=tokens, rows=min(self.rows, tokens))
+
+
+def mixed_key(tokens: int, features: int, rank: int, dtype: torch.dtype, rows: int) -> MixedKey:
+    """The case of a matrix (tokens, features) of so many rows."""
+    return MixedKey(*rank_key(tokens, features, rank, dtype), bucket(rows))
+
+
+def default_mixed_backend(device: torch.device, tokens: int, features: int) -> str:
+    """What computes the products of a mixed batch where nothing was measured, on a device that our kernels serve."""
+    large = tokens * features >= MANY_MIXED_ELEMENTS
+    return "triton" if large and device_capability(device) == MEASURED_CAPABILITY else "library"
 
 
 class LinearKey(NamedTuple):

@@ -1,176 +1,76 @@
 """Mixed batches: each row of a batch has an adapter of its own, and reads no other.
 
-Rows are multiplied in groups of one adapter each by one batched product. In S = x A^T, dS and the products a projection
-has as many columns as its largest adapter; adapters of lower rank are filled up with zeros, and rows without an adapter
-meet zeros alone.
+In S = x A^T, dS and the products a projection has as many columns as its largest adapter; adapters of lower rank are
+filled up with zeros, and rows without an adapter meet zeros alone. `mixed_products` multiplies.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.random import dropout
 from ..common.validation import check_instance
-from .projection import Group, LoraAdapter, LoraProjection, Packed, trains_a
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class RowGroups:
-    """The rows of a batch in groups of equal size, each of one adapter.
-
-    Either each row is a group of its own, or a group holds all rows of an adapter, filled up to the most that one has.
-
-    Attributes:
-        index: `Group.adapter_index`.
-        owners: the distinct numbers in it; an adapter's place here is its slot.
-        count: how many groups.
-        slots: int64 (count,), each group's slot; None where groups are slots.
-        taken: int64, each group's rows in order; None where they lie so.
-        empty: int64, the places in `taken` that no row fills, or None.
-        places: int64 (rows,), each row's place in `taken`; None with it.
-    """
-
-    index: tuple[int, ...]
-    owners: tuple[int, ...]
-    count: int
-    slots: Tensor | None = None
-    taken: Tensor | None = None
-    empty: Tensor | None = None
-    places: Tensor | None = None
-
-    def take(self, t: Tensor) -> Tensor:
-        """(groups, tokens of a group, features) of t (tokens, features): a view where rows lie so."""
-        tokens, features = t.shape
-        if self.taken is not None:
-            each = tokens // len(self.index)
-            t = t.view(len(self.index), each, features).index_select(0, self.taken)
-            if self.empty is not None:
-                t.index_fill_(0, self.empty, 0.0)
-        return t.view(self.count, t.numel() // max(self.count * features, 1), features)
-
-    def product(self, t: Tensor, stack: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """t (groups, tokens of a group, k), each row by its own matrix of `stack` (slots, k, n), plus bias (n,).
-
-        Returns:
-            (tokens, n) in the batch's order; `out` if given.
-        """
-        matrices = stack if self.slots is None else stack.index_select(0, self.slots)
-        if out is None or self.taken is not None:
-            y = _multiply(t, matrices, bias)
-            if self.taken is not None and self.places is not None:
-                each = y.shape[1] * self.count // self.taken.shape[0]
-                y = y.view(self.taken.shape[0], each, y.shape[2]).index_select(0, self.places)
-            y = y.reshape(-1, y.shape[2]) if y.numel() else y.new_empty((y.shape[0] * y.shape[1], y.shape[2]))
-            return y if out is None else out.copy_(y)
-        _multiply(t, matrices, bias, out.view(*t.shape[:2], out.shape[1]))
-        return out
-
-    def outer(self, t: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum over the rows of each slot of t^T u, (slots, k, n), of `take`n t (.., k) and u (.., n).
-
-        In fp32 at least where `dtype`, the parameter's, is so wide, and where products are added up.
-        """
-        exact = torch.promote_types(t.dtype, torch.float32)
-        wide = t.dtype if self.slots is None and dtype.itemsize == t.dtype.itemsize else exact
-        if wide == t.dtype:
-            product = torch.bmm(t.mT, u)
-        elif t.is_cuda:
-            product = torch.bmm(t.mT, u, out_dtype=wide)
-        else:
-            product = torch.bmm(t.mT.to(wide), u.to(wide))
-        if self.slots is None:
-            return product
-        total = product.new_zeros((len(self.owners), *product.shape[1:]))
-        if product.is_cuda:  # index_add_ adds in any order there
-            return total.index_put_((self.slots,), product, accumulate=True)
-        return total.index_add_(0, self.slots, product)
-
-    def slot(self, adapter: LoraAdapter) -> int | None:
-        """Of an adapter's rows; None where no row has it."""
-        return self.owners.index(adapter.index) if adapter.index in self.owners else None
-
-
-def _multiply(t: Tensor, stack: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return torch.bmm(t, stack, out=out) if bias is None else torch.baddbmm(bias, t, stack, out=out)  # type: ignore[no-any-return]
-
-
-def row_groups(group: Group, tokens: int) -> RowGroups:
-    """The groups of a mixed batch of so many tokens: those for which less is copied, of rows or of adapters."""
-    index = group.adapter_index
-    assert index is not None
-    counts = _counts(index)
-    most = max(counts.values(), default=0)
-    rank = max(group.widths(), default=0)
-    by_adapter = len(counts) * most * (tokens // max(len(index), 1)) < len(index) * rank
-    return _row_groups(index, by_adapter, group.projections[0].weight.device)
-
-
-@lru_cache(maxsize=256)
-def _counts(index: tuple[int, ...]) -> Counter[int]:
-    return Counter(index)
-
-
-@lru_cache(maxsize=256)
-def _row_groups(index: tuple[int, ...], by_adapter: bool, device: torch.device) -> RowGroups:
-    rows = {owner: [i for i, other in enumerate(index) if other == owner] for owner in _counts(index)}
-    owners, most = tuple(rows), max(map(len, rows.values()), default=0)
-    lying = [i for own in rows.values() for i in own] == list(range(len(owners) * most))
-    if lying:  # nothing is copied
-        return RowGroups(index, owners, len(owners))
-    if not by_adapter:
-        return RowGroups(index, owners, len(index), slots=_on(device, [owners.index(owner) for owner in index]))
-    taken = [i for own in rows.values() for i in (*own, *[own[0]] * (most - len(own)))]
-    empty = [slot * most + k for slot, own in enumerate(rows.values()) for k in range(len(own), most)]
-    place = {i: slot * most + k for slot, own in enumerate(rows.values()) for k, i in enumerate(own)}
-    return RowGroups(
-        index, owners, len(owners), taken=_on(device, taken), empty=_on(device, empty) if empty else None,
-        places=_on(device, [place[i] for i in range(len(index))]),
-    )  # fmt: skip
-
-
-def _on(device: torch.device, numbers: list[int]) -> Tensor:
-    """Without waiting for a GPU."""
-    with torch.inference_mode(False):
-        values = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+from .mixed_products import MixedProducts
+from .mixed_rows import owners_of, rows_with
+from .projection import Group, LoraAdapter, LoraProjection, Mask, Packed, trains_a
 
 
 def pack(group: Group) -> Packed:
     """The adapters of a mixed batch, cast and scaled, by slot: a (slots, columns of S, in_features), b[i] (slots,
-    out_features, columns of projection i)."""
-    owners, widths, dtype = tuple(_counts(group.adapter_index or ())), group.widths(), group.dtypes.lora
+    out_features, columns of projection i).
+
+    All a are joined by one launch, and all b: with an adapter a row, what each costs the host would decide.
+    """
+    owners, widths, dtype = owners_of(group.adapter_index or ()), group.widths(), group.dtypes.lora
     bias: list[Tensor | None] = [None] * len(widths)
     if not any(widths):
         return Packed(None, list(bias), bias)
-    device, in_features = group.projections[0].weight.device, group.projections[0].weight.shape[1]
-    full = all(
-        sorted(adapter.index for adapter in p.adapters if adapter.rank == width) == sorted(owners) or not width
-        for p, width in zip(group.projections, widths, strict=True)
-    )
-    make = torch.empty if full else torch.zeros
-    down = make((len(owners), sum(widths), in_features), dtype=dtype, device=device)
-    ups: list[Tensor | None] = []
-    places, used, column = list[Tensor](), list[LoraAdapter](), 0
-    for projection, width in zip(group.projections, widths, strict=True):
-        up = make((len(owners), projection.weight.shape[0], width), dtype=dtype, device=device) if width else None
-        for adapter in projection.adapters:
-            if up is not None and adapter.index in owners:
-                slot = owners.index(adapter.index)
-                places += (down[slot, column : column + adapter.rank], up[slot, :, : adapter.rank])
-                used.append(adapter)
-        ups.append(up)
-        column += width
-    if used:
-        up_values = _scaled([adapter.b.detach() for adapter in used], used)
-        pairs = zip([adapter.a.detach() for adapter in used], up_values, strict=True)
-        torch._foreach_copy_(places, [value for pair in pairs for value in pair])
-    return Packed(down, ups, bias)
+    adapted = [
+        (projection.weight.shape, width, {adapter.index: adapter for adapter in projection.adapters})
+        for projection, width in zip(group.projections, widths, strict=True)
+        if width
+    ]
+    like = next(adapter.a for _, _, adapters in adapted for adapter in adapters.values())
+    with torch.no_grad():
+        down = [
+            piece
+            for owner in owners
+            for shape, width, adapters in adapted
+            for piece in _rows(adapters.get(owner), width, shape[1], like)
+        ]
+        used = [adapters[owner] for _, _, adapters in adapted for owner in owners if owner in adapters]
+        scaled = dict(zip(map(id, used), _scaled([adapter.b for adapter in used], used), strict=True))
+        up = [
+            _columns_of(scaled.get(id(adapters.get(owner))), width, shape[0], like)
+            for shape, width, adapters in adapted
+            for owner in owners
+        ]
+        a = _joined(down, like).to(dtype).view(len(owners), sum(widths), adapted[0][0][1])
+        parts = iter(_joined(up, like).to(dtype).split([len(owners) * shape[0] * width for shape, width, _ in adapted]))
+    shapes = [(len(owners), p.weight.shape[0], width) for p, width in zip(group.projections, widths, strict=True)]
+    return Packed(a, [next(parts).view(shape) if shape[2] else None for shape in shapes], bias)
+
+
+def _rows(adapter: LoraAdapter | None, width: int, in_features: int, like: Tensor) -> list[Tensor]:
+    """A, and zeros in place of what it has less than `width` rows."""
+    rank = 0 if adapter is None else adapter.rank
+    filling = [like.new_zeros((width - rank, in_features))] if rank < width else []
+    return filling if adapter is None else [adapter.a, *filling]
+
+
+def _columns_of(b: Tensor | None, width: int, out_features: int, like: Tensor) -> Tensor:
+    """B, and zeros in place of what it has less than `width` columns."""
+    if b is None:
+        return like.new_zeros((out_features, width))
+    return b if b.shape[1] == width else torch.nn.functional.pad(b, (0, width - b.shape[1]))
+
+
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    """One after the other, flat."""
+    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else like.new_empty(0)
 
 
 def _scaled(tensors: list[Tensor], adapters: Sequence[LoraAdapter]) -> list[Tensor]:
@@ -184,39 +84,42 @@ def _scaled(tensors: list[Tensor], adapters: Sequence[LoraAdapter]) -> list[Tens
 def down_projection(x: Tensor, group: Group, packed: Packed) -> Tensor:
     """S, (tokens, columns of S), of x (tokens, in_features)."""
     assert packed.a is not None
-    rows = row_groups(group, x.shape[0])
+    products = MixedProducts(group, x.shape[0])
     if not group.drops:
-        return rows.product(rows.take(x), packed.a.mT)
+        return products.project_down(x, packed.a)
     s = x.new_empty((x.shape[0], packed.a.shape[1]))
-    for i, (first, last) in enumerate(_columns(group)):
-        if first < last:
-            rows.product(rows.take(dropped(x, i, group)), packed.a[:, first:last].mT, out=s[:, first:last])
+    for i, first, last in _columns(group):
+        values, mask = _masked(x, i, group)
+        products.project_down(values, packed.a[:, first:last], s[:, first:last], mask)
     return s
 
 
 def add_update(base: Tensor, s: Tensor, up: Tensor, group: Group) -> Tensor:
     """base (tokens, out_features) + S (scaling B)^T, written to base."""
-    rows = row_groups(group, s.shape[0])
-    return base.add_(rows.product(rows.take(s), up.mT))
+    return MixedProducts(group, s.shape[0]).update(s, up.mT, base, accumulate=True)
 
 
 def fill_update(y: Tensor, s: Tensor, up: Tensor, bias: Tensor | None, group: Group) -> Tensor:
     """y[:] = S (scaling B)^T + bias."""
-    rows = row_groups(group, s.shape[0])
-    return rows.product(rows.take(s), up.mT, y, bias)
+    return MixedProducts(group, s.shape[0]).update(s, up.mT, y, bias)
 
 
-def input_gradient(ds: Tensor, a: Tensor, group: Group) -> Tensor:
-    """dropout(dS A), (tokens, in_features)."""
-    rows = row_groups(group, ds.shape[0])
-    if not group.drops:
-        return rows.product(rows.take(ds), a)
-    parts = [
-        dropped(rows.product(rows.take(ds[:, first:last]), a[:, first:last]), i, group)
-        for i, (first, last) in enumerate(_columns(group))
-        if first < last
-    ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None) -> Tensor:
+    """dropout(dS A), (tokens, in_features), or added to dx, which may be written over, in the wider of their dtypes."""
+    products, ranges = MixedProducts(group, ds.shape[0]), list(_columns(group))
+    for i, first, last in ranges if group.drops else [(0, 0, ds.shape[1])]:
+        accumulate = dx is not None
+        dtype = ds.dtype if dx is None else torch.promote_types(dx.dtype, ds.dtype)
+        dx = ds.new_empty((ds.shape[0], a.shape[2])) if dx is None else dx.to(dtype)
+        own, columns = a[:, first:last], ds[:, first:last]
+        chances = _chances(i, group) if group.drops else set()
+        if len(chances) < 2:
+            products.update(columns, own, dx, None, _mask(i, group, chances), accumulate)
+            continue
+        part = dropped(products.update(columns, own, torch.empty_like(dx, dtype=ds.dtype)), i, group)
+        dx = dx.add_(part) if accumulate else part
+    assert dx is not None
+    return dx
 
 
 def up_gradients(
@@ -231,14 +134,14 @@ def up_gradients(
     ds: Tensor,
 ) -> None:
     """ds[:] = dy up of projection i, and dB = scaling * dy^T S of each of its adapters, into grads."""
-    rows, adapters = row_groups(group, dy.shape[0]), group.projections[i].adapters
-    own = rows.take(dy)
-    rows.product(own, up, ds)
+    adapters, products = group.projections[i].adapters, MixedProducts(group, dy.shape[0])
     wanted = [j for j in range(len(adapters)) if needs[3 * j + 2]]
     if s is None or not wanted:
+        products.project_down(dy, up.mT, ds)
         return
-    db = rows.outer(own, rows.take(s), adapters[wanted[0]].b.dtype)
-    found = {j: slot for j in wanted if (slot := rows.slot(adapters[j])) is not None}
+    db = products.both_gradients(dy, up, s, ds, adapters[wanted[0]].b.dtype)
+    owners = owners_of(group.adapter_index or ())
+    found = {j: owners.index(adapters[j].index) for j in wanted if adapters[j].index in owners}
     parts = _scaled([db[slot, :, : adapters[j].rank] for j, slot in found.items()], [adapters[j] for j in found])
     given = dict(zip(found, parts, strict=True))
     for j in wanted:
@@ -250,63 +153,64 @@ def down_gradients(
     ds: Tensor, x: Tensor, group: Group, needs: Sequence[Sequence[bool]], grads: list[list[Tensor | None]]
 ) -> None:
     """dA = dS^T dropout(x) of each adapter, into grads: one product for the whole group without dropout."""
-    rows = row_groups(group, x.shape[0])
+    products, owners = MixedProducts(group, x.shape[0]), owners_of(group.adapter_index or ())
     dtype = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
-    own = rows.take(ds)
-    joint = None if group.drops else rows.outer(own, rows.take(x), dtype)
-    for i, (first, last) in enumerate(_columns(group)):
+    joint = None if group.drops else products.down_gradient(ds, x, dtype)
+    for i, first, last in _columns(group):
         if not trains_a(needs[i]):
             continue
         if joint is None:
-            da = rows.outer(own[..., first:last], rows.take(dropped(x, i, group)), dtype)
+            values, mask = _masked(x, i, group)
+            da = products.down_gradient(ds[:, first:last], values, dtype, mask)
         else:
             da = joint[:, first:last]
         for j, adapter in enumerate(group.projections[i].adapters):
             if needs[i][3 * j + 1]:
-                slot = rows.slot(adapter)
-                part = torch.zeros_like(adapter.a) if slot is None else da[slot, : adapter.rank]
+                known = adapter.index in owners
+                part = da[owners.index(adapter.index), : adapter.rank] if known else torch.zeros_like(adapter.a)
                 grads[i][3 * j + 1] = part.to(adapter.a.dtype)
+
+
+def _chances(i: int, group: Group) -> set[float]:
+    """With which elements are dropped for the adapters of projection i that rows have."""
+    if group.seeds[i] is None:
+        return set()
+    owners = owners_of(group.adapter_index or ())
+    return {adapter.dropout for adapter in group.projections[i].adapters if adapter.index in owners}
+
+
+def _mask(i: int, group: Group, chances: set[float]) -> Mask | None:
+    """One for all rows, of the one chance or none that there is."""
+    seed, p = group.seeds[i], max(chances, default=0.0)
+    return None if seed is None or not p else Mask(seed, p, 0)
+
+
+def _masked(x: Tensor, i: int, group: Group) -> tuple[Tensor, Mask | None]:
+    """What the adapters of projection i read of x (tokens, features), and the mask that is still to be made of it."""
+    chances = _chances(i, group)
+    return (x, _mask(i, group, chances)) if len(chances) < 2 else (dropped(x, i, group), None)
 
 
 def dropped(t: Tensor, i: int, group: Group) -> Tensor:
     """t (tokens, features) as the adapters of projection i read it, each row with its own one's dropout."""
     seed, index = group.seeds[i], group.adapter_index
-    assert index is not None
-    if seed is None:
-        return t
+    assert seed is not None and index is not None
     by_owner = {adapter.index: adapter.dropout for adapter in group.projections[i].adapters}
-    chances = {p for owner in _counts(index) if (p := by_owner.get(owner)) is not None}
-    if len(chances) == 1:
-        p = chances.pop()
-        return dropout(t, seed, p) if p else t
     rows = (len(index), t.shape[0] // max(len(index), 1), t.shape[1])
     result = t.clone()
-    for p in chances - {0.0}:
-        own = _rows_of(index, tuple(owner for owner, other in by_owner.items() if other == p), t.device)
+    for p in _chances(i, group) - {0.0}:
+        own = rows_with(index, tuple(owner for owner, other in by_owner.items() if other == p), t.device)
         result.view(rows).index_copy_(0, own, dropout(t, seed, p).view(rows).index_select(0, own))
     return result
 
 
-@lru_cache(maxsize=256)
-def _rows_of(index: tuple[int, ...], owners: tuple[int, ...], device: torch.device) -> Tensor:
-    return _on(device, [i for i, owner in enumerate(index) if owner in owners])
-
-
-@lru_cache(maxsize=64)
-def rows_by_owner(index: tuple[int, ...], device: torch.device) -> tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]:
-    """(owners, rows, places) of `Group.adapter_index`: the distinct numbers, each one's rows, and where each row stands
-    when these lie one after the other; int64."""
-    owners = tuple(_counts(index))
-    rows = [[i for i, other in enumerate(index) if other == owner] for owner in owners]
-    order = [i for own in rows for i in own]
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return owners, tuple(_on(device, own) for own in rows), _on(device, places)
-
-
-def _columns(group: Group) -> list[tuple[int, int]]:
-    """(first, last) of each projection's columns of S."""
-    widths = group.widths()
-    return [(sum(widths[:i]), sum(widths[: i + 1])) for i in range(len(widths))]
+def _columns(group: Group) -> Iterator[tuple[int, int, int]]:
+    """(i, first, last) of the columns of S of each projection that has any."""
+    last = 0
+    for i, width in enumerate(group.widths()):
+        first, last = last, last + width
+        if width:
+            yield i, first, last
 
 
 def check_adapter_index(

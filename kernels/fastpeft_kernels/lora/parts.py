@@ -91,8 +91,7 @@ def down_projection(x2: Tensor, group: Group, packed: Packed) -> Tensor | None:
 def adapter_input_gradient(ds: Tensor, a: Tensor, group: Group, dx: Tensor | None = None) -> Tensor | None:
     """dropout(dS A), or added to dx, in the wider of the two dtypes: one product without dropout; none of `dora`'s."""
     if group.adapter_index is not None:
-        part = mixed.input_gradient(ds, a, group)
-        return part if dx is None else dx.to(torch.promote_types(dx.dtype, part.dtype)).add_(part)
+        return mixed.input_gradient(ds, a, group, dx)
     if not group.drops:
         return input_gradient(ds, a, dx, None, group.backend)
     for first, last, mask, whole in group.adapter_columns():

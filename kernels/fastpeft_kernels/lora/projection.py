@@ -149,7 +149,7 @@ class Group:
         """How many columns of S each projection has: in a mixed batch those of its largest adapter."""
         if self.adapter_index is None:
             return [projection.rank for projection in self.projections]
-        return [max([adapter.rank for adapter in p.adapters], default=0) for p in self.projections]
+        return [max([adapter.a.shape[0] for adapter in p.adapters], default=0) for p in self.projections]
 
     def mask(self, i: int) -> Mask | None:
         """Of the first adapter of projection i, which is its only one where it has a magnitude."""

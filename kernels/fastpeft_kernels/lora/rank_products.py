@@ -48,7 +48,8 @@ def up_gradient(
 ) -> Tensor:
     """factor dy^T s, (features, rank), of the parameter's `dtype`; dy (tokens, features), s (tokens, rank)."""
     if _triton_reads(dy, s, None, backend):
-        from .backward import lora_down_bwd_weight, lora_sum
+        from .backward import lora_down_bwd_weight
+        from .partial_sums import lora_sum
 
         return lora_sum(lora_down_bwd_weight(dy, s, features_first=True), _empty(dy, s, dtype), factor)
     if not skinny_serves(dy, s):
@@ -69,8 +70,9 @@ def both_gradients(
 ) -> Tensor:
     """Fills ds with dy b and returns factor dy^T s, from one read of dy where it can be had."""
     if dy.dtype.itemsize == 2 and _triton_reads(dy, b, None, backend):
-        from .backward import lora_sum, lora_up_bwd
+        from .backward import lora_up_bwd
         from .configs import UP
+        from .partial_sums import lora_sum
 
         if b.shape[1] <= UP[0].block_r:
             return lora_sum(lora_up_bwd(dy, b, s, ds), _empty(dy, s, dtype), factor)
@@ -85,7 +87,8 @@ def both_gradients(
 def down_gradient(ds: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None = None, backend: str = "auto") -> Tensor:
     """ds^T dropout(x), (rank, features); ds (tokens, rank), x (tokens, features), `dtype` that of the parameter."""
     if _triton_reads(x, ds, mask, backend):
-        from .backward import lora_down_bwd_weight, lora_sum
+        from .backward import lora_down_bwd_weight
+        from .partial_sums import lora_sum
 
         partial = lora_down_bwd_weight(x, ds, **_options(mask))
         return lora_sum(partial, x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype))

@@ -104,7 +104,7 @@ def activation_backward(
         return None
     if ds_down is not None and (down_drops or not _one_block(mlp.down)):
         return None
-    from ..lora.backward import lora_sum
+    from ..lora.partial_sums import lora_sum
     from .fused_backward import UpAdapter, gated_activation_backward_with_adapters
 
     adapters: list[UpAdapter | None] = []

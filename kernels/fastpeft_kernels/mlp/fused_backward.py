@@ -34,7 +34,8 @@ from torch import Tensor
 
 from ..activation.triton_math import activate, gradient
 from ..common.device import device_capability
-from ..lora.backward import columns_contiguous, lora_sum
+from ..lora.backward import columns_contiguous
+from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
 from .fused_tiles import (
     Config,
@@ -239,7 +240,7 @@ def gated_activation_backward_with_adapters(
     `dup = dh * act'(up)`, `h = act(up)`. Then `dgate @ gate_adapter.b`, `dgate.T @ gate_adapter.s`, the same of up, and
     `ds_down.T @ h`, of the rounded dgate, dup and h. The same bits every time.
 
-    The partial sums that are returned are views of one tensor; `lora.backward.lora_sum` adds them.
+    The partial sums that are returned are views of one tensor; `lora.partial_sums.lora_sum` adds them.
 
     Args:
         dh: (tokens, features), fp16 or bf16, the gradient of h; columns contiguous.

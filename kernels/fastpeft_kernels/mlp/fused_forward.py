@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..activation.triton_math import activate
 from ..common.device import device_capability
-from ..lora.backward import columns_contiguous, lora_sum
+from ..lora.backward import columns_contiguous
+from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
 from .fused_tiles import (
     Config,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..common.gpu_clock import median_us
-from ..lora.backward import lora_down_bwd_weight, lora_sum, lora_up_bwd
+from ..lora.backward import lora_down_bwd_weight, lora_up_bwd
 from ..lora.forward import lora_down
+from ..lora.partial_sums import lora_sum
 
 _DEVICE = torch.device("cuda")
 _TOKENS, _FEATURES, _RANK = 8192, 14336, 16  # those of the plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.lora import Dtypes, lora_linear_group, rank_products
-from fastpeft_kernels.lora.keys import LINEAR, RANK, RankKey
+from fastpeft_kernels.lora.keys import LINEAR, MIXED, RANK, MixedKey, RankKey, default_mixed_backend
 from fastpeft_kernels.tuning import choosing
 from fastpeft_kernels.tuning.records import Winner
 from tests.kernels.lora.groups import check_group, parameters, projection, seeds_for
@@ -85,6 +86,31 @@ def test_dropout_is_in_our_kernels_where_the_assembler_is_trusted(
     both = {"lora_down": 2, "lora_linear": 4, "lora_up_bwd": 2, "lora_down_bwd_weight": 2}
     assert Counter(ours) == (both | {"lora_down_bwd_input_": 2} if safe else both)
     assert len(copies) == (0 if safe else 6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("choice", ("triton", "library"))
+def test_a_mixed_batch_has_a_choice_of_its_own(choice: str, ours: list[str]) -> None:
+    """S and dA are of 16 columns together; the rest is each projection's own."""
+    group = [projection(32, out, 8, 5, dtype=F16) for out in (16, 24)]
+    group = [replace(p, adapters=tuple(replace(a, index=i) for i, a in enumerate(p.adapters))) for p in group]
+    with choosing.forced({RANK: "triton", LINEAR: "torch", MIXED: choice}):
+        check_group(torch.randn(3, 5, 32).to(F16).requires_grad_(), group, HALF, adapter_index=[1, 0, 1])
+    taken = {"lora_down": 1, "lora_down_bwd_input_": 3, "lora_up_bwd": 2, "lora_down_bwd_weight": 1}
+    assert Counter(ours) == (taken if choice == "triton" else {})
+
+
+def test_what_serves_a_mixed_batch_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, tokens, backend in ((90, 4096, "triton"), (90, 1024, "library"), (80, 8192, "library")):
+        monkeypatch.setattr("fastpeft_kernels.lora.keys.device_capability", lambda device, found=capability: found)
+        assert default_mixed_backend(CPU, tokens, 4096) == backend
+
+
+def test_the_case_of_a_mixed_batch_has_no_more_rows_than_tokens() -> None:
+    key = MixedKey(2048, 64, 16, "float16", 1024)
+    assert key.at(300, CPU) == key._replace(tokens=512, rows=512)
+    assert key.smaller() == key._replace(tokens=512, rows=512)
+    assert str(key.at(2048, CPU)) == "2048x64, r=16, float16, 1024 rows"
 
 
 @pytest.mark.interpreter

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear_group
-from fastpeft_kernels.lora.mixed import row_groups
+from fastpeft_kernels.lora.mixed_rows import row_groups
 from fastpeft_kernels.lora.projection import Group
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection
 

@@ -169,7 +169,7 @@ def test_input_gradient_in_every_configuration(dtype: torch.dtype, p: float) -> 
 
 @pytest.mark.parametrize("factor", (1.0, -0.5, torch.tensor(3.0), torch.tensor(0.25, dtype=F64)), ids=str)
 def test_sum_of_partial_sums(factor: float | Tensor) -> None:
-    from fastpeft_kernels.lora.backward import lora_sum
+    from fastpeft_kernels.lora.partial_sums import lora_sum
 
     partial = torch.randn(5, 40, 30)
     out = torch.empty(30, 40, dtype=F16).t()

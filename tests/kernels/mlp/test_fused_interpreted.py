@@ -105,7 +105,7 @@ def run_backward(
 ) -> None:
     """dgate and dup as the separate kernel has them, beside them nothing, the products of those; in place the same."""
     from fastpeft_kernels.activation.backward import gated_activation_backward_triton
-    from fastpeft_kernels.lora.backward import lora_sum
+    from fastpeft_kernels.lora.partial_sums import lora_sum
     from fastpeft_kernels.mlp.fused_backward import UpAdapter, gated_activation_backward_with_adapters
 
     gate, up = halves(rows, columns)

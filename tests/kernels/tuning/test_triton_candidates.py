@@ -10,7 +10,16 @@ import torch
 from fastpeft_kernels import tuner
 from fastpeft_kernels.activation.choosing import BACKWARD, FORWARD, ActivationKey, activation_backends
 from fastpeft_kernels.common import device
-from fastpeft_kernels.lora.keys import LINEAR, RANK, LinearKey, RankKey, linear_candidates, rank_backends
+from fastpeft_kernels.lora.keys import (
+    LINEAR,
+    MIXED,
+    RANK,
+    LinearKey,
+    MixedKey,
+    RankKey,
+    linear_candidates,
+    rank_backends,
+)
 from fastpeft_kernels.mlp.fused import FUSED, FusedKey
 from fastpeft_kernels.mlp.fused import candidates as fused_candidates
 from fastpeft_kernels.quant.choosing import DECODE, DecodeKey, decode_backends
@@ -26,6 +35,7 @@ CASES = [
     (BACKWARD, ActivationKey(4, 40, "gelu", False, "float16")),
     *((LINEAR, LinearKey(16, 24, 40, "float16", transposed)) for transposed in (False, True)),
     *((RANK, RankKey(16, 40, rank, "float16")) for rank in (8, 32)),
+    *((MIXED, MixedKey(16, 40, rank, "float16", 4)) for rank in (8, 32)),
     (FUSED, FusedKey(16, 48, "silu", True, "float16")),
     (FUSED, FusedKey(16, 32, "gelu", False, "float16")),
 ]
@@ -42,7 +52,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("op, key", CASES, ids=str)
 def test_all_are_right(
-    op: str, key: DecodeKey | ActivationKey | LinearKey | RankKey | FusedKey, monkeypatch: pytest.MonkeyPatch
+    op: str, key: DecodeKey | ActivationKey | LinearKey | RankKey | MixedKey | FusedKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastpeft_kernels.lora.keys.triton_serves", lambda device: True)
     monkeypatch.setattr(measuring, "interleaved_us", lambda functions, *_: {name: [1.0] * 4 for name in functions})

@@ -11,6 +11,7 @@ from fastpeft.hints import did_you_mean
 from fastpeft.structured import build
 
 from .base import Action, Run
+from .dylora import Dylora
 from .freeze import Freeze
 from .pace import Pace
 from .ranks import Ranks
@@ -21,7 +22,7 @@ from .schedule import Schedule
 from .stop import Stop
 
 ACTIONS: dict[str, type[Action]] = {
-    kind.name: kind for kind in (Freeze, Schedule, Sample, Ranks, Reweight, Pace, Rate, Stop)
+    kind.name: kind for kind in (Freeze, Schedule, Sample, Ranks, Dylora, Reweight, Pace, Rate, Stop)
 }
 
 __all__ = ["ACTIONS", "Action", "Run", "rules_of"]
@@ -56,7 +57,10 @@ def rules_of(given: Sequence[dict[str, Any]], config: FastpeftConfig) -> list[Ac
             f"{choosing[1].key}.action: expected one rule that chooses layers, got {choosing[1].name} beside "
             f"{choosing[0].name}"
         )
-    for name in ("ranks", "reweight", "pace", "stop"):
+    changing = [rule for rule in rules if rule.name in ("ranks", "dylora")]
+    if len({rule.name for rule in changing}) > 1:
+        raise UserError(f"{changing[1].key}.action: expected ranks or dylora, got both")
+    for name in ("ranks", "dylora", "reweight", "pace", "stop"):
         if len(same := [rule for rule in rules if rule.name == name]) > 1:
             raise UserError(f"{same[1].key}.action: expected one rule of {name}, got another")
     return rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ class Action:
         name: its value of `action`.
         Options: dataclass of the rule's other keys.
         chooses_layers: it decides which layers are trained; only one rule of a run may.
-        changes_parameters: it freezes or shrinks what is trained.
+        changes_parameters: it freezes or shrinks what is trained, or leaves a part of it out of steps.
         weighs: it changes the loss by `weights`.
         key: of the rule in the configuration, for messages.
     """
@@ -85,6 +86,9 @@ class Action:
     def resume(self, run: Run) -> None:
         """Put a state that `restore` was given into effect; the optimizer is there."""
 
+    def begin_step(self, run: Run) -> None:
+        """Before the first forward of a step, with `run.step` of them done."""
+
     def measure(self, run: Run) -> None:
         """In each step: gradients are there, clipped, and the optimizer has not acted on them."""
 
@@ -106,7 +110,9 @@ class Action:
         """What `state` gave."""
 
     def decide(self, run: Run, signal: str, value: float | dict[str, float] | None, does: str, why: str) -> None:
-        """Note an action in the run's log."""
+        """Note an action in the run's log; a value that is no number is null there, as JSON has none."""
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
         run.decisions.append(Decision(run.step, self.number, self.name, signal, value, does, why))
         run.write()
 

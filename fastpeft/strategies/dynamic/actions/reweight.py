@@ -32,10 +32,12 @@ class ReweightOptions:
 class Reweight(Action):
     """DFT, and with an anchor what ASFT adds. The starting model is the base without its adapter.
 
-    Whether ASFT's paper has this direction of the divergence or the other was not checked.
+    The anchor is the divergence of the whole vocabulary at each learned token, averaged over the starting model's
+    probabilities, the direction in which the authors of ASFT compute it too: what that model finds likely has to stay
+    so, where DFT alone lets it go.
 
     Source: On the Generalization of SFT, Wu et al. 2025, arXiv:2508.05629; Anchored Supervised
-    Fine-Tuning, Zhu et al. 2025, arXiv:2509.23753.
+    Fine-Tuning, Zhu et al. 2025, arXiv:2509.23753, and its authors' code, zhuchichi56/ASFT on GitHub.
     """
 
     name: ClassVar[str] = "reweight"
