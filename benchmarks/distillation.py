@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.drawing import intervals
-from benchmarks.trials import FIGURES, RESULTS, ROOT, Record, fill, read, row, said, train
+from benchmarks.trials import FIGURES, RESULTS, ROOT, Record, fill, options_of, read, row, said, train
 from fastpeft.bench.tables import insert
 
 TRIALS, STEPS = RESULTS / "distillation-stories15m.json", RESULTS / "distillation-stories15m-steps.json"
@@ -142,10 +142,9 @@ def _trial(model: Path, folder: Path, case: Record) -> Record:
     if weight is not None:
         options = json.dumps(HALF | {"labels_weight": weight})
         settings |= {"strategy.name": "distillation", "strategy.options": options}
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     begun, place = time.process_time(), folder / f"{case['way'].replace(' ', '-')}-{case['seed']}"
     source = folder / "student" if weight is None else model
-    train(place, ["--model", str(source), "--data", str(folder / "stories.jsonl"), *given])
+    train(place, ["--model", str(source), "--data", str(folder / "stories.jsonl"), *options_of(settings)])
     return _judge(model, folder)(place) | {"seconds": round(time.process_time() - begun, 1)}
 
 
@@ -183,6 +182,7 @@ def _judge(model: Path, folder: Path) -> Callable[[Path], Record]:
 
 def _steps(model: Path, folder: Path, case: Record) -> Record:
     """Loss, peak and processor time of a forward and a backward, accelerated and plain in turn."""
+    from fastpeft.bench.dynamic import processor_ms
     from fastpeft.bench.memory import MIB, peak_of_step
     from fastpeft.bench.timer import interleaved
 
@@ -190,7 +190,7 @@ def _steps(model: Path, folder: Path, case: Record) -> Record:
     found: Record = {peer: {"loss": float(step())} for peer, step in steps.items()}
     for peer, step in steps.items():
         found[peer]["peak MiB"] = peak_of_step(step, "cpu") / MIB
-    times = interleaved(steps, rounds=5, warmup=1, clock=_processor_ms)
+    times = interleaved(steps, rounds=5, warmup=1, clock=processor_ms)
     return found | {peer: found[peer] | {"ms": times[peer]} for peer in steps}
 
 
@@ -226,12 +226,6 @@ def _step(model: Path, folder: Path, case: Record, accelerated: bool) -> Callabl
         return loss
 
     return step
-
-
-def _processor_ms(step: Callable[[], object]) -> float:
-    begun = time.thread_time()
-    step()
-    return 1e3 * (time.thread_time() - begun)
 
 
 if __name__ == "__main__":

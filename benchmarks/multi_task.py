@@ -17,7 +17,7 @@ from statistics import fmean, median
 import torch
 
 from benchmarks.drawing import intervals
-from benchmarks.trials import FIGURES, RESULTS, ROOT, Record, fill, read, row, said, train
+from benchmarks.trials import FIGURES, RESULTS, ROOT, Record, fill, options_of, read, row, said, train
 from fastpeft.bench.tables import insert
 from fastpeft.bench.tasks import measure
 
@@ -124,9 +124,8 @@ def _trial(model: Path, texts: Path, folder: Path, case: Record) -> Record:
     tasks = {task: {"path": str(texts / f"{task}.jsonl")} for task in TASKS}
     options = json.dumps({"tasks": tasks, "adapters": adapters, "alone": first, "conflict_steps": 1})
     settings = SETTINGS | {"lora.r": rank, "lora.alpha": 2 * rank, "seed": seed, "strategy.options": options}
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     begun, place = time.process_time(), folder / f"{adapters}-{seed}"
-    run = train(place, ["--model", str(model), *given])
+    run = train(place, ["--model", str(model), *options_of(settings)])
     seconds = round(time.process_time() - begun, 1)
     metrics = {metric["name"]: metric for metric in run["findings"]["metrics"]}
     accuracy = {task: metrics[f"{task}: accuracy"]["value"] for task in TASKS}

@@ -65,6 +65,11 @@ def train(folder: Path, arguments: Sequence[str]) -> Record:
     return found
 
 
+def options_of(settings: Record) -> list[str]:
+    """{"lora.r": 8} as ["--lora.r", "8"]."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
 def row(name: str, cells: Iterable[str]) -> str:
     """Of a table in Markdown."""
     return f"| {name} | {' | '.join(cells)} |"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Section
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
+from fastpeft.training.checkpoints import state_of
 from fastpeft.training.layer_rates import use_layer_rates
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared, hold_back
@@ -129,7 +129,7 @@ class TaskAdaptive(Strategy):
         patience = self.options.early_stopping
         if patience is None:
             return False
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = state_of(checkpoint)
         stopping = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
         return bool(stopping.get("early_stopping_patience_counter", 0) >= patience)
 

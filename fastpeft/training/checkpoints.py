@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastpeft.config import TrainingSection
 from fastpeft.errors import UserError
@@ -87,9 +87,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(filter(is_whole, reversed(checkpoints(folder))), None)
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer wrote of itself."""
+    found: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return found
+
+
 def steps(checkpoint: Path, training: TrainingSection) -> tuple[int, int]:
     """(steps that a checkpoint has, steps that a run on its data has in all)."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = state_of(checkpoint)
     done: int = state["global_step"]
     if training.max_steps > 0:
         return done, training.max_steps

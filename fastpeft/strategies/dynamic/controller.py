@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from fastpeft.training.checkpoints import state_of
 from fastpeft.training.folder import DECISIONS
 
 from .actions import Action, Run
@@ -114,6 +114,6 @@ def saved_in(checkpoint: Path | None) -> dict[str, Any] | None:
     """What a controller left in a checkpoint; None without a checkpoint."""
     if checkpoint is None:
         return None
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = state_of(checkpoint)
     found: dict[str, Any] = state["stateful_callbacks"][Controller.__name__]["attributes"]
     return found
