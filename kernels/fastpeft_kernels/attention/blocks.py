@@ -24,6 +24,8 @@ class Sizes(NamedTuple):
 
 CPU = Sizes(256, 512, 256 * 512)  # two such blocks of fp32 stay in the second-level cache
 GPU = Sizes(1024, 1024, 1 << 25)  # 128 MB, and each operation is worth its launch
+# cuBLAS may add a fp32 product's terms one after the other: the fewer, the smaller the error
+GPU_FP32 = Sizes(256, 512, 1 << 25)
 
 
 class Part(NamedTuple):
@@ -57,7 +59,7 @@ class Plan:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor) -> Plan:
-        sizes = GPU if q.device.type == "cuda" else CPU
+        sizes = (GPU_FP32 if q.dtype == torch.float32 else GPU) if q.device.type == "cuda" else CPU
         return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], sizes)
 
     @property
