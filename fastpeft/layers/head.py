@@ -22,6 +22,7 @@ from fastpeft_kernels.weights import FrozenWeight
 
 from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
+from ..integrations.fsdp import before_sharding
 from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
 from .head_call import HeadCall, LossCalls
 from .lazy_logits import logits_of
@@ -58,7 +59,8 @@ def lazy_logits(head: Any, x: Any) -> Tensor | None:
     watch = getattr(head, "fastpeft_watch", None)
     if watch is not None and watch.watching:  # by a hook of ours, in a run whose result nobody sees
         return None
-    call = _call(head, x, calls)
+    read = before_sharding(head)
+    call = read if isinstance(read, str) else _call(read, x, calls)
     if isinstance(call, str):
         calls.count(call)
         return None

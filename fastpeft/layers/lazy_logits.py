@@ -8,7 +8,7 @@ writes then work as on any tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastpeft_kernels.common.shapes import weightless
 
+from ..integrations.fsdp import announces_backward
 from .head_call import HeadCall
 from .lazy_steps import STEPS, Trail
 
@@ -70,6 +71,8 @@ class LazyLogits(Tensor):
             served = _cross_entropy(*args, **kwargs)
             if served is not None:
                 return served
+        elif func is Tensor.register_hook and announces_backward(args[1]):
+            args[0].family.announced.append(args[1])
         elif func in _WANT_GRADIENTS:
             args[0].family.hooked(func.__name__)
         elif func in _OUTSIDE_TORCH:
@@ -113,11 +116,13 @@ class Family:
             gradient of them.
         served: whether one was.
         watched: whether a hook came after that; it gets the gradients of further losses.
+        announced: hooks that only have to be called before any gradient gets here; losses get them too.
     """
 
     def __init__(self, call: HeadCall) -> None:
         self.call, self.members = call, list[ref[LazyLogits]]()
         self.lazy, self.served, self.watched = True, False, False
+        self.announced: list[Callable[[Tensor], Tensor]] = []
 
     def alive(self) -> Iterator[LazyLogits]:
         yield from (member for each in self.members if (member := each()) is not None)
@@ -220,6 +225,9 @@ def _cross_entropy(
             label_smoothing=label_smoothing,
             class_weight=weight,
         )
+    if loss.requires_grad:
+        for hook in family.announced:
+            loss.register_hook(hook)
     if not family.served:
         family.served = True
         family.call.calls.served()

@@ -41,6 +41,8 @@ def parts_of(logits: Tensor) -> tuple[Tensor, Head] | None:
     """
     if type(logits) is not LazyLogits or not logits.family.lazy or logits.family.watched or not logits.trail.serves:
         return None
+    if logits.family.announced:  # what is computed from the parts would have to be announced
+        return None
     if not all(added.unchanged for added in logits.trail.biases):
         return None
     family = logits.family

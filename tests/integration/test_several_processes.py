@@ -74,7 +74,7 @@ def accelerated_last(base: str, rank: int) -> list[float]:
     return losses(fastpeft.accelerate(sharded(tiny_model(base))), rank, 2)
 
 
-def by_accelerate(base: str, rank: int) -> list[float]:
+def prepared(model: nn.Module, rank: int) -> nn.Module:
     """As accelerate shards for a Trainer; it has its own groups, and leaves 4-bit weights in uint8 whole."""
     from types import SimpleNamespace
 
@@ -89,7 +89,11 @@ def by_accelerate(base: str, rank: int) -> list[float]:
         state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=None, device=torch.device("cpu"),
         is_main_process=rank == 0, mixed_precision="no",
     )  # fmt: skip
-    return losses(fsdp2_prepare_model(accelerator, fastpeft.accelerate(tiny_model(base))), rank, 2)
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def by_accelerate(base: str, rank: int) -> list[float]:
+    return losses(prepared(fastpeft.accelerate(tiny_model(base)), rank), rank, 2)
 
 
 @pytest.mark.parametrize("base", ["dense", "NF4"])
