@@ -20,11 +20,12 @@ def before_sharding(module: nn.Module) -> nn.Module | str:
     kinds = type(module).__bases__
     if not (len(kinds) == 2 and kinds[0].__name__ == "FSDPModule" and hasattr(module, "_get_fsdp_state")):
         return module
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch < 2.12 has one
-    if any(group is None or group._reshard_after_forward for group in groups):
+    sharded: Any = module
+    state = sharded._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    if any(group is not None and group._reshard_after_forward for group in groups):
         return "weights that FSDP2 shards again after this module's forward (reshard_after_forward=True)"
-    kind: Any = kinds[1]
+    kind: type[nn.Module] = kinds[1]
     whole: nn.Module = kind.__new__(kind)
     whole.__dict__.update(module.__dict__)
     for name in ("_forward_pre_hooks", "_forward_hooks"):
@@ -34,7 +35,7 @@ def before_sharding(module: nn.Module) -> nn.Module | str:
 
 
 def announces_backward(hook: Any) -> bool:
-    """Whether a hook on an output is FSDP2's own, which prepares its module's backward and leaves the gradient as it is."""
+    """Whether a hook on an output is FSDP2's own, which prepares a backward and leaves the gradient as it is."""
     states: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
     return states is not None and isinstance(_owner(hook), states.FSDPState)
 
