@@ -14,6 +14,8 @@ from importlib import metadata
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.19.1", "accelerate": "1.10", "bitsandbytes": "0.49"}
 """As in pyproject.toml, which a tree that is used without being installed does not bring."""
 MINIMUM_OF_EXTRAS = {"trl": "1.10"}
+_TAKEN_OUT = "_prepare_encoder_decoder_kwargs_for_generation"
+"""What PEFT before 0.21 reads of an encoder-decoder; transformers 5.17 has it, 5.21 has not."""
 CORE = ("torch", "transformers", "peft")
 """What accelerating a model cannot do without."""
 
@@ -38,6 +40,15 @@ def require_core() -> None:
     """Raise ImportError, in one sentence, unless CORE is installed and new enough."""
     if problem := check_versions(CORE):
         raise ImportError(problem)
+
+
+def told_by(error: Exception) -> str | None:
+    """One sentence, if PEFT failed at an encoder-decoder for being older than what transformers took out of it."""
+    if isinstance(error, AttributeError) and _TAKEN_OUT in str(error):
+        have = " and ".join(f"{name} {metadata.version(name)}" for name in ("peft", "transformers"))
+        needs = f"encoder-decoders of transformers above 5.17 need peft>=0.21, got {have}"
+        return f'{needs}: pip install --upgrade "peft>=0.21"'
+    return None
 
 
 def too_old(package: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from fastpeft.config import LoraSection
 from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean
+from fastpeft.integrations.versions import told_by
 from fastpeft.structured import convert
 
 from .tasks import HEADS, PEFT_TASKS
@@ -105,7 +106,7 @@ def attach_adapter(base: Any, section: LoraSection, task: str, seed: int, name: 
         return model
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, ImportError, re.error) as error:
         if "arget modules" not in str(error):
-            raise UserError(f"lora: {error}") from error
+            raise UserError(f"lora: {told_by(error) or error}") from error
         wanted = section.target_modules
         raise UserError(f"lora.target_modules: no module has the name {wanted!r}{_hint(base, wanted)}") from error
     except RuntimeError as error:

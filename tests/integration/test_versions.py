@@ -12,7 +12,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.integrations import versions
-from fastpeft.integrations.versions import MINIMUM, MINIMUM_OF_EXTRAS, check_versions, require_core, too_old
+from fastpeft.integrations.versions import MINIMUM, MINIMUM_OF_EXTRAS, check_versions, require_core, told_by, too_old
 from tests.fresh import ROOT
 
 HOME = ROOT / "fastpeft" / "integrations"
@@ -57,6 +57,16 @@ def test_old_and_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPat
         "fastpeft needs torch>=2.11 (2.9.1+cu128 is installed), bitsandbytes>=0.49 (not installed): "
         'pip install --upgrade "torch>=2.11" "bitsandbytes>=0.49"'
     )
+
+
+def test_an_encoder_decoder_too_new_for_peft_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, peft="0.20.0", transformers="5.24.0")
+    error = AttributeError("'T5' object has no attribute '_prepare_encoder_decoder_kwargs_for_generation'")
+    assert told_by(error) == (
+        "encoder-decoders of transformers above 5.17 need peft>=0.21, got peft 0.20.0 and transformers 5.24.0: "
+        'pip install --upgrade "peft>=0.21"'
+    )
+    assert told_by(AttributeError("'T5' object has no attribute 'name'")) is None
 
 
 def test_accelerating_with_an_old_peft_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
