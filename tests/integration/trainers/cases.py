@@ -75,7 +75,8 @@ def _cases() -> list[Case]:
     add("TRL's DPOTrainer", loops.dpo, nf4=True, fp32=PLAIN)
     add("TRL's KTOTrainer", loops.kto, fp32=PLAIN, bf16=BF16)
     add("TRL's GRPOTrainer", loops.grpo, fp32=PLAIN)
-    add("TRL's GRPOTrainer", loops.grpo, nf4=True, fp32={"seed": 1})  # by 5 a token is drawn that bf16 and fp64 tell apart
+    # By seed 5 a token is drawn that adapters in bf16 and in fp64 tell apart.
+    add("TRL's GRPOTrainer", loops.grpo, nf4=True, fp32={"seed": 1})
     add("TRL's RLOOTrainer", loops.rloo, fp32=PLAIN)
     add("TRL's RewardTrainer", loops.reward, fp32=PLAIN)
     add("TRL's DistillationTrainer", loops.distillation, fp32=PLAIN)
