@@ -97,7 +97,7 @@ def table(trials: Sequence[Record]) -> str:
     values = [f"{_figures(trials, way, 'parameters')[0]:,}" for way in (*GIVEN, *WAYS)]
     lines.append(row("parameters, adapter included", [*values, ""]))
     seconds = [f"{median(_figures(trials, way, 'seconds')):.0f}" for way in WAYS]
-    return "\n".join([*lines, row("processor time of the run, s", ["", "", *seconds, ""])])
+    return "\n".join([*lines, row("processor time of the run and of judging it, s", ["", "", *seconds, ""])])
 
 
 def step_table(steps: Sequence[Record]) -> str:

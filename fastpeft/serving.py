@@ -10,7 +10,9 @@ from typing import Any
 LARGEST_RANK = 512
 """Of `--max-lora-rank`; without that option vLLM takes 16."""
 
-_VARIANTS = ("alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "arrow_config")
+_VARIANTS = (
+    "alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "arrow_config", "use_qalora",
+)  # fmt: skip
 _TAKEN_OUT_OF_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _PASSED_OVER = (

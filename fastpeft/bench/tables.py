@@ -46,8 +46,9 @@ def steps_table(records: Sequence[Record]) -> str:
         "",
         f"Medians of {rounds} interleaved rounds on {on}; "
         f"{versions(where, ('torch', 'transformers', 'peft', 'bitsandbytes'))}; "
-        f"{where.date[:10]}; `{command}`. PEFT is measured twice a round: its time divided by itself, if not 1, "
-        "shows the noise of the machine. Kept: bytes that a forward keeps for backward.",
+        f"{where.date[:10]}; `{command}`. Of ratios the median of the rounds' own, not that of the medians. PEFT is "
+        "measured twice a round: its time divided by itself, if not 1, shows the noise of the machine. Kept: bytes "
+        "that a forward keeps for backward.",
     ]
     return "\n".join(rows)
 

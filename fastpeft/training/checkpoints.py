@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from fastpeft.config import TrainingSection
 from fastpeft.errors import UserError
-from fastpeft.paths import write_whole
+from fastpeft.paths import settle, write_whole
 
 SEAL = "sealed.json"
 STATE = "trainer_state.json"
@@ -34,11 +34,13 @@ def seal(checkpoint: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    files = {}
-    for path in _files(checkpoint):
+    files, there = {}, _files(checkpoint)
+    for path in there:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             files[path.relative_to(checkpoint).as_posix()] = [path.stat().st_size, _sha256(file)]
+    for folder in {checkpoint.parent, *(path.parent for path in there)}:  # the names of files, and the checkpoint's own
+        settle(folder)
     write_whole(checkpoint / SEAL, json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -67,18 +69,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def delete_older(folder: Path, limit: int, best: str | None) -> None:
+def delete_older(folder: Path, limit: int, best: str | None, newest: Path) -> None:
     """Delete the checkpoints of the first steps; the newest and the best stay.
+
+    One of a later step than the newest's is what a broken save left behind before the run was resumed, and goes first.
 
     Args:
         folder: of the run.
         limit: how many stay, at least one.
         best: the folder of the best one, if there is one.
+        newest: the one that was sealed just now.
     """
-    *older, _ = checkpoints(folder)
-    kept = [one for one in older if best is not None and one.resolve() == Path(best).resolve()]
-    others = [one for one in older if one not in kept]
-    for one in others[: max(0, len(others) - max(0, limit - 1 - len(kept)))]:
+    stay = {newest.resolve()} if best is None else {newest.resolve(), Path(best).resolve()}
+    others = [one for one in checkpoints(folder) if one.resolve() not in stay]
+    others.sort(key=lambda one: (_step(one) < _step(newest), _step(one)))
+    for one in others[: max(0, len(others) - max(0, limit - len(stay)))]:
         shutil.rmtree(one, ignore_errors=True)
 
 

@@ -61,7 +61,7 @@ class Seal(TrainerCallback):
             return
         seal(checkpoint)
         if self._limit is not None:
-            delete_older(Path(args.output_dir), self._limit, state.best_model_checkpoint)
+            delete_older(Path(args.output_dir), self._limit, state.best_model_checkpoint, checkpoint)
 
 
 def at_epoch_end(state: Any) -> bool:

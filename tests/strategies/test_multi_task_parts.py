@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from fastpeft.strategies.multi_task.balance import Memory, Weights
 from fastpeft.strategies.multi_task.gradients import Part, Shared, cosines, parts_of
 from fastpeft.strategies.multi_task.options import SOLVERS
 from fastpeft.strategies.multi_task.rows import TaskSampler, by_loss, by_temperature
-from fastpeft.strategies.multi_task.trainer import token_losses
+from fastpeft.strategies.multi_task.trainer import MultiTaskTrainer, Plan, token_losses
 
 LABELS = {"one": ["a", "b"], "two": ["c", "d", "e"]}
 SECTION = LoraSection(r=2, target_modules=["query", "value"])
@@ -194,6 +195,23 @@ class TestSurgery:
         weights = shared.combine([0, 1], gramian)
         torch.testing.assert_close(gramian @ weights, 1 / weights, rtol=1e-4, atol=0)
         torch.testing.assert_close(first.grad, size * (weights[0] * self.G + weights[1] * self.H).float())
+
+    @pytest.mark.parametrize("scale", [None, 2.0**16])
+    def test_nash_mtl_of_gradients_that_are_scaled_up(self, scale: float | None) -> None:
+        """As fp16's are until the optimizer's step: the way is that of the gradients themselves, scaled up."""
+        pytest.importorskip("torchjd")
+        pytest.importorskip("scipy")
+        shared, first = self.shared("nash-mtl")
+        for copy in shared._parts[0].copies:
+            copy.grad = copy.grad * (scale or 1.0)
+        trainer = MultiTaskTrainer.__new__(MultiTaskTrainer)
+        scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        trainer.accelerator = SimpleNamespace(scaler=scaler)
+        trainer.state = SimpleNamespace(global_step=0)
+        trainer.plan = Plan(["a", "b"], [], Weights([1.0, 1.0], "equal"), shared, Memory.of(2), None)
+        trainer._step, trainer._logged = {0: [1.0], 1: [1.0]}, Memory.of(2)
+        trainer._combine()
+        assert float(first.grad.norm()) == pytest.approx(math.sqrt(2) * (scale or 1.0), rel=1e-4)
 
     @pytest.mark.parametrize("surgery", ["upgrad", "dualproj"])
     def test_projections_give_no_task_the_worse(self, surgery: str) -> None:

@@ -98,8 +98,26 @@ def test_the_newest_and_the_best_stay_whatever_the_clock_says(
 ) -> None:
     for step in range(1, 6):
         os.utime(saved(tmp_path, step), times=(1e9 - step, 1e9 - step))  # set back before each
-    delete_older(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    named = None if best is None else str(tmp_path / f"checkpoint-{best}")
+    delete_older(tmp_path, limit, named, tmp_path / "checkpoint-5")
     assert checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_what_a_broken_save_left_behind_takes_no_whole_ones_place(limit: int, tmp_path: Path) -> None:
+    """A run that died while it saved step 27 goes on from 20, and is stopped at 24."""
+    steps = [saved(tmp_path, 10), saved(tmp_path, 20), saved(tmp_path, 24)]
+    saved(tmp_path, 27, sealed=False)
+    delete_older(tmp_path, limit, None, steps[-1])
+    assert checkpoints(tmp_path) == steps[-limit:] and last_checkpoint(tmp_path) == steps[-1]
+
+
+def test_a_seal_comes_after_the_names_of_all_that_it_seals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[Path] = []
+    monkeypatch.setattr("fastpeft.training.checkpoints.settle", settled.append)
+    monkeypatch.setattr("fastpeft.training.checkpoints.write_whole", lambda path, _: settled.append(path))
+    checkpoint = saved(tmp_path, 1)
+    assert set(settled[:-1]) == {tmp_path, checkpoint, checkpoint / "shard"} and settled[-1] == checkpoint / SEAL
 
 
 def test_a_clock_that_is_set_back_during_a_run_costs_nothing(

@@ -98,6 +98,7 @@ def test_files_are_of_pefts_format(kind: str, tmp_path: Path) -> None:
         ({"r": 1024}, "rank 1024, above 512"),
         ({"peft_type": "LOHA"}, "the method LOHA"),
         ({"alora_invocation_tokens": [5, 6]}, "the LoRA variant alora_invocation_tokens"),
+        ({"use_qalora": True}, "the LoRA variant use_qalora"),
         ({"layer_replication": [[0, 1]]}, "replicated layers"),
         ({"bias": "all"}, "trained biases"),
     ],

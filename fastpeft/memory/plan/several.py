@@ -1,13 +1,15 @@
 """What a training spread over several GPUs sends in each step, and how its speed grows; computed, nothing is measured.
 
 A collective over n GPUs is counted as a ring of links: of B bytes an all-gather and a reduce-scatter move (n - 1)/n B
-through each GPU in n - 1 steps, an all-reduce twice as much in twice as many.
+through each GPU in n - 1 steps, an all-reduce twice as much in twice as many. DDP reduces a bucket at a time, FSDP2
+each group by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ..policy import LayerPolicy
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 WAYS = ("ddp", "fsdp2", "hybrid")
 MOST_GPUS = 1 << 16
+BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20
+"""Bytes of gradients that DDP reduces at a time, and of those that it begins with: its defaults."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ def spread(shares: Shares, way: str, gpus: int, computing: float, fabric: Fabric
     sharding = part * ((2 * sum(shares.layers) + shares.rest) + shares.trained) if shards > 1 else 0.0
     reducing = 2 * other * shares.trained / shards
     collectives = 2 * len(shares.layers) + bool(shares.rest) + shares.trained_groups
-    steps = collectives * (shards - 1) + 2 * (copies - 1)
+    buckets = 1 + ceil(max(0, shares.trained - FIRST_BUCKET) / BUCKET)
+    reductions = buckets if way == "ddp" else shares.trained_groups
+    steps = collectives * (shards - 1) + 2 * reductions * (copies - 1)
     far_shards, far_copies = shards > per_node, shards * copies > per_node and copies > 1
     across = sharding * far_shards + reducing * far_copies
     inside = sharding + reducing - across

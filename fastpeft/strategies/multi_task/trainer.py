@@ -169,6 +169,11 @@ class MultiTaskTrainer(Trainer):
         for task, loss in zip(tasks.tolist(), losses.tolist(), strict=True):
             self._step.setdefault(task, []).append(loss)
 
+    def _scale(self) -> float:
+        """What fp16's gradients are still multiplied by; Nash-MTL's weights depend on their length."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
     def _combine(self) -> None:
         """What becomes of the step's gradients, and what is remembered of its losses."""
         plan, memory = self.plan, self.plan.memory
@@ -179,7 +184,7 @@ class MultiTaskTrainer(Trainer):
         present = list(means)
         gramian = None
         if plan.shared.count and len(present) > 1 and (logs or plan.shared.surgery != "sum"):
-            gramian = plan.shared.gramian(present)
+            gramian = plan.shared.gramian(present) / self._scale() ** 2
         plan.shared.combine(present, gramian)
         if logs:
             memory.weights.append([step, *plan.weights.now(memory).tolist()])

@@ -310,4 +310,4 @@ def lora_down_bwd_input_(
 
 def columns_contiguous(tensor: Tensor) -> Tensor:
     """`tensor` as the kernels above read it. A gradient can be expanded: a sum's is one number."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.integration.models import make, make_base, with_lora
 from tests.integration.quantised import decoded, make_quantised
@@ -33,9 +35,24 @@ def test_same_training(case: Case, tmp_path: Path) -> None:
 
 
 def exact_of(case: Case, options: dict[str, Any]) -> Any:
-    """In fp64, without mixed precision and without a compiler."""
-    train = loops.plain_loop if case.train in (loops.fp16_loop, loops.compiled_loop) else case.train
-    return partial(train, **{name: value for name, value in options.items() if not name.startswith("torch_compile")})
+    """In fp64, without mixed precision and without a compiler, with the noise of fp32."""
+    kind = loops.plain_loop if case.train in (loops.fp16_loop, loops.compiled_loop) else case.train
+    given = {name: value for name, value in options.items() if not name.startswith("torch_compile")}
+
+    def train(model: Any, folder: Path) -> list[float]:
+        with DrawnInSinglePrecision():
+            return kind(model, folder, **given)
+
+    return train
+
+
+class DrawnInSinglePrecision(TorchFunctionMode):
+    """Another dtype draws other numbers: NEFTune's training in fp64 would be another training."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.uniform_ and args[0].dtype == torch.float64:
+            return args[0].copy_(torch.empty(args[0].shape).uniform_(*args[1:], **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
 
 
 def prepared(case: Case) -> Any:

@@ -98,6 +98,9 @@ def test_up_backward_in_every_configuration() -> None:
         db = lora_up_bwd(dy, b, s, ds, rows=ROWS, config=config)
         check(ds, by_row, dy, b)
         check(db, by_slot, dy.float(), s.float())
+        turned = torch.full((TOKENS, 11), torch.nan, dtype=F16)
+        lora_up_bwd(dy, b.mT.contiguous().mT, s, turned, rows=ROWS, config=config)
+        assert torch.equal(turned, ds)
 
 
 @given(index=st.lists(st.integers(-1, 3), max_size=7), each=st.integers(0, 70), times=st.integers(1, 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ def test_by_hand() -> None:
     assert (whole.inside, whole.across, whole.base) == (0, 15 / 16 * (2 * 2000 + 600 + 200), 2600 // 16 + 50)
     assert whole.seconds == 4500 / 10 + (4 + 1 + 2) * 15
     assert (hybrid.inside, hybrid.across) == (7 / 8 * 4800, 2 * 1 / 2 * 200 / 8)
-    assert hybrid.seconds == 4200 / 100 + 25 / 10 + 7 * 7 + 2
+    assert hybrid.seconds == 4200 / 100 + 25 / 10 + 7 * 7 + 2 * 2
     assert ddp.efficiency == (60 / 127.5, 60 / 67.5)
+
+
+def test_ddp_reduces_a_bucket_at_a_time() -> None:
+    shares = replace(SHARES, trained=160 << 20)
+    at_once, in_steps = (spread(shares, "ddp", 16, 60, Fabric(latency=each)).seconds for each in (0, 1))
+    assert in_steps - at_once == pytest.approx((1 + 7) * 2 * 15)  # a first bucket of 1 MiB, and seven of 25
 
 
 def test_one_machine_sends_nothing_to_others_and_one_gpu_nothing_at_all() -> None:

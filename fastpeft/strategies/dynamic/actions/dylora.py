@@ -29,10 +29,10 @@ class DyloraOptions:
 
 
 class Dylora(Action):
-    """Each step draws a rank b: its loss, gradients and update are those of the first b ranks of every adapter.
+    """Each step draws a rank b: its loss and gradients are those of the first b ranks of every adapter.
 
-    The others count as zero in that step, so that they get gradients of zero. The scaling is lora.alpha over lora.r at
-    every rank.
+    The others count as zero in that step, so that they get gradients of zero; the optimizer's momentum and weight decay
+    move them on. The scaling is lora.alpha over lora.r at every rank.
 
     Source: DyLoRA, Valipour et al. 2022, arXiv:2210.07558, where all b ranks are updated, not the b-th alone.
     """
