@@ -36,7 +36,7 @@ def seal(checkpoint: Path) -> None:
     """
     files, there = {}, _files(checkpoint)
     for path in there:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
             files[path.relative_to(checkpoint).as_posix()] = [path.stat().st_size, _sha256(file)]
     for folder in {checkpoint.parent, *(path.parent for path in there)}:  # the names of files, and the checkpoint's own

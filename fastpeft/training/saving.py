@@ -114,7 +114,7 @@ def _put_in_place(beside: Path, folder: Path) -> None:
         if path.is_dir():
             target.mkdir(exist_ok=True)
             continue
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(path, target)
         settle(target.parent)

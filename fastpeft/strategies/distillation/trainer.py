@@ -187,7 +187,7 @@ def _prompt(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     there = mask.bool()
     ids, labels = ids[there], labels[there]
     learned = (labels != IGNORED).nonzero().flatten()
-    start = int(learned[-1])
+    start = int(learned[-1]) if learned.numel() else len(ids)  # of a row that has no answer, all
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1
     return ids[: max(1, start)]
