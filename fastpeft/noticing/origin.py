@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from fastpeft.memory.exhaustion.retrying import why_not_rerun
 from .batches import IGNORED
 from .gradients import all_finite
 
+LARGE = 1e4
+"""No adapter and no head is trained to values beyond."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,6 +36,8 @@ def origin(model: nn.Module, call: Call | None) -> str:
     """
     if (name := frozen_not_finite(model)) is not None:
         return f"the frozen {name} holds NaN or infinity: load the model anew, and look for what writes there"
+    if (most := _largest(p for p in model.parameters() if p.requires_grad)) > LARGE:
+        return f"what is trained has grown to {most:.0e}: try a lower learning rate, or max_grad_norm"
     if call is None:
         return _RAN_AWAY
     labels = call.kwargs.get("labels")
@@ -69,6 +73,12 @@ def frozen_not_finite(model: nn.Module) -> str | None:
         if any(end != end for end in _ends(buffer)):
             return f"buffer {name}"
     return None
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """Of what is finite."""
+    with torch.no_grad():
+        return max((float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
 def _ends(tensor: Tensor) -> tuple[float, ...]:

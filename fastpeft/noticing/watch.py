@@ -194,9 +194,20 @@ class Watch:
         self._bad_step = self._bad_step or self._before + step
         if any(notice.kind == "not-finite" for notice in self.notices) or self._all_finite():
             return  # said, or the step was skipped
-        text = f"the gradients of step {self._bad_step} are no numbers, nor is what they trained: {self.origin()}"
+        which = self._which(parameters, norms)
+        text = (
+            f"the gradients of step {self._bad_step} are no numbers{which}, nor is what they trained: {self.origin()}"
+        )
         self._notices.add("not-finite", text)
         raise FloatingPointError(text)
+
+    def _which(self, parameters: list[Tensor], norms: Tensor) -> str:
+        """Where some gradients are numbers, the last that is none: backward passes go from the last to the first."""
+        bad = [p for p, finite in zip(parameters, norms.isfinite().tolist(), strict=False) if not finite]
+        if len(bad) == len(parameters):
+            return ""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return f" ({len(bad)} of {len(parameters)}, the last is of {names.get(id(bad[-1]))})"
 
     def _all_finite(self) -> bool:
         return all_finite(p for p in self.model.parameters() if p.requires_grad)

@@ -96,8 +96,11 @@ class TestNotFinite:
         model = make("llama")
         mlp = model.get_base_model().model.layers[0].mlp
         mlp.act_fn = Root()
-        with pytest.raises(FloatingPointError, match=r"backward pass of base_model\.model\.model\.layers\.0\.mlp:?"):
+        with pytest.raises(
+            FloatingPointError, match=r"backward pass of base_model\.model\.model\.layers\.0\.mlp$"
+        ) as raised:
             loop(model, 3)
+        assert "(4 of 28, the last is of base_model.model.model.layers.0" in str(raised.value)
 
     def test_training_that_runs_away(self) -> None:
         with pytest.raises(FloatingPointError, match="a lower learning rate"):
