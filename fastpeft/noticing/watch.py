@@ -181,8 +181,9 @@ class Watch:
             return
         self._bad_losses += 1
         if self._bad_losses == LOSSES and self._all_finite():
-            found = f"the loss of {LOSSES} batches by step {self._before + self._step} is no number"
-            self._notices.add("loss", f"{found}: {self.origin()}")
+            step = self._before + self._step
+            text = f"the loss of {LOSSES} batches by step {step} is no number: {self.origin()}"
+            self._notices.add("loss", text)
 
     def _norms_read(self, gradients: Gradients, parameters: list[Tensor], norms: Tensor, step: int) -> None:
         finite = gradients.note(parameters, norms)
