@@ -121,14 +121,16 @@ class FirstBatches:
         """Whether there were labels, and none to learn."""
         return bool(self._unlabelled and not self._labelled)
 
+    @property
+    def unlabelled(self) -> str:
+        """In words, where that is so. It is no fault where the script computes a loss of its own."""
+        return (
+            f"all labels of the first {self._unlabelled} batches are {IGNORED}, which the loss ignores: nothing is "
+            "learned; look at how labels are masked, and whether prompts fill max_length"
+        )
+
     def judge(self) -> None:
         """What can be said of all batches together."""
-        if self.only_ignored:
-            self._notices.add(
-                "no-labels",
-                f"all labels of the first {self._unlabelled} batches are {IGNORED}, which the loss ignores: nothing is "
-                "learned; look at how labels are masked, and whether prompts fill max_length",
-            )
         if self._same and self._rows > RUN and len(self._labels) > 1:
             self._notices.add(
                 "no-input",

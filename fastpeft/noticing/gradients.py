@@ -38,7 +38,7 @@ class Gradients:
 
         Those are norms, and behind them 1 where a gradient scaler has the optimizer skip this step, else 0.
         """
-        found = [(p, _local(p.grad)) for p in self.given if p.grad is not None]
+        found = [(p, local_part(p.grad)) for p in self.given if p.grad is not None]
         found = [(p, grad) for p, grad in found if grad.numel() and grad.layout is torch.strided]
         if not found:
             return None
@@ -57,7 +57,7 @@ class Gradients:
         return bool(norms[-1]) or bool(norms.isfinite().all())
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded one."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
@@ -65,7 +65,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def all_finite(parameters: Iterable[Tensor]) -> bool:
     """Waits for the device."""
-    return all(bool(_local(p.detach()).isfinite().all()) for p in parameters)
+    return all(bool(local_part(p.detach()).isfinite().all()) for p in parameters)
 
 
 def without_gradient(model: nn.Module, optimizers: Sequence[Gradients]) -> str | None:

@@ -15,7 +15,7 @@ from fastpeft.memory.exhaustion.before import StateBefore
 from fastpeft.memory.exhaustion.retrying import why_not_rerun
 
 from .batches import IGNORED
-from .gradients import all_finite
+from .gradients import all_finite, local_part
 
 LARGE = 1e4
 """No adapter and no head is trained to values beyond."""
@@ -78,7 +78,8 @@ def frozen_not_finite(model: nn.Module) -> str | None:
 def _largest(tensors: Iterable[Tensor]) -> float:
     """Of what is finite."""
     with torch.no_grad():
-        return max((float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in tensors if t.numel()), default=0.0)
+        parts = [part for t in tensors if (part := local_part(t)).numel()]
+        return max((float(part.nan_to_num(0.0, 0.0, 0.0).abs().max()) for part in parts), default=0.0)
 
 
 def _ends(tensor: Tensor) -> tuple[float, ...]:

@@ -187,6 +187,8 @@ class Watch:
 
     def _norms_read(self, gradients: Gradients, parameters: list[Tensor], norms: Tensor, step: int) -> None:
         finite = gradients.note(parameters, norms)
+        if gradients.steps <= SETTLED and self._batches.seen >= FIRST:
+            self._judge_labels()
         if gradients.steps == SETTLED:
             self._judge_gradients()
         if finite:
@@ -220,8 +222,14 @@ class Watch:
         finally:
             self._busy = False
 
+    def _judge_labels(self) -> None:
+        """No gradient came either: labels that are all ignored may be another loss's affair."""
+        ours = [gradients for gradients in self._optimizers.values() if gradients.ours and gradients.steps]
+        if self._batches.only_ignored and ours and not any(gradients.received for gradients in ours):
+            self._notices.add("no-labels", self._batches.unlabelled)
+
     def _judge_gradients(self) -> None:
-        if self._batches.only_ignored:
+        if any(notice.kind == "no-labels" for notice in self.notices):
             return
         ours = [gradients for gradients in self._optimizers.values() if gradients.ours]
         self._notices.add("no-gradient", without_gradient(self.model, ours))
@@ -230,6 +238,7 @@ class Watch:
         self._readings.read(wait=True)
         if self._batches.seen < FIRST:
             self._batches.judge()
+            self._judge_labels()
         if any(LEAST <= gradients.steps < SETTLED for gradients in self._optimizers.values()):
             self._judge_gradients()
 

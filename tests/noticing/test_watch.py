@@ -100,7 +100,7 @@ class TestNotFinite:
             FloatingPointError, match=r"backward pass of base_model\.model\.model\.layers\.0\.mlp$"
         ) as raised:
             loop(model, 3)
-        assert "(4 of 28, the last is of base_model.model.model.layers.0" in str(raised.value)
+        assert "(10 of 28, the last is of base_model.model.model.layers.0.mlp.gate_proj" in str(raised.value)
 
     def test_training_that_runs_away(self) -> None:
         with pytest.raises(FloatingPointError, match="a lower learning rate"):
@@ -182,6 +182,20 @@ class TestData:
         assert notice.kind == "no-labels" and "all labels of the first 8 batches are -100" in notice.text
         [notice] = loop(make("llama"), 2, batches=ignored).notices
         assert "all labels of the first 2 batches are -100" in notice.text
+
+        model = make("llama")
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        with fastpeft.watch(model) as watch:
+            for _ in range(9):
+                model(**ignored(model)).logits.square().mean().backward()  # a loss of the script's own
+                optimizer.step()
+        assert kinds(watch) == []
+
+    def test_batches_whose_labels_are_ignored_later(self) -> None:
+        def ignored(model: nn.Module) -> dict[str, Tensor]:
+            given = batch(model)
+            return given | {"labels": torch.full_like(given["labels"], -100)}
+
         late = Late(8, batch, ignored)
         [notice] = loop(make("llama"), 12, batches=late).notices
         assert notice.kind == "loss" and "all labels of the batch are -100" in notice.text
