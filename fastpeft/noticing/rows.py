@@ -36,9 +36,10 @@ def leak(training: Any, evaluation: Any) -> str | None:
 
 def _is_table(rows: Any) -> bool:
     plain = isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows[:1])
-    columns = getattr(rows, "features", None)  # without those of pictures and sound, which take long to be read
-    read = columns is not None and hasattr(rows, "with_format") and hasattr(rows, "__len__")
-    return plain or (read and not any(hasattr(column, "decode_example") for column in columns.values()))
+    columns: Any = getattr(rows, "features", None)
+    if columns is None or not hasattr(rows, "with_format") or not hasattr(rows, "__len__"):
+        return plain
+    return not any(hasattr(column, "decode_example") for column in columns.values())  # pictures take long to be read
 
 
 def _keys(rows: Any) -> Iterator[bytes | None]:
