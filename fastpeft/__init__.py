@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .memory.packed.loading import load
     from .memory.plan.planning import plan
     from .memory.policy import LayerPolicy, MemoryPolicy
+    from .noticing.watch import watch
     from .reporting import report
     from .tuning import tune, use_tuned
     from .verification import verify
@@ -35,6 +36,7 @@ _HOME = {
     "report": "reporting",
     "fp8_report": "fp8_reporting",
     "verify": "verification",
+    "watch": "noticing.watch",
     "tune": "tuning",
     "use_tuned": "tuning",
     "lora_config": "integrations.peft",
@@ -65,6 +67,7 @@ __all__ = [
     "tune",
     "use_tuned",
     "verify",
+    "watch",
 ]
 
 

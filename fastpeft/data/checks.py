@@ -10,7 +10,7 @@ from typing import Any
 
 from .chat import messages_of
 from .encoded import Encoded
-from .kinds import Kind
+from .kinds import Kind, kind_of
 from .near import NearIndex, Sketch, runs_of
 
 WORDS = 3
@@ -37,6 +37,15 @@ class Sample:
 def samples(encoded: Encoded, kind: Kind) -> list[Sample]:
     """The rows that an encoding came from, each once."""
     return [Sample(*_parts(encoded.raw[number - 1], kind, number), number) for number in dict.fromkeys(encoded.numbers)]
+
+
+def both_sides(rows: Encoded, evaluation: Encoded | None, kind: Kind) -> tuple[list[Sample], list[Sample]]:
+    """Those to train on, and those to evaluate on, without documents that have blocks on either side."""
+    measured = [] if evaluation is None else samples(evaluation, kind)
+    if evaluation is not None and evaluation.raw is rows.raw:
+        divided = set(rows.numbers)
+        measured = [row for row in measured if row.number not in divided]
+    return samples(rows, kind), measured
 
 
 def repeated(rows: Sequence[Sample]) -> list[int]:
@@ -105,6 +114,13 @@ def notes_on(training: Sequence[Sample], evaluation: Sequence[Sample], *, labell
         if missing := sorted(known - asked):
             found.append(f"no evaluation row has the training rows' label {_named(missing)}: it is not measured")
     return found
+
+
+def leak_notes(rows: Encoded, evaluation: Encoded | None, task: str) -> list[str]:
+    """In words, at most one: evaluation rows whose text is trained on. `task` is what the rows are read for."""
+    training, measured = both_sides(rows, evaluation, kind_of(rows.raw.column_names, task))
+    found = leaked(training, measured) if measured else []
+    return [leak_note(found, len(measured))] if found else []
 
 
 def leak_note(numbers: Sequence[int], of: int) -> str:

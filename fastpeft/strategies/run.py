@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.errors import Interrupted, UserError
+from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import folder as run_folder
 from fastpeft.training.arguments import check, training_arguments
@@ -42,7 +43,7 @@ def train(config: FastpeftConfig, console: Console, *, resume: bool = False, ove
         UserError: something in the configuration cannot be; nothing was written.
         MissingExtraError: a package is missing.
         Interrupted: a signal came; a checkpoint was saved.
-        RunFailed: the loss became NaN.
+        RunFailed: the loss, or what is trained, is no number any more.
     """
     ready = check_run(config, console, resume=resume, overwrite=overwrite)
     with ExitStack() as held:
@@ -104,6 +105,8 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     import fastpeft
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
+    from fastpeft.noticing.watch import Watch
+    from fastpeft.training.loading import check_ids
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
     from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
     from fastpeft.training.stopping import StopOnSignal
@@ -118,6 +121,7 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     arguments = strategy.settle(prepared, ready.arguments, checkpoint, console)
     console.print("loading the model", highlight=False)
     model = strategy.load(prepared, device, dtype)
+    check_ids(model, prepared)
     if config.data.packing:
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console, generates=strategy.read_as is None)
@@ -139,12 +143,21 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
         run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
     strategy.before(prepared, trainer)
     explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
-    with half_checkpoints_deleted(trainer, target), stop, progress, PeakMemory(device) as peak, explained:
-        if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
-            _restore(trainer, checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    nan.check(model)
+    watch = Watch(
+        trainer.model,
+        tokenizer=prepared.tokenizer,
+        steps_before=lambda: trainer.state.global_step,
+        tell=partial(_show_note, console),
+    )
+    try:
+        with half_checkpoints_deleted(trainer, target), stop, progress, PeakMemory(device) as peak, explained, watch:
+            if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
+                _restore(trainer, checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except FloatingPointError as error:
+        raise RunFailed(f"no adapter was saved: {error}") from error
+    nan.check(model, watch.origin)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         saved = last_checkpoint(target)
         assert saved is not None
@@ -172,7 +185,7 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
         tokens_per_second=speed.tokens_per_second,
         peak_mib=peak.mib,
         peak_method=peak.method,
-        notes=[*notes, *findings.notes],
+        notes=[*notes, *map(str, watch.notices), *findings.notes],
         memory=prepared.memory.report,
         predicted_mib=None if prepared.memory.plan is None else prepared.memory.plan.need.total / 2**20,
         accelerated=_accelerated(model) if config.acceleration.enabled else "",
@@ -233,8 +246,12 @@ def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console, *, gene
     if dtype == torch.float16 and "t5" in model.config.model_type:
         notes.append("T5 models are known to overflow in float16: if the loss becomes NaN, set model.dtype to float32")
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        _show_note(console, note)
     return notes
+
+
+def _show_note(console: Console, note: str) -> None:
+    console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _accelerated(model: Any) -> str:

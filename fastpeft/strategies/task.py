@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastpeft.config import FastpeftConfig
-from fastpeft.data.checks import leak_note, leaked, nearly_leaked, notes_on, samples
+from fastpeft.data.checks import both_sides, leak_note, leaked, nearly_leaked, notes_on
 from fastpeft.data.kinds import kind_of
 from fastpeft.data.labels import SINGLE
 from fastpeft.errors import UserError
@@ -183,11 +183,7 @@ class TaskAdaptive(Strategy):
         """Notes on the data. Raises UserError for rows to evaluate on that are trained on, where that is asked for."""
         task = prepared.config.model.task
         kind = kind_of(prepared.rows.raw.column_names, task)
-        training = samples(prepared.rows, kind)
-        evaluation = [] if prepared.evaluation is None else samples(prepared.evaluation, kind)
-        if prepared.evaluation is not None and prepared.evaluation.raw is prepared.rows.raw:
-            divided = set(prepared.rows.numbers)  # blocks of a document that has some on either side
-            evaluation = [row for row in evaluation if row.number not in divided]
+        training, evaluation = both_sides(prepared.rows, prepared.evaluation, kind)
         notes = notes_on(training, evaluation, labelled=prepared.config.data.problem_type == SINGLE)
         threshold = self.options.near_duplicates
         found = leaked(training, evaluation) if threshold is None else nearly_leaked(training, evaluation, threshold)

@@ -62,6 +62,26 @@ def load_base(prepared: Prepared, device: Any, dtype: Any) -> tuple[Any, LoraSec
     return base, _training_what_is_fresh(config, base, fresh)
 
 
+def check_ids(model: Any, prepared: Prepared) -> None:
+    """Raise UserError for a token that the model does not know: training would end at it, on a GPU without a word."""
+    from fastpeft.noticing.batches import about
+
+    described, writes = about(model, prepared.tokenizer), prepared.config.model.task.endswith("-lm")
+    known = {"input_ids": described.embeddings, "labels": described.words if writes else None}
+    sides = {"data": prepared.rows, "the evaluation": prepared.evaluation}
+    for where, encoded in sides.items():
+        for name, count in known.items():
+            if encoded is None or count is None or name not in encoded.rows.column_names:
+                continue
+            for ids, number in zip(encoded.rows[name], encoded.numbers, strict=True):
+                if isinstance(ids, list) and (most := max(ids, default=0)) >= count:
+                    token = prepared.tokenizer.convert_ids_to_tokens(most)
+                    raise UserError(
+                        f"model.name: expected a tokenizer of the model, which knows {count} tokens, got one with "
+                        f"token {most} ({token!r}), as in row {number} of {where}"
+                    )
+
+
 def trained_in_float32(model: Any) -> None:
     """A scaled float16 gradient could not be unscaled."""
     for parameter in model.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
 from types import TracebackType
@@ -83,13 +84,11 @@ class StopAtNaN(TrainerCallback):
         if self.found is not None:
             control.should_save = control.should_evaluate = False
 
-    def check(self, model: Any) -> None:
-        """Raise RunFailed unless all was numbers to the end."""
+    def check(self, model: Any, why: Callable[[], str] | None = None) -> None:
+        """Raise RunFailed unless all was numbers to the end. `why` is asked where that comes from, and what to do."""
         if self.found is not None or not all_finite(model):
-            raise RunFailed(
-                f"{self.found or 'what was trained'} is no number, so no adapter was saved; try a lower "
-                "training.learning_rate, or model.dtype float32"
-            )
+            advice = "try a lower training.learning_rate, or model.dtype float32" if why is None else why()
+            raise RunFailed(f"{self.found or 'what was trained'} is no number, so no adapter was saved; {advice}")
 
     def _end(self, control: Any, found: str) -> None:
         self.found = self.found or found

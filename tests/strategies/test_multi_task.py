@@ -106,6 +106,7 @@ def test_language_models_learn_both_tasks(model: str, tmp_path: Path, checkpoint
     found = run(tmp_path / "run", checkpoints, model=model, generate=2 if model == "t5" else 0)
     part = {"llama": 0.5, "t5": 0.7}[model]  # T5 begins with random values: it learns the answers' letters, not which
     assert found.losses[-1] < part * found.losses[0]
+    assert not [note for note in found.record["notes"] if "labels" in note], "the model is given none, the loss is ours"
     for task in KINDS:
         loss = metrics(found)[f"{task}: loss per token"]
         assert loss["high"] < loss["baseline"] and loss["against"] == "before training"

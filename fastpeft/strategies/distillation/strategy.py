@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from fastpeft.config import FastpeftConfig
+from fastpeft.data.checks import leak_notes
 from fastpeft.errors import UserError
 from fastpeft.memory.plan.predicting import Setting
 from fastpeft.metrics.findings import Findings
@@ -87,7 +88,8 @@ class Distillation(Strategy):
         checks.check_rows(prepared, options)
         self._is_stored = self._read_stored(prepared) is not None
         self.config = config = _with_whole_paths(prepared.config)
-        return replace(prepared, config=config)
+        leaks = leak_notes(prepared.rows, prepared.evaluation, config.model.task)
+        return replace(prepared, config=config, notes=[*prepared.notes, *leaks])
 
     def planned(self, setting: Setting) -> Setting:
         notes = []

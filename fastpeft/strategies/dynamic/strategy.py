@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from fastpeft.config import FastpeftConfig, LoraSection
+from fastpeft.data.checks import leak_notes
 from fastpeft.data.labels import SINGLE
 from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Section
@@ -87,6 +88,8 @@ class Dynamic(Strategy):
     def prepare(self, console: Console) -> Prepared:
         prepared = super().prepare(console)
         data, task = prepared.config.data, prepared.config.model.task
+        leaks = leak_notes(prepared.rows, prepared.evaluation, task)
+        prepared = replace(prepared, notes=[*prepared.notes, *leaks])
         weighing = next((rule for rule in self._rules if rule.weighs), None)
         if weighing is not None and (task not in TASKS or data.problem_type not in (None, SINGLE)):
             kind = task if task not in TASKS else f"data.problem_type {data.problem_type}"

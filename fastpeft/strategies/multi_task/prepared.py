@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from fastpeft.config import DataSection, FastpeftConfig
+from fastpeft.data.checks import leak_notes
 from fastpeft.data.labels import SINGLE
 from fastpeft.errors import UserError
 from fastpeft.training.preparing import Prepared, prepare
@@ -94,8 +95,12 @@ def one_of(config: FastpeftConfig, tasks: dict[str, Prepared]) -> Prepared:
     given = {name: asdict(prepared.config.data) for name, prepared in tasks.items()}
     options: dict[str, Any] = config.strategy.options | {"tasks": given}
     resolved = replace(first.config, data=data, strategy=replace(config.strategy, options=options))
-    notes = [f"{name}: {note}" for name, prepared in tasks.items() for note in prepared.notes]
+    notes = [f"{name}: {note}" for name, prepared in tasks.items() for note in (*prepared.notes, *_leaks(prepared))]
     return Prepared(resolved, speaks.tokenizer, rows, evaluation, speaks.chat_template, notes)
+
+
+def _leaks(prepared: Prepared) -> list[str]:
+    return leak_notes(prepared.rows, prepared.evaluation, prepared.config.model.task)
 
 
 def _said(labels: list[str] | None) -> str:
