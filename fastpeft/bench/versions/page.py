@@ -27,7 +27,8 @@ def versions_table(records: Sequence[Record]) -> str:
     known = {name: [record for record in records if record.case == name] for name in names()}
     for name, found in known.items():
         if not found:
-            rows.append(f"| {name} |  |{'  |' * len(columns)} not run |  |  |")
+            said = "not run, or no such release" if name.endswith("middle") else "not run"
+            rows.append(f"| {name} |  |{'  |' * len(columns)} {said} |  |  |")
         rows += [_row(record, columns, notes) for record in found]
     floor = MINIMUM["torch"]
     torches = {torch_of(record.environment) for record in records}
