@@ -63,7 +63,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values a node stands for, each alias as often as it comes. Raises ValueError for one that holds itself."""
+    """How many values a node stands for, each alias as often as it comes; ValueError for one that holds itself."""
     if id(node) in known:
         if (found := known[id(node)]) is None:
             raise ValueError("something in it holds itself")
