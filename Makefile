@@ -14,7 +14,7 @@ ON_CPU := benchmarks/results/cpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint aot bench matrix versions docs docs-serve gpu
+.PHONY: help quickstart test test-full lint audit aot bench matrix versions docs docs-serve gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,10 @@ lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: ## known vulnerabilities of the versions in constraints.txt; asks the package index
+	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
+	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 aot: .venv/.dev ## compile every kernel for every supported GPU; no GPU needed
 	$(BIN)/python -m fastpeft_kernels.aot

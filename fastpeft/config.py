@@ -13,7 +13,7 @@ import yaml
 from fastpeft.config_keys import ELSEWHERE, check_value, key_of, keys, nearest_key
 from fastpeft.hints import nearest
 from fastpeft.structured import build, unknown_key
-from fastpeft.yaml_loading import parse_yaml
+from fastpeft.yaml_loading import LARGEST, parse_yaml
 
 SHORT = {"model": "name", "data": "path"}
 """Sections that may be given as one word: `model: NAME` is `model: {name: NAME}`."""
@@ -211,7 +211,8 @@ class FastpeftConfig:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> FastpeftConfig:
         """From a YAML file; errors as from_dict's, and ValueError for a file that is no YAML or repeats a key."""
-        return cls.from_dict(parse_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name) or {})
+        with open(path, encoding="utf-8") as file:
+            return cls.from_dict(parse_yaml(file.read(LARGEST + 1), Path(path).name) or {})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain nested dictionaries; `from_dict` gives the same configuration back."""

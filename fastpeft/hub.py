@@ -1,7 +1,9 @@
-"""The hub: whether it answers. Its libraries try for half a minute where there is no network."""
+"""The hub: whether it answers, and what it is not told. Its libraries try for long where there is no network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 WAIT_S = 3.0
@@ -14,6 +16,19 @@ def unreachable() -> str | None:
     except ConnectionError as error:
         return str(error)
     return None
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Meanwhile the hub's client tells nobody what is used: TRL has it do so for every trainer that is made."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 @cache

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
+LARGEST = 1 << 20
+"""Characters of a text, and values that it may stand for: aliases make many of few."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-4 for text, and lets a later key silently replace an earlier one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
+        seen = set()
+        for name in [self.construct_object(key, deep=True) for key, _ in node.value]:
+            if not isinstance(name, Hashable):
+                continue  # which PyYAML refuses, in its own words
+            if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", node.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -37,11 +42,37 @@ def parse_yaml(text: str, where: str) -> Any:
         where: what the message calls the text: a file or a key.
 
     Raises:
-        ValueError: it is no YAML, a key comes twice in one mapping, or something holds itself.
+        ValueError: it is no YAML, a key comes twice in one mapping, something holds itself, or it is too large.
     """
+    if len(text) > LARGEST:
+        raise ValueError(f"{where}: expected at most {LARGEST} characters, got more")
+    loader = None
     try:
-        value = yaml.load(text, Loader=_Loader)
-        json.dumps(value, default=str, skipkeys=True)  # refuses what holds itself
-        return value
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (size := _size(node, {})) > LARGEST:
+            raise ValueError(f"its aliases stand for {float(size):.0e} values, at most {LARGEST} are allowed")
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values a node stands for, each alias as often as it comes; ValueError for one that holds itself."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise ValueError("something in it holds itself")
+        return found
+    known[id(node)] = None
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        below = [each for pair in node.value for each in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    known[id(node)] = size = 1 + sum(_size(each, known) for each in below)
+    return size

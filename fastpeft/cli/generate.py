@@ -165,7 +165,9 @@ def _write(rows: Any, output: Path | None) -> None:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
     begun = output if _is_special(output) else output.with_name(f"{output.name}.part")
-    with begun.open("w", encoding="utf-8") as lines:
+    if begun != output:
+        begun.unlink(missing_ok=True)  # so that no link of somebody else's is followed
+    with begun.open("w" if begun == output else "x", encoding="utf-8") as lines:
         for row in rows:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()

@@ -11,9 +11,11 @@ from typing import Any
 from fastpeft.errors import UserError
 from fastpeft.hints import did_you_mean, nearest
 from fastpeft.hub import unreachable
+from fastpeft.integrations.datasets import opened_columns, without_network
 from fastpeft.requirements import require
 
 from .tables import csv_options
+from .untrusted import check_file, check_saved
 
 LOADERS = {
     ".jsonl": "json",
@@ -61,7 +63,8 @@ def load_rows(
         label: a table's column of classes, which may be numbers; its other columns are text.
 
     Returns:
-        A `datasets.Dataset`; a text file is one row with the column `text`.
+        A `datasets.Dataset`; a text file is one row with the column `text`. Columns of pictures, sound and the like are
+        left out: to read such a row would open the files and addresses that it names.
 
     Raises:
         UserError: there is no such thing, it cannot be read, or it is empty.
@@ -81,6 +84,7 @@ def load_rows(
     if name is not None and local.exists():
         raise UserError(f"data.name: expected null for what is no data set on the hub, got {name!r}")
     rows = _one_split(datasets, rows, split, split_key, path)
+    rows = rows.remove_columns(opened_columns(rows))
     if len(rows) == 0:
         raise UserError(f"{key}: expected at least one row, got none in {path}")
     return rows
@@ -106,12 +110,15 @@ def _from_file(datasets: Any, path: Path, key: str, label: str) -> Any:
 
 def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, label: str) -> Any:
     options: dict[str, Any] = {}
+    for file in files:
+        check_file(Path(file), loader, key)
     if loader == "text":  # of any length, so that no more than one is in memory before it is written
         options = {"sample_by": "document", "writer_batch_size": 1}
     try:
         if loader == "csv":
             options = csv_options(datasets, files, key, label)
-        return datasets.load_dataset(loader, data_files=files, split="train", **options)
+        with without_network():
+            return datasets.load_dataset(loader, data_files=files, split="train", **options)
     except UserError:
         raise
     except Exception as error:  # pyarrow's, pandas' and datasets' own, by the format
@@ -142,6 +149,7 @@ def _saved_by_datasets(folder: Path) -> bool:
 def _from_folder(datasets: Any, path: Path, split: str | None, key: str, split_key: str, label: str) -> Any:
     """A `Dataset`, or a `DatasetDict` with the wanted split."""
     if _saved_by_datasets(path):
+        check_saved(path, key)
         try:
             return datasets.load_from_disk(str(path))
         except Exception as error:
@@ -182,16 +190,13 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _from_hub(datasets: Any, path: str, name: str | None, key: str) -> Any:
     offline = unreachable()
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline is not None  # what was fetched earlier will do then
     try:
-        return datasets.load_dataset(path, name)
+        with without_network(offline is not None):  # what was fetched earlier will do then
+            return datasets.load_dataset(path, name)
     except Exception as error:  # not found, a configuration is missing, no network
         made = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = offline or f"could not be had from the hub: {_deepest(error) if made else _line(error)}"
         raise UserError(f"{key}: {path} is no local file, and {reason}") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _one_split(datasets: Any, rows: Any, split: str | None, key: str, path: str) -> Any:

@@ -17,6 +17,7 @@ from fastpeft.hub import unreachable
 from fastpeft.integrations.transformers import ATTENTION
 
 from .tasks import HEADS, auto_class
+from .untrusted import check_config, check_generation
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +71,15 @@ def quantization_of(config: FastpeftConfig) -> str:
 
 def load_config(model: ModelSection, key: str = "model.name") -> Any:
     """transformers' configuration of the model. Raises UserError where it cannot be had."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     name = checked_name(model.name, key)
     if model.revision is not None and Path(name).is_dir():
         raise UserError(f"model.revision: expected null for a folder, got {model.revision!r}")
     try:
+        check_config(PreTrainedConfig.get_config_dict(name, **_source(model))[0], key, model.trust_remote_code)
         return AutoConfig.from_pretrained(name, **_source(model))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{key}: {_why_not(model, error)}") from error
 
 
@@ -103,7 +105,7 @@ def load_tokenizer(model: ModelSection, key: str = "model.name", **options: Any)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model), **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
         # A tokenizer opens the files that it wants without asking whether they were found.
         cause: Exception = OSError("a file of it is missing") if isinstance(error, TypeError) else error
         raise UserError(f"{key}: no tokenizer: {_why_not(model, cause)}") from error
@@ -242,7 +244,7 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
     from fastpeft.memory.packed.entries import user_folder
     from fastpeft.memory.packed.loading import check_index
 
-    kind, options = auto_class(task), _source(model) | options
+    kind, options = auto_class(task), _source(model) | {"use_safetensors": True} | options
     bits = options.get("quantization_config")
     try:
         check_index(Path(model.name).expanduser())
@@ -250,12 +252,14 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
             base, info = packed_loading.from_pretrained(kind, model.name, user_folder(), **options)
         else:
             base, info = kind.from_pretrained(model.name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, MemoryError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         if model.attention is not None and ("attn" in str(error) or "Attention" in str(error)):
             raise UserError(f"model.attention: {_first_line(error)}") from error
         raise UserError(f"{key}: {_why_not(model, error)}") from error
+    if hasattr(base, "generation_config"):
+        check_generation(base.generation_config, key)
     return base, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
 
 
@@ -264,6 +268,8 @@ def _first_line(error: BaseException) -> str:
         return f"its files have no {error}"
     if isinstance(error, ImportError) and (needs := re.search(r"requires the (\w+) library", str(error))):
         return f"it needs {needs[1]}: pip install {needs[1].lower()}"
+    if isinstance(error, OSError) and "safetensors" in str(error):
+        return "it has no weights in safetensors; other files are pickles, which are never read"
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

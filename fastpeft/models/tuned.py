@@ -13,12 +13,12 @@ from fastpeft.hub import unreachable
 from . import bases
 from .new_tokens import make_room
 from .tasks import HEADS, PEFT_TASKS, UNUSED, head_options, task_of
+from .untrusted import ADAPTER_WEIGHTS, check_adapter_config, check_adapter_weights
 
 if TYPE_CHECKING:
     import torch
 
 TOKENIZER, ADAPTER = "tokenizer_config.json", "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
     if folder.is_dir() and not any((folder / mark).is_file() for mark in (ADAPTER, "config.json")):
         raise UserError(f"{key}: expected a folder with adapter_config.json or config.json, got {name}{_runs(folder)}")
     adapter = _adapter_config(name, folder, key)
+    if adapter is not None:
+        check_adapter_config(adapter, key)
     if adapter is not None and not folder.is_dir() and (config_file := _file_of(name, "config.yaml")) is not None:
         run = _run_of(config_file.parent)
     else:
@@ -102,7 +104,18 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
     problem = run.data.problem_type if run else None
     chats = run.data.chat_template is not None if run else None
     length = run.data.max_length if run else None
-    return Source(name, model, path, task, chats, tuple(adapter.modules_to_save or ()), labels, problem, length, config)
+    return Source(
+        name,
+        model,
+        path,
+        task,
+        chats,
+        tuple(getattr(adapter, "modules_to_save", None) or ()),
+        labels,
+        problem,
+        length,
+        config,
+    )
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:
@@ -157,15 +170,24 @@ def attach(source: Source, base: Any) -> Any:
     """The adapter on its base, in evaluation mode; errors as `load`."""
     from peft import PeftModel
 
-    assert source.adapter is not None
-    folder = source.adapter if Path(source.adapter).is_dir() else _weights_of(source.adapter)
+    folder = adapter_folder(source, base)
     if source.tokenizer_from == source.adapter:
-        make_room(base, lambda: len(load_tokenizer(source)), Path(folder))
+        make_room(base, lambda: len(load_tokenizer(source)), folder)
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if "size mismatch" in line), str(error))
         raise UserError(f"MODEL: {source.name} does not fit {source.model.name}: {reason.splitlines()[0]}") from error
+
+
+def adapter_folder(source: Source, base: Any) -> Path:
+    """Where the adapter's files are, its weights looked at before anything is made of them; errors as `load`."""
+    from peft import PeftConfig
+
+    assert source.adapter is not None
+    folder = Path(source.adapter) if Path(source.adapter).is_dir() else _weights_of(source.adapter)
+    check_adapter_weights(folder, PeftConfig.from_pretrained(str(folder)), base, "MODEL")
+    return folder
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -190,7 +212,7 @@ def _adapter_config(name: str, folder: Path, key: str) -> Any:
 
     try:
         return PeftConfig.from_pretrained(str(file.parent))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{key}: {name}/adapter_config.json cannot be read: {error}") from error
 
 
@@ -216,9 +238,9 @@ def _file_of(name: str, file: str) -> Path | None:
 
 def _weights_of(name: str) -> Path:
     """Folder of an adapter from the hub. PEFT would ask for each file anew, and wait where there is no network."""
-    found = next((path for file in WEIGHTS if (path := _file_of(name, file))), None)
+    found = _file_of(name, ADAPTER_WEIGHTS)
     if found is None:
-        raise UserError(f"MODEL: {name} has no {WEIGHTS[0]} here, and {unreachable() or 'none on the hub'}")
+        raise UserError(f"MODEL: {name} has no {ADAPTER_WEIGHTS} here, and {unreachable() or 'none on the hub'}")
     return found.parent
 
 

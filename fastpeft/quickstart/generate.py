@@ -24,7 +24,7 @@ if request["quantization"] == "nf4":
 if request["device"] == "cuda":
     options["device_map"] = {"": 0}
 tokenizer = AutoTokenizer.from_pretrained(request["model"])
-base = AutoModelForCausalLM.from_pretrained(request["model"], **options)
+base = AutoModelForCausalLM.from_pretrained(request["model"], use_safetensors=True, **options)
 for module in base.modules():
     if hasattr(module, "support_avx512bf16_for_cpu"):
         # bitsandbytes' own form of the weights for some CPUs; it fails where rows are no multiple of the block size.

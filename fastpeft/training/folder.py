@@ -15,6 +15,7 @@ from fastpeft.errors import UserError
 from fastpeft.paths import can_be_made, write_whole
 
 from .checkpoints import checkpoints, last_checkpoint
+from .trainer_state import check_trainer_state
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
 FINGERPRINT, PROCESSES = "data.sha256", "processes.txt"
@@ -83,6 +84,7 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         if (found := last_checkpoint(folder)) is None:
             none = "none that is whole" if checkpoints(folder) else "none"
             raise UserError(f"--resume: expected a checkpoint in training.output_dir, got {none} in {folder}")
+        check_trainer_state(found)
         return found
     if _holds_a_model(folder):
         raise UserError(f"training.output_dir: expected a folder of a run or a new one, got a model's: {folder}")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastpeft.errors import UserError
+from fastpeft.hub import without_telemetry
 from fastpeft.metrics.classification import classification_metrics
 from fastpeft.metrics.multilabel import multilabel_metrics
 from fastpeft.metrics.regression import regression_metrics
@@ -64,7 +65,7 @@ def _decoder_trainer(given: dict[str, Any], subclass: Callable[[type], Any]) -> 
     head = given["model"].get_output_embeddings()
     if trains_single_rows(head):
         head.register_parameter("bias", None)  # TRL reads it beside the weight, which has the trained rows in it
-    with dtypes_kept(given["model"]):
+    with dtypes_kept(given["model"]), without_telemetry():
         try:
             return subclass(trl.SFTTrainer)(**given)
         except ValueError as error:

@@ -82,7 +82,7 @@ def with_more_layers(folder: Path) -> None:
     ("breaks", "message"),
     [
         (cut_off, " could not be loaded: Error while deserializing header: "),
-        (lambda folder: (folder / "model.safetensors").unlink(), " could not be loaded: Error no file named "),
+        (lambda folder: (folder / "model.safetensors").unlink(), " could not be loaded: it has no weights in "),
         (of_another_width, " could not be loaded: its weights have other shapes than its config.json says"),
         (with_more_layers, " has no values for model.layers.2.input_layernorm, "),
     ],

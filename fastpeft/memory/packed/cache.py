@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastpeft_kernels.common.private import others_may_write, private_folder
+
 from .entries import LOCK, MANIFEST, SUFFIX, UNFINISHED
 from .files import Damaged, Packed, check, contents, write
 
@@ -53,6 +55,11 @@ class PackedCache:
         self._stack = ExitStack()
 
     def __enter__(self) -> PackedCache:
+        try:
+            private_folder(self.folder)
+        except OSError as error:
+            self._give_up(error)
+            return self
         if not self._finished():
             self._lock()
         self._scan()
@@ -106,8 +113,6 @@ class PackedCache:
 
         lock = FileLock(self.folder / LOCK)
         try:
-            self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -129,10 +134,12 @@ class PackedCache:
             try:
                 if path.is_symlink():
                     raise Damaged("a link")
+                if reason := others_may_write(path):
+                    raise Damaged(f"a file {reason}")
                 for target, (source, parts) in contents(path).items():
                     self.sources[target] = source
                     self._places[target] = (path, parts)
-            except Damaged as error:
+            except (Damaged, OSError) as error:
                 self._drop(path, error)
             else:
                 self._checks[path] = checkers.submit(check, path)

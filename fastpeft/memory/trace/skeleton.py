@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.config import LoraSection
+from fastpeft.errors import UserError
 from fastpeft.models.adapters import attach_adapter
 from fastpeft.models.tasks import auto_class, head_options
 
@@ -55,13 +56,16 @@ def build(
         whole: trace every layer, not only the first ones.
 
     Raises:
-        UserError: the adapter does not fit the model.
+        UserError: no model can be made of the configuration, or the adapter does not fit it.
     """
     config = copy.deepcopy(config)
     for name, value in head_options(task, None, None).items():
         setattr(config, name, value)
-    with torch.device("meta"):
-        model = auto_class(task).from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = auto_class(task).from_config(config, dtype=dtype)
+    except (RuntimeError, ArithmeticError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(f"MODEL: no model can be made as its config.json says: {error}") from error
     model.config.use_cache = False
     order = _keep_first_layers(model, whole)
     if packed:

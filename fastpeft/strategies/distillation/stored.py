@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -106,9 +107,10 @@ def write(
         raise RuntimeError(f"expected {len(rows)} rows in the batches, got {len(counts) - 1}")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"logits": torch.cat(logits), "words": torch.cat(words), "starts": torch.tensor(counts).cumsum(0)}
-    part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part, {**about, "format": FORMAT})
-    os.replace(part, path)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+        part = Path(beside, path.name)
+        save_file(tensors, part, {**about, "format": FORMAT})
+        os.replace(part, path)
 
 
 def about(rows: Encoded, teacher: str, k: int, max_length: int | None) -> dict[str, str]:

@@ -190,7 +190,9 @@ class Choice:
 
     def beside(self, student: Any) -> SameBase:
         """The student's base as the teacher; only where it `shares`."""
-        return SameBase(student, None if self.source is None else self.source.adapter)
+        if self.source is None:
+            return SameBase(student, None)
+        return SameBase(student, str(_about(tuned.adapter_folder, self.source, student)))
 
 
 def check_vocabularies(student: Any, teacher: Any, name: str) -> None:

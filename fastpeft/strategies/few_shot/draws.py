@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastpeft.metrics.findings import Findings, Metric, Section
 from fastpeft.metrics.intervals import over_seeds
+from fastpeft.paths import write_whole
 
 DRAWS = "few_shot_draws.json"
 
@@ -43,9 +44,7 @@ def read(folder: Path) -> list[Draw]:
 
 
 def write(folder: Path, draws: Sequence[Draw]) -> None:
-    begun = folder / f"{DRAWS}.part"
-    begun.write_text(json.dumps([asdict(draw) for draw in draws], indent=1) + "\n", encoding="utf-8")
-    begun.replace(folder / DRAWS)
+    write_whole(folder / DRAWS, json.dumps([asdict(draw) for draw in draws], indent=1) + "\n")
 
 
 def findings(draws: Sequence[Draw], trained: str, rows: int) -> Findings:

@@ -4,6 +4,7 @@ The compiler is called directly, into a temporary file that is then renamed: `to
 a lock in that folder, and a process that is killed while it builds leaves the lock behind for all others to wait on.
 The shell that calls the compiler renames the file too: a process that ends meanwhile leaves the result to the next.
 The lock here is the kernel's, which nobody who is dead holds: several processes that begin together compile once.
+What is loaded runs, so it must be this user's or root's, in a folder that nobody else may write.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..common.private import others_may_write, private_folder
+
 logger = logging.getLogger("fastpeft")
 SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "skinny.cpp")
 HEADERS = ("decode_lookup.h", "half.h")
@@ -28,7 +31,7 @@ HEADERS = ("decode_lookup.h", "half.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.
 THREADS = ("-fopenmp",)
-_FINISH = 'from=$1 to=$2; shift 2; "$@" && mv -f "$from" "$to"; code=$?; rm -f "$from"; exit $code'
+_FINISH = 'umask 077; from=$1 to=$2; shift 2; "$@" && mv -f "$from" "$to"; code=$?; rm -f "$from"; exit $code'
 
 
 @cache
@@ -69,21 +72,20 @@ def built(
         about: whatever else makes the result another one.
 
     Raises:
-        OSError, RuntimeError, subprocess.SubprocessError: it cannot be compiled here.
+        OSError, RuntimeError, subprocess.SubprocessError: it cannot be compiled here, or others may write there.
     """
     from torch.utils import cpp_extension
 
     paths = [Path(__file__).with_name(source) for source in sources]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in (*paths, *map(Path(__file__).with_name, headers))))
     key.update(f"{flags} {last} {about}".encode())
-    folder = Path(cpp_extension.get_default_build_root()) / "fastpeft"
+    folder = private_folder(Path(cpp_extension.get_default_build_root()) / "fastpeft")
     library = folder / f"{name}_{key.hexdigest()[:16]}.so"
     if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+        return _trusted(library)
     with _alone(library.with_suffix(".lock")) as lock:
         if library.exists():  # another process had it compiled meanwhile
-            return library
+            return _trusted(library)
         handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
@@ -91,6 +93,12 @@ def built(
             _run(["sh", "-c", _FINISH, "sh", unfinished, str(library), *command], lock)
         finally:
             Path(unfinished).unlink(missing_ok=True)
+    return library
+
+
+def _trusted(library: Path) -> Path:
+    if reason := others_may_write(library):
+        raise PermissionError(f"{library}: expected a file that only this user may write, got one {reason}; delete it")
     return library
 
 

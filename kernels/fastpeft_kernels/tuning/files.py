@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..common.private import others_may_write, private_folder
 from .records import UnusableError, Winner, from_text, to_text
 
 LARGEST = 4 << 20
@@ -42,6 +43,8 @@ def read(path: Path, device: str) -> list[Winner]:
             return []
         if not path.is_file():
             raise UnusableError("not a file")
+        if path.parent != SHIPPED and (reason := others_may_write(path.parent) or others_may_write(path)):
+            raise UnusableError(f"expected a file and a folder that only this user may write, got one {reason}")
         if (size := path.stat().st_size) > LARGEST:
             raise UnusableError(f"expected at most {LARGEST} bytes, got {size}")
         return from_text(path.read_text(encoding="utf-8"), device, any_versions=path.parent == SHIPPED)
@@ -57,11 +60,11 @@ def add(path: Path, device: str, winners: Iterable[Winner]) -> None:
     Other processes may do the same at the same time: nothing is lost, and whoever reads finds a whole file.
 
     Raises:
-        OSError: it cannot be written, or another process keeps the lock for half a minute.
+        OSError: it cannot be written, others may write there, or another process keeps the lock for half a minute.
     """
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     with FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
         try:
             kept = read(path, device)

@@ -1,0 +1,152 @@
+"""Data that means harm: archives under other names, files that grow, rows that name other files and addresses."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastpeft.config import FastpeftConfig
+from fastpeft.data import untrusted
+from fastpeft.data.rows import load_rows
+from fastpeft.errors import UserError
+from fastpeft.yaml_loading import LARGEST, parse_yaml
+from tests.fresh import run_fresh
+
+ROW = b'{"text": "some words"}\n'
+
+
+def tar(path: Path) -> None:
+    (path.parent / "row").write_bytes(ROW)
+    with tarfile.open(path, "w") as file:
+        file.add(path.parent / "row", "../../row")
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("row.jsonl", ROW)
+
+
+def behind_text(path: Path) -> None:
+    path.write_bytes(ROW)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("row.jsonl", ROW)
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        ("gzip", lambda path: path.write_bytes(gzip.compress(ROW))),
+        ("bz2", lambda path: path.write_bytes(bz2.compress(ROW))),
+        ("xz", lambda path: path.write_bytes(lzma.compress(ROW))),
+        ("zip", zipped),
+        ("zip", behind_text),
+        ("tar", tar),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+def test_archives_are_not_unpacked(kind: str, write: Callable[[Path], object], name: str, tmp_path: Path) -> None:
+    """`datasets` would, by what is in a file and whatever its name is: to any size."""
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=f"got {kind} in .*{name}; unpack it first"):
+        load_rows(str(tmp_path / name), split=None)
+
+
+def test_a_table_that_grows_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long value, named again and again: neither the file's size nor what it says of itself tells."""
+    monkeypatch.setattr(untrusted, "FREE", 1 << 20)
+    word = pa.array(["x" * (1 << 16)])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), word)
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "rows.parquet").stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"expected at most 1 MiB in .*: it grows out of proportion"):
+        load_rows(str(tmp_path / "rows.parquet"), split=None)
+    pq.write_table(pa.table({"text": ["some words", "and others"]}), tmp_path / "rows.parquet")
+    assert len(load_rows(str(tmp_path / "rows.parquet"), split=None)) == 2
+
+
+@pytest.mark.parametrize("depth", [200_000, 257])
+def test_brackets_that_would_end_the_process(depth: int, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": ' + "[" * depth + "]" * depth + "}\n")
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: expected at most 256 brackets in one another"):
+        load_rows(str(tmp_path / "rows.jsonl"), split=None)
+
+
+def test_brackets_within_texts_are_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": '\\"' + "[{" * 500}) + "\n")
+    assert load_rows(str(tmp_path / "rows.jsonl"), split=None)["text"] == ['\\"' + "[{" * 500]
+
+
+def test_pictures_are_left_out_unopened(tmp_path: Path) -> None:
+    """A row with a picture is a file or an address, which whoever reads the row would open."""
+    rows = datasets.Dataset.from_dict({"text": ["words"], "image": [{"path": "http://127.0.0.1:9/x", "bytes": None}]})
+    kinds = {"text": datasets.Value("string"), "image": datasets.Image()}
+    pq.write_table(rows.cast(datasets.Features(kinds)).data.table, tmp_path / "rows.parquet")
+    assert load_rows(str(tmp_path / "rows.parquet"), split=None)[0] == {"text": "words"}
+    nested = datasets.Features({"deep": datasets.List({"one": datasets.Image()}), "text": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"deep": [[]], "text": ["words"]}, features=nested)
+    empty.save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "saved"), split=None).column_names == ["text"]
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", 3])
+def test_saved_rows_are_in_their_folder(name: object, tmp_path: Path) -> None:
+    for folder in ("saved", "other"):
+        datasets.Dataset.from_dict({"text": ["words"]}).save_to_disk(tmp_path / folder)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match=r"expected names of files in .*saved, got"):
+        load_rows(str(tmp_path / "saved"), split=None)
+
+
+def test_splits_are_in_their_folder(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["words"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["../../elsewhere"]}))
+    with pytest.raises(UserError, match=r"expected names of files in .*saved, got '../../elsewhere'"):
+        load_rows(str(tmp_path / "saved"), split=None)
+
+
+@pytest.mark.parametrize(
+    "link", ["[*a{0},*a{0},*a{0},*a{0},*a{0},*a{0},*a{0},*a{0},*a{0},*a{0}]", "{{<<: [*a{0},*a{0}]}}"]
+)
+def test_few_lines_that_stand_for_many(link: str) -> None:
+    """Billion laughs: in lists, and in merged mappings, which PyYAML copies."""
+    laughs = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {link.format(i - 1)}\n" for i in range(1, 25))
+    with pytest.raises(ValueError, match=r"its aliases stand for \de\+\d+ values, at most 1048576 are allowed"):
+        parse_yaml(laughs, "run.yaml")
+
+
+def test_an_alias_is_fine_and_a_long_file_is_not(tmp_path: Path) -> None:
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "x") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+    assert parse_yaml("", "x") is None
+    (tmp_path / "run.yaml").write_text("x" * (LARGEST + 1))
+    with pytest.raises(ValueError, match=r"run.yaml: expected at most 1048576 characters, got more"):
+        FastpeftConfig.from_yaml(tmp_path / "run.yaml")
+
+
+def test_yaml_makes_no_objects(tmp_path: Path) -> None:
+    for text in ("!!python/object/apply:os.system ['true']", "!!python/name:os.system ''"):
+        with pytest.raises(ValueError, match="not valid YAML"):
+            parse_yaml(text, "run.yaml")
+
+
+@pytest.mark.full
+def test_what_the_depth_is_checked_for() -> None:
+    """Arrow's own reader; once this passes without our check, DEEPEST can go."""
+    code = """
+import pyarrow.json, io
+pyarrow.json.read_json(io.BytesIO(b'{"a": ' + b'[' * 1000000 + b']' * 1000000 + b'}'))
+"""
+    with pytest.raises(AssertionError, match="exit code -11"):
+        run_fresh(code)
