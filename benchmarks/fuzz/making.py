@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 VALUES = st.recursive(
-    LEAVES, lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=6), below, max_size=3), max_leaves=8
+    LEAVES,
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=6), below, max_size=3),
+    max_leaves=8,
 )
 """Whatever JSON can hold."""
 ODD = st.sampled_from(
@@ -66,9 +68,7 @@ def part_of(draw: Callable[..., Any], whole: dict[str, Any]) -> dict[str, Any]:
     """Some keys of nested mappings; all of them at first."""
     without = draw(st.sets(st.sampled_from(sorted(whole))))
     kept = {name: value for name, value in whole.items() if name not in without}
-    return {
-        name: draw(part_of(value)) if isinstance(value, dict) and value else value for name, value in kept.items()
-    }
+    return {name: draw(part_of(value)) if isinstance(value, dict) and value else value for name, value in kept.items()}
 
 
 def as_json(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,10 @@ class Finding(NamedTuple):
     where: str
 
 
+_LISTENERS: list[Callable[[str, tuple[Any, ...]], None]] = []
+"""Of whichever input is read just now."""
+
+
 class _TooLongError(BaseException):
     """No Exception: what is read must not take it for something wrong with the file."""
 
@@ -66,8 +71,7 @@ class Examiner:
         self.target, self.folder, self.longest_s = target, folder.resolve(), longest_s
         self.accepted = 0
         self._outside: list[str] = []
-        self._watches = False
-        sys.addaudithook(self._heard)
+        _listen()
 
     def __call__(self, data: bytes) -> Finding | None:
         """What is wrong; None where the promise holds."""
@@ -93,23 +97,32 @@ class Examiner:
     def _watched(self) -> Iterator[None]:
         before = signal.signal(signal.SIGPROF, _too_long)
         signal.setitimer(signal.ITIMER_PROF, self.longest_s)
-        self._watches = True
+        _LISTENERS.append(self._heard)
         try:
             yield
         finally:
-            self._watches = False
+            _LISTENERS.clear()
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._watches:
-            return
         if event == "open" and isinstance(arguments[1], str) and not set(arguments[1]) & set("wax+"):
             return
         if (event == "open" or event in _WRITES) and isinstance(arguments[0], (str, bytes, Path)):
             path = Path(arguments[0].decode() if isinstance(arguments[0], bytes) else arguments[0]).absolute()
             if path != Path("/dev/null") and self.folder not in (path, *path.parents):
                 self._outside.append(f"{event} {path}")
+
+
+@cache
+def _listen() -> None:
+    """Once a process: an audit hook stays."""
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        for listener in _LISTENERS:
+            listener(event, arguments)
+
+    sys.addaudithook(heard)
 
 
 def _too_long(number: int, frame: Any) -> None:

@@ -88,7 +88,9 @@ def with_atheris(target: Target, folder: Path, log: Log, seconds: float, corpus:
 
 def _drawn(target: Target, one: Callable[[bytes], object], count: int, number: int) -> Callable[[], None]:
     checks = list(HealthCheck)
-    how: Any = settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=checks)
+    how: Any = settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=checks
+    )
 
     @seed(number)
     @how

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterable
 
 
-def null_row(files: Iterable[str]) -> str | None:
-    """Where a row is null: pyarrow 26 is killed by a segmentation fault where a block of rows begins with one.
+def unreadable(files: Iterable[str]) -> str | None:
+    """Where a row is null, or no text in UTF-8; None where none is.
 
-    Inside a list or an object that goes over several lines, a line may be null.
+    pyarrow 26 ends with a segmentation fault where a block of rows begins with null, and takes any bytes for text,
+    which fails when a row is looked at. Inside a list or an object that goes over several lines, a line may be null.
     """
     for file in files:
         above = b""
@@ -19,6 +20,10 @@ def null_row(files: Iterable[str]) -> str | None:
                 words = line.removeprefix(codecs.BOM_UTF8).strip()
                 if words.startswith(b"null") and not above.endswith((b"[", b":", b",")):
                     return f"{file}, line {number}: expected a JSON object, got null"
+                try:
+                    words.decode()
+                except UnicodeDecodeError:
+                    return f"{file}, line {number}: expected text in UTF-8, got something else"
                 above = words or above
     return None
 

@@ -10,6 +10,7 @@ GROUPS = {
     "configuration": ("configuration", "settings"),
     "rows": ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.txt", "prompts", "chat template"),
     "records": ("records", "two files of records", "pictures of records"),
+    "notes": ("notes of runs",),
     "saved": ("tuning", "seals of checkpoints", "states of checkpoints"),
 }
 """The file here that has each target, which imports what it needs."""
@@ -21,4 +22,6 @@ def target_of(name: str) -> Target:
         if name in names:
             found: tuple[Target, ...] = import_module(f"{__name__}.{group}").TARGETS
             return next(target for target in found if target.name == name)
-    raise ValueError(f"target: expected one of {', '.join(n for names in GROUPS.values() for n in names)}, got {name!r}")
+    raise ValueError(
+        f"target: expected one of {', '.join(n for names in GROUPS.values() for n in names)}, got {name!r}"
+    )

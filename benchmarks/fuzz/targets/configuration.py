@@ -21,15 +21,18 @@ from fastpeft.training.arguments import check
 KEY = st.sampled_from([*keys(), *OTHER_NAMES, *ELSEWHERE]) | st.text(max_size=8)
 FRAGMENTS = st.sampled_from(
     [
-        *("&a [*a]", "&a {b: *a}", "*a", "!!int ''", "!!float x", "!!bool maybe", "!!timestamp x", "!!binary x", "!!set {a}"),
-        *("!!python/object:os.system [x]", "!!omap [a: 1]", "!!pairs [a]", "!!null x", "!!str", "!!merge x", "!x y"),
-        *("1e-4", "1:30:00", "0x1F", "0o7", "1_000", ".nan", "-.inf", "2024-01-01", "~", "yes", "? [a]", "? {a: b}"),
-        *("<<: *a", "<<: [1]", "|\n    text", ">-\n    text", "'", '"\\x', "[", "{", "%YAML 9.9\n---", "---\n---", "# x"),
-        *("{a: 1, a: 2}", "[[[[[[[[", "- ", "\t", "\x07", "\ufeff", "\u2028", "9" * 5000, "0x" + "f" * 5000),
+        *("&a [*a]", "&a {b: *a}", "*a", "!!int ''", "!!float x", "!!bool maybe", "!!timestamp x", "!!binary x"),
+        *("!!set {a}", "!!python/object:os.system [x]", "!!omap [a: 1]", "!!pairs [a]", "!!null x", "!!str", "!x y"),
+        *("!!merge x", "1e-4", "1:30:00", "0x1F", "0o7", "1_000", ".nan", "-.inf", "2024-01-01", "~", "yes", "? [a]"),
+        *("? {a: b}", "<<: *a", "<<: [1]", "|\n    text", ">-\n    text", "'", '"\\x', "[", "{", "%YAML 9.9\n---"),
+        *("---\n---", "# x", "{a: 1, a: 2}", "[[[[[[[[", "- ", "\t", "\x07", "\ufeff", "\u2028", "9" * 5000),
+        "0x" + "f" * 5000,
     ]
 )  # fmt: skip
 WHOLE = FastpeftConfig().to_dict() | {"model": "tiny", "data": "rows.jsonl"}
-LINE = st.builds("{}: {}".format, KEY, FRAGMENTS | st.builds(str, LEAVES | ODD) | st.text("[]{}:,&*!|>'\"-? \nab1", max_size=12))
+LINE = st.builds(
+    "{}: {}".format, KEY, FRAGMENTS | st.builds(str, LEAVES | ODD) | st.text("[]{}:,&*!|>'\"-? \nab1", max_size=12)
+)
 
 
 def _nested(lines: list[str], indent: list[int]) -> bytes:
@@ -71,7 +74,8 @@ def _check(config: FastpeftConfig) -> None:
 
 REFUSES = (UserError, MissingExtraError)
 KEYED = r": |needs "
+SETTINGS = st.lists(SETTING, max_size=4).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass"))
 TARGETS = (
     Target("configuration", "run.yaml", TEXTS, read, REFUSES, KEYED),
-    Target("settings", "settings.txt", st.lists(SETTING, max_size=4).map(lambda s: "\n".join(s).encode("utf-8", "surrogatepass")), read_settings, REFUSES, r": "),
-)  # fmt: skip
+    Target("settings", "settings.txt", SETTINGS, read_settings, REFUSES, r": "),
+)

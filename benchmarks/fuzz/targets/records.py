@@ -17,8 +17,19 @@ from fastpeft.bench.report.command import lines
 from fastpeft.bench.report.compare import compare
 from fastpeft.bench.report.writing import report, write
 
-TAGS = "<script>alert(1)</script>", '" onload="x', "a | b", "](javascript:x)", "\x00\u202e", "../../x", "&lt;", "]]><svg onload=x>"
-NAMES = st.sampled_from(("fastpeft", "peft", "peft again", "torch", "fastpeft, tuned", *TAGS)) | st.text(min_size=1, max_size=6)
+TAGS = (
+    "<script>alert(1)</script>",
+    '" onload="x',
+    "a | b",
+    "](javascript:x)",
+    "\x00\u202e",
+    "../../x",
+    "&lt;",
+    "]]><svg onload=x>",
+)
+NAMES = st.sampled_from(("fastpeft", "peft", "peft again", "torch", "fastpeft, tuned", *TAGS)) | st.text(
+    min_size=1, max_size=6
+)
 SAMPLES = st.lists(st.floats(1e-6, 1e6) | st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4)
 PLACE = {"device": "CPU", "device_type": "cpu", "commit": None, "dirty": False, "date": "2026-01-02T03:04:05Z"}
 PLACE |= {"python": "3.11", "system": "Linux", "versions": {"torch": "2.13"}}
@@ -38,7 +49,9 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def _record(samples: list[float], settings: dict[str, Any], peer: str, words: tuple[str, ...], case: str) -> dict[str, Any]:
+def _record(
+    samples: list[float], settings: dict[str, Any], peer: str, words: tuple[str, ...], case: str
+) -> dict[str, Any]:
     suite, op, metric, unit = words
     found = {"suite": suite, "case": case, "op": op, "peer": peer, "metric": metric, "unit": unit, "samples": samples}
     return {**found, "median": median(samples), "environment": PLACE, "settings": settings}
@@ -107,9 +120,12 @@ def _twice(record: dict[str, Any], samples: list[float]) -> list[dict[str, Any]]
     return [record, {**record, "samples": samples, "median": median(samples)}]
 
 
-PAIRS = st.lists(st.builds(_twice, RECORDS, SAMPLES), min_size=1, max_size=3).map(lambda pairs: [r for pair in pairs for r in pair])
+PAIRS = st.lists(st.builds(_twice, RECORDS, SAMPLES), min_size=1, max_size=3).map(
+    lambda pairs: [r for pair in pairs for r in pair]
+)
+TWO = PAIRS.flatmap(in_lines) | TEXTS
 TARGETS = (
     Target("records", "records.jsonl", TEXTS, read, REFUSES),
     Target("pictures of records", "records.jsonl", broken(TEXTS), draw, REFUSES),
-    Target("two files of records", "both.jsonl", PAIRS.flatmap(in_lines) | TEXTS, read_two, REFUSES, r"[ab]\.jsonl|records: expected"),
-)  # fmt: skip
+    Target("two files of records", "both.jsonl", TWO, read_two, REFUSES, r"[ab]\.jsonl|records: expected"),
+)

@@ -30,11 +30,12 @@ TURN = {"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"ty
 ROWS = st.sampled_from(
     [
         *({"messages": list(TURN)}, {"messages": list(TURN), "tools": '[{"type": "function"}]', "system": "be"}),
-        {"messages": list(TURN), "tools": [{"type": "function", "function": {"name": "f"}}], "chat_template_kwargs": {"a": 1}},
+        {"messages": list(TURN), "tools": [{"type": "function"}], "chat_template_kwargs": {"a": 1}},
         {"conversations": [{"from": "human", "value": "hi"}, TOOL_CALL, {"from": "gpt", "value": "yes"}]},
         {"instruction": "do", "input": "this", "output": "done", "history": [["a", "b"]], "system": "be"},
         *({"prompt": "one", "completion": " two"}, {"prompt": [TURN[0]], "completion": [TURN[1]]}),
-        *({"text": "one two", "label": 1}, {"text": "one", "text_pair": "two", "label": ["a", "b"]}, {"text": "a", "label": 0.5}),
+        *({"text": "one two", "label": 1}, {"text": "a", "label": 0.5}),
+        {"text": "one", "text_pair": "two", "label": ["a", "b"]},
         {"tokens": ["one", "two"], "tags": ["B-X", "O"]},
         {"question": "who", "context": "it was me", "answers": {"text": ["me"], "answer_start": [7]}},
         *({"text": "one two three"}, {"chosen": "a", "rejected": "b"}, {"words": ["a"], "ner": [1]}),
@@ -95,7 +96,9 @@ def _table(separator: str) -> Callable[[list[list[Any]]], bytes]:
     return written
 
 
-HEAD = st.sampled_from([*(list(kind.columns) for kind in KINDS), ["text", "label", "text_pair"], ["text", "text"], [""]])
+HEAD = st.sampled_from(
+    [*(list(kind.columns) for kind in KINDS), ["text", "label", "text_pair"], ["text", "text"], [""]]
+)
 CELLS = WORDS | ODD | st.sampled_from(["1", "0", "-1", "0.5", "NA", "null", '"', "a,b", "a\tb"])
 TABLE = HEAD.flatmap(
     lambda head: st.lists(st.lists(CELLS, min_size=len(head), max_size=len(head)), min_size=1, max_size=5).map(
@@ -104,21 +107,26 @@ TABLE = HEAD.flatmap(
 )
 PARTS = st.sampled_from(
     [
-        *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] }}", "{% generation %}", "{% endgeneration %}"),
-        *("{% if add_generation_prompt %}", "{% endif %}", "{{ eos_token }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"),
-        *("{{ messages[9].a.b }}", "{{ m.content.format(1) }}", "{{ [][0] }}", "{%", "}}"),
-        *("{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "{{ x() }}", "{{ ''.__class__.__mro__ }}", "{# x #}", "text"),
-        *("{% include 'x' %}", "{% import 'x' as y %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 | round('x') }}"),
+        *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] }}", "{% endif %}"),
+        *("{% if add_generation_prompt %}", "{% generation %}", "{% endgeneration %}", "{{ eos_token }}", "{# x #}"),
+        *("{{ 1 / 0 }}", "{{ messages[9].a.b }}", "{{ m.content.format(1) }}", "{{ [][0] }}", "{%", "}}", "text"),
+        *("{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "{{ x() }}", "{{ ''.__class__.__mro__ }}"),
+        *("{% include 'x' %}", "{% import 'x' as y %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        *("{{ 1 | round('x') }}", "{{ raise_exception('no') }}"),
     ]
 )  # fmt: skip
+TEMPLATES = st.lists(PARTS, max_size=6).map(lambda parts: "".join(parts).encode())
+ONE_KIND = ALIKE.flatmap(lambda rows: as_lines(st.sampled_from(rows)))
 REFUSES = (UserError,)
 PLACE = r"rows\.|data: (row|document) \d+|data\.|data: expected (columns|.*column |texts)"
 TARGETS = (
-    Target("rows.jsonl", "rows.jsonl", as_lines(ROWS) | ALIKE.flatmap(lambda rows: as_lines(st.sampled_from(rows))), read, REFUSES, PLACE),
+    Target("rows.jsonl", "rows.jsonl", as_lines(ROWS) | ONE_KIND, read, REFUSES, PLACE),
     Target("rows.json", "rows.json", as_json(ALIKE), read, REFUSES, PLACE),
     Target("rows.csv", "rows.csv", broken(TABLE.map(_table(","))), read, REFUSES, PLACE),
     Target("rows.tsv", "rows.tsv", broken(TABLE.map(_table("\t"))), read, REFUSES, PLACE),
     Target("rows.txt", "rows.txt", broken(WORDS.map(lambda text: text.encode() * 9)), read, REFUSES, PLACE),
     Target("prompts", "prompts.jsonl", as_lines(ROWS), read_for_an_answer, REFUSES),
-    Target("chat template", "chat.jinja", broken(st.lists(PARTS, max_size=6).map(lambda parts: "".join(parts).encode())), read_template, REFUSES, r"chat\.jinja|data\.|chat template"),
-)  # fmt: skip
+    Target(
+        "chat template", "chat.jinja", broken(TEMPLATES), read_template, REFUSES, r"chat\.jinja|data\.|chat template"
+    ),
+)

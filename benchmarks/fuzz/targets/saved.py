@@ -20,7 +20,12 @@ WINNER = {"op": "decode_4bit", "key": {"rows": 1, "dtype": "float32", "shape": [
 WINNER |= {"choice": "library", "us": {"library": 2.0, "triton": 3.5}}
 TUNING = {**stamp(), "device": DEVICE, "winners": [WINNER, WINNER]}
 SEALED = {"files": {STATE: [2, hashlib.sha256(b"{}").hexdigest()]}}
-STATES = {"global_step": 10, "epoch": 0.5, "max_steps": 20, "stateful_callbacks": {"EarlyStoppingCallback": {"attributes": {}}}}
+STATES = {
+    "global_step": 10,
+    "epoch": 0.5,
+    "max_steps": 20,
+    "stateful_callbacks": {"EarlyStoppingCallback": {"attributes": {}}},
+}
 
 
 def read_tuning(path: Path) -> None:
@@ -56,5 +61,5 @@ def read_state(path: Path) -> None:
 TARGETS = (
     Target("tuning", "some-cpu-1-threads.json", as_json(st.just(TUNING)), read_tuning, (UnusableError,), ".+"),
     Target("seals of checkpoints", "sealed.json", as_json(st.just(SEALED)), read_seal, ()),
-    Target("states of checkpoints", "trainer_state.json", as_json(st.just(STATES)), read_state, (UserError,), r"trainer_state\.json|--resume"),
-)  # fmt: skip
+    Target("states of checkpoints", STATE, as_json(st.just(STATES)), read_state, (UserError,), "--resume: "),
+)

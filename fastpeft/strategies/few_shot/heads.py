@@ -86,7 +86,10 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     expected: dict[str, type] = {"kind": str, "labels": list}
     if isinstance(found, dict) and found.get("kind") == "worded":
         expected |= {"words": list, "pattern": str, "whole": bool, "calibrate": bool}
