@@ -7,8 +7,9 @@ from importlib import import_module
 from benchmarks.fuzz.watching import Target
 
 GROUPS = {
+    "adapters": ("adapters' configurations", "stored tensors"),
     "configuration": ("configuration", "settings"),
-    "rows": ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.txt", "prompts", "chat template"),
+    "rows": ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.txt", "prompts", "chat template"),
     "records": ("records", "two files of records", "pictures of records"),
     "notes": ("notes of runs",),
     "saved": ("tuning", "seals of checkpoints", "states of checkpoints"),

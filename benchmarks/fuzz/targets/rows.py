@@ -105,6 +105,20 @@ TABLE = HEAD.flatmap(
         lambda rows: [head, *rows]
     )
 )
+
+
+def _parquet(rows: list[Any]) -> bytes:
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+    except pyarrow.ArrowInvalid:  # values of several types in a column
+        table = pyarrow.Table.from_pylist([{"text": "one two"}])
+    pyarrow.parquet.write_table(table, file)
+    return file.getvalue()
+
+
 PARTS = st.sampled_from(
     [
         *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] }}", "{% endif %}"),
@@ -124,6 +138,7 @@ TARGETS = (
     Target("rows.json", "rows.json", as_json(ALIKE), read, REFUSES, PLACE),
     Target("rows.csv", "rows.csv", broken(TABLE.map(_table(","))), read, REFUSES, PLACE),
     Target("rows.tsv", "rows.tsv", broken(TABLE.map(_table("\t"))), read, REFUSES, PLACE),
+    Target("rows.parquet", "rows.parquet", broken(ALIKE.map(_parquet)), read, REFUSES, PLACE),
     Target("rows.txt", "rows.txt", broken(WORDS.map(lambda text: text.encode() * 9)), read, REFUSES, PLACE),
     Target("prompts", "prompts.jsonl", as_lines(ROWS), read_for_an_answer, REFUSES),
     Target(

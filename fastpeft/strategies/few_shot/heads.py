@@ -46,7 +46,12 @@ class LinearHead:
 
         try:
             found = load_file(folder / WEIGHTS)
-        except (SafetensorError, KeyError, TypeError) as error:  # the latter two for dtypes that NumPy has not
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # the others for dtypes that NumPy has not
             raise ValueError(str(error)) from error
         shapes = {name: value.shape for name, value in found.items()}
         weight, bias = (shapes.get(name, ()) for name in ("weight", "bias"))
