@@ -11,6 +11,7 @@ GROUPS = {
     "configuration": ("configuration", "settings"),
     "rows": ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.txt", "prompts", "chat template"),
     "records": ("records", "two files of records", "pictures of records"),
+    "models": ("models' configurations",),
     "notes": ("notes of runs",),
     "saved": ("tuning", "seals of checkpoints", "states of checkpoints"),
 }

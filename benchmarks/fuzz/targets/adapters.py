@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import save
 
 from benchmarks.fuzz.making import as_json, broken
@@ -19,6 +20,7 @@ from fastpeft.errors import UserError
 from fastpeft.memory.packed.files import Damaged, contents
 from fastpeft.models import tuned
 from fastpeft.models.new_tokens import make_room
+from fastpeft.models.untrusted import check_adapter_weights
 from fastpeft.strategies.distillation.stored import FORMAT, StoredTeacher
 from fastpeft.strategies.few_shot.heads import WEIGHTS, LinearHead
 
@@ -65,13 +67,16 @@ def read_tensors(path: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in ("adapter_model.safetensors", WEIGHTS):
         (folder / name).write_bytes(data)
-    base: Any = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.ones(500, 8)))
+    base: Any = torch.nn.Module()
+    base.get_input_embeddings = lambda: SimpleNamespace(weight=torch.ones(500, 8))
     with suppress(Damaged):
         contents(path)
     with suppress(ValueError):
         LinearHead.load(folder)
+    with suppress(UserError):
+        StoredTeacher(path, {name: value for name, value in ABOUT.items() if name != "format"}, [{"input_ids": [1]}], 8)
+    check_adapter_weights(folder, LoraConfig(r=1), base, "MODEL")
     make_room(base, lambda: 0, folder)
-    StoredTeacher(path, {name: value for name, value in ABOUT.items() if name != "format"}, [{"input_ids": [1]}], 8)
 
 
 PLACE = r"adapter_config\.json|adapter_model\.safetensors|tensors\.safetensors|MODEL: "
