@@ -13,7 +13,7 @@ from fastpeft.hub import unreachable
 from fastpeft.integrations.datasets import opened_columns, without_network
 from fastpeft.requirements import require
 
-from .json_files import unreadable, wrong_line
+from .json_files import wrong_line
 from .tables import csv_options
 from .untrusted import check_file, check_saved
 
@@ -115,8 +115,6 @@ def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, la
     if loader == "text":  # of any length, so that no more than one is in memory before it is written
         options = {"sample_by": "document", "writer_batch_size": 1}
     try:
-        if loader == "json" and (reason := unreadable(files)) is not None:
-            raise UserError(f"{key}: {reason}")
         if loader == "csv":
             options = csv_options(datasets, files, key, label)
         with without_network():

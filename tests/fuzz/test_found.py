@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz.targets import target_of
+from fastpeft.data.json_files import check_lines
 from fastpeft.errors import UserError
 from fastpeft.strategies.compare import folder as comparison
 from fastpeft.training.folder import check_data
@@ -22,6 +23,7 @@ AGAIN_ALONE = (
     b'"samples": [2], "median": 2, "environment": {"device": "CPU", "device_type": "cpu", "commit": null, '
     b'"dirty": null, "date": "2026-01-02", "python": "3", "system": "Linux", "versions": {}}}'
 )
+LORA = b'{"peft_type": "LORA", '
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
 
 
@@ -38,7 +40,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
         ("rows.jsonl", b"null", "rows.jsonl, line 1: expected a JSON object, got null"),
         ("rows.jsonl", b'{"text": "a"}\n' + b"null\n" * 9000, "rows.jsonl, line 2: expected a JSON object, got null"),
         ("rows.json", b"\xef\xbb\xbf null null", "rows.json, line 1: expected a JSON object, got null"),
-        ("rows.jsonl", b'{"text": ' + DEEP, "rows.jsonl, line 1: not valid JSON: maximum recursion"),
+        ("rows.jsonl", b'{"text": ' + DEEP, "rows.jsonl, line 1: expected at most 256 brackets"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": ' + DIGITS + b"}", "rows.jsonl"),
         ("rows.jsonl", b'{"text": "\xed\xa0\x80"}', "rows.jsonl, line 1: expected text in UTF-8"),
         ("rows.jsonl", b'{"instruction": "a", "output": "b", "history": 5}', "row 1, column history: expected a list"),
@@ -54,6 +56,11 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
         ("states of checkpoints", b"\xff", "trainer_state.json cannot be read: 'utf-8' codec"),
         ("states of checkpoints", b"{}", "trainer_state.json: global_step: expected int, got null"),
         ("states of checkpoints", b'{"global_step": 1, "epoch": 1e-320}', "trainer_state.json: cannot convert float"),
+        ("adapters' configurations", b"{}", ""),
+        ("adapters' configurations", LORA + b'"modules_to_save": 9}', "modules_to_save: expected a list"),
+        ("adapters' configurations", LORA + b'"alpha_pattern": true}', "alpha_pattern: expected a mapping"),
+        ("models' configurations", b'{"model_type": "llama", "dtype": [null, [null], []]}', "MODEL: "),
+        ("models' configurations", b'{"model_type": "llama", "intermediate_size": {}}', "MODEL: "),
         ("notes of runs", b"\xff", ""),
         ("notes of runs", DEEP, ""),
         ("notes of runs", b'[{"rate": "x", "loss": 1}]', ""),
@@ -76,10 +83,8 @@ def test_it_is_read_or_refused(target: str, data: bytes, message: str, tmp_path:
     "data", [b'{"text":\nnull}', b'[{"text": "a", "label":\n null\n}]', b'[\n{"text": "a"},\nnull\n]']
 )
 def test_a_null_inside_is_no_row(data: bytes, tmp_path: Path) -> None:
-    from fastpeft.data.json_files import unreadable
-
     (tmp_path / "rows.json").write_bytes(data)
-    assert unreadable([str(tmp_path / "rows.json")]) is None
+    check_lines(tmp_path / "rows.json", "data.path")
 
 
 def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
