@@ -53,8 +53,11 @@ def check_config(config: Mapping[str, Any], key: str, trusted: bool) -> None:
         trusted: whether code that comes with the model, or that it names, may run.
 
     Raises:
-        UserError: a number beyond any model's, or an implementation that would be fetched from the hub and run.
+        UserError: a number beyond any model's, no list of classes, or an implementation that would be fetched from the hub and run.
     """
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
+        raise UserError(f"{key}: architectures of its config.json: expected a list of names, got {classes!r}")
     for name, value in _leaves(config, ""):
         last = name.rpartition(".")[2]
         if any(part in _CODE for part in name.split(".")) and isinstance(value, str) and "/" in value and not trusted:

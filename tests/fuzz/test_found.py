@@ -61,6 +61,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
         ("adapters' configurations", LORA + b'"alpha_pattern": true}', "alpha_pattern: expected a mapping"),
         ("models' configurations", b'{"model_type": "llama", "dtype": [null, [null], []]}', "MODEL: "),
         ("models' configurations", b'{"model_type": "llama", "intermediate_size": {}}', "MODEL: "),
+        ("models' configurations", b'{"model_type": "llama", "architectures": -1}', "architectures of its config.json"),
         ("notes of runs", b"\xff", ""),
         ("notes of runs", DEEP, ""),
         ("notes of runs", b'[{"rate": "x", "loss": 1}]', ""),
