@@ -53,7 +53,8 @@ def check_config(config: Mapping[str, Any], key: str, trusted: bool) -> None:
         trusted: whether code that comes with the model, or that it names, may run.
 
     Raises:
-        UserError: a number beyond any model's, no list of classes, or an implementation that would be fetched from the hub and run.
+        UserError: a number beyond any model's, architectures that are no list of names, or an implementation that would
+            be fetched from the hub and run.
     """
     classes = config.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
