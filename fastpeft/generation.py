@@ -94,6 +94,8 @@ def _prompt(line: str, where: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # more digits, or more brackets, than Python reads
+        raise UserError(f"{where}: not valid JSON: {error}") from error
     row = row if isinstance(row, dict) else {}
     given = next((row[name] for name in GIVEN if row.get(name)), None)
     if not isinstance(given, (str, list)):
@@ -158,15 +160,14 @@ class PromptEncoder:
                 raise UserError(f"{prompt.where}: expected messages that end before the answer, got an answer too")
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
-        import jinja2
-
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **prompt.variables
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: what it does may fail in any way
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{prompt.where}: the chat template refuses the roles {roles}: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{prompt.where}: the chat template refuses the roles {roles}: {reason}") from error
         return text
 
 

@@ -62,7 +62,10 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     if is_dataclass(kind):
         return build(kind, value, key)  # type: ignore[arg-type]
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key}: expected a number up to 1.8e308, got one of {value.bit_length()} bits") from None
     # bool is a subclass of int, and `r: true` is a mistake.
     _require(isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool), kind, value, key)
     return value
@@ -114,4 +117,5 @@ def _described(value: Any) -> str:
 
 
 def _join(key: str, name: Any) -> str:
-    return f"{key}.{name}" if key else str(name)
+    shown = str(name) or repr(name)
+    return f"{key}.{shown}" if key else shown

@@ -10,10 +10,21 @@ import yaml
 
 LARGEST = 1 << 20
 """Characters of a text, and values that it may stand for: aliases make many of few."""
+BITS = 64
+"""Of a whole number: no key wants more, and Python will not write down those of several thousand digits."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-4 for text, and lets a later key silently replace an earlier one."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # how PyYAML refuses what a tag does not fit
+            raise _wrong(f"expected what the tag {node.tag} says, got {str(node.value)[:40]!r}", node) from error
+        if isinstance(value, int) and value.bit_length() > BITS:
+            raise _wrong(f"expected whole numbers of at most {BITS} bits, got one of {value.bit_length()}", node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -21,9 +32,13 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(name, Hashable):
                 continue  # which PyYAML refuses, in its own words
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", node.start_mark)
+                raise _wrong(f"the key {name!r} comes twice", node)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _wrong(message: str, node: yaml.Node) -> Exception:
+    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -73,7 +73,7 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if isinstance(given, str) and more:
             given = f"{given}\n\n{more}" if given else more
         turns = _exchange(given, row["output"])
-        for pair in reversed(row.get("history") or []):
+        for pair in reversed(_list_of(row, "history", where)):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise UserError(f"{where}, column history: expected pairs of question and answer, got {short(pair)}")
             turns = _exchange(*pair) + turns
@@ -83,6 +83,13 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if row.get("system") and messages[0]["role"] != "system":
         messages.insert(0, _message({"role": "system", "content": row["system"]}, f"{where}, column system"))
     return messages
+
+
+def _list_of(row: dict[str, Any], column: str, where: str) -> list[Any]:
+    found = row.get(column) or []
+    if not isinstance(found, list):
+        raise UserError(f"{where}, column {column}: expected a list, got {short(found)}")
+    return found
 
 
 def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
@@ -112,7 +119,7 @@ def _calls(text: Any, where: str) -> list[dict[str, Any]]:
         calls = json.loads(text)
         calls = calls if isinstance(calls, list) else [calls]
         found = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, RecursionError):
         raise UserError(f"{where}: expected calls in JSON, with name and arguments, got {short(text)}") from None
     return [{"type": "function", "function": function} for function in found]
 
@@ -128,7 +135,7 @@ def variables_of(row: dict[str, Any], where: str) -> dict[str, Any]:
     """What a row gives its template beside the messages: `tools`, as a list or as JSON, and `chat_template_kwargs`.
 
     Raises:
-        UserError: tools that are no JSON.
+        UserError: tools that are no JSON, or template variables that are no mapping.
     """
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -136,7 +143,11 @@ def variables_of(row: dict[str, Any], where: str) -> dict[str, Any]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}, column tools: not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}, column tools: not valid JSON: {error}") from error
     others = row.get("chat_template_kwargs") or {}
+    if not isinstance(others, dict):
+        raise UserError(f"{where}, column chat_template_kwargs: expected a mapping, got {short(others)}")
     return {**others, **({"tools": tools} if tools else {})}
 
 
@@ -203,8 +214,9 @@ class ChatEncoder:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"data.chat_template: not valid Jinja: {error.message} in line {error.lineno}") from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: the chat template refuses {_roles(messages)}: {error}") from error
+        except Exception as error:  # a template is a program: what it does may fail in any way
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{where}: the chat template refuses {_roles(messages)}: {reason}") from error
         return texts[0], spans[0] if spans else []
 
     def _marked(
@@ -268,7 +280,7 @@ def _marked_by_trl(tokenizer: Any) -> str | None:
 
         template: str | None = get_training_chat_template(tokenizer)
         return template
-    except (ImportError, AttributeError, ValueError, TypeError):
+    except Exception:  # TRL renders it, and a template is a program; what it does to the rows says what is wrong
         return None
 
 

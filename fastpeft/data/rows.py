@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastpeft.hub import unreachable
 from fastpeft.integrations.datasets import opened_columns, without_network
 from fastpeft.requirements import require
 
+from .json_files import wrong_line
 from .tables import csv_options
 from .untrusted import check_file, check_saved
 
@@ -118,13 +118,16 @@ def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, la
         if loader == "csv":
             options = csv_options(datasets, files, key, label)
         with without_network():
-            return datasets.load_dataset(loader, data_files=files, split="train", **options)
+            rows = datasets.load_dataset(loader, data_files=files, split="train", **options)
+        if loader == "parquet":  # its text may be any bytes, which fails when a row is looked at
+            rows.data.validate(full=True)
+        return rows
     except UserError:
         raise
     except Exception as error:  # pyarrow's, pandas' and datasets' own, by the format
         if "corresponds to no data" in str(error):
             raise UserError(f"{key}: expected at least one row, got none in {path}") from error
-        reason = next((found for file in files if (found := _wrong_json(file))), None) if loader == "json" else None
+        reason = next((found for file in files if (found := wrong_line(file))), None) if loader == "json" else None
         raise UserError(f"{key}: {reason or f'{path} cannot be read as {loader}: {_deepest(error)}'}") from error
 
 
@@ -225,21 +228,6 @@ def _near(path: Path) -> str:
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, names)
     return f"; did you mean {path.with_name(near)}?" if near else ""
-
-
-def _wrong_json(file: str) -> str | None:
-    """Where and why a file of one JSON object a line is none."""
-    if not file.endswith(("jsonl", "ndjson")):
-        return None
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line.rstrip()) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f"{file}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
-            if not isinstance(row, dict):
-                return f"{file}, line {number}: expected a JSON object, got {type(row).__name__}"
-    return None
 
 
 def _deepest(error: BaseException) -> str:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import accumulate
 from pathlib import Path
 
 from fastpeft.errors import UserError
 from fastpeft.integrations.datasets import archive_format
 
-DEEPEST = 256
-"""Brackets within brackets of a row. Arrow's reader of JSON ends the process a few thousand further on."""
+from .json_files import check_lines
+
 GROWTH, FREE = 200, 1 << 30
 """How many times its size a Parquet file may hold, and bytes that any may."""
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def check_file(file: Path, loader: str, key: str) -> None:
@@ -28,17 +24,14 @@ def check_file(file: Path, loader: str, key: str) -> None:
         key: the configuration's name for the path, for messages.
 
     Raises:
-        UserError: it is an archive under another name, it is nested beyond any row, or it would grow out of proportion.
+        UserError: it is an archive under another name, would grow out of proportion, or as `check_lines`.
     """
     if loader == "parquet":
         _check_growth(file, key)
     elif kind := archive_format(str(file)):
         raise UserError(f"{key}: expected {loader}, got {kind} in {file}; unpack it first")
     elif loader == "json":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(line) > DEEPEST:
-                    raise UserError(f"{key}: {file}, line {number}: expected at most {DEEPEST} brackets in one another")
+        check_lines(file, key)
 
 
 def check_saved(folder: Path, key: str) -> None:
@@ -74,8 +67,3 @@ def _check_growth(file: Path, key: str) -> None:
         return  # the reader says what is wrong
     if found > most:
         raise UserError(f"{key}: expected at most {most >> 20} MiB in {file}, got more: it grows out of proportion")
-
-
-def _depth(line: bytes) -> int:
-    brackets = _STRINGS.sub(b"", line).translate(None, _OTHERS)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)

@@ -79,7 +79,9 @@ def load_config(model: ModelSection, key: str = "model.name") -> Any:
     try:
         check_config(PreTrainedConfig.get_config_dict(name, **_source(model))[0], key, model.trust_remote_code)
         return AutoConfig.from_pretrained(name, **_source(model))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each model's configuration has its own, for what is in a file
         raise UserError(f"{key}: {_why_not(model, error)}") from error
 
 

@@ -36,6 +36,11 @@ _LIMITS = (
 _CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters")
 _RANKS = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors")
+_CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("modules_to_save", (list, tuple, set), "a list"),
+    ("rank_pattern", (dict,), "a mapping"),
+    ("alpha_pattern", (dict,), "a mapping"),
+)
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 
 
@@ -48,8 +53,12 @@ def check_config(config: Mapping[str, Any], key: str, trusted: bool) -> None:
         trusted: whether code that comes with the model, or that it names, may run.
 
     Raises:
-        UserError: a number beyond any model's, or an implementation that would be fetched from the hub and run.
+        UserError: a number beyond any model's, architectures that are no list of names, or an implementation that would
+            be fetched from the hub and run.
     """
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
+        raise UserError(f"{key}: architectures of its config.json: expected a list of names, got {classes!r}")
     for name, value in _leaves(config, ""):
         last = name.rpartition(".")[2]
         if any(part in _CODE for part in name.split(".")) and isinstance(value, str) and "/" in value and not trusted:
@@ -83,6 +92,10 @@ def check_adapter_config(config: Any, key: str) -> None:
     said = f"{key}: adapter_config.json: "
     if str(getattr(config.peft_type, "value", config.peft_type)) == "XLORA":
         raise UserError(f"{said}X-LoRA is made of other adapters, which are not fetched")
+    for name, kind, what in _CONTAINERS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{said}{name}: expected {what}, got {value!r}")
     for name in _RANKS:
         value = getattr(config, name, None)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):

@@ -19,7 +19,7 @@ from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Section
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training import class_weights, rate_search
-from fastpeft.training.checkpoints import state_of
+from fastpeft.training.checkpoints import callback_state
 from fastpeft.training.layer_rates import use_layer_rates
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
 from fastpeft.training.preparing import Prepared, hold_back
@@ -129,9 +129,8 @@ class TaskAdaptive(Strategy):
         patience = self.options.early_stopping
         if patience is None:
             return False
-        state = state_of(checkpoint)
-        stopping = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
-        return bool(stopping.get("early_stopping_patience_counter", 0) >= patience)
+        waited = callback_state(checkpoint, EarlyStoppingCallback.__name__).get("early_stopping_patience_counter", 0)
+        return isinstance(waited, int) and waited >= patience
 
     def before(self, prepared: Prepared, trainer: Any) -> None:
         if self._trials and trainer.is_world_process_zero():

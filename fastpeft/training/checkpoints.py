@@ -17,6 +17,7 @@ from typing import IO, Any
 from fastpeft.config import TrainingSection
 from fastpeft.errors import UserError
 from fastpeft.paths import settle, write_whole
+from fastpeft.structured import convert
 
 SEAL = "sealed.json"
 STATE = "trainer_state.json"
@@ -93,19 +94,40 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """What the trainer wrote of itself."""
-    found: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """What the trainer wrote of itself.
+
+    Raises:
+        UserError: it is no object in JSON.
+    """
+    path = checkpoint / STATE
+    try:
+        return convert(dict[str, Any], json.loads(path.read_text(encoding="utf-8")), "state")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--resume: {path} cannot be read: {error}") from error
+
+
+def callback_state(checkpoint: Path, callback: str) -> dict[str, Any]:
+    """What a callback of the trainer left in a checkpoint; errors as `state_of`."""
+    found: Any = state_of(checkpoint)
+    for name in ("stateful_callbacks", callback, "attributes"):
+        found = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"--resume: {checkpoint / STATE}: expected the state of {callback}, got none")
     return found
 
 
 def steps(checkpoint: Path, training: TrainingSection) -> tuple[int, int]:
-    """(steps that a checkpoint has, steps that a run on its data has in all)."""
+    """(steps that a checkpoint has, steps that a run on its data has in all); errors as `state_of`."""
     state = state_of(checkpoint)
-    done: int = state["global_step"]
-    if training.max_steps > 0:
-        return done, training.max_steps
-    an_epoch = round(done / state["epoch"]) if state.get("epoch") else 1
-    return done, math.ceil(training.num_train_epochs * an_epoch)
+    try:
+        done: int = convert(int, state.get("global_step"), "global_step")
+        epoch: float | None = convert(float | None, state.get("epoch"), "epoch")
+        if training.max_steps > 0:
+            return done, training.max_steps
+        an_epoch = round(done / epoch) if epoch else 1
+        return done, math.ceil(training.num_train_epochs * an_epoch)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"--resume: {checkpoint / STATE}: {error}") from error
 
 
 def check_steps(checkpoint: Path, training: TrainingSection) -> None:

@@ -206,7 +206,7 @@ def check_processes(folder: Path, processes: int) -> None:
 
 def _written(path: Path) -> str | None:
     """The line in a file; None if there is no such file, as in runs of older versions."""
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastpeft.errors import RunFailed, UserError
+from fastpeft.structured import convert
 
 from .folder import RATES
 
@@ -120,12 +121,12 @@ def write(trials: list[Trial], folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Trial] | None:
-    """What `write` left; None if it did not."""
+    """What `write` left; None where it left nothing, or something else is there."""
     try:
         found = json.loads((folder / RATES).read_text(encoding="utf-8"))
-    except OSError:
+        return [Trial(*(convert(float, trial[name], name) for name in Trial._fields)) for trial in found]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return [Trial(**trial) for trial in found]
 
 
 def _short(arguments: Any, rate: float, steps: int) -> Any:

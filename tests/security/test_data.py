@@ -143,7 +143,7 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_what_the_depth_is_checked_for() -> None:
-    """Arrow's own reader; once this passes without our check, DEEPEST can go."""
+    """Arrow's own reader; once this passes without our check, json_files.DEEPEST can go."""
     code = """
 import pyarrow.json, io
 pyarrow.json.read_json(io.BytesIO(b'{"a": ' + b'[' * 1000000 + b']' * 1000000 + b'}'))

@@ -151,7 +151,7 @@ def rows(files: Mapping[str, Iterable[Record]]) -> list[Row]:
                 row.again[record.peer.removesuffix(AGAIN)] = record
             else:
                 row.peers[record.peer] = record
-    return [row for row in found.values() if len(row.peers) > (row.kind is None)]
+    return [row for row in found.values() if row.peers and len(row.peers) > (row.kind is None)]
 
 
 def what_of(record: Record) -> What:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
 from fastpeft.paths import can_be_made
+from fastpeft.structured import convert
 from fastpeft.training.folder import flat
 
 PLAN, TRIALS, RESULTS, REPORT, FIGURE, TRAINED = (
@@ -48,7 +50,11 @@ def begin(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> list[dict[s
     if not path.is_file():
         path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         return []
-    before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(json.dumps(plan)))
+    try:
+        before = flat(convert(dict[str, Any], json.loads(path.read_text(encoding="utf-8")), "plan"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--resume: {path} cannot be read: {error}") from error
+    now = flat(json.loads(json.dumps(plan)))
     for key in before | now:
         if before.get(key) != now.get(key):
             name = key.removeprefix("config.")
@@ -60,15 +66,14 @@ def begin(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> list[dict[s
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Results of the trials that ended; a line that a kill cut short is left out."""
+    """Results of the trials that ended; a line that a kill cut short, or that is no result, is left out."""
     path = folder / TRIALS
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     found = []
     for line in lines:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with suppress(ValueError, RecursionError):
+            if isinstance(result := json.loads(line), dict):
+                found.append(result)
     return found
 
 

@@ -17,6 +17,7 @@ from fastpeft.data.encoded import Encoded
 from fastpeft.layers.lazy_logits import plain
 from fastpeft.metrics.findings import Metric, Section
 from fastpeft.metrics.intervals import over_rows
+from fastpeft.structured import build
 from fastpeft.training.evaluating import batches, evaluating
 from fastpeft.training.preparing import Prepared
 from fastpeft_kernels.loss import kl_divergence
@@ -48,10 +49,8 @@ class Side:
 def read_side(text: str) -> Side | None:
     """From JSON of a `Side`'s attributes; None for anything else."""
     try:
-        side = Side(**json.loads(text))
-        numbers = [side.parameters, side.mib, side.seconds, side.tokens, *side.quality.values()]
-        return side if all(isinstance(number, (int, float)) for number in numbers) else None
-    except (ValueError, TypeError, AttributeError):
+        return build(Side, json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

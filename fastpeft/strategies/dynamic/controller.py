@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fastpeft.training.checkpoints import state_of
+from fastpeft.training.checkpoints import callback_state
 from fastpeft.training.folder import DECISIONS
 
 from .actions import Action, Run
@@ -112,8 +112,4 @@ class Controller(TrainerCallback, ExportableState):
 
 def saved_in(checkpoint: Path | None) -> dict[str, Any] | None:
     """What a controller left in a checkpoint; None without a checkpoint."""
-    if checkpoint is None:
-        return None
-    state = state_of(checkpoint)
-    found: dict[str, Any] = state["stateful_callbacks"][Controller.__name__]["attributes"]
-    return found
+    return None if checkpoint is None else callback_state(checkpoint, Controller.__name__)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastpeft.metrics.findings import Findings, Metric, Section
 from fastpeft.metrics.intervals import over_seeds
 from fastpeft.paths import write_whole
+from fastpeft.structured import build
 
 DRAWS = "few_shot_draws.json"
 
@@ -38,8 +39,8 @@ class Draw:
 def read(folder: Path) -> list[Draw]:
     """Empty where there is no such file, or one that cannot be read: those draws are measured again."""
     try:
-        return [Draw(**one) for one in json.loads((folder / DRAWS).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        return [build(Draw, one) for one in json.loads((folder / DRAWS).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
 
 

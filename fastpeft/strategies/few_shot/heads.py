@@ -46,7 +46,12 @@ class LinearHead:
 
         try:
             found = load_file(folder / WEIGHTS)
-        except (SafetensorError, KeyError, TypeError) as error:  # the latter two for dtypes that NumPy has not
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # the others for dtypes that NumPy has not
             raise ValueError(str(error)) from error
         shapes = {name: value.shape for name, value in found.items()}
         weight, bias = (shapes.get(name, ()) for name in ("weight", "bias"))
@@ -86,7 +91,10 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     expected: dict[str, type] = {"kind": str, "labels": list}
     if isinstance(found, dict) and found.get("kind") == "worded":
         expected |= {"words": list, "pattern": str, "whole": bool, "calibrate": bool}

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from fastpeft.config import LoraSection
 from fastpeft.metrics.findings import Findings, Metric, Section
+from fastpeft.structured import build
 from fastpeft.training.folder import ALONE
 from fastpeft.training.loading import trained_in_float32
 from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
@@ -99,8 +100,8 @@ def read(folder: Path) -> dict[str, Alone]:
     """What a run that is resumed had finished, by task; nothing where the file was not written to its end."""
     try:
         found = json.loads((folder / ALONE).read_text(encoding="utf-8"))
-        return {task: Alone(**given) for task, given in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {task: build(Alone, given, task) for task, given in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -16,6 +16,8 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Traine
 
 import fastpeft
 from fastpeft.data.chat import IGNORED
+from fastpeft.errors import UserError
+from fastpeft.structured import build, convert
 
 from .adapters import activate
 from .balance import Memory, Weights
@@ -130,13 +132,20 @@ class MultiTaskTrainer(Trainer):
         (Path(output_dir) / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def recall(self, checkpoint: Path) -> None:
-        """Go on from what was remembered."""
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        for name, value in state["memory"].items():
-            setattr(self.plan.memory, name, value)
+        """Go on from what was remembered. Raises UserError for what does not fit the run's tasks."""
+        path, values = checkpoint / STATE, self.plan.weights.log_variances
+        try:
+            state = convert(dict[str, Any], json.loads(path.read_text(encoding="utf-8")), "state")
+            memory = build(Memory, state.get("memory"), "memory")
+            log_variances = convert(list[float], state.get("log_variances"), "log_variances")
+            by_task = (memory.rows, memory.sums, memory.counts, *memory.windows, log_variances)
+            if {len(figures) for figures in by_task} != {len(values)}:
+                raise ValueError(f"expected figures of {len(values)} tasks, got others")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"--resume: {path} cannot be read: {error}") from error
+        vars(self.plan.memory).update(state["memory"])
         with torch.no_grad():
-            values = self.plan.weights.log_variances
-            values.copy_(torch.tensor(state["log_variances"]))
+            values.copy_(torch.tensor(log_variances))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """All adapters, where Trainer's own has the first one trained alone, and what was remembered."""
