@@ -168,7 +168,8 @@ def fast_class() -> type[FastExperts]:
     # The compiler breaks its graph at PEFT's forward, too, and then at each of its parts.
     forward = torch.compiler.disable(FastExperts.forward)
     members = {"__module__": __name__, "__doc__": "ParamWrapper of PEFT, fused.", "forward": forward}
-    globals()[CLASS] = made = type(CLASS, (FastExperts, stock_wrapper()), members)
+    stock = stock_wrapper()  # whose name PEFT looks for where it adds an adapter; pickle looks for the other
+    globals()[CLASS] = made = type(stock.__name__, (FastExperts, stock), {**members, "__qualname__": CLASS})
     return made
 
 

@@ -45,7 +45,7 @@ class SiblingWatch:
     def __init__(self) -> None:
         self._places: WeakSet[_Place] = WeakSet()
         self._outer: _Place | None = None  # being watched, or in the call that follows: calls inside are left alone
-        self._ran: set[_Place] = set()  # called meanwhile
+        self._ran: dict[_Place, nn.Module] = {}  # called meanwhile
         self._seen: Seen | None = None  # while watching
         self._error: str | None = None  # of watching `_outer`
 
@@ -89,12 +89,12 @@ class SiblingWatch:
         if self._outer is place and self._seen is None:  # a new call; an interrupt ended the last one
             self._outer = None
         if self._outer is not None:
-            self._ran.add(place)
+            self._ran[place] = module
         elif passes_cache(args, kwargs):
             if torch.is_grad_enabled():
                 self.forget(list(place.waiting))
         elif place.waiting:
-            self._outer, self._ran, self._error = place, set(), None
+            self._outer, self._ran, self._error = place, {}, None
             try:
                 self._watch(place, module, args, kwargs)
             except Exception as error:
@@ -117,7 +117,7 @@ class SiblingWatch:
         """The call that was watched has ended. Whatever ran in it has had its chance, unless it failed both times."""
         if self._outer is not place:
             return
-        self._outer, ran = None, self._ran
+        self._outer, ran, self._ran = None, self._ran, {}
         failed = output is None and sys.exc_info()[1] is not None
         if failed and self._error is not None:
             return
@@ -133,11 +133,13 @@ class SiblingWatch:
             self.forget(layers)
             return
         if not failed:  # else torch goes through this module's hooks just now
-            ran.add(place)
-        unreached = {layer for one in ran for layer in one.waiting}
+            ran[place] = module
+        unreached = {layer: parent for one in ran for layer, parent in one.living()}
         for one in ran:
             one.waiting.clear()
-        self.forget(list(unreached.difference(*[one.waiting for one in self._places])))
+        parents = set(ran.values())
+        waiting = {layer for one in self._places for layer in one.waiting}
+        self.forget([layer for layer, parent in unreached.items() if parent in parents or layer not in waiting])
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen = seen = Seen(dict(place.living()))

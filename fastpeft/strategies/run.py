@@ -107,6 +107,7 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     from fastpeft.bench.records import environment
     from fastpeft.noticing.watch import Watch
     from fastpeft.training.loading import check_ids
+    from fastpeft.training.choices import KeepChoices, settled
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
     from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
     from fastpeft.training.stopping import StopOnSignal
@@ -126,8 +127,8 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
         check_packing(model, dtype)
     notes = _notes(model, prepared, dtype, console, generates=strategy.read_as is None)
     stop, speed, progress, nan = StopOnSignal(), Speed(), Progress(console), StopAtNaN()
-    seal = Seal(config.training.save_total_limit)
-    callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan, seal]
+    saving = [KeepChoices(model), Seal(config.training.save_total_limit)]
+    callbacks = [SaveAfterEvaluation(), stop, speed, progress, *strategy.callbacks(prepared), nan, *saving]
     optimizer = chosen_optimizer(config.training.optim, arguments, model)
     trainer = strategy.trainer(prepared, model, arguments, callbacks)
     set_optimizer(trainer, config.training.optim, optimizer)
@@ -141,6 +142,7 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
         if overwrite:
             run_folder.clear(target)
         run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
+    held.enter_context(settled(model, arguments, checkpoint))
     strategy.before(prepared, trainer)
     explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
     watch = Watch(

@@ -198,6 +198,21 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     assert served(loaded)
 
 
+def test_an_adapter_that_is_added_to_an_accelerated_model(tmp_path: Any) -> None:
+    """PEFT looks for its wrapper by name."""
+    plain = make()
+    model, inputs = fastpeft.accelerate(copy.deepcopy(plain)), batch(plain)
+    plain.save_pretrained(tmp_path)
+    for each in (model, plain):
+        each.load_adapter(tmp_path, "loaded")
+        each.add_adapter("added", copy.deepcopy(each.peft_config["default"]))
+        each.set_adapter("loaded")
+    fastpeft.accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert served(model)
+
+
 def test_a_merge_between_forward_and_backward_is_noticed() -> None:
     model = fastpeft.accelerate(make())
     loss = model(**batch(model)).loss
@@ -252,7 +267,7 @@ def test_every_other_call_is_peft_s_and_named() -> None:
     left("called with top_k_index", top_k_index=index, top_k_weights=weights)
     assert "on the meta device" in layer.request(*(t.to("meta") for t in (x, index, weights)))
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
-    left("a hook on a bypassed FastParamWrapper")
+    left("a hook on a bypassed ParamWrapper")
     handle.remove()
     handle = layer.get_base_layer().act_fn.register_forward_hook(lambda *_: None)
     left("a hook on a bypassed")

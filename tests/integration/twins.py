@@ -112,7 +112,7 @@ def _outcome(call: Callable[[], Any], seed: int) -> Any:
         try:
             result: Any = {"returned": call()}
         except Exception as error:
-            words = str(error).replace("FastLoraEmbedding", "Embedding").replace("FastParamWrapper", "ParamWrapper")
+            words = str(error).replace("FastLoraEmbedding", "Embedding")
             result = {"raised": type(error), "words": words}
     told = {f"{w.category.__name__}: {w.message}" for w in caught}
     return {

@@ -89,7 +89,7 @@ class PackedCache:
             if self._open is None or self._open[0] != path:
                 self._open = (path, safe_open(path, framework="pt"))
             return {part: self._open[1].get_tensor(target + part) for part in parts}
-        except (Damaged, OSError, SafetensorError) as error:
+        except (Damaged, OSError, SafetensorError, RuntimeError) as error:  # torch's, of a file that is gone
             self._drop(path, error)
             return None
 
@@ -165,10 +165,10 @@ class PackedCache:
     def _write_manifest(self, finished: bool) -> None:
         if not self._writes:
             return
-        files = {path.name: path.stat().st_size for path in sorted(self.folder.glob(f"*{SUFFIX}"))}
-        entry = {**self.about, "finished": finished, "files": files, "written": int(time.time())}
         unfinished = self.folder / f"{MANIFEST}.{os.getpid()}{UNFINISHED}"
         try:
+            files = {path.name: path.stat().st_size for path in sorted(self.folder.glob(f"*{SUFFIX}"))}
+            entry = {**self.about, "finished": finished, "files": files, "written": int(time.time())}
             unfinished.write_text(json.dumps(entry, indent=1), encoding="utf-8")
             os.replace(unfinished, self.folder / MANIFEST)
         except OSError as error:

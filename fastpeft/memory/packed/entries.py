@@ -78,9 +78,10 @@ def clear(entry: Entry) -> bool:
             for pattern in (MANIFEST, f"*{SUFFIX}", f"*{UNFINISHED}"):
                 for path in entry.folder.glob(pattern):
                     path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows deletes no open file
+                (entry.folder / LOCK).unlink(missing_ok=True)  # while held: who waits for it begins with a new one
     except Timeout:
         return False
-    (entry.folder / LOCK).unlink(missing_ok=True)
     with suppress(OSError):  # not empty: other files than ours
         entry.folder.rmdir()
     return True

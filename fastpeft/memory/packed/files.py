@@ -92,7 +92,7 @@ def contents(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
             found = {target: (str(one["source"]), tuple(map(str, one["parts"]))) for target, one in about.items()}
             if set(file.keys()) != {target + part for target, (_, parts) in found.items() for part in parts}:
                 raise Damaged("other tensors than its header names")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Damaged(str(error)) from error
     return found
 

@@ -27,7 +27,7 @@ from .projection import Group, LoraProjection
 from .rank_products import chosen
 
 _decided: dict[tuple[Any, ...], bool] = {}
-_MOST_DECIDED = 4096
+_MOST_DECIDED = 256
 
 
 def serves(x: Tensor, group: Group) -> bool:

@@ -86,7 +86,9 @@ def built(
     with _alone(library.with_suffix(".lock")) as lock:
         if library.exists():  # another process had it compiled meanwhile
             return _trusted(library)
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+        for left in folder.glob(f".{library.name}-*.tmp"):  # a compiler that is alive would hold the lock
+            left.unlink(missing_ok=True)
+        handle, unfinished = tempfile.mkstemp(prefix=f".{library.name}-", suffix=".tmp", dir=folder)
         os.close(handle)
         try:
             command = [cpp_extension.get_cxx_compiler(), *flags, *map(str, paths), "-o", unfinished, *last]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,29 @@ def learn(device: torch.device, winner: Winner) -> None:
     _changed()
 
 
+def measured(device: torch.device) -> list[tuple[str, Case, str]]:
+    """(op, case, winner) of all that is in use for a device."""
+    return [(op, case, name) for op, known in _choices(device).items() for case, name in known.items()]
+
+
+@contextmanager
+def measured_as(device: torch.device, winners: Iterable[tuple[str, Case, str]]) -> Iterator[None]:
+    """These are in use meanwhile for a device, whatever its files have: what `measured` gave, perhaps elsewhere."""
+    place, found = _place(device), dict[str, dict[Case, str]]()
+    for op, case, name in winners:
+        found.setdefault(op, {})[case] = name
+    before = _known.get(place)
+    _known[place] = found
+    _changed()
+    try:
+        yield
+    finally:
+        _known.pop(place, None)
+        if before is not None:
+            _known[place] = before
+        _changed()
+
+
 def forget() -> None:
     """Read the files anew when next asked."""
     _known.clear()
@@ -167,8 +190,12 @@ def with_index(device: torch.device) -> torch.device:
     return device
 
 
+def _place(device: torch.device) -> torch.device | int:
+    return torch.get_num_threads() if device.type == "cpu" else with_index(device)
+
+
 def _choices(device: torch.device) -> dict[str, dict[Case, str]]:
-    place = torch.get_num_threads() if device.type == "cpu" else with_index(device)
+    place = _place(device)
     found = _known.get(place)
     if found is None:
         found = {}

@@ -71,7 +71,9 @@ def add(path: Path, device: str, winners: Iterable[Winner]) -> None:
         except UnusableError:
             kept = []
         merged = {(winner.op, winner.case): winner for winner in [*kept, *winners]}
-        handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+        for left in path.parent.glob(f".{path.name}-*.tmp"):  # of a process that was killed: we hold the lock
+            left.unlink(missing_ok=True)
+        handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
         try:
             with open(handle, "w", encoding="utf-8") as file:
                 file.write(to_text(device, merged.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -29,24 +28,6 @@ def test_what_is_added_is_read(tmp_path: Path) -> None:
     assert files.read(path, DEVICE) == [winner(1), winner(2, "c"), winner(3)]
     assert winner(3).case == (3, (1, 3), True, "x")
     assert sorted(file.name for file in path.parent.iterdir()) == ["some-gpu-9000.json", "some-gpu-9000.lock"]
-
-
-def add_some(path: Path, first: int) -> None:
-    for number in range(first, first + 5):
-        files.add(path, DEVICE, [winner(number)])
-
-
-def test_nothing_is_lost_between_processes(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add_some, args=(path, first)) for first in (0, 100, 200)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    found = {w.key["tokens"] for w in files.read(path, DEVICE)}
-    assert found == {*range(5), *range(100, 105), *range(200, 205)}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
