@@ -106,8 +106,8 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     from fastpeft.bench.memory import PeakMemory
     from fastpeft.bench.records import environment
     from fastpeft.noticing.watch import Watch
-    from fastpeft.training.loading import check_ids
     from fastpeft.training.choices import KeepChoices, settled
+    from fastpeft.training.loading import check_ids
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
     from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
     from fastpeft.training.stopping import StopOnSignal
