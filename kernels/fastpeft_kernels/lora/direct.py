@@ -110,8 +110,8 @@ def _small(x: Tensor, group: Group) -> bool:
     at = (choosing.state(), x.device, rows, sizes, group.dtypes, group.backend)
     found = _decided.get(at)
     if found is None:
-        if len(_decided) >= _MOST_DECIDED:
-            _decided.clear()
+        for oldest in list(_decided)[: max(0, len(_decided) + 1 - _MOST_DECIDED)]:
+            _decided.pop(oldest, None)
         found = _decided[at] = _decide(x, rows, group)
     return found
 
