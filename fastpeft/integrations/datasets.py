@@ -26,7 +26,7 @@ def archive_format(path: str) -> str | None:
 
     try:
         return Extractor.infer_extractor_format(path)  # type: ignore[no-any-return]
-    except (MemoryError, OverflowError, ValueError):  # what tar would take for a header promises more than there can be
+    except (MemoryError, OverflowError, ValueError):  # a header, as of LZMA with a dictionary of 4 GiB
         return None
 
 
