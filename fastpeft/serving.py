@@ -16,6 +16,7 @@ _VARIANTS = (
     "alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "arrow_config", "use_qalora",
 )  # fmt: skip
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MOST = 1 << 31
 _KINDS: dict[str, Any] = {
     "r": int,
     "lora_alpha": float,
@@ -99,8 +100,8 @@ def _config(folder: Path) -> dict[str, Any]:
                 found[name] = convert(kind, found[name], name)
         if found.get("peft_type") == "LORA":
             ranks = [found.get("r", 0), *(found.get("rank_pattern") or {}).values()]
-            if min(ranks) < 1 or "lora_alpha" not in found:
-                raise ValueError(f"expected lora_alpha, and ranks of at least 1, got {ranks}")
+            if min(ranks) < 1 or max(ranks) > _MOST or "lora_alpha" not in found:
+                raise ValueError(f"expected lora_alpha, and ranks of 1 to {_MOST}, got {ranks}")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{_CONFIG_FILE}: {error}") from error
     return found

@@ -108,7 +108,8 @@ def table(record: dict[str, Any]) -> str:
             *lines,
             "",
             f"{executions:,} inputs in {seconds / 60:.0f} minutes, {findings} findings. An input may take "
-            f"{LONGEST_S:g} s and {MEMORY >> 30} GiB, and writes nothing outside of the folder that it lies in. "
+            f"{LONGEST_S:g} s (twice that where atheris counts branches) and {MEMORY >> 30} GiB, and writes nothing "
+            "outside of the folder that it lies in. "
             f"{record['device']}, {used}; `python -m benchmarks.fuzz`.",
         ]
     )

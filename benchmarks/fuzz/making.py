@@ -89,11 +89,4 @@ def in_lines(values: list[Any]) -> st.SearchStrategy[bytes]:
 
 
 def _dumped(value: Any, escaped: bool) -> bytes:
-    return json.dumps(_whole(value), ensure_ascii=escaped).encode("utf-8", "surrogatepass")
-
-
-def _whole(value: Any) -> Any:
-    """The same, with integers that Python will not write as digits cut to those that it will."""
-    if isinstance(value, dict):
-        return {str(name): _whole(one) for name, one in value.items()}
-    return [_whole(one) for one in value] if isinstance(value, list) else value
+    return json.dumps(value, ensure_ascii=escaped).encode("utf-8", "surrogatepass")

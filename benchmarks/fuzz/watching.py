@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -17,7 +18,19 @@ from hypothesis.strategies import SearchStrategy
 
 LONGEST_S = 2.0
 """Of processor time that an input of a few KiB may take."""
-_WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
+_WRITTEN = {
+    "open": (0,),
+    "os.mkdir": (0,),
+    "os.remove": (0,),
+    "os.rmdir": (0,),
+    "os.truncate": (0,),
+    "os.chmod": (0,),
+} | {
+    "os.rename": (0, 1),
+    "os.symlink": (1,),
+    "os.link": (1,),
+}
+"""Of Python's audit events, the places of the paths that are written."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,17 @@ class Examiner:
     Args:
         folder: made before; holds the input, and what the reader writes.
         longest_s: of processor time.
+        writable: the folder that may be written into, if not that one.
 
     Attributes:
         accepted: how many inputs were read and not refused.
     """
 
-    def __init__(self, target: Target, folder: Path, longest_s: float = LONGEST_S) -> None:
+    def __init__(
+        self, target: Target, folder: Path, longest_s: float = LONGEST_S, writable: Path | None = None
+    ) -> None:
         self.target, self.folder, self.longest_s = target, folder.resolve(), longest_s
+        self._writable = self.folder if writable is None else writable.resolve()
         self.accepted = 0
         self._outside: list[str] = []
         _listen()
@@ -106,14 +123,23 @@ class Examiner:
             signal.signal(signal.SIGPROF, before)
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[1], str) and not set(arguments[1]) & set("wax+"):
+        if event not in _WRITTEN or (event == "open" and not _writes(*arguments[1:])):
             return
-        if (event == "open" or event in _WRITES) and isinstance(arguments[0], (str, bytes, Path)):
-            path = Path(arguments[0].decode() if isinstance(arguments[0], bytes) else arguments[0]).absolute()
+        for name in (arguments[place] for place in _WRITTEN[event]):
+            if not isinstance(name, (str, bytes, os.PathLike)):  # a handle of a file that was opened before
+                continue
+            handle = arguments[-1] if event != "open" and isinstance(arguments[-1], int) else -1
+            folder = Path(os.readlink(f"/proc/self/fd/{handle}")) if handle >= 0 else Path.cwd()
+            path = folder / os.fsdecode(name)
             if event == "os.mkdir" and path.exists():  # which makes nothing
-                return
-            if path != Path("/dev/null") and self.folder not in (path, *path.parents):
+                continue
+            if path != Path("/dev/null") and self._writable not in (path, *path.parents):
                 self._outside.append(f"{event} {path}")
+
+
+def _writes(mode: str | None, flags: int) -> bool:
+    """Whether a file is opened for more than reading; os.open has no mode."""
+    return bool(set(mode) & set("wax+")) if mode else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
 @cache

@@ -24,7 +24,10 @@ def archive_format(path: str) -> str | None:
     """As what kind of archive `datasets` would unpack a file, whatever its name: "gzip", "zip", ...; None for none."""
     from datasets.utils.extract import Extractor
 
-    return Extractor.infer_extractor_format(path)  # type: ignore[no-any-return]
+    try:
+        return Extractor.infer_extractor_format(path)  # type: ignore[no-any-return]
+    except (MemoryError, OverflowError, ValueError):  # a header, as of LZMA with a dictionary of 4 GiB
+        return None
 
 
 def opened_columns(rows: Any) -> list[str]:

@@ -57,6 +57,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
         ("states of checkpoints", b"{}", "trainer_state.json: global_step: expected int, got null"),
         ("states of checkpoints", b'{"global_step": 1, "epoch": 1e-320}', "trainer_state.json: cannot convert float"),
         ("adapters' configurations", b"{}", ""),
+        ("adapters' configurations", LORA + b'"lora_alpha": 8, "r": 1' + b"0" * 400 + b"}", ""),
         ("adapters' configurations", LORA + b'"modules_to_save": 9}', "modules_to_save: expected a list"),
         ("adapters' configurations", LORA + b'"alpha_pattern": true}', "alpha_pattern: expected a mapping"),
         ("models' configurations", b'{"model_type": "llama", "dtype": [null, [null], []]}', "MODEL: "),
@@ -98,3 +99,14 @@ def test_a_damaged_fingerprint_is_another(tmp_path: Path) -> None:
     (tmp_path / "data.sha256").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"data\.path: expected the rows"):
         check_data(tmp_path, "0" * 64)
+
+
+def test_a_header_that_asks_for_all_memory_is_of_no_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(path: str) -> str:
+        raise MemoryError
+
+    target = target_of("rows.jsonl")
+    (tmp_path / target.file).write_bytes(b"\n\xff\xff\xff\xff\xff\xff\xff:")  # LZMA, with a dictionary of 4 GiB
+    monkeypatch.setattr("datasets.utils.extract.Extractor.infer_extractor_format", asks)
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: expected text in UTF-8"):
+        target.read(tmp_path / target.file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def caches_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def examples(name: str, folder: Path, count: int) -> None:
     target = target_of(name)
-    examine = Examiner(target, folder, 60)  # machines under load
+    caches = Path(tempfile.gettempdir())  # of `datasets`, for all tests
+    examine = Examiner(target, folder, 60, caches)  # machines under load
 
     @settings(max_examples=count, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(target.texts)
