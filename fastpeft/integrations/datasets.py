@@ -40,4 +40,5 @@ def _opens(feature: Any) -> bool:
         return any(map(_opens, feature.values()))
     if isinstance(feature, (list, tuple)):
         return any(map(_opens, feature))
-    return hasattr(feature, "decode_example") or _opens(getattr(feature, "feature", None) or ())
+    opens = hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # values of several types, as text
+    return opens or _opens(getattr(feature, "feature", None) or ())

@@ -46,8 +46,10 @@ def told_by(error: Exception) -> str | None:
     """One sentence, if PEFT failed at an encoder-decoder for being older than what transformers took out of it."""
     if isinstance(error, AttributeError) and _TAKEN_OUT in str(error):
         have = " and ".join(f"{name} {metadata.version(name)}" for name in ("peft", "transformers"))
-        needs = f"encoder-decoders of transformers above 5.17 need peft>=0.21, got {have}"
-        return f'{needs}: pip install --upgrade "peft>=0.21"'
+        return (
+            f"encoder-decoders of transformers above 5.17 need peft>=0.21, got {have}: "
+            'pip install --upgrade "peft>=0.21"'
+        )
     return None
 
 

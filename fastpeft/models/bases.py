@@ -77,7 +77,9 @@ def load_config(model: ModelSection, key: str = "model.name") -> Any:
     if model.revision is not None and Path(name).is_dir():
         raise UserError(f"model.revision: expected null for a folder, got {model.revision!r}")
     try:
-        check_config(PreTrainedConfig.get_config_dict(name, **_source(model))[0], key, model.trust_remote_code)
+        values = PreTrainedConfig.get_config_dict(name, **_source(model))[0]
+        if isinstance(values, dict):  # of others the library says what is wrong
+            check_config(values, key, model.trust_remote_code)
         return AutoConfig.from_pretrained(name, **_source(model))
     except UserError:
         raise

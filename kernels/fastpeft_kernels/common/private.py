@@ -14,8 +14,9 @@ def private_folder(folder: Path) -> Path:
         PermissionError: somebody else could change what is in it, or put another in its place.
         OSError: it cannot be made.
     """
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir():
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     if reason := others_may_write(folder):
         raise PermissionError(f"{folder}: expected a folder that only this user may write, got one {reason}")
     above = os.stat(folder.resolve().parent)
