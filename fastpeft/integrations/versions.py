@@ -13,7 +13,8 @@ from importlib import metadata
 
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.19.1", "accelerate": "1.10", "bitsandbytes": "0.49"}
 """As in pyproject.toml, which a tree that is used without being installed does not bring."""
-MINIMUM_OF_EXTRAS = {"trl": "1.10"}
+MINIMUM_OF_EXTRAS = {"trl": "1.10", "datasets": "4"}
+"""Before 4 `datasets` ran code that came with data."""
 _TAKEN_OUT = "_prepare_encoder_decoder_kwargs_for_generation"
 """What PEFT before 0.21 reads of an encoder-decoder; transformers 5.17 has it, 5.21 has not."""
 CORE = ("torch", "transformers", "peft")

@@ -105,6 +105,7 @@ def check_one_graph(model: PeftModel, compiled: Compiled) -> None:
     assert compiled.backward == nodes(lora_group_backward=groups, lora_mlp_backward=mlps), "nothing is computed again"
 
 
+@pytest.mark.full
 def test_without_a_plan_each_layer_is_a_node(compiled: Compiled) -> None:
     model = of_one_layer("llama")
     given = batch(model)

@@ -66,6 +66,7 @@ def test_a_run_without_chats_is_not_asked_in_chats(
     assert capsys.readouterr().out.strip() == "yes yes"
 
 
+@pytest.mark.full
 def test_the_token_that_ends_answers_ends_them(
     chatml: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fastpeft.integrations.versions import MINIMUM, MINIMUM_OF_EXTRAS
 
-FLOORS = {name: least for name, least in (MINIMUM | MINIMUM_OF_EXTRAS).items() if name != "torch"}
-"""The oldest supported version of each package that legs install; torch is that of the environment they borrow from."""
+FLOORS = {name: least for name, least in (MINIMUM | MINIMUM_OF_EXTRAS).items() if name not in ("torch", "datasets")}
+"""The oldest supported version of each package that legs install; the others are those of the environment they borrow
+from."""
 TOGETHER = ("all at their oldest", "all at their newest")
 
 
