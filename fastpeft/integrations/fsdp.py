@@ -7,6 +7,13 @@ from typing import Any
 
 from torch import nn
 
+_MIXED_IN = "FSDPModule"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with the module itself."""
+    return any(kind.__name__ == _MIXED_IN for kind in type(module).__mro__)
+
 
 def before_sharding(module: nn.Module) -> nn.Module | str:
     """The module without what `fully_shard` has put on it itself, to be read within its forward, not called.
@@ -18,7 +25,7 @@ def before_sharding(module: nn.Module) -> nn.Module | str:
         that nothing can be computed from them later.
     """
     kinds = type(module).__bases__
-    if not (len(kinds) == 2 and kinds[0].__name__ == "FSDPModule" and hasattr(module, "_get_fsdp_state")):
+    if not (len(kinds) == 2 and kinds[0].__name__ == _MIXED_IN and hasattr(module, "_get_fsdp_state")):
         return module
     sharded: Any = module
     state = sharded._get_fsdp_state()

@@ -14,6 +14,7 @@ from fastpeft_kernels.norm.api import run_norm
 from fastpeft_kernels.norm.form import ROUNDINGS, Form, layer_form, rms_form
 from fastpeft_kernels.norm.reference import norm_reference
 
+from ..integrations.fsdp import is_sharded
 from .proving import failure, within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
     instance of a class is known, the others are tried in two dtypes, with what was found there first.
     """
     weight: Any = module._parameters["weight"]
-    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+    if is_sharded(module):
         return "sharded by itself (fully_shard), so that no twin of it can be tried; accelerate before sharding"
     if weight.is_meta:
         return "its weight is on the meta device, so that it cannot be tried"

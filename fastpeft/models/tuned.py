@@ -104,18 +104,8 @@ def find(name: str, *, base: str | None = None, key: str = "MODEL", trust_remote
     problem = run.data.problem_type if run else None
     chats = run.data.chat_template is not None if run else None
     length = run.data.max_length if run else None
-    return Source(
-        name,
-        model,
-        path,
-        task,
-        chats,
-        tuple(getattr(adapter, "modules_to_save", None) or ()),
-        labels,
-        problem,
-        length,
-        config,
-    )
+    saved = tuple(getattr(adapter, "modules_to_save", None) or ())
+    return Source(name, model, path, task, chats, saved, labels, problem, length, config)
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Any:

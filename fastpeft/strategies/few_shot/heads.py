@@ -46,12 +46,7 @@ class LinearHead:
 
         try:
             found = load_file(folder / WEIGHTS)
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:  # the others for dtypes that NumPy has not
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # the rest: NumPy lacks the dtype
             raise ValueError(str(error)) from error
         shapes = {name: value.shape for name, value in found.items()}
         weight, bias = (shapes.get(name, ()) for name in ("weight", "bias"))

@@ -20,9 +20,7 @@ def private_folder(folder: Path) -> Path:
     if reason := others_may_write(folder):
         raise PermissionError(f"{folder}: expected a folder that only this user may write, got one {reason}")
     above = os.stat(folder.resolve().parent)
-    shared = (
-        above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
-    )  # /tmp lets nobody rename others' folders
+    shared = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX  # /tmp keeps others' names
     if shared or not _ours(above):
         raise PermissionError(f"{folder}: expected it in a folder where nobody else may rename it, got {folder.parent}")
     return folder
