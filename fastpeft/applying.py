@@ -13,6 +13,7 @@ from fastpeft_kernels.common.scratch import release_scratch
 
 from .integrations.versions import require_core
 from .layers.kept import bring
+from .memory.allocator import grow_segments
 from .memory.policy import LayerPolicy, MemoryPolicy
 from .replacements import REPLACEMENTS, Match
 from .replacements.fp8 import ask_fp8, check_fp8
@@ -84,8 +85,9 @@ def accelerate(
             `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the model. Loss and
             gradients are the same bits under each; in tiles (`LayerPolicy.tile`) those of adapters are within rounding.
             Layers are those that transformers' activation checkpointing wraps. Frozen weights of streamed ones stay in
-            host memory and are copied to the device ahead of each use. A Trainer's `gradient_checkpointing=True`
-            changes nothing in layers but the arguments of torch's checkpoint.
+            host memory and are copied to the device ahead of each use. torch's allocator takes GPU memory in segments
+            that grow (`expandable_segments`) from then on, unless PYTORCH_ALLOC_CONF says otherwise. A Trainer's
+            `gradient_checkpointing=True` changes nothing in layers but the arguments of torch's checkpoint.
         fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
             base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
             "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
@@ -113,6 +115,8 @@ def accelerate(
     memory = carried_out(model, memory)
     check_memory(model, memory, fp8_compute)
     check_fp8(model, fp8_compute, fp8_exclude, lora)
+    if memory is not None:
+        grow_segments()
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
     modules = dict(model.named_modules())
     found: dict[str, bool] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastpeft.config import FastpeftConfig, LoraSection
 from fastpeft.errors import UserError
+from fastpeft.memory.allocator import grow_segments
 from fastpeft.models import bases
 from fastpeft.models.adapters import attach_adapter
 from fastpeft.models.tasks import HEADS, UNUSED, head_options
@@ -36,6 +37,8 @@ def load_model(
 
     home = torch.device("cpu") if prepared.memory.streams else device
     config = prepared.config
+    if config.acceleration.enabled and prepared.memory.policy is not None:
+        grow_segments()  # before the base takes its memory
     base, section = load_base(prepared, home, dtype)
     model = attach(base, change(base, section), config.model.task, config.training.seed)
     trained_in_float32(model)

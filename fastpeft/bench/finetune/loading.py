@@ -138,11 +138,13 @@ def _unsloth(case: FinetuneCase, source: Source) -> Any:
         from unsloth import FastLanguageModel
     except Exception as error:  # it refuses versions and machines by exceptions of many kinds
         raise NotHereError(f"unsloth does not import: {type(error).__name__}: {error}") from error
+    checkpointing = "unsloth" if case.checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
         model_name=source.path,
         max_seq_length=case.tokens,
         dtype=getattr(torch, case.dtype),
         load_in_4bit=case.method == "qlora",
+        use_gradient_checkpointing=checkpointing,
     )
     return FastLanguageModel.get_peft_model(
         model,
@@ -151,7 +153,7 @@ def _unsloth(case: FinetuneCase, source: Source) -> Any:
         lora_dropout=0.0,
         target_modules=targets(model),
         bias="none",
-        use_gradient_checkpointing="unsloth" if case.checkpointing else False,
+        use_gradient_checkpointing=checkpointing,
         random_state=3407,
     )
 

@@ -62,6 +62,9 @@ def _arguments(case: FinetuneCase, peer: Peer, steps: int, folder: str) -> Any:
         "output_dir": folder,
         "max_steps": steps,
         "per_device_train_batch_size": case.rows,
+        "gradient_accumulation_steps": 1,  # this and the next two as transformers has them, where Unsloth does not
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
         "learning_rate": case.learning_rate,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
@@ -79,7 +82,9 @@ def _arguments(case: FinetuneCase, peer: Peer, steps: int, folder: str) -> Any:
         "disable_tqdm": True,
         "label_names": ["labels"],
     }
-    if case.checkpointing:
+    if peer.unsloth:  # no row is padded, and its own default compiles no layer then
+        given |= {"padding_free": False, "torch_empty_cache_steps": None}
+    elif case.checkpointing:
         given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if peer.sft:
         from trl import SFTConfig

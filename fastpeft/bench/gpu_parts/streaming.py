@@ -85,6 +85,7 @@ def _host(device: str, small: bool) -> dict[str, float]:
     import torch
 
     import fastpeft
+    from fastpeft.memory.streaming.host_store import is_pinned
 
     model = _model("NF4", small, "cpu", RING + 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -93,7 +94,7 @@ def _host(device: str, small: bool) -> dict[str, float]:
     model.to(device)
     bundles = [m.fastpeft_bundle for m in model.modules() if hasattr(m, "fastpeft_bundle")]
     assert all(not bundle.filled and bundle.device.type == torch.device(device).type for bundle in bundles)
-    assert device != "cuda" or all(stowed.host.is_pinned() for bundle in bundles for stowed in bundle.stowed)
+    assert device != "cuda" or all(is_pinned(stowed.host) for bundle in bundles for stowed in bundle.stowed)
     taken = torch.cuda.memory_allocated() - free if device == "cuda" else 0
     _step(model, torch.randint(3, 500, (1, 32)).to(device))
     assert all(torch.equal(value.cpu(), before[name]) for name, value in model.state_dict().items())

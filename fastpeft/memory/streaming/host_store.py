@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ logger = logging.getLogger("fastpeft")
 
 PAGE = 4096
 _pins = True
+_pinned: set[int] = set()
+"""Where pinned tensors begin. torch's own `is_pinned` asks about the beginning of the storage, which lies before."""
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def pin(host: Tensor) -> None:
     pageable, which is said once. A mapped file stays so too.
     """
     global _pins
-    if not _pins or not host.untyped_storage().resizable() or host.is_pinned():
+    if not _pins or not host.untyped_storage().resizable() or is_pinned(host):
         return
     cudart = torch.cuda.cudart()
     error = int(cudart.cudaHostRegister(host.data_ptr(), _pages(host.nbytes), 0))
@@ -45,7 +48,18 @@ def pin(host: Tensor) -> None:
         _pins = False
         logger.warning("streamed weights are copied from pageable host memory, which is slower: CUDA error %d", error)
         return
-    weakref.finalize(host, cudart.cudaHostUnregister, host.data_ptr())
+    _pinned.add(host.data_ptr())
+    weakref.finalize(host, _unpin, cudart, host.data_ptr())
+
+
+def is_pinned(host: Tensor) -> bool:
+    """Whether `pin` pinned what `to_host` gave."""
+    return host.data_ptr() in _pinned
+
+
+def _unpin(cudart: Any, first: int) -> None:
+    _pinned.discard(first)
+    cudart.cudaHostUnregister(first)
 
 
 def free_memory() -> int:
