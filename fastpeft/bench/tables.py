@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
 
+from .limits_table import limits_table
 from .reading import place, time_ratio, versions
 from .records import Record, load
 
@@ -217,6 +218,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "decode": decode_table,
     "combinations": combinations_table,
     "losses": losses_table,
+    "limits": limits_table,
 }
 """By the name in the markers."""
 

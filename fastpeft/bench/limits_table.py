@@ -1,0 +1,40 @@
+"""The table of models that hardly fit, made from records of `make gpu`, part limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .reading import place, versions
+from .records import Record
+
+
+def limits_table(records: Sequence[Record]) -> str:
+    """One row a case that passed: time of a step, what it took at the most, and what was predicted.
+
+    Raises:
+        ValueError: records of more than one environment, or none.
+    """
+    records = [record for record in records if record.suite == "limits"]
+    where = place(records)
+    by_key = {(r.case, r.metric): r.median for r in records}
+    rows = [
+        "| QLoRA on a GPU of so much memory | a step, s | tokens/s | peak, MiB | predicted / peak | reserved, MiB "
+        "| speed beside resident weights |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in [r.case for r in records if r.metric == "passed" and r.median == 1.0]:
+        seconds, tokens = by_key[case, "step_s"], int(re.findall(r"(\d+) tokens", case)[0])
+        beside = by_key.get((case, "speed_of_resident_same_policy"))
+        cells = [f"{seconds:.1f}", f"{tokens / seconds:.0f}", f"{by_key[case, 'peak_mib']:.0f}"]
+        cells += [f"{by_key[case, 'predicted_to_peak']:.3f}", f"{by_key[case, 'reserved_mib']:.0f}"]
+        rows.append(f"| {case} | {' | '.join(cells)} | {'not streamed' if beside is None else f'{beside:.2f}'} |")
+    rows += [
+        "",
+        f"One step each, random weights, bf16, fused AdamW; {where.device}, driver {where.driver}, limited by "
+        f"`torch.cuda.set_per_process_memory_fraction` to 0.5 GiB less, which are the CUDA context's; "
+        f"{versions(where, ('torch', 'transformers', 'peft', 'bitsandbytes'))}; {where.date[:10]}; `make gpu`, part "
+        "limits. Reserved: by torch's allocator, with what it holds unused. Predicted: by `fastpeft plan`, for steps "
+        "with gradient accumulation.",
+    ]
+    return "\n".join(rows)
