@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
-from . import dora, mixed, parts
+from . import dora, mixed, mixed_packing, parts
 from .frozen_products import large_input_gradient, project
 from .parts import (
     bias_gradients,
@@ -45,7 +45,7 @@ def pack(group: Group) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
     dtype = group.dtypes.lora
     if group.adapter_index is not None:
-        return mixed.pack(group)
+        return mixed_packing.pack(group)
     if group.one_a:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":

@@ -1,84 +1,24 @@
 """Mixed batches: each row of a batch has an adapter of its own, and reads no other.
 
-In S = x A^T, dS and the products a projection has as many columns as its largest adapter; adapters of lower rank are
-filled up with zeros, and rows without an adapter meet zeros alone. `mixed_products` multiplies.
+In S = x (scaling A)^T, dS = dY B and the products a projection has as many columns as its largest adapter; adapters of
+lower rank are filled up with zeros, and rows without an adapter meet zeros alone. `mixed_packing` joins the adapters,
+`mixed_products` multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ..common.random import dropout
 from ..common.validation import check_instance
+from .mixed_packing import scaled
 from .mixed_products import MixedProducts
-from .mixed_rows import owners_of, rows_with
-from .projection import Group, LoraAdapter, LoraProjection, Mask, Packed, trains_a
-
-
-def pack(group: Group) -> Packed:
-    """The adapters of a mixed batch, cast and scaled, by slot: a (slots, columns of S, in_features), b[i] (slots,
-    out_features, columns of projection i).
-
-    All a are joined by one launch, and all b: with an adapter a row, what each costs the host would decide.
-    """
-    owners, widths, dtype = owners_of(group.adapter_index or ()), group.widths(), group.dtypes.lora
-    bias: list[Tensor | None] = [None] * len(widths)
-    if not any(widths):
-        return Packed(None, list(bias), bias)
-    adapted = [
-        (projection.weight.shape, width, {adapter.index: adapter for adapter in projection.adapters})
-        for projection, width in zip(group.projections, widths, strict=True)
-        if width
-    ]
-    like = next(adapter.a for _, _, adapters in adapted for adapter in adapters.values())
-    with torch.no_grad():
-        down = [
-            piece
-            for owner in owners
-            for shape, width, adapters in adapted
-            for piece in _rows(adapters.get(owner), width, shape[1], like)
-        ]
-        used = [adapters[owner] for _, _, adapters in adapted for owner in owners if owner in adapters]
-        scaled = dict(zip(map(id, used), _scaled([adapter.b for adapter in used], used), strict=True))
-        up = [
-            _columns_of(scaled.get(id(adapters.get(owner))), width, shape[0], like)
-            for shape, width, adapters in adapted
-            for owner in owners
-        ]
-        a = _joined(down, like).to(dtype).view(len(owners), sum(widths), adapted[0][0][1])
-        parts = iter(_joined(up, like).to(dtype).split([len(owners) * shape[0] * width for shape, width, _ in adapted]))
-    shapes = [(len(owners), p.weight.shape[0], width) for p, width in zip(group.projections, widths, strict=True)]
-    return Packed(a, [next(parts).view(shape) if shape[2] else None for shape in shapes], bias)
-
-
-def _rows(adapter: LoraAdapter | None, width: int, in_features: int, like: Tensor) -> list[Tensor]:
-    """A, and zeros in place of what it has less than `width` rows."""
-    rank = 0 if adapter is None else adapter.rank
-    filling = [like.new_zeros((width - rank, in_features))] if rank < width else []
-    return filling if adapter is None else [adapter.a, *filling]
-
-
-def _columns_of(b: Tensor | None, width: int, out_features: int, like: Tensor) -> Tensor:
-    """B, and zeros in place of what it has less than `width` columns."""
-    if b is None:
-        return like.new_zeros((out_features, width))
-    return b if b.shape[1] == width else torch.nn.functional.pad(b, (0, width - b.shape[1]))
-
-
-def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """One after the other, flat."""
-    return torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else like.new_empty(0)
-
-
-def _scaled(tensors: list[Tensor], adapters: Sequence[LoraAdapter]) -> list[Tensor]:
-    """Each times its adapter's scaling, by one launch where all are numbers."""
-    factors = [adapter.scaling for adapter in adapters]
-    if not tensors or any(isinstance(factor, Tensor) for factor in factors):
-        return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-    return list(torch._foreach_mul(tensors, factors))  # type: ignore[arg-type]
+from .mixed_rows import owners_of, rows_with, slots_of
+from .projection import Group, LoraProjection, Mask, Packed, trains_a, trains_b
 
 
 def down_projection(x: Tensor, group: Group, packed: Packed) -> Tensor:
@@ -95,12 +35,12 @@ def down_projection(x: Tensor, group: Group, packed: Packed) -> Tensor:
 
 
 def add_update(base: Tensor, s: Tensor, up: Tensor, group: Group) -> Tensor:
-    """base (tokens, out_features) + S (scaling B)^T, written to base."""
+    """base (tokens, out_features) + S B^T, written to base."""
     return MixedProducts(group, s.shape[0]).update(s, up.mT, base, accumulate=True)
 
 
 def fill_update(y: Tensor, s: Tensor, up: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-    """y[:] = S (scaling B)^T + bias."""
+    """y[:] = S B^T + bias."""
     return MixedProducts(group, s.shape[0]).update(s, up.mT, y, bias)
 
 
@@ -133,42 +73,54 @@ def up_gradients(
     up: Tensor,
     ds: Tensor,
 ) -> None:
-    """ds[:] = dy up of projection i, and dB = scaling * dy^T S of each of its adapters, into grads."""
+    """ds[:] = dy up of projection i, and dB = dy^T S of each of its adapters, into grads."""
     adapters, products = group.projections[i].adapters, MixedProducts(group, dy.shape[0])
-    wanted = [j for j in range(len(adapters)) if needs[3 * j + 2]]
-    if s is None or not wanted:
+    if s is None or not trains_b(needs):
         products.project_down(dy, up.mT, ds)
         return
-    db = products.both_gradients(dy, up, s, ds, adapters[wanted[0]].b.dtype)
-    owners = owners_of(group.adapter_index or ())
-    found = {j: owners.index(adapters[j].index) for j in wanted if adapters[j].index in owners}
-    parts = _scaled([db[slot, :, : adapters[j].rank] for j, slot in found.items()], [adapters[j] for j in found])
-    given = dict(zip(found, parts, strict=True))
-    for j in wanted:
-        b = adapters[j].b
-        grads[3 * j + 2] = given[j].to(b.dtype) if j in given else torch.zeros_like(b)
+    dtype = _widest([adapter.b.dtype for adapter in adapters])
+    db = products.both_gradients(dy, up, s, ds, dtype).to(dtype)
+    _hand_out(db.unbind(), 2, i, group, needs, grads)
 
 
 def down_gradients(
     ds: Tensor, x: Tensor, group: Group, needs: Sequence[Sequence[bool]], grads: list[list[Tensor | None]]
 ) -> None:
-    """dA = dS^T dropout(x) of each adapter, into grads: one product for the whole group without dropout."""
-    products, owners = MixedProducts(group, x.shape[0]), owners_of(group.adapter_index or ())
-    dtype = next(adapter.a.dtype for projection in group.projections for adapter in projection.adapters)
-    joint = None if group.drops else products.down_gradient(ds, x, dtype)
+    """dA = scaling * dS^T dropout(x) of each adapter, into grads: one product for the whole group without dropout."""
+    products = MixedProducts(group, x.shape[0])
+    dtype = _widest([adapter.a.dtype for projection in group.projections for adapter in projection.adapters])
+    joint = None if group.drops else scaled(products.down_gradient(ds, x, dtype), group, dtype)
     for i, first, last in _columns(group):
         if not trains_a(needs[i]):
             continue
         if joint is None:
             values, mask = _masked(x, i, group)
-            da = products.down_gradient(ds[:, first:last], values, dtype, mask)
+            da = scaled(products.down_gradient(ds[:, first:last], values, dtype, mask), group, dtype, first)
         else:
             da = joint[:, first:last]
-        for j, adapter in enumerate(group.projections[i].adapters):
-            if needs[i][3 * j + 1]:
-                known = adapter.index in owners
-                part = da[owners.index(adapter.index), : adapter.rank] if known else torch.zeros_like(adapter.a)
-                grads[i][3 * j + 1] = part.to(adapter.a.dtype)
+        _hand_out(da.unbind(), 1, i, group, needs[i], grads[i])
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, set(dtypes))
+
+
+def _hand_out(
+    parts: Sequence[Tensor], place: int, i: int, group: Group, needs: Sequence[bool], grads: list[Tensor | None]
+) -> None:
+    """Of a product's part for each slot, each adapter's gradient of a (place 1) or b (place 2), where it is wanted."""
+    slots = slots_of(group.adapter_index or ())
+    for j, adapter in enumerate(group.projections[i].adapters):
+        if not needs[3 * j + place]:
+            continue
+        parameter, slot = adapter.a if place == 1 else adapter.b, slots.get(adapter.index)
+        if slot is None:
+            grads[3 * j + place] = torch.zeros_like(parameter)
+            continue
+        part = parts[slot]
+        if part.shape != parameter.shape:
+            part = part.narrow(place - 1, 0, adapter.rank)
+        grads[3 * j + place] = part.to(parameter.dtype)
 
 
 def _chances(i: int, group: Group) -> set[float]:

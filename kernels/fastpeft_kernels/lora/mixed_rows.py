@@ -6,7 +6,7 @@ What depends on the numbers of a batch alone is made once and kept on the device
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -94,20 +94,29 @@ def _multiply(t: Tensor, stack: Tensor, bias: Tensor | None, out: Tensor | None 
     return torch.bmm(t, stack, out=out) if bias is None else torch.baddbmm(bias, t, stack, out=out)  # type: ignore[no-any-return]
 
 
+@lru_cache(maxsize=256)
 def owners_of(index: tuple[int, ...]) -> tuple[int, ...]:
     """The distinct numbers of a mixed batch; an adapter's place here is its slot."""
     return tuple(_counts(index))
+
+
+@lru_cache(maxsize=256)
+def slots_of(index: tuple[int, ...]) -> Mapping[int, int]:
+    """The slot of each number of `owners_of`."""
+    return {owner: slot for slot, owner in enumerate(owners_of(index))}
 
 
 def row_groups(group: Group, tokens: int) -> RowGroups:
     """The groups of a mixed batch of so many tokens: those for which less is copied, of rows or of adapters."""
     index = group.adapter_index
     assert index is not None
+    device = group.projections[0].weight.device
+    if _lie_in_order(index):
+        return _row_groups(index, True, device)
     counts = _counts(index)
-    most = max(counts.values(), default=0)
     rank = max(group.widths(), default=0)
-    by_adapter = len(counts) * most * (tokens // max(len(index), 1)) < len(index) * rank
-    return _row_groups(index, by_adapter, group.projections[0].weight.device)
+    by_adapter = len(counts) * max(counts.values()) * (tokens // len(index)) < len(index) * rank
+    return _row_groups(index, by_adapter, device)
 
 
 @lru_cache(maxsize=256)
@@ -121,20 +130,26 @@ def _rows(index: tuple[int, ...]) -> list[list[int]]:
 
 
 @lru_cache(maxsize=256)
+def _lie_in_order(index: tuple[int, ...]) -> bool:
+    """Whether the rows lie by slots, as many of each: then nothing is copied."""
+    rows = _rows(index)
+    return [i for own in rows for i in own] == list(range(len(rows) * max(map(len, rows), default=0)))
+
+
+@lru_cache(maxsize=256)
 def _row_groups(index: tuple[int, ...], by_adapter: bool, device: torch.device) -> RowGroups:
     rows, owners = _rows(index), owners_of(index)
     most = max(map(len, rows), default=0)
-    lying = [i for own in rows for i in own] == list(range(len(owners) * most))
-    if lying:  # nothing is copied
+    if _lie_in_order(index):
         return RowGroups(index, owners, len(owners))
     if not by_adapter:
-        return RowGroups(index, owners, len(index), slots=_on(device, [owners.index(owner) for owner in index]))
+        return RowGroups(index, owners, len(index), slots=table_on(device, [owners.index(owner) for owner in index]))
     taken = [i for own in rows for i in (*own, *[own[0]] * (most - len(own)))]
     empty = [slot * most + k for slot, own in enumerate(rows) for k in range(len(own), most)]
     place = {i: slot * most + k for slot, own in enumerate(rows) for k, i in enumerate(own)}
     return RowGroups(
-        index, owners, len(owners), taken=_on(device, taken), empty=_on(device, empty) if empty else None,
-        places=_on(device, [place[i] for i in range(len(index))]),
+        index, owners, len(owners), taken=table_on(device, taken), empty=table_on(device, empty) if empty else None,
+        places=table_on(device, [place[i] for i in range(len(index))]),
     )  # fmt: skip
 
 
@@ -190,13 +205,15 @@ def _blocks(index: tuple[int, ...], each: int, most: int, multiple: int, device:
         found[slot] += [(at, min(at + size, end), slot) for at in range(first, end, max(size, 1))]
         first = end
     starts = list(accumulate(map(len, found), initial=0))
-    return _on(device, [line for lines in found for line in lines], torch.int32), _on(device, starts, torch.int32)
+    return table_on(device, [line for lines in found for line in lines], torch.int32), table_on(
+        device, starts, torch.int32
+    )
 
 
-def _on(
-    device: torch.device, numbers: Sequence[int] | Sequence[tuple[int, ...]], dtype: torch.dtype = torch.int64
+def table_on(
+    device: torch.device, numbers: Sequence[float] | Sequence[tuple[int, ...]], dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Without waiting for a GPU."""
+    """A tensor of these, without waiting for a GPU."""
     with torch.inference_mode(False):
         values = torch.tensor(numbers, dtype=dtype, device="cpu")
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
@@ -205,7 +222,7 @@ def _on(
 @lru_cache(maxsize=256)
 def rows_with(index: tuple[int, ...], owners: tuple[int, ...], device: torch.device) -> Tensor:
     """int64, the rows whose number is one of `owners`."""
-    return _on(device, [i for i, owner in enumerate(index) if owner in owners])
+    return table_on(device, [i for i, owner in enumerate(index) if owner in owners])
 
 
 @lru_cache(maxsize=64)
@@ -215,4 +232,4 @@ def rows_by_owner(index: tuple[int, ...], device: torch.device) -> tuple[tuple[i
     rows = _rows(index)
     order = [i for own in rows for i in own]
     places = sorted(range(len(order)), key=order.__getitem__)
-    return owners_of(index), tuple(_on(device, own) for own in rows), _on(device, places)
+    return owners_of(index), tuple(table_on(device, own) for own in rows), table_on(device, places)

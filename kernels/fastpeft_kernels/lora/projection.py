@@ -192,7 +192,7 @@ def _is_view_of_the_same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Packed:
-    """A group's adapters as the products take them, in the adapters' compute dtype.
+    """A group's adapters as the products take them, in the adapters' compute dtype; `mixed_packing.pack` makes stacks.
 
     Attributes:
         a: (total rank, in_features), all adapters under each other, or the one of `Group.one_a`; None without adapters.

@@ -10,6 +10,7 @@ import torch
 from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.mixed_rows import row_groups
 from fastpeft_kernels.lora.projection import Group
+from fastpeft_kernels.lora.reference import lora_group_reference
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -48,6 +49,50 @@ def test_each_row_has_its_adapter_s_dropout(way: str, chances: tuple[float, ...]
     dropping = tuple(replace(a, dropout=p) for a, p in zip(group[0].adapters, chances, strict=True))
     group[0] = replace(group[0], adapters=dropping)
     check_group(torch.randn(6, each, 24).requires_grad_(), group, Dtypes(F32, F32, F32), adapter_index=index)
+
+
+@pytest.mark.parametrize("dtypes", [Dtypes(F32, F32, F32), Dtypes(BF16, BF16, BF16), Dtypes(F16, F32, F16)])
+@pytest.mark.parametrize("tensors", ["", "0", "012"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_each_adapter_has_its_scaling(dtypes: Dtypes, tensors: str, p: float) -> None:
+    """Numbers, some of them tensors; 1 / 3 has no exact value in any of the dtypes."""
+    index, each = WAYS["each row alone"]
+    group = [
+        replace(
+            one,
+            adapters=tuple(
+                replace(a, scaling=torch.tensor(value) if str(a.index) in tensors else value, dropout=p)
+                for a, value in zip(one.adapters, scalings, strict=False)
+            ),
+        )
+        for one, scalings in zip(siblings(dtypes.compute), ((1 / 3, 2.0, 0.0), (-7.1, 1 / 3), ()), strict=True)
+    ]
+    check_group(torch.randn(6, each, 24).to(dtypes.compute).requires_grad_(), group, dtypes, adapter_index=index)
+
+
+def test_an_infinite_scaling_spoils_its_own_rows_alone() -> None:
+    group = [replace(p, adapters=tuple(replace(a, scaling=float("inf")) for a in p.adapters)) for p in siblings()]
+    for y in lora_linear_group(torch.randn(6, 3, 24), group, adapter_index=[2, 2, -1, -1, 5, 2])[:2]:
+        assert y[2:5].isfinite().all()
+        assert not y[[0, 1, 5]].isfinite().any()
+
+
+def test_scalings_have_the_width_of_wide_parameters() -> None:
+    group = siblings(torch.float64)
+    group = [replace(p, adapters=tuple(replace(a, scaling=1 / (3 + a.index)) for a in p.adapters)) for p in group]
+    x, dtypes, index = torch.randn(6, 3, 24, dtype=torch.float64), Dtypes(*[torch.float64] * 3), [2, 0, -1, 0, 2, 2]
+    ys = lora_linear_group(x, group, adapter_index=index)
+    expected = lora_group_reference(x, group, dtypes, [None] * 3, tuple(index))
+    for y, other in zip(ys, expected, strict=True):
+        assert (y - other).abs().max() <= 1e-13 * other.abs().max()
+
+
+def test_parameters_of_two_dtypes_get_gradients_of_their_own() -> None:
+    group = [projection(24, 40, 4, 4)]
+    first, second = group[0].adapters
+    half = replace(first, a=first.a.detach().to(BF16).requires_grad_(), b=first.b.detach().to(BF16).requires_grad_())
+    group = [replace(group[0], adapters=(half, replace(second, index=1)))]
+    check_group(torch.randn(4, 3, 24).requires_grad_(), group, Dtypes(F32, F32, F32), adapter_index=[0, 1, 0, 1])
 
 
 @pytest.mark.parametrize("way", WAYS)
