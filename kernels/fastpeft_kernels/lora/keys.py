@@ -22,9 +22,6 @@ the host more than a call of cuBLAS, for its descriptors above all, and with sma
 MANY_ELEMENTS = 2**26
 """Likewise of a matrix that products of rank width, or the pass of an activation, read: 31 us of an H200."""
 WELL_FILLED = 0.9
-MANY_MIXED_ELEMENTS = 2**24
-"""Likewise in a mixed batch, not yet measured: a batched product of rank width has no more tiles than an eighth of its
-hundreds of tokens, which leaves half of a GPU idle, and dS and dB read dY twice."""
 _FEWEST_RANKS = 8
 
 
@@ -105,12 +102,6 @@ class MixedKey(NamedTuple):
 def mixed_key(tokens: int, features: int, rank: int, dtype: torch.dtype, rows: int) -> MixedKey:
     """The case of a matrix (tokens, features) of so many rows."""
     return MixedKey(*rank_key(tokens, features, rank, dtype), bucket(rows))
-
-
-def default_mixed_backend(device: torch.device, tokens: int, features: int) -> str:
-    """What computes the products of a mixed batch where nothing was measured, on a device that our kernels serve."""
-    large = tokens * features >= MANY_MIXED_ELEMENTS
-    return "triton" if large and device_capability(device) == MEASURED_CAPABILITY else "library"
 
 
 class LinearKey(NamedTuple):

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.lora import Dtypes, lora_linear_group, rank_products
-from fastpeft_kernels.lora.keys import LINEAR, MIXED, RANK, MixedKey, RankKey, default_mixed_backend
+from fastpeft_kernels.lora.keys import LINEAR, MIXED, RANK, MixedKey, RankKey
+from fastpeft_kernels.lora.mixed_products import MixedProducts
+from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.tuning import choosing
 from fastpeft_kernels.tuning.records import Winner
 from tests.kernels.lora.groups import check_group, parameters, projection, seeds_for
@@ -100,10 +102,12 @@ def test_a_mixed_batch_has_a_choice_of_its_own(choice: str, ours: list[str]) -> 
     assert Counter(ours) == (taken if choice == "triton" else {})
 
 
-def test_what_serves_a_mixed_batch_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, tokens, backend in ((90, 4096, "triton"), (90, 1024, "library"), (80, 8192, "library")):
-        monkeypatch.setattr("fastpeft_kernels.lora.keys.device_capability", lambda device, found=capability: found)
-        assert default_mixed_backend(CPU, tokens, 4096) == backend
+def test_the_library_serves_a_mixed_batch_unmeasured() -> None:
+    group = Group([projection(32, 16, 8, dtype=F16)], HALF, [None], adapter_index=(0, 1))
+    products = MixedProducts(group, 8192)
+    assert not products.ours(4096, 16, F16)
+    with choosing.forced({MIXED: "triton"}):
+        assert products.ours(4096, 16, F16)
 
 
 def test_the_case_of_a_mixed_batch_has_no_more_rows_than_tokens() -> None:
