@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -139,17 +139,23 @@ class Group:
     backend: str = "auto"
     adapter_index: tuple[int, ...] | None = None
     one_a: bool = False
+    _widths: Sequence[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.adapter_index is None:
+            widths = [projection.rank for projection in self.projections]
+        else:
+            widths = [max([adapter.a.shape[0] for adapter in p.adapters], default=0) for p in self.projections]
+        object.__setattr__(self, "_widths", tuple(widths))
 
     @property
     def drops(self) -> bool:
         """Whether any adapter's input loses elements."""
         return any(seed is not None for seed in self.seeds)
 
-    def widths(self) -> list[int]:
+    def widths(self) -> Sequence[int]:
         """How many columns of S each projection has: in a mixed batch those of its largest adapter."""
-        if self.adapter_index is None:
-            return [projection.rank for projection in self.projections]
-        return [max([adapter.a.shape[0] for adapter in p.adapters], default=0) for p in self.projections]
+        return self._widths
 
     def mask(self, i: int) -> Mask | None:
         """Of the first adapter of projection i, which is its only one where it has a magnitude."""
