@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -47,6 +50,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a process with TRITON_INTERPRET=1")
     if item.get_closest_marker("aot") and INTERPRETED:
         pytest.skip("needs a process without TRITON_INTERPRET")
+
+
+@pytest.fixture(autouse=True)
+def imports_set_aside() -> Iterator[None]:
+    """What a test imported is left out of later searches too: each short training run makes several."""
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) != before:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_parser() -> Iterator[None]:
+    """The command line is read into its parser once, not for each of the hundreds of commands that are run here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture

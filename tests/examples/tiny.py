@@ -18,15 +18,21 @@ KINDS = ("decoder", "encoder", "encoder-decoder")
 
 
 def build(kind: str, folder: Path) -> Path:
-    """A model of one of KINDS in `folder`, with random weights or the shipped ones; returns the folder."""
+    """A model of one of KINDS in `folder`, with random weights; returns the folder."""
     {"decoder": _decoder, "encoder": _encoder, "encoder-decoder": _encoder_decoder}[kind](folder)
     return folder
 
 
 def _decoder(folder: Path) -> None:
-    """The shipped model, with a chat template."""
-    shutil.copytree(SHIPPED_MODEL, folder)
+    """The shipped model's tokenizer with a chat template, and weights of as many layers, but narrow ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("model.safetensors"))
     shutil.copyfile(TEMPLATES["chatml"], folder / "chat_template.jinja")
+    config = LlamaConfig.from_pretrained(SHIPPED_MODEL)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _encoder(folder: Path) -> None:

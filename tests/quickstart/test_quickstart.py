@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it, at a tiny size."""
+"""The quickstart as a user runs it, at a tiny size; in fresh processes alone only where one is interrupted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
 from fastpeft.bench.records import Record
+from fastpeft.cli import app
+from fastpeft.quickstart import processes, worker
+from tests.commands import Answer
 from tests.commands import run as command
 from tests.fresh import ROOT
 
@@ -23,25 +31,58 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 
-def quickstart(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastpeft", "quickstart", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd)
+class Forked:
+    """A worker's Popen without what importing costs: a copy of this process, which has it all."""
+
+    def __init__(self, command: list[str], *, stderr: IO[bytes], **options: Any) -> None:
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.dup2(writing, 1)
+                os.dup2(stderr.fileno(), 2)
+                sys.argv = command[2:]
+                code = worker.main()
+            finally:
+                os._exit(code)
+        os.close(writing)
+        self.stdout = os.fdopen(reading, "rb")
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def popen(command: list[str], **options: Any) -> Any:
+    return (Forked if "fastpeft.quickstart.worker" in command else subprocess.Popen)(command, **options)
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def forked() -> Iterator[None]:
+    """Workers are forked; what imports nothing of fastpeft has a fresh process still."""
+    from fastpeft.quickstart import loading, training  # noqa: F401 (for all that they import)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(processes, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, forked: None) -> tuple[Answer, Path]:
     """One run with the shipped model on little text."""
     folder = tmp_path_factory.mktemp("quickstart")
     text = (ROOT / "fastpeft/quickstart/assets/text/train.txt").read_text()
     (folder / "train.txt").write_text(text[:6000])
     (folder / "held_out.txt").write_text(text[6000:7000])
-    return quickstart(*TINY, "--text", "train.txt", "--held-out", "held_out.txt", "--output", "out", cwd=folder), folder
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patched.chdir(folder)
+        code = app.run(["quickstart", *TINY, "--text", "train.txt", "--held-out", "held_out.txt", "--output", "out"])
+    return Answer(code, out.getvalue(), err.getvalue()), folder
 
 
-def test_it_ends_well(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    process, _ = done
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert not process.stderr
+def test_it_ends_well(done: tuple[Answer, Path]) -> None:
+    answer, _ = done
+    assert (answer.code, answer.err) == (0, ""), answer.out
 
 
 @pytest.mark.parametrize(
@@ -62,11 +103,11 @@ def test_it_ends_well(done: tuple[subprocess.CompletedProcess[str], Path]) -> No
         "out/report.json",
     ],
 )
-def test_it_shows(words: str, done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    assert words in done[0].stdout
+def test_it_shows(words: str, done: tuple[Answer, Path]) -> None:
+    assert words in done[0].out
 
 
-def test_the_report_holds_valid_records(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_the_report_holds_valid_records(done: tuple[Answer, Path]) -> None:
     report = json.loads((done[1] / "out/report.json").read_text())
     records = [Record.from_dict(record) for record in report["records"]]
     found = {(record.peer, record.metric): record for record in records}
@@ -83,7 +124,7 @@ def test_the_report_holds_valid_records(done: tuple[subprocess.CompletedProcess[
     assert found["peft", "perplexity_before"].median == pytest.approx(found["fastpeft", "perplexity_before"].median)
 
 
-def test_the_picture_and_the_adapter_are_there(done: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_the_picture_and_the_adapter_are_there(done: tuple[Answer, Path]) -> None:
     assert (done[1] / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((done[1] / "out/adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (done[1] / "out/adapter/adapter_model.safetensors").stat().st_size > 0
@@ -126,7 +167,7 @@ def test_an_empty_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_text_shorter_than_a_block_is_found_by_the_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forked: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("some.txt").write_text("some text")
@@ -138,7 +179,8 @@ def test_a_text_shorter_than_a_block_is_found_by_the_worker(
 
 @pytest.mark.full
 def test_as_shipped_it_learns(tmp_path: Path) -> None:
-    process = quickstart("--output", str(tmp_path / "out"))
+    command = [sys.executable, "-m", "fastpeft", "quickstart", "--output", str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert process.returncode == 0, process.stdout + process.stderr
     fall = re.search(r"Held-out perplexity fell by (\d+)%", process.stdout)
     assert fall is not None and int(fall[1]) >= 15

@@ -60,7 +60,8 @@ def test_a_run_without_chats_is_not_asked_in_chats(
 ) -> None:
     rows: list[dict[str, object]] = [{"prompt": "Say yes:", "completion": " yes yes"}] * 8
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    run = train(tmp_path / "run", "--model", chatml, "--data", data, "--lr", 1e-2, "--max-steps", 40)
+    words = ("--model", chatml, "--data", data, "--lr", 1e-2, "--max-steps", 40, "--batch-size", 1)
+    run = train(tmp_path / "run", *words)
     capsys.readouterr()
     assert app.run(["generate", str(run), "-p", "Say yes:", "--max-new-tokens", "8", "--quiet"]) == 0
     assert capsys.readouterr().out.strip() == "yes yes"
@@ -70,7 +71,7 @@ def test_a_run_without_chats_is_not_asked_in_chats(
 def test_the_token_that_ends_answers_ends_them(
     chatml: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--model", chatml, "--data", chats, "--lr", 1e-2, "--max-steps", 40)
+    words = ("--model", chatml, "--data", chats, "--lr", 1e-2, "--max-steps", 40, "--batch-size", 1)
     run = train(tmp_path / "run", *words, "--lora.modules_to_save", "[lm_head, embed_tokens]")
     capsys.readouterr()
     assert AutoTokenizer.from_pretrained(run).eos_token == IM_END
@@ -79,7 +80,7 @@ def test_the_token_that_ends_answers_ends_them(
 
 
 def test_an_adapter_on_tied_embeddings_merges_into_the_same_model(chats: Path, tmp_path: Path) -> None:
-    words = ("--model", SHIPPED, "--data", chats, "--lr", 1e-2, "--max-steps", 5, "--max-length", 64)
+    words = ("--model", SHIPPED, "--data", chats, "--lr", 1e-2, "--max-steps", 5, "--batch-size", 1)
     run = train(tmp_path / "run", *words, "--lora.target_modules", "[q_proj, embed_tokens]")
     assert app.run(["merge", str(run), str(tmp_path / "merged"), "--dtype", "float32", "--quiet"]) == 0
     ids = torch.arange(20)[None] + 5
@@ -101,8 +102,9 @@ def test_a_run_s_folder_cannot_ask_for_code_to_be_run(chat_run: Path, tmp_path: 
 
 
 def test_a_run_that_died_at_once_is_not_in_the_way(chats: Path, tmp_path: Path) -> None:
-    run = train(tmp_path / "run", "--model", SHIPPED, "--data", chats, "--max-steps", 1, "--max-length", 64)
+    words = ("--model", SHIPPED, "--data", chats, "--max-steps", 1, "--batch-size", 1)
+    run = train(tmp_path / "run", *words)
     for path in run.iterdir():
         if path.name not in ("config.yaml", "data.sha256"):
             path.unlink() if path.is_file() else [file.unlink() for file in path.iterdir()] and path.rmdir()
-    train(run, "--model", SHIPPED, "--data", chats, "--max-steps", 1, "--max-length", 64)
+    train(run, *words)

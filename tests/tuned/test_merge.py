@@ -52,7 +52,7 @@ def half_run(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Path:
     folder = tmp_path_factory.mktemp("half")
     AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder / "base")
-    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 2, "--max-length", 64)
+    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 2, "--batch-size", 1)
     return train(folder / "run", "--model", folder / "base", *words)
 
 
@@ -83,7 +83,7 @@ def test_a_base_that_is_stored_in_4_bits(chats: Path, tmp_path: Path, capsys: py
     base = AutoModelForCausalLM.from_pretrained(SHIPPED, quantization_config=bits, device_map={"": "cpu"})
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "base")
-    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 5, "--max-length", 64)
+    words = ("--data", chats, "--lr", 1e-2, "--max-steps", 5, "--batch-size", 1)
     run = train(tmp_path / "run", "--model", tmp_path / "base", *words)
     (run / "config.yaml").unlink()  # as of another tool: the checkpoint itself tells
     capsys.readouterr()
