@@ -104,7 +104,9 @@ def seed(request: pytest.FixtureRequest) -> int:
     """
     given: int | None = request.config.getoption("--seed")
     value = zlib.crc32(request.node.nodeid.encode()) if given is None else given
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():  # without, torch would keep a call, and where it came from, for when there is one
+        torch.cuda.manual_seed_all(value)
     print(f"seed: {value}")
     return value
 
