@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastpeft_kernels.common import device
-from tests.fresh import run_fresh
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +85,3 @@ def test_a_gpu_that_triton_cannot_serve_is_left_to_pytorch_with_one_warning(
         "Triton compiles no kernel on cuda:3, PyTorch serves instead: Please specify one"
     ]
     assert not device.triton_serves(torch.device("cpu")) and trial.logger.name == "fastpeft"
-
-
-def test_without_triton_there_is_no_assembler() -> None:
-    code = (
-        "from fastpeft_kernels.common import device\n"
-        "assert not device.triton_available() and device.ptxas_version() is None"
-    )
-    run_fresh(code, blocked=["triton"])
-
-
-def test_import_asks_no_gpu_and_loads_no_triton() -> None:
-    code = (
-        "import torch; from fastpeft_kernels.common import device\n"
-        "assert not torch.cuda.is_initialized() and 'triton' not in sys.modules"
-    )
-    run_fresh(code)

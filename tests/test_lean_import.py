@@ -66,6 +66,12 @@ assert "triton" not in set(sys.modules) - before and not torch.cuda.is_initializ
     run_fresh(code)
 
 
+NO_ASSEMBLER = """
+from fastpeft_kernels.common import device
+assert not device.triton_available() and device.ptxas_version() is None
+"""
+
+
 @pytest.mark.parametrize("blocked", [["triton"], ["bitsandbytes"], ["triton", "bitsandbytes", "peft", "transformers"]])
 def test_the_ops_run_on_cpu_without(blocked: list[str]) -> None:
-    run_fresh(OPS, blocked)
+    run_fresh(OPS + NO_ASSEMBLER * ("triton" in blocked), blocked)

@@ -96,24 +96,28 @@ def test_pickled_and_back(accelerated: PeftModel, nf4: bool) -> None:
 
 
 def test_saved_whole_and_loaded_in_another_process(tmp_path: Path) -> None:
-    """Both processes are fresh ones: in pytest's, products on a CPU may be rounded in other places."""
+    """Both processes are fresh ones: in pytest's, products on a CPU may be rounded in other places.
+
+    They have in common what imports slowly, and nothing of fastpeft.
+    """
     run_fresh(f"""
-import torch
+import os
+import peft, torch
 torch.set_num_threads(1)
-import fastpeft
-from tests.integration.test_saving import batch, make, step
-torch.manual_seed({torch.initial_seed()})
-watching, grouped = fastpeft.accelerate(make()), fastpeft.accelerate(make())
-inputs = batch(grouped)
-step(grouped, inputs)
-models = [watching, grouped]
-torch.save((models, inputs), {str(tmp_path / "models.pt")!r})
-torch.save([step(model, inputs).gradients for model in models], {str(tmp_path / "gradients.pt")!r})
-""")
-    run_fresh(f"""
-import torch
+if os.fork() == 0:
+    import fastpeft
+    from tests.integration.test_saving import batch, make, step
+    torch.manual_seed({torch.initial_seed()})
+    watching, grouped = fastpeft.accelerate(make()), fastpeft.accelerate(make())
+    inputs = batch(grouped)
+    step(grouped, inputs)
+    models = [watching, grouped]
+    torch.save((models, inputs), {str(tmp_path / "models.pt")!r})
+    torch.save([step(model, inputs).gradients for model in models], {str(tmp_path / "gradients.pt")!r})
+    sys.exit()
+assert os.wait()[1] == 0
 from torch.utils.hooks import RemovableHandle
-torch.set_num_threads(1)
+assert "fastpeft" not in sys.modules
 models, inputs = torch.load({str(tmp_path / "models.pt")!r}, weights_only=False)
 import fastpeft
 for model, expected in zip(models, torch.load({str(tmp_path / "gradients.pt")!r}, weights_only=False)):

@@ -23,6 +23,7 @@ from fastpeft.quickstart import processes, worker
 from tests.commands import Answer
 from tests.commands import run as command
 from tests.fresh import ROOT
+from tests.processes import Forked
 
 TINY = ["--steps", "4", "--batch-size", "4", "--sequence-length", "32", "--rank", "4", "--learning-rate", "5e-3"]
 
@@ -31,30 +32,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 
-class Forked:
-    """A worker's Popen without what importing costs: a copy of this process, which has it all."""
+def popen(command: list[str], *, stderr: IO[bytes], **options: Any) -> Any:
+    """A worker's process without what importing costs."""
+    if "fastpeft.quickstart.worker" not in command:
+        return subprocess.Popen(command, stderr=stderr, **options)
 
-    def __init__(self, command: list[str], *, stderr: IO[bytes], **options: Any) -> None:
-        reading, writing = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(writing, 1)
-                os.dup2(stderr.fileno(), 2)
-                sys.argv = command[2:]
-                code = worker.main()
-            finally:
-                os._exit(code)
-        os.close(writing)
-        self.stdout = os.fdopen(reading, "rb")
+    def work() -> int:
+        os.dup2(stderr.fileno(), 2)
+        sys.argv = command[2:]
+        return worker.main()
 
-    def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def popen(command: list[str], **options: Any) -> Any:
-    return (Forked if "fastpeft.quickstart.worker" in command else subprocess.Popen)(command, **options)
+    return Forked(work)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +62,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, forked: None) -> tuple[Answer
     text = (ROOT / "fastpeft/quickstart/assets/text/train.txt").read_text()
     (folder / "train.txt").write_text(text[:6000])
     (folder / "held_out.txt").write_text(text[6000:7000])
-    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
         patched.chdir(folder)
         code = app.run(["quickstart", *TINY, "--text", "train.txt", "--held-out", "held_out.txt", "--output", "out"])
     return Answer(code, out.getvalue(), err.getvalue()), folder

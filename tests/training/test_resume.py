@@ -6,8 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastpeft.cli import app
 from tests.checkpoints import SHIPPED, Checkpoints, write_rows
 from tests.commands import run as command
-from tests.fresh import ROOT
+from tests.processes import Forked
 
 from .runs import Run, adapter, chats, classes, completions, interrupted, texts, train
 
@@ -211,7 +210,8 @@ class TestOneRun:
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
+def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     rows = write_rows(tmp_path / "rows.jsonl", *chats(24))
     arguments = [
         "--model",
@@ -224,27 +224,18 @@ def test_a_process_of_its_own(by: signal.Signals, tmp_path: Path) -> None:
         "--output-dir",
         str(tmp_path / "run"),
     ]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastpeft", "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"},
-    )
-    assert process.stderr is not None
+    process = Forked(lambda: app.run(["train", *arguments]))
     seen = []
     for line in process.stderr:
         seen.append(line)
         if line.startswith("training: step 3/12"):
-            process.send_signal(by)
+            os.kill(process.pid, by)
             break
-    out, more = process.communicate(timeout=60)
+    out, more = process.stdout.read(), process.stderr.read()
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
     assert 3 <= int(checkpoint.name.partition("-")[2]) < 12
     assert more.splitlines()[-1] == f"fastpeft: {by.name}: {checkpoint} was saved; --resume goes on from it", seen
-    assert (process.returncode, out) == (128 + by, "")
+    assert (process.wait(), out) == (128 + by, "")
     assert "\x1b" not in "".join(seen) + more  # no colours where there is no terminal
     resumed = train(tmp_path / "run", "--resume")
     assert_same(resumed, train(tmp_path / "whole", "--model", SHIPPED, "--data", rows, *LOGGED, "--batch-size", "2"))
