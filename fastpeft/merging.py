@@ -144,7 +144,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"OUTPUT: {target} is not empty; --overwrite replaces it")
     try:
         others = sorted({*_files(target)} - {MARK, *json.loads((target / MARK).read_text(encoding="utf-8"))["files"]})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"OUTPUT: expected a merged model to replace, got {target}, which is none") from None
     if others:
         raise UserError(f"OUTPUT: expected nothing but a merged model to replace, got {target}, with {others[0]}")

@@ -70,7 +70,7 @@ def parse_yaml(text: str, where: str) -> Any:
         if (size := _size(node, {})) > LARGEST:
             raise ValueError(f"its aliases stand for {float(size):.0e} values, at most {LARGEST} are allowed")
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         if loader is not None:

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastpeft.errors import Interrupted, RunFailed, UserError
+from fastpeft.printable import printable
 from fastpeft.requirements import MissingExtraError
 
 from . import bench, cache, compare, generate, merge, plan, responsible, train, tune, verify
@@ -141,4 +142,4 @@ def _interrupted() -> int:
 
 
 def _print(message: str) -> None:
-    print(f"fastpeft: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fastpeft: {printable(message)}", file=sys.stderr)

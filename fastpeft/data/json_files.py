@@ -12,9 +12,9 @@ from fastpeft.errors import UserError
 
 DEEPEST = 256
 """Brackets within brackets of a row. Arrow's reader of JSON ends the process a few thousand further on."""
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_ESCAPED, _STRINGS = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*"')
+_OTHERS = bytes(set(range(256)) - set(b'[]{}"'))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord('"'): 0}
 
 
 def check_lines(file: Path, key: str) -> None:
@@ -27,12 +27,16 @@ def check_lines(file: Path, key: str) -> None:
     Raises:
         UserError: a row is null, no text in UTF-8, or nested beyond any row; file and line are named.
     """
-    above = b""
+    above, depth = b"", 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             words = line.removeprefix(codecs.BOM_UTF8).strip()
-            if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(line) > DEEPEST:
-                raise UserError(f"{key}: {file}, line {number}: expected at most {DEEPEST} brackets in one another")
+            brackets = _brackets(line)
+            if brackets != b"{}":  # as of most rows
+                steps = [_STEPS[bracket] for bracket in brackets]
+                if depth + max(accumulate(steps), default=0) > DEEPEST:
+                    raise UserError(f"{key}: {file}, line {number}: expected at most {DEEPEST} brackets in one another")
+                depth = max(0, depth + sum(steps))
             if words.startswith(b"null") and not above.endswith((b"[", b":", b",")):
                 raise UserError(f"{key}: {file}, line {number}: expected a JSON object, got null")
             try:
@@ -59,6 +63,7 @@ def wrong_line(file: str) -> str | None:
     return None
 
 
-def _depth(line: bytes) -> int:
-    brackets = _STRINGS.sub(b"", line).translate(None, _OTHERS)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+def _brackets(line: bytes) -> bytes:
+    """Of a line of JSON, in their order, without those within texts."""
+    plain = _ESCAPED.sub(b"", line) if b"\\" in line else line
+    return _STRINGS.sub(b"", plain.translate(None, _OTHERS))

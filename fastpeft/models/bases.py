@@ -72,6 +72,7 @@ def quantization_of(config: FastpeftConfig) -> str:
 def load_config(model: ModelSection, key: str = "model.name") -> Any:
     """transformers' configuration of the model. Raises UserError where it cannot be had."""
     from transformers import AutoConfig, PreTrainedConfig
+    from transformers.utils import find_adapter_config_file
 
     name = checked_name(model.name, key)
     if model.revision is not None and Path(name).is_dir():
@@ -80,6 +81,8 @@ def load_config(model: ModelSection, key: str = "model.name") -> Any:
         values = PreTrainedConfig.get_config_dict(name, **_source(model))[0]
         if isinstance(values, dict):  # of others the library says what is wrong
             check_config(values, key, model.trust_remote_code)
+        if find_adapter_config_file(name, **_located(model)) is not None:
+            raise UserError(f"{key}: expected a base model alone, got one with an adapter beside it: {model.name}")
         return AutoConfig.from_pretrained(name, **_source(model))
     except UserError:
         raise
@@ -89,8 +92,11 @@ def load_config(model: ModelSection, key: str = "model.name") -> Any:
 
 def _source(model: ModelSection) -> dict[str, Any]:
     """Where `from_pretrained` looks."""
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return options | {"local_files_only": _offline(model) is not None}  # what was fetched earlier will do
+    return _located(model) | {"trust_remote_code": model.trust_remote_code}
+
+
+def _located(model: ModelSection) -> dict[str, Any]:
+    return {"revision": model.revision, "local_files_only": _offline(model) is not None}  # what was fetched will do
 
 
 def _offline(model: ModelSection) -> str | None:
@@ -109,10 +115,16 @@ def load_tokenizer(model: ModelSection, key: str = "model.name", **options: Any)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name, **_source(model), **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # that of tokenizers is `Exception`, and its PanicException not even that
         # A tokenizer opens the files that it wants without asking whether they were found.
-        cause: Exception = OSError("a file of it is missing") if isinstance(error, TypeError) else error
+        cause = OSError("a file of it is missing") if isinstance(error, TypeError) else error
         raise UserError(f"{key}: no tokenizer: {_why_not(model, cause)}") from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError(
+            f"{key}: model_max_length of its tokenizer: expected a number, got {tokenizer.model_max_length!r}"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never learned, and never attended to
     if tokenizer.pad_token is None:
@@ -242,8 +254,6 @@ def _plain(base: Any) -> list[str]:
 
 
 def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
-    from safetensors import SafetensorError
-
     from fastpeft.integrations import packed_loading
     from fastpeft.memory.packed.entries import user_folder
     from fastpeft.memory.packed.loading import check_index
@@ -256,7 +266,7 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
             base, info = packed_loading.from_pretrained(kind, model.name, user_folder(), **options)
         else:
             base, info = kind.from_pretrained(model.name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, MemoryError) as error:
+    except Exception as error:  # of any kind: each way to store weights has its own, for what is in a file
         if type(error).__name__ == "OutOfMemoryError":
             raise
         if model.attention is not None and ("attn" in str(error) or "Attention" in str(error)):

@@ -15,19 +15,25 @@ from fastpeft.errors import UserError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MOST_LAYERS = 1024
-MOST_EXPERTS = 1 << 14
+MOST_PARTS = 1 << 14
+"""Of experts, and of other parts of a model of which there are many."""
 MOST_FEATURES = 1 << 24
 """Of a dimension: features, words, positions. Models of 2026 have up to ten million positions."""
 MOST_BEAMS = 256
 MOST_STEPS = 64
 """Of the iterations with which an adapter's first values are found anew when it is loaded (PiSSA, LoftQ)."""
+MOST_RANK = 1 << 12
+"""Of an adapter, whatever its base: modules of so many values are made before a file's are read."""
 LONGEST_PATTERN = 2000
 FEW = 1 << 22
 """Values that any adapter may hold; more, only in proportion to its base."""
 
 _LIMITS = (
     (re.compile(r"(^|_)(layers?|blocks|depths?)$"), MOST_LAYERS),
-    (re.compile(r"(^|_)experts$"), MOST_EXPERTS),
+    (
+        re.compile(r"(^|_)(experts|groups?|group_num|networks|functions|codebooks|quantizers|stages|cycles|ngram)$"),
+        MOST_PARTS,
+    ),
     (
         re.compile(r"(^|_)(size|dim|heads|embeddings|positions|features|channels|rank|labels)$|^(d|n)_\w+$"),
         MOST_FEATURES,
@@ -73,7 +79,7 @@ def check_generation(settings: Any, key: str) -> None:
     """Raise UserError if a model's own generation settings ask for more answers at once than anyone reads."""
     for name in ("num_beams", "num_return_sequences", "num_beam_groups"):
         value = getattr(settings, name, None)
-        if isinstance(value, (int, float)) and value > MOST_BEAMS:
+        if value is not None and (not isinstance(value, (int, float)) or not value <= MOST_BEAMS):
             raise UserError(
                 f"{key}: {name} of its generation_config.json: expected at most {MOST_BEAMS}, got {_short(value)}"
             )
@@ -146,7 +152,7 @@ def check_adapter_weights(folder: Path, config: Any, base: Any, key: str) -> Non
     most = FEW + 16 * sum(parameter.numel() for parameter in base.parameters())  # of which 4-bit ones hold two
     if values > most:
         raise UserError(f"{key}: expected an adapter of at most {most} values for its base, got {values}")
-    longest = max((size for shape in shapes for size in shape), default=0)
+    longest = min(max((size for shape in shapes for size in shape), default=0), max(MOST_RANK, _narrower(base)))
     patterns = getattr(config, "rank_pattern", None) or {}
     for name, rank in [(name, getattr(config, name, None)) for name in _RANKS] + [*patterns.items()]:
         if rank is not None and (not isinstance(rank, int) or rank > longest):
@@ -196,7 +202,18 @@ def _repeats_repeats(pattern: str) -> bool:
     return False
 
 
-def _short(value: float) -> str:
+def _narrower(base: Any) -> int:
+    """The most that a matrix of the base has of rows and of columns: no adapter's rank is larger."""
+    matrices = [(getattr(one, "in_features", 0), getattr(one, "out_features", 0)) for one in base.modules()]
+    shapes = [p.shape for p in base.parameters() if p.dim() == 2]
+    return max((min(sizes) for sizes in [*matrices, *shapes]), default=0)
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return repr(value)[:40]
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"one of {value.bit_length()} bits"
     return str(value) if abs(value) < 10**12 else f"{float(value):.0e}"
 
 

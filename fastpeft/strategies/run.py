@@ -13,6 +13,7 @@ from rich.console import Console
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import Interrupted, RunFailed, UserError
 from fastpeft.models.devices import pick_device, pick_dtype
+from fastpeft.printable import printable
 from fastpeft.training import folder as run_folder
 from fastpeft.training.arguments import check, training_arguments
 from fastpeft.training.checkpoints import check_steps, last_checkpoint, steps
@@ -109,6 +110,7 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     from fastpeft.training.choices import KeepChoices, settled
     from fastpeft.training.loading import check_ids
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
+    from fastpeft.training.resuming import resumed
     from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
     from fastpeft.training.stopping import StopOnSignal
     from fastpeft.training.watching import Progress, Speed, StopAtNaN
@@ -152,7 +154,8 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
         tell=partial(_show_note, console),
     )
     try:
-        with half_checkpoints_deleted(trainer, target), stop, progress, PeakMemory(device) as peak, explained, watch:
+        saved_or_not, read = half_checkpoints_deleted(trainer, target), resumed(trainer, checkpoint)
+        with saved_or_not, stop, progress, PeakMemory(device) as peak, explained, watch, read:
             if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
                 _restore(trainer, checkpoint)
             else:
@@ -253,7 +256,7 @@ def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console, *, gene
 
 
 def _show_note(console: Console, note: str) -> None:
-    console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _accelerated(model: Any) -> str:

@@ -72,12 +72,15 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
         The checkpoint to go on from; None to begin.
 
     Raises:
-        UserError: a file is in the way, a run is there that nobody asked to replace, or none to go on with.
+        UserError: a file is in the way, a run is there that nobody asked to replace, or none to go on with; a link in
+            the folder leads out of it, and what is written would be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"training.output_dir: expected a folder or a new name, got a file: {folder}")
     if not can_be_made(folder):
         raise UserError(f"training.output_dir: expected a folder that can be written, got {folder}")
+    if (link := _link_elsewhere(folder)) is not None:
+        raise UserError(f"training.output_dir: expected no link that leads out of {folder}, got {link}")
     if resume and overwrite:
         raise UserError("--resume: expected it without --overwrite, got both")
     if resume:
@@ -121,6 +124,15 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)  # while it is held
         lock.release()
+
+
+def _link_elsewhere(folder: Path) -> Path | None:
+    """The first link that leads out of the folder, among what a run writes over."""
+    if not folder.is_dir():
+        return None
+    within = (path for checkpoint in checkpoints(folder) for path in checkpoint.rglob("*"))
+    links = (path for path in (*folder.iterdir(), *within) if path.is_symlink())
+    return next((link for link in links if folder.resolve() not in link.resolve().parents), None)
 
 
 def _holds_a_model(folder: Path) -> bool:

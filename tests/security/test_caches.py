@@ -54,6 +54,8 @@ def test_a_folder_that_others_may_rename(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(PermissionError, match="where nobody else may rename it"):
         private_folder(tmp_path / "folder")
+    with pytest.raises(PermissionError, match="where nobody else may rename it"):
+        private_folder(tmp_path / "between" / "folder")
     tmp_path.chmod(0o1777)  # as /tmp is
     private_folder(tmp_path / "folder")
 
@@ -64,6 +66,8 @@ def test_a_link_is_judged_by_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "open")
     with pytest.raises(PermissionError, match="of mode 777"):
         private_folder(tmp_path / "link")
+    (tmp_path / "open").chmod(0o700)
+    assert private_folder(tmp_path / "link") == (tmp_path / "open").resolve()  # whoever made the link may change it
 
 
 @pytest.mark.parametrize("what", ["folder", "library"])

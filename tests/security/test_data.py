@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import resource
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -75,16 +76,49 @@ def test_a_table_that_grows_out_of_proportion(tmp_path: Path, monkeypatch: pytes
     assert len(load_rows(str(tmp_path / "rows.parquet"), split=None)) == 2
 
 
-@pytest.mark.parametrize("depth", [200_000, 257])
-def test_brackets_that_would_end_the_process(depth: int, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": ' + "[" * depth + "]" * depth + "}\n")
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1: expected at most 256 brackets in one another"):
+@pytest.mark.parametrize(("depth", "end", "line"), [(200_000, "", 1), (257, "", 1), (30_000, "\n", 256)])
+def test_brackets_that_would_end_the_process(depth: int, end: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": ' + f"[{end}" * depth + f"]{end}" * depth + "}\n")
+    with pytest.raises(UserError, match=rf"rows.jsonl, line {line}: expected at most 256 brackets in one another"):
         load_rows(str(tmp_path / "rows.jsonl"), split=None)
 
 
 def test_brackets_within_texts_are_text(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": '\\"' + "[{" * 500}) + "\n")
-    assert load_rows(str(tmp_path / "rows.jsonl"), split=None)["text"] == ['\\"' + "[{" * 500]
+    texts = ['\\"' + "[{" * 500, "\\", '["', "[{" * 500]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert load_rows(str(tmp_path / "rows.jsonl"), split=None)["text"] == texts
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rows", ["one text a thousand times", "a list of nothing"])
+def test_a_table_that_grows_in_a_single_step(rows: str, tmp_path: Path) -> None:
+    """Less than a kilobyte, of which Arrow makes ten gigabytes before there is anything to count."""
+    if rows == "one text a thousand times":
+        text = pa.array(["x" * (16 << 20)])
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), text)
+    else:
+        column = pa.ListArray.from_arrays(pa.array([0, 200_000_000], pa.int32()), pa.nulls(200_000_000, pa.int64()))
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": column}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 1000
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with pytest.raises(UserError, match=r"expected at most 1024 MiB in .*: it grows out of proportion"):
+        load_rows(str(file), split=None)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 6 << 20)  # KiB
+
+
+def test_saved_rows_that_are_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads what it saves in place; what is compressed it would make room for."""
+    monkeypatch.setattr(untrusted, "FREE", 1 << 20)
+    datasets.Dataset.from_dict({"text": ["words" * 1000] * 1000}).save_to_disk(tmp_path / "saved")
+    assert len(load_rows(str(tmp_path / "saved"), split=None)) == 1000
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    schema = pa.ipc.open_stream(file.read_bytes()).schema
+    with pa.ipc.new_stream(str(file), schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+        stream.write_batch(pa.record_batch([pa.array(["x" * (10 << 20)])], schema=schema))
+    assert file.stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"expected at most 1 MiB in .*: it grows out of proportion"):
+        load_rows(str(tmp_path / "saved"), split=None)
 
 
 def test_pictures_are_left_out_unopened(tmp_path: Path) -> None:
@@ -133,6 +167,12 @@ def test_an_alias_is_fine_and_a_long_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("x" * (LARGEST + 1))
     with pytest.raises(ValueError, match=r"run.yaml: expected at most 1048576 characters, got more"):
         FastpeftConfig.from_yaml(tmp_path / "run.yaml")
+
+
+def test_a_number_beyond_floats() -> None:
+    """In sixties, as YAML 1.1 has them."""
+    with pytest.raises(ValueError, match="not valid YAML: int too large to convert to float"):
+        parse_yaml("a: " + ":".join(["1", *["59"] * 300]) + ".5", "run.yaml")
 
 
 def test_yaml_makes_no_objects(tmp_path: Path) -> None:

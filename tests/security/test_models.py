@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastpeft
+from tests.checkpoints import write_rows
 from tests.commands import Answer, run
 
 from . import hostile
@@ -43,6 +45,8 @@ def test_a_good_adapter_is_loaded(capsys: pytest.CaptureFixture[str], good: Path
         ({"hidden_size": 2**40}, "hidden_size of its config.json: expected at most 16777216, got 1e+12"),
         ({"vocab_size": 10**18}, "vocab_size of its config.json: expected at most 16777216, got 1e+18"),
         ({"text_config": {"n_routed_experts": 10**6}}, "text_config.n_routed_experts of its config.json: expected"),
+        ({"num_hidden_groups": 10**8}, "num_hidden_groups of its config.json: expected at most 16384, got 100000000"),
+        ({"hidden_size": 10**400}, "hidden_size of its config.json: expected at most 16777216, got one of 1329 bits"),
         ({"depths": [2, 10**8]}, "depths of its config.json: expected at most 1024, got 100000000"),
         ({"num_attention_heads": 0}, "could not be loaded"),
         ({"hidden_size": -256}, "MODEL: "),
@@ -166,10 +170,75 @@ def test_patterns_without_end_are_not(pattern: str) -> None:
         check_adapter_config(LoraConfig(target_modules=pattern), "MODEL")
 
 
-def test_more_beams_than_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("beams", "said"), [(10**6, "1000000"), (10**400, "one of 1329 bits"), ("many", "'many'")])
+def test_more_beams_than_memory(beams: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = hostile.model(tmp_path / "model")
-    hostile.changed(folder / "generation_config.json", num_beams=10**6)
-    refused(generate(capsys, folder), "num_beams of its generation_config.json: expected at most 256, got 1000000")
+    hostile.changed(folder / "generation_config.json", num_beams=beams)
+    refused(generate(capsys, folder), f"num_beams of its generation_config.json: expected at most 256, got {said}")
+
+
+def test_a_base_with_an_adapter_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], good: Path) -> None:
+    """transformers would load it too, unseen, whatever is in its configuration."""
+    folder = hostile.model(tmp_path / "model")
+    for file in good.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    hostile.changed(folder / "adapter_config.json", r=10**9)
+    rows = write_rows(tmp_path / "rows.jsonl", {"text": "some words"})
+    answer = run(capsys, "train", "--model", str(folder), "--data", rows, "--output-dir", str(tmp_path / "run"))
+    refused(answer, "model.name: expected a base model alone, got one with an adapter beside it")
+    with pytest.raises(ValueError, match="name_or_path: expected a base model alone, got one with an adapter"):
+        fastpeft.load(folder, quantization="none")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of its config.json: expected at most 1024"),
+        ({"attn_implementation": "some/kernel"}, "'some/kernel' is code from the hub"),
+    ],
+)
+def test_the_library_s_own_way_to_load(values: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"name_or_path: .*{words}"):
+        fastpeft.load(hostile.model(tmp_path / "model", **values), quantization="none")
+
+
+def test_an_index_with_brackets_without_end(tmp_path: Path) -> None:
+    folder = hostile.model(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="expected an index with a weight_map of names, got another file"):
+        fastpeft.load(folder, quantization="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}, "expected u32"),
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "charsmap"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "model_max_length of its tokenizer: expected a num"),
+    ],
+)
+def test_tokenizers(
+    name: str, values: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library in Rust has errors of no kind, and some that are no `Exception`."""
+    folder = hostile.model(tmp_path / "model")
+    hostile.changed(folder / name, **values)
+    refused(generate(capsys, folder), words)
+
+
+def test_a_rank_that_no_base_has(tmp_path: Path, capsys: pytest.CaptureFixture[str], good: Path) -> None:
+    """One tensor of so many values is small, and modules of such a rank are not."""
+    folder = hostile.adapter(tmp_path / "adapter", good, r=10**6)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({**weights, "more": torch.zeros(10**6, dtype=torch.uint8)}, folder / "adapter_model.safetensors")
+    refused(generate(capsys, folder), "r: expected a rank that its weights have, got 1000000")
+
+
+def test_no_text_is_a_command_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = hostile.model(tmp_path / "model", **{"a\x1b]52;c;x\x07\u202e_layers": 10**9})
+    answer = generate(capsys, folder)
+    refused(answer, "a]52;c;x_layers of its config.json: expected at most 1024")
+    assert answer.err.removesuffix("\n").isprintable()
 
 
 def test_a_chat_template_has_no_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

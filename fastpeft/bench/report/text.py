@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
+
+from fastpeft.printable import printable
 
 _MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]<>&#|~$^"}
 _FOLDERS = re.compile(r"(?<![\w.~/:-])/(?:[\w.+-]+/)+|\b[A-Z]:\\(?:[\w.+-]+\\)*")
 
 
 def plain(value: object, most: int = 200) -> str:
-    """One line of printable text: no line breaks, control characters, marks of direction or lone surrogates."""
-    text = " ".join(str(value).split())
-    text = "".join(letter for letter in text if unicodedata.category(letter)[0] != "C" or letter == " ")
+    """One line of printable text."""
+    text = printable(value)
     return text if len(text) <= most else text[: most - 4] + " ..."
 
 

@@ -56,7 +56,7 @@ class PackedCache:
 
     def __enter__(self) -> PackedCache:
         try:
-            private_folder(self.folder)
+            self.folder = private_folder(self.folder)
         except OSError as error:
             self._give_up(error)
             return self

@@ -14,6 +14,7 @@ from ...integrations.versions import require_core
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 _INDEX_BYTES = 64 << 20
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OWN = ("device_map", "quantization_config", "state_dict")
 
 
@@ -68,7 +69,8 @@ def load(
         A model of transformers, in evaluation mode: its modules, configuration and quantiser are as ever.
 
     Raises:
-        ValueError: an argument that cannot be served; a file outside of the folder in a checkpoint's index.
+        ValueError: an argument that cannot be served; a file outside of the folder in a checkpoint's index; a
+            config.json with numbers beyond any model's, or that names code; an adapter in place of a model.
         OSError: the checkpoint cannot be found or read.
         ImportError: transformers, or bitsandbytes where it is needed, is missing or too old.
     """
@@ -90,6 +92,8 @@ def load(
     name = str(name_or_path)
     if Path(name).is_dir():
         check_index(Path(name, options.get("subfolder", "")))
+    if "config" not in options:
+        _check_files(name, trust_remote_code, {"revision": revision, **options})
     place = pick_device() if device is None else torch.device(device)
     dtype = pick_dtype("auto", place) if dtype is None else dtype
     options = {"use_safetensors": True, "dtype": dtype, "device_map": {"": place}, **options}
@@ -124,6 +128,23 @@ def bits_and_bytes(quantization: str, double_quant: bool, dtype: torch.dtype, sk
     )
 
 
+def _check_files(name: str, trusted: bool, options: dict[str, Any]) -> None:
+    """Raise ValueError for a model whose files ask for more than a model: see `check_config`."""
+    from transformers import PreTrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    from ...errors import UserError
+    from ...models.untrusted import check_config
+
+    where = {key: options[key] for key in _WHERE if key in options}
+    if find_adapter_config_file(name, **where) is not None:
+        raise ValueError(f"name_or_path: expected a base model alone, got one with an adapter beside it: {name}")
+    try:
+        check_config(PreTrainedConfig.get_config_dict(name, **where)[0], "name_or_path", trusted)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
 def check_index(folder: Path) -> None:
     """Raise ValueError if an index of shards names a file outside of its folder."""
     for path in sorted(folder.glob("*.index.json")):
@@ -132,7 +153,7 @@ def check_index(folder: Path) -> None:
         try:
             files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
             names = [PureWindowsPath(file) for file in files] + [PurePosixPath(file) for file in files]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: expected an index with a weight_map of names, got another file") from error
         for name in names:
             if name.anchor or ".." in name.parts:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def private_folder(folder: Path) -> Path:
-    """The folder, made for this user alone if it is not there.
+    """The folder, made for this user alone if it is not there, by a path without links: those may be led elsewhere.
 
     Raises:
         PermissionError: somebody else could change what is in it, or put another in its place.
@@ -17,12 +17,14 @@ def private_folder(folder: Path) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
+    named, folder = folder, folder.resolve()
     if reason := others_may_write(folder):
-        raise PermissionError(f"{folder}: expected a folder that only this user may write, got one {reason}")
-    above = os.stat(folder.resolve().parent)
-    shared = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX  # /tmp keeps others' names
-    if shared or not _ours(above):
-        raise PermissionError(f"{folder}: expected it in a folder where nobody else may rename it, got {folder.parent}")
+        raise PermissionError(f"{named}: expected a folder that only this user may write, got one {reason}")
+    for above in folder.parents:
+        facts = os.stat(above)
+        shared = facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX  # /tmp keeps others' names
+        if shared or (above == folder.parent and not _ours(facts)):
+            raise PermissionError(f"{named}: expected it in folders where nobody else may rename it, got {above}")
     return folder
 
 

@@ -64,7 +64,7 @@ def add(path: Path, device: str, winners: Iterable[Winner]) -> None:
     """
     from filelock import FileLock
 
-    private_folder(path.parent)
+    path = private_folder(path.parent) / path.name
     with FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
         try:
             kept = read(path, device)
