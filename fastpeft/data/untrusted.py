@@ -40,7 +40,7 @@ def check_file(file: Path, loader: str, key: str) -> None:
 
 
 def check_saved(folder: Path, key: str) -> None:
-    """Raise UserError if what `datasets` saved in a folder names files outside of it, or would grow out of proportion."""
+    """Raise UserError if what `datasets` saved in a folder names files outside of it, or would grow."""
     names: set[object] = set()
     files: list[Path] = []
     splits = folder / "dataset_dict.json"

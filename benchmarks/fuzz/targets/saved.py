@@ -12,6 +12,7 @@ from benchmarks.fuzz.watching import Target
 from fastpeft.config import TrainingSection
 from fastpeft.errors import UserError
 from fastpeft.training.checkpoints import SEAL, STATE, check_steps, is_whole, last_checkpoint, seal
+from fastpeft.training.trainer_state import check_trainer_state
 from fastpeft_kernels.tuning import files
 from fastpeft_kernels.tuning.records import UnusableError, stamp
 
@@ -24,6 +25,9 @@ STATES = {
     "global_step": 10,
     "epoch": 0.5,
     "max_steps": 20,
+    "logging_steps": 10,
+    "log_history": [{"epoch": 0.5, "loss": 2.5, "step": 10}],
+    "best_model_checkpoint": None,
     "stateful_callbacks": {"EarlyStoppingCallback": {"attributes": {}}},
 }
 
@@ -55,6 +59,7 @@ def read_state(path: Path) -> None:
     (checkpoint / STATE).write_bytes(path.read_bytes())
     seal(checkpoint)
     if last_checkpoint(checkpoint.parent) is not None:
+        check_trainer_state(checkpoint)
         check_steps(checkpoint, TrainingSection())
 
 
