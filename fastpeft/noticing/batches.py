@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,12 +22,24 @@ MORE = 4096
 """Embeddings beyond a tokenizer's tokens, and a tenth of all, that no model is known to be given for a round number."""
 
 
+FEW = 64
+"""Tokens that a tokenizer may have beyond a model's embeddings, if they stand for something else than text."""
+MEDIA = re.compile("image|picture|audio|video|vision|speech", re.IGNORECASE)
+"""Of a token that stands for something else than text: a model of text alone may have no embedding for it."""
+_OF_TEXT = {"input_ids", "labels", "attention_mask", "token_type_ids", "position_ids", "cache_position"}
+_OF_TEXT |= {"decoder_input_ids", "decoder_attention_mask", "num_items_in_batch"}
+
+
 class Batch(NamedTuple):
-    """Of one call of the model, on the host: (rows, tokens), None for what it did not get; labels of any shape."""
+    """Of one call of the model, on the host: (rows, tokens), None for what it did not get; labels of any shape.
+
+    The last says whether it got tensors of something else than tokens, as pictures are.
+    """
 
     ids: Tensor | None
     labels: Tensor | None
     mask: Tensor | None
+    media: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ def _rows(model: Any, getter: str) -> int | None:
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     ids = kwargs.get("input_ids", args[0] if args else None)
-    return Batch(_integers(ids), _integers(kwargs.get("labels")), _integers(kwargs.get("attention_mask")))
+    media = any(isinstance(value, Tensor) and name not in _OF_TEXT for name, value in kwargs.items())
+    return Batch(_integers(ids), _integers(kwargs.get("labels")), _integers(kwargs.get("attention_mask")), media)
 
 
 def _integers(value: Any) -> Tensor | None:
@@ -139,9 +153,16 @@ class FirstBatches:
             )
 
     def _compare(self, batch: Batch) -> None:
-        """Whether all rows so far are the same but for padding, and have a class or number each."""
+        """Whether all rows so far are the same but for padding, of text alone, and have a class or number each."""
         ids, labels = batch.ids, batch.labels
-        if not self._same or ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape[:1]:
+        if (
+            not self._same
+            or batch.media
+            or ids is None
+            or labels is None
+            or ids.dim() != 2
+            or labels.shape != ids.shape[:1]
+        ):
             self._same = False
             return
         rows = [row if mask is None else row[mask != 0] for row, mask in _with_masks(ids, batch.mask)]
@@ -195,10 +216,18 @@ def other_tokenizer(about: About, tokenizer: Any) -> str | None:
     if about.embeddings is None or not hasattr(tokenizer, "__len__"):
         return None
     tokens, rows = len(tokenizer), about.embeddings
+    if 0 < tokens - rows <= FEW and all(map(MEDIA.search, map(str, _words(tokenizer, rows, tokens)))):
+        return None
     known = f"the tokenizer has {tokens} tokens, the model embeddings for {rows}"
     if tokens > rows:
         return f"{known}, and a text with one of the others ends the training: {_OWN}"
     return f"{known}: it may be another model's, {_OWN}" if rows - tokens > max(MORE, rows // 10) else None
+
+
+def _words(tokenizer: Any, first: int, end: int) -> list[Any]:
+    """The tokens of these numbers; of a tokenizer that tells none of them, one without a name."""
+    name = getattr(tokenizer, "convert_ids_to_tokens", None)
+    return [None] if name is None else list(name(list(range(first, end))))
 
 
 _OWN = "take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"

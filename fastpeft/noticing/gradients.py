@@ -25,12 +25,14 @@ class Gradients:
     Attributes:
         asked: steps that it began.
         steps: of them, those whose norms were read.
-        received: ids of parameters that had a gradient other than 0 in one of the first.
+        telling: of these, steps that say where gradients go: not those whose loss had none but zeros for anything,
+            as where all answers to a prompt are rewarded alike.
+        received: ids of parameters that had a gradient other than 0 in one of the first of those.
     """
 
     def __init__(self, given: list[Tensor], *, ours: bool) -> None:
         self.given, self.ours = given, ours
-        self.asked, self.steps = 0, 0
+        self.asked, self.steps, self.telling = 0, 0, 0
         self.received: set[int] = set()
 
     def norms(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor] | None:
@@ -52,7 +54,9 @@ class Gradients:
     def note(self, parameters: list[Tensor], norms: Tensor) -> bool:
         """Read what `norms` gave, on the host; whether all that is stepped by is finite."""
         self.steps += 1
-        if self.steps <= SETTLED:
+        told = not parameters or bool(norms[:-1].count_nonzero())
+        self.telling += told
+        if told and self.telling <= SETTLED:
             self.received.update(id(p) for p, norm in zip(parameters, norms.tolist(), strict=False) if norm != 0)
         return bool(norms[-1]) or bool(norms.isfinite().all())
 

@@ -186,10 +186,11 @@ class Watch:
             self._notices.add("loss", text)
 
     def _norms_read(self, gradients: Gradients, parameters: list[Tensor], norms: Tensor, step: int) -> None:
+        before = gradients.telling
         finite = gradients.note(parameters, norms)
         if gradients.steps <= SETTLED and self._batches.seen >= FIRST:
             self._judge_labels()
-        if gradients.steps == SETTLED:
+        if before < gradients.telling == SETTLED:
             self._judge_gradients()
         if finite:
             self._bad_step = 0
@@ -239,7 +240,7 @@ class Watch:
         if self._batches.seen < FIRST:
             self._batches.judge()
             self._judge_labels()
-        if any(LEAST <= gradients.steps < SETTLED for gradients in self._optimizers.values()):
+        if any(LEAST <= gradients.telling < SETTLED for gradients in self._optimizers.values()):
             self._judge_gradients()
 
 

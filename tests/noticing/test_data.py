@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.noticing import dependence
+from fastpeft.noticing.batches import FIRST
 from tests.integration.models import VOCABULARY, batch, make
 
 from .watched import Batches, kinds, loop
@@ -102,6 +103,19 @@ class TestData:
             pass
         assert kinds(watch) == ["vocabulary"] * said
 
+    @pytest.mark.parametrize(("word", "said"), [("<image_soft_token>", False), ("<mine>", True)])
+    def test_a_token_for_pictures_of_a_model_of_text(self, word: str, said: bool) -> None:
+        """Gemma 3's small models are of text alone, and share their tokenizer with the others."""
+
+        class Tokenizer(list[str]):
+            def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+                return [self[one] for one in ids]
+
+        words = Tokenizer([*map(str, range(VOCABULARY)), word])
+        with fastpeft.watch(make("llama"), tokenizer=words) as watch:
+            pass
+        assert kinds(watch) == ["vocabulary"] * said
+
     def test_another_models_tokenizer(self) -> None:
         model = nn.Module()
         model.get_input_embeddings = lambda: nn.Embedding(50257, 1)  # type: ignore[assignment]
@@ -171,3 +185,39 @@ class TestInput:
         [notice] = loop(make("bert"), batches=same).notices
         assert notice.kind == "no-input" and notice.text.startswith("all 24 rows of the first 8 batches")
         assert kinds(loop(make("bert"), batches=one)) == [], "one row that is learned by heart"
+
+    def test_the_same_prompt_with_pictures_is_no_fault(self) -> None:
+        model = Coarse(torch.float32)
+        with fastpeft.watch(model) as watch:
+            for _ in range(FIRST + 1):
+                given = {"input_ids": torch.full((6, 8), 7), "labels": torch.arange(6) % 3}
+                model(**given, pixel_values=torch.randn(6, 8))["loss"].backward()
+        assert kinds(watch) == []
+
+    @pytest.mark.parametrize("blind", [False, True])
+    def test_few_bits_of_a_loss_tell_nothing(self, blind: bool) -> None:
+        """In bfloat16 the losses of two inputs are often the same; what they are computed from is not."""
+        model = Coarse(torch.bfloat16, blind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with fastpeft.watch(model) as watch:
+            for _ in range(max(dependence.TRIALS) + 5):
+                given = {"input_ids": torch.randint(3, VOCABULARY, (6, 8)), "labels": torch.arange(6) % 3}
+                model(**given)["loss"].backward()
+                optimizer.step()
+        assert kinds(watch) == ["no-input"] * blind
+
+
+class Coarse(nn.Module):
+    """A classifier that has hardly begun to tell its inputs apart, or, if `blind`, never will."""
+
+    def __init__(self, dtype: torch.dtype, blind: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8, dtype=dtype), nn.Linear(8, 3, dtype=dtype)
+        self.blind = blind
+        nn.init.normal_(self.head.weight, std=1e-4)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None) -> Any:
+        read = self.embedding(input_ids).mean(1) + (0 if pixel_values is None else pixel_values)
+        logits = self.head(torch.ones_like(read) if self.blind else read)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

@@ -136,6 +136,18 @@ class TestNoGradient:
 
 
 class TestSane:
+    @pytest.mark.parametrize("steps", [4, 14])
+    def test_steps_without_a_loss(self, steps: int) -> None:
+        """As of GRPO, where all answers are rewarded alike: gradients are there, and zero."""
+        model = make("llama")
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        with fastpeft.watch(model) as watch:
+            for _ in range(steps):
+                (model(input_ids=batch(model)["input_ids"]).logits.mean() * 0).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert kinds(watch) == []
+
     @pytest.mark.parametrize(
         ("name", "accelerated"),
         [
