@@ -1,0 +1,45 @@
+"""What is kept for each shape of a batch is bounded: batches of ever new shapes do not make it grow."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastpeft_kernels.lora import direct, mixed_rows
+
+CPU = torch.device("cpu")
+
+
+def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes first."""
+    monkeypatch.setattr(direct, "_decided", {})
+    monkeypatch.setattr(direct, "_decide", lambda x, rows, group: rows % 2 == 0)
+    projection = SimpleNamespace(weight=SimpleNamespace(shape=(4, 4)), rank=2)
+    group: Any = SimpleNamespace(projections=[projection], dtypes=None, backend="auto")
+    most = direct._MOST_DECIDED
+    for rows in range(1, 2 * most + 1):
+        assert direct._small(torch.empty(rows, 4), group) == (rows % 2 == 0)
+        assert len(direct._decided) == min(rows, most)
+    kept = [key[2] for key in direct._decided]
+    assert kept == list(range(most + 1, 2 * most + 1))
+
+
+@pytest.mark.parametrize(
+    ("cached", "rest"),
+    [
+        (mixed_rows._counts, ()),
+        (mixed_rows._row_groups, (True, CPU)),
+        (mixed_rows._blocks, (3, 8, 1, CPU)),
+        (mixed_rows.rows_with, ((0,), CPU)),
+        (mixed_rows.rows_by_owner, (CPU,)),
+    ],
+)
+def test_rows_of_mixed_batches(cached: Any, rest: tuple[Any, ...]) -> None:
+    most = cached.cache_info().maxsize
+    assert most in (64, 256)
+    for rows in range(1, most + 50):
+        cached((0,) * rows + (1,), *rest)
+    assert cached.cache_info().currsize == most
