@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fastpeft.config import FastpeftConfig
 from fastpeft.data.encoding import encode
 from fastpeft.data.kinds import LABELLED
-from fastpeft.data.labels import SINGLE
+from fastpeft.data.labels import SINGLE, find_labels
 from fastpeft.errors import UserError
 from fastpeft.metrics.classification import accuracy, f1_macro
 from fastpeft.metrics.findings import Findings
@@ -72,14 +72,17 @@ class FewShot(Strategy):
     def edit(self, raw: Raw) -> Raw:
         options, seed = self.options, self.config.training.seed
         rows, evaluation = raw.rows, raw.evaluation
-        check_rows(rows, raw.data.labels or [], "data")
-        labels = self._method.measured(raw.data.labels or [])
+        classes = raw.data.labels or []
+        if options.novel and set(classes) == set(options.novel):  # as the configuration that a run left has them
+            classes = find_labels(rows, "label", several=False)
+        check_rows(rows, classes, "data")
+        labels = self._method.measured(classes)
         if raw.data.eval_fraction:
             count = max(1, round(len(rows) * raw.data.eval_fraction))
             rest, held = held_back(rows, count, seed, "data.eval_fraction")
             rows, evaluation = rows.select(rest), rows.select(held)
         elif evaluation is not None:
-            check_rows(evaluation, raw.data.labels or [], "data.eval_path" if raw.data.eval_path else "data.eval_split")
+            check_rows(evaluation, classes, "data.eval_path" if raw.data.eval_path else "data.eval_split")
             evaluation = evaluation.select(distinct(evaluation))
         if evaluation is not None and options.novel:
             evaluation = evaluation.select([n for n, row in enumerate(evaluation) if class_of(row) in labels])
