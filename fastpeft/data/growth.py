@@ -1,9 +1,10 @@
-"""How much memory a file of rows takes: a program of its own, which gets no more than it is told and may end for it.
+"""How much memory files of rows take: a program of its own, which gets no more than it is told and may end for it.
 
-    python growth.py parquet FILE MOST
+    python growth.py parquet FILE MOST [FILE MOST ...]
 
 Counted row by row: what a file says of its own size may be wrong, and a few hundred bytes may stand for gigabytes in a
-single step of its reader, whose errors of memory end the process. What it prints is FINE, GROWS or an error.
+single step of its reader, whose errors of memory end the process. What it prints is FINE, GROWS or an error, a line for
+each file in turn; none from the one on that ended it.
 """
 
 from __future__ import annotations
@@ -67,10 +68,8 @@ def _limit(more: int) -> None:
 
 
 def answer(kind: str, file: str, most: int) -> str:
-    import pyarrow.parquet  # before the limit: libraries are not what is counted
+    import pyarrow
 
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
-    pyarrow.set_io_thread_count(1)
     _limit(SPARE + 3 * most + os.path.getsize(file))  # pages and levels beside the rows that they make
     found = 0
     try:
@@ -85,5 +84,14 @@ def answer(kind: str, file: str, most: int) -> str:
     return FINE
 
 
+def main(kind: str, *pairs: str) -> None:
+    import pyarrow.parquet  # before any limit: libraries are not what is counted
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    pyarrow.set_io_thread_count(1)
+    for file, most in zip(pairs[::2], pairs[1::2], strict=True):
+        print(answer(kind, file, int(most)), flush=True)
+
+
 if __name__ == "__main__":
-    print(answer(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    main(*sys.argv[1:])

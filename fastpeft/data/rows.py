@@ -15,7 +15,7 @@ from fastpeft.requirements import require
 
 from .json_files import wrong_line
 from .tables import csv_options
-from .untrusted import check_file, check_saved
+from .untrusted import check_files, check_saved
 
 LOADERS = {
     ".jsonl": "json",
@@ -110,8 +110,7 @@ def _from_file(datasets: Any, path: Path, key: str, label: str) -> Any:
 
 def _load(datasets: Any, loader: str, files: list[str], key: str, path: Path, label: str) -> Any:
     options: dict[str, Any] = {}
-    for file in files:
-        check_file(Path(file), loader, key)
+    check_files(files, loader, key)
     if loader == "text":  # of any length, so that no more than one is in memory before it is written
         options = {"sample_by": "document", "writer_batch_size": 1}
     try:

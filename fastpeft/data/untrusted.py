@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastpeft.errors import UserError
@@ -19,24 +20,26 @@ GROWTH, FREE = 200, 1 << 30
 """How many times its size a file of rows may hold, and bytes that any may."""
 
 
-def check_file(file: Path, loader: str, key: str) -> None:
-    """Look at a file of data.
+def check_files(files: Sequence[str], loader: str, key: str) -> None:
+    """Before `datasets` reads local files.
 
     Args:
-        file: to be read.
-        loader: "json", "csv", "parquet" or "text".
+        files: which exist.
+        loader: `datasets`' name of their format.
         key: the configuration's name for the path, for messages.
 
     Raises:
-        UserError: it is an archive under another name, would grow out of proportion, cannot be read to its end, or as
+        UserError: one is an archive under another name, would grow out of proportion, cannot be read to its end, or as
             `check_lines`.
     """
     if loader == "parquet":
-        _check_growth(file, loader, key)
-    elif kind := archive_format(str(file)):
-        raise UserError(f"{key}: expected {loader}, got {kind} in {file}; unpack it first")
-    elif loader == "json":
-        check_lines(file, key)
+        _check_growth([Path(file) for file in files], loader, key)
+        return
+    for file in files:
+        if kind := archive_format(file):
+            raise UserError(f"{key}: expected {loader}, got {kind} in {file}; unpack it first")
+        if loader == "json":
+            check_lines(Path(file), key)
 
 
 def check_saved(folder: Path, key: str) -> None:
@@ -57,21 +60,25 @@ def check_saved(folder: Path, key: str) -> None:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:]", name):
             raise UserError(f"{key}: expected names of files in {folder}, got {name!r}")
-    for file in files:
-        if file.is_file():  # of others the reader says what is wrong
-            _check_growth(file, "arrow", key)
+    _check_growth([file for file in files if file.is_file()], "arrow", key)  # of others the reader says what is wrong
 
 
-def _check_growth(file: Path, kind: str, key: str) -> None:
+def _check_growth(files: Sequence[Path], kind: str, key: str) -> None:
     """In a process that may not take more: see `growth`."""
-    most = max(FREE, GROWTH * file.stat().st_size)
-    command = [sys.executable, str(growth.__file__), kind, str(file), str(most)]
+    if not files:
+        return
+    most = [max(FREE, GROWTH * file.stat().st_size) for file in files]
+    pairs = [str(each) for pair in zip(files, most, strict=True) for each in pair]
     places = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env={**os.environ, "PYTHONPATH": places}
-    )
-    said = done.stdout.strip()
-    if done.returncode or said == growth.GROWS:
-        raise UserError(f"{key}: expected at most {most >> 20} MiB in {file}, got more: it grows out of proportion")
-    if said != growth.FINE:
-        raise UserError(f"{key}: {file} cannot be read as {kind}: {said}")
+        [sys.executable, str(growth.__file__), kind, *pairs],
+        capture_output=True, text=True, errors="replace", env={**os.environ, "PYTHONPATH": places},
+    )  # fmt: skip
+    answers = done.stdout.splitlines()
+    for file, limit, said in zip(files, most, [*answers, *[growth.GROWS] * (len(files) - len(answers))], strict=True):
+        if said == growth.GROWS:
+            raise UserError(
+                f"{key}: expected at most {limit >> 20} MiB in {file}, got more: it grows out of proportion"
+            )
+        if said != growth.FINE:
+            raise UserError(f"{key}: {file} cannot be read as {kind}: {said}")

@@ -76,6 +76,29 @@ def test_a_table_that_grows_out_of_proportion(tmp_path: Path, monkeypatch: pytes
     assert len(load_rows(str(tmp_path / "rows.parquet"), split=None)) == 2
 
 
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (pa.array(["x" * (16 << 20)]), r"expected at most 1 MiB in .*b.parquet, got more"),
+        (None, r"b.parquet cannot be read as parquet: "),
+    ],
+)
+def test_of_several_tables_the_one_that_is_wrong_is_named(
+    second: pa.Array | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted, "FREE", 1 << 20)
+    for name in "abc":
+        pq.write_table(pa.table({"text": ["some words", "and others"]}), tmp_path / f"{name}.parquet")
+    assert len(load_rows(str(tmp_path), split=None)) == 6
+    if second is None:
+        (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    else:
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), second)
+        pq.write_table(pa.table({"text": column}), tmp_path / "b.parquet", compression="zstd", store_schema=False)
+    with pytest.raises(UserError, match=said):
+        load_rows(str(tmp_path), split=None)
+
+
 @pytest.mark.parametrize(("depth", "end", "line"), [(200_000, "", 1), (257, "", 1), (30_000, "\n", 256)])
 def test_brackets_that_would_end_the_process(depth: int, end: str, line: int, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": ' + f"[{end}" * depth + f"]{end}" * depth + "}\n")
