@@ -100,7 +100,7 @@ def policy(how: Any, ring: int) -> MemoryPolicy:
 
 @pytest.mark.parametrize("fault", ["in_backward", "in_giving_up", *full("in_forward", "in_a_copy", "in_taking")])
 @pytest.mark.parametrize(("how", "ring"), [("offload", 2), *(pytest.param(how, ring, marks=pytest.mark.full)
-    for how in ("keep", "recompute", "selective") for ring in (1, 3))])  # fmt: skip
+    for how in ("keep", "recompute", "selective") for ring in (1, 2))])  # fmt: skip
 def test_the_step_after_one_that_broke_off(
     fault: str, how: str, ring: int, begun: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
