@@ -133,7 +133,7 @@ FAILING: dict[tuple[str, Any], set[str]] = {
     ("llama", plain): NO_HEAD | {"bitfit"},
     ("t5", answer): NO_HEAD | {"bitfit"},
     ("bert", labels): VIRTUAL,  # a pooler is fresh too
-    ("llama", number): set(),
+    ("llama", number): {"prompt", "p-tuning"},
 }
 
 

@@ -93,7 +93,7 @@ def test_every_method_trains_tests_and_loads_again_or_says_why_not(
 
 FAILING: dict[str, set[str]] = {  # T5's classifier is two layers, which prompts and prefixes leave untrained
     "bert-classifier": set(),
-    "llama": set(),
+    "llama": {"prompt", "p-tuning"},  # whose rows are padded in batches
     "t5": {"prompt", "p-tuning", "prefix", "p-tuning-v2"},
 }
 

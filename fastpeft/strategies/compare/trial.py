@@ -133,6 +133,11 @@ def _measured(
     set_optimizer(trainer, config.training.optim, (kind, options))
     if method.optimizer is not None:
         trainer.optimizer = method.optimizer(model, kind, options | {"weight_decay": config.training.weight_decay})
+    if reads_padding(model, splits.train.rows, prepared.tokenizer.pad_token_id, arguments):
+        raise UserError(
+            f"{method.title} gives the classifier no token ids, by which it finds a row's last token, so it would read "
+            "padding; batches of one row need none"
+        )
     with PeakMemory(device) as peak:
         trainer.train()
     nan.check(model)
@@ -152,6 +157,31 @@ def _measured(
         tokens_per_second=speed.tokens_per_second,
         peak_mib=round(peak.mib, 1),
     )
+
+
+def reads_padding(model: Any, rows: Any, padding: int, arguments: Any) -> bool:
+    """Whether a classifier behind virtual tokens answers otherwise where its row is padded, as in a batch.
+
+    Decoders of transformers find the last token of a row by its ids, which PEFT does not give them then.
+    """
+    import torch
+
+    config: Any = getattr(model, "active_peft_config", None)
+    sizes = {arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size}
+    if not getattr(config, "is_prompt_learning", False) or config.task_type != "SEQ_CLS" or sizes == {1}:
+        return False
+    ids = torch.tensor([list(rows[0]["input_ids"])[:8]], device=next(model.parameters()).device)
+    padded = torch.nn.functional.pad(ids, (0, 8), value=padding)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 8))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+            within = model(input_ids=padded, attention_mask=mask).logits.float()
+    finally:
+        model.train(training)
+    return not torch.allclose(alone, within, rtol=0.05, atol=0.05 * float(alone.abs().max()))
 
 
 def _numbers(model: Any) -> int:
