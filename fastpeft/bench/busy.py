@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,13 @@ def busy(step: Callable[[], object], steps: int = 3) -> Busy:
         torch.cuda.synchronize()
     found = counted(profiler.profiler.kineto_results.events())
     return Busy(found.ms / steps, found.launches / steps)
+
+
+def keep(add: Callable[..., object], found: Mapping[str, Busy]) -> None:
+    """Record what was found for each peer; `add` takes the fields of a record that are missing here."""
+    for peer, each in found.items():
+        add(peer=peer, metric="busy", unit="ms", samples=each.ms)
+        add(peer=peer, metric="launches", unit="1", samples=each.launches)
 
 
 def counted(events: Iterable[Any]) -> Busy:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .busy import Busy, busy
 from .kept import bytes_kept, bytes_saved
 from .memory import peak_of_step
 from .timer import interleaved
@@ -62,12 +63,16 @@ class StepCase:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Milliseconds a step, in rounds of the same order; bytes that one forward keeps for backward, and `Sides.peak`."""
+    """Milliseconds a step, in rounds of the same order; bytes that one forward keeps for backward; `Sides.peak`.
+
+    busy: of a GPU in such a step, not compiled.
+    """
 
     case: StepCase
     samples: dict[str, list[float]]
     kept: dict[str, int]
     peak: dict[str, int]
+    busy: dict[str, Busy]
 
 
 class Sides(NamedTuple):
@@ -86,8 +91,11 @@ def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
     """`side_by_side` of the case's model and batch."""
     batch = make_batch(case, device)
     loss = partial(_loss, batch=batch, case=case, device=device)
-    sides = side_by_side(build(case, device), loss, rounds, device, case.compiled)
-    return StepResult(case, sides.samples, sides.kept, sides.peak)
+    model = build(case, device)
+    sides = side_by_side(model, loss, rounds, device, case.compiled)
+    models = {"peft": model, "fastpeft": sides.accelerated} if device == "cuda" and not case.compiled else {}
+    at_work = {name: busy(partial(_step, each, loss)) for name, each in models.items()}
+    return StepResult(case, sides.samples, sides.kept, sides.peak, at_work)
 
 
 def side_by_side(

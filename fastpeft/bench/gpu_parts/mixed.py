@@ -37,6 +37,7 @@ def _case(recorder: Recorder, method: str, rounds: int, hidden: int, tokens: int
     import torch
 
     import fastpeft
+    from fastpeft.bench.busy import busy, keep
     from fastpeft.bench.steps import StepCase, build, make_batch
     from fastpeft.bench.timer import interleaved, ratio
     from fastpeft_kernels.lora.keys import MIXED, rank_backends
@@ -64,9 +65,10 @@ def _case(recorder: Recorder, method: str, rounds: int, hidden: int, tokens: int
     for backend in rank_backends(torch.device(recorder.device)):
         steps[f"mixed, {backend}"] = partial(step, True, {MIXED: backend})
     samples = interleaved(steps, rounds, device=recorder.device)
+    add = partial(recorder.add, case=f"{case.name} {ADAPTERS} adapters", op="lora")
     for peer, times in samples.items():
-        recorder.add(
-            case=f"{case.name} {ADAPTERS} adapters", op="lora", peer=peer, metric="step time", unit="ms", samples=times
-        )
+        add(peer=peer, metric="step time", unit="ms", samples=times)
+    if recorder.device == "cuda":
+        keep(add, {peer: busy(step) for peer, step in steps.items()})
     ratios = {name.replace(", ", "_"): ratio(samples, name, "one adapter") for name in steps if name != "one adapter"}
     return {f"time_ratio_of_one_adapter{name.removeprefix('mixed')}": value for name, value in ratios.items()}

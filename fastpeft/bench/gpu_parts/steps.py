@@ -87,6 +87,7 @@ def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
     import torch
 
     import fastpeft
+    from fastpeft.bench.busy import keep
     from fastpeft.bench.steps import build, make_batch, measure
     from fastpeft.bench.timer import ratio
 
@@ -102,6 +103,7 @@ def _case(recorder: Recorder, case: StepCase, depth: str) -> dict[str, float]:
         recorder.add(case=case.name, op="lora", peer=peer, metric="kept for backward", unit="MiB", samples=kept / 2**20)
     for peer, peak in result.peak.items():
         recorder.add(case=case.name, op="lora", peer=peer, metric="peak memory", unit="MiB", samples=peak / 2**20)
+    keep(partial(recorder.add, case=case.name, op="lora"), result.busy)
     return {
         "time_ratio": ratio(result.samples, "fastpeft", "peft"),
         "kept_ratio": result.kept["fastpeft"] / result.kept["peft"],
