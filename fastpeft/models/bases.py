@@ -17,7 +17,7 @@ from fastpeft.hub import unreachable
 from fastpeft.integrations.transformers import ATTENTION
 
 from .tasks import HEADS, auto_class
-from .untrusted import check_config, check_generation
+from .untrusted import check_base, check_generation
 
 if TYPE_CHECKING:
     import torch
@@ -71,18 +71,13 @@ def quantization_of(config: FastpeftConfig) -> str:
 
 def load_config(model: ModelSection, key: str = "model.name") -> Any:
     """transformers' configuration of the model. Raises UserError where it cannot be had."""
-    from transformers import AutoConfig, PreTrainedConfig
-    from transformers.utils import find_adapter_config_file
+    from transformers import AutoConfig
 
     name = checked_name(model.name, key)
     if model.revision is not None and Path(name).is_dir():
         raise UserError(f"model.revision: expected null for a folder, got {model.revision!r}")
     try:
-        values = PreTrainedConfig.get_config_dict(name, **_source(model))[0]
-        if isinstance(values, dict):  # of others the library says what is wrong
-            check_config(values, key, model.trust_remote_code)
-        if find_adapter_config_file(name, **_located(model)) is not None:
-            raise UserError(f"{key}: expected a base model alone, got one with an adapter beside it: {model.name}")
+        check_base(name, key, model.trust_remote_code, **_located(model))
         return AutoConfig.from_pretrained(name, **_source(model))
     except UserError:
         raise

@@ -50,6 +50,30 @@ _CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 
 
+def check_base(name: str, key: str, trusted: bool, **where: Any) -> None:
+    """Look at a base model's files before transformers does.
+
+    Args:
+        name: folder or hub ID.
+        key: what to call it in messages.
+        trusted: whether it may name code of its own.
+        where: as `from_pretrained` takes it: revision, local_files_only and the like.
+
+    Raises:
+        UserError: its config.json asks for more than a model, see `check_config`; or an adapter lies beside it, which
+            transformers would load too.
+        OSError, ValueError: it has no config.json that can be read.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name, **where) is not None:
+        raise UserError(f"{key}: expected a base model alone, got one with an adapter beside it: {name}")
+    values = PreTrainedConfig.get_config_dict(name, **where)[0]
+    if isinstance(values, dict):  # of others the library says what is wrong
+        check_config(values, key, trusted)
+
+
 def check_config(config: Mapping[str, Any], key: str, trusted: bool) -> None:
     """Look at what is in a config.json.
 

@@ -129,18 +129,13 @@ def bits_and_bytes(quantization: str, double_quant: bool, dtype: torch.dtype, sk
 
 
 def _check_files(name: str, trusted: bool, options: dict[str, Any]) -> None:
-    """Raise ValueError for a model whose files ask for more than a model: see `check_config`."""
-    from transformers import PreTrainedConfig
-    from transformers.utils import find_adapter_config_file
-
+    """Raise ValueError for a model whose files ask for more than a model: see `check_base`."""
     from ...errors import UserError
-    from ...models.untrusted import check_config
+    from ...models.untrusted import check_base
 
     where = {key: options[key] for key in _WHERE if key in options}
-    if find_adapter_config_file(name, **where) is not None:
-        raise ValueError(f"name_or_path: expected a base model alone, got one with an adapter beside it: {name}")
     try:
-        check_config(PreTrainedConfig.get_config_dict(name, **where)[0], "name_or_path", trusted)
+        check_base(name, "name_or_path", trusted, **where)
     except UserError as error:
         raise ValueError(str(error)) from error
 
