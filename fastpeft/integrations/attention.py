@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
@@ -19,6 +18,7 @@ from ..layers.bypass import transformed
 from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents, within
 from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
+from .attention_one_query import one_query
 from .transformers import ATTENTION
 
 SPARSE = ("indices", "block_indices", "sinks")
@@ -87,10 +87,10 @@ def attention_forward(
         position_bias = None
     if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, others):
         done = None
-        if position_bias is None:
+        if queries == 1 and dropout == 0.0:
+            done = one_query(query, key, value, attention_mask, position_bias, scaling)
+        if done is None and position_bias is None:
             done = _plain(query, key, value, attention_mask, causal, dropout, scaling, others)
-        elif queries == 1 and dropout == 0.0:
-            done = _one_query(query, key, value, attention_mask, position_bias, scaling)
         if done is not None:
             count(module, "fused")
             return done, None
@@ -146,16 +146,6 @@ def _asks_for_more(query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
     return transformed() is not None
 
 
-def _of_one_query(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Whether it marks the keys that the only query sees: a step of generation."""
-    return (
-        mask.dtype == torch.bool
-        and mask.dim() == 4
-        and mask.shape[2] == query.shape[2] == 1
-        and (mask.shape[3] == key.shape[2])
-    )
-
-
 def _plain(
     query: Tensor,
     key: Tensor,
@@ -167,48 +157,20 @@ def _plain(
     others: dict[str, Any],
 ) -> Tensor | None:
     """What most calls ask for, at little cost to the host: PyTorch's own where it serves; None where more is asked."""
-    keys = None
     if mask is not None:
-        if not _of_one_query(mask, query, key) or mask.shape[1] != 1:
-            return None
-        keys = mask[:, 0, 0]
+        return None
     if causal and key.shape[2] != query.shape[2]:
         return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:
         return None
     query, key, value = _autocast(query, key, value)
-    return plain_attention(query, key, value, causal=causal, keys=keys, scale=scaling, dropout=dropout)
+    return plain_attention(query, key, value, causal=causal, scale=scaling, dropout=dropout)
 
 
 def _module_is_causal(module: Any) -> bool:
     """What no mask means. Modules that don't say (Mllama's cross-attention): eager sees all, sdpa is causal."""
     before = getattr(module, "fastpeft_attention", None)
     return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
-
-
-def _one_query(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor,
-    scaling: float | None,
-) -> Tensor | None:
-    """A step of generation with T5's bias, which for one query is a row, by PyTorch's own; None for others.
-
-    By itself, because `attention` looks at its arguments for as long as this takes.
-    """
-    if query.requires_grad or key.requires_grad or (mask is not None and not _of_one_query(mask, query, key)):
-        return None
-    if bias.shape[2:] != (1, key.shape[2]) or bias.requires_grad:
-        return None
-    query, key, value = _autocast(query, key, value)
-    bias = bias.to(query.dtype)
-    if mask is not None:
-        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, **grouped)
-    return out.transpose(1, 2).contiguous()
 
 
 def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:

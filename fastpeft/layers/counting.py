@@ -17,8 +17,8 @@ class Counting:
 
     def _count(self, outcome: str) -> None:
         if not torch.compiler.is_compiling():
-            self.__dict__.setdefault("fastpeft_calls", {})
-            count(self, outcome)
+            calls: dict[str, int] = self.__dict__.setdefault("fastpeft_calls", {})
+            calls[outcome] = calls.get(outcome, 0) + 1
 
 
 def count(module: Any, outcome: str) -> None:

@@ -1,6 +1,7 @@
-"""Calls with a few tokens without gradients, as in generation: PEFT's own operations, and the model's own MLP.
+"""Calls with a few tokens without gradients, as in generation: PEFT's own products, and the model's own MLP.
 
-`plain_forward` runs a layer's operations without calling the adapters' modules, which costs more than they compute.
+`plain_forward` runs a layer's operations without calling the adapters' modules, which costs more than they compute, and
+adds the update with its scaling in one.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ def is_few(x: Any) -> bool:
 
 
 def plain_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """What PEFT's forward of the layer returns, by the same operations; None where that forward must be called.
+    """What PEFT's forward of the layer returns, by the same products; None where that forward must be called.
 
     Args:
         layer: a `FastLoraLayer` that leaves few tokens.
         x: (..., in_features).
     """
-    if not layer.plain_when_few:
+    if not layer.plain_when_few or has_global_hooks():
         return None
     if layer._disable_adapters or layer.merged_adapters:
         return None if layer._disable_adapters and layer.merged_adapters else _base(layer, x)
-    if layer.lora_variant or has_global_hooks():
+    if layer.lora_variant:
         return None
     modules = layer._modules
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
@@ -79,13 +80,19 @@ def plain_forward(layer: Any, x: Tensor) -> Tensor | None:
     for a, b, scaling in factors:
         if x.dtype != a["weight"].dtype and layer.cast_input_dtype_enabled and (each or not layer.over_four_bits):
             x = x.to(a["weight"].dtype)
-        update = linear(linear(x, a["weight"], a["bias"]), b["weight"], b["bias"]) * scaling
-        y = y + (update.to(dtype) if each else update)
+        update = linear(linear(x, a["weight"], a["bias"]), b["weight"], b["bias"])
+        if each or type(scaling) is not float:
+            y = y + (update * scaling).to(dtype) if each else y + update * scaling
+        else:
+            y = torch.add(y, update, alpha=scaling)  # rounded once
     return y if layer.over_four_bits else y.to(dtype)
 
 
 def _base(layer: Any, x: Tensor) -> Tensor:
     """The base layer's output; on a CPU over 4 bits by our decoding, which is the faster one."""
     base = layer._modules["base_layer"]
+    if is_bare(base, nn.Linear):
+        parameters = base._parameters
+        return linear(x, parameters["weight"], parameters["bias"])
     found = bitsandbytes.decoded_linear(base, x) if layer.over_four_bits and x.device.type == "cpu" else None
     return base(x) if found is None else found  # type: ignore[no-any-return]

@@ -48,13 +48,15 @@ class FastNorm(nn.Module, Counting):
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why the module's own forward must run, or None."""
-        norm, weight = self.fastpeft_norm, self._parameters.get("weight")
-        assert norm is not None
         if len(args) != 1 or kwargs:
             return "called with other arguments than x"
         x = args[0]
         if type(x) is not Tensor:
             return f"an input of type {type(x).__name__}"
+        if x.is_cpu and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
+            return FEW
+        norm, weight = self.fastpeft_norm, self._parameters.get("weight")
+        assert norm is not None
         if type(weight) is not nn.Parameter:  # sharded, or a view that FSDP1 or a replica keeps elsewhere
             return f"a weight of type {type(weight).__name__}"
         if weight.dtype != norm.weight_dtype:
@@ -63,7 +65,7 @@ class FastNorm(nn.Module, Counting):
             return f"an input in {x.dtype}"
         if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
-        if kind_of(x.device) == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
+        if x.is_meta and kind_of(x.device) == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
             return FEW
         return transformed()
 

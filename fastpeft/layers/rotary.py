@@ -34,7 +34,7 @@ class FastRotary(nn.Module):
         if self.fastpeft_turn is None or self.fastpeft_suspended or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         x = args[0] if args else kwargs.get("hidden_states")
-        if type(x) is Tensor and x.device.type == "cpu" and not kernel_serves(x, x):  # names are looked up faster there
+        if type(x) is Tensor and x.is_cpu and not kernel_serves(x, x):  # names are looked up faster there
             self._count(NO_KERNEL)
             return super().forward(*args, **kwargs)
         return _with_ours(unmixed(type(self)).forward, self._turned)(self, *args, **kwargs)

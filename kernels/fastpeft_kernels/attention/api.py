@@ -102,20 +102,17 @@ def plain_attention(
     v: Tensor,
     *,
     causal: bool = False,
-    keys: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor | None:
     """`attention` of valid arguments of one dtype and nothing else, where PyTorch's own is what it takes; else None.
-
-    `keys` is the mask's.
 
     For callers to whom its looking at arguments matters: it takes the host as long as the attention of a few tokens.
 
     Returns:
         (batch, queries, heads, v_features), contiguous, or None.
     """
-    mask = Mask(right=0 if causal else None, keys=keys)
+    mask = Mask(right=0 if causal else None)
     scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, dropout=dropout)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if backend_of(q, k, v, mask, scores, False, deterministic) != "sdpa":
