@@ -2,11 +2,13 @@
 
 python -m fastpeft.bench.tables benchmarks/results/cpu/steps.jsonl --into README.md
 python -m fastpeft.bench.tables benchmarks/results/nvidia-h200/layer.jsonl --as layer --into docs/measured.md
+python -m fastpeft.bench.tables benchmarks/results/nvidia-h200/layer.jsonl --as layer --only "r=16 fp32" --into DOCUMENT
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -223,6 +225,11 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
 """By the name in the markers."""
 
 
+def cases(records: Sequence[Record], only: str) -> list[Record]:
+    """The records of cases in whose names the expression `only` is found."""
+    return [record for record in records if re.search(only, record.case)]
+
+
 def insert(text: str, table: str, name: str = "") -> str:
     """The document with the table between the markers of that name.
 
@@ -241,8 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--as", dest="name", choices=TABLES, default="", help="which table, and which markers")
     parser.add_argument("--into", type=Path, help="a document with the two markers; printed when not given")
+    parser.add_argument("--only", metavar="REGEX", default="", help="the cases whose names it is found in")
     options = parser.parse_args(arguments)
-    table = TABLES[options.name](load(options.records))
+    table = TABLES[options.name](cases(load(options.records), options.only))
     if options.into is None:
         print(table)
     else:

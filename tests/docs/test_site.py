@@ -14,7 +14,7 @@ import pytest
 
 from fastpeft.bench.records import load
 from fastpeft.bench.report.writing import report, stale
-from fastpeft.bench.tables import TABLES, insert
+from fastpeft.bench.tables import TABLES, cases, insert
 from tests.fresh import ROOT
 
 from .pages import DOCS, PAGES, read
@@ -120,6 +120,20 @@ def test_the_measurements_are_those_of_the_records(name: str) -> None:
     records = named.get(name, "nvidia-h200/layer")
     table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
     assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "only"),
+    [
+        ("", "cpu/steps", ""),
+        ("layer", "nvidia-h200/layer", "^layer .* r=16 fp32"),
+        ("limits", "nvidia-h200/limits", ""),
+    ],
+)
+def test_the_readme_s_measurements_are_those_of_the_records(name: str, records: str, only: str) -> None:
+    found = cases(load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"), only)
+    readme = (ROOT / "README.md").read_text()
+    assert insert(readme, TABLES[name](found), name) == readme
 
 
 @pytest.mark.parametrize("draw", [False, pytest.param(True, marks=pytest.mark.full)])
