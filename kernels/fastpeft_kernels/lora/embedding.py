@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.reshaping import reshaped
 from ..common.validation import check_floating, check_instance, check_scaling
 from .mixed_rows import rows_by_owner
 
@@ -108,7 +109,7 @@ class _LoraEmbedding(torch.autograd.Function):
         rows = y.reshape(-1, y.shape[-1])
         wide = torch.promote_types(y.dtype, s.dtype)
         with autocast_off(y.device):
-            return torch.addmm(rows.to(wide), s.to(wide), (b.t() * scaling).to(wide)).view(y.shape)
+            return reshaped(torch.addmm(rows.to(wide), s.to(wide), (b.t() * scaling).to(wide)), y.shape)
 
     @staticmethod
     @once_differentiable

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..common.reshaping import reshaped
 from ..lora.autograd import in_use
 from ..lora.projection import LoraProjection
 from . import hadamard, kronecker
@@ -65,7 +66,7 @@ def compute(x: Tensor, base: LoraProjection, adapters: Adapters, dtype: torch.dt
     bias = None if base.bias is None else base.bias.to(dtype)
     with in_use((base,)):
         y: Tensor = _op(adapters).forward(_rows(x, dtype), base.weight, bias, cast(adapters, dtype))
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    return reshaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1]))
 
 
 def cast(adapters: Sequence[Any], dtype: torch.dtype) -> list[Any]:

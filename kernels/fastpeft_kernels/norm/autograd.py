@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.reshaping import reshaped
 from ..common.shapes import imitated
 from .form import Form
 from .library import Gradients, Kept, norm_backward_library, norm_library
@@ -66,7 +67,7 @@ def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, b
         y, kept = norm_shapes(_flat(x), form)
     else:
         y, kept = norm_library(_flat(x), weight, bias, form)
-    return y.view(shape), kept
+    return reshaped(y, shape), kept
 
 
 def compute_backward(

@@ -43,6 +43,18 @@ def test_gradcheck(shape: tuple[int, ...], padding_idx: int | None, scaling: flo
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (7,)], ids=str)
+def test_the_result_may_be_written_into(shape: tuple[int, ...]) -> None:
+    y, ids, a, b = drawn(*shape)
+    result = lora_embedding(y, ids, a, b)
+    result[0] = 0.0  # as models write pictures in the place of their tokens
+    exact = reference(y, ids, a, b, 1.0, None)
+    exact[0] = 0.0
+    torch.testing.assert_close(result, exact)
+    found, wanted = (torch.autograd.grad(z.square().sum(), (y, a, b)) for z in (result, exact))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("index", [(2, 0, 7, 0), (0, 0, 2, 2), (7, 7, 7, 7), ()], ids=str)
 def test_rows_with_adapters_of_their_own(index: tuple[int, ...]) -> None:
     y, ids, a, b = drawn(len(index), 5, dtype=torch.float64)

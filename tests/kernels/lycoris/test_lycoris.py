@@ -146,6 +146,17 @@ def test_keeps_the_input_alone(kind: str) -> None:
 
 
 @every_op
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0, 4)], ids=str)
+def test_the_result_may_be_written_into(kind: str, shape: tuple[int, ...]) -> None:
+    op, make = OPS[kind]
+    x, weight, adapter = torch.randn(*shape, IN, requires_grad=True), torch.randn(OUT, IN), make()
+    y = op(x, weight, [adapter])
+    given = leaves(x, None, [adapter])
+    wanted = torch.autograd.grad((2 * y).sum(), given, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y.mul_(2).sum(), given), wanted)
+
+
+@every_op
 def test_a_base_that_changes_before_backward(kind: str) -> None:
     op, make = OPS[kind]
     weight = torch.randn(OUT, IN)

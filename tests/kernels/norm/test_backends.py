@@ -109,3 +109,11 @@ def test_no_features(shape: tuple[int, ...]) -> None:
     rms_norm(x, weight, 1e-6).sum().backward()
     assert x.grad is not None and x.grad.shape == shape
     assert weight.grad is not None and weight.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (3, 8), (8,), (0, 8)], ids=str)
+def test_the_result_may_be_written_into(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(8, requires_grad=True)
+    y = rms_norm(x, weight, 1e-6, backend="torch")
+    wanted = torch.autograd.grad((2 * y).sum(), (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y.mul_(2).sum(), (x, weight)), wanted)
