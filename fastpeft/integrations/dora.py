@@ -36,7 +36,10 @@ def magnitude(
     if len(adapters) != 1:
         return f"adapter {name!r} is DoRA, and others are active with it"
     reason = _why_not(layer, layer.lora_variant[name], layer.lora_magnitude_vector[name], adapters[0], dtypes, device)
-    return layer.lora_magnitude_vector[name]._parameters["weight"] if reason is None else f"adapter {name!r}: {reason}"
+    if reason is not None:
+        return f"adapter {name!r}: {reason}"
+    layer.lora_magnitude_vector[name]._cache_clear()  # as PEFT's own forward: what it kept is of other weights soon
+    return layer.lora_magnitude_vector[name]._parameters["weight"]  # type: ignore[no-any-return]
 
 
 def _why_not(

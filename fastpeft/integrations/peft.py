@@ -22,6 +22,8 @@ from .versions import require_core
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_VARIANTS = "peft.tuners.lora.variants"
+
 
 def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | None) -> tuple[LoraAdapter, ...] | str:
     """The adapters of a LoRA layer that a call uses, as the ops take them, or why PEFT's own forward must run.
@@ -79,10 +81,22 @@ def used_adapters(layer: Any, device: torch.device, row_names: Sequence[str] | N
 def is_plain(variant: Any) -> bool:
     """Whether a LoRA variant computes what LoRA does: MiCA, which differs in what it trains."""
     kind = type(variant)
-    return kind.__module__ == "peft.tuners.lora.variants" and kind.__name__ in (
+    return kind.__module__ == _VARIANTS and kind.__name__ in (
         "MiCALinearVariant",
         "MiCAEmbeddingVariant",
     )
+
+
+_STATELESS = ("ALora", "BdLora", "Dora", "MiCA", "QALora")
+
+
+def has_stateful_variant(module: nn.Module) -> bool:
+    """Whether a LoRA layer within has a variant whose forward may leave something behind, in adapters or elsewhere.
+
+    Arrow's first one subtracts from all adapters, MonteCLoRA draws numbers ahead, VeLoRA and KaSA set themselves up.
+    """
+    kinds = {type(v) for m in module.modules() for v in m.__dict__.get("lora_variant", {}).values()}
+    return not all(k.__module__ == _VARIANTS and k.__name__.startswith(_STATELESS) for k in kinds)
 
 
 def saved_copies(module: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from torch import nn
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 
 from ..integrations.bitsandbytes import cpu_packing_forbidden
+from ..integrations.peft import has_stateful_variant
 from ..integrations.transformers import passes_cache
 from .buffers import BufferOwners, BufferValue
 from .frozen import join
@@ -37,9 +38,9 @@ logger = logging.getLogger("fastpeft")
 class SiblingWatch:
     """Waits for the first call that reaches its layers, runs it once under no_grad, and forms the groups.
 
-    A call that passes a cache is not run twice: watching is put off, and given up for those layers when the call
-    computes gradients. A layer has one watch at a time, its attribute `fastpeft_watch`; where watching failed and the
-    call itself did not, the attribute `fastpeft_watch_error` says why.
+    A call that passes a cache, or runs a LoRA variant that keeps a state, is not run twice: watching is put off, and
+    given up for those layers when the call computes gradients. A layer has one watch at a time, its attribute
+    `fastpeft_watch`; where watching failed and the call itself did not, the attribute `fastpeft_watch_error` says why.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class SiblingWatch:
             self._outer = None
         if self._outer is not None:
             self._ran[place] = module
-        elif passes_cache(args, kwargs):
+        elif passes_cache(args, kwargs) or has_stateful_variant(module):
             if torch.is_grad_enabled():
                 self.forget(list(place.waiting))
         elif place.waiting:

@@ -186,6 +186,11 @@ def test_cached_norms_are_peft_s() -> None:
     with torch.no_grad(), DoraCaching():
         model(**batch(model))
     assert "norms of DoRA are cached" in notes(model)
+    held = [m._dora_cache for m in model.modules() if hasattr(m, "_dora_cache")]
+    assert held and all(held)
+    with torch.no_grad():
+        model(**batch(model))
+    assert not any(held)  # as PEFT's: the next time they would be of other weights
 
 
 def test_a_hook_on_the_magnitude_runs_peft() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import ArrowConfig, LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
@@ -17,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpeft
 from fastpeft.layers import watching
 from fastpeft.layers.random_state import RandomState, devices_of
-from tests.integration.blocks import WIDTH, Block, blocks, check, gradients, inputs, pair
+from tests.integration.blocks import WIDTH, Block, Stack, blocks, check, gradients, inputs, pair
+from tests.integration.models import with_lora
 from tests.integration.reports import adapter_rows, notes, siblings
 from tests.integration.test_errors_and_leftovers import needs_gradients
 
@@ -180,6 +183,32 @@ class TestSideEffects:
             results.append([model(x), *[value for name, value in model.named_buffers() if "parametrizations" in name]])
         assert len(results[0]) > 1
         torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_a_variant_that_writes_into_adapters(self, grad: bool) -> None:
+        """Arrow's first forward subtracts from all tasks' adapters what is general knowledge: once."""
+        arrow = ArrowConfig(use_gks=True, top_k=1, rng_seed=0)
+        arrow.task_adapter_names, arrow.gks_adapter_names = ["default", "other"], ["general"]
+        config = {"target_modules": ["q", "k", "v"], "r": 4, "init_lora_weights": False}
+        peft = with_lora(Stack(), None, **config)
+        for name in ("other", "general"):
+            peft.add_adapter(name, LoraConfig(**config))
+        ours, x = fastpeft.accelerate(copy.deepcopy(peft)), inputs()
+        results = []
+        for model in (ours, peft):
+            torch.manual_seed(0)
+            model.add_adapter("router", LoraConfig(**config, arrow_config=copy.deepcopy(arrow)))
+            model.set_adapter("router")
+            with torch.set_grad_enabled(grad):
+                y = [model(x) for _ in range(2)]
+            results.append([*y, *model.state_dict().values()])
+        torch.testing.assert_close(*results)
+        assert not siblings(ours)
+        for model in (ours, peft):
+            model.delete_adapter("router")
+            model.set_adapter("default")
+        check(ours, peft)
+        assert siblings(ours) == (set() if grad else GROUPED)
 
     def test_under_fake_tensors(self) -> None:
         ours, _ = pair(nn.Sequential(Stateful(CHANGES["written"]), Block()))
