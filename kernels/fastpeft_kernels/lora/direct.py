@@ -8,6 +8,7 @@ plain PyTorch on the same busy machine.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
@@ -20,9 +21,10 @@ from ..native.extension import group_extension
 from ..native.skinny import SMALLEST
 from ..tuning import choosing
 from ..weights import DenseWeight, FrozenWeight
-from . import parts
+from . import mixed_native, mixed_packing, parts
 from .keys import kernels_serve
 from .linear import measured, sums_products
+from .mixed_products import MixedProducts
 from .projection import Group, LoraProjection
 from .rank_products import chosen
 
@@ -40,9 +42,10 @@ def serves(x: Tensor, group: Group) -> bool:
 
 def fits(x: Tensor, group: Group) -> bool:
     """The same, whether or not it is compiled yet."""
-    if group.adapter_index is not None or group.one_a or group.backend == "triton" or choosing.gathers():
+    if group.one_a or group.backend == "triton" or choosing.gathers():
         return False
-    if any([seed is not None for seed in group.seeds]) or not all([_is_plain(p) for p in group.projections]):
+    most = 1 if group.adapter_index is None else math.inf
+    if any([seed is not None for seed in group.seeds]) or not all([_is_plain(p, most) for p in group.projections]):
         return False
     return _small(x, group)
 
@@ -53,7 +56,11 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     assert extension is not None
     weights = [projection.weight for projection in projections]
     dense = [weight.weight if type(weight) is DenseWeight else None for weight in weights]
-    adapters = [projection.adapters[0] if projection.adapters else None for projection in projections]
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
+    mixed: tuple[Any, ...] = (None, None, (1.0, None))
+    if group.adapter_index is not None:
+        rows = mixed_native.rows(group, x.numel() // max(x.shape[-1], 1))
+        mixed = (rows, mixed_native.owned(group), mixed_packing.scalings(group))
     found: list[Tensor] = extension.apply(
         x,
         dense,
@@ -63,13 +70,15 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
         ],
         [projection.bias for projection in projections],
         [weight.shape[0] for weight in weights],
-        [None if adapter is None else adapter.a for adapter in adapters],
-        [None if adapter is None else adapter.b for adapter in adapters],
-        [1.0 if adapter is None else adapter.scaling for adapter in adapters],
+        [len(projection.adapters) for projection in projections],
+        [adapter.a for adapter in adapters],
+        [adapter.b for adapter in adapters],
+        [adapter.scaling for adapter in adapters],
         dtypes.compute,
         dtypes.lora,
         dtypes.out,
         partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
+        *mixed,
     )
     return tuple(found)
 
@@ -84,13 +93,12 @@ def _check_unchanged(weights: Sequence[FrozenWeight], stamps: Sequence[Any]) -> 
         weight.check_unchanged(stamp)
 
 
-def _is_plain(projection: LoraProjection) -> bool:
-    """One adapter or none, of what every adapter has; a frozen bias; a weight that has only its values to give."""
+def _is_plain(projection: LoraProjection, most: float) -> bool:
+    """Up to `most` adapters, of what every adapter has; a frozen bias; a weight that has only its values to give."""
     adapters, bias = projection.adapters, projection.bias
-    if len(adapters) > 1 or projection.magnitude is not None or (bias is not None and bias.requires_grad):
+    if len(adapters) > most or projection.magnitude is not None or (bias is not None and bias.requires_grad):
         return False
-    if adapters:
-        adapter = adapters[0]
+    for adapter in adapters:
         if adapter.bias is not None or not adapter.rank or not isinstance(adapter.scaling, (int, float)):
             return False
     return _has_values_only(type(projection.weight))
@@ -106,8 +114,9 @@ def _has_values_only(kind: type[FrozenWeight]) -> bool:
 def _small(x: Tensor, group: Group) -> bool:
     """Whether the library alone would compute the group: by default for matrices of few elements, and if chosen so."""
     rows = x.numel() // max(x.shape[-1], 1)
-    sizes = tuple([(p.weight.shape, p.rank) for p in group.projections])
-    at = (choosing.state(), x.device, rows, sizes, group.dtypes, group.backend)
+    sizes = tuple([p.weight.shape for p in group.projections])
+    batch = None if group.adapter_index is None else len(group.adapter_index)
+    at = (choosing.state(), x.device, rows, batch, sizes, group.widths(), group.dtypes, group.backend)
     found = _decided.get(at)
     if found is None:
         for oldest in list(_decided)[: max(0, len(_decided) + 1 - _MOST_DECIDED)]:
@@ -118,13 +127,17 @@ def _small(x: Tensor, group: Group) -> bool:
 
 def _decide(x: Tensor, tokens: int, group: Group) -> bool:
     device, dtypes, in_features = x.device, group.dtypes, x.shape[-1]
-    shapes = [projection.weight.shape for projection in group.projections]
+    shapes, mixed = [projection.weight.shape for projection in group.projections], group.adapter_index is not None
     if device.type != "cuda":
         widest = max(in_features, *[shape[0] for shape in shapes])
-        return kind_of(device) == "cpu" and tokens * widest < SMALLEST
-    rank = sum([projection.rank for projection in group.projections])
-    narrow = [(in_features, rank), *((p.weight.shape[0], p.rank) for p in group.projections)]
-    if any(r and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow):
+        return kind_of(device) == "cpu" and (mixed or tokens * widest < SMALLEST)
+    narrow = [(in_features, sum(group.widths())), *[(n, r) for (n, _), r in zip(shapes, group.widths(), strict=True)]]
+    if mixed:
+        products = MixedProducts(group, tokens)
+        ours = [products.ours(features, rank, dtypes.lora) for features, rank in narrow]
+    else:
+        ours = [r and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow]
+    if any(ours):
         return False
     if dtypes.compute.itemsize != 2 or not kernels_serve(device) or group.backend == "library":
         return True

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.random import dropout
 from ..common.validation import check_instance
+from . import mixed_native
 from .mixed_packing import scaled
 from .mixed_products import MixedProducts
 from .mixed_rows import owners_of, rows_with, slots_of
@@ -80,7 +81,7 @@ def up_gradients(
         return
     dtype = _widest([adapter.b.dtype for adapter in adapters])
     db = products.both_gradients(dy, up, s, ds, dtype).to(dtype)
-    _hand_out(db.unbind(), 2, i, group, needs, grads)
+    _hand_out(db, 2, i, group, needs, grads)
 
 
 def down_gradients(
@@ -98,7 +99,7 @@ def down_gradients(
             da = scaled(products.down_gradient(ds[:, first:last], values, dtype, mask), group, dtype, first)
         else:
             da = joint[:, first:last]
-        _hand_out(da.unbind(), 1, i, group, needs[i], grads[i])
+        _hand_out(da, 1, i, group, needs[i], grads[i])
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -106,14 +107,19 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _hand_out(
-    parts: Sequence[Tensor], place: int, i: int, group: Group, needs: Sequence[bool], grads: list[Tensor | None]
+    stack: Tensor, place: int, i: int, group: Group, needs: Sequence[bool], grads: list[Tensor | None]
 ) -> None:
-    """Of a product's part for each slot, each adapter's gradient of a (place 1) or b (place 2), where it is wanted."""
-    slots = slots_of(group.adapter_index or ())
-    for j, adapter in enumerate(group.projections[i].adapters):
-        if not needs[3 * j + place]:
+    """Of what a product gave for each slot, each adapter's gradient of a (place 1) or b (place 2), if it is wanted."""
+    adapters, wanted = group.projections[i].adapters, needs[place:-1:3]
+    parameters = [adapter.a if place == 1 else adapter.b for adapter in adapters]
+    if (native := mixed_native.owned(group)) is not None:
+        grads[place:-1:3] = native.apart(stack, place - 1, i, parameters, wanted)
+        return
+    slots, parts = slots_of(group.adapter_index or ()), stack.unbind()
+    for j, (adapter, parameter) in enumerate(zip(adapters, parameters, strict=True)):
+        if not wanted[j]:
             continue
-        parameter, slot = adapter.a if place == 1 else adapter.b, slots.get(adapter.index)
+        slot = slots.get(adapter.index)
         if slot is None:
             grads[3 * j + place] = torch.zeros_like(parameter)
             continue

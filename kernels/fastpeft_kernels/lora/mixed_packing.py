@@ -13,7 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .mixed_rows import owners_of, table_on
+from . import mixed_native
+from .mixed_rows import owners_of, slots_of, table_on
 from .projection import Group, LoraAdapter, Packed
 
 
@@ -27,8 +28,11 @@ def pack(group: Group) -> Packed:
     b: list[Tensor | None] = [None] * len(widths)
     if not any(widths):
         return Packed(None, b, list(b))
-    slots = _by_slot(group)
-    like = next(adapter.a for projection in group.projections for adapter in projection.adapters)
+    adapters = [adapter for projection in group.projections for adapter in projection.adapters]
+    if (native := mixed_native.owned(group)) is not None:
+        a, b = native.pack([each.a for each in adapters], [each.b for each in adapters], scalings(group), dtype)
+        return Packed(a, b, [None] * len(widths))
+    slots, like = _by_slot(group), adapters[0].a
     with torch.no_grad():
         rows = [piece for own in slots for width, adapter in own for piece in _rows(adapter, width, like)]
         a = _joined(rows, like, like.shape[1]).view(len(slots), sum(widths), like.shape[1])
@@ -47,12 +51,33 @@ def scaled(t: Tensor, group: Group, dtype: torch.dtype, first: int = 0) -> Tenso
 
     t may be written over.
     """
-    factors = _scalings(group, torch.promote_types(t.dtype, torch.float32))
-    if isinstance(factors, Tensor):
-        factors = factors[:, first : first + t.shape[1]]
-    elif factors == 1.0:
+    number, table = scalings(group)
+    if table is None and number == 1.0:
         return t.to(dtype)
+    wide = torch.promote_types(t.dtype, torch.float32)
+    factors = number if table is None else table[:, first : first + t.shape[1]].to(wide)
     return torch.mul(t, factors, out=t if t.dtype == dtype else t.new_empty(t.shape, dtype=dtype))
+
+
+def scalings(group: Group) -> tuple[float, Tensor | None]:
+    """(number, table): the number where every row of every projection has the same, else a table (slots, columns of S,
+    1), of fp64 where anything of the adapters is and else of fp32."""
+    adapters = [adapter for projection in group.projections for adapter in projection.adapters]
+    numbers = [adapter.scaling for adapter in adapters]
+    if len(set(numbers)) == 1 and not isinstance(numbers[0], Tensor) and _complete(group):
+        return float(numbers[0]), None
+    widths = tuple([width for width in group.widths() if width])
+    found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
+    tensors = [(k, scaling) for k, scaling in enumerate(found) if isinstance(scaling, Tensor)]
+    numbers = [1.0 if isinstance(scaling, Tensor) else float(scaling) for scaling in found]
+    wide = torch.float64 in {group.dtypes.lora, *[adapter.a.dtype for adapter in adapters]}
+    table = _table(tuple(numbers), widths, torch.float64 if wide else torch.float32, group.projections[0].weight.device)
+    if tensors:
+        table, firsts = table.clone(), list(accumulate(widths, initial=0))
+        for k, scaling in tensors:
+            slot, i = divmod(k, len(widths))
+            table[slot, firsts[i] : firsts[i + 1]].copy_(scaling.detach())
+    return 1.0, table
 
 
 def _by_slot(group: Group) -> list[list[tuple[int, LoraAdapter | None]]]:
@@ -63,6 +88,12 @@ def _by_slot(group: Group) -> list[list[tuple[int, LoraAdapter | None]]]:
         [(width, known.get(owner)) for width, known in zip(widths, adapters, strict=True)]
         for owner in owners_of(group.adapter_index or ())
     ]
+
+
+def _complete(group: Group) -> bool:
+    """Whether rows of every slot have an adapter wherever any has."""
+    owners = slots_of(group.adapter_index or ()).keys()
+    return all([owners == {a.index for a in p.adapters} for p in group.projections if p.adapters])
 
 
 def _rows(adapter: LoraAdapter | None, width: int, like: Tensor) -> list[Tensor]:
@@ -83,25 +114,6 @@ def _columns(width: int, adapter: LoraAdapter | None, features: int, like: Tenso
 def _joined(pieces: list[Tensor], like: Tensor, columns: int) -> Tensor:
     """One under the other."""
     return torch.cat(pieces) if pieces else like.new_empty((0, columns))
-
-
-def _scalings(group: Group, dtype: torch.dtype) -> float | Tensor:
-    """One number where every row of every projection has the same, else (slots, columns of S, 1) of `dtype`."""
-    widths = group.widths()
-    found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
-    numbers = tuple([1.0 if isinstance(scaling, Tensor) else float(scaling) for scaling in found])
-    tensors = [(k, scaling) for k, scaling in enumerate(found) if isinstance(scaling, Tensor)]
-    if not tensors and len(set(numbers)) < 2:
-        return numbers[0] if numbers else 1.0
-    widths = [width for width in widths if width]
-    factors = _table(numbers, tuple(widths), dtype, group.projections[0].weight.device)
-    if not tensors:
-        return factors
-    factors, firsts = factors.clone(), list(accumulate(widths, initial=0))
-    for k, scaling in tensors:
-        slot, i = divmod(k, len(widths))
-        factors[slot, firsts[i] : firsts[i + 1]].copy_(scaling.detach())
-    return factors
 
 
 @lru_cache(maxsize=256)

@@ -23,6 +23,8 @@ from .build import built, first_line
 
 logger = logging.getLogger("fastpeft")
 NAME = "fastpeft_group"
+SOURCES = ("group.cpp",)
+HEADERS = ("group.h", "held.h", "mixed.h")
 FLAGS = ("-O1", "-std=c++17", "-DAT_PER_OPERATOR_HEADERS", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={NAME}")
 _lock = threading.Lock()
 _state: dict[str, Any] = {}
@@ -78,7 +80,7 @@ def _path() -> Path:
         *[f"-I{path}" for path in include],
     )
     about = f"{torch.__version__} {sys.version} {sysconfig.get_platform()}"
-    return built("group", ("group.cpp",), (), flags, about, libraries)
+    return built("group", SOURCES, HEADERS, flags, about, libraries)
 
 
 def _load(path: Path) -> Any:

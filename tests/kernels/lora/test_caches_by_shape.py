@@ -17,8 +17,10 @@ def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(direct, "_decided", {})
     monkeypatch.setattr(direct, "_decide", lambda x, rows, group: rows % 2 == 0)
-    projection = SimpleNamespace(weight=SimpleNamespace(shape=(4, 4)), rank=2)
-    group: Any = SimpleNamespace(projections=[projection], dtypes=None, backend="auto")
+    projection = SimpleNamespace(weight=SimpleNamespace(shape=(4, 4)))
+    group: Any = SimpleNamespace(
+        projections=[projection], widths=lambda: (2,), dtypes=None, backend="auto", adapter_index=None
+    )
     most = direct._MOST_DECIDED
     for rows in range(1, 2 * most + 1):
         assert direct._small(torch.empty(rows, 4), group) == (rows % 2 == 0)
