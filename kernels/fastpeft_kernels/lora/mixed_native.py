@@ -10,19 +10,14 @@ from .mixed_rows import RowGroups, row_groups, slots_of
 from .projection import Group
 
 
-def rows(group: Group, tokens: int) -> Any:
-    """`row_groups` of a batch of so many tokens; the C++ must be there."""
-    return _rows(row_groups(group, tokens))
+def rows(group: Group, tokens: int) -> Any | None:
+    """`row_groups` of a batch of so many tokens, with its products; None where the C++ is not there."""
+    return None if group_extension() is None else _rows(row_groups(group, tokens))
 
 
 def owned(group: Group) -> Any | None:
     """Which slot has each adapter of each projection; None where the C++ is not there."""
-    if group_extension() is None:
-        return None
-    slots = slots_of(group.adapter_index or ())
-    counts = tuple([len(projection.adapters) for projection in group.projections])
-    slot_of = tuple([slots.get(adapter.index, -1) for p in group.projections for adapter in p.adapters])
-    return _owned(len(slots), counts, slot_of)
+    return None if group_extension() is None else _owned(group.adapter_index or (), group.numbers())
 
 
 @lru_cache(maxsize=256)
@@ -33,7 +28,8 @@ def _rows(groups: RowGroups) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _owned(slots: int, counts: tuple[int, ...], slot_of: tuple[int, ...]) -> Any:
-    extension = group_extension()
+def _owned(index: tuple[int, ...], numbers: tuple[tuple[int, ...], ...]) -> Any:
+    extension, slots = group_extension(), slots_of(index)
     assert extension is not None
-    return extension.Owned(slots, counts, slot_of)
+    slot_of = [slots.get(number, -1) for own in numbers for number in own]
+    return extension.Owned(len(slots), [len(own) for own in numbers], slot_of)

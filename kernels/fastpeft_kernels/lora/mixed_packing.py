@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import mixed_native
-from .mixed_rows import owners_of, slots_of, table_on
+from .mixed_rows import owners_of, table_on
 from .projection import Group, LoraAdapter, Packed
 
 
@@ -64,7 +64,11 @@ def scalings(group: Group) -> tuple[float, Tensor | None]:
     1), of fp64 where anything of the adapters is and else of fp32."""
     adapters = [adapter for projection in group.projections for adapter in projection.adapters]
     numbers = [adapter.scaling for adapter in adapters]
-    if len(set(numbers)) == 1 and not isinstance(numbers[0], Tensor) and _complete(group):
+    if (
+        len(set(numbers)) == 1
+        and not isinstance(numbers[0], Tensor)
+        and _complete(group.adapter_index or (), group.numbers())
+    ):
         return float(numbers[0]), None
     widths = tuple([width for width in group.widths() if width])
     found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
@@ -90,10 +94,11 @@ def _by_slot(group: Group) -> list[list[tuple[int, LoraAdapter | None]]]:
     ]
 
 
-def _complete(group: Group) -> bool:
-    """Whether rows of every slot have an adapter wherever any has."""
-    owners = slots_of(group.adapter_index or ()).keys()
-    return all([owners == {a.index for a in p.adapters} for p in group.projections if p.adapters])
+@lru_cache(maxsize=256)
+def _complete(index: tuple[int, ...], numbers: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether rows of every slot have an adapter wherever any has, and no adapter is without rows."""
+    owners = {*index}
+    return all([owners == {*own} for own in numbers if own])
 
 
 def _rows(adapter: LoraAdapter | None, width: int, like: Tensor) -> list[Tensor]:

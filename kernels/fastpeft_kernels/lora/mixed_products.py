@@ -32,7 +32,7 @@ from torch import Tensor
 from ..common.device import hopper_dots_safe
 from ..common.random import dropout
 from ..tuning.choosing import choice
-from . import keys
+from . import keys, mixed_native
 from .mixed_rows import RowGroups, RowSlots, row_groups, row_slots
 from .projection import Group, Mask
 
@@ -104,10 +104,7 @@ class MixedProducts:
                 return lora_up_bwd(dy, b, s, ds, rows=self.slots())
             self.project_down(dy, b.mT, ds)
             return lora_down_bwd_weight(dy, s, rows=self.slots(), features_first=True)
-        rows = self.groups()
-        own = rows.take(dy)
-        rows.product(own, b, ds)
-        return rows.outer(own, rows.take(s), dtype)
+        return self.groups().both_gradients(dy, b, s, ds, dtype)
 
     def down_gradient(self, ds: Tensor, x: Tensor, dtype: torch.dtype, mask: Mask | None = None) -> Tensor:
         """ds^T dropout(x), (slots, rank, features); `dtype` as for `both_gradients`."""
@@ -116,13 +113,11 @@ class MixedProducts:
 
             x, options = self._masked(x, mask)
             return lora_down_bwd_weight(x, ds, rows=self.slots(), **options)
-        rows = self.groups()
-        return rows.outer(rows.take(ds), rows.take(_dropped(x, mask)), dtype)
+        return self.groups().outer(ds, _dropped(x, mask), dtype)
 
     def batched(self, t: Tensor, stack: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """t by its rows' matrices of `stack` (slots, k, n), plus bias, by the library."""
-        rows = self.groups()
-        return rows.product(rows.take(t), stack, out, bias)
+        return self.groups().multiply(t, stack, out, bias)
 
     def _masked(self, x: Tensor, mask: Mask | None) -> tuple[Tensor, dict[str, Any]]:
         """x and the options with which our kernels read dropout(x)."""
@@ -136,7 +131,8 @@ class MixedProducts:
         return self.group.backend == "triton" or hopper_dots_safe(device) is None
 
     def groups(self) -> RowGroups:
-        return row_groups(self.group, self.tokens)
+        """By C++ where that is there."""
+        return mixed_native.rows(self.group, self.tokens) or row_groups(self.group, self.tokens)
 
     def slots(self) -> RowSlots:
         return row_slots(self.group, self.tokens)

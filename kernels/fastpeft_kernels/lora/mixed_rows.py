@@ -42,7 +42,28 @@ class RowGroups:
     empty: Tensor | None = None
     places: Tensor | None = None
 
-    def take(self, t: Tensor) -> Tensor:
+    def multiply(self, t: Tensor, stack: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """t (tokens, k), each row by its own matrix of `stack` (slots, k, n), plus bias (n,).
+
+        Returns:
+            (tokens, n) in the batch's order; `out` if given.
+        """
+        return self._product(self._take(t), stack, out, bias)
+
+    def both_gradients(self, dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, dtype: torch.dtype) -> Tensor:
+        """Fills ds with dy b, and returns dy^T s by slot, as `outer`."""
+        own = self._take(dy)
+        self._product(own, b, ds)
+        return self._sum(own, self._take(s), dtype)
+
+    def outer(self, t: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over the rows of each slot of t^T u, (slots, k, n), of t (tokens, k) and u (tokens, n).
+
+        In fp32 at least where `dtype`, the parameter's, is so wide, and where products are added up.
+        """
+        return self._sum(self._take(t), self._take(u), dtype)
+
+    def _take(self, t: Tensor) -> Tensor:
         """(groups, tokens of a group, features) of t (tokens, features): a view where rows lie so."""
         tokens, features = t.shape
         if self.taken is not None:
@@ -52,12 +73,8 @@ class RowGroups:
                 t.index_fill_(0, self.empty, 0.0)
         return t.view(self.count, t.numel() // max(self.count * features, 1), features)
 
-    def product(self, t: Tensor, stack: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """t (groups, tokens of a group, k), each row by its own matrix of `stack` (slots, k, n), plus bias (n,).
-
-        Returns:
-            (tokens, n) in the batch's order; `out` if given.
-        """
+    def _product(self, t: Tensor, stack: Tensor, out: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """`multiply` of what `_take` gave."""
         matrices = stack if self.slots is None else stack.index_select(0, self.slots)
         if out is None or self.taken is not None:
             y = _multiply(t, matrices, bias)
@@ -69,11 +86,8 @@ class RowGroups:
         _multiply(t, matrices, bias, out.view(*t.shape[:2], out.shape[1]))
         return out
 
-    def outer(self, t: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum over the rows of each slot of t^T u, (slots, k, n), of `take`n t (.., k) and u (.., n).
-
-        In fp32 at least where `dtype`, the parameter's, is so wide, and where products are added up.
-        """
+    def _sum(self, t: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+        """`outer` of what `_take` gave."""
         exact = torch.promote_types(t.dtype, torch.float32)
         wide = t.dtype if self.slots is None and dtype.itemsize == t.dtype.itemsize else exact
         if wide == t.dtype:

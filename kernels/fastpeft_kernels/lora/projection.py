@@ -140,13 +140,16 @@ class Group:
     adapter_index: tuple[int, ...] | None = None
     one_a: bool = False
     _widths: Sequence[int] = field(init=False, repr=False)
+    _numbers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.adapter_index is None:
-            widths = [projection.rank for projection in self.projections]
+            widths, numbers = [projection.rank for projection in self.projections], []
         else:
             widths = [max([adapter.a.shape[0] for adapter in p.adapters], default=0) for p in self.projections]
+            numbers = [tuple([adapter.index for adapter in p.adapters]) for p in self.projections]
         object.__setattr__(self, "_widths", tuple(widths))
+        object.__setattr__(self, "_numbers", tuple(numbers))
 
     @property
     def drops(self) -> bool:
@@ -156,6 +159,10 @@ class Group:
     def widths(self) -> Sequence[int]:
         """How many columns of S each projection has: in a mixed batch those of its largest adapter."""
         return self._widths
+
+    def numbers(self) -> tuple[tuple[int, ...], ...]:
+        """In a mixed batch: the `index` of each projection's adapters."""
+        return self._numbers
 
     def mask(self, i: int) -> Mask | None:
         """Of the first adapter of projection i, which is its only one where it has a magnitude."""

@@ -86,10 +86,9 @@ class Middle:
         library.forward_into([rows], self.h, self.group, self.packed, self.s_down)
 
 
-def inner(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """(pre, s) of x (tokens, in_features); see `Kept`."""
-    pre = x.new_empty((x.shape[0], mlp.width), dtype=dtypes.out)
-    group, _ = mlp.groups(dtypes, seeds)
+def inner(x: Tensor, mlp: Mlp, group: Group) -> tuple[Tensor, Tensor | None]:
+    """(pre, s) of x (tokens, in_features) by its projections, of group `group`; see `Kept`."""
+    pre = x.new_empty((x.shape[0], mlp.width), dtype=group.dtypes.out)
     return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(group))
 
 
@@ -97,8 +96,9 @@ def up_to_down(
     x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]
 ) -> tuple[Middle, Tensor, Tensor | None]:
     """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features)."""
-    pre, s = inner(x, mlp, dtypes, seeds)
-    return middle(pre, mlp, mlp.groups(dtypes, seeds)[1]), pre, s
+    group, down = mlp.groups(dtypes, seeds)
+    pre, s = inner(x, mlp, group)
+    return middle(pre, mlp, down), pre, s
 
 
 def middle(pre: Tensor, mlp: Mlp, down: Group) -> Middle:
@@ -151,7 +151,7 @@ def backward(
     reads_h = ds is not None and trains_a(needs[-1])
     pre, dpre, h = kept.pre, None, None
     if pre is None and kept.x is not None and (dh is not None or reads_h):
-        pre, _ = inner(kept.x, mlp, dtypes, seeds)
+        pre, _ = inner(kept.x, mlp, group)
         spend = True
     if dh is not None:
         assert pre is not None

@@ -116,8 +116,8 @@ def _backward_of(
     needs: Flags,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """`library.backward` of a tile, with gradients in the dtypes of the parameters of `summing`."""
-    pre, s = library.inner(x, mlp, dtypes, seeds)
-    down = mlp.groups(dtypes, seeds)[1]
+    group, down = mlp.groups(dtypes, seeds)
+    pre, s = library.inner(x, mlp, group)
     s_down = library.middle(pre, mlp, down).s_down if trains_b(needs[-1]) else None
     return library.backward(dy, Kept(x, s, pre, s_down), summing, dtypes, seeds, dx_dtype, needs, spend=True)
 

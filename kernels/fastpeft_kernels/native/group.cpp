@@ -159,9 +159,16 @@ void bind_mixed(py::module_& module) {
         .def(py::init([](int64_t rows, int64_t owners, int64_t count, const Given& slots, const Given& taken,
                          const Given& empty, const Given& places) {
             const Tensor none;
-            return std::make_shared<Rows>(Rows{rows, owners, count, slots.value_or(none), taken.value_or(none),
-                                               empty.value_or(none), places.value_or(none)});
-        }));
+            return std::make_shared<Rows>(rows, owners, count, slots.value_or(none), taken.value_or(none),
+                                          empty.value_or(none), places.value_or(none));
+        }))
+        .def("multiply",
+             [](const Rows& self, const Tensor& t, const Tensor& stack, const Given& out, const Given& bias) {
+                 return self.multiply(t, stack, out.value_or(Tensor()), bias.value_or(Tensor()));
+             },
+             py::arg("t"), py::arg("stack"), py::arg("out") = py::none(), py::arg("bias") = py::none(), Release())
+        .def("both_gradients", &Rows::both_gradients, Release())
+        .def("outer", &Rows::outer, Release());
     py::class_<Owned, std::shared_ptr<Owned>>(module, "Owned")
         .def(py::init<int64_t, std::vector<int64_t>, std::vector<int64_t>>())
         .def("pack",

@@ -35,10 +35,29 @@ struct Packed {
 };
 
 // `RowGroups` of mixed_rows.py.
-struct Rows {
-    int64_t rows, owners, count;
-    Tensor slots, taken, empty, places;  // or undefined
+class Rows {
+public:
+    Rows(int64_t rows_, int64_t owners_, int64_t count_, Tensor slots_, Tensor taken_, Tensor empty_, Tensor places_)
+        : rows(rows_), owners(owners_), count(count_), slots(std::move(slots_)), taken(std::move(taken_)),
+          empty(std::move(empty_)), places(std::move(places_)) {}
 
+    // t (tokens, k), each row by its own matrix of `stack` (slots, k, n), plus bias: (tokens, n), or into out.
+    Tensor multiply(const Tensor& t, const Tensor& stack, Tensor out = {}, const Tensor& bias = {}) const {
+        return product(take(t), stack, std::move(out), bias);
+    }
+
+    // Fills ds with dy b, and returns dy^T s by slot, (slots, features, columns).
+    Tensor both_gradients(const Tensor& dy, const Tensor& b, const Tensor& s, Tensor ds, ScalarType dtype) const {
+        const Tensor own = take(dy);
+        product(own, b, std::move(ds));
+        return sum(own, take(s), dtype);
+    }
+
+    // The sum over the rows of each slot of t^T u, (slots, k, n), of t (tokens, k) and u (tokens, n).
+    Tensor outer(const Tensor& t, const Tensor& u, ScalarType dtype) const { return sum(take(t), take(u), dtype); }
+
+private:
+    // (groups, tokens of a group, features)
     Tensor take(const Tensor& t) const {
         const auto features = t.size(1);
         Tensor own = t;
@@ -49,7 +68,7 @@ struct Rows {
         return own.view({count, own.numel() / std::max<int64_t>(count * features, 1), features});
     }
 
-    // t (groups, tokens of a group, k), each row by its own matrix of `stack` (slots, k, n), plus bias: (tokens, n).
+    // The same of what `take` gave.
     Tensor product(const Tensor& t, const Tensor& stack, Tensor out = {}, const Tensor& bias = {}) const {
         const Tensor matrices = slots.defined() ? stack.index_select(0, slots) : stack;
         if (out.defined() && !taken.defined()) {
@@ -66,12 +85,7 @@ struct Rows {
         return out.defined() ? out.copy_(y) : y;
     }
 
-    Tensor multiply(const Tensor& t, const Tensor& stack, Tensor out = {}, const Tensor& bias = {}) const {
-        return product(take(t), stack, std::move(out), bias);
-    }
-
-    // The sum over the rows of each slot of t^T u, (slots, k, n), of what `take` gave.
-    Tensor outer(const Tensor& t, const Tensor& u, ScalarType dtype) const {
+    Tensor sum(const Tensor& t, const Tensor& u, ScalarType dtype) const {
         const auto own = t.scalar_type(), exact = c10::promoteTypes(own, at::kFloat);
         const auto wide = !slots.defined() && c10::elementSize(dtype) == c10::elementSize(own) ? own : exact;
         const Tensor turned = t.mT();
@@ -89,6 +103,9 @@ struct Rows {
         const c10::List<std::optional<Tensor>> at_slots({std::optional<Tensor>(slots)});
         return at::index_put_(total, at_slots, product, true);
     }
+
+    int64_t rows, owners, count;
+    Tensor slots, taken, empty, places;  // or undefined
 };
 
 // What the scalings of all columns are multiplied by: one number, or (slots, columns, 1).
@@ -157,18 +174,19 @@ struct Owned {
     // ds[:] = dy up of projection i; and dB of each of its adapters bs that is trained.
     Tensors up_gradients(const Rows& rows, size_t i, const Tensor& dy, const Tensor& s, const Tensor& up, Tensor ds,
                          at::TensorList bs, const Flags& trained) const {
-        const Tensor own = rows.take(dy);
-        rows.product(own, up, ds);
-        if (!s.defined() || !any(trained)) return Tensors(bs.size());
+        if (!s.defined() || !any(trained)) {
+            rows.multiply(dy, up, ds);
+            return Tensors(bs.size());
+        }
         const auto dtype = widest(bs);
-        return apart(rows.outer(own, rows.take(s), dtype).to(dtype), 1, i, bs, trained);
+        return apart(rows.both_gradients(dy, up, s, ds, dtype).to(dtype), 1, i, bs, trained);
     }
 
     // dA of each adapter that is trained, of those of all projections.
     Tensors down_gradients(const Rows& rows, const Tensor& ds, const Tensor& x, const Scalings& scalings,
                            at::TensorList as, const Flags& trained) const {
         const auto dtype = widest(as);
-        const Tensor joint = scalings.times(rows.outer(rows.take(ds), rows.take(x), dtype), dtype);
+        const Tensor joint = scalings.times(rows.outer(ds, x, dtype), dtype);
         Tensors found;
         int64_t column = 0;
         for (size_t i = 0; i < counts.size(); ++i) {
