@@ -180,12 +180,15 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         for module in _outside_adapters(model, LoraLayer)
         if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
     ]
-    known = {
-        key for layer in layers if isinstance(layer, LoraLayer) for key in (*layer.lora_A, *layer.lora_embedding_A)
-    }
-    unknown = sorted({*names} - known - {"__base__"})
+    adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    unknown = {*names} - {"__base__"}
+    for layer in adapted:
+        if not unknown:
+            break
+        unknown.difference_update(layer.lora_A, layer.lora_embedding_A)
     if unknown:
-        raise ValueError(f"adapter_names: expected any of {sorted(known)} and '__base__', got {unknown}")
+        known = {name for layer in adapted for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        raise ValueError(f"adapter_names: expected any of {sorted(known)} and '__base__', got {sorted(unknown)}")
 
     hook = partial(_with_row_names, adapter_names=names)
     hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]

@@ -22,11 +22,13 @@ from .gpu_support import (
     derive,
     dtype_name,
     make_projection,
+    mixed_rows,
     rand,
     reference,
     reference_device,
     same_dtypes,
     with_numbers,
+    worse,
 )
 from .projection import Dtypes, Group, LoraProjection
 
@@ -40,57 +42,67 @@ def direct_checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for base in ("dense", "nf4"):
         for dtypes in (same_dtypes(BF16), Dtypes(BF16, F32, BF16), same_dtypes(F16), same_dtypes(F32)):
             names = "/".join(map(dtype_name, (dtypes.compute, dtypes.lora)))
-            yield f"group by C++ {names} {base}", partial(_check_group, dtypes, base)
-        yield f"CUDA graph of a group by C++ {base}", partial(_check_graph, base)
+            for mixed in (False, True):
+                yield f"{'mixed ' * mixed}group by C++ {names} {base}", partial(_check_group, dtypes, base, mixed)
+        for mixed in (False, True):
+            yield f"CUDA graph of a {'mixed ' * mixed}group by C++ {base}", partial(_check_graph, base, mixed)
     yield "group by C++: what backward refuses, retained graphs, outputs without gradients", _check_states
 
 
 def by_cpp(
-    x: Tensor, projections: Sequence[LoraProjection], dtypes: Dtypes, seeds: Sequence[Tensor | None]
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    dtypes: Dtypes,
+    seeds: Sequence[Tensor | None],
+    adapter_index: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Whether or not it would be chosen for this size."""
-    return direct.apply(x, Group(projections, dtypes, seeds))
+    return direct.apply(x, Group(projections, dtypes, seeds, adapter_index=adapter_index))
 
 
-def _siblings(features: int, dtypes: Dtypes, base: str) -> list[LoraProjection]:
+def _siblings(features: int, dtypes: Dtypes, base: str, mixed: bool = False) -> list[LoraProjection]:
+    """With one adapter each or, where the batch is mixed, two."""
     return [
-        with_numbers(make_projection(features, 640, (16,), dtypes, base, 0.0, bias=True)),
+        with_numbers(make_projection(features, 640, (16, 8)[: 1 + mixed], dtypes, base, 0.0, bias=True)),
         make_projection(features, 128, (), dtypes, base, 0.0),
-        with_numbers(make_projection(features, 192, (40,), dtypes, base, 0.0)),
+        with_numbers(make_projection(features, 192, (40, 16)[: 1 + mixed], dtypes, base, 0.0)),
     ]
 
 
-def _check_group(dtypes: Dtypes, base: str) -> dict[str, Any]:
+def _check_group(dtypes: Dtypes, base: str, mixed: bool) -> dict[str, Any]:
     if group_extension(wait=True) is None:
         return _NOT_HERE
     verdicts, chosen = Verdicts(), 0
     for tokens, features in _SHAPES:
-        x, projections = (
-            rand(tokens, features, dtype=dtypes.compute).requires_grad_(),
-            _siblings(features, dtypes, base),
-        )
-        seeds, group = [None] * 3, Group(projections, dtypes, [None] * 3)
+        lead = (8, tokens // 8) if mixed and tokens % 8 == 0 else (tokens,)
+        x = rand(*lead, features, dtype=dtypes.compute).requires_grad_()
+        projections, index = _siblings(features, dtypes, base, mixed), mixed_rows(lead[0]) if mixed else None
+        seeds, group = [None] * 3, Group(projections, dtypes, [None] * 3, adapter_index=index)
         chosen += direct.fits(x, group)
-        dys = [rand(tokens, projection.weight.shape[0], dtype=dtypes.out) for projection in projections]
-        ours, again = (derive(by_cpp, x, projections, dtypes, seeds, dys) for _ in range(2))
+        dys = [rand(*lead, projection.weight.shape[0], dtype=dtypes.out) for projection in projections]
+        run = partial(by_cpp, adapter_index=index)
+        ours, again = (derive(run, x, projections, dtypes, seeds, dys) for _ in range(2))
         for a, b in zip(ours, again, strict=True):
             verdicts.equal(b, a, "another result the second time")
         same = reference(x, group, dys, dtypes, reference_device(dtypes))
         exact = reference(x, group, dys, same_dtypes(F64), DEVICE, F64)
+        if mixed and dtypes.lora == F32:  # sums of each adapter's rows, by batched products
+            there = reference(x, group, dys, dtypes, torch.device("cpu"))
+            same = [worse(*each) for each in zip(same, there, exact, strict=True)]
         for i, triple in enumerate(zip(ours, same, exact, strict=True)):
             verdicts.within(*triple, f"result {i} of {tokens} tokens")
     return {"share_of_budget": verdicts.settle(), "sizes_for_which_it_is_chosen": chosen}
 
 
-def _check_graph(base: str) -> dict[str, Any]:
+def _check_graph(base: str, mixed: bool) -> dict[str, Any]:
     if group_extension(wait=True) is None:
         return _NOT_HERE
     dtypes = same_dtypes(BF16)
-    x, projections = rand(64, 512, dtype=BF16).requires_grad_(), _siblings(512, dtypes, base)
-    dys = [rand(64, projection.weight.shape[0], dtype=BF16) for projection in projections]
-    seeds = [None] * 3
+    x, projections = rand(8, 8, 512, dtype=BF16).requires_grad_(), _siblings(512, dtypes, base, mixed)
+    dys = [rand(8, 8, projection.weight.shape[0], dtype=BF16) for projection in projections]
+    seeds, run = [None] * 3, partial(by_cpp, adapter_index=mixed_rows(8) if mixed else None)
     check_replay(
-        lambda: derive(by_cpp, x, projections, dtypes, seeds, dys),
+        lambda: derive(run, x, projections, dtypes, seeds, dys),
         lambda: change(x, projections, seeds),
     )
     return {}

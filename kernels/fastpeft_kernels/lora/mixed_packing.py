@@ -74,6 +74,8 @@ def scalings(group: Group) -> tuple[float, Tensor | None]:
     found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
     tensors = [(k, scaling) for k, scaling in enumerate(found) if isinstance(scaling, Tensor)]
     numbers = [1.0 if isinstance(scaling, Tensor) else float(scaling) for scaling in found]
+    if not tensors and len(set(numbers)) < 2:
+        return (numbers[0] if numbers else 1.0), None
     wide = torch.float64 in {group.dtypes.lora, *[adapter.a.dtype for adapter in adapters]}
     table = _table(tuple(numbers), widths, torch.float64 if wide else torch.float32, group.projections[0].weight.device)
     if tensors:

@@ -155,7 +155,7 @@ std::vector<Given> or_none(const Tensors& tensors) {
 // The parts of a mixed batch for what is Python's: see mixed.h.
 void bind_mixed(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release, Plain>;
-    py::class_<Rows, std::shared_ptr<Rows>>(module, "Rows")
+    py::class_<Rows, std::shared_ptr<Rows>>(module, "Rows", py::module_local())
         .def(py::init([](int64_t rows, int64_t owners, int64_t count, const Given& slots, const Given& taken,
                          const Given& empty, const Given& places) {
             const Tensor none;
@@ -169,7 +169,7 @@ void bind_mixed(py::module_& module) {
              py::arg("t"), py::arg("stack"), py::arg("out") = py::none(), py::arg("bias") = py::none(), Release())
         .def("both_gradients", &Rows::both_gradients, Release())
         .def("outer", &Rows::outer, Release());
-    py::class_<Owned, std::shared_ptr<Owned>>(module, "Owned")
+    py::class_<Owned, std::shared_ptr<Owned>>(module, "Owned", py::module_local())
         .def(py::init<int64_t, std::vector<int64_t>, std::vector<int64_t>>())
         .def("pack",
              [](const Owned& self, const Tensors& as, const Tensors& bs, const GivenScalings& scalings, ScalarType dtype) {

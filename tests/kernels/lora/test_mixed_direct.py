@@ -90,6 +90,11 @@ def test_few_and_no_tokens(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPat
     same(torch.randn(shape, requires_grad=True), mixed([2, 0, 2][: shape[0]], siblings()), None, monkeypatch)
 
 
+def test_no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    same(torch.randn(3, 2, 24, requires_grad=True), mixed([0, 1, 0], [projection(24, 8)]), None, monkeypatch)
+    same(torch.randn(0, 2, 24, requires_grad=True), mixed([], [projection(24, 8)]), None, monkeypatch)
+
+
 def test_strided_and_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     group = mixed([2, 0, -1, 0], siblings())
     same(torch.randn(24, 2, 4).permute(2, 1, 0).requires_grad_(), group, None, monkeypatch)
