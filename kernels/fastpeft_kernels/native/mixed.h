@@ -213,8 +213,9 @@ struct Owned {
                 continue;
             }
             const auto rank = parameters[j].size(ranks);
-            const auto& part = parts[slot];
-            found[j] = (part.size(ranks) == rank ? part : part.narrow(ranks, 0, rank)).to(parameters[j].scalar_type());
+            found[j] = parts[slot].size(ranks) == rank ? parts[slot] : parts[slot].narrow(ranks, 0, rank);
+            const auto dtype = parameters[j].scalar_type();
+            if (found[j].scalar_type() != dtype) found[j] = found[j].to(dtype);
         }
         return found;
     }

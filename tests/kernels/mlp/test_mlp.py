@@ -60,9 +60,14 @@ def test_rows_with_adapters_of_their_own(layout, dtypes, keep):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", [SAME[F32], SAME[BF16], Dtypes(BF16, F32, BF16)])
-def test_small_ones_in_parts(layout, dtypes, monkeypatch):
+@pytest.mark.parametrize("index", [None, (2, 7, 1)])
+def test_small_ones_in_parts(layout, dtypes, index, monkeypatch):
     """As on a GPU."""
-    m = mlp(layout, 16, 24, dtype=dtypes.compute, lora_dtype=F32, bias=True)
+    if index is None:
+        m = mlp(layout, 16, 24, dtype=dtypes.compute, lora_dtype=F32, bias=True)
+    else:
+        m = mlp(layout, 16, 24, ranks=((4, 2, 3), (3, 2), (5, 2)), dtype=dtypes.compute, lora_dtype=F32, bias=True)
+        m = mixed(m, index)
     x = torch.randn(3, 5, 16).to(dtypes.compute).requires_grad_()
     assert not apart.serves(x, m, dtypes, [None] * 3), "a CPU has our own activation"
     monkeypatch.setattr(apart, "serves", lambda *_: True)
