@@ -136,7 +136,7 @@ def _decide(x: Tensor, tokens: int, group: Group) -> bool:
         products = MixedProducts(group, tokens)
         ours = [products.ours(features, rank, dtypes.lora) for features, rank in narrow]
     else:
-        ours = [r and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow]
+        ours = [r > 0 and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow]
     if any(ours):
         return False
     if dtypes.compute.itemsize != 2 or not kernels_serve(device) or group.backend == "library":

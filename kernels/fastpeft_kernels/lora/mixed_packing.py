@@ -63,13 +63,10 @@ def scalings(group: Group) -> tuple[float, Tensor | None]:
     """(number, table): the number where every row of every projection has the same, else a table (slots, columns of S,
     1), of fp64 where anything of the adapters is and else of fp32."""
     adapters = [adapter for projection in group.projections for adapter in projection.adapters]
-    numbers = [adapter.scaling for adapter in adapters]
-    if (
-        len(set(numbers)) == 1
-        and not isinstance(numbers[0], Tensor)
-        and _complete(group.adapter_index or (), group.numbers())
-    ):
-        return float(numbers[0]), None
+    given = {adapter.scaling for adapter in adapters}
+    alike = next(iter(given)) if len(given) == 1 else None
+    if isinstance(alike, (int, float)) and _complete(group.adapter_index or (), group.numbers()):
+        return float(alike), None
     widths = tuple([width for width in group.widths() if width])
     found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
     tensors = [(k, scaling) for k, scaling in enumerate(found) if isinstance(scaling, Tensor)]

@@ -7,7 +7,7 @@ of dY, and the update is one pass over its output.
 Unmeasured the library serves. A step of two Llama layers of 4096 features (8 rows of 1024 tokens, r = 16, autocast,
 8 adapters) took 46.8 ms by it on an H200 whose host is slow, 55.7 by our kernels, and 32.1 with one adapter; over NF4
 51.1, 55.3 and 39.0. The GPU was busy for 22.0 and 20.2 ms with several adapters and with one: the host decided, and a
-launch of Triton costs it more. Not yet measured since `mixed_packing` asks less of it.
+launch of Triton costs it more. Not yet measured since C++ takes part (`mixed_native`, `direct`).
 
 On paper, for 8 rows of 1024 tokens, K = N = 4096, r = 16, bf16, an adapter a row; no product is measured by itself yet.
 Programs, or tiles of 128 x 64 of a batched product, for the 132 multiprocessors of an H200:
