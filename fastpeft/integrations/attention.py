@@ -21,9 +21,11 @@ from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
 from .attention_one_query import one_query
 from .transformers import ATTENTION
 
-SPARSE = ("indices", "block_indices", "sinks")
+CHOSEN_KEYS = ("indices", "block_indices")
+"""Arguments by which sparse attention names the keys that are seen, in place of a mask."""
+OTHERS_ARGUMENTS = ("sinks",)
 """Arguments of functions that only some models have, and that no op of ours serves."""
-_SEEN_TO = (*SPARSE, "cache", "cu_seq_lens_q", "seq_idx", "output_attentions")
+_SEEN_TO = (*CHOSEN_KEYS, *OTHERS_ARGUMENTS, "cache", "cu_seq_lens_q", "seq_idx", "output_attentions")
 
 
 def register_attention() -> None:
@@ -77,8 +79,11 @@ def attention_forward(
 
     Returns:
         (batch, queries, heads, v_features), and None, or the weights where `output_attentions` asks for them.
+
+    Raises:
+        ValueError: sparse attention, whose models make a mask of the keys they choose for "eager" and "sdpa" alone.
     """
-    if is_causal_alone(attention_mask):
+    if square := is_causal_alone(attention_mask):
         attention_mask, is_causal = None, True
     queries, keys = query.shape[2], key.shape[2]
     causal = (_module_is_causal(module) if is_causal is None else is_causal) and queries > 1
@@ -94,6 +99,9 @@ def attention_forward(
         if done is not None:
             count(module, "fused")
             return done, None
+    if named := [name for name in CHOSEN_KEYS if others.get(name) is not None]:
+        what = f"sparse attention ({', '.join(named)})"
+        raise ValueError(f"attn_implementation: expected 'eager' or 'sdpa' for {what}, got {ATTENTION!r}")
     if others.get("cache") is not None:  # of continuous batching, which holds keys that are not here
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
@@ -105,16 +113,16 @@ def attention_forward(
     if found is None and causal and keys == queries and mask.dense is None and bias is None:
         found = restarted_documents(others.get("position_ids"), queries, lambda: seen_keys(mask, keys))
     if attention_mask is None and causal:
-        if found is None and keys > queries:  # the rest of a static cache, not yet written
+        if found is None and keys > queries and not square:  # the rest of a static cache, not yet written
             key, value = key[:, :, :queries], value[:, :, :queries]
             relative = None if relative is None else relative[:, : 2 * queries - 1]
             bias = None if bias is None else bias[..., :queries]
             keys = queries
-        if found is None and keys == queries:
+        if found is None and (keys == queries or square):  # of more keys, Gemma 4 keeps the last queries alone
             mask = replace(mask, right=0)
     if found is not None:
         mask = within(mask, found)
-    reason = _why_not(query, key, others) or ("dropout of all weights" if dropout >= 1.0 else None)
+    reason = _why_not(query, key, value, others) or ("dropout of all weights" if dropout >= 1.0 else None)
     if reason is not None:
         count(module, reason)
         bias = _expanded(relative, bias, queries, keys)
@@ -173,14 +181,16 @@ def _module_is_causal(module: Any) -> bool:
     return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
 
 
-def _why_not(query: Tensor, key: Tensor, others: dict[str, Any]) -> str | None:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:
     """Why the model's own attention must compute a call; None if it need not."""
     if others.get("output_attentions"):
         return "output_attentions"
-    if named := [name for name in SPARSE if others.get(name) is not None]:
+    if named := [name for name in OTHERS_ARGUMENTS if others.get(name) is not None]:
         return f"called with {', '.join(named)}"
     if query.shape[0] != key.shape[0]:
         return f"{query.shape[0]} rows of queries over {key.shape[0]} of keys"
+    if key.shape[1] != value.shape[1]:
+        return f"{key.shape[1]} heads of keys and {value.shape[1]} of values"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return f"queries of dtype {query.dtype}"
     if type(query) not in (Tensor, torch.nn.Parameter):
@@ -211,7 +221,7 @@ def _original(
     optional = {"softcap": softcap, "s_aux": s_aux}
     given = {"scaling": scaling, "dropout": dropout, **{n: v for n, v in optional.items() if v is not None}, **others}
     eager = _eager(type(module))
-    function = _sdpa if eager is None else eager
+    function = _sdpa if eager is None or key.shape[1] != value.shape[1] else eager  # eager repeats both alike
     if function is _sdpa:
         given["is_causal"] = False
     out, weights = function(module, query, key, value, bias, **given)

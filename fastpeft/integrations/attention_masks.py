@@ -9,9 +9,11 @@ read from their closures. Of those ours makes, in place of queries x keys values
   leave that to the module, and some modules say that they are not causal (Pegasus-X's);
 - a bool (batch, 1, queries, keys) whose rows are one row in memory, where only padding hides keys;
 - else int32 (batch, 1, queries, 2): (start, stop) of each query, within what padding on either side leaves;
-- where padding has holes, or torch.compile traces, int32 (batch, 1, queries + keys, 2): then (seen, 0) of each key.
+- where padding has holes, or torch.compile traces, int32 (batch, 1, queries + keys, 3): then (seen, 0, 0) of each key.
 
-They have four dimensions, so that models and caches take them for masks that are prepared already.
+They have four dimensions, so that models and caches take them for masks that are prepared already. Gemma 4 keeps the
+last queries of a mask when it generates, so each kind has a last dimension of its own, and intervals a row a query:
+where nothing is trained, holes make a mask of queries x keys.
 
 Whatever else a model asks for becomes transformers' own bool mask of queries x keys.
 """
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.attention.masks import Mask
+from fastpeft_kernels.attention.masks import Mask, dense_mask
 from fastpeft_kernels.attention.ranges import packed_by_index
 
 
@@ -100,27 +102,29 @@ def interval_mask(
 
 
 def causal_alone(batch: int, device: torch.device | str) -> Tensor:
-    """int32 (batch, 1, 1, 2), which no call's intervals have."""
-    return torch.zeros((batch, 1, 1, 2), dtype=torch.int32, device=device)
+    """int32 (batch, 1, 1, 1)."""
+    return torch.zeros((batch, 1, 1, 1), dtype=torch.int32, device=device)
 
 
 def is_causal_alone(mask: Tensor | None) -> bool:
     """Whether it is what `causal_alone` makes."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1:] == (1, 1, 2)
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1:] == (1, 1, 1)
 
 
-def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: int) -> Tensor:
-    """One of the int32 tensors above, of start and stop (1 or batch, queries), and seen, bool (batch, keys)."""
+def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    """One of the tensors above, of start and stop (1 or batch, queries), and seen, bool (batch, keys)."""
     if seen is not None and not torch.compiler.is_compiling():
         first, end = _run(seen)
         if bool((end - first == seen.sum(-1)).all()):  # blocks of keys need not be looked at one by one
             start, stop = torch.maximum(start, first[:, None]), torch.minimum(stop, end[:, None])
             seen = None
+        elif not torch.is_grad_enabled():
+            return dense_mask(Mask(start=start, stop=stop, keys=seen), start.shape[1], keys, start.device)
     rows = torch.stack([start, stop], dim=-1).clamp(0, keys).expand(batch, -1, -1)
     if seen is None:
         return rows.to(torch.int32)[:, None]
-    columns = torch.stack([seen.to(rows.dtype), torch.zeros_like(seen, dtype=rows.dtype)], dim=-1)
-    return torch.cat([rows, columns], dim=1).to(torch.int32)[:, None]
+    columns = torch.nn.functional.pad(seen.to(rows.dtype)[..., None], (0, 2))
+    return torch.cat([torch.nn.functional.pad(rows, (0, 1)), columns], dim=1).to(torch.int32)[:, None]
 
 
 def _run(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +146,8 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
     if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries, 2):
         start, stop = given[:, 0].unbind(-1)
         return Mask(start=start, stop=stop), None
-    if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries + keys, 2):
-        start, stop = given[:, 0, :queries].unbind(-1)
+    if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries + keys, 3):
+        start, stop, _ = given[:, 0, :queries].unbind(-1)
         return Mask(start=start, stop=stop, keys=given[:, 0, queries:, 0] != 0), None
     if given.dim() == 2 and given.shape[1] == keys and not given.is_floating_point():
         return Mask(keys=given != 0), None

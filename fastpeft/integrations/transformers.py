@@ -110,6 +110,26 @@ def asks_for_attention(kind: type[Any]) -> bool:
 
 
 @cache
+def masks_by_name(kind: type[Any]) -> bool:
+    """Whether attention in the file of a class does for "eager" and "sdpa" what it does for no other name.
+
+    So does sparse attention, which makes a mask of the keys it has chosen, and else hands on their indices.
+    """
+    home = vars(sys.modules[kind.__module__]).values()
+    return any(_names_both(each) for each in (kind, *home) if isinstance(each, type) and issubclass(each, nn.Module))
+
+
+def _names_both(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or not {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(code.co_names):
+        return False
+    names: set[Any] = set()
+    for constant in code.co_consts:
+        names |= set(constant) if isinstance(constant, (tuple, frozenset)) else {constant}
+    return {"eager", "sdpa"} <= names
+
+
+@cache
 def attention_is_an_argument(kind: type[Any]) -> bool:
     """Whether models of the file that an attention class is from may run another function than `eager`.
 

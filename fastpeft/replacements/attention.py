@@ -14,6 +14,7 @@ from ..integrations.transformers import (
     attention_is_an_argument,
     has_its_own_attention,
     is_model_class,
+    masks_by_name,
     set_attention_implementation,
 )
 from ..layers.counting import DENSE, outcomes
@@ -60,6 +61,8 @@ class AttentionReplacement:
             return Left(f"attn_implementation={name!r} was asked for")
         if getattr(module.config, "output_attentions", False):
             return Left("output_attentions=True in its configuration, which only eager attention can do")
+        if masks_by_name(kind):
+            return Left("sparse attention, whose code masks keys for eager and sdpa alone")
         if not attention_is_an_argument(kind) and why_not_by_distance(module) is not None:
             return Left("only its own eager attention is known to compute what it needs")
         return Match(OP, name)
