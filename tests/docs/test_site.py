@@ -126,7 +126,7 @@ def test_the_measurements_are_those_of_the_records(name: str) -> None:
     ("name", "records", "only"),
     [
         ("", "cpu/steps", ""),
-        ("layer", "nvidia-h200/layer", "^layer .* r=16 fp32"),
+        ("layer", "nvidia-h200/layer", "^layer.*r=16 fp32"),
         ("limits", "nvidia-h200/limits", ""),
     ],
 )
