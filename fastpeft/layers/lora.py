@@ -18,7 +18,7 @@ from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 
 from ..integrations import bitsandbytes, dora, peft, quantised
 from .bypass import why_not_called
-from .few_tokens import FEW_TOKENS, is_few, plain_forward
+from .few_tokens import FEW, FEW_TOKENS, is_few, plain_forward
 from .fp8 import ask, products_of
 from .head import lazy_logits
 from .head_call import LossCalls
@@ -135,6 +135,8 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
             return False  # PEFT's DoRA makes two matrices of the weight's size at each call
         if not state["training"]:
             return True
+        if x.numel() > FEW * x.shape[-1]:
+            return False  # no generation: trainers set what it gives beside a forward with gradients
         dropouts = state["_modules"]["lora_dropout"]._modules.values()
         return not any([dropout.training and type(dropout) is not nn.Identity for dropout in dropouts])
 

@@ -57,6 +57,16 @@ def test_a_token_of_generation_takes_fewer_operations_than_peft_s(padded: bool) 
     assert operations(ours, ids) <= operations(peft, ids) - len(layers)
 
 
+def test_in_training_mode_a_forward_gives_the_same_bits_without_gradients() -> None:
+    """GRPO and RLOO divide the probabilities of the one by those of the other. Generation is of fewer tokens."""
+    model: Any = fastpeft.accelerate(make(target_modules="all-linear").train())
+    ids = torch.randint(3, 90, (2, 9))
+    step(model, {"input_ids": ids, "labels": ids})
+    with torch.no_grad():
+        without = model(input_ids=ids).logits
+    assert torch.equal(without, model(input_ids=ids).logits)
+
+
 def test_in_16_bits_a_token_is_no_less_exact_than_peft_s() -> None:
     torch.manual_seed(0)
     errors: list[tuple[float, float]] = []
