@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from fastpeft_kernels.attention.api import attention, plain_attention
 from fastpeft_kernels.attention.masks import Mask, dense_mask
@@ -90,7 +91,7 @@ def attention_forward(
     dropout = dropout if getattr(module, "training", True) else 0.0
     if position_bias is not None and position_bias.numel() == 0:
         position_bias = None
-    if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, others):
+    if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, value, others):
         done = None
         if queries == 1 and dropout == 0.0:
             done = one_query(query, key, value, attention_mask, position_bias, scaling)
@@ -145,9 +146,11 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _asks_for_more(query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
+def _asks_for_more(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> bool:
     """Whether there is anything special about a call, before its mask and scores are looked at."""
     if type(query) is not Tensor or query.dtype.itemsize > 4 or query.shape[0] != key.shape[0]:
+        return True
+    if key.shape[1] != value.shape[1]:
         return True
     if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
         return True
@@ -211,17 +214,24 @@ def _original(
     s_aux: Tensor | None,
     others: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The function of the model's own file for `eager`, else transformers' `sdpa`, over a mask of queries x keys."""
+    """The function of the model's own file for `eager`, else transformers' `sdpa`, over a mask of queries x keys.
+
+    Where keys and values differ in heads, PyTorch's own.
+    """
     seen = dense_mask(mask, query.shape[2], key.shape[2], query.device)
     if seen is not None:
         hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         hidden = hidden.masked_fill(~seen, torch.finfo(query.dtype).min)
         bias = hidden if bias is None else hidden + bias
+    if key.shape[1] != value.shape[1] and softcap is None and s_aux is None:  # those functions repeat both alike
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+        return out.transpose(1, 2).contiguous(), None
     others = {name: each for name, each in others.items() if name not in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
     optional = {"softcap": softcap, "s_aux": s_aux}
     given = {"scaling": scaling, "dropout": dropout, **{n: v for n, v in optional.items() if v is not None}, **others}
     eager = _eager(type(module))
-    function = _sdpa if eager is None or key.shape[1] != value.shape[1] else eager  # eager repeats both alike
+    function = _sdpa if eager is None else eager
     if function is _sdpa:
         given["is_causal"] = False
     out, weights = function(module, query, key, value, bias, **given)

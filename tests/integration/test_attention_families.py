@@ -90,10 +90,13 @@ def test_holes_in_padding_before_layers_that_compute_the_last_query_alone() -> N
     assert torch.equal(fastpeft.accelerate(model).generate(**given, max_new_tokens=3, do_sample=False), plain)
 
 
-def test_values_with_other_heads_than_keys() -> None:
+@pytest.mark.parametrize("heads", [(4, 2, 4), (4, 4, 2)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_values_with_other_heads_than_keys(tokens: int, heads: tuple[int, ...]) -> None:
     model = make_base("llama")
     module = next(each for each in model.modules() if type(each).__name__ == "LlamaAttention")
-    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 4))
+    query, key, value = (torch.randn(2, each, tokens, 8) for each in heads)
     out, _ = attention_forward(module, query, key, value, None)
-    expected = nn.functional.scaled_dot_product_attention(query, key.repeat_interleave(2, dim=1), value, is_causal=True)
+    key, value = (each.repeat_interleave(4 // each.shape[1], dim=1) for each in (key, value))
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
