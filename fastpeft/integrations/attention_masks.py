@@ -13,7 +13,7 @@ read from their closures. Of those ours makes, in place of queries x keys values
 
 They have four dimensions, so that models and caches take them for masks that are prepared already. Gemma 4 keeps the
 last queries of a mask when it generates, so each kind has a last dimension of its own, and intervals a row a query:
-where nothing is trained, holes make a mask of queries x keys.
+where nothing is trained, holes make a mask of queries x keys up to `_FEW_SEEN`; beyond it such a cut is an error.
 
 Whatever else a model asks for becomes transformers' own bool mask of queries x keys.
 """
@@ -30,6 +30,9 @@ from torch import Tensor
 
 from fastpeft_kernels.attention.masks import Mask, dense_mask
 from fastpeft_kernels.attention.ranges import packed_by_index
+
+_FEW_SEEN = 1 << 26
+"""Elements of a mask of queries x keys, a byte each."""
 
 
 class Part(NamedTuple):
@@ -118,7 +121,7 @@ def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: 
         if bool((end - first == seen.sum(-1)).all()):  # blocks of keys need not be looked at one by one
             start, stop = torch.maximum(start, first[:, None]), torch.minimum(stop, end[:, None])
             seen = None
-        elif not torch.is_grad_enabled():
+        elif not torch.is_grad_enabled() and batch * start.shape[1] * keys <= _FEW_SEEN:
             return dense_mask(Mask(start=start, stop=stop, keys=seen), start.shape[1], keys, start.device)
     rows = torch.stack([start, stop], dim=-1).clamp(0, keys).expand(batch, -1, -1)
     if seen is None:

@@ -91,7 +91,7 @@ class SiblingWatch:
             self._outer = None
         if self._outer is not None:
             self._ran[place] = module
-        elif passes_cache(args, kwargs) or has_stateful_variant(module):
+        elif passes_cache(args, kwargs) or (place.waiting and has_stateful_variant(module)):
             if torch.is_grad_enabled():
                 self.forget(list(place.waiting))
         elif place.waiting:

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import fastpeft
+from fastpeft.integrations import attention_masks
 from fastpeft.integrations.attention import attention_forward
 from tests.integration.models import VOCABULARY, make_base
 from tests.integration.steps import assert_step_close, step, truth
@@ -88,6 +89,18 @@ def test_holes_in_padding_before_layers_that_compute_the_last_query_alone() -> N
     given["attention_mask"][0, 5:7] = 0
     plain = model.generate(**given, max_new_tokens=3, do_sample=False)
     assert torch.equal(fastpeft.accelerate(model).generate(**given, max_new_tokens=3, do_sample=False), plain)
+
+
+def test_holes_among_many_tokens_take_no_mask_of_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where such a mask is cut it is an error, no other numbers."""
+    monkeypatch.setattr(attention_masks, "_FEW_SEEN", 2 * 16 * 16 - 1)
+    attended = torch.ones(2, 16, dtype=torch.bool)
+    attended[0, 5:7] = False
+    with torch.no_grad():
+        mask = attention_masks.interval_mask(2, 16, 16, attention_mask=attended)
+    assert mask is not None and mask.shape == (2, 1, 32, 3)
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        attention_masks.decoded(mask[:, :, -1:], 1, 16)
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 4), (4, 4, 2)], ids=str)
