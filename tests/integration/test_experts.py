@@ -188,7 +188,7 @@ def test_merging_disabling_and_adapters_are_peft_s() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
-    model = fastpeft.accelerate(make())
+    model = fastpeft.accelerate(make()).eval()  # as a loaded one is
     inputs = batch(model)
     model.save_pretrained(tmp_path)
     base = copy.deepcopy(model).unload()
