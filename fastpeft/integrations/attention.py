@@ -95,8 +95,8 @@ def attention_forward(
         done = None
         if queries == 1 and dropout == 0.0:
             done = one_query(query, key, value, attention_mask, position_bias, scaling)
-        if done is None and position_bias is None:
-            done = _plain(query, key, value, attention_mask, causal, dropout, scaling, others)
+        if done is None and position_bias is None and attention_mask is None:
+            done = _plain(query, key, value, causal, dropout, scaling, others)
         if done is not None:
             count(module, "fused")
             return done, None
@@ -161,15 +161,12 @@ def _plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     causal: bool,
     dropout: float,
     scaling: float | None,
     others: dict[str, Any],
 ) -> Tensor | None:
-    """What most calls ask for, at little cost to the host: PyTorch's own where it serves; None where more is asked."""
-    if mask is not None:
-        return None
+    """What most calls without a mask ask for, at little cost to the host: PyTorch's own where it serves; else None."""
     if causal and key.shape[2] != query.shape[2]:
         return None
     if causal and restarted_documents(others.get("position_ids"), query.shape[2]) is not None:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fastpeft_kernels.attention.library import never_empty
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.common.remembered import Remembered
+
+_not_empty = Remembered(never_empty)
 
 
 def one_query(
@@ -47,12 +50,3 @@ def one_query(
     if some is not None:
         out = out.masked_fill(~some, 0.0)
     return out.transpose(1, 2).contiguous()
-
-
-def _fill_empty(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows see something, and the mask in which the others see all: what these give depends on the kernel."""
-    some = mask.any(-1, keepdim=True)
-    return some, mask | ~some
-
-
-_not_empty = Remembered(_fill_empty)

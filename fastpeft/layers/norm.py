@@ -53,7 +53,7 @@ class FastNorm(nn.Module, Counting):
         x = args[0]
         if type(x) is not Tensor:
             return f"an input of type {type(x).__name__}"
-        if x.is_cpu and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
+        if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
             return FEW
         norm, weight = self.fastpeft_norm, self._parameters.get("weight")
         assert norm is not None
@@ -65,8 +65,6 @@ class FastNorm(nn.Module, Counting):
             return f"an input in {x.dtype}"
         if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
-        if x.is_meta and kind_of(x.device) == "cpu" and x.numel() <= FEW_ON_CPU[x.dtype]:
-            return FEW
         return transformed()
 
     def leave(self) -> None:

@@ -58,9 +58,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     seen = mask.dense if keys is None else keys[:, None, None, :]
     some = None
     if seen is not None and q.device.type != "cpu":
-        # What a row gives that sees nothing depends on the kernel: it sees all instead, and is emptied.
-        some = seen.any(-1, keepdim=True)
-        seen = seen | ~some
+        some, seen = never_empty(seen)
     grouped = {}
     if q.shape[1] != k.shape[1]:  # a branch, because a compiled comparison of sizes is no bool to it
         grouped = {"enable_gqa": True}
@@ -77,6 +75,13 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     if some is not None:
         out = out.masked_fill(~some, 0.0)
     return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def never_empty(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows see something, and the mask in which the others see all, for the caller to empty what they give: what
+    a row gives that sees nothing depends on PyTorch's kernel."""
+    some = seen.any(-1, keepdim=True)
+    return some, seen | ~some
 
 
 def dense_refusal(scores: Scores) -> str | None:
