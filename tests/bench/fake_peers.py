@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastpeft.bench.finetune.processes import Line
-from fastpeft.bench.finetune.worker import CEILINGS, STEPS, Outcome, Task
+from fastpeft.bench.finetune.worker import CEILINGS, READY, STEPS, Outcome, Task
 from fastpeft.bench.left_out import NotHereError
 
 STEPS_MADE, WARMUP, FLOPS = 6, 2, 4e9
@@ -29,6 +29,8 @@ def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
     name = task.peer.name
 
     def answer(question: str) -> Any:
+        if question == READY:
+            return True
         if question == STEPS:
             for _ in range(task.steps + 1):
                 line.tell(MS.get(name, 20.0))

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.shared_imports and device != "cpu":
             raise ValueError(f"--shared-imports: expected the device cpu, got {device}")
         logs = options.out.with_suffix(".logs")
-        plan = Plan(options.rounds, options.step_rounds, options.limit, logs, options.shared_imports)
+        plan = Plan(options.rounds, options.step_rounds, options.limit, logs, options.shared_imports, options.together)
     except ValueError as error:
         parser.error(str(error))
     file = RecordFile(options.out, environment(device))
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--step-rounds", type=int, default=15, help="single steps of each peer, in turn with PEFT's; 0 for none")
     add("--limit", type=float, default=1800.0, metavar="S", help="seconds after which a peer's process is ended")
     add("--shared-imports", action="store_true", help="import libraries once (on a CPU): no times to the first step")
+    add("--together", action="store_true", help="load all models at once, where they fit: no times to the first step")
     add("--out", type=Path, default=Path("runs/bench/finetune.jsonl"), help="records are appended to it")
     return parser
 

@@ -20,7 +20,7 @@ def keep_ceilings(result: Result, add: Add) -> None:
         add(case=name, op="ceiling", peer="torch", metric="rate", unit=unit, samples=samples, settings=settings)
 
 
-def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> None:
+def keep(result: Result, peer: str, add: Add) -> None:
     """One record a metric of a peer's runs; no time for one that is left out."""
     common = {"case": result.case.name, "op": "run", "peer": peer}
     settings = {**result.case.settings, "direction": "both"}
@@ -44,7 +44,7 @@ def keep(result: Result, peer: str, add: Add, shared_imports: bool = False) -> N
     each("peak memory", "MiB", [run.peak_mib for run in runs])
     if result.case.device == "cuda":
         each("model memory", "MiB", [run.model_mib for run in runs])
-    for name in runs[0].seconds if not shared_imports else ():
+    for name in runs[0].seconds if result.alone else ():
         each(f"time {name}" if name.startswith("to ") else f"{name} time", "s", [run.seconds[name] for run in runs])
     each("trained parameters", "1", [float(run.trained) for run in runs])
     if peer in result.left_out:

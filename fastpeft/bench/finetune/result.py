@@ -20,10 +20,13 @@ class Result:
         runs: one a round.
         steps: milliseconds of single steps, and of plain PEFT's in the same rounds.
         left_out: why a peer has no times; `failed` are those of them that could have had some.
+        alone: whether each process began alone and imported all that it needed, so that how long its first step took
+            counts.
         ceilings: of the machine, as `ops.ceilings.measure` names them.
     """
 
     case: FinetuneCase
+    alone: bool = True
     task: str = ""
     ceilings: dict[str, list[float]] = field(default_factory=dict)
     runs: dict[str, list[Outcome]] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from .keeping import Add, keep, keep_ceilings, keep_steps
 from .peers import EXACT, PEFT, Peer, why_not
 from .processes import LeftOutError, Make, Worker
 from .result import Result, disagreement
-from .worker import CEILINGS, GO, RUN, SOURCE, STEPS, Outcome, Task, make_source, train
+from .worker import CEILINGS, GO, READY, RUN, SOURCE, STEPS, Outcome, Task, make_source, train
 
 _SHARED = ("torch", "transformers.trainer", "peft", "trl.trainer.sft_trainer")
 
@@ -31,6 +31,8 @@ class Plan:
         shared_imports: processes are forked from one that has imported the libraries: fast where many short ones run,
             but how long a user waits for the first step is not measured. For a CPU alone: some libraries ask for the
             GPU when imported, and CUDA does not survive a fork.
+        together: the processes of a round begin at once, import and load beside each other, and train one after the
+            other, where all models fit in the memory; how long a user waits for the first step is not measured.
     """
 
     rounds: int = 1
@@ -38,6 +40,7 @@ class Plan:
     limit_s: float = 1800.0
     logs: Path = Path("runs/bench/finetune-logs")
     shared_imports: bool = False
+    together: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("step_rounds", 0), ("limit_s", 1)):
@@ -69,7 +72,7 @@ def measure(
     Raises:
         LeftOutError: the model itself could not be made or found.
     """
-    result = Result(case)
+    result = Result(case, alone=not (plan.shared_imports or plan.together))
     with TemporaryDirectory(prefix="fastpeft-bench-") as folder:
         try:
             given = (case, Path(folder, "model"))
@@ -96,6 +99,7 @@ class _Measuring:
     make: Make
     folder: Path
     kept: set[str] = field(default_factory=set)
+    begun: dict[str, Worker] = field(default_factory=dict)
 
     def all(self) -> None:
         case = self.result.case
@@ -104,16 +108,32 @@ class _Measuring:
                 self._leave_out(peer.name, reason, failed=False)
         try:
             for i in range(self.plan.rounds):
+                if self.plan.together:
+                    self._begin([p for p in self.peers if not (i and p.name == EXACT)])
                 for peer in self.peers if i % 2 == 0 else reversed(self.peers):
                     if peer.name not in self.result.left_out and not (i and peer.name == EXACT):
                         self._run(peer)
                     if i == self.plan.rounds - 1:
                         self._keep(peer.name)
         finally:  # an interruption costs the runs that were not made
+            for worker in self.begun.values():
+                worker.close()
             for peer in self.peers:
                 self._keep(peer.name)
         if self.plan.step_rounds:
             self._single_steps()
+
+    def _begin(self, peers: Sequence[Peer]) -> None:
+        """The processes of all that take part, each ready to train; those that cannot be are left out."""
+        case = self.result.case
+        taking_part = [peer for peer in peers if peer.name not in self.result.left_out]
+        self.begun = {peer.name: self._worker(peer, case.steps) for peer in taking_part}
+        for name in list(self.begun):
+            try:
+                self.begun[name].ask(READY)
+            except LeftOutError as error:
+                self.begun.pop(name).close()
+                self._leave_out(name, str(error), failed=True)
 
     def _worker(self, peer: Peer, steps: int) -> Worker:
         task = Task(self.result.case, self.source, peer, steps, self.folder / "trainer")
@@ -140,7 +160,8 @@ class _Measuring:
             self._leave_out(peer.name, reason, failed=True)
 
     def _outcome(self, peer: Peer) -> Outcome:
-        with self._worker(peer, self.result.case.steps) as worker:
+        worker = self.begun.pop(peer.name, None) or self._worker(peer, self.result.case.steps)
+        with worker:
             outcome: Outcome = worker.ask(RUN)
         timed = median(outcome.ms[self.result.case.warmup :])
         self.say(f"{peer.name}: {timed:.1f} ms a step, loss {outcome.losses[0]:.4f} to {outcome.losses[-1]:.4f}")
@@ -155,7 +176,7 @@ class _Measuring:
     def _keep(self, name: str) -> None:
         if name not in self.kept and (name in self.result.runs or name in self.result.left_out):
             self.kept.add(name)
-            keep(self.result, name, self.add, self.plan.shared_imports)
+            keep(self.result, name, self.add)
 
     def _single_steps(self) -> None:
         """Each peer's process beside one of plain PEFT, so that no more than two models are in memory."""

@@ -36,7 +36,7 @@ def _line(result: Result, peer: str) -> str:
         _cell(result.utilisation(peer) if timed else None, 7, ".3f"),
         _cell(beside, 13, ".3f"),
         _cell(median(run.peak_mib for run in runs), 10, ".0f"),
-        _cell(median(run.seconds["to first step"] for run in runs), 12, ".1f"),
+        _cell(median(run.seconds["to first step"] for run in runs) if result.alone else None, 12, ".1f"),
         _cell(runs[0].losses[-1], 11, ".4f"),
         _cell(found.found if found else None, 9, ".1e"),
         _cell(found.allowed if found else None, 9, ".1e"),

@@ -14,7 +14,7 @@ from .processes import Line
 if TYPE_CHECKING:
     from .loading import Source
 
-SOURCE, CEILINGS, RUN, STEPS, GO = "source", "ceilings", "run", "steps", "go"
+SOURCE, CEILINGS, READY, RUN, STEPS, GO = "source", "ceilings", "ready", "run", "steps", "go"
 
 
 class Task(NamedTuple):
@@ -71,7 +71,10 @@ def make_source(given: tuple[FinetuneCase, Path], line: Line, started: float) ->
 
 
 def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
-    """Asked for RUN, trains and answers with an Outcome. Asked for STEPS, answers each GO with the time of a step."""
+    """Asked for RUN, trains and answers with an Outcome. Asked for STEPS, answers each GO with the time of a step.
+
+    Asked whether it is READY, answers when all is imported and the model loaded.
+    """
     seconds = {}
     begun = time.perf_counter()
     _import(task.peer)
@@ -89,6 +92,8 @@ def train(task: Task, line: Line, started: float) -> Callable[[Any], Any]:
         line.listen()
 
     def answer(question: str) -> Any:
+        if question == READY:
+            return True
         gated = gate if question == STEPS else None
         trainer, log = make_trainer(task.case, task.source, task.peer, model, task.steps, str(task.folder), gated)
         seconds["load"] = time.perf_counter() - begun

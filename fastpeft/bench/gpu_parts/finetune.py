@@ -23,9 +23,14 @@ PEERS = {
 }
 """By method. Each has a process of its own, most of whose time goes to imports."""
 MORE = {"full": ["torch.compile"]}
+ALL_MODELS = 64 << 30
+"""Bytes of a GPU that holds the models of all peers at once, and the batch of one."""
 
 
 def run(recorder: Recorder, depth: str) -> None:
+    from fastpeft_kernels.native.extension import group_extension
+
+    group_extension(wait=True)  # a short run shall not be that of a machine that compiles beside it
     _run(recorder, depth, small=False)
 
 
@@ -54,13 +59,16 @@ def _cases(small: bool) -> Iterator[FinetuneCase]:
 def _case(recorder: Recorder, case: FinetuneCase, depth: str, small: bool) -> dict[str, float]:
     from statistics import median
 
+    import torch
+
     from fastpeft.bench.finetune.peers import PEFT, choose
     from fastpeft.bench.finetune.running import Plan, measure
     from fastpeft.bench.finetune.table import table
 
     peers = choose(["fastpeft"] if small else PEERS[case.method] + MORE.get(depth, []))
     with TemporaryDirectory() as logs:
-        plan = Plan(limit_s=150.0, logs=Path(logs), shared_imports=small)
+        together = not small and torch.cuda.get_device_properties(0).total_memory >= ALL_MODELS
+        plan = Plan(limit_s=150.0, logs=Path(logs), shared_imports=small, together=together)
         result = measure(case, peers, plan, recorder.add)
         print(table(result), flush=True)
         for name in sorted(result.failed):
