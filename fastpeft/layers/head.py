@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft_kernels.common.device import autocast_dtype, autocast_off, product_dtype
-from fastpeft_kernels.common.shapes import kind_of
+from fastpeft_kernels.common.device import autocast_dtype, autocast_off
 from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.lora import LoraAdapter
 from fastpeft_kernels.weights import FrozenWeight
@@ -24,15 +23,11 @@ from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
 from ..integrations.fsdp import before_sharding
 from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
-from .head_call import HeadCall, LossCalls
+from .head_call import HeadCall, LossCalls, few_on_cpu
 from .lazy_logits import logits_of
 from .mixing import mixed
 from .requests import Request, base_bias, plain_request
 
-FEW_ON_CPU = 1 << 19
-"""Logits up to which a model's step takes less time on a CPU with them than without."""
-FEW_SLOW_ON_CPU = 1 << 15
-"""Likewise in 16 bits, where the CPU has no instructions to multiply these: ours are products in fp32."""
 FEW = "few on a CPU"
 
 
@@ -75,7 +70,7 @@ def _call(head: Any, x: Any, calls: LossCalls) -> HeadCall | str:
         return "a dispatch mode that records operations"
     if x.shape[-1] != head.in_features:
         return f"an input of {x.shape[-1]} features in place of {head.in_features}"
-    if calls.records is None and _few(head, x):
+    if calls.records is None and few_on_cpu(x.numel() // max(1, head.in_features) * int(head.out_features), x):
         return FEW
     if isinstance(head, FastHead):
         trained = head._parameters.get("weight")
@@ -85,14 +80,6 @@ def _call(head: Any, x: Any, calls: LossCalls) -> HeadCall | str:
     else:
         request = head.request(x)
     return request if isinstance(request, str) else _adapted(request, x, calls)
-
-
-def _few(head: Any, x: Tensor) -> bool:
-    if kind_of(x.device) != "cpu":
-        return False
-    dtype = autocast_dtype(x.device) or x.dtype
-    most = FEW_ON_CPU if product_dtype(dtype, x.device) == dtype else FEW_SLOW_ON_CPU
-    return x.numel() // max(1, head.in_features) * int(head.out_features) <= most
 
 
 def _trained(head: Any, weight: nn.Parameter, x: Tensor, calls: LossCalls) -> HeadCall | str:

@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.common.device import autocast_dtype, autocast_off
+from fastpeft_kernels.common.device import autocast_dtype, autocast_off, product_dtype
+from fastpeft_kernels.common.shapes import kind_of
 from fastpeft_kernels.loss import Head, linear_cross_entropy
 from fastpeft_kernels.weights import FrozenWeight
 
 if TYPE_CHECKING:
     from .lazy_steps import Trail
+
+FEW_ON_CPU = 1 << 19
+"""Logits up to which a model's step takes less time on a CPU with them than without."""
+FEW_SLOW_ON_CPU = 1 << 15
+"""Likewise in 16 bits, where the CPU has no instructions to multiply these: ours are products in fp32."""
 
 logger = logging.getLogger("fastpeft")
 
@@ -241,6 +247,14 @@ class Recorded:
     def again(self, hidden: Tensor) -> Tensor:
         """The same loss of other hidden states (..., hidden_size)."""
         return replace(self.call, hidden=hidden, calls=LossCalls()).loss(self.trail, self.labels, **self.options)
+
+
+def few_on_cpu(logits: int, x: Tensor) -> bool:
+    """Whether so many logits of hidden states are better made."""
+    if kind_of(x.device) != "cpu":
+        return False
+    dtype = autocast_dtype(x.device) or x.dtype
+    return logits <= (FEW_ON_CPU if product_dtype(dtype, x.device) == dtype else FEW_SLOW_ON_CPU)
 
 
 def _version(tensor: Tensor) -> int:

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations import bitsandbytes, quantised
+from ..integrations import bitsandbytes, quantised, trl
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward
 from ..integrations.peft import saved_copies
 from ..integrations.transformers import is_model_class, output_head, takes_labels
 from ..layers.bypass import own_class
 from ..layers.head import FEW, FastHead, make_head, unmake_head
 from ..layers.head_call import LossCalls
+from ..layers.log_probs import TrlHeads, log_probs
 from ..layers.lora import FastLoraLayer
 from .base import Left, Match
 
@@ -74,6 +75,8 @@ class LossReplacement:
                 if not _hooks(place, calls):
                     place.register_forward_pre_hook(calls.enter, with_kwargs=True)
                     place.register_forward_hook(calls.leave, with_kwargs=True, always_call=True)
+                    place.register_forward_pre_hook(TrlHeads(calls).enter, with_kwargs=True)
+            trl.bind(model, log_probs)
 
     def undo(self, module: nn.Module) -> bool:
         hooks = _hooks(module)
@@ -84,6 +87,7 @@ class LossReplacement:
         if CALLS not in module.__dict__:
             return bool(hooks)
         module.__dict__.pop(CALLS)
+        trl.unbind(module)
         unmake_head(module)
         return True
 
@@ -110,8 +114,14 @@ def _hooks(module: nn.Module, calls: LossCalls | None = None) -> list[tuple[str,
         (table, key)
         for table in ("_forward_pre_hooks", "_forward_hooks")
         for key, hook in getattr(module, table).items()
-        if isinstance(owner := getattr(hook, "__self__", None), LossCalls) and calls in (None, owner)
+        if (owner := _calls_of(getattr(hook, "__self__", None))) is not None and calls in (None, owner)
     ]
+
+
+def _calls_of(owner: Any) -> LossCalls | None:
+    if isinstance(owner, TrlHeads):
+        return owner.calls
+    return owner if isinstance(owner, LossCalls) else None
 
 
 def _why_not_a_head(head: nn.Module) -> str | None:

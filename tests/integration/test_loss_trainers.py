@@ -92,7 +92,7 @@ class TestTrainer:
 @full
 class TestTRL:
     @pytest.mark.parametrize("packing", [False, True])
-    def test_sft_keeps_its_own_head(self, packing: bool, tmp_path: Path) -> None:
+    def test_sft(self, packing: bool, tmp_path: Path) -> None:
         from datasets import Dataset as Table
         from trl import SFTConfig, SFTTrainer
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft.layers import head as head_module
+from fastpeft.layers import head_call
 from fastpeft.layers.head import FEW, FastHead, make_head, unmake_head
 from fastpeft.layers.head_call import HeadCall, LossCalls
 from fastpeft.layers.lazy_logits import LazyLogits, plain
@@ -26,8 +26,8 @@ ROWS, TOKENS, HIDDEN, WORDS = 2, 5, 8, 11
 
 @pytest.fixture(autouse=True)
 def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "FEW_ON_CPU", 0)
-    monkeypatch.setattr(head_module, "FEW_SLOW_ON_CPU", 0)
+    monkeypatch.setattr(head_call, "FEW_ON_CPU", 0)
+    monkeypatch.setattr(head_call, "FEW_SLOW_ON_CPU", 0)
 
 
 class Pair:
@@ -142,14 +142,14 @@ def test_a_trained_bias_that_is_written_to_before_the_loss(write: str) -> None:
 def test_few_logits_are_made_on_a_cpu(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to a number, in 16 bits another where these are slow; a proof leaves them out all the same."""
     pair, multiplied = Pair(dtype), dtype.itemsize == 2 and slow
-    monkeypatch.setattr(head_module, "product_dtype", lambda d, _: torch.float32 if slow else d)
+    monkeypatch.setattr(head_call, "product_dtype", lambda d, _: torch.float32 if slow else d)
     name = "FEW_SLOW_ON_CPU" if multiplied else "FEW_ON_CPU"
-    monkeypatch.setattr(head_module, name, ROWS * TOKENS * WORDS)
+    monkeypatch.setattr(head_call, name, ROWS * TOKENS * WORDS)
     assert type(pair.ours(pair.x)) is Tensor and pair.calls.outcomes == {FEW: 1}
     pair.calls.records = []
     assert type(pair.ours(pair.x)) is LazyLogits
     pair.calls.records = None
-    monkeypatch.setattr(head_module, name, ROWS * TOKENS * WORDS - 1)
+    monkeypatch.setattr(head_call, name, ROWS * TOKENS * WORDS - 1)
     assert type(pair.ours(pair.x)) is LazyLogits
 
 

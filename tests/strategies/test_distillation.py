@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastpeft.config import FastpeftConfig, ModelSection
 from fastpeft.errors import UserError
-from fastpeft.layers import head
+from fastpeft.layers import head_call
 from fastpeft.models import tuned
 from fastpeft.models.tasks import auto_class
 from fastpeft.strategies.distillation import matching, projection, report, stored, strategy, student, teacher
@@ -80,7 +80,7 @@ def judge(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few there are."""
-    monkeypatch.setattr(head, "FEW_ON_CPU", 0)
+    monkeypatch.setattr(head_call, "FEW_ON_CPU", 0)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def half(sure: str, data: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     more = options(student_layers=2, labels_weight=0.0)
     folder = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(head, "FEW_ON_CPU", 0)
+        patched.setattr(head_call, "FEW_ON_CPU", 0)
         return train(folder, "--model", sure, "--data", data["completions"], *QUICK, *more, "--max-steps", "10")
 
 

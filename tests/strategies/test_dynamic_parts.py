@@ -13,7 +13,7 @@ from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, T5Config, T5F
 
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
-from fastpeft.layers import head
+from fastpeft.layers import head_call
 from fastpeft.strategies.dynamic.actions import Run
 from fastpeft.strategies.dynamic.actions.reweight import Reweight, ReweightOptions
 from fastpeft.strategies.dynamic.costs import state_bytes
@@ -57,7 +57,7 @@ def dft(tokens: Tokens) -> Any:
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
 def test_dft_and_its_anchor_without_logits_are_those_of_logits(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "FEW_ON_CPU", 0)
+    monkeypatch.setattr(head_call, "FEW_ON_CPU", 0)
     batch, plain, fast = batch_of(), model_of(task), fastpeft.accelerate(model_of(task))
     wanted = token_losses(plain, batch, task, anchored=True)
     dft(wanted).backward()

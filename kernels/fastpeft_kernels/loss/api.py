@@ -25,12 +25,15 @@ class LinearLoss(NamedTuple):
         log_probs: (...) log-probability of each label, zero where it is ignored; None unless asked for. Differentiable.
         entropy: (...) -sum p log p in nats, zero where the label is ignored; None unless asked for. No gradient.
         correct: (...) bool, whether the label has the largest logit, the first of several; None unless asked for.
+        mean_logits: (...) mean of the logits over the words, zero where the label is ignored; None unless asked for. No
+            gradient.
     """
 
     loss: Tensor
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    mean_logits: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -48,6 +51,7 @@ def linear_cross_entropy(
     log_probs: bool = False,
     entropy: bool = False,
     correct: bool = False,
+    mean_logits: bool = False,
 ) -> LinearLoss:
     """Cross-entropy of the labels under the head's distribution, without logits in memory.
 
@@ -69,7 +73,8 @@ def linear_cross_entropy(
         ignore_index, label_smoothing, z_loss: see `Options`.
         class_weight: (words,) floating, or None; no gradient.
         token_weight: (...) floating, or None; factor of each token's loss; it does not change what the mean divides by.
-        log_probs, entropy, correct: whether these are wanted too.
+        log_probs, entropy, correct, mean_logits: whether these are wanted too; the last not with both class weights and
+            label smoothing.
 
     Returns:
         `LinearLoss`. Gradients flow to hidden, to a weight that is a tensor, bias, s, b and token_weight, once: a
@@ -89,12 +94,16 @@ def linear_cross_entropy(
     check_options(options)
     check_weights(class_weight, token_weight, labels, head.words)
     check_reduction(reduction, num_items)
+    summed = class_weight if label_smoothing > 0 else None
+    if mean_logits and summed is not None:
+        raise ValueError("mean_logits: expected no class_weight beside label_smoothing, got one")
     flat = labels.reshape(-1)
     counted = flat != ignore_index
     safe = torch.where(counted, flat, 0)
-    wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct)
-    found = _compute(hidden, head, safe, counted, class_weight, wants)
-    losses = token_losses(found.nll, found.lse, found.total, options, class_weight, safe, head.words)
+    wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct, mean=mean_logits)
+    found = _compute(hidden, head, safe, counted, summed, wants)
+    total = found.total if wants.total else None
+    losses = token_losses(found.nll, found.lse, total, options, class_weight, safe, head.words)
     losses = torch.where(counted, losses, 0.0)
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1)
@@ -104,7 +113,12 @@ def linear_cross_entropy(
         torch.where(counted, -found.nll, 0.0).view(labels.shape) if log_probs else None,
         None if found.entropy is None else torch.where(counted, found.entropy, 0.0).view(labels.shape),
         None if found.correct is None else (found.correct & counted).view(labels.shape),
+        None if found.total is None or not mean_logits else _mean(found.total, counted, head.words).view(labels.shape),
     )
+
+
+def _mean(total: Tensor, counted: Tensor, words: int) -> Tensor:
+    return torch.where(counted, total.detach() / words, 0.0)
 
 
 def _compute(

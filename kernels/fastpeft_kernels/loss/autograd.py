@@ -24,7 +24,8 @@ class FusedLoss(torch.autograd.Function):
         ctx.needs, ctx.fixed = needs, fixed[3:]
         ctx.stamp = None if fixed.stored is None else fixed.stored.stamp()
         ctx.save_for_backward(*kept, *read_by_backward(trained, kept), *fixed[:3])
-        ctx.mark_non_differentiable(*(t for t in (outputs.entropy, outputs.correct) if t is not None))
+        total = None if fixed.wants.total else outputs.total
+        ctx.mark_non_differentiable(*(t for t in (total, outputs.entropy, outputs.correct) if t is not None))
         return tuple(outputs)
 
     @staticmethod

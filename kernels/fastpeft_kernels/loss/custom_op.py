@@ -37,8 +37,10 @@ def apply(trained: Trained, fixed: Fixed) -> Outputs:
     )
     nll, lse, total, entropy, correct = found[:_OUTPUTS]
     wants = fixed.wants
+    if wants.sums and not wants.total:
+        total = total.detach()
     return Outputs(
-        nll, lse, total if wants.total else None, entropy if wants.entropy else None, correct if wants.correct else None
+        nll, lse, total if wants.sums else None, entropy if wants.entropy else None, correct if wants.correct else None
     )
 
 
@@ -99,7 +101,7 @@ def _(
     return [
         numbers(),
         numbers(),
-        numbers(wanted.total),
+        numbers(wanted.sums),
         numbers(wanted.entropy),
         numbers(wanted.correct, torch.bool),
         hidden.new_empty(hidden.shape) if rows and needed.hidden else hidden.new_empty(0),

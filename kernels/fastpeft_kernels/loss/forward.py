@@ -19,7 +19,7 @@ class Result:
     """Of all tokens, zero where one is not computed; (tokens,) each, in the dtype of sums unless it says otherwise.
 
     Attributes:
-        nll, lse, total, entropy: see `steps`; total and entropy None unless wanted.
+        nll, lse, total, entropy: see `steps`; total (also for a mean) and entropy None unless wanted.
         correct: bool, or None.
         top, inverse, others: see `steps.gradient_step`.
         slope: scale * cap' at the label's logit.
@@ -44,14 +44,15 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
     Args:
         needs: hidden and s may be set; no others are looked at.
     """
-    blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=needs.hidden), problem.device)
+    # The same blocks without gradients, so that the same numbers come out: trainers compare the two.
+    blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
     steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
     rows = RowGradients(problem, needs, blocks)
     result = _room(problem, wants, rows)
     for tokens in token_blocks(problem, blocks):
         count = tokens.last - tokens.first
         running = Running.start(
-            count, problem.wide, problem.device, tilted=wants.entropy, best=wants.correct, total=wants.total
+            count, problem.wide, problem.device, tilted=wants.entropy, best=wants.correct, total=wants.sums
         )
         rows.begin(tokens)
         for words in vocabulary:
@@ -85,7 +86,7 @@ def _room(problem: Problem, wants: Wants, rows: RowGradients) -> Result:
         inverse,
         others,
         slope,
-        problem.empty(dtype=wide) if wants.total else None,
+        problem.empty(dtype=wide) if wants.sums else None,
         problem.empty(dtype=wide) if wants.entropy else None,
         problem.empty(dtype=torch.bool) if wants.correct else None,
         rows,

@@ -16,7 +16,7 @@ from ..quant import encode_4bit
 from ..weights import DenseWeight, FourBitWeight
 from .api import LinearLoss, linear_cross_entropy
 from .head import Head, Options
-from .reference import entropy_reference, logits_reference, token_losses_reference
+from .reference import entropy_reference, logits_reference, mean_reference, token_losses_reference
 
 _DEVICE = torch.device("cuda")
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -121,7 +121,7 @@ def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
     if dtype == F32:  # how cuBLAS splits a sum depends on the shape, and with it its error
         on_cpu = {name: x.to(_DEVICE) for name, x in _gradients_on_cpu(same_case, upstream).items()}
     exact, exact_gradients = _derived(exact_case, upstream, _defined(exact_case))
-    for name in ("loss", "log_probs", "entropy"):
+    for name in ("loss", "log_probs", "entropy", "mean_logits"):
         mine, theirs, wanted = (getattr(x, name).detach() for x in (ours, same, exact))
         verdicts.within(mine, theirs, wanted, name)
         verdicts.equal(mine, getattr(twice, name), f"{name}: not the same twice")
@@ -143,7 +143,7 @@ def _gradients_on_cpu(case: Case, upstream: Tensor) -> dict[str, Tensor]:
 
 
 def _fused(case: Case) -> LinearLoss:
-    wanted: dict[str, Any] = {"log_probs": True, "entropy": True, "correct": True, **case.options}
+    wanted: dict[str, Any] = {"log_probs": True, "entropy": True, "correct": True, "mean_logits": True, **case.options}
     return linear_cross_entropy(case.tensors["hidden"], case.head(), case.labels, reduction="none", **wanted)
 
 
@@ -154,7 +154,8 @@ def _defined(case: Case) -> LinearLoss:
     losses = token_losses_reference(logits, labels, Options(**case.options))
     entropy = torch.where(counted, entropy_reference(logits.detach()), 0.0)
     correct = (logits.argmax(-1) == labels) & counted
-    return LinearLoss(losses, -token_losses_reference(logits, labels), entropy, correct)
+    mean = torch.where(counted, mean_reference(logits.detach()), 0.0)
+    return LinearLoss(losses, -token_losses_reference(logits, labels), entropy, correct, mean)
 
 
 def _derived(case: Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLoss, dict[str, Tensor]]:

@@ -26,11 +26,17 @@ class Needs(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """What is wanted beyond nll and lse."""
+    """Beyond nll and lse. Of these only total has a gradient, and none where `mean` alone asks for it."""
 
     total: bool = False
     entropy: bool = False
     correct: bool = False
+    mean: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether the logits of each token are summed up."""
+        return self.total or self.mean
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -45,3 +45,8 @@ def entropy_reference(logits: Tensor) -> Tensor:
     """-sum p log p of each token, (tokens,), of logits (tokens, words)."""
     log_p = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def mean_reference(logits: Tensor) -> Tensor:
+    """Mean over the words of each token, (tokens,), of logits (tokens, words)."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).mean(-1)

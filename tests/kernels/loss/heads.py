@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.loss import Head, LinearLoss, Options, linear_cross_entropy
-from fastpeft_kernels.loss.reference import entropy_reference, logits_reference, token_losses_reference
+from fastpeft_kernels.loss.reference import entropy_reference, logits_reference, mean_reference, token_losses_reference
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import DenseWeight, FourBitWeight, FrozenWeight
 from tests.budget import assert_within_budget
@@ -83,7 +83,16 @@ class Case:
             -token_losses_reference(logits, labels).view(shape),
             entropy.view(shape),
             ((logits.argmax(-1) == labels) & counted).view(shape),
+            torch.where(counted, mean_reference(logits.detach()), 0.0).view(shape)
+            if self.everything["mean_logits"]
+            else None,
         )
+
+    @property
+    def everything(self) -> dict[str, bool]:
+        """All that may be wanted beside the loss."""
+        mean = not ("class_weight" in self.options and self.options.get("label_smoothing"))
+        return {"log_probs": True, "entropy": True, "correct": True, "mean_logits": mean}
 
     def gradients(self, out: LinearLoss, given: Tensor, given_log: Tensor | None) -> dict[str, Tensor]:
         wanted = {name: x for name, x in self.tensors.items() if x.requires_grad}
@@ -153,7 +162,7 @@ def hold(case: Case) -> None:
     copies = {name: x.detach().clone() for name, x in case.tensors.items()}
     given, given_log = torch.randn(case.labels.shape), torch.randn(case.labels.shape)
     kept = given.clone(), given_log.clone()
-    out = case.call(reduction="none", log_probs=True, entropy=True, correct=True)
+    out = case.call(reduction="none", **case.everything)
     ours = results(out) | case.gradients(out, given, given_log)
     plain = {}
     for name, other in (("same", dtype), ("exact", torch.float64)):
@@ -168,7 +177,7 @@ def hold(case: Case) -> None:
 
 
 def results(out: LinearLoss) -> dict[str, Tensor]:
-    found = {"loss": out.loss, "log_probs": out.log_probs, "entropy": out.entropy}
+    found = {"loss": out.loss, "log_probs": out.log_probs, "entropy": out.entropy, "mean_logits": out.mean_logits}
     return {name: x for name, x in found.items() if x is not None}
 
 

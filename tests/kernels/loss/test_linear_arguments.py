@@ -51,6 +51,12 @@ def bad(message: str, kind: type[Exception] = ValueError, **changed: Any) -> Any
         bad('num_items: expected None with reduction "sum", got 3', reduction="sum", num_items=3),
         bad("num_items: expected a number or a 0-d tensor", num_items=torch.ones(2)),
         bad("num_items: expected a int or float or Tensor, got str", TypeError, num_items="3"),
+        bad(
+            "mean_logits: expected no class_weight beside label_smoothing, got one",
+            mean_logits=True,
+            label_smoothing=0.1,
+            class_weight=torch.ones(9),
+        ),
     ),
 )
 def test_refused(kind: type[Exception], message: str, changed: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def test_drawn(case: Case) -> None:
 def _exact(head: str, options: str) -> None:
     """In fp64 nothing but the last digits may differ."""
     case = make_case(11, dtype=torch.float64, **HEADS[head], **OPTIONS[options])
-    out, want = case.call(reduction="none", log_probs=True, entropy=True, correct=True), case.definition()
+    out, want = case.call(reduction="none", **case.everything), case.definition()
     torch.testing.assert_close(tuple(out), tuple(want), rtol=1e-10, atol=1e-12)
     given, given_log = torch.randn(2, 11)
     ours, theirs = case.gradients(out, given, given_log), case.gradients(want, given, given_log)
