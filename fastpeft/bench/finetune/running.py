@@ -111,6 +111,8 @@ class _Measuring:
                 if self.plan.together:
                     self._begin([p for p in self.peers if not (i and p.name == EXACT)])
                 for peer in self.peers if i % 2 == 0 else reversed(self.peers):
+                    if peer.name != EXACT:  # which is not timed, and may run while others load
+                        self._await_ready()
                     if peer.name not in self.result.left_out and not (i and peer.name == EXACT):
                         self._run(peer)
                     if i == self.plan.rounds - 1:
@@ -124,10 +126,13 @@ class _Measuring:
             self._single_steps()
 
     def _begin(self, peers: Sequence[Peer]) -> None:
-        """The processes of all that take part, each ready to train; those that cannot be are left out."""
+        """The processes of all that take part."""
         case = self.result.case
         taking_part = [peer for peer in peers if peer.name not in self.result.left_out]
         self.begun = {peer.name: self._worker(peer, case.steps) for peer in taking_part}
+
+    def _await_ready(self) -> None:
+        """Before a run that is timed: nobody loads beside it. Who cannot be made ready is left out."""
         for name in list(self.begun):
             try:
                 self.begun[name].ask(READY)

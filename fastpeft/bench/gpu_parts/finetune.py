@@ -19,10 +19,12 @@ time_limit_s = 480
 needs = ("peft",)
 PEERS = {
     "lora": ["fastpeft", "trl", "fastpeft + trl", "peft + liger", "unsloth"],
-    "qlora": ["fastpeft", "peft + liger", "unsloth"],
+    "qlora": ["fastpeft", "fastpeft + trl", "peft + liger", "unsloth"],
 }
 """By method. Each has a process of its own, most of whose time goes to imports."""
 MORE = {"full": ["torch.compile"]}
+STEPS = {"quick": (20, 8), "default": (30, 10), "full": (60, 10)}
+"""Of a run, and of them those whose time does not count."""
 ALL_MODELS = 64 << 30
 """Bytes of a GPU that holds the models of all peers at once, and the batch of one."""
 
@@ -39,11 +41,11 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    cases = _cases(small)
+    cases = _cases(small, *STEPS[depth])
     recorder.run_checks("run", ((case.name, partial(_case, recorder, case, depth, small)) for case in cases))
 
 
-def _cases(small: bool) -> Iterator[FinetuneCase]:
+def _cases(small: bool, steps: int, warmup: int) -> Iterator[FinetuneCase]:
     from fastpeft.bench.finetune.case import FinetuneCase
 
     for method in PEERS:
@@ -53,7 +55,7 @@ def _cases(small: bool) -> Iterator[FinetuneCase]:
             tiny = {"rows": 2, "tokens": 16, "steps": 4, "warmup": 1, "scale": "tiny", "threads": 1}
             yield FinetuneCase("llama-3.1-8b", method, "float32", "cpu", **tiny)  # type: ignore[arg-type]
         else:
-            yield FinetuneCase("llama-3.1-8b", method, rows=4, tokens=2048, layers=4, steps=30, warmup=10)
+            yield FinetuneCase("llama-3.1-8b", method, rows=4, tokens=2048, layers=4, steps=steps, warmup=warmup)
 
 
 def _case(recorder: Recorder, case: FinetuneCase, depth: str, small: bool) -> dict[str, float]:

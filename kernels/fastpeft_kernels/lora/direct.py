@@ -139,9 +139,9 @@ def _decide(x: Tensor, tokens: int, group: Group) -> bool:
         ours = [r > 0 and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow]
     if any(ours):
         return False
-    if dtypes.compute.itemsize != 2 or not kernels_serve(device) or group.backend == "library":
+    if dtypes.compute.itemsize != 2 or not kernels_serve(device) or group.large_backend == "library":
         return True
-    if sums_products(tokens, shapes, dtypes.compute, device, group.backend):
+    if sums_products(tokens, shapes, dtypes.compute, device, group.large_backend):
         return False
     return not any(
         measured(tokens, w, w[1], dtypes.compute, device, transposed) != "torch"

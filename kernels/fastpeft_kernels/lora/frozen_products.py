@@ -53,10 +53,10 @@ def project(
         s, up = update or (None, None)
         w = decoded(projection.weight, dtypes.compute)
         if s is None or up is None or alike:
-            large_product(inputs, w, s, up, bias, out=base, backend=group.backend)
+            large_product(inputs, w, s, up, bias, out=base, backend=group.large_backend)
         else:
             mixed.fill_update(base, s, up, bias, group)
-            large_product(inputs, w, None, None, out=base, accumulate=True, backend=group.backend)
+            large_product(inputs, w, None, None, out=base, accumulate=True, backend=group.large_backend)
     else:
         base = y if y.dtype == dtypes.compute else y.new_empty(y.shape, dtype=dtypes.compute)
         if own is not None:
@@ -119,13 +119,13 @@ def large_input_gradient(
         if part is None and (ours or wide == dtypes.compute):
             pairs.append((dy, decoded(weight, dtypes.compute).t()))
             if not together:
-                dx, update = _add_products(pairs, dx, update, wide, group.backend), None
+                dx, update = _add_products(pairs, dx, update, wide, group.large_backend), None
                 pairs.clear()
         else:
             part = torch.mm(dy, decoded(weight, dtypes.compute)) if part is None else part
             dx = rows_contiguous(part.to(wide)) if dx is None else dx.add_(part)
     if pairs:
-        dx, update = _add_products(pairs, dx, update, wide, group.backend), None
+        dx, update = _add_products(pairs, dx, update, wide, group.large_backend), None
     if update is not None:  # every product was the storage's own
         ds = update[0]
     return dx if ds is None or a is None else adapter_input_gradient(ds, a, group, dx)
@@ -158,4 +158,4 @@ def _decodes_together(group: Group, dys: Sequence[Tensor | None]) -> bool:
     if kind_of(decodes[0].device) != "cuda" or size > LARGEST_DECODED:
         return False
     shapes = [weight.shape for _, weight in given]
-    return sums_products(given[0][0].shape[0], shapes, dtype, decodes[0].device, group.backend)
+    return sums_products(given[0][0].shape[0], shapes, dtype, decodes[0].device, group.large_backend)
