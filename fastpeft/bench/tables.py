@@ -16,6 +16,7 @@ from textwrap import shorten
 from .limits_table import limits_table
 from .reading import place, time_ratio, versions
 from .records import Record, load
+from .trainings_table import trainings_table
 
 
 def steps_table(records: Sequence[Record]) -> str:
@@ -221,6 +222,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "combinations": combinations_table,
     "losses": losses_table,
     "limits": limits_table,
+    "trainings": trainings_table,
 }
 """By the name in the markers."""
 
