@@ -72,14 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every case; by default one of each kind")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/cpu.jsonl"))
     options = parser.parse_args(arguments)
+    more = options.all or bool(options.only)
+    steps = [case for case in CASES + MORE * more if options.only in case.name]
+    generations = [case for case in GENERATION + MORE_GENERATION * more if options.only in case.name]
+    if not (steps or generations):
+        every = [case.name for case in CASES + MORE] + [case.name for case in GENERATION + MORE_GENERATION]
+        names = ", ".join(every)
+        parser.error(f"--only: expected a part of a case's name, got {options.only!r}; cases: {names}")
     torch.set_num_threads(options.threads)
     options.out.unlink(missing_ok=True)
     file = RecordFile(options.out, environment("cpu"))
     slower = []
-    more = options.all or bool(options.only)
-    for case in CASES + MORE * more:
-        if options.only not in case.name:
-            continue
+    for case in steps:
         result = measure(case, options.rounds)
         keep(file, result, {"threads": options.threads})
         ours, spread = ratio(result.samples, "fastpeft", "peft"), ratio(result.samples, "peft again", "peft")
@@ -87,9 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{case.name:64} time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}", flush=True)
         if ours > 1.0 + abs(spread - 1.0):
             slower.append(case.name)
-    for each in GENERATION + MORE_GENERATION * more:
-        if options.only not in each.name:
-            continue
+    for each in generations:
         samples = generation.measure(each, options.rounds)
         keep_generation(file, each, samples, {"threads": options.threads})
         speed, spread = ratio(samples, "fastpeft", "peft"), ratio(samples, "peft again", "peft")
