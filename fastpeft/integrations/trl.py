@@ -68,16 +68,24 @@ Theirs = Callable[..., tuple[Tensor | None, ...]]
 Serve = Callable[[nn.Module, LogProbsCall, Theirs], LogProbs | None]
 
 
-def bind(model: nn.Module, serve: Serve) -> None:
+def bind(model: nn.Module, serve: Serve) -> bool:
     """Have `serve` compute the log-probabilities of a model to which TRL has bound a forward, as it has it.
+
+    What that forward reads of its module is as it is now.
 
     Args:
         serve: called with the model, the call, and TRL's function for its arguments; returns None where that must.
+
+    Returns:
+        Whether it does now.
     """
     theirs = getattr(model.__dict__.get("forward"), "__func__", None)
-    if not isinstance(theirs, FunctionType) or not _is_known(theirs):
-        return
-    model.forward = MethodType(_copy(theirs, serve), model)
+    if not isinstance(theirs, FunctionType):
+        return False
+    if _is_known(theirs):
+        model.forward = MethodType(_copy(theirs, serve), model)
+        return True
+    return hasattr(theirs, "fastpeft_theirs")
 
 
 def unbind(model: nn.Module) -> None:

@@ -23,12 +23,10 @@ from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
 from ..integrations.fsdp import before_sharding
 from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
-from .head_call import HeadCall, LossCalls, few_on_cpu
+from .head_call import FEW, HeadCall, LossCalls, few_on_cpu
 from .lazy_logits import logits_of
 from .mixing import mixed
 from .requests import Request, base_bias, plain_request
-
-FEW = "few on a CPU"
 
 
 class FastHead(nn.Module):

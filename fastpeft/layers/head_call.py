@@ -20,6 +20,7 @@ from fastpeft_kernels.weights import FrozenWeight
 if TYPE_CHECKING:
     from .lazy_steps import Trail
 
+FEW = "few on a CPU"
 FEW_ON_CPU = 1 << 19
 """Logits up to which a model's step takes less time on a CPU with them than without."""
 FEW_SLOW_ON_CPU = 1 << 15
@@ -41,6 +42,7 @@ class LossCalls:
         labelled: how many calls with labels are going on.
         outcomes: number of calls by outcome, "fused" or why all logits were made.
         records: gets what each loss is computed from, where somebody keeps it.
+        entropy_is_trained: whether a gradient of an entropy was asked for, which ours computes by another function.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,7 @@ class LossCalls:
         self.outcomes: dict[str, int] = {}
         self.noted = False
         self.records: list[Recorded] | None = None
+        self.entropy_is_trained = False
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""

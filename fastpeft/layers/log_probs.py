@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from fastpeft_kernels.loss import Head, linear_cross_entropy
 
 from ..integrations import trl
 from ..integrations.trl import LogProbs, LogProbsCall, Theirs
-from .head_call import LossCalls, few_on_cpu
+from .head_call import FEW, LossCalls, few_on_cpu
 
+THEIRS = "by TRL's own function"
 _SERVED = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
 
@@ -32,50 +33,68 @@ class TrlHeads:
         """Forward pre-hook."""
         if not kwargs.get("fused_lm_head") or torch.compiler.is_compiling():
             return
-        for each in (module, getattr(module, "model", None)):  # PEFT calls the latter's forward past its hooks
-            if isinstance(each, nn.Module) and each.__dict__.get("fastpeft_loss") is self.calls:
-                trl.bind(each, log_probs)
+        for each in (module, module._modules.get("model")):  # PEFT calls the latter's forward past its hooks
+            if each is not None and each.__dict__.get("fastpeft_loss") is self.calls and not trl.bind(each, log_probs):
+                self.calls.count(f"{THEIRS}: its forward is another, or wrapped")
 
 
 def log_probs(model: nn.Module, call: LogProbsCall, theirs: Theirs) -> LogProbs | None:
     """What TRL's function computes; None where it must itself."""
     calls: LossCalls | None = model.__dict__.get("fastpeft_loss")
-    if calls is None or not _served(call):
+    if calls is None:
         return None
-    calls.served()
+    if (reason := _why_not(call, calls)) is not None:
+        calls.count(f"{THEIRS}: {reason}")
+        return None
     head = Head(call.weight, call.bias, scale=call.logit_scale / call.temperature, softcap=call.final_logit_softcapping)
-    found = linear_cross_entropy(
-        call.hidden, head, call.targets, reduction="none", log_probs=True,
-        entropy="entropy" in call.outputs, correct="is_top1" in call.outputs, mean_logits="mean_logits" in call.outputs,
+    found = linear_cross_entropy(  # the entropy in any case: with it sums are in another order
+        call.hidden, head, call.targets, reduction="none", log_probs=True, entropy=True,
+        correct="is_top1" in call.outputs, mean_logits="mean_logits" in call.outputs,
     )  # fmt: skip
-    entropy = found.entropy
+    calls.served()
+    entropy = found.entropy if "entropy" in call.outputs else None
     if entropy is not None and torch.is_grad_enabled():
-        again = (theirs, call._replace(outputs=("entropy",)))
+        again = _Again(theirs, call._replace(outputs=("entropy",)), calls)
         entropy = _Entropy.apply(entropy, again, call.hidden, call.weight, call.bias)
     assert found.log_probs is not None
     return LogProbs(found.log_probs, entropy, None, found.mean_logits, found.correct)
 
 
-def _served(call: LogProbsCall) -> bool:
-    hidden, weight, words = call.hidden, call.weight, call.weight.shape[0]
+def _why_not(call: LogProbsCall, calls: LossCalls) -> str | None:
+    """Why TRL's function must compute what is asked for."""
+    hidden, weight, cap = call.hidden, call.weight, call.final_logit_softcapping
     plain = all(type(each) in (Tensor, nn.Parameter) for each in (hidden, weight, call.bias) if each is not None)
-    if not plain or hasattr(weight, "ds_id") or as_op():  # DeepSpeed's parts, which only TRL gathers in backward
-        return False
-    if call.final_logit_softcapping is not None and call.temperature != 1.0:
-        return False
-    if hidden.dtype == torch.float64 or not weight.is_floating_point():  # TRL's are in fp32 all the same
-        return False
-    return _SERVED.issuperset(call.outputs) and not few_on_cpu(hidden.shape[0] * words, hidden)
+    if not plain or not weight.is_floating_point() or hasattr(weight, "ds_id"):  # only TRL gathers DeepSpeed's parts
+        return "a head in parts or of a type of its own"
+    if as_op():
+        return "a dispatch mode that records operations"
+    if hidden.dtype == torch.float64 or call.targets.dtype != torch.int64:
+        return f"hidden states in {hidden.dtype}, labels in {call.targets.dtype}"
+    if not isinstance(call.temperature, (int, float)) or cap == 0 or (cap is not None and call.temperature != 1):
+        return f"a temperature of {call.temperature} after a soft cap of {cap}"
+    if not _SERVED.issuperset(call.outputs):
+        return f"asked for {', '.join(sorted({*call.outputs} - _SERVED))}"
+    if calls.entropy_is_trained and "entropy" in call.outputs and torch.is_grad_enabled():
+        return "the entropy has a gradient"
+    return FEW if few_on_cpu(hidden.shape[0] * weight.shape[0], hidden) else None
+
+
+class _Again(NamedTuple):
+    """What TRL's function is asked for where the entropy does have a gradient."""
+
+    theirs: Theirs
+    call: LogProbsCall
+    calls: LossCalls
 
 
 class _Entropy(torch.autograd.Function):
-    """The entropy, whose gradient hardly anybody asks for: TRL's function computes both again then."""
+    """The entropy, whose gradient hardly anybody asks for: TRL's function computes it again then, later calls whole."""
 
     @staticmethod
-    def forward(ctx: Any, entropy: Tensor, again: tuple[Theirs, LogProbsCall], *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, entropy: Tensor, again: _Again, *inputs: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        theirs, call = again
-        ctx.theirs, ctx.rest = theirs, call._replace(hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
+        ctx.theirs, call, ctx.calls = again
+        ctx.rest = call._replace(hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
         device = call.hidden.device.type
         ctx.autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         ctx.save_for_backward(*inputs, call.targets)
@@ -87,6 +106,7 @@ class _Entropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if d_entropy is None:
             return (None,) * 5
+        ctx.calls.entropy_is_trained = True
         *inputs, targets = ctx.saved_tensors
         with torch.enable_grad():
             leaves = [

@@ -12,9 +12,9 @@ from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_fo
 from ..integrations.peft import saved_copies
 from ..integrations.transformers import is_model_class, output_head, takes_labels
 from ..layers.bypass import own_class
-from ..layers.head import FEW, FastHead, make_head, unmake_head
-from ..layers.head_call import LossCalls
-from ..layers.log_probs import TrlHeads, log_probs
+from ..layers.head import FastHead, make_head, unmake_head
+from ..layers.head_call import FEW, LossCalls
+from ..layers.log_probs import THEIRS, TrlHeads, log_probs
 from ..layers.lora import FastLoraLayer
 from .base import Left, Match
 
@@ -94,9 +94,13 @@ class LossReplacement:
     def status(self, module: nn.Module) -> tuple[str, str]:
         calls: dict[str, int] = dict(module.__dict__[CALLS].outcomes)
         total, _ = sum(calls.values()), calls.pop("fused", 0)
-        if calls.get(FEW) == total:  # what is so in every call needs no count
-            return "", f"every call with logits: {FEW}"
-        return "", "; ".join(f"{count} of {total} calls with logits: {why}" for why, count in calls.items() if count)
+        notes = []
+        for why, count in calls.items():
+            # what is so in every call, as few are, needs no count
+            how_many = "every call" if FEW in why and count == total else f"{count} of {total} calls"
+            if count:
+                notes.append(f"{how_many} {why if why.startswith(THEIRS) else f'with logits: {why}'}")
+        return "", "; ".join(notes)
 
 
 TABLES = (

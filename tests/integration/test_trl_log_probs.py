@@ -130,6 +130,36 @@ def test_the_same_numbers_with_gradients_and_without() -> None:
     assert fused(model) == 4
 
 
+def test_the_same_numbers_whatever_else_is_asked_for() -> None:
+    """A policy's ratio to its reference model, of which TRL asks for less, begins at 1."""
+    start = trained(make())
+    inputs, found = batch(start), []
+    for outputs in (OUTPUTS, ("log_probs",)):
+        model = fastpeft.accelerate(with_trl(copy.deepcopy(start), outputs))
+        with torch.no_grad():
+            found.append(model(**inputs, fused_lm_head=True).log_probs)
+    assert torch.equal(*found)
+
+
+def test_an_entropy_with_a_gradient_is_trl_s_from_then_on() -> None:
+    model = fastpeft.accelerate(with_trl(trained(make())))
+    inputs = batch(model)
+    asked(model, inputs, 0.3)
+    asked(model, inputs, 0.3)
+    with torch.no_grad():
+        model(**inputs, fused_lm_head=True)
+    assert fused(model) == 3 and "1 of 4 calls by TRL's own function: the entropy has" in loss_row(model).note
+
+
+def test_a_forward_that_is_wrapped_is_told() -> None:
+    from accelerate import Accelerator
+
+    model = with_trl(fastpeft.accelerate(make_base("llama").train().requires_grad_()))
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    prepared(**batch(model), fused_lm_head=True)
+    assert "by TRL's own function: its forward is another, or wrapped" in loss_row(model).note
+
+
 def test_no_label_that_counts() -> None:
     model = fastpeft.accelerate(with_trl(trained(make())))
     inputs = batch(model)
@@ -146,7 +176,7 @@ def test_what_only_trl_computes_is_left_to_it() -> None:
     inputs = batch(start)
     theirs, ours = (model(**inputs, fused_lm_head=True) for model in (start, fast))
     torch.testing.assert_close(ours.log_sum_sq_probs, theirs.log_sum_sq_probs)
-    assert fused(fast) == 0
+    assert fused(fast) == 0 and loss_row(fast).note == "2 of 2 calls by TRL's own function: asked for log_sum_sq_probs"
     capped = fastpeft.accelerate(with_trl(trained(make("gemma2")), temperature=0.7))
     capped(**inputs, fused_lm_head=True)
     assert fused(capped) == 0, "the temperature comes after the cap"

@@ -129,7 +129,8 @@ class _Measuring:
         """The processes of all that take part."""
         case = self.result.case
         taking_part = [peer for peer in peers if peer.name not in self.result.left_out]
-        self.begun = {peer.name: self._worker(peer, case.steps) for peer in taking_part}
+        for peer in taking_part:
+            self.begun[peer.name] = self._worker(peer, case.steps)
 
     def _await_ready(self) -> None:
         """Before a run that is timed: nobody loads beside it. Who cannot be made ready is left out."""

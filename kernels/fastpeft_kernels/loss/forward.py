@@ -44,7 +44,7 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
     Args:
         needs: hidden and s may be set; no others are looked at.
     """
-    # The same blocks without gradients, so that the same numbers come out: trainers compare the two.
+    # Trainers compare a pass without gradients with one that has them: blocks and order of sums are the same in both.
     blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
     steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
     rows = RowGradients(problem, needs, blocks)
@@ -66,7 +66,7 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
                 scale=problem.scale,
                 softcap=problem.softcap,
                 class_weight=words.class_weight,
-                write=rows.wanted,
+                write=True,
             )
             rows.add(raw, words, running.factor, steps.rescale)
         found = known(running)

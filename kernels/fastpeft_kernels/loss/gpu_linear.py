@@ -125,6 +125,8 @@ def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
         mine, theirs, wanted = (getattr(x, name).detach() for x in (ours, same, exact))
         verdicts.within(mine, theirs, wanted, name)
         verdicts.equal(mine, getattr(twice, name), f"{name}: not the same twice")
+    with torch.no_grad():
+        verdicts.equal(_fused(case).loss, ours.loss.detach(), "loss: not the same without gradients")
     for name, gradient in ours_gradients.items():
         theirs = worse(same_gradients[name], on_cpu[name], exact_gradients[name])
         verdicts.within(gradient, theirs, exact_gradients[name], f"gradient of {name}")

@@ -198,3 +198,21 @@ def test_what_it_leaves_to_python() -> None:
     assert not direct.serves(x, Group([plain], Dtypes(F32, F32, F32), [torch.tensor([1])]))
     with choosing.meeting():
         assert not direct.serves(x, grouped(plain))
+
+
+@pytest.mark.parametrize(
+    ("index", "backend", "by_cpp"), [(None, "auto", False), ((0, 1), "auto", True), ((0, 1), "triton", False)]
+)
+def test_mixed_batches_leave_large_products_to_the_library(
+    index: tuple[int, ...] | None, backend: str, by_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU whose sums of several dX our kernels would make."""
+    monkeypatch.setattr(direct, "kernels_serve", lambda device: True)
+    monkeypatch.setattr(direct, "chosen", lambda *_: "library")
+    monkeypatch.setattr(direct.MixedProducts, "ours", lambda *_: False)
+    monkeypatch.setattr(direct, "measured", lambda *_, **__: "torch")
+    monkeypatch.setattr(direct, "sums_products", lambda *given: given[-1] != "library")
+    group = Group([projection(8, 8, 2), projection(8, 8, 2)], Dtypes(BF16, BF16, BF16), [None] * 2, backend, index)
+    assert group.large_backend == ("library" if by_cpp else backend)
+    on_gpu = type("Like", (), {"device": torch.device("cuda"), "shape": (4, 8)})()
+    assert direct._decide(on_gpu, 4, group) is by_cpp  # type: ignore[arg-type]
