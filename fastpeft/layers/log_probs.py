@@ -15,7 +15,9 @@ from ..integrations import trl
 from ..integrations.trl import LogProbs, LogProbsCall, Theirs
 from .head_call import FEW, LossCalls, few_on_cpu
 
-THEIRS = "by TRL's own function"
+THEIRS = "TRL: "
+"""Begins outcomes of calls that TRL's own function served."""
+WRAPPED = "its forward is another, or wrapped"
 _SERVED = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
 
@@ -35,7 +37,7 @@ class TrlHeads:
             return
         for each in (module, module._modules.get("model")):  # PEFT calls the latter's forward past its hooks
             if each is not None and each.__dict__.get("fastpeft_loss") is self.calls and not trl.bind(each, log_probs):
-                self.calls.count(f"{THEIRS}: its forward is another, or wrapped")
+                self.calls.count(THEIRS + WRAPPED)
 
 
 def log_probs(model: nn.Module, call: LogProbsCall, theirs: Theirs) -> LogProbs | None:
@@ -44,7 +46,7 @@ def log_probs(model: nn.Module, call: LogProbsCall, theirs: Theirs) -> LogProbs 
     if calls is None:
         return None
     if (reason := _why_not(call, calls)) is not None:
-        calls.count(f"{THEIRS}: {reason}")
+        calls.count(THEIRS + reason)
         return None
     head = Head(call.weight, call.bias, scale=call.logit_scale / call.temperature, softcap=call.final_logit_softcapping)
     found = linear_cross_entropy(  # the entropy in any case: with it sums are in another order

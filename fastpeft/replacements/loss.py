@@ -94,13 +94,18 @@ class LossReplacement:
     def status(self, module: nn.Module) -> tuple[str, str]:
         calls: dict[str, int] = dict(module.__dict__[CALLS].outcomes)
         total, _ = sum(calls.values()), calls.pop("fused", 0)
-        notes = []
-        for why, count in calls.items():
-            # what is so in every call, as few are, needs no count
-            how_many = "every call" if FEW in why and count == total else f"{count} of {total} calls"
-            if count:
-                notes.append(f"{how_many} {why if why.startswith(THEIRS) else f'with logits: {why}'}")
+        notes = [_note(why, count, total) for why, count in calls.items() if count]
         return "", "; ".join(notes)
+
+
+def _note(why: str, count: int, total: int) -> str:
+    reason = why.removeprefix(THEIRS)
+    every = reason == FEW and count == total  # what is so in every call needs no count
+    if reason != why and every:
+        return f"every call by TRL's own function: {FEW}"
+    if reason != why:
+        return f"{count} of {total} calls by TRL's own function: {reason}"
+    return f"every call with logits: {FEW}" if every else f"{count} of {total} calls with logits: {reason}"
 
 
 TABLES = (
