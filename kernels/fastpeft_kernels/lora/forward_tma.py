@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .configs import Config, multiprocessors, tma_stages
 
 
@@ -181,7 +182,7 @@ def lora_linear_tma(
     described += [None] * (2 * MOST_PAIRS - len(described))
     features = [x.shape[1] for x, _ in pairs] + [0] * (MOST_PAIRS - len(pairs))
     (tokens, out_features), w = out.shape, pairs[0][1]
-    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
+    programs = cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n)
     if config.persistent:
         programs = min(programs, multiprocessors(out.device))
     with torch.cuda.device_of(out):

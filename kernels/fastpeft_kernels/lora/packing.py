@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .parts import summed_bias
 from .projection import LoraAdapter, LoraProjection, Packed
 
@@ -112,7 +113,7 @@ def _launch(down: Tensor, jobs: list[tuple[LoraAdapter, Tensor, int]]) -> None:
     a, b, up, scale, factor, rank, features, row, stride = zip(*columns, strict=True)
     largest = max(max(down_.numel(), up_.numel()) for down_, up_ in zip(a, b, strict=True))
     if largest:
-        lora_pack_kernel[(triton.cdiv(largest, _BLOCK), len(jobs))](
+        lora_pack_kernel[(cdiv(largest, _BLOCK), len(jobs))](
             *a, *b, *up, *scale, down, down.shape[1], *rank, *features, *row, *stride, *factor,
             COUNT=len(jobs), BLOCK=_BLOCK,
         )  # fmt: skip

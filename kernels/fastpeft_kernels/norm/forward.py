@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv
 from .form import Form
 from .library import Kept
 from .tiles import check_launch, tile, triton_type
@@ -77,7 +78,7 @@ def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: For
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None
     with launching_on(x.device):
-        norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](
+        norm_fwd_kernel[(cdiv(rows, block_rows),)](
             x,
             weight,
             bias,
