@@ -227,14 +227,22 @@ def lora_linear(
 
     Returns:
         `out`.
+
+    Raises:
+        ValueError: a config with `tma`, and an operand that cannot have a descriptor.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     out = x.new_empty((tokens, out_features)) if out is None else out
     if out.numel() == 0:
         return out
     pairs = [(x, w), *more]
-    config = config or linear_config(x.device, x.dtype, describable(pairs, out, s, b))
+    described = (config is None or config.tma) and describable(pairs, out, s, b)
+    config = config or linear_config(x.device, x.dtype, described)
     if config.tma:
+        if not described:
+            raise ValueError(
+                "operands: expected one 16-bit dtype, rows at multiples of 16 bytes and contiguous columns"
+            )
         return lora_linear_tma(pairs, s, b, bias, out, accumulate, config)
     rank = 0 if s is None else s.shape[1]
     no_strides = (0, 0)
