@@ -78,8 +78,12 @@ class _AutocastOff:
 
 def _autocasting(device: torch.device) -> str | None:
     """Whose autocast is on for tensors on `device`; a model without values is told by the CPU's."""
-    kind = "cpu" if imitated(device) else device.type
-    return kind if kind != "meta" and torch.is_autocast_enabled(kind) else None  # asked of meta, torch raises
+    kind = device.type
+    if kind == "meta":  # asked of it, torch raises
+        if imitated(device) is None:
+            return None
+        kind = "cpu"
+    return kind if torch.is_autocast_enabled(kind) else None
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
