@@ -62,8 +62,8 @@ def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, b
     if backend == "triton" and x.numel():
         from .forward import norm_triton
 
-        y, kept = norm_triton(matrix(x), weight, bias, form)
-    elif imitated(x.device) == "cuda":
+        return norm_triton(matrix(x), weight, bias, form, shape)
+    if imitated(x.device) == "cuda":
         y, kept = norm_shapes(_flat(x), form)
     else:
         y, kept = norm_library(_flat(x), weight, bias, form)
