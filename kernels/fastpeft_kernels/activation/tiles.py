@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv, next_power_of_2
 
 _MAX_PROGRAMS = 2**31 - 1
 
@@ -25,7 +26,7 @@ class Config:
 
     def fitted(self, columns: int) -> tuple[int, int]:
         """Rows and columns of the tile for a matrix of so many columns; the number of elements stays."""
-        block = min(self.block_columns, triton.next_power_of_2(columns))
+        block = min(self.block_columns, next_power_of_2(columns))
         return self.block_rows * self.block_columns // block, block
 
 
@@ -61,7 +62,7 @@ def launch(kernel: Any, like: Tensor, config: Config, launcher: Callable[[Any, d
         raise ValueError("backend: expected fp32 or fp16 in Triton's interpreter, which computes bfloat16 wrongly")
     rows, columns = like.shape
     block_rows, block_columns = config.fitted(columns)
-    programs = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
+    programs = cdiv(rows, block_rows) * cdiv(columns, block_columns)
     if programs > _MAX_PROGRAMS:
         raise ValueError(
             f"up: expected at most {_MAX_PROGRAMS} tiles of {block_rows} x {block_columns}, got {programs}"

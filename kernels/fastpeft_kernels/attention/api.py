@@ -15,7 +15,7 @@ from . import autograd, custom_op
 from .candidates import registry
 from .candidates.request import NotServedError, Request
 from .choosing import backend_of, triton_refusal
-from .library import attention_dense, attention_sdpa, sdpa_refusal
+from .library import attention_dense, attention_sdpa, sdpa_as_it_lies, sdpa_refusal
 from .masks import Mask, bounded
 from .reference import attention_reference
 from .scores import Scores
@@ -117,7 +117,7 @@ def plain_attention(
     deterministic = torch.are_deterministic_algorithms_enabled()
     if backend_of(q, k, v, mask, scores, False, deterministic) != "sdpa":
         return None
-    return attention_sdpa(q, k, v, mask, scores).transpose(1, 2).contiguous()
+    return sdpa_as_it_lies(q, k, v, mask, scores).transpose(1, 2).contiguous()
 
 
 def _compute(

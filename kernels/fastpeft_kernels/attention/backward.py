@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from . import query_ranges
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .backward_keys import attention_bwd_keys_kernel
@@ -93,13 +94,13 @@ def attention_backward_triton(
     arguments = common_arguments(q, k, v, mask, scores)
     rows = {"lse_ptr": lse2, "delta_ptr": delta}
     with torch.cuda.device_of(q):
-        attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, _ROWS),)](
+        attention_bwd_rows_kernel[(batch * heads * cdiv(queries, _ROWS),)](
             dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
             NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"],
             BLOCK_M=_ROWS, num_warps=4,
         )  # fmt: skip
         if dq is not None:
-            attention_bwd_queries_kernel[(batch * heads * triton.cdiv(queries, tiles.queries.block_m),)](
+            attention_bwd_queries_kernel[(batch * heads * cdiv(queries, tiles.queries.block_m),)](
                 **sources(tiles.queries, q, k, v, dout),
                 **rows,
                 product_scale=scores.scale,
@@ -112,7 +113,7 @@ def attention_backward_triton(
             ranges = None
             if mask.start is not None and mask.stop is not None:
                 ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
-            attention_bwd_keys_kernel[(batch * k.shape[1] * triton.cdiv(keys, tiles.keys.block_n),)](
+            attention_bwd_keys_kernel[(batch * k.shape[1] * cdiv(keys, tiles.keys.block_n),)](
                 **sources(tiles.keys, q, k, v, dout), **rows, product_scale=scores.scale,
                 dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **_along_queries(arguments, scores),
                 **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .tiles import Tile
@@ -196,8 +197,8 @@ def relative_gradient(relative: Tensor, batch: int, keys: int, arguments: dict[s
     """The gradient of `Scores.relative`, in its shape and dtype; arguments of the kernel but its grid and sums."""
     heads, distances = relative.shape
     block, queries = tile.block_m, distances - keys + 1
-    row_blocks = triton.cdiv(queries, block)
-    diagonals = row_blocks + triton.cdiv(keys, block) - 1
+    row_blocks = cdiv(queries, block)
+    diagonals = row_blocks + cdiv(keys, block) - 1
     sums = torch.empty((heads, diagonals, 2, block), dtype=torch.float32, device=relative.device)
     _launch(sums, batch, (1, heads, 1, diagonals), arguments, tile, RELATIVE=True, SUM_ROWS=False, SUM_COLUMNS=False)
     # Diagonal d of tiles begins at distance d * block - (row_blocks * block - 1), and its second half where d + 1 does.
@@ -211,9 +212,9 @@ def bias_gradient(bias: Tensor, shape: tuple[int, int, int, int], arguments: dic
     """The gradient of `Scores.bias`, which broadcasts to `shape`, in its shape and dtype."""
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     sums = torch.empty(sizes, dtype=bias.dtype, device=bias.device)
-    rows, columns = (triton.cdiv(size, tile.block_m) for size in sizes[2:])
+    rows, columns = cdiv(sizes[2], tile.block_m), cdiv(sizes[3], tile.block_m)
     summed = {"SUM_ROWS": sizes[2] < shape[2], "SUM_COLUMNS": sizes[3] < shape[3]}
-    _launch(sums, shape[0], (*sizes[:2], rows, columns), arguments, tile, RELATIVE=False, **summed)
+    _launch(sums, shape[0], (sizes[0], sizes[1], rows, columns), arguments, tile, RELATIVE=False, **summed)
     return sums.view(bias.shape)
 
 

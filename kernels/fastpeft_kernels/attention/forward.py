@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from ..common.triton_random import kept, row_keys
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .descriptors import sources
@@ -138,7 +139,7 @@ def attention_triton(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if lse.numel():
         with torch.cuda.device_of(q):
-            attention_fwd_kernel[(batch * heads * triton.cdiv(queries, tile.block_m),)](
+            attention_fwd_kernel[(batch * heads * cdiv(queries, tile.block_m),)](
                 **sources(tile, q, k, v), out_ptr=out, lse_ptr=lse, sinks_ptr=scores.sinks,
                 **common_arguments(q, k, v, mask, scores), **strides_of(q=q, k=k, v=v),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,

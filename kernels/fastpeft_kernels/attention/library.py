@@ -51,6 +51,12 @@ def sdpa_refusal(
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tensor:
     """As `api.attention` says, where `sdpa_refusal` gives None; differentiable."""
+    out = sdpa_as_it_lies(q, k, v, mask, scores)
+    return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def sdpa_as_it_lies(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tensor:
+    """The same in the layout that PyTorch's kernel gives it."""
     keys = mask.keys
     if mask.left is not None:  # of one query
         k, v = k[:, :, -mask.left - 1 :], v[:, :, -mask.left - 1 :]
@@ -74,7 +80,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) 
     )
     if some is not None:
         out = out.masked_fill(~some, 0.0)
-    return out if q.shape[2] == 1 else out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out
 
 
 def never_empty(seen: Tensor) -> tuple[Tensor, Tensor]:

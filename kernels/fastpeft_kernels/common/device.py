@@ -56,13 +56,34 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Within it no autocast on `device`."""
     kind = _autocasting(device)
-    return nullcontext() if kind is None else torch.autocast(kind, enabled=False)
+    if kind is None:
+        return nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _AutocastOff(kind)
+
+
+class _AutocastOff:
+    """`torch.autocast(kind, enabled=False)` where it is on, in a third of the host's time: nothing else is changed."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self.kind, True)
 
 
 def _autocasting(device: torch.device) -> str | None:
     """Whose autocast is on for tensors on `device`; a model without values is told by the CPU's."""
-    kind = "cpu" if imitated(device) else device.type
-    return kind if kind != "meta" and torch.is_autocast_enabled(kind) else None  # asked of meta, torch raises
+    kind = device.type
+    if kind == "meta":  # asked of it, torch raises
+        if imitated(device) is None:
+            return None
+        kind = "cpu"
+    return kind if torch.is_autocast_enabled(kind) else None
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -92,7 +113,8 @@ def device_capability(device: torch.device | str) -> int | None:
     Returns:
         10 * major + minor, so 90 for sm_90; None for a device that is not an NVIDIA GPU.
     """
-    device = torch.device(device)
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return _capability(torch.cuda.current_device() if device.index is None else device.index)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
+from .integers import cdiv, next_power_of_2
 
 _C1, _C2 = tl.constexpr(random.C1), tl.constexpr(random.C2)
 _ROW_STEP, _STREAM_STEP = tl.constexpr(random.ROW_STEP), tl.constexpr(random.STREAM_STEP)
@@ -127,10 +128,10 @@ def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
-    block_n = min(triton.next_power_of_2(columns), 1024)
+    block_n = min(next_power_of_2(columns), 1024)
     block_m = _TILE // block_n
     with torch.cuda.device_of(x):
-        dropout_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)](
+        dropout_kernel[(cdiv(rows, block_m) * cdiv(columns, block_n),)](
             x, seed, out, rows, columns, *x.stride(), *out.stride(), stream, threshold, scale,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import next_power_of_2
 from .reference import LARGEST, LEAST
 
 MOST_COLUMNS = 4096
@@ -55,7 +56,7 @@ def quantise_rows_kernel(
 
 def block_and_warps(columns: int) -> tuple[int, int]:
     """Columns of a tile (a power of two), and warps: 16 elements a thread."""
-    block = min(MOST_COLUMNS, max(128, triton.next_power_of_2(columns)))
+    block = min(MOST_COLUMNS, max(128, next_power_of_2(columns)))
     return block, max(1, block // 512)
 
 

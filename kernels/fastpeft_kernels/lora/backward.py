@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import INPUT, UP, WEIGHT, Config, default_config
@@ -195,7 +196,7 @@ def lora_up_bwd(
     if dy.numel() == 0:
         out.zero_()
         return dy.new_zeros((1 if rows is None else rows.count, out_features, rank), dtype=torch.float32)
-    blocks = triton.cdiv(out_features, config.block_n)
+    blocks = cdiv(out_features, config.block_n)
     splits, each, table, starts = splits_of(tokens, blocks, config.block_m, dy.device, rows)
     dy, b, s = columns_contiguous(dy), columns_contiguous(b), columns_contiguous(s)
     ds = dy.new_empty((blocks, tokens, rank), dtype=torch.float32)
@@ -242,7 +243,7 @@ def lora_down_bwd_weight(
         return x.new_zeros((1 if rows is None else rows.count, *shape), dtype=torch.float32)
     config = config or default_config(WEIGHT, x.device)
     block_r = config.ranks(rank)
-    blocks = triton.cdiv(features, config.block_n) * triton.cdiv(rank, block_r)
+    blocks = cdiv(features, config.block_n) * cdiv(rank, block_r)
     splits, each, table, starts = splits_of(tokens, blocks, config.block_m, x.device, rows)
     x, ds = columns_contiguous(x), columns_contiguous(ds)
     out = x.new_empty((splits, *shape), dtype=torch.float32)
@@ -294,9 +295,9 @@ def lora_down_bwd_input_(
     ds = columns_contiguous(ds)
     drops = seed is not None and p > 0.0
     blocks = None if rows is None else rows.blocks(config.block_m, dx.device)
-    count = triton.cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
+    count = cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
     with torch.cuda.device_of(dx):
-        lora_down_bwd_input_kernel[(count * triton.cdiv(in_features, config.block_n),)](
+        lora_down_bwd_input_kernel[(count * cdiv(in_features, config.block_n),)](
             ds, a, dx, seed if drops else None, None if bias is None else bias.contiguous(), blocks,
             tokens, in_features, rank, ds.stride(0), *stack_strides(a), dx.stride(0),
             stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv, next_power_of_2
 from .backward import columns_contiguous
 from .configs import token_splits
 from .partial_sums import lora_sum
@@ -87,7 +88,7 @@ def row_norms_triton(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
         return norms
     w, up, a = columns_contiguous(w), columns_contiguous(up), columns_contiguous(a)
     with torch.cuda.device_of(w):
-        dora_norms_kernel[(triton.cdiv(out_features, NORMS["BLOCK_N"]),)](
+        dora_norms_kernel[(cdiv(out_features, NORMS["BLOCK_N"]),)](
             w, up, a, norms, out_features, in_features, rank, w.stride(0), up.stride(0), a.stride(0),
             BLOCK_R=norms_ranks(rank), **NORMS,
         )  # fmt: skip
@@ -96,7 +97,7 @@ def row_norms_triton(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
 
 def norms_ranks(rank: int) -> int:
     """Ranks of one product: 16 is the fewest that tensor cores have; of 64 in fp32 there are not enough registers."""
-    return min(32, max(16, triton.next_power_of_2(rank)))
+    return min(32, max(16, next_power_of_2(rank)))
 
 
 def gain_backward_triton(dy: Tensor, z: Tensor | None, gain: Tensor, dz: Tensor | None) -> Tensor | None:
@@ -104,7 +105,7 @@ def gain_backward_triton(dy: Tensor, z: Tensor | None, gain: Tensor, dz: Tensor 
     tokens, out_features = dy.shape
     if dy.numel() == 0:
         return None if z is None else torch.zeros_like(gain)
-    blocks = triton.cdiv(out_features, GAIN["BLOCK_N"])
+    blocks = cdiv(out_features, GAIN["BLOCK_N"])
     splits, each = token_splits(tokens, blocks, GAIN["BLOCK_M"], dy.device)
     dy, z = columns_contiguous(dy), None if z is None else columns_contiguous(z)
     sums = None if z is None else gain.new_empty((splits, 1, out_features))

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import DOWN, Config, default_config, linear_config
@@ -180,9 +181,9 @@ def lora_down(
     block_r = config.ranks(rank)
     drops = seed is not None and p > 0.0
     blocks = None if rows is None else rows.blocks(config.block_m, x.device)
-    count = triton.cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
+    count = cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
     with torch.cuda.device_of(x):
-        lora_down_fwd_kernel[(count * triton.cdiv(rank, block_r),)](
+        lora_down_fwd_kernel[(count * cdiv(rank, block_r),)](
             x, a, out, seed if drops else None, blocks,
             tokens, in_features, rank, *x.stride(), *stack_strides(a), *out.stride(),
             stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
@@ -226,19 +227,27 @@ def lora_linear(
 
     Returns:
         `out`.
+
+    Raises:
+        ValueError: a config with `tma`, and an operand that cannot have a descriptor.
     """
     (tokens, in_features), out_features = x.shape, w.shape[0]
     out = x.new_empty((tokens, out_features)) if out is None else out
     if out.numel() == 0:
         return out
     pairs = [(x, w), *more]
-    config = config or linear_config(x.device, x.dtype, describable(pairs, out, s, b))
+    described = (config is None or config.tma) and describable(pairs, out, s, b)
+    config = config or linear_config(x.device, x.dtype, described)
     if config.tma:
+        if not described:
+            raise ValueError(
+                "operands: expected one 16-bit dtype, rows at multiples of 16 bytes and contiguous columns"
+            )
         return lora_linear_tma(pairs, s, b, bias, out, accumulate, config)
     rank = 0 if s is None else s.shape[1]
     no_strides = (0, 0)
     with torch.cuda.device_of(x):
-        lora_linear_fwd_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n),)](
+        lora_linear_fwd_kernel[(cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n),)](
             x, w, s, b, None if bias is None else bias.contiguous(), out,
             tokens, out_features, in_features, rank, *x.stride(), *w.stride(),
             *(no_strides if s is None else s.stride()), *(no_strides if b is None else b.stride()), out.stride(0),

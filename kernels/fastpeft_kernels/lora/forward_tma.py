@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .configs import Config, multiprocessors, tma_stages
 
 
@@ -139,13 +140,13 @@ def describable(
     """Whether these operands can have descriptors: one 16-bit dtype (but of `out`), aligned rows, w of one order."""
     factors = [t for pair in pairs for t in pair] + [t for t in (s, b) if t is not None]
     dtype = factors[0].dtype
-    if dtype.itemsize != 2 or any(t.dtype != dtype for t in factors) or len(pairs) > MOST_PAIRS:
+    if dtype.itemsize != 2 or any([t.dtype != dtype for t in factors]) or len(pairs) > MOST_PAIRS:
         return False
     if len({w.stride(1) != 1 for _, w in pairs}) > 1:
         return False
     left = [x for x, _ in pairs] + ([] if s is None else [s])
     right = [w for _, w in pairs] + ([] if b is None else [b])
-    return all(_aligned(t) for t in (out, *left)) and all(_aligned(_rows_view(t)) for t in right)
+    return all([_aligned(t, False) for t in (out, *left)]) and all([_aligned(t, t.stride(1) != 1) for t in right])
 
 
 def lora_linear_tma(
@@ -157,23 +158,18 @@ def lora_linear_tma(
     accumulate: bool,
     config: Config,
 ) -> Tensor:
-    """`lora_linear` for describable operands, and the sum of up to three products x w^T in place of one.
-
-    Raises:
-        ValueError: an operand cannot have a descriptor.
-    """
+    """`lora_linear` for operands that are `describable`, and the sum of up to three products x w^T in place of one."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if not describable(pairs, out, s, b):
-        raise ValueError("operands: expected one 16-bit dtype, rows at multiples of 16 bytes and contiguous columns")
     rank = 0 if s is None or b is None else s.shape[1]
     width = config.block_n // config.parts
 
     def describe(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
         if tensor is None:
             return None
-        block = [rows, columns] if tensor.stride(1) == 1 else [columns, rows]
-        return TensorDescriptor.from_tensor(_rows_view(tensor), block)
+        if tensor.stride(1) == 1:
+            return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns])
+        return TensorDescriptor(tensor, tensor.shape[::-1], tensor.stride()[::-1], [columns, rows])
 
     described: list[TensorDescriptor | None] = []
     for x, w in pairs:
@@ -181,7 +177,7 @@ def lora_linear_tma(
     described += [None] * (2 * MOST_PAIRS - len(described))
     features = [x.shape[1] for x, _ in pairs] + [0] * (MOST_PAIRS - len(pairs))
     (tokens, out_features), w = out.shape, pairs[0][1]
-    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
+    programs = cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n)
     if config.persistent:
         programs = min(programs, multiprocessors(out.device))
     with torch.cuda.device_of(out):
@@ -198,17 +194,15 @@ def lora_linear_tma(
     return out
 
 
-def _rows_view(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.t()
-
-
-def _aligned(tensor: Tensor) -> bool:
-    size = tensor.dtype.itemsize
+def _aligned(tensor: Tensor, turned: bool) -> bool:
+    """Whether a matrix, or its transpose, can have a descriptor."""
+    (rows, columns), (row, column) = tensor.shape, tensor.stride()
+    if turned:
+        rows, columns, row, column = columns, rows, column, row
     return (
-        tensor.numel() > 0
-        and tensor.stride(1) == 1
-        and tensor.stride(0) * size % 16 == 0
-        and tensor.stride(0) >= tensor.shape[1]
+        0 < rows < 2**31
+        and 0 < columns <= row
+        and column == 1
+        and row * tensor.dtype.itemsize % 16 == 0
         and tensor.data_ptr() % 16 == 0
-        and tensor.shape[0] < 2**31
     )

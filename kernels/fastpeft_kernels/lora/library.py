@@ -42,14 +42,18 @@ __all__ = [
 
 
 def pack(group: Group) -> Packed:
-    """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them."""
+    """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them.
+
+    A lone one by PyTorch's three operations: they take the host a third of that launch with its many arguments.
+    """
     dtype = group.dtypes.lora
     if group.adapter_index is not None:
         return mixed_packing.pack(group)
     if group.one_a:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
-        if not triton_serves(group.projections[0].weight.device):
+        lone = sum([len(p.adapters) for p in group.projections]) == 1
+        if lone or not triton_serves(group.projections[0].weight.device):
             return parts.pack(group.projections, dtype)
         if not {dtype, *(a.a.dtype for p in group.projections for a in p.adapters)}.issubset(TRITON_DTYPES):
             return parts.pack(group.projections, dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tuning.choosing import choice
 from . import keys
-from .configs import linear_tiles
+from .configs import Config, linear_config, linear_tiles
 
 
 def large_product(
@@ -33,40 +33,45 @@ def large_product(
     Returns:
         `out`.
     """
-    name = _chosen([(x, w), *more], out, () if s is None or b is None else (s, b), backend)
-    if name == "torch":
+    pairs = [(x, w), *more]
+    tile = _tile(pairs, out, () if s is None or b is None else (s, b), backend)
+    if tile is None:
         library_linear(x, w, s, b, bias, out=out, accumulate=accumulate)
         for another_x, another_w in more:
             torch.addmm(out, another_x, another_w.t(), out=out)
         return out
     from .forward import lora_linear
+    from .forward_tma import lora_linear_tma
 
-    config = None if name == "triton" else linear_tiles(x.device)[name]
-    return lora_linear(x, w, s, b, bias, more=more, out=out, accumulate=accumulate, config=config)
+    if tile.tma:
+        return lora_linear_tma(pairs, s, b, bias, out, accumulate, tile)
+    return lora_linear(x, w, s, b, bias, more=more, out=out, accumulate=accumulate, config=tile)
 
 
-def _chosen(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> str:
-    """One of `keys.linear_candidates`; one that cannot serve (descriptors for unaligned rows) is not chosen.
+def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> Config | None:
+    """Of our kernel, None for the library; one that cannot serve (descriptors for unaligned rows) is not chosen.
 
     The first pair stands for all.
     """
     x, w = pairs[0]
-    dtype, ours = x.dtype, backend == "triton"
+    device, dtype, ours = x.device, x.dtype, backend == "triton"
     choosable = dtype.itemsize == 2 and backend != "library" and out.numel() > 0
-    choosable = choosable and (ours or (out.dtype == dtype and keys.kernels_serve(x.device)))
+    choosable = choosable and (ours or (out.dtype == dtype and keys.kernels_serve(device)))
     if not choosable or any([t.dtype != dtype for t in (*[t for pair in pairs for t in pair], *update)]):
-        return "triton" if ours else "torch"
-    summed = None if ours else sum(x.shape[1] for x, _ in pairs)
-    name = measured(x.shape[0], w.shape, summed, x.dtype, x.device, w.stride(1) != 1)
+        return linear_config(device, dtype, False) if ours else None
+    summed = None if ours else sum([x.shape[1] for x, _ in pairs])
+    name = measured(x.shape[0], w.shape, summed, dtype, device, w.stride(1) != 1)
     if name == "torch":
-        return "triton" if ours else "torch"
+        if not ours:
+            return None
+        name = "triton"
     from .forward_tma import describable
 
-    if describable(pairs, out, *update):
-        return name
+    described = describable(pairs, out, *update)
     # Without descriptors our kernel is slower than the library's, and one of their tiles cannot be asked for.
-    needs_them = linear_tiles(x.device)[name].tma
-    return name if not needs_them else "triton" if ours else "torch"
+    if not described and linear_tiles(device)[name].tma:
+        return linear_config(device, dtype, False) if ours else None
+    return linear_config(device, dtype, described) if name == "triton" else linear_tiles(device)[name]
 
 
 def sums_products(

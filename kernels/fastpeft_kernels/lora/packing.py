@@ -12,13 +12,13 @@ place of 8. On an H200 torch's profiler saw 22 us for the eight launches of a de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .parts import summed_bias
 from .projection import LoraAdapter, LoraProjection, Packed
 
@@ -81,41 +81,43 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     bias = [summed_bias(projection, dtype) for projection in projections]
     if total == 0:
         return Packed(None, [None] * len(projections), bias)
-    first = next(adapter.a for projection in projections for adapter in projection.adapters)
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
+    first = adapters[0].a
     down = first.new_empty((total, first.shape[1]), dtype=dtype)
     ups: list[Tensor | None] = []
-    jobs: list[tuple[LoraAdapter, Tensor, int]] = []
-    row = 0
+    rooms: list[Tensor] = []  # of each adapter
     for projection in projections:
-        up = first.new_empty((projection.weight.shape[0], projection.rank), dtype=dtype) if projection.rank else None
+        count = len(projection.adapters)
+        up = first.new_empty((projection.weight.shape[0], projection.rank), dtype=dtype) if count else None
         ups.append(up)
-        columns = accumulate((adapter.rank for adapter in projection.adapters), initial=0)
-        for adapter, column in zip(projection.adapters, columns, strict=False):
-            assert up is not None
-            jobs.append((adapter, up[:, column:], row))
-            row += adapter.rank
+        if up is not None:
+            rooms += [up] if count == 1 else up.split([adapter.a.shape[0] for adapter in projection.adapters], dim=1)
+    row = 0
     with torch.cuda.device_of(down):
-        for start in range(0, len(jobs), _SLOTS):
-            _launch(down, jobs[start : start + _SLOTS])
+        for start in range(0, len(adapters), _SLOTS):
+            row = _launch(down, adapters[start : start + _SLOTS], rooms[start : start + _SLOTS], row)
     return Packed(down, ups, bias)
 
 
-def _launch(down: Tensor, jobs: list[tuple[LoraAdapter, Tensor, int]]) -> None:
-    columns = [
-        (
-            adapter.a.detach().contiguous(), adapter.b.detach().contiguous(), up, *_scale(adapter, down.device),
-            adapter.rank, adapter.b.shape[0], row, up.stride(0),
-        )
-        for adapter, up, row in jobs
-    ]  # fmt: skip
+def _launch(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], row: int) -> int:
+    """Packs these adapters, up to `_SLOTS`, the first from this row of `down` on; returns the row after the last."""
+    in_features, largest = down.shape[1], 0
+    columns = []
+    for adapter, room in zip(adapters, rooms, strict=True):
+        features, rank = adapter.b.shape
+        factors = adapter.a.contiguous(), adapter.b.contiguous(), room, *_scale(adapter, down.device)
+        columns.append((*factors, rank, features, row, room.stride(0)))
+        row += rank
+        largest = max(largest, rank * max(in_features, features))
     columns += [columns[0]] * (_SLOTS - len(columns))  # unused slots need some valid argument
-    a, b, up, scale, factor, rank, features, row, stride = zip(*columns, strict=True)
-    largest = max(max(down_.numel(), up_.numel()) for down_, up_ in zip(a, b, strict=True))
+    a, b, up, scale, factor, *sizes = zip(*columns, strict=True)
     if largest:
-        lora_pack_kernel[(triton.cdiv(largest, _BLOCK), len(jobs))](
-            *a, *b, *up, *scale, down, down.shape[1], *rank, *features, *row, *stride, *factor,
-            COUNT=len(jobs), BLOCK=_BLOCK,
+        ranks, out_features, rows, strides = sizes
+        lora_pack_kernel[(cdiv(largest, _BLOCK), len(adapters))](
+            *a, *b, *up, *scale, down, in_features, *ranks, *out_features, *rows, *strides, *factor,
+            COUNT=len(adapters), BLOCK=_BLOCK,
         )  # fmt: skip
+    return row
 
 
 def _scale(adapter: LoraAdapter, device: torch.device) -> tuple[Tensor | None, float]:

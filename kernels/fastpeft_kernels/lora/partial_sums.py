@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .configs import token_splits
 from .forward import stack_strides
 from .mixed_rows import RowSlots
@@ -67,7 +68,7 @@ def lora_sum(partial: Tensor, out: Tensor, factor: float | Tensor = 1.0, starts:
         factor = float(factor)
     is_tensor = isinstance(factor, Tensor)
     with torch.cuda.device_of(partial):
-        lora_sum_kernel[(triton.cdiv(rows * columns, _SUM_BLOCK), 1 if starts is None else out.shape[0])](
+        lora_sum_kernel[(cdiv(rows * columns, _SUM_BLOCK), 1 if starts is None else out.shape[0])](
             partial, out, factor if is_tensor else None, starts,
             splits, rows, columns, *partial.stride(), *stack_strides(out),
             1.0 if is_tensor else float(factor), HAS_FACTOR_TENSOR=is_tensor, BLOCK=_SUM_BLOCK,

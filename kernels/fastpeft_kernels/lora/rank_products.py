@@ -69,7 +69,8 @@ def both_gradients(
     backend: str = "auto",
 ) -> Tensor:
     """Fills ds with dy b and returns factor dy^T s, from one read of dy where it can be had."""
-    if dy.dtype.itemsize == 2 and _triton_reads(dy, b, None, backend):
+    ours = _triton_reads(dy, b, None, backend)
+    if ours and dy.dtype.itemsize == 2:
         from .backward import lora_up_bwd
         from .configs import UP
         from .partial_sums import lora_sum
@@ -77,6 +78,7 @@ def both_gradients(
         if b.shape[1] <= UP[0].block_r:
             return lora_sum(lora_up_bwd(dy, b, s, ds), _empty(dy, s, dtype), factor)
     if backend == "triton" or not skinny_serves(dy, b, s, ds):
+        backend = "triton" if ours else "library"  # s is as b, for which it was found out
         project_down(dy, b, ds, None, backend)
         return up_gradient(dy, s, dtype, factor, backend)
     out = dy.new_empty((dy.shape[1], s.shape[1]))
@@ -164,7 +166,8 @@ def _options(mask: Mask | None) -> dict[str, Any]:
 
 
 def _scaled(product: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return (product if isinstance(factor, (int, float)) and factor == 1.0 else product * factor).to(dtype)
+    """factor product, which is written over."""
+    return (product if isinstance(factor, (int, float)) and factor == 1.0 else product.mul_(factor)).to(dtype)
 
 
 def _empty(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .divergence_kernels import divergence_bwd_kernel, divergence_fwd_kernel
 from .hard_labels import HardLabels
 from .logit_map import PLAIN, LogitMap
@@ -67,7 +67,7 @@ def divergence_backward_triton(
     """
     tokens, words = student.shape
     tile = config.fitted(words, student, teacher)
-    programs = tokens * triton.cdiv(words, tile["LANES"] * tile["WIDTH"])
+    programs = tokens * cdiv(words, tile["LANES"] * tile["WIDTH"])
     check_launch(divergence_bwd_kernel, student, programs)
     if student.numel() == 0:
         return

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.integers import next_power_of_2
+
 _MAX_PROGRAMS = 2**31 - 1
 
 
@@ -25,7 +27,7 @@ class Config:
         A sum or maximum along a lane needs nothing from other threads.
         """
         width = 16 // min(tensor.element_size() for tensor in tensors)
-        block = min(self.block, max(width, triton.next_power_of_2(words)))
+        block = min(self.block, max(width, next_power_of_2(words)))
         return {"LANES": block // width, "WIDTH": width}
 
 

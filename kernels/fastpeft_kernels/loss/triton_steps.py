@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ..common.integers import cdiv
 from .steps import Running
 from .tiles import CONFIGS, Config, check_launch
 from .triton_gradient import gradient_step_kernel, rescale_kernel
@@ -81,7 +81,7 @@ def gradient_step(
     tokens, words = raw.shape
     out = raw if out is None else out
     tile = config.fitted(words, raw, out)
-    programs = tokens * triton.cdiv(words, tile["LANES"] * tile["WIDTH"])
+    programs = tokens * cdiv(words, tile["LANES"] * tile["WIDTH"])
     check_launch(gradient_step_kernel, raw, programs)
     if raw.numel() == 0:
         return

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..activation.triton_math import activate, gradient
 from ..common.device import device_capability
+from ..common.integers import cdiv
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
@@ -285,7 +286,7 @@ def gated_activation_backward_with_adapters(
         ds_down = columns_contiguous(ds_down)
     factors.append(ds_down)
     ranks.append(0 if ds_down is None else ds_down.shape[1])
-    blocks = max(1, triton.cdiv(features, config.block_n))
+    blocks = max(1, cdiv(features, config.block_n))
     splits, each = config.splits(max(tokens, 1), config.block_m, blocks, up.device)
     ds = up.new_empty((tokens, sum(ranks[:2])))
     make = up.new_empty if up.numel() else up.new_zeros

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..activation.triton_math import activate
 from ..common.device import device_capability
+from ..common.integers import cdiv
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
@@ -134,7 +135,7 @@ def gated_activation_with_down(
     if up.numel() == 0:
         return s.zero_()
     a = columns_contiguous(a)
-    blocks = triton.cdiv(tokens, config.block_m)
+    blocks = cdiv(tokens, config.block_m)
     splits, each = config.splits(features, config.block_n, blocks, up.device)
     partial = up.new_empty((splits, tokens, rank), dtype=torch.float32)
     with torch.cuda.device_of(up):

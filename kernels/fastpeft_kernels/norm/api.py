@@ -108,6 +108,8 @@ def run_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, 
     if as_op() and backend != "triton":
         with autocast_off(x.device):
             return norm_reference(x, weight, bias, form)
+    if backend == "triton":  # autocast has nothing to do with it
+        return apply(x, weight, bias, form, backend)
     with autocast_off(x.device):
         if backend == "aten":
             return _aten(x, weight, bias, form)

@@ -46,10 +46,10 @@ class Norm(torch.autograd.Function):
 
 
 def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> Tensor:
-    """y, differentiable where grad mode and the inputs ask for it. Autocast must be off.
+    """y, differentiable where grad mode and the inputs ask for it.
 
     Args:
-        backend: "torch" or "triton".
+        backend: "torch", for which autocast must be off, or "triton".
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return Norm.apply(x, weight, bias, form, backend)  # type: ignore[no-any-return]
@@ -62,8 +62,8 @@ def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, b
     if backend == "triton" and x.numel():
         from .forward import norm_triton
 
-        y, kept = norm_triton(matrix(x), weight, bias, form)
-    elif imitated(x.device) == "cuda":
+        return norm_triton(matrix(x), weight, bias, form, shape)
+    if imitated(x.device) == "cuda":
         y, kept = norm_shapes(_flat(x), form)
     else:
         y, kept = norm_library(_flat(x), weight, bias, form)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv
 from .form import Form
 from .library import Gradients, Kept
 from .tiles import PARTIAL_SUMS, check_launch, tile
@@ -101,9 +102,9 @@ def norm_backward_triton(
     check_launch(norm_bwd_kernel, x)
     rows, columns = x.shape
     block_rows, block_columns, num_warps = tile(columns)
-    tiles = triton.cdiv(rows, block_rows)
-    steps = triton.cdiv(tiles, PARTIAL_SUMS) if any(needs[1:]) else 1
-    programs = triton.cdiv(tiles, steps)
+    tiles = cdiv(rows, block_rows)
+    steps = cdiv(tiles, PARTIAL_SUMS) if any(needs[1:]) else 1
+    programs = cdiv(tiles, steps)
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if needs[0] else None
     dweight, dbias = (
         torch.empty((programs, columns), dtype=torch.float32, device=x.device) if need else None for need in needs[1:]

@@ -7,12 +7,15 @@ program holds its rows in registers, so x is read once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv
 from .form import Form
 from .library import Kept
 from .tiles import check_launch, tile, triton_type
@@ -64,8 +67,10 @@ def norm_fwd_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> tuple[Tensor, Kept]:
-    """(y, what backward needs); x: (rows, features), columns contiguous, not empty.
+def norm_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, shape: Sequence[int] | None = None
+) -> tuple[Tensor, Kept]:
+    """(y, what backward needs); x: (rows, features), columns contiguous, not empty; y of x's shape, or of `shape`.
 
     Raises:
         ValueError: as `tiles.check_launch`.
@@ -73,11 +78,11 @@ def norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: For
     check_launch(norm_fwd_kernel, x)
     rows, columns = x.shape
     block_rows, block_columns, num_warps = tile(columns)
-    y = torch.empty((rows, columns), dtype=form.out, device=x.device)
+    y = torch.empty(shape or (rows, columns), dtype=form.out, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None
     with launching_on(x.device):
-        norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](
+        norm_fwd_kernel[(cdiv(rows, block_rows),)](
             x,
             weight,
             bias,

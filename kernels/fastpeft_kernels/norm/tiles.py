@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.integers import next_power_of_2
+
 MOST_FEATURES = 32768
 """A row is held in registers as a whole; of longer ones PyTorch computes the norm."""
 PARTIAL_SUMS = 512
@@ -27,7 +29,7 @@ class Tile(NamedTuple):
 
 def tile(features: int, elements: int = 2048) -> Tile:
     """A whole row, and of short rows as many as make up `elements`: 16 elements a thread, 32 of the longest rows."""
-    block = triton.next_power_of_2(max(features, 1))
+    block = next_power_of_2(max(features, 1))
     rows = max(1, elements // block)
     return Tile(rows, block, min(32, max(4, rows * block // 512)))
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv
 from .storage import Packed4bit
 from .tables import TINY, rank_tables
 
@@ -165,9 +166,9 @@ def decode_4bit_triton(
     one_run = out.is_contiguous()
     length = out.numel() if one_run else columns
     aligned = first * columns % 8 == 0 and (one_run or columns % 8 == 0)
-    words = triton.cdiv(length, 8)
+    words = cdiv(length, 8)
     # A run that does not begin with a word may reach into one word more.
-    programs = triton.cdiv(words if aligned else words + 1, config.block_words)
+    programs = cdiv(words if aligned else words + 1, config.block_words)
     if not one_run and programs > _MAX_GRID_Y:
         raise ValueError(f"out: expected a contiguous tensor for {columns} in_features, got strides {out.stride()}")
     with launching_on(out.device):
@@ -261,15 +262,15 @@ def encode_4bit_triton(
     _check_device(weight.device, weight.dtype)
     flat = weight.detach().reshape(-1)
     elements = flat.numel()
-    blocks = triton.cdiv(elements, blocksize)
-    packed = torch.empty(triton.cdiv(elements, 2), dtype=torch.uint8, device=weight.device)
+    blocks = cdiv(elements, blocksize)
+    packed = torch.empty(cdiv(elements, 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     if elements == 0:
         return packed, absmax
     thresholds, nibbles = rank_tables(quant_type, weight.device)
     per_program = max(1, config.tile // blocksize)
     with launching_on(weight.device):
-        encode_4bit_kernel[(triton.cdiv(blocks, per_program),)](
+        encode_4bit_kernel[(cdiv(blocks, per_program),)](
             flat,
             thresholds,
             nibbles,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.device import launching_on
+from ..common.integers import cdiv, next_power_of_2
 from .rotation import Rotation
 
 HEADS = 16
@@ -168,8 +169,8 @@ def rotary_triton(
     _check_launch(given, batch * tokens)
     turned = cos.shape[-1]
     q_heads, k_heads = (0 if x is None else x.shape[1] for x in (q, k))
-    rest = triton.next_power_of_2(dim - turned) if dim > turned else 0
-    grid = (batch * tokens, triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS))
+    rest = next_power_of_2(dim - turned) if dim > turned else 0
+    grid = (batch * tokens, cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS))
     strides = [s for x in (q, k, *outs) for s in ((0, 0, 0) if x is None else x.stride()[:3])]
     tables = [s for table in (cos, sin) for s in (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))]
     with launching_on(given.device):
@@ -190,7 +191,7 @@ def rotary_triton(
             PAIRS=rotation.angles == "pairs",
             TRANSPOSED=transposed,
             BLOCK_HEADS=HEADS,
-            BLOCK_PAIRS=max(1, triton.next_power_of_2(turned // 2)),
+            BLOCK_PAIRS=max(1, next_power_of_2(turned // 2)),
             BLOCK_REST=rest,
             num_warps=4,
         )

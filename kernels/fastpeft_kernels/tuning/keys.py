@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.integers import next_power_of_2
+
 CHECKED_TOKENS = 512
 """At most so many are held against fp64: many GPUs compute it at a fiftieth of fp32's rate, and it takes the memory."""
 _NAMES = {
@@ -13,7 +15,7 @@ _NAMES = {
 
 def bucket(number: int, least: int = 1) -> int:
     """The next power of two that is not below either number."""
-    return 1 << (max(number, least) - 1).bit_length()
+    return next_power_of_2(max(number, least))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.lora import Dtypes, lora_linear_group
+from fastpeft_kernels.lora.configs import LINEAR_TMA, TINY, Config
 from fastpeft_kernels.lora.keys import LINEAR, LinearKey
 from fastpeft_kernels.tuning import choosing
 from fastpeft_kernels.tuning.records import Winner
@@ -24,19 +25,23 @@ FORWARD, DX = LinearKey(32, 24, 40, "float16", False), LinearKey(32, 40, 24, "fl
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch, groups_in_python: None) -> list[str]:
-    """What computes the products, in order, on a Hopper that Triton's interpreter plays."""
+    """What computes the products, in order, a tile or "library", on a Hopper that Triton's interpreter plays."""
     pytest.importorskip("triton")
-    from fastpeft_kernels.lora import forward, linear
+    from fastpeft_kernels.lora import forward, forward_tma, linear
 
     monkeypatch.setattr("fastpeft_kernels.lora.configs.device_capability", lambda device: 90)
     monkeypatch.setattr("fastpeft_kernels.lora.keys.kernels_serve", lambda device: True)
     monkeypatch.setattr("fastpeft_kernels.common.device._slow_on_cpu", lambda dtype: False)
     found: list[str] = []
-    ours, library = forward.lora_linear, linear.library_linear
+    ours, described, library = forward.lora_linear, forward_tma.lora_linear_tma, linear.library_linear
 
-    def product(*operands: Tensor | None, config: Any = None, **options: Any) -> Tensor:
-        found.append("default" if config is None else config.label)
+    def product(*operands: Tensor | None, config: Config, **options: Any) -> Tensor:
+        found.append(config.label)
         return ours(*operands, config=config, **options)
+
+    def described_product(*operands: Any) -> Tensor:
+        found.append(operands[-1].label)
+        return described(*operands)
 
     def library_product(x: Tensor, w: Tensor, s: Tensor | None, *operands: Tensor | None, **options: Any) -> Tensor:
         if s is not None:  # else its own call for the update
@@ -44,6 +49,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, groups_in_python: None) -> list[str]:
         return library(x, w, s, *operands, **options)
 
     monkeypatch.setattr(forward, "lora_linear", product)
+    monkeypatch.setattr(forward_tma, "lora_linear_tma", described_product)
     monkeypatch.setattr(linear, "library_linear", library_product)
     return found
 
@@ -61,7 +67,8 @@ def test_the_winner_computes_both_directions(choice: str, backend: str, taken: l
     win(choice, FORWARD, DX)
     group = [projection(24, 40, 8, dtype=F16, bias=True)]
     check_group(torch.randn(19, 24).to(F16).requires_grad_(), group, HALF, backend=backend)
-    expected = choice.removeprefix("triton ") if choice != "torch" else "library" if backend == "auto" else "default"
+    default = "library" if backend == "auto" else LINEAR_TMA[0].label
+    expected = default if choice == "torch" else choice.removeprefix("triton ")
     assert taken == [expected] * 2
 
 
@@ -74,7 +81,7 @@ def test_dx_of_siblings_is_one_product(taken: list[str]) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("backend, expected", [("auto", "library"), ("triton", "default")])
+@pytest.mark.parametrize("backend, expected", [("auto", "library"), ("triton", TINY.label)])
 def test_a_winner_that_cannot_serve_is_not_taken(backend: str, expected: str, taken: list[str]) -> None:
     win(TILE, FORWARD, DX)
     group = [projection(24, 40, 3, dtype=F16)]  # rows of S and B at multiples of 6 bytes
