@@ -15,17 +15,22 @@ from .scores import Scores
 
 
 class Sizes(NamedTuple):
-    """The most rows of one kv head, and keys, of a block; and scores of all kv heads that are computed together."""
+    """The most rows of one kv head, and keys, of a block; and scores of all kv heads that are computed together.
+
+    And terms of several heads that one product sums over, None for any number; those of one head stay together.
+    """
 
     rows: int
     keys: int
     scores: int
+    terms: int | None = None
 
 
 CPU = Sizes(256, 512, 256 * 512)  # two such blocks of fp32 stay in the second-level cache
 GPU = Sizes(1024, 1024, 1 << 25)  # 128 MB, and each operation is worth its launch
-# cuBLAS may add a fp32 product's terms one after the other: the fewer, the smaller the error
-GPU_FP32 = Sizes(256, 512, 1 << 25)
+# cuBLAS may add a fp32 product's terms one after the other: the fewer, the smaller the error. PyTorch's eager attention
+# has a product for each head; one over all heads that share a key erred up to three times as much.
+GPU_FP32 = Sizes(256, 512, 1 << 25, 64)
 
 
 class Part(NamedTuple):
@@ -175,6 +180,16 @@ class Blocks:
             total.add_(wide_product(a.to(self.factors), b), alpha=factor)
         else:
             total.baddbmm_(a, b, alpha=factor)
+
+    def add_sum_over_rows_(self, total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+        """total += factor * aT b, of an `a` that was computed here; head by head where `Sizes.terms` says so."""
+        rows, terms = b.shape[1], self.plan.sizes.terms
+        if terms is None or rows <= terms:
+            self.add_product_(total, a.transpose(1, 2), b, factor)
+            return
+        queries = rows // self.plan.groups
+        for some, of_b in zip(*(x.split(queries * max(1, terms // queries), 1) for x in (a, b)), strict=True):
+            self.add_product_(total, some.transpose(1, 2), of_b, factor)
 
     def split(self, block: Tensor, part: Part) -> Tensor:
         """The same memory as (batches, heads, queries, keys)."""

@@ -163,11 +163,11 @@ class _Backward:
             if dq is not None:
                 blocks.add_product_(dq, dscores, k[:, keys], scores.scale)
             if dk is not None:
-                blocks.add_product_(dk[:, keys], dscores.transpose(1, 2), q, scores.scale)
+                blocks.add_sum_over_rows_(dk[:, keys], dscores, q, scores.scale)
         if dv is not None:
             if dropped is not None:
                 blocks.split(weights, part).masked_fill_(dropped, 0.0)
-            blocks.add_product_(dv[:, keys], weights.transpose(1, 2), dout, kept)
+            blocks.add_sum_over_rows_(dv[:, keys], weights, dout, kept)
         return delta
 
     def _add_biases(self, part: Part, queries: slice, keys: slice, dscores: Tensor) -> None:

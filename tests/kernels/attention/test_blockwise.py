@@ -45,12 +45,12 @@ def test_every_extra_and_dtype(extra: str, dtype: torch.dtype, small_blocks: Non
 @given(
     st.sampled_from(MASKS), st.sets(st.sampled_from(EXTRAS)), st.sampled_from(((1, 1), (2, 2), (3, 1), (4, 2))),
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9),
-    st.sampled_from(((16, 8, 128), (32, 16, 9999), blocks.CPU)),
+    st.sampled_from(((16, 8, 128), (32, 16, 9999), (32, 16, 128, 20), blocks.CPU)),
 )  # fmt: skip
 @settings(max_examples=50)
 def test_any_combination(
     kind: str, extras: set[str], heads: tuple[int, int], batch: int, queries: int, keys: int, features: int,
-    v_features: int, sizes: tuple[int, int, int],
+    v_features: int, sizes: tuple[int, ...],
 ) -> None:  # fmt: skip
     """In fp64: of errors as few as these the largest is chance."""
     torch.manual_seed(queries * 100 + keys)
