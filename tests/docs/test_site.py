@@ -114,9 +114,10 @@ def test_what_a_path_of_a_machine_is(text: str, found: bool) -> None:
     assert bool(MACHINE_PATHS.search(text)) == found
 
 
-@pytest.mark.parametrize("name", ["", "layer", "decode", "steps", "combinations", "losses"])
+@pytest.mark.parametrize("name", ["", "layer", "decode", "steps", "combinations", "losses", "trainings"])
 def test_the_measurements_are_those_of_the_records(name: str) -> None:
     named = {"": "cpu/steps", "steps": "nvidia-h200/steps", "combinations": "cpu/combinations", "losses": "cpu/losses"}
+    named["trainings"] = "nvidia-h200/finetune"
     records = named.get(name, "nvidia-h200/layer")
     table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
     assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")
@@ -128,6 +129,7 @@ def test_the_measurements_are_those_of_the_records(name: str) -> None:
         ("", "cpu/steps", ""),
         ("layer", "nvidia-h200/layer", "^layer.*r=16 fp32"),
         ("limits", "nvidia-h200/limits", ""),
+        ("trainings", "nvidia-h200/finetune", ""),
     ],
 )
 def test_the_readme_s_measurements_are_those_of_the_records(name: str, records: str, only: str) -> None:
