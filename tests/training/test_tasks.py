@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from fastpeft.models.tasks import auto_class
+from tests.budget import assert_within_budget
 from tests.checkpoints import Checkpoints
 
 from .runs import Case, Run, adapter, chats, classes, completions, each_trained, texts, train
@@ -160,8 +161,12 @@ def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Learned, Run]) ->
         batch["decoder_input_ids"] = torch.randint(5, 30, (2, 6))
     with torch.no_grad():
         expected, found = plain(**batch).logits, run.model.eval()(**batch).logits
+    if dtype == torch.bfloat16:
+        with torch.no_grad():
+            assert_within_budget(found.to(dtype), expected, plain.double()(**batch).logits, "logits")
+        return
     # A 4-bit layer of bitsandbytes may compute in bfloat16 on a CPU, once it is not trained.
-    tolerance = 2e-2 if case.id == "bfloat16" or "qlora" in case.more else 1e-4
+    tolerance = 2e-2 if "qlora" in case.more else 1e-4
     torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
     with torch.no_grad(), plain.disable_adapter():
         assert (plain(**batch).logits - expected).abs().max() > 2 * tolerance
