@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.loss import Head, linear_cross_entropy
 
-from ..integrations import trl
+from ..integrations import peft, trl
 from ..integrations.trl import LogProbs, LogProbsCall, Theirs
 from .head_call import FEW, LossCalls, few_on_cpu
 
@@ -65,8 +66,8 @@ def log_probs(model: nn.Module, call: LogProbsCall, theirs: Theirs) -> LogProbs 
 def _why_not(call: LogProbsCall, calls: LossCalls) -> str | None:
     """Why TRL's function must compute what is asked for."""
     hidden, weight, cap = call.hidden, call.weight, call.final_logit_softcapping
-    plain = all(type(each) in (Tensor, nn.Parameter) for each in (hidden, weight, call.bias) if each is not None)
-    if not plain or not weight.is_floating_point() or hasattr(weight, "ds_id"):  # only TRL gathers DeepSpeed's parts
+    apart = any(peft.why_not_plain(each, hidden.device) for each in (hidden, weight, call.bias))
+    if apart or not weight.is_floating_point():
         return "a head in parts or of a type of its own"
     if as_op():
         return "a dispatch mode that records operations"
@@ -97,8 +98,7 @@ class _Entropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.theirs, call, ctx.calls = again
         ctx.rest = call._replace(hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
-        device = call.hidden.device.type
-        ctx.autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        ctx.autocast = autocast_dtype(call.hidden.device)
         ctx.save_for_backward(*inputs, call.targets)
         return entropy.view_as(entropy)
 
@@ -115,8 +115,7 @@ class _Entropy(torch.autograd.Function):
                 None if t is None else t.detach().requires_grad_(flag) for t, flag in zip(inputs, needed, strict=True)
             ]
             hidden, weight, bias = leaves
-            device = targets.device.type
-            with torch.autocast(device, dtype=ctx.autocast or None, enabled=bool(ctx.autocast)):
+            with torch.autocast(targets.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
                 call = ctx.rest._replace(hidden=hidden, weight=weight, bias=bias, targets=targets)
                 (_, entropy, *_rest) = ctx.theirs(*call)
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]

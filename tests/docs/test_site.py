@@ -116,8 +116,13 @@ def test_what_a_path_of_a_machine_is(text: str, found: bool) -> None:
 
 @pytest.mark.parametrize("name", ["", "layer", "decode", "steps", "combinations", "losses", "trainings"])
 def test_the_measurements_are_those_of_the_records(name: str) -> None:
-    named = {"": "cpu/steps", "steps": "nvidia-h200/steps", "combinations": "cpu/combinations", "losses": "cpu/losses"}
-    named["trainings"] = "nvidia-h200/finetune"
+    named = {
+        "": "cpu/steps",
+        "steps": "nvidia-h200/steps",
+        "combinations": "cpu/combinations",
+        "losses": "cpu/losses",
+        "trainings": "nvidia-h200/finetune",
+    }
     records = named.get(name, "nvidia-h200/layer")
     table = TABLES[name](load(ROOT / "benchmarks" / "results" / f"{records}.jsonl"))
     assert insert(read("docs/measured.md"), table, name) == read("docs/measured.md")

@@ -40,10 +40,6 @@ class RowGradients:
             self.s = problem.empty(problem.s.shape[1], dtype=problem.s.dtype)
             self._sums_s = problem.sums(count, problem.s.shape[1])
 
-    @property
-    def wanted(self) -> bool:
-        return self.hidden is not None or self.s is not None
-
     def begin(self, tokens: Tokens) -> None:
         """A new block of tokens."""
         self._tokens, count = tokens, tokens.last - tokens.first
