@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.lora import Dtypes
-from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp
-from fastpeft_kernels.mlp.api import run_mlp, why_not_tiled
+from fastpeft_kernels.mlp.api import draw_mlp_seeds, run_mlp, why_not_tiled
 
 from ..integrations import peft
 from .bypass import why_not_bypassed, why_not_called
@@ -27,6 +26,7 @@ from .requests import Request, agrees, leading_dtypes, plain_request
 
 UNTILED = "not in tiles"
 """Begins the outcome of a call that the op served with all tokens at once, though tiles were asked for."""
+DROPOUT = "a dropout that does not stand alone between activation and down projection, or drops all"
 DORA = "DoRA, whose projections are computed one group at a time"
 
 
@@ -51,9 +51,12 @@ class FastMlp(nn.Module, Counting):
         for name, module in zip(roles.bypassed, self.fastpeft_bypassed, strict=True):
             if self._modules[name] is not module:
                 return f"{name}: another one than when it was accelerated"
-            reason = why_not_idle(module, x.device)
+            reason = why_not_bypassed(module, type(module), x.device)
             if reason is not None:
                 return f"{name}: {reason}"
+        dropout = self._dropout()
+        if isinstance(dropout, str):
+            return dropout
         wanted: list[Request] = []
         for name in (*roles.inner, roles.down):
             if name == roles.down and wanted[0].dtypes.out != x.dtype:
@@ -73,7 +76,7 @@ class FastMlp(nn.Module, Counting):
             return "a mixed batch with other names for some projections"
         index = peft.adapter_index(mixed[0]) if mixed else None
         *inner, down = (request.projection for request in wanted)
-        return Mlp(tuple(inner), down, roles.activation, adapter_index=index), dtypes
+        return Mlp(tuple(inner), down, roles.activation, adapter_index=index, dropout=dropout), dtypes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles
@@ -81,7 +84,8 @@ class FastMlp(nn.Module, Counting):
             return super().forward(*args, **kwargs)
         x = args[0]
         adapted = [child for child in self._modules.values() if isinstance(child, FastLoraLayer)]
-        if adapted and is_few(x) and all([child.leaves_few(x) for child in adapted]):
+        drops = self._dropout() != 0.0  # then a forward without gradients must draw as one with them
+        if adapted and not drops and is_few(x) and all([child.leaves_few(x) for child in adapted]):
             self._count(FEW_TOKENS)
             return super().forward(*args, **kwargs)
         if _watched(adapted):
@@ -91,14 +95,14 @@ class FastMlp(nn.Module, Counting):
                 y = super().forward(*args, **kwargs)
                 self.leave()
                 return y
-            if not torch.is_grad_enabled():  # nothing is kept, so nothing is saved
+            if not (drops or torch.is_grad_enabled()):  # nothing is kept, so nothing is saved
                 return super().forward(*args, **kwargs)
         reason = why_not_called(self, x, (), kwargs)
         if reason is None:
             request = self.request(x)
             if not isinstance(request, str):
                 mlp, dtypes = request
-                seeds = draw_seeds(x.device, mlp.projections, training=True)
+                seeds = draw_mlp_seeds(x.device, mlp, training=True)
                 tile = self.fastpeft_tile
                 reason = why_not_tiled(mlp) if tile else None
                 self._count("fused" if reason is None else f"{UNTILED}: {reason}")
@@ -107,6 +111,19 @@ class FastMlp(nn.Module, Counting):
             reason = request
         self._count(reason)
         return super().forward(*args, **kwargs)
+
+    def _dropout(self) -> float | str:
+        """The probability with which what the down projection reads is dropped, or why the module itself must drop."""
+        roles, found = self.fastpeft_roles, 0.0
+        assert roles is not None
+        for name in roles.bypassed:
+            module: Any = self._modules[name]
+            if not (isinstance(module, nn.Dropout) and module.training and module.p > 0.0):
+                continue
+            if name not in roles.between or found or module.p >= 1.0:
+                return f"{name}: {DROPOUT}"
+            found = module.p
+        return found
 
     def leave(self) -> None:
         """This instance as it was before."""
@@ -139,13 +156,6 @@ def request_of(module: Any, x: Tensor) -> Request | str:
     if reason is not None:
         return reason
     return module.request(x, names) if adapted else plain_request(module, x)
-
-
-def why_not_idle(module: Any, device: torch.device) -> str | None:
-    """Why an activation or a dropout must be called itself, or None."""
-    if isinstance(module, nn.Dropout) and module.p > 0.0 and module.training:
-        return "dropout between the projections"
-    return why_not_bypassed(module, type(module), device)
 
 
 def common_dtypes(requests: list[Request]) -> Dtypes | str:

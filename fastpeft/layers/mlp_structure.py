@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -35,6 +35,7 @@ class Roles:
         down: the projection back.
         activation: one of `activation.KINDS`.
         bypassed: activation and dropouts, which are not called any more.
+        between: those of them that are dropouts of what the down projection reads.
         children: of all its children.
         adapted: whether any projection has adapters.
     """
@@ -43,6 +44,7 @@ class Roles:
     down: str
     activation: str
     bypassed: tuple[str, ...]
+    between: tuple[str, ...]
     children: tuple[str, ...]
     adapted: bool
 
@@ -71,7 +73,7 @@ def candidates(module: nn.Module) -> list[Roles]:
         even = len(inner) == 1 or sizes[inner[0]][1] == sizes[inner[1]][1]
         factors = (1, 2) if len(inner) == 1 else (2,)
         if same_input and even and width in [factor * sizes[down][0] for factor in factors]:
-            found += [Roles(tuple(inner), down, kind, tuple(rest), tuple(children), adapted) for kind in kinds]
+            found += [Roles(tuple(inner), down, kind, tuple(rest), (), tuple(children), adapted) for kind in kinds]
     return found
 
 
@@ -110,16 +112,34 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
 
 
 def _fitting(module: nn.Module, wanted: list[Roles], features: int) -> list[Roles]:
-    """Those of `wanted`, alike but for order and activation, that give what the module's forward gives."""
+    """Those of `wanted`, alike but for order and activation, that give what the module's forward gives.
+
+    Where a dropout stands shows with a square in its place, which no other step makes up for.
+    """
     generator = torch.Generator().manual_seed(0)
     twin: Any = _twin(module, wanted[0], features, generator)
     x = torch.randn((2, len(SCALES), WIDTH), generator=generator) * torch.tensor(SCALES)[:, None]
-    given = []
+
+    def given(training: bool = True) -> Any:
+        twin.training = training
+        return type(module).forward(twin, x)
+
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        for training in (True, False):
-            twin.training = training
-            given.append(type(module).forward(twin, x))
-        return [roles for roles in wanted if all(close_by_rows(_composed(twin, roles, x, features), y) for y in given)]
+        plain = [given(), given(training=False)]
+        found = [roles for roles in wanted if all(close_by_rows(_composed(twin, roles, x, features), y) for y in plain)]
+        between = []
+        for name in [name for name in wanted[0].bypassed if type(twin.get_submodule(name)) is nn.Dropout]:
+            dropout, twin._modules[name] = twin._modules[name], _Square()
+            squared = given()
+            twin._modules[name] = dropout
+            if all(close_by_rows(_composed(twin, roles, x, features, torch.square), squared) for roles in found):
+                between.append(name)
+    return [replace(roles, between=tuple(between)) for roles in found]
+
+
+class _Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
 
 
 def _twin(module: nn.Module, roles: Roles, features: int, generator: torch.Generator) -> nn.Module:
@@ -176,13 +196,15 @@ def computes(function: nn.Module, kind: str) -> bool:
     return isinstance(y, Tensor) and torch.allclose(y, gated_activation_reference(None, x, kind), rtol=1e-5, atol=1e-6)
 
 
-def _composed(twin: Any, roles: Roles, x: Tensor, features: int) -> Tensor:
+def _composed(
+    twin: Any, roles: Roles, x: Tensor, features: int, between: Callable[[Tensor], Tensor] = torch.Tensor.detach
+) -> Tensor:
     pre = [twin.get_submodule(name)(x) for name in roles.inner]
     if len(pre) == 2:
         gate, up = pre
     else:
         gate, up = pre[0].chunk(2, dim=-1) if pre[0].shape[-1] == 2 * features else (None, pre[0])
-    y: Tensor = twin.get_submodule(roles.down)(gated_activation_reference(gate, up, roles.activation))
+    y: Tensor = twin.get_submodule(roles.down)(between(gated_activation_reference(gate, up, roles.activation)))
     return y
 
 

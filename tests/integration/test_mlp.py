@@ -127,17 +127,6 @@ class TestWhatRunsPartByPart:
         plain.unmerge_adapter()
         assert_step_close(step(model, given), step(plain, given), truth(plain, given))
 
-    def test_dropout_between_the_projections(self) -> None:
-        model = make("t5")
-        for module in model.modules():
-            if type(module).__name__ == "T5DenseGatedActDense":
-                module.dropout.p = 0.5  # type: ignore[union-attr]
-        fastpeft.accelerate(model.train())
-        step(model, batch(model))
-        assert calls(model) == {"dropout: dropout between the projections"}
-        step(model.eval(), batch(model))
-        assert "fused" in calls(model)
-
     def test_a_part_that_is_another_now(self) -> None:
         model = make()
         fastpeft.accelerate(model)

@@ -84,29 +84,30 @@ def dropout_bits(
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def dropout(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
+def dropout(x: Tensor, seed: Tensor, p: float, stream: int = 0, out: Tensor | None = None) -> Tensor:
     """Inverted dropout of a matrix: kept elements times 1 / (1 - p), the others 0.
 
     Args:
         x: (rows, columns), floating.
         seed, stream: as for `dropout_bits`.
         p: probability of dropping, in [0, 1).
+        out: like x; filled and returned. It may be x itself, or share no memory with it.
 
     Returns:
-        A new tensor like x. Calling it on the gradient gives the gradient.
+        `out`, or a new tensor like x. Calling it on the gradient gives the gradient.
     """
+    out = torch.empty_like(x) if out is None else out
     if p == 0.0:
-        return x.clone()
+        return out.copy_(x)
     if imitated(x.device):
-        return torch.empty_like(x)
+        return out
     eager = not torch.compiler.is_compiling()
     if eager and x.dtype in TRITON_DTYPES and triton_serves(x.device):
         from .triton_random import dropout_triton
 
-        return dropout_triton(x, seed, p, stream)
+        return dropout_triton(x, seed, p, stream, out)
     rows, columns = x.shape
     threshold, scale = keep_threshold(p), 1.0 / (1.0 - p)
-    out = torch.empty_like(x)
     if eager and x.device.type == "cpu" and dropout_native(x, out, int(seed), stream, threshold, scale):
         return out
     step = max(1, _CHUNK // max(columns, 1)) if x.device.type == "cpu" else max(rows, 1)

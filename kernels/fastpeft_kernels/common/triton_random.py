@@ -100,7 +100,7 @@ def dropout_kernel(
     tl.store(out_ptr + row[:, None] * out_row_stride + wide * out_column_stride, out, mask=inside)
 
 
-def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
+def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0, out: Tensor | None = None) -> Tensor:
     """`random.dropout` in one launch, the same bits and the same rounding.
 
     Args:
@@ -108,9 +108,10 @@ def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor
         seed: int64 (1,) on x's device.
         p: probability of dropping, in [0, 1).
         stream: as for `random.dropout_bits`.
+        out: as for `random.dropout`.
 
     Returns:
-        A new tensor like x.
+        `out`, or a new tensor like x.
 
     Raises:
         TypeError, ValueError: another dtype, dimension, device or probability.
@@ -122,10 +123,10 @@ def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(f"seed: expected one int64 on {x.device}, got {seed.numel()} {seed.dtype} on {seed.device}")
     threshold, scale = random.keep_threshold(p), 1.0 / (1.0 - p)
+    out = torch.empty_like(x) if out is None else out
     if p == 0.0:
-        return x.clone()
+        return out.copy_(x)
     rows, columns = x.shape
-    out = torch.empty_like(x)
     if out.numel() == 0:
         return out
     block_n = min(next_power_of_2(columns), 1024)

@@ -141,20 +141,26 @@ def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], trai
 
 
 def given_seeds(
-    seeds: Sequence[Tensor | None], x: Tensor, projections: Sequence[LoraProjection], training: bool
+    seeds: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    training: bool,
+    more: Sequence[float] = (),
 ) -> list[Tensor | None]:
-    """The caller's seeds, checked; None where nothing is dropped."""
+    """The caller's seeds, of each projection and for each of `more`, checked; None where nothing is dropped."""
     check_instance("seeds", seeds, list, tuple)
-    if len(seeds) != len(projections):
-        raise ValueError(f"seeds: expected {len(projections)}, one for each projection, got {len(seeds)}")
+    drops = [any(adapter.dropout for adapter in projection.adapters) for projection in projections]
+    drops += [p > 0.0 for p in more]
+    if len(seeds) != len(drops):
+        what = "one for each projection" + " and one for what is dropped between them" * bool(more)
+        raise ValueError(f"seeds: expected {len(drops)}, {what}, got {len(seeds)}")
     if not training:
         return [None] * len(seeds)
-    drops = [any(adapter.dropout for adapter in projection.adapters) for projection in projections]
     for i, (seed, wanted) in enumerate(zip(seeds, drops, strict=True)):
         if not wanted:
             continue
         if seed is None:
-            raise ValueError(f"seeds[{i}]: expected an int64 tensor (1,) for a projection with dropout, got None")
+            raise ValueError(f"seeds[{i}]: expected an int64 tensor (1,) where something is dropped, got None")
         check_instance(f"seeds[{i}]", seed, Tensor)
         if seed.dtype != torch.int64 or tuple(seed.shape) != (1,) or seed.device != x.device:
             raise ValueError(

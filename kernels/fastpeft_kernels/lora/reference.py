@@ -12,7 +12,7 @@ from ..common.random import dropout
 from .projection import Dtypes, LoraProjection
 
 
-class _Dropout(torch.autograd.Function):
+class CounterDropout(torch.autograd.Function):
     """Counter-based dropout of a matrix; its gradient is the same dropout of the gradient."""
 
     @staticmethod
@@ -22,7 +22,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-        return _Dropout.apply(dy, *ctx.mask), None, None, None
+        return CounterDropout.apply(dy, *ctx.mask), None, None, None
 
 
 def lora_group_reference(
@@ -59,7 +59,7 @@ def lora_group_reference(
             if adapter.dropout > 0.0 and seed is not None:
                 flat = inputs.reshape(-1, inputs.shape[-1])
                 stream = stream if adapter_index is None else 0
-                inputs = _Dropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
+                inputs = CounterDropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
             bias = None if adapter.bias is None else adapter.bias.to(dtypes.lora)
             update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
             if adapter_index is not None:

@@ -15,6 +15,7 @@ from ..activation.reference import gated_activation_reference
 from ..lora import direct
 from ..lora.autograd import apply as apply_group
 from ..lora.projection import Dtypes
+from ..lora.reference import CounterDropout
 from .structure import Mlp
 
 FEW_OPERATIONS = 2**35
@@ -37,4 +38,7 @@ def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     halves = outputs if len(outputs) == 2 or mlp.width == mlp.features else outputs[0].chunk(2, dim=-1)
     gate, up = (None, *halves)[-2:]
     assert up is not None
-    return apply_group(gated_activation_reference(gate, up, mlp.activation), down)[0]
+    h = gated_activation_reference(gate, up, mlp.activation)
+    if drawn := mlp.drawn(seeds):
+        h = CounterDropout.apply(h.reshape(-1, h.shape[-1]), *drawn, 0).view(h.shape)
+    return apply_group(h, down)[0]

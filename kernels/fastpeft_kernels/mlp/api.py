@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import autocast_off
+from ..common.random import draw_seed
 from ..common.tracing import as_op
 from ..lora.api import draw_seeds, given_seeds, resolve_dtypes
 from ..lora.projection import Dtypes
@@ -29,7 +30,7 @@ def lora_mlp(
     training: bool = True,
     seeds: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) * up(x)), each projection frozen with any number of adapters.
+    """down(drop(activation(gate(x)) * up(x))), each projection frozen with any number of adapters.
 
     Equivalent PyTorch: `mlp.reference.lora_mlp_reference`. Gradients reach x, every adapter's a, b and bias, and the
     projections' biases, where they require them; the frozen weights never get one. Keeps x, gate(x), up(x) and
@@ -45,8 +46,9 @@ def lora_mlp(
             nothing of gate(x), up(x) or what is made of them is larger than a tile. Gradients of parameters are summed
             over the tiles, in fp32 at the least.
         compute_dtype, lora_dtype, out_dtype: as `lora.lora_linear_group`, for every projection.
-        training: False switches dropout of the adapters' inputs off.
-        seeds: dropout seeds, int64 (1,) or None for each of `mlp.projections`; default drawn in their order.
+        training: False switches dropout off, that of the adapters' inputs and `mlp.dropout`.
+        seeds: dropout seeds, int64 (1,) or None for each of `mlp.projections`, and one more for `mlp.dropout` where it
+            is not 0; default drawn in their order.
 
     Returns:
         A new tensor (..., out_features).
@@ -69,9 +71,9 @@ def lora_mlp(
         raise ValueError(f"tile: expected 0 for {reason}, got {tile}")
     dtypes = resolve_dtypes(x, mlp.projections, compute_dtype, lora_dtype, out_dtype)
     if seeds is None:
-        drawn = draw_seeds(x.device, mlp.projections, training)
+        drawn = draw_mlp_seeds(x.device, mlp, training)
     else:
-        drawn = given_seeds(seeds, x, mlp.projections, training)
+        drawn = given_seeds(seeds, x, mlp.projections, training, more=[mlp.dropout] if mlp.dropout else [])
     return run_mlp(x, mlp, dtypes, drawn, keep == "preactivations", tile)
 
 
@@ -89,6 +91,12 @@ def run_mlp(
         if keep and not tile and apart.serves(x, mlp, dtypes, seeds):
             return apart.apply(x, mlp, dtypes, seeds)
         return autograd.apply(x, mlp, dtypes, seeds, keep, tile)
+
+
+def draw_mlp_seeds(device: torch.device, mlp: Mlp, training: bool) -> list[Tensor | None]:
+    """Seeds as `lora_mlp` takes them."""
+    seeds = draw_seeds(device, mlp.projections, training)
+    return [*seeds, draw_seed(device) if training else None] if mlp.dropout else seeds
 
 
 def why_not_tiled(mlp: Mlp) -> str | None:

@@ -122,7 +122,7 @@ class LoraMlpDown(torch.autograd.Function):
 
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool, tile: int = 0) -> Tensor:
     """The MLP of x (..., in_features), differentiable where grad mode and inputs ask for it. Autocast must be off."""
-    if mlp.adapter_index is None and have_one_a(mlp.inner, seeds[:-1]):
+    if mlp.adapter_index is None and have_one_a(mlp.inner, seeds[: len(mlp.inner)]):
         mlp = replace(mlp, one_a=True)
     tensors = [tensor for projection in mlp.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):

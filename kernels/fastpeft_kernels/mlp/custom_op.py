@@ -26,15 +26,23 @@ from .structure import Mlp
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], keep: bool) -> Tensor:
     """The MLP of x (..., in_features), differentiable. Autocast must be off."""
     x = dtypes.cast_once(x)
-    whole = flatten_group(Group(mlp.projections, dtypes, seeds, adapter_index=mlp.adapter_index))
-    result, h, s_down, *_ = lora_mlp_up_to_down_op(x, *whole, mlp.activation, keep)
+    of_projections, seed = seeds[: len(mlp.projections)], seed_of(mlp, seeds)
+    whole = flatten_group(Group(mlp.projections, dtypes, of_projections, adapter_index=mlp.adapter_index))
+    result, h, s_down, *_ = lora_mlp_up_to_down_op(x, *whole, mlp.activation, keep, mlp.dropout, seed)
     down = flatten_group(mlp.groups(dtypes, seeds)[1])
     return lora_mlp_down_op(result, h, s_down, *down)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("fastpeft::lora_mlp_up_to_down", mutates_args=())
 def lora_mlp_up_to_down_op(
-    x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str, activation: str, keep: bool
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    activation: str,
+    keep: bool,
+    dropout: float,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """What stands for the result, h (tokens, features), then s_down, pre and s of `library.Kept`.
 
@@ -43,18 +51,26 @@ def lora_mlp_up_to_down_op(
         tensors, numbers, layout: of `flatten_group`, down last.
         activation: the MLP's.
         keep: whether pre is kept for backward.
+        dropout, seed: the MLP's, and its seed.
     """
     flat = unflatten_group(tensors, numbers, layout)
-    mlp = mlp_of(flat, activation)
+    mlp, seeds = mlp_of(flat, activation, dropout), [*flat.group.seeds, seed]
     with in_use(mlp.inner):
-        middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, flat.group.dtypes, flat.group.seeds)
+        middle, pre, s = library.up_to_down(x.reshape(-1, x.shape[-1]), mlp, flat.group.dtypes, seeds)
     result, _, s_down, _, no_s = _empty(x, flat, activation)
     return [result, middle.h, s_down if middle.s_down is None else middle.s_down, pre, no_s if s is None else s]
 
 
 @lora_mlp_up_to_down_op.register_fake
 def _(
-    x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str, activation: str, keep: bool
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    activation: str,
+    keep: bool,
+    dropout: float,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     return _empty(x, unflatten_group(tensors, numbers, layout), activation)
 
@@ -90,16 +106,18 @@ def lora_mlp_backward_op(
     activation: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
-    tile: int = 0,
+    tile: int,
+    dropout: float,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """`library.backward`: dx unless dx_dtype is None, then the gradients of the tensors that are wanted, in order.
 
     With a tile `tiled.backward`, which reads x and none of the other parts of `library.Kept`.
     """
     flat = unflatten_group(tensors, numbers, layout)
-    mlp = mlp_of(flat, activation)
+    mlp = mlp_of(flat, activation, dropout)
     rows = None if x is None else x.reshape(-1, x.shape[-1])
-    dy_rows, asked = dy.reshape(-1, dy.shape[-1]), (mlp, flat.group.dtypes, flat.group.seeds)
+    dy_rows, asked = dy.reshape(-1, dy.shape[-1]), (mlp, flat.group.dtypes, [*flat.group.seeds, seed])
     with in_use(mlp.projections):
         if tile:
             assert rows is not None
@@ -125,31 +143,36 @@ def _(
     activation: str,
     dx_dtype: torch.dtype | None,
     wanted: Sequence[bool],
-    tile: int = 0,
+    tile: int,
+    dropout: float,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     return empty_gradients(dy.shape[:-1], tensors, numbers, layout, dx_dtype, wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    x, tensors, numbers, layout, activation, keep = inputs
-    ctx.layout, ctx.activation, ctx.dtype = (numbers, layout), activation, x.dtype
+    x, tensors, numbers, layout, activation, keep, dropout, seed = inputs
+    ctx.layout, ctx.activation, ctx.dtype, ctx.dropout = (numbers, layout), activation, x.dtype, dropout
     flat = unflatten_group(tensors, *ctx.layout)
     needs_dx, *needs = ctx.needs_input_grad[: 1 + len(tensors)]  # flat here, nested in backward
     ctx.read = library.read_by_backward(needs_dx, flat.flags(needs), keep)
     _, _, s_down, pre, s = output
-    ctx.save_for_backward(*[t for t, read in zip((x, s, pre, s_down), ctx.read, strict=True) if read], *tensors)
+    ctx.save_for_backward(*[t for t, read in zip((x, s, pre, s_down), ctx.read, strict=True) if read], seed, *tensors)
 
 
 def _backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     x, s, pre, s_down = (tensors.pop(0) if read else None for read in ctx.read)
-    dy, needs, others = dys[0], ctx.needs_input_grad, (no_gradients(ctx.layout[0]), None, None, None)
+    seed, dy, needs = tensors.pop(0), dys[0], ctx.needs_input_grad
+    others = (no_gradients(ctx.layout[0]), None, None, None, None, None)
     if dy is None:
         return None, [None] * len(tensors), *others
     dx_dtype = ctx.dtype if needs[0] else None
     found = iter(
-        lora_mlp_backward_op(dy, x, s, pre, s_down, tensors, *ctx.layout, ctx.activation, dx_dtype, list(needs[1]))
+        lora_mlp_backward_op(
+            dy, x, s, pre, s_down, tensors, *ctx.layout, ctx.activation, dx_dtype, list(needs[1]), 0, ctx.dropout, seed
+        )
     )
     dx = None if dx_dtype is None else next(found)
     return dx, [next(found) if flag else None for flag in needs[1]], *others
@@ -168,9 +191,14 @@ lora_mlp_up_to_down_op.register_autograd(_backward, setup_context=_setup)
 lora_mlp_down_op.register_autograd(_backward_down, setup_context=_setup_down)
 
 
-def mlp_of(flat: FlatGroup, activation: str) -> Mlp:
+def mlp_of(flat: FlatGroup, activation: str, dropout: float = 0.0) -> Mlp:
     *inner, down = flat.group.projections
-    return Mlp(tuple(inner), down, activation, adapter_index=flat.group.adapter_index)
+    return Mlp(tuple(inner), down, activation, adapter_index=flat.group.adapter_index, dropout=dropout)
+
+
+def seed_of(mlp: Mlp, seeds: Sequence[Tensor | None]) -> Tensor | None:
+    """Of the dropout between the projections, if anything is dropped there."""
+    return None if (drawn := mlp.drawn(seeds)) is None else drawn[0]
 
 
 def _empty(x: Tensor, flat: FlatGroup, activation: str) -> list[Tensor]:

@@ -145,7 +145,7 @@ def _one_block(projection: LoraProjection) -> bool:
 def _chosen(pre: Tensor, mlp: Mlp, dtypes: Dtypes) -> bool:
     """Whether the kernels serve these dtypes and sizes on this device, and are to be taken."""
     device, dtype = pre.device, pre.dtype
-    if mlp.adapter_index is not None:
+    if mlp.adapter_index is not None or mlp.dropout:
         return False
     if dtype.itemsize != 2 or pre.numel() == 0 or mlp.features % _FEATURES or not keys.kernels_serve(device):
         return False

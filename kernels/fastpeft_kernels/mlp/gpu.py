@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..common.gpu_verdicts import Verdicts
-from ..common.random import draw_seed
 from ..lora.gpu_graph import change, check_replay
 from ..lora.gpu_support import (
     BF16,
@@ -35,7 +34,7 @@ from ..lora.projection import Dtypes
 from ..native.extension import group_extension
 from ..tuning.choosing import forced
 from . import apart, fused_gpu
-from .api import run_mlp
+from .api import draw_mlp_seeds, run_mlp
 from .fused import FUSED
 from .reference import lora_mlp_reference
 from .structure import Mlp
@@ -81,7 +80,7 @@ def _check(
         if mixed:
             mlp = replace(mlp, adapter_index=mixed_rows(lead[0]))
         x, dy = (rand(*lead, size, dtype=dtypes.compute) for _ in range(2))
-        seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
+        seeds = draw_mlp_seeds(DEVICE, mlp, training=True)
         same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
         exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
         for keep, choices in product((True, False), CHOICES):
@@ -136,7 +135,7 @@ def _check_tiles(base: str, p: float, shapes: tuple[tuple[int, int, int], ...]) 
         tokens, size, features = shapes[0]
         mlp = make_mlp(layout, size, features, 16, dtypes, base, p)
         x, dy = (rand(tokens, size, dtype=dtypes.compute) for _ in range(2))
-        seeds = [draw_seed(DEVICE) if p else None for _ in mlp.projections]
+        seeds = draw_mlp_seeds(DEVICE, mlp, training=True)
         same = _reference(x, mlp, dtypes, seeds, dy, reference_device(dtypes))
         exact = _reference(x, mlp, same_dtypes(F64), seeds, dy, DEVICE, F64)
         for tile, choices in product((tokens // 4, tokens // 4 + 33, 2 * tokens), CHOICES):
@@ -171,15 +170,17 @@ def _check_graph(base: str) -> dict[str, Any]:
     dtypes = same_dtypes(BF16)
     mlp = make_mlp("gate and up", 768, 1024, 16, dtypes, base, 0.25)
     x, dy = rand(512, 768, dtype=BF16), rand(512, 768, dtype=BF16)
-    seeds = [draw_seed(DEVICE) for _ in mlp.projections]
+    seeds = draw_mlp_seeds(DEVICE, mlp, training=True)
     check_replay(lambda: derive(run_mlp, x, mlp, dtypes, seeds, dy), lambda: change(x, mlp.projections, seeds))
     return {}
 
 
 def make_mlp(layout: str, size: int, features: int, rank: int, dtypes: Dtypes, base: str, p: float) -> Mlp:
+    """p is that of the adapters' inputs and, over a dense base, of what down reads: then nothing is fused."""
     inner = [make_projection(size, n * features, (rank,), dtypes, base, p, bias=True) for n in LAYOUTS[layout]]
     down = (rank, 8) if p else (rank,)  # of one adapter without dropout the products are fused with the activation
-    return Mlp(tuple(inner), make_projection(features, size, down, dtypes, base, p), "silu")
+    between = p if base == "dense" else 0.0
+    return Mlp(tuple(inner), make_projection(features, size, down, dtypes, base, p), "silu", dropout=between)
 
 
 def derive(run: Callable[..., Tensor], x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Any, dy: Tensor) -> list[Tensor]:

@@ -59,7 +59,7 @@ class Middle:
     """What the down projection is made of.
 
     Attributes:
-        h: act(gate) * up, (tokens, features).
+        h: act(gate) * up, of which elements may be dropped, (tokens, features).
         s_down: as in `Kept`.
         group, packed: the down projection, and its adapters from `lora.library.pack`.
     """
@@ -98,16 +98,17 @@ def up_to_down(
     """(middle, pre, s): all of forward but the down projection itself, for x (tokens, in_features)."""
     group, down = mlp.groups(dtypes, seeds)
     pre, s = inner(x, mlp, group)
-    return middle(pre, mlp, down), pre, s
+    return middle(pre, mlp, down, seeds), pre, s
 
 
-def middle(pre: Tensor, mlp: Mlp, down: Group) -> Middle:
+def middle(pre: Tensor, mlp: Mlp, down: Group, seeds: Sequence[Tensor | None]) -> Middle:
     """What the down projection, of group `down`, works on: of gate and up, (tokens, width)."""
     packed = library.pack(down)
     h = pre.new_empty((pre.shape[0], mlp.features))
     s_down = fused.activation_with_down(pre, mlp, down, packed, h)
     if s_down is None:
         fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
+        mlp.drop(h, seeds)
         s_down = library.down_projection(h, down, packed)
     return Middle(h, s_down, down, packed)
 
@@ -155,7 +156,7 @@ def backward(
         spend = True
     if dh is not None:
         assert pre is not None
-        h = dh = rows_contiguous(dh.to(dtypes.out))  # what is made anew takes the place of its gradient
+        h = dh = mlp.drop(rows_contiguous(dh.to(dtypes.out)), seeds)  # what is made anew takes its gradient's place
         dpre = pre if spend else torch.empty_like(pre)
         packed = library.pack(group)
         found = fused.activation_backward(
@@ -178,6 +179,7 @@ def backward(
         h = pre.new_empty((pre.shape[0], mlp.features))
         fill_gated_activation(*mlp.halves(pre), mlp.activation, h)
     if reads_h and ds is not None and h is not None:
+        mlp.drop(h, seeds)
         library.down_gradients(ds, h.to(dtypes.lora), down, needs[-1:], grads_down)
     if dpre is None:
         nothing: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs[:-1]]

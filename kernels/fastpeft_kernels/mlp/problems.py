@@ -49,7 +49,7 @@ class _Activation:
 
     def run(self, candidate: str) -> Sequence[Tensor]:
         with torch.no_grad(), forced({fused.FUSED: candidate}):
-            middle = library.middle(self.pre, self.mlp, self.down)
+            middle = library.middle(self.pre, self.mlp, self.down, ())
             found = fused.activation_backward(
                 self.dh, self.pre, self.dpre, self.s, self.ds_down, self.mlp, self.inner, self.packed, self.needs, False
             )

@@ -8,23 +8,24 @@ from torch import Tensor
 
 from ..activation.reference import gated_activation_reference
 from ..lora.projection import Dtypes
-from ..lora.reference import lora_group_reference
+from ..lora.reference import CounterDropout, lora_group_reference
 from .structure import Mlp
 
 
 def lora_mlp_reference(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:
-    """down(activation(gate(x)) * up(x)), each projection as `lora_group_reference` has it.
+    """down(drop(activation(gate(x)) * up(x))), each projection as `lora_group_reference` has it.
 
     Args:
         x: (..., in_features).
         mlp: what to compute.
         dtypes: of every projection's frozen product, of its adapters' products, and of its result.
-        seeds: dropout seeds of `mlp.projections`, or None.
+        seeds: dropout seeds of `mlp.projections`, or None; one more where `mlp.dropout` is not 0.
 
     Returns:
         (..., out_features) of dtype `dtypes.out`.
     """
-    inner = lora_group_reference(x, mlp.inner, dtypes, seeds[:-1], mlp.adapter_index)
+    count = len(mlp.inner)
+    inner = lora_group_reference(x, mlp.inner, dtypes, seeds[:count], mlp.adapter_index)
     if len(inner) == 2:
         gate, up = inner
     elif mlp.width == mlp.features:
@@ -32,4 +33,6 @@ def lora_mlp_reference(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tens
     else:
         gate, up = inner[0].chunk(2, dim=-1)
     h = gated_activation_reference(gate, up, mlp.activation)
-    return lora_group_reference(h, [mlp.down], dtypes, seeds[-1:], mlp.adapter_index)[0]
+    if drawn := mlp.drawn(seeds):
+        h = CounterDropout.apply(h.reshape(-1, h.shape[-1]), *drawn, 0).view(h.shape)
+    return lora_group_reference(h, [mlp.down], dtypes, seeds[count : count + 1], mlp.adapter_index)[0]

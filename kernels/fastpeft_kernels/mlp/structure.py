@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..activation import KINDS
+from ..common.random import dropout, keep_threshold
 from ..common.validation import check_instance
 from ..lora import LoraProjection
 from ..lora.mixed import check_adapter_index
@@ -16,7 +17,7 @@ from ..lora.projection import Dtypes, Group, check_group
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Mlp:
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where there is no gate.
+    """down(drop(activation(gate(x)) * up(x))), or down(drop(activation(up(x)))) where there is no gate.
 
     Attributes:
         inner: the projections of x: (gate, up); one that gives both, the gate in its first half; or (up,).
@@ -24,6 +25,7 @@ class Mlp:
         activation: one of `activation.KINDS`.
         one_a: as `lora.projection.Group.one_a`, of the inner projections.
         adapter_index: as `lora.projection.Group.adapter_index`, of every projection.
+        dropout: probability with which an element of what the down projection reads is dropped, in [0, 1).
     """
 
     inner: tuple[LoraProjection, ...]
@@ -31,6 +33,7 @@ class Mlp:
     activation: str
     one_a: bool = False
     adapter_index: tuple[int, ...] | None = None
+    dropout: float = 0.0
 
     @property
     def features(self) -> int:
@@ -47,9 +50,19 @@ class Mlp:
         return (*self.inner, self.down)
 
     def groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
-        """The projections of x, and the one back; `seeds` as of `projections`."""
-        inner = Group(self.inner, dtypes, seeds[:-1], adapter_index=self.adapter_index, one_a=self.one_a)
-        return inner, Group((self.down,), dtypes, seeds[-1:], adapter_index=self.adapter_index)
+        """The projections of x, and the one back; `seeds` as `lora_mlp` takes them."""
+        count, index = len(self.inner), self.adapter_index
+        inner = Group(self.inner, dtypes, seeds[:count], adapter_index=index, one_a=self.one_a)
+        return inner, Group((self.down,), dtypes, seeds[count : count + 1], adapter_index=index)
+
+    def drop(self, h: Tensor, seeds: Sequence[Tensor | None]) -> Tensor:
+        """What the down projection reads, written over h (tokens, features), or its gradient over that of h."""
+        return h if (drawn := self.drawn(seeds)) is None else dropout(h, *drawn, out=h)
+
+    def drawn(self, seeds: Sequence[Tensor | None]) -> tuple[Tensor, float] | None:
+        """(seed, p) of the dropout between the projections, or None where nothing is dropped."""
+        seed = seeds[-1] if self.dropout and len(seeds) > len(self.projections) else None
+        return None if seed is None else (seed, self.dropout)
 
     def columns(self, pre: Tensor) -> list[Tensor]:
         """The part of (tokens, width) that each of `inner` fills."""
@@ -68,6 +81,7 @@ def check_mlp(x: Tensor, mlp: Mlp) -> None:
     check_instance("mlp.down", mlp.down, LoraProjection)
     if mlp.activation not in KINDS:
         raise ValueError(f"activation: expected one of {', '.join(KINDS)}, got {mlp.activation!r}")
+    keep_threshold(mlp.dropout)
     check_group(x, mlp.inner)
     features, width = mlp.features, mlp.width
     halves = [projection.weight.shape[0] for projection in mlp.inner]

@@ -118,7 +118,7 @@ def _backward_of(
     """`library.backward` of a tile, with gradients in the dtypes of the parameters of `summing`."""
     group, down = mlp.groups(dtypes, seeds)
     pre, s = library.inner(x, mlp, group)
-    s_down = library.middle(pre, mlp, down).s_down if trains_b(needs[-1]) else None
+    s_down = library.middle(pre, mlp, down, seeds).s_down if trains_b(needs[-1]) else None
     return library.backward(dy, Kept(x, s, pre, s_down), summing, dtypes, seeds, dx_dtype, needs, spend=True)
 
 

@@ -25,12 +25,16 @@ def mlp(
     *,
     activation: str = "silu",
     ranks: tuple[tuple[int, ...], ...] = ((4,), (3,), (5,)),
+    between: float = 0.0,
     **fields: Any,
 ) -> Mlp:
-    """`ranks` of gate, up and down; of "both in one" and "up alone" those of the gate are taken for the one."""
+    """`ranks` of gate, up and down; of "both in one" and "up alone" those of the gate are taken for the one.
+
+    `between` is the MLP's dropout.
+    """
     sizes = {"gate and up": (features, features), "both in one": (2 * features,), "up alone": (features,)}[layout]
     inner = [projection(in_features, size, *r, **fields) for size, r in zip(sizes, ranks, strict=False)]
-    return Mlp(tuple(inner), projection(features, in_features, *ranks[-1], **fields), activation)
+    return Mlp(tuple(inner), projection(features, in_features, *ranks[-1], **fields), activation, dropout=between)
 
 
 def mixed(m: Mlp, adapter_index: tuple[int, ...]) -> Mlp:
@@ -56,9 +60,13 @@ def wide(m: Mlp) -> Mlp:
     return replace(m, inner=tuple(widened(p) for p in m.inner), down=widened(m.down))
 
 
+def seeds_of(m: Mlp) -> list[Tensor | None]:
+    return [*seeds_for(list(m.projections)), *[torch.tensor([7])] * bool(m.dropout)]
+
+
 def check_mlp(x: Tensor, m: Mlp, dtypes: Dtypes, **options: Any) -> None:
     """The output and all gradients of the op within the budget; nothing given is written into."""
-    seeds = seeds_for(list(m.projections))
+    seeds = seeds_of(m)
     dy = torch.randn(*x.shape[:-1], m.down.weight.shape[0]).to(dtypes.out)
     before = dy.clone(), x.detach().clone()
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}

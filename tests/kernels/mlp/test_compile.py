@@ -28,7 +28,7 @@ from tests.kernels.compiling import (
 )
 from tests.kernels.lora.groups import parameters, seeds_for
 from tests.kernels.lora.test_counts import products
-from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, seeds_of
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
@@ -47,7 +47,7 @@ def four_bit() -> Mlp:
 
 def many_kinds() -> Mlp:
     """Biases, two adapters, a tensor for scaling, dropout, a member that is not trained."""
-    m = mlp("gate and up", 64, 96, ranks=((4,), (3, 2), (5, 2)), bias=True, with_bias=True, dropout=0.25)
+    m = mlp("gate and up", 64, 96, ranks=((4,), (3, 2), (5, 2)), bias=True, with_bias=True, dropout=0.25, between=0.4)
     m.inner[0].adapters[0].a.requires_grad_(False)
     m.down.bias.requires_grad_(True)  # type: ignore[union-attr]
     return m
@@ -74,7 +74,7 @@ REGULAR = ("both in one", "4 bits", "many kinds")
 )
 def test_one_graph_same_numbers(kind: str, keep: str, backend: str) -> None:
     m = KINDS[kind]()
-    seeds = seeds_for(list(m.projections))
+    seeds = seeds_of(m)
     x = torch.randn(3, 5, 64, requires_grad=True)
     check_one_graph(
         lambda x: (lora_mlp(x.relu(), m, keep=keep, seeds=seeds),), x, parameters(list(m.projections)), backend
@@ -100,13 +100,14 @@ def test_what_torch_asks_of_an_op(make: Any) -> None:
     m = make()
     seeds = seeds_for(list(m.projections))
     whole = (*flatten_group(Group(m.projections, F32, seeds)), m.activation)
+    between = (m.dropout, torch.tensor([7]) if m.dropout else None)
     x = torch.randn(2, 5, 64, requires_grad=True)
-    torch.library.opcheck(lora_mlp_up_to_down_op, (x, *whole, True))
-    result, h, s_down, pre, s = (t.detach() for t in lora_mlp_up_to_down_op(x, *whole, True))
+    torch.library.opcheck(lora_mlp_up_to_down_op, (x, *whole, True, *between))
+    result, h, s_down, pre, s = (t.detach() for t in lora_mlp_up_to_down_op(x, *whole, True, *between))
     down = flatten_group(Group([m.down], F32, seeds[-1:]))
     torch.library.opcheck(lora_mlp_down_op, (result.requires_grad_(), h, s_down, *down))
     wanted = [tensor.requires_grad for tensor in whole[0]]
-    backward = (torch.randn(2, 5, 64), x.detach(), s, pre, s_down, *whole, torch.float32, wanted)
+    backward = (torch.randn(2, 5, 64), x.detach(), s, pre, s_down, *whole, torch.float32, wanted, 0, *between)
     with torch.no_grad():
         torch.library.opcheck(lora_mlp_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 

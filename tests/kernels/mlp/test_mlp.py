@@ -15,8 +15,8 @@ from fastpeft_kernels.mlp import Mlp, apart, library, lora_mlp
 from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
-from tests.kernels.lora.groups import parameters, projection, seeds_for
-from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, wide
+from tests.kernels.lora.groups import parameters, projection
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, seeds_of, wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -27,7 +27,8 @@ SAME = {dtype: Dtypes(dtype, dtype, dtype) for dtype in (F32, F16, BF16)}
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_every_layout_with_bias_and_dropout(layout, dtype, keep):
-    m = mlp(layout, 32, 48, ranks=((4,), (3, 2), (5,)), dtype=dtype, bias=True, dropout=0.25, with_bias=True)
+    fields = {"dtype": dtype, "bias": True, "dropout": 0.25, "with_bias": True, "between": 0.4}
+    m = mlp(layout, 32, 48, ranks=((4,), (3, 2), (5,)), **fields)
     check_mlp(torch.randn(4, 16, 32).to(dtype).requires_grad_(), m, SAME[dtype], keep=keep)
 
 
@@ -52,26 +53,35 @@ def test_mixed_dtypes(dtypes):
 @pytest.mark.parametrize("dtypes", [SAME[F32], Dtypes(BF16, F32, BF16)])
 def test_rows_with_adapters_of_their_own(layout, dtypes, keep):
     """Down lacks the first adapter and has another third; a row's adapter 7 is nobody's."""
-    fields = {"dtype": dtypes.compute, "lora_dtype": dtypes.lora, "bias": True, "dropout": 0.25}
+    fields = {"dtype": dtypes.compute, "lora_dtype": dtypes.lora, "bias": True, "dropout": 0.25, "between": 0.3}
     m = mlp(layout, 32, 48, ranks=((4, 2, 3), (3, 2), (5, 2)), **fields)
     m = mixed(m, (2, 0, 7, 0, 1, 1))
     check_mlp(torch.randn(6, 64, 32).to(dtypes.compute).requires_grad_(), m, dtypes, keep=keep)
+
+
+def check_in_parts(m, x, dtypes, monkeypatch):
+    """As on a GPU."""
+    assert not apart.serves(x, m, dtypes, [None] * 3), "a CPU has our own activation"
+    monkeypatch.setattr(apart, "serves", lambda *_: True)
+    check_mlp(x, m, dtypes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", [SAME[F32], SAME[BF16], Dtypes(BF16, F32, BF16)])
 @pytest.mark.parametrize("index", [None, (2, 7, 1)])
 def test_small_ones_in_parts(layout, dtypes, index, monkeypatch):
-    """As on a GPU."""
     if index is None:
         m = mlp(layout, 16, 24, dtype=dtypes.compute, lora_dtype=F32, bias=True)
     else:
         m = mlp(layout, 16, 24, ranks=((4, 2, 3), (3, 2), (5, 2)), dtype=dtypes.compute, lora_dtype=F32, bias=True)
         m = mixed(m, index)
-    x = torch.randn(3, 5, 16).to(dtypes.compute).requires_grad_()
-    assert not apart.serves(x, m, dtypes, [None] * 3), "a CPU has our own activation"
-    monkeypatch.setattr(apart, "serves", lambda *_: True)
-    check_mlp(x, m, dtypes)
+    check_in_parts(m, torch.randn(3, 5, 16).to(dtypes.compute).requires_grad_(), dtypes, monkeypatch)
+
+
+@pytest.mark.parametrize("dtypes", [SAME[F32], SAME[BF16]])
+def test_small_ones_in_parts_with_dropout_between(dtypes, monkeypatch):
+    m = mlp("gate and up", 16, 24, dtype=dtypes.compute, lora_dtype=F32, between=0.4)
+    check_in_parts(m, torch.randn(3, 64, 16).to(dtypes.compute).requires_grad_(), dtypes, monkeypatch)
 
 
 def test_both_groups_are_asked_about_for_as_many_tokens(monkeypatch):
@@ -86,17 +96,17 @@ def test_both_groups_are_asked_about_for_as_many_tokens(monkeypatch):
 
 
 def test_gradcheck_of_the_reference_and_of_the_op():
-    m = wide(mlp("gate and up", 5, 4, bias=True, dropout=0.3))
+    m = wide(mlp("gate and up", 5, 4, bias=True, dropout=0.3, between=0.3))
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     inputs, dtypes = (x, *parameters(list(m.projections))), Dtypes(*[torch.float64] * 3)
-    seeds = seeds_for(list(m.projections))
+    seeds = seeds_of(m)
     assert torch.autograd.gradcheck(lambda x, *_: lora_mlp_reference(x, m, dtypes, seeds), inputs)
 
 
 @pytest.mark.parametrize("keep", ["preactivations", "input"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_last_backward_takes_no_memory_for_gradients_of_gate_and_up(layout, keep, monkeypatch):
-    m = mlp(layout, 8, 12, dropout=0.3)
+    m = mlp(layout, 8, 12, dropout=0.3, between=0.3)
     x = torch.randn(5, 8, requires_grad=True)
     in_place = []
 

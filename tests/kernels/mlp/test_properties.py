@@ -26,8 +26,8 @@ from tests.kernels.lora.drawn import (
     normal,
     projections,
 )
-from tests.kernels.lora.groups import parameters, seeds_for
-from tests.kernels.mlp.mlps import wide
+from tests.kernels.lora.groups import parameters
+from tests.kernels.mlp.mlps import seeds_of, wide
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -46,6 +46,7 @@ class Drawn:
     x_trained: bool
     layouts: tuple[str, str]
     keep: str
+    dropout: float
     seed: int
 
 
@@ -63,6 +64,7 @@ def mlps(least: int = 1, lead: st.SearchStrategy[tuple[int, ...]] = LEADING_SIZE
         x_trained=st.booleans(),
         layouts=LAYOUTS,
         keep=st.sampled_from(["preactivations", "input"]),
+        dropout=st.sampled_from([0.0, 0.3]),
         seed=st.integers(0, 2**31),
     )
 
@@ -77,7 +79,10 @@ def make(case: Drawn, numbers: Numbers, dtypes: Dtypes) -> Mlp:
 
     width = 2 * features if case.joined and len(case.inner) == 1 else features
     return Mlp(
-        tuple(part(drawn, width, inputs) for drawn in case.inner), part(case.down, outputs, features), case.activation
+        tuple(part(drawn, width, inputs) for drawn in case.inner),
+        part(case.down, outputs, features),
+        case.activation,
+        dropout=case.dropout,
     )
 
 
@@ -94,7 +99,7 @@ def triples(case: Drawn, numbers: Numbers, dtypes: Dtypes) -> list[tuple[Tensor 
     x = laid_out(numbers(*case.lead, case.sizes[0]).to(dtypes.compute), case.layouts[0])
     x = x.detach().requires_grad_(case.x_trained)
     dy = laid_out(numbers(*case.lead, case.sizes[2]).to(dtypes.out), case.layouts[1])
-    before, seeds = (x.detach().clone(), dy.clone()), seeds_for(list(m.projections))
+    before, seeds = (x.detach().clone(), dy.clone()), seeds_of(m)
     named = {"compute_dtype": dtypes.compute, "lora_dtype": dtypes.lora, "out_dtype": dtypes.out, "seeds": seeds}
     ours = results(lambda x: lora_mlp(x, m, keep=case.keep, **named), x, m, dy)
     assert torch.equal(before[0], x) and torch.equal(before[1], dy)

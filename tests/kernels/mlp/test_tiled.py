@@ -24,9 +24,9 @@ from fastpeft_kernels.weights import DecodedOnce, DenseWeight, FourBitWeight, un
 from tests.budget import assert_within_budget
 from tests.kernels.compiling import BF16, F32, F32_ON_BF16
 from tests.kernels.lora.drawn import MANY_TOKENS
-from tests.kernels.lora.groups import parameters, seeds_for
+from tests.kernels.lora.groups import parameters
 from tests.kernels.lora.test_counts import products
-from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, tiled_by, wide
+from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, seeds_of, tiled_by, wide
 from tests.kernels.mlp.test_properties import DTYPES, Drawn, check_in_fp64, check_within_budget, mlps
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -74,7 +74,7 @@ COMBINATIONS = [pytest.param(layout, same, marks=FULL) for layout in LAYOUTS for
 @pytest.mark.parametrize(("layout", "dtypes"), [("gate and up", BF16), ("both in one", F32_ON_BF16), *COMBINATIONS])
 def test_biases_and_dropout(layout: str, dtypes: Dtypes, tile: int) -> None:
     """Adapters in the dtype of the base as well: their gradients are summed in fp32 all the same."""
-    named = {"dtype": dtypes.compute, "bias": True, "dropout": 0.25, "with_bias": True}
+    named = {"dtype": dtypes.compute, "bias": True, "dropout": 0.25, "with_bias": True, "between": 0.4}
     m = mlp(layout, 32, 48, ranks=((4,), (3, 2), (5,)), lora_dtype=dtypes.lora, **named)
     check_mlp(torch.randn(16, 16, 32).to(dtypes.compute).requires_grad_(), m, dtypes, keep="input", tile=tile)
 
@@ -105,12 +105,12 @@ def test_gradients_in_16_bits_are_summed_in_32() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_the_same_bits_where_products_round_alike(p: float) -> None:
     """Of products over numbers that need no rounding all results are; also what dropout leaves."""
-    m = mlp("gate and up", 16, 24, activation="relu", dropout=p, bias=True)
+    m = mlp("gate and up", 16, 24, activation="relu", dropout=p, bias=True, between=p)
     for q in m.projections:
         for t in (q.weight.weight, *[t for t in q.tensors() if t is not None]):  # type: ignore[attr-defined]
             t.data = torch.randint(-1, 2, t.shape).float()
     x = torch.randint(-1, 2, (37, 16)).float().requires_grad_()
-    seeds, wanted = seeds_for(list(m.projections)), [x, *parameters(list(m.projections))]
+    seeds, wanted = seeds_of(m), [x, *parameters(list(m.projections))]
     results = [each(x, m, seeds=seeds) for each in (tiled_by(5), tiled_by(37), lora_mlp)]
     dy = torch.randint(-1, 2, results[0].shape).float()
     found = [[y, *torch.autograd.grad(y, wanted, dy)] for y in results]
@@ -166,7 +166,7 @@ def test_a_weight_that_is_decoded_once_passes_for_its_base() -> None:
 def test_only_the_input_is_kept_and_recomputation_makes_no_product() -> None:
     m = mlp("gate and up", 8, 12, dropout=0.25)
     x = torch.randn(21, 8, requires_grad=True)
-    wanted, seeds, kept = [x, *parameters(list(m.projections))], seeds_for(list(m.projections)), []
+    wanted, seeds, kept = [x, *parameters(list(m.projections))], seeds_of(m), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = tiled_by(4)(x, m, seeds=seeds)
     assert set(kept) <= {t.data_ptr() for t in wanted}
