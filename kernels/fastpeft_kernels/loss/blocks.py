@@ -57,9 +57,9 @@ def choose_blocks(tokens: int, words: int, sizes: Sizes, device: torch.device, *
         whole: all tokens in one block.
     """
     if kind_of(device) == "cpu":
-        height = tokens if whole else _even(tokens, _ON_CPU[0])
+        height = _even(tokens, tokens if whole else _ON_CPU[0])
         least = 64 if whole else 1
-        return Blocks(height, _even(words, max(least, _ON_CPU[0] * _ON_CPU[1] // max(height, 1))))
+        return Blocks(height, _even(words, max(least, _ON_CPU[0] * _ON_CPU[1] // height)))
     heights = [tokens] if whole else [4096, 2048, 1024]
     wanted = [Blocks(height, width) for width in (8192, 4096, 2048, 1024) for height in heights]
     wanted = [Blocks(_even(tokens, height), _even(words, width)) for height, width in wanted]

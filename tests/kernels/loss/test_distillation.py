@@ -150,8 +150,9 @@ def test_reductions() -> None:
     assert case.call(labels=None, cross_entropy_weight=0.0).nll is None
 
 
-def test_nothing_counted() -> None:
-    case = make(3, ways="with_labels", dtype=F32, ignored=1.1, frozen=False)
+@pytest.mark.parametrize("dtype", (F32, BF16))
+def test_nothing_counted(dtype: torch.dtype) -> None:
+    case = make(3, ways="with_labels", dtype=dtype, ignored=1.1, frozen=False)
     loss = case.call().loss
     assert loss == 0.0
     wanted = [x for x in case.student.tensors.values() if x.requires_grad]

@@ -14,6 +14,7 @@ from tests.budget import assert_within_budget
 from .heads import hold, make_case
 
 both = pytest.mark.parametrize("trained", (False, True))
+wide_and_narrow = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +118,10 @@ def test_nan_stays_in_its_row(trained: bool, value: float, word: int) -> None:
 
 
 @both
-def test_nothing_counted(trained: bool) -> None:
-    hidden, weight, labels = torch.randn(5, 8, requires_grad=True), torch.randn(23, 8), torch.full((5,), -100)
+@wide_and_narrow
+def test_nothing_counted(trained: bool, dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(5, 8, dtype=dtype, requires_grad=True), torch.randn(23, 8, dtype=dtype)
+    labels = torch.full((5,), -100)
     head = head_of(weight, trained)
     wanted = [hidden, weight] if trained else [hidden]
     for loss, expected in (
@@ -132,9 +135,10 @@ def test_nothing_counted(trained: bool) -> None:
 
 
 @both
+@wide_and_narrow
 @pytest.mark.parametrize("lead", ((0,), (2, 0)))
-def test_no_tokens(trained: bool, lead: tuple[int, ...]) -> None:
-    hidden, weight = torch.randn(*lead, 8, requires_grad=True), torch.randn(23, 8)
+def test_no_tokens(trained: bool, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    hidden, weight = torch.randn(*lead, 8, dtype=dtype, requires_grad=True), torch.randn(23, 8, dtype=dtype)
     out = linear_cross_entropy(
         hidden, head_of(weight, trained), torch.zeros(lead, dtype=torch.int64), reduction="none", log_probs=True
     )
