@@ -85,7 +85,7 @@ def bind(model: nn.Module, serve: Serve) -> bool:
     if _is_known(theirs):
         model.forward = MethodType(_copy(theirs, serve), model)
         return True
-    return hasattr(theirs, "fastpeft_theirs")
+    return _is_ours(inspect.unwrap(theirs, stop=_is_ours))  # accelerate wraps it when a training begins
 
 
 def unbind(model: nn.Module) -> None:
@@ -94,6 +94,10 @@ def unbind(model: nn.Module) -> None:
     theirs = getattr(getattr(forward, "__func__", None), "fastpeft_theirs", None)
     if theirs is not None:
         model.forward = MethodType(theirs, model)
+
+
+def _is_ours(forward: Callable[..., Any]) -> bool:
+    return hasattr(forward, "fastpeft_theirs")
 
 
 def _is_known(forward: FunctionType) -> bool:

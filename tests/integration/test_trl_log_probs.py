@@ -161,6 +161,15 @@ def test_a_forward_that_is_wrapped_is_told() -> None:
     assert "by TRL's own function: its forward is another, or wrapped" in loss_row(model).note
 
 
+def test_a_forward_that_is_wrapped_later_is_served() -> None:
+    from accelerate import Accelerator
+
+    model = fastpeft.accelerate(with_trl(make_base("llama").train().requires_grad_()))
+    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    model(**batch(model), fused_lm_head=True)
+    assert fused(model) == 1 and loss_row(model).note == ""
+
+
 def test_no_label_that_counts() -> None:
     model = fastpeft.accelerate(with_trl(trained(make())))
     inputs = batch(model)
