@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .configs import Config, multiprocessors, tma_stages
 
 
@@ -131,6 +131,7 @@ def _store(
         _store(y_desc, two, bias_ptr, m, n + HALF, out_features, HAS_BIAS, ACCUMULATE, BLOCK_M, HALF, PARTS // 2)
 
 
+_launch = Launcher(lora_linear_tma_fwd_kernel)
 MOST_PAIRS = 3
 
 
@@ -162,7 +163,6 @@ def lora_linear_tma(
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     rank = 0 if s is None or b is None else s.shape[1]
-    width = config.block_n // config.parts
 
     def describe(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
         if tensor is None:
@@ -180,17 +180,17 @@ def lora_linear_tma(
     programs = cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n)
     if config.persistent:
         programs = min(programs, multiprocessors(out.device))
-    with torch.cuda.device_of(out):
-        lora_linear_tma_fwd_kernel[(programs,)](
-            *described, describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k),
-            describe(out, config.block_m, width), None if bias is None else bias.contiguous(),
-            tokens, out_features, *features, rank, config.group_m,
-            PAIRS=len(pairs), W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
-            HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PARTS=config.parts, PERSISTENT=config.persistent,
-            num_warps=config.num_warps, num_stages=tma_stages(config, out.dtype.itemsize),
-        )  # fmt: skip
+    described += describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k)
+    described.append(describe(out, config.block_m, config.block_n // config.parts))
+    _launch(
+        out.device, (programs,), (None if bias is None else bias.contiguous(),),
+        (tokens, out_features, *features, rank, config.group_m), described,
+        PAIRS=len(pairs), W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
+        HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        PARTS=config.parts, PERSISTENT=config.persistent,
+        num_warps=config.num_warps, num_stages=tma_stages(config, out.dtype.itemsize),
+    )  # fmt: skip
     return out
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.bounded import remember
+from ..tuning import choosing
 from ..tuning.choosing import choice
 from . import keys
 from .configs import Config, linear_config, linear_tiles
@@ -48,11 +51,32 @@ def large_product(
     return lora_linear(x, w, s, b, bias, more=more, out=out, accumulate=accumulate, config=tile)
 
 
+_tiles: dict[tuple[Any, ...], Config | None] = {}
+
+
 def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> Config | None:
     """Of our kernel, None for the library; one that cannot serve (descriptors for unaligned rows) is not chosen.
 
-    The first pair stands for all.
+    The first pair stands for all. Decided once for matrices of the same shapes and strides.
     """
+    if backend == "library" or choosing.gathers():
+        return _decide(pairs, out, update, backend)
+    places = out.data_ptr()
+    at = [choosing.state(), backend, out.device, len(pairs), out.dtype, out.shape, out.stride()]
+    for t in (*[t for pair in pairs for t in pair], *update):
+        places |= t.data_ptr()
+        at += t.dtype, t.shape, t.stride()
+    if places % 16:
+        return _decide(pairs, out, update, backend)
+    key = tuple(at)
+    if key in _tiles:
+        return _tiles[key]
+    return remember(_tiles, key, _decide(pairs, out, update, backend))
+
+
+def _decide(
+    pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str
+) -> Config | None:
     x, w = pairs[0]
     device, dtype, ours = x.device, x.dtype, backend == "triton"
     choosable = dtype.itemsize == 2 and backend != "library" and out.numel() > 0

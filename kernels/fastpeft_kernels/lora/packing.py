@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .parts import summed_bias
 from .projection import LoraAdapter, LoraProjection, Packed
 
@@ -70,6 +71,9 @@ def lora_pack_kernel(
         _pack_one(a3, b3, up3, scale3, down_ptr, in_features, rank3, features3, row3, stride3, factor3, BLOCK)
 
 
+_launch = Launcher(lora_pack_kernel)
+
+
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
     """`parts.pack`: the same values, in new tensors.
 
@@ -93,13 +97,12 @@ def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed:
         if up is not None:
             rooms += [up] if count == 1 else up.split([adapter.a.shape[0] for adapter in projection.adapters], dim=1)
     row = 0
-    with torch.cuda.device_of(down):
-        for start in range(0, len(adapters), _SLOTS):
-            row = _launch(down, adapters[start : start + _SLOTS], rooms[start : start + _SLOTS], row)
+    for start in range(0, len(adapters), _SLOTS):
+        row = _pack_slots(down, adapters[start : start + _SLOTS], rooms[start : start + _SLOTS], row)
     return Packed(down, ups, bias)
 
 
-def _launch(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], row: int) -> int:
+def _pack_slots(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], row: int) -> int:
     """Packs these adapters, up to `_SLOTS`, the first from this row of `down` on; returns the row after the last."""
     in_features, largest = down.shape[1], 0
     columns = []
@@ -113,10 +116,14 @@ def _launch(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], row:
     a, b, up, scale, factor, *sizes = zip(*columns, strict=True)
     if largest:
         ranks, out_features, rows, strides = sizes
-        lora_pack_kernel[(cdiv(largest, _BLOCK), len(adapters))](
-            *a, *b, *up, *scale, down, in_features, *ranks, *out_features, *rows, *strides, *factor,
-            COUNT=len(adapters), BLOCK=_BLOCK,
-        )  # fmt: skip
+        _launch(
+            down.device,
+            (cdiv(largest, _BLOCK), len(adapters)),
+            (*a, *b, *up, *scale, down),
+            (in_features, *ranks, *out_features, *rows, *strides, *factor),
+            COUNT=len(adapters),
+            BLOCK=_BLOCK,
+        )
     return row
 
 

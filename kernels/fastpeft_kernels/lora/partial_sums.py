@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .configs import token_splits
 from .forward import stack_strides
 from .mixed_rows import RowSlots
@@ -49,6 +50,9 @@ def lora_sum_kernel(
     tl.store(out_ptr + row * out_row_stride + column * out_column_stride, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch = Launcher(lora_sum_kernel)
+
+
 def lora_sum(partial: Tensor, out: Tensor, factor: float | Tensor = 1.0, starts: Tensor | None = None) -> Tensor:
     """`out[:] = factor * partial.sum(0)`, in the order of the first dimension.
 
@@ -61,18 +65,20 @@ def lora_sum(partial: Tensor, out: Tensor, factor: float | Tensor = 1.0, starts:
     Returns:
         `out`.
     """
-    splits, rows, columns = partial.shape
+    _, rows, columns = partial.shape
     if out.numel() == 0:
         return out
     if isinstance(factor, Tensor) and factor.device != partial.device:
         factor = float(factor)
     is_tensor = isinstance(factor, Tensor)
-    with torch.cuda.device_of(partial):
-        lora_sum_kernel[(cdiv(rows * columns, _SUM_BLOCK), 1 if starts is None else out.shape[0])](
-            partial, out, factor if is_tensor else None, starts,
-            splits, rows, columns, *partial.stride(), *stack_strides(out),
-            1.0 if is_tensor else float(factor), HAS_FACTOR_TENSOR=is_tensor, BLOCK=_SUM_BLOCK,
-        )  # fmt: skip
+    _launch(
+        partial.device,
+        (cdiv(rows * columns, _SUM_BLOCK), 1 if starts is None else out.shape[0]),
+        (partial, out, factor if isinstance(factor, Tensor) else None, starts),
+        (*partial.shape, *partial.stride(), *stack_strides(out), 1.0 if is_tensor else float(factor)),
+        HAS_FACTOR_TENSOR=is_tensor,
+        BLOCK=_SUM_BLOCK,
+    )
     return out
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..activation.triton_math import activate, gradient
 from ..common.device import device_capability
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
@@ -195,6 +196,9 @@ def gated_activation_adapters_bwd_kernel(
         tl.store(sums_ptrs + ds_rank, da_down, mask=in_columns & (r < down_rank)[:, None])
 
 
+_launch = Launcher(gated_activation_adapters_bwd_kernel)
+
+
 class UpAdapter(NamedTuple):
     """The second factor of an adapter, and what it multiplied in forward.
 
@@ -294,16 +298,17 @@ def gated_activation_backward_with_adapters(
     if up.numel() == 0:
         return _returned(ds.zero_(), sums, ranks)
     partial = up.new_empty((blocks, tokens, sum(ranks[:2])), dtype=torch.float32)
-    with torch.cuda.device_of(up):
-        gated_activation_adapters_bwd_kernel[(blocks, splits)](
-            dh, gate, up, dgate, dup, *factors, partial, sums,
+    _launch(
+        up.device, (blocks, splits), (dh, gate, up, dgate, dup, *factors, partial, sums),
+        (
             tokens, features, each, *ranks, dh.stride(0), up.stride(0), dup.stride(0),
-            *(0 if factor is None else factor.stride(0) for factor in factors),
-            KIND=activation, GATED=gate is not None,
-            WITH_GATE=ranks[0] > 0, WITH_UP=ranks[1] > 0, WITH_DOWN=ranks[2] > 0,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK, PARTS=config.parts,
-            num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
-        )  # fmt: skip
+            *[0 if factor is None else factor.stride(0) for factor in factors],
+        ),
+        KIND=activation, GATED=gate is not None,
+        WITH_GATE=ranks[0] > 0, WITH_UP=ranks[1] > 0, WITH_DOWN=ranks[2] > 0,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK, PARTS=config.parts,
+        num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
+    )  # fmt: skip
     count_writes(dgate, dup)
     return _returned(lora_sum(partial, ds), sums, ranks)
 

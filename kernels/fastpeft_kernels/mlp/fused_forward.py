@@ -25,6 +25,7 @@ from torch import Tensor
 from ..activation.triton_math import activate
 from ..common.device import device_capability
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
@@ -102,6 +103,9 @@ def gated_activation_down_fwd_kernel(
     tl.store(s_ptrs, acc, mask=in_rank[:, None] & in_rows[None, :])
 
 
+_launch = Launcher(gated_activation_down_fwd_kernel)
+
+
 def gated_activation_with_down(
     gate: Tensor | None, up: Tensor, activation: str, h: Tensor, a: Tensor, *, config: Config | None = None
 ) -> Tensor:
@@ -138,12 +142,12 @@ def gated_activation_with_down(
     blocks = cdiv(tokens, config.block_m)
     splits, each = config.splits(features, config.block_n, blocks, up.device)
     partial = up.new_empty((splits, tokens, rank), dtype=torch.float32)
-    with torch.cuda.device_of(up):
-        gated_activation_down_fwd_kernel[(blocks, splits)](
-            gate, up, h, a, partial, tokens, features, each, rank, up.stride(0), h.stride(0), a.stride(0),
-            KIND=activation, GATED=gate is not None,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK,
-            num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
-        )  # fmt: skip
+    _launch(
+        up.device, (blocks, splits), (gate, up, h, a, partial),
+        (tokens, features, each, rank, up.stride(0), h.stride(0), a.stride(0)),
+        KIND=activation, GATED=gate is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK,
+        num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,
+    )  # fmt: skip
     count_writes(h)
     return lora_sum(partial, s)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import launching_on
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .form import Form
 from .library import Gradients, Kept
 from .tiles import PARTIAL_SUMS, check_launch, tile
@@ -86,6 +86,9 @@ def norm_bwd_kernel(
         tl.store(dbias_ptr + place, dbias, mask=used)
 
 
+_launch = Launcher(norm_bwd_kernel)
+
+
 def norm_backward_triton(
     dy: Tensor,
     x: Tensor,
@@ -109,25 +112,15 @@ def norm_backward_triton(
     dweight, dbias = (
         torch.empty((programs, columns), dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
     )
-    with launching_on(x.device):
-        norm_bwd_kernel[(programs,)](
-            dy,
-            x,
-            weight,
-            kept.mean,
-            kept.rstd,
-            dx,
-            dweight,
-            dbias,
-            rows,
-            columns,
-            dy.stride(0),
-            x.stride(0),
-            steps,
-            OFFSET=form.offset,
-            CENTRED=form.centred,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=num_warps,
-        )
+    _launch(
+        x.device,
+        (programs,),
+        (dy, x, weight, kept.mean, kept.rstd, dx, dweight, dbias),
+        (rows, columns, dy.stride(0), x.stride(0), steps),
+        OFFSET=form.offset,
+        CENTRED=form.centred,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=num_warps,
+    )
     return Gradients(dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias)))

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import launching_on
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .form import Form
 from .library import Kept
 from .tiles import check_launch, tile, triton_type
@@ -67,6 +67,9 @@ def norm_fwd_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+_launch = Launcher(norm_fwd_kernel)
+
+
 def norm_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, shape: Sequence[int] | None = None
 ) -> tuple[Tensor, Kept]:
@@ -81,23 +84,16 @@ def norm_triton(
     y = torch.empty(shape or (rows, columns), dtype=form.out, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None
-    with launching_on(x.device):
-        norm_fwd_kernel[(cdiv(rows, block_rows),)](
-            x,
-            weight,
-            bias,
-            y,
-            mean,
-            rstd,
-            rows,
-            columns,
-            x.stride(0),
-            form.eps,
-            OFFSET=form.offset,
-            CENTRED=form.centred,
-            MIDDLE=triton_type(form.middle),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=num_warps,
-        )
+    _launch(
+        x.device,
+        (cdiv(rows, block_rows),),
+        (x, weight, bias, y, mean, rstd),
+        (rows, columns, x.stride(0), float(form.eps)),
+        OFFSET=form.offset,
+        CENTRED=form.centred,
+        MIDDLE=triton_type(form.middle),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=num_warps,
+    )
     return y, Kept(rstd, mean)

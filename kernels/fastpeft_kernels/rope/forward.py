@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import launching_on
 from ..common.integers import cdiv, next_power_of_2
+from ..common.launching import Launcher
 from .rotation import Rotation
 
 HEADS = 16
@@ -145,6 +145,9 @@ def _turn(
         tl.store(out_rows + column, tl.load(rows + column, mask=inside, other=0.0).to(kind), mask=inside)
 
 
+_launch = Launcher(rotary_kernel)
+
+
 def rotary_triton(
     q: Tensor | None,
     k: Tensor | None,
@@ -173,28 +176,21 @@ def rotary_triton(
     grid = (batch * tokens, cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS))
     strides = [s for x in (q, k, *outs) for s in ((0, 0, 0) if x is None else x.stride()[:3])]
     tables = [s for table in (cos, sin) for s in (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))]
-    with launching_on(given.device):
-        rotary_kernel[grid](
-            q,
-            k,
-            cos,
-            sin,
-            *outs,
-            tokens,
-            q_heads,
-            k_heads,
-            *strides,
-            *tables,
-            DIM=dim,
-            TURNED=turned,
-            INTERLEAVED=rotation.layout == "interleaved",
-            PAIRS=rotation.angles == "pairs",
-            TRANSPOSED=transposed,
-            BLOCK_HEADS=HEADS,
-            BLOCK_PAIRS=max(1, next_power_of_2(turned // 2)),
-            BLOCK_REST=rest,
-            num_warps=4,
-        )
+    _launch(
+        given.device,
+        grid,
+        (q, k, cos, sin, *outs),
+        (tokens, q_heads, k_heads, *strides, *tables),
+        DIM=dim,
+        TURNED=turned,
+        INTERLEAVED=rotation.layout == "interleaved",
+        PAIRS=rotation.angles == "pairs",
+        TRANSPOSED=transposed,
+        BLOCK_HEADS=HEADS,
+        BLOCK_PAIRS=max(1, next_power_of_2(turned // 2)),
+        BLOCK_REST=rest,
+        num_warps=4,
+    )
 
 
 def _check_launch(x: Tensor, rows: int) -> None:

@@ -1,0 +1,17 @@
+"""Dictionaries of what was found out before, which do not grow without end where every call brings new sizes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+MOST = 1024
+
+
+def remember(known: dict[Key, Value], key: Key, value: Value) -> Value:
+    """The value, which `known` has from now on; of a full one the oldest goes. Any thread may add to it meanwhile."""
+    for oldest in list(known)[: max(0, len(known) + 1 - MOST)]:
+        known.pop(oldest, None)
+    known[key] = value
+    return value
