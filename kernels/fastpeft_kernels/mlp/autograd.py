@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..common.node import Node
 from ..lora.autograd import in_use, split_flags, tensors_read_again
 from ..lora.projection import Dtypes, have_one_a
 from . import library, tiled
@@ -23,7 +24,7 @@ from .structure import Mlp
 from .tiled import Tiles
 
 
-class LoraMlpUpToDown(torch.autograd.Function):
+class LoraMlpUpToDown(Node):
     """Keeps x, S of each projection and, if `keep`, gate and up; else those are computed again, but never down.
 
     Its output stands for the result: its gradient is the result's. It has the shape and one number of storage.
@@ -76,7 +77,7 @@ def graph_is_kept(device: torch.device) -> bool:
     return asked is None or bool(asked())
 
 
-class LoraMlpTiled(torch.autograd.Function):
+class LoraMlpTiled(Node):
     """Keeps x; what stands for the result, as there, and nothing computed: that is all of a recomputation."""
 
     @staticmethod
@@ -107,7 +108,7 @@ class LoraMlpTiled(torch.autograd.Function):
         return None, None, None, None, None if dx is None else dx.view(shape), *flat
 
 
-class LoraMlpDown(torch.autograd.Function):
+class LoraMlpDown(Node):
     """The result, in place of what stood for it."""
 
     @staticmethod

@@ -132,7 +132,7 @@ def _run_checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Fo
 def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> str:
     """By arithmetic: PyTorch's own LayerNorm everywhere, its RMSNorm for few elements on a GPU; else ours."""
     one_kernel = _aten_serves(x, weight, bias, form) and (form.centred or x.is_cuda)
-    if not x.is_cuda and x.dtype.itemsize == 2 and any(t is not None and t.requires_grad for t in (weight, bias)):
+    if not x.is_cuda and x.dtype.itemsize == 2 and any([t is not None and t.requires_grad for t in (weight, bias)]):
         one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
         return "aten"
@@ -145,7 +145,7 @@ def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Fo
     """Whether one operation of PyTorch computes it, on CUDA in one kernel."""
     if form.offset or x.shape[-1] == 0:
         return False
-    return form.out == x.dtype and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    return form.out == x.dtype and all([t is None or t.dtype == x.dtype for t in (weight, bias)])
 
 
 def _aten(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> Tensor:

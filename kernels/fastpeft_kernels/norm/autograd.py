@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.node import Node
 from ..common.reshaping import reshaped
 from ..common.shapes import imitated
 from .form import Form
@@ -16,7 +17,7 @@ from .library import Gradients, Kept, norm_backward_library, norm_library
 from .shapes import gradient_shapes, norm_shapes
 
 
-class Norm(torch.autograd.Function):
+class Norm(Node):
     """y. Nothing of x's size is kept but x itself."""
 
     @staticmethod
@@ -51,7 +52,7 @@ def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, bac
     Args:
         backend: "torch", for which autocast must be off, or "triton".
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, weight, bias)]):
         return Norm.apply(x, weight, bias, form, backend)  # type: ignore[no-any-return]
     return compute(x, weight, bias, form, backend)[0]
 
@@ -94,6 +95,8 @@ def matrix(x: Tensor) -> Tensor:
 
     An expanded gradient, as of `y.sum()`, is copied.
     """
+    if x.is_contiguous() and x.dim() == 3:  # most often, and sooner
+        return x.view(x.shape[0] * x.shape[1], x.shape[2])
     rows = _flat(x)
     dense = rows.shape[1] <= 1 or rows.stride(1) == 1
     return rows if dense and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]) else rows.contiguous()

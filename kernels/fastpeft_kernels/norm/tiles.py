@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+@lru_cache
 def tile(features: int, elements: int = 2048) -> Tile:
     """A whole row, and of short rows as many as make up `elements`: 16 elements a thread, 32 of the longest rows."""
     block = next_power_of_2(max(features, 1))

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..common.node import Node
 from .rotation import Rotation
 
 
-class Rotary(torch.autograd.Function):
+class Rotary(Node):
     """(q, k) turned. Nothing of their size is kept."""
 
     @staticmethod
