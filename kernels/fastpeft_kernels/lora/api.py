@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -123,16 +124,20 @@ def run_group(
     backend: str = "auto",
     adapter_index: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear_group` for callers that have checked their arguments.
+    """`lora_linear_group` for callers that have checked their arguments."""
+    return run(x, Group(projections, dtypes, seeds, backend, adapter_index))
+
+
+def run(x: Tensor, group: Group) -> tuple[Tensor, ...]:
+    """`run_group` of a group, which keeps what was found out of it for the next time.
 
     torch.compile and dispatch modes see one op forward and one backward.
     """
     with autocast_off(x.device):
         if as_op():
-            return custom_op.apply(x, Group(projections, dtypes, seeds, backend, adapter_index))
-        if backend != "triton":
-            dtypes = dtypes.for_input(x)
-        return autograd.apply(x, Group(projections, dtypes, seeds, backend, adapter_index))
+            return custom_op.apply(x, group)
+        dtypes = group.dtypes if group.backend == "triton" else group.dtypes.for_input(x)
+        return autograd.apply(x, group if dtypes == group.dtypes else replace(group, dtypes=dtypes))
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
+from ..common.node import Node
 from ..weights.base import Weighted
 from . import direct, dora, library
 from .projection import Group, LoraProjection, have_one_a, trains_a, trains_b
 
 
-class LoraGroup(torch.autograd.Function):
+class LoraGroup(Node):
     """Keeps x (once, in the dtype of the products) and S = x A^T; no decoded weight, no packed or cast adapter.
 
     Where a magnitude is trained, its projection's result before the gain too: see `dora`.
@@ -76,8 +77,8 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off."""
     if group.adapter_index is None and group.backend != "triton" and have_one_a(group.projections, group.seeds):
         group = replace(group, one_a=True)
-    if direct.serves(x, group):
-        return direct.apply(x, group)
+    if served := direct.serves(x, group):
+        return direct.apply(x, group, served)
     tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return LoraGroup.apply(group, x, *tensors)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Groups whose products are small, where the host's time decides: by C++ that calls torch's operations.
+"""Groups whose products are the library's, where the host's time often decides: by C++ that calls torch's operations.
 
 The same operations in the same order as `library.py` (native/group.cpp), and so the same bits; it takes over as soon as
 it is compiled.
@@ -14,44 +14,55 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..common.bounded import remember
 from ..common.shapes import kind_of
 from ..native.extension import group_extension
 from ..native.skinny import SMALLEST
 from ..tuning import choosing
 from ..weights import DenseWeight, FrozenWeight
 from . import mixed_native, mixed_packing, parts
+from .frozen_products import large_input_gradient
 from .keys import kernels_serve
 from .linear import measured, sums_products
 from .mixed_products import MixedProducts
-from .projection import Group, LoraProjection
+from .projection import Group, LoraProjection, Packed
 from .rank_products import chosen
 
-_decided: dict[tuple[Any, ...], bool] = {}
-_MOST_DECIDED = 256
+ALL, BUT_DX = "all", "all but dX"
+_decided: dict[tuple[Any, ...], str | None] = {}
 
 
-def serves(x: Tensor, group: Group) -> bool:
-    """Whether `apply` computes what the library would, and is there.
+def serves(x: Tensor, group: Group) -> str | None:
+    """What `apply` computes as the library would, ALL or BUT_DX, if it is there; else None.
 
     torch's compiled autograd takes no C++ node that holds what ours does.
     """
-    return fits(x, group) and not _backward_is_compiled() and group_extension() is not None
+    found = fits(x, group)
+    return None if found is None or _backward_is_compiled() or group_extension() is None else found
 
 
-def fits(x: Tensor, group: Group) -> bool:
+def fits(x: Tensor, group: Group) -> str | None:
     """The same, whether or not it is compiled yet."""
     if group.one_a or group.backend == "triton" or choosing.gathers():
-        return False
+        return None
+    at = (choosing.state(), x.numel(), x.shape[-1])
+    if at in group.served:
+        return group.served[at]
+    return remember(group.served, at, _fits(x, group))
+
+
+def _fits(x: Tensor, group: Group) -> str | None:
     most = 1 if group.adapter_index is None else math.inf
     if any([seed is not None for seed in group.seeds]) or not all([_is_plain(p, most) for p in group.projections]):
-        return False
+        return None
     return _small(x, group)
 
 
-def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
-    """`autograd.apply` of a group that is served."""
+def apply(x: Tensor, group: Group, served: str = ALL) -> tuple[Tensor, ...]:
+    """`autograd.apply` of a group that is served; with BUT_DX its dX is made by `large_input_gradient`."""
     extension, projections, dtypes = group_extension(), group.projections, group.dtypes
     assert extension is not None
     weights = [projection.weight for projection in projections]
@@ -78,9 +89,29 @@ def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
         dtypes.lora,
         dtypes.out,
         partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
+        None if served == ALL else partial(_input_gradient, group),
         *mixed,
     )
     return tuple(found)
+
+
+def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed | None:
+    """`parts.pack`, where each projection has one adapter at most, of what every adapter has, and C++ is there."""
+    adapters = [adapter for p in projections for adapter in p.adapters]
+    if not adapters or any([a.bias is not None or isinstance(a.scaling, Tensor) for a in adapters]):
+        return None
+    extension = group_extension() if all([len(p.adapters) < 2 for p in projections]) else None
+    if extension is None:
+        return None
+    down, ups = extension.pack([a.a for a in adapters], [a.b for a in adapters], [a.scaling for a in adapters], dtype)
+    each = iter(ups)
+    return Packed(down, [next(each) if p.adapters else None for p in projections], [None] * len(projections))
+
+
+def _input_gradient(
+    group: Group, dys: Sequence[Tensor | None], ds: Tensor | None, a: Tensor | None, dx_dtype: torch.dtype
+) -> Tensor | None:
+    return large_input_gradient(dys, ds, group, Packed(a, [], []), dx_dtype)
 
 
 def _backward_is_compiled() -> bool:
@@ -111,26 +142,21 @@ def _has_values_only(kind: type[FrozenWeight]) -> bool:
     return all(getattr(kind, name) is getattr(FrozenWeight, name) for name in names)
 
 
-def _small(x: Tensor, group: Group) -> bool:
-    """Whether the library alone would compute the group: by default for matrices of few elements, and if chosen so."""
+def _small(x: Tensor, group: Group) -> str | None:
+    """What the library alone would compute: by default for matrices of few elements, and if chosen so."""
     rows = x.numel() // max(x.shape[-1], 1)
     sizes = tuple([p.weight.shape for p in group.projections])
     batch = None if group.adapter_index is None else len(group.adapter_index)
     at = (choosing.state(), x.device, rows, batch, sizes, group.widths(), group.dtypes, group.backend)
-    found = _decided.get(at)
-    if found is None:
-        for oldest in list(_decided)[: max(0, len(_decided) + 1 - _MOST_DECIDED)]:
-            _decided.pop(oldest, None)
-        found = _decided[at] = _decide(x, rows, group)
-    return found
+    return _decided[at] if at in _decided else remember(_decided, at, _decide(x, rows, group))
 
 
-def _decide(x: Tensor, tokens: int, group: Group) -> bool:
+def _decide(x: Tensor, tokens: int, group: Group) -> str | None:
     device, dtypes, in_features = x.device, group.dtypes, x.shape[-1]
     shapes, mixed = [projection.weight.shape for projection in group.projections], group.adapter_index is not None
     if device.type != "cuda":
         widest = max(in_features, *[shape[0] for shape in shapes])
-        return kind_of(device) == "cpu" and (mixed or tokens * widest < SMALLEST)
+        return ALL if kind_of(device) == "cpu" and (mixed or tokens * widest < SMALLEST) else None
     narrow = [(in_features, sum(group.widths())), *[(n, r) for (n, _), r in zip(shapes, group.widths(), strict=True)]]
     if mixed:
         products = MixedProducts(group, tokens)
@@ -138,13 +164,14 @@ def _decide(x: Tensor, tokens: int, group: Group) -> bool:
     else:
         ours = [r > 0 and chosen(tokens, features, r, dtypes.lora, device, False) == "triton" for features, r in narrow]
     if any(ours):
-        return False
+        return None
     if dtypes.compute.itemsize != 2 or not kernels_serve(device) or group.large_backend == "library":
-        return True
-    if sums_products(tokens, shapes, dtypes.compute, device, group.large_backend):
-        return False
-    return not any(
-        measured(tokens, w, w[1], dtypes.compute, device, transposed) != "torch"
-        for out_features, _ in shapes
-        for w, transposed in (((out_features, in_features), False), ((in_features, out_features), True))
-    )
+        return ALL
+
+    def is_ours(w: tuple[int, int], transposed: bool) -> bool:
+        return measured(tokens, w, w[1], dtypes.compute, device, transposed) != "torch"
+
+    if any([is_ours((out_features, in_features), False) for out_features, _ in shapes]):
+        return None
+    summed = sums_products(tokens, shapes, dtypes.compute, device, group.large_backend)
+    return BUT_DX if summed or any([is_ours((in_features, n), True) for n, _ in shapes]) else ALL

@@ -57,7 +57,8 @@ def by_cpp(
     adapter_index: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Whether or not it would be chosen for this size."""
-    return direct.apply(x, Group(projections, dtypes, seeds, adapter_index=adapter_index))
+    group = Group(projections, dtypes, seeds, adapter_index=adapter_index)
+    return direct.apply(x, group, direct.fits(x, group) or direct.ALL)
 
 
 def _siblings(features: int, dtypes: Dtypes, base: str, mixed: bool = False) -> list[LoraProjection]:
@@ -78,7 +79,7 @@ def _check_group(dtypes: Dtypes, base: str, mixed: bool) -> dict[str, Any]:
         x = rand(*lead, features, dtype=dtypes.compute).requires_grad_()
         projections, index = _siblings(features, dtypes, base, mixed), mixed_rows(lead[0]) if mixed else None
         seeds, group = [None] * 3, Group(projections, dtypes, [None] * 3, adapter_index=index)
-        chosen += direct.fits(x, group)
+        chosen += direct.fits(x, group) is not None
         dys = [rand(*lead, projection.weight.shape[0], dtype=dtypes.out) for projection in projections]
         run = partial(by_cpp, adapter_index=index)
         ours, again = (derive(run, x, projections, dtypes, seeds, dys) for _ in range(2))

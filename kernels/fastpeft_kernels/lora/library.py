@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.device import triton_serves
 from ..common.random import TRITON_DTYPES
-from . import dora, mixed, mixed_packing, parts
+from . import direct, dora, mixed, mixed_packing, parts
 from .frozen_products import large_input_gradient, project
 from .parts import (
     bias_gradients,
@@ -52,6 +52,8 @@ def pack(group: Group) -> Packed:
     if group.one_a:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
+        if (found := direct.pack(group.projections, dtype)) is not None:
+            return found
         lone = sum([len(p.adapters) for p in group.projections]) == 1
         if lone or not triton_serves(group.projections[0].weight.device):
             return parts.pack(group.projections, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,8 @@ class Dtypes:
 
     def on(self, device: torch.device) -> Dtypes:
         """The same results from products in the dtypes that `device` is fast in; see `product_dtype`."""
+        if device.type != "cpu":
+            return self
         return Dtypes(product_dtype(self.compute, device), product_dtype(self.lora, device), self.out)
 
 
@@ -130,6 +132,7 @@ class Group:
         adapter_index: of a mixed batch, the `index` of each row's own adapter, the tokens being those of so many rows,
             one after the other; a number that no adapter has means none. Where it is None, every adapter serves every
             token.
+        served: what `direct.serves` found out of it.
         one_a: all adapters' a are the same frozen matrix (`have_one_a`), which is multiplied once: S is (tokens, rank).
     """
 
@@ -139,6 +142,7 @@ class Group:
     backend: str = "auto"
     adapter_index: tuple[int, ...] | None = None
     one_a: bool = False
+    served: dict[Any, str | None] = field(default_factory=dict, init=False, repr=False)
     _widths: Sequence[int] = field(init=False, repr=False)
     _numbers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
@@ -154,7 +158,7 @@ class Group:
     @property
     def drops(self) -> bool:
         """Whether any adapter's input loses elements."""
-        return any(seed is not None for seed in self.seeds)
+        return any([seed is not None for seed in self.seeds])
 
     @property
     def large_backend(self) -> str:

@@ -28,7 +28,10 @@ def serves(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) 
     if x.device.type != "cuda" or 2 * tokens * x.shape[-1] * mlp.features >= FEW_OPERATIONS:
         return False
     inner, down = mlp.groups(dtypes, seeds)
-    return direct.fits(x, inner) and direct.fits(x.new_empty(()).expand(tokens, mlp.features), down)
+    return all(
+        direct.fits(like, group) == direct.ALL
+        for like, group in ((x, inner), (x.new_empty(()).expand(tokens, mlp.features), down))
+    )
 
 
 def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> Tensor:

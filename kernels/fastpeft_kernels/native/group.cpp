@@ -87,10 +87,7 @@ struct LoraGroup : public torch::autograd::Function<LoraGroup> {
     static variable_list backward(AutogradContext* ctx, const variable_list& given) {
         const auto group = c10::static_intrusive_pointer_cast<Group>(ctx->saved_data["group"].toCapsule());
         const auto saved = ctx->get_saved_variables();
-        {
-            py::gil_scoped_acquire gil;
-            group->check();
-        }
+        group->check.call<void>();
         const auto as = every_other(saved, 2), bs = every_other(saved, 3);
         const bool differentiable = at::GradMode::is_enabled();
         variable_list results;
@@ -116,7 +113,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
                           const std::vector<py::object>& decoders, const std::vector<std::optional<Tensor>>& biases,
                           const std::vector<int64_t>& out_features, const std::vector<int64_t>& counts,
                           const Tensors& as, const Tensors& bs, const std::vector<double>& scalings, ScalarType compute,
-                          ScalarType lora, ScalarType out, py::object check, std::shared_ptr<Rows> rows,
+                          ScalarType lora, ScalarType out, py::object check, py::object dx, std::shared_ptr<Rows> rows,
                           std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
     let_go().drop();
     auto group = c10::make_intrusive<Group>();
@@ -124,6 +121,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
     group->lora = lora;
     group->out = out;
     group->check = Held(std::move(check));
+    group->dx = Held(std::move(dx));
     group->needs_x = x.requires_grad();
     if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
     Tensors adapters;
@@ -144,6 +142,14 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
     }
     py::gil_scoped_release release;
     return LoraGroup::apply(x, at::TensorList(adapters), group);
+}
+
+// The adapters of a group as the products take them: all of a under each other, and each factor times its b.
+std::pair<Tensor, Tensors> packed(const Tensors& as, const Tensors& bs, const std::vector<double>& factors,
+                                  ScalarType dtype) {
+    Tensors ups;
+    for (size_t i = 0; i < bs.size(); ++i) ups.push_back(scaled(bs[i], factors[i], dtype));
+    return {joined(as, dtype), std::move(ups)};
 }
 
 std::vector<Given> or_none(const Tensors& tensors) {
@@ -187,5 +193,6 @@ void bind_mixed(py::module_& module) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     module.def("apply", &apply);
+    module.def("pack", &packed, py::call_guard<py::gil_scoped_release, Plain>());
     bind_mixed(module);
 }

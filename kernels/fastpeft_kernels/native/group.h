@@ -2,12 +2,11 @@
 //
 // For the plain case: one adapter a projection or none, or a mixed batch; no dropout, no magnitude.
 #pragma once
+#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
-#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
@@ -30,8 +29,7 @@ struct Projection {
 
     Tensor values(ScalarType dtype) const {
         if (weight.defined()) return weight.to(dtype);
-        py::gil_scoped_acquire gil;
-        return decode().cast<Tensor>();
+        return decode.call<Tensor>();
     }
 };
 
@@ -41,6 +39,7 @@ struct Group : torch::CustomClassHolder {
     std::optional<Mixed> mixed;
     int64_t rank = 0;
     Held check{py::none()};  // raises where a frozen weight was changed since forward
+    Held dx{py::none()};  // gives the gradient of x where our kernels make it
     Flags trains_a, trains_b;  // of each adapter
     bool needs_x = false;
 
@@ -55,25 +54,35 @@ struct Plain {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+// Matrices under each other, in `dtype`; undefined where there are none.
+Tensor joined(const Tensors& matrices, ScalarType dtype) {
+    if (matrices.empty()) return {};
+    if (matrices.size() == 1) return matrices[0].to(dtype);
+    int64_t rows = 0;
+    for (const auto& matrix : matrices) rows += matrix.size(0);
+    const Tensor all = at::empty({rows, matrices[0].size(1)}, matrices[0].options().dtype(dtype));
+    rows = 0;
+    for (const auto& matrix : matrices) {
+        const auto first = std::exchange(rows, rows + matrix.size(0));
+        all.narrow(0, first, matrix.size(0)).copy_(matrix);
+    }
+    return all;
+}
+
+// factor t, rounded to its own dtype and then to `dtype`, in one pass.
+Tensor scaled(const Tensor& t, double factor, ScalarType dtype) {
+    if (factor == 1.0) return t.to(dtype);
+    Tensor product = at::empty(t.sizes(), t.options().dtype(dtype));
+    return at::mul_out(product, t, at::native::wrapped_scalar_tensor(factor));
+}
+
 Packed pack(const Group& group, const Tensors& as, const Tensors& bs) {
     if (group.mixed) return group.mixed->owned->pack(as, bs, group.mixed->scalings, group.lora);
     Packed packed;
-    if (as.empty()) {
-        packed.b.resize(group.projections.size());
-        return packed;
-    }
-    packed.a = (as.size() == 1 ? as[0] : at::cat(as)).to(group.lora);
-    std::vector<at::Scalar> factors;
-    bool scaled = false;
-    for (const auto& projection : group.projections) {
-        if (projection.rank == 0) continue;
-        factors.emplace_back(projection.scaling);
-        scaled = scaled || projection.scaling != 1.0;
-    }
-    const Tensors ups = scaled ? at::_foreach_mul(bs, factors) : bs;
+    packed.a = joined(as, group.lora);
     size_t next = 0;
     for (const auto& projection : group.projections) {
-        packed.b.push_back(projection.rank == 0 ? Tensor() : ups[next++].to(group.lora));
+        packed.b.push_back(projection.rank == 0 ? Tensor() : scaled(bs[next++], projection.scaling, group.lora));
     }
     return packed;
 }
@@ -243,7 +252,8 @@ Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarTy
         up_gradients(i, at, dys[i].to(group.lora), own, ds.narrow(1, first, projection.rank), packed, bs, group, results);
     }
     if (group.needs_x) {
-        const Tensor dx = input_gradient(dys, ds, group, packed, x_dtype);
+        const Tensor dx = group.dx.none() ? input_gradient(dys, ds, group, packed, x_dtype)
+                                          : group.dx.call<Tensor>(dys, ds, packed.a, x_dtype);
         if (dx.defined()) results[0] = dx.view(shape).to(x_dtype);
     }
     if (ds.defined() && group.keeps_x()) {

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -57,7 +58,12 @@ public:
               }
           }) {}
 
-    py::object operator()() const { return py::handle(object_.get())(); }
+    template <typename Result, typename... Args>
+    Result call(Args&&... args) const {
+        py::gil_scoped_acquire gil;
+        const py::object found = py::handle(object_.get())(std::forward<Args>(args)...);
+        if constexpr (!std::is_void_v<Result>) return found.template cast<Result>();
+    }
     bool none() const { return object_.get() == Py_None; }
 
 private:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.validation import check_floating
 from ..tuning.keys import dtype_name
-from .base import FrozenWeight, Rows
+from .base import FrozenWeight, Rows, Stamp
 
 
 class DenseWeight(FrozenWeight):
@@ -58,6 +58,10 @@ class DenseWeight(FrozenWeight):
 
     def is_ready(self, dtype: torch.dtype) -> bool:
         return self.weight.dtype == dtype
+
+    def stamp(self) -> Stamp:
+        t = self.weight  # of one tensor, for the host's time
+        return ((t.untyped_storage()._cdata, t.storage_offset(), 0 if t.is_inference() else t._version),)
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return (self.weight,), {}

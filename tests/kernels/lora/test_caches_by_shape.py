@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastpeft_kernels.common import bounded
 from fastpeft_kernels.lora import direct, mixed_rows
 
 CPU = torch.device("cpu")
@@ -16,17 +17,17 @@ CPU = torch.device("cpu")
 def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(direct, "_decided", {})
-    monkeypatch.setattr(direct, "_decide", lambda x, rows, group: rows % 2 == 0)
+    monkeypatch.setattr(direct, "_decide", lambda x, rows, group: direct.ALL if rows % 2 == 0 else None)
     projection = SimpleNamespace(weight=SimpleNamespace(shape=(4, 4)))
     group: Any = SimpleNamespace(
         projections=[projection], widths=lambda: (2,), dtypes=None, backend="auto", adapter_index=None
     )
-    most = direct._MOST_DECIDED
-    for rows in range(1, 2 * most + 1):
-        assert direct._small(torch.empty(rows, 4), group) == (rows % 2 == 0)
+    most = bounded.MOST
+    for rows in range(1, most + 100):
+        assert direct._small(torch.empty(rows, 4), group) == (direct.ALL if rows % 2 == 0 else None)
         assert len(direct._decided) == min(rows, most)
     kept = [key[2] for key in direct._decided]
-    assert kept == list(range(most + 1, 2 * most + 1))
+    assert kept == list(range(100, most + 100))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft_kernels.lora import Dtypes, LoraProjection, autograd, direct
+from fastpeft_kernels.lora import Dtypes, LoraProjection, autograd, direct, parts
 from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.native.extension import group_extension
 from fastpeft_kernels.quant import encode_4bit
@@ -175,6 +176,51 @@ def test_under_checkpointing(reentrant: bool) -> None:
     assert torch.equal(x.grad, expected[1])
 
 
+@pytest.mark.parametrize(("parameters", "wanted"), list(product((F32, BF16, F16), repeat=2)), ids=str)
+def test_packed_adapters(parameters: torch.dtype, wanted: torch.dtype) -> None:
+    """The bits of `parts.pack`: rounded to the parameters' dtype, then to the products'."""
+    projections = [projection(16, 8, 4, scaling=0.37), projection(16, 12), projection(16, 5, 3, scaling=2.0)]
+    cast = [
+        replace(p, adapters=tuple([replace(a, a=a.a.to(parameters), b=a.b.to(parameters)) for a in p.adapters]))
+        for p in projections
+    ]
+    for some in (cast, cast[:1], [replace(cast[0], adapters=(replace(cast[0].adapters[0], scaling=1.0),))]):
+        ours, theirs = direct.pack(some, wanted), parts.pack(some, wanted)
+        assert ours is not None and ours.a is not None and theirs.a is not None
+        assert ours.a.dtype == wanted and torch.equal(ours.a, theirs.a)
+        for b, other in zip(ours.b, theirs.b, strict=True):
+            assert (b is None) == (other is None)
+            assert b is None or other is None or (b.dtype == wanted and torch.equal(b, other))
+
+
+def test_packed_where_there_is_more() -> None:
+    assert direct.pack([projection(16, 8, 4, 4)], F32) is None
+    assert direct.pack([projection(16, 8, 4, with_bias=True)], F32) is None
+    assert direct.pack([projection(16, 8)], F32) is None
+    scaled = projection(16, 8, 4)
+    scaling = torch.tensor(2.0)
+    assert direct.pack([replace(scaled, adapters=(replace(scaled.adapters[0], scaling=scaling),))], F32) is None
+
+
+@pytest.mark.parametrize("dtypes", [Dtypes(F32, F32, F32), Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16)])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_gradient_of_x_by_python(dtypes: Dtypes, needs_x: bool) -> None:
+    """The same bits where only that product is not C++'s; also without one output's gradient, and again."""
+    x = torch.randn(2, 5, 16, dtype=dtypes.out, requires_grad=needs_x)
+    group = Group([projection(16, 8, 4), projection(16, 12, 4), projection(16, 4)], dtypes, [None] * 3)
+    adapters = [t for p in group.projections for t in p.tensors() if t is not None and t.requires_grad]
+    wanted = [x, *adapters] if needs_x else adapters
+
+    def derived(served: str) -> list[torch.Tensor | None]:
+        y, z, _ = direct.apply(x, group, served)
+        both = torch.autograd.grad([y, z], wanted, [torch.ones_like(y), z.detach()], retain_graph=True)
+        return [y, z, *both, *torch.autograd.grad(z, wanted, z.detach(), allow_unused=True)]
+
+    for ours, theirs in zip(derived(direct.BUT_DX), derived(direct.ALL), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or theirs is None or torch.equal(ours, theirs)
+
+
 def test_compiled_autograd_gets_python() -> None:
     import torch._dynamo.compiled_autograd as compiled
 
@@ -201,10 +247,11 @@ def test_what_it_leaves_to_python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "backend", "by_cpp"), [(None, "auto", False), ((0, 1), "auto", True), ((0, 1), "triton", False)]
+    ("index", "backend", "served"),
+    [(None, "auto", direct.BUT_DX), ((0, 1), "auto", direct.ALL), ((0, 1), "triton", direct.BUT_DX)],
 )
 def test_mixed_batches_leave_large_products_to_the_library(
-    index: tuple[int, ...] | None, backend: str, by_cpp: bool, monkeypatch: pytest.MonkeyPatch
+    index: tuple[int, ...] | None, backend: str, served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU whose sums of several dX our kernels would make."""
     monkeypatch.setattr(direct, "kernels_serve", lambda device: True)
@@ -213,6 +260,6 @@ def test_mixed_batches_leave_large_products_to_the_library(
     monkeypatch.setattr(direct, "measured", lambda *_, **__: "torch")
     monkeypatch.setattr(direct, "sums_products", lambda *given: given[-1] != "library")
     group = Group([projection(8, 8, 2), projection(8, 8, 2)], Dtypes(BF16, BF16, BF16), [None] * 2, backend, index)
-    assert group.large_backend == ("library" if by_cpp else backend)
+    assert group.large_backend == ("library" if served == direct.ALL else backend)
     on_gpu = type("Like", (), {"device": torch.device("cuda"), "shape": (4, 8)})()
-    assert direct._decide(on_gpu, 4, group) is by_cpp  # type: ignore[arg-type]
+    assert direct._decide(on_gpu, 4, group) == served  # type: ignore[arg-type]
