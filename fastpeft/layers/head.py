@@ -95,7 +95,7 @@ def _trained(head: Any, weight: nn.Parameter, x: Tensor, calls: LossCalls) -> He
 
 def _adapted(request: Request, x: Tensor, calls: LossCalls) -> HeadCall | str:
     """Of a frozen weight, with adapters or without."""
-    projection, dtypes, _ = request
+    projection, dtypes = request.projection, request.dtypes
     if projection.magnitude is not None:
         return "DoRA"
     weight: FrozenWeight | Tensor = projection.weight

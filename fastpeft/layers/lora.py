@@ -17,6 +17,7 @@ from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 
 from ..integrations import bitsandbytes, dora, peft, quantised
+from . import known
 from .bypass import why_not_called
 from .few_tokens import FEW, FEW_TOKENS, is_few, plain_forward
 from .fp8 import ask, products_of
@@ -37,6 +38,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
 
     fastpeft_watch: SiblingWatch | None = None
     fastpeft_cpu_packing: bool | None = None
+    fastpeft_known: known.Known | None = None  # of the last call
     fastpeft_fp8_left: str | None = None  # why products in FP8 were asked for in vain
     fastpeft_loss: LossCalls | None = None  # of a model's head
     adapted = True
@@ -46,8 +48,21 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
 
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
-        base = self._modules["base_layer"]
         autocast = autocast_dtype(x.device)
+        ordinary = self.plain_when_few and not self.over_four_bits and row_names is None
+        facts = known.facts(self, x, autocast) if ordinary and not torch.compiler.is_compiling() else None
+        if facts is None:
+            return self._ask(x, row_names, autocast)
+        before: known.Known | None = self.__dict__.get("fastpeft_known")
+        if before is not None and before.request is not None and before.facts == facts:
+            return before.request
+        request = self._ask(x, None, autocast)
+        self.__dict__["fastpeft_known"] = known.Known() if isinstance(request, str) else known.Known(facts, request)
+        return request
+
+    def _ask(self, x: Tensor, row_names: RowNames, autocast: torch.dtype | None) -> Request | str:
+        """The same, made anew."""
+        base = self._modules["base_layer"]
         found = frozen_base(base, x, autocast)
         if isinstance(found, str):
             return found
@@ -77,14 +92,14 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
 
     def state(self, x: Tensor, row_names: RowNames = None) -> tuple[Any, ...]:
         layer: Any = self
-        adapters = layer.active_adapters if row_names is None else row_names
+        adapters, scaling = layer.active_adapters if row_names is None else row_names, layer.scaling
         return (
             *super().state(x, row_names),
             layer._disable_adapters,
             layer.training,
-            tuple(layer.merged_adapters),
-            tuple(adapters),
-            *[layer.scaling.get(name) for name in adapters],
+            *layer.merged_adapters,
+            *adapters,
+            *[scaling.get(name) for name in adapters],
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,7 +182,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
         bitsandbytes.allow_cpu_packing(base, self.fastpeft_cpu_packing)
         bitsandbytes.forget(base)
         ask(base, None)
-        for name in ("fastpeft_cpu_packing", "fastpeft_calls", "fastpeft_fp8_left"):
+        for name in ("fastpeft_cpu_packing", "fastpeft_calls", "fastpeft_fp8_left", "fastpeft_known"):
             self.__dict__.pop(name, None)
 
     def make_fp8(self) -> None:
@@ -180,6 +195,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         base = self.get_submodule("base_layer")
         bitsandbytes.forget(base)  # what was read of it keeps the old device's memory
+        self.__dict__.pop("fastpeft_known", None)
         if (products := products_of(base)) is not None:
             products.drop()
         return super()._apply(*args, **kwargs)

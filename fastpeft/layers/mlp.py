@@ -22,7 +22,7 @@ from .few_tokens import FEW_TOKENS, is_few
 from .lora import FastLoraLayer
 from .mixing import reduced, swap_out
 from .mlp_structure import Roles
-from .requests import Request, agrees, leading_dtypes, plain_request
+from .requests import Request, agrees, keep_made, leading_dtypes, made_before, plain_request
 
 UNTILED = "not in tiles"
 """Begins the outcome of a call that the op served with all tokens at once, though tiles were asked for."""
@@ -68,6 +68,9 @@ class FastMlp(nn.Module, Counting):
             if found.projection.magnitude is not None:
                 return f"{name}: {DORA}"
             wanted.append(found)
+        made: tuple[Mlp, Dtypes] | None = made_before(wanted)
+        if made is not None and made[0].dropout == dropout:
+            return made
         dtypes = common_dtypes(wanted)
         if isinstance(dtypes, str):
             return dtypes
@@ -76,7 +79,9 @@ class FastMlp(nn.Module, Counting):
             return "a mixed batch with other names for some projections"
         index = peft.adapter_index(mixed[0]) if mixed else None
         *inner, down = (request.projection for request in wanted)
-        return Mlp(tuple(inner), down, roles.activation, adapter_index=index, dropout=dropout), dtypes
+        made = Mlp(tuple(inner), down, roles.activation, adapter_index=index, dropout=dropout), dtypes
+        keep_made(wanted, made, ())
+        return made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         roles = self.fastpeft_roles

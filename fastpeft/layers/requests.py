@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraProjection
-from fastpeft_kernels.lora.api import draw_seeds, run_group
+from fastpeft_kernels.lora.api import draw_seeds, run
+from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft, quantised
@@ -22,16 +24,33 @@ Member = TypeVar("Member")
 OTHER_ROWS = "a mixed batch with another number of names than rows"
 
 
-class Request(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Request:
     """What a layer asks of the op for one input.
 
     Attributes:
         row_names: each row's adapter, if the batch is mixed; the same for all that is computed together.
+        made: of the first of several: the others, and what was made of them the last time; see `made_before`.
     """
 
     projection: LoraProjection
     dtypes: Dtypes
     row_names: Sequence[str] | None = None
+    made: tuple[Sequence[Request], Any] | None = field(default=None, init=False)
+
+
+def made_before(requests: Sequence[Request]) -> Any | None:
+    """What was made of the very same requests the last time, if anything; while torch.compile traces nothing is."""
+    made = None if torch.compiler.is_compiling() else requests[0].made
+    if made is None or len(made[0]) != len(requests) - 1:
+        return None
+    return made[1] if all([a is b for a, b in zip(made[0], requests[1:], strict=True)]) else None
+
+
+def keep_made(requests: Sequence[Request], made: Any, seeds: Sequence[Tensor | None]) -> None:
+    """Have `made_before` give it, unless something was drawn for it."""
+    if not torch.compiler.is_compiling() and not any([seed is not None for seed in seeds]):
+        requests[0].made = (tuple(requests[1:]), made)
 
 
 def without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +149,15 @@ def together(members: list[tuple[Member, Request | str]]) -> list[tuple[Member, 
 
 def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     """Run requests whose dtypes agree for one input."""
-    projections = [request.projection for request in requests]
-    seeds = draw_seeds(x.device, projections, training=True)
-    row_names = next((request.row_names for request in requests if request.row_names is not None), None)
-    index = None if row_names is None else peft.adapter_index(row_names)
-    return run_group(x, projections, leading_dtypes(requests), seeds, adapter_index=index)
+    group = made_before(requests)
+    if group is None:
+        projections = [request.projection for request in requests]
+        seeds = draw_seeds(x.device, projections, training=True)
+        row_names = next((request.row_names for request in requests if request.row_names is not None), None)
+        index = None if row_names is None else peft.adapter_index(row_names)
+        group = Group(projections, leading_dtypes(requests), seeds, adapter_index=index)
+        keep_made(requests, group, seeds)
+    return run(x, group)
 
 
 def leading_dtypes(requests: list[Request]) -> Dtypes:

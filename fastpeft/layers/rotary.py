@@ -92,7 +92,7 @@ def _with_ours(forward: FunctionType, ours: Any) -> FunctionType:
 
 def _why_not(turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why the file's own function must run, or None."""
-    if len(args) != 4 or any(name != "unsqueeze_dim" or value != 1 for name, value in kwargs.items()):
+    if len(args) != 4 or any([name != "unsqueeze_dim" or value != 1 for name, value in kwargs.items()]):
         return "called otherwise than with q, k, cos and sin"
     q, k, cos, sin = args
     for x in args:
@@ -107,7 +107,7 @@ def _why_not(turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
     alike = (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, dim)
     if not whole or not alike or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
         return f"inputs of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(cos.shape)}"
-    if k.dtype != q.dtype or sin.dtype != cos.dtype or any(x.device != q.device for x in (k, cos, sin)):
+    if k.dtype != q.dtype or sin.dtype != cos.dtype or any([x.device != q.device for x in (k, cos, sin)]):
         return "inputs of several dtypes or devices"
     if cos.requires_grad or sin.requires_grad:
         return "angles that are trained"

@@ -29,7 +29,7 @@ class FastVeraLayer(FastLoraLayer):
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """As for LoRA, but that the result has the dtype of x under autocast too."""
         found = super().request(x, row_names)
-        return found if isinstance(found, str) else found._replace(dtypes=replace(found.dtypes, out=x.dtype))
+        return found if isinstance(found, str) else replace(found, dtypes=replace(found.dtypes, out=x.dtype))
 
     def leaves_few(self, x: Tensor) -> bool:
         """PEFT's own forward multiplies two vectors in place of making a matrix of them; drops as ours only if idle."""

@@ -1,0 +1,77 @@
+"""What a LoRA layer asked for before, for as long as nothing has changed of which it was made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.reading import PRODUCTS
+from .bypass import is_bare
+
+if TYPE_CHECKING:
+    from .requests import Request
+
+Facts = tuple[Any, ...]
+
+
+class Known:
+    """A layer's last request and the facts that it was made of; a copy of the layer, or a pickle, knows none."""
+
+    def __init__(self, facts: Facts | None = None, request: Request | None = None) -> None:
+        self.facts, self.request = facts, request
+
+    def __reduce__(self) -> Any:
+        return Known, ()
+
+
+def facts(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Facts | None:
+    """All that decides what an ordinary LoRA layer over an nn.Linear asks for; None where it must be looked into.
+
+    Tensors are named by their ids, which stay theirs as long as a request holds them. Reading all this takes a fifth of
+    making the request.
+
+    Args:
+        layer: a `FastLoraLayer` of PEFT's class Linear.
+        x: its input, of a batch that is not mixed.
+        autocast: of x's device.
+    """
+    state = layer.__dict__
+    modules = state["_modules"]
+    base = modules["base_layer"]
+    if state["_disable_adapters"] or state["merged_adapters"] or state["lora_variant"] or not is_bare(base, nn.Linear):
+        return None
+    tensors = base._parameters
+    if "bias" not in tensors or PRODUCTS in base.__dict__:
+        return None
+    weight = tensors["weight"]
+    found = [x.device, x.dtype, autocast, layer.cast_input_dtype_enabled]
+    found += _of(weight)
+    found += _of(tensors["bias"])
+    lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    for name in layer.active_adapters:
+        found.append(name)
+        a = lora_a.get(name)
+        if a is None:
+            continue
+        b, dropout, scaling = lora_b[name], dropouts[name], state["scaling"][name]
+        if type(dropout) is not nn.Identity:
+            if not is_bare(dropout, nn.Dropout):
+                return None
+            found += dropout.p, dropout.training
+        if not is_bare(a, nn.Linear) or not is_bare(b, nn.Linear) or isinstance(scaling, Tensor):
+            return None
+        tensors = b._parameters
+        found.append(scaling)
+        found += _of(a._parameters["weight"])
+        found += _of(tensors["weight"])
+        found += _of(tensors.get("bias"))
+    return tuple(found)
+
+
+def _of(tensor: Tensor | None) -> tuple[Any, ...]:
+    if tensor is None:
+        return (None,)
+    away = hasattr(tensor, "ds_id")
+    return id(tensor), type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, away
