@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_verify_passes_and_sees_a_wrong_weight(base: str, monkeypatch: pytest.Mo
         weight.linear = lambda x, shared: None
         projection = copy.copy(asked.projection)
         object.__setattr__(projection, "weight", weight)
-        return asked._replace(projection=projection)
+        return dataclasses.replace(asked, projection=projection)
 
     monkeypatch.setattr(layer, "request", wrong)
     assert not fastpeft.verify(model).passed

@@ -15,4 +15,4 @@ class Node(torch.autograd.Function):
         """As `torch.autograd.Function.apply`, which takes twice as long to look through the arguments."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]

@@ -61,7 +61,7 @@ class DenseWeight(FrozenWeight):
 
     def stamp(self) -> Stamp:
         t = self.weight  # of one tensor, for the host's time
-        return ((t.untyped_storage()._cdata, t.storage_offset(), 0 if t.is_inference() else t._version),)
+        return ((t.untyped_storage()._cdata, int(t.storage_offset()), 0 if t.is_inference() else t._version),)
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return (self.weight,), {}
