@@ -42,9 +42,10 @@ __all__ = [
 
 
 def pack(group: Group) -> Packed:
-    """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them.
+    """Cast, scale and join the adapters, once for the whole group: by C++, one pass over each matrix.
 
-    A lone one by PyTorch's three operations: they take the host a third of that launch with its many arguments.
+    Without it on a GPU by one launch for each four of them, and a lone one by PyTorch's three operations: they take the
+    host a third of that launch with its many arguments.
     """
     dtype = group.dtypes.lora
     if group.adapter_index is not None:
