@@ -42,10 +42,10 @@ __all__ = [
 
 
 def pack(group: Group) -> Packed:
-    """Cast, scale and join the adapters, once for the whole group: by C++, one pass over each matrix.
+    """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them.
 
-    Without it on a GPU by one launch for each four of them, and a lone one by PyTorch's three operations: they take the
-    host a third of that launch with its many arguments.
+    On a CPU, and a lone one, by C++ where it can, one pass over each matrix: that takes the host less than the launch
+    with its many arguments.
     """
     dtype = group.dtypes.lora
     if group.adapter_index is not None:
@@ -53,11 +53,9 @@ def pack(group: Group) -> Packed:
     if group.one_a:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
-        if (found := direct.pack(group.projections, dtype)) is not None:
-            return found
         lone = sum([len(p.adapters) for p in group.projections]) == 1
         if lone or not triton_serves(group.projections[0].weight.device):
-            return parts.pack(group.projections, dtype)
+            return direct.pack(group.projections, dtype) or parts.pack(group.projections, dtype)
         if not {dtype, *(a.a.dtype for p in group.projections for a in p.adapters)}.issubset(TRITON_DTYPES):
             return parts.pack(group.projections, dtype)
     from . import packing

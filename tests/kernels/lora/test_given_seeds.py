@@ -24,7 +24,7 @@ def test_not_training_drops_nothing() -> None:
 @pytest.mark.parametrize(
     ("seed", "message"),
     [
-        (None, r"seeds\[1\]: expected an int64 tensor \(1,\) for a projection with dropout, got None"),
+        (None, r"seeds\[1\]: expected an int64 tensor \(1,\) where something is dropped, got None"),
         (torch.tensor([1.0]), r"seeds\[1\]: expected int64 \(1,\) on cpu, got torch.float32 \(1,\) on cpu"),
         (torch.tensor(1), r"seeds\[1\]: expected int64 \(1,\) on cpu, got torch.int64 \(\) on cpu"),
         (torch.empty(1, dtype=torch.int64, device="meta"), r"seeds\[1\]: .* on meta"),
