@@ -17,6 +17,7 @@ from . import autograd, custom_op
 from .backends import check_backend
 from .mixed import check_adapter_index
 from .projection import Dtypes, Group, LoraAdapter, LoraProjection, check_group
+from .remade import note, remade
 
 
 def lora_linear(
@@ -137,7 +138,10 @@ def run(x: Tensor, group: Group) -> tuple[Tensor, ...]:
         if as_op():
             return custom_op.apply(x, group)
         dtypes = group.dtypes if group.backend == "triton" else group.dtypes.for_input(x)
-        return autograd.apply(x, group if dtypes == group.dtypes else replace(group, dtypes=dtypes))
+        group = group if dtypes == group.dtypes else replace(group, dtypes=dtypes)
+        outputs = autograd.apply(x, group, remade(x))
+        note(outputs)
+        return outputs
 
 
 def draw_seeds(device: torch.device, projections: Sequence[LoraProjection], training: bool) -> list[Tensor | None]:

@@ -16,6 +16,7 @@ from ..common.node import Node
 from ..weights.base import Weighted
 from . import direct, dora, library
 from .projection import Group, LoraProjection, have_one_a, trains_a, trains_b
+from .remade import Remade, again
 
 
 class LoraGroup(Node):
@@ -28,12 +29,13 @@ class LoraGroup(Node):
     def forward(  # type: ignore[no-untyped-def]
         ctx,
         group: Group,
+        made: Remade | None,
         x: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         projections = group.projections
-        needs = split_flags(ctx.needs_input_grad[2:], projections)
+        needs = split_flags(ctx.needs_input_grad[3:], projections)
         ctx.group = (group, needs)
         ctx.input = (x.shape, x.dtype)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
@@ -42,7 +44,7 @@ class LoraGroup(Node):
         outputs, s = _compute(x, group, kept)
         kept = dora.read_by_backward(kept, needs)
         ctx.save_for_backward(
-            x if any(trains_a(flags) for flags in needs) else None,
+            (x if made is None else made.kept()) if any(trains_a(flags) for flags in needs) else None,
             s if any(trains_b(flags) for flags in needs) else None,
             *dora.flat(kept),
             *tensors_read_again(projections),
@@ -56,6 +58,7 @@ class LoraGroup(Node):
         shape, dtype = ctx.input
         x, s, *kept = ctx.saved_tensors
         with in_use(group.projections):
+            x = None if x is None else group.dtypes.cast_once(again(x, len(shape)))
             for projection, stamp in zip(group.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
             dx, grads = library.backward(
@@ -64,24 +67,28 @@ class LoraGroup(Node):
                 [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
                 group,
                 library.pack(group),
-                dtype if ctx.needs_input_grad[1] else None,
+                dtype if ctx.needs_input_grad[2] else None,
                 needs,
                 dora.unflatten(group.projections, kept),
             )
         # PEFT's layer that was not called leaves its parameters without gradients, not with zeros
         flat = [None if dy is None else grad for dy, found in zip(dys, grads, strict=True) for grad in found]
-        return None, None if dx is None else dx.view(shape).to(dtype), *flat
+        return None, None, None if dx is None else dx.view(shape).to(dtype), *flat
 
 
-def apply(x: Tensor, group: Group) -> tuple[Tensor, ...]:
-    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off."""
+def apply(x: Tensor, group: Group, made: Remade | None = None) -> tuple[Tensor, ...]:
+    """The group's outputs, differentiable where grad mode and the inputs ask for it. Autocast must be off.
+
+    Args:
+        made: how backward makes x again, which then is not kept.
+    """
     if group.adapter_index is None and group.backend != "triton" and have_one_a(group.projections, group.seeds):
         group = replace(group, one_a=True)
     if served := direct.serves(x, group):
-        return direct.apply(x, group, served)
+        return direct.apply(x, group, served, made)
     tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return LoraGroup.apply(group, x, *tensors)  # type: ignore[no-any-return]
+        return LoraGroup.apply(group, made, x, *tensors)  # type: ignore[no-any-return]
     return tuple(_compute(x.detach(), group)[0])
 
 

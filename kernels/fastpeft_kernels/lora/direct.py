@@ -30,6 +30,7 @@ from .linear import measured, sums_products
 from .mixed_products import MixedProducts
 from .projection import Group, LoraProjection, Packed
 from .rank_products import chosen
+from .remade import Remade
 
 ALL, BUT_DX = "all", "all but dX"
 _decided: dict[tuple[Any, ...], str | None] = {}
@@ -61,7 +62,7 @@ def _fits(x: Tensor, group: Group) -> str | None:
     return _small(x, group)
 
 
-def apply(x: Tensor, group: Group, served: str = ALL) -> tuple[Tensor, ...]:
+def apply(x: Tensor, group: Group, served: str = ALL, made: Remade | None = None) -> tuple[Tensor, ...]:
     """`autograd.apply` of a group that is served; with BUT_DX its dX is made by `large_input_gradient`."""
     extension, projections, dtypes = group_extension(), group.projections, group.dtypes
     assert extension is not None
@@ -90,6 +91,7 @@ def apply(x: Tensor, group: Group, served: str = ALL) -> tuple[Tensor, ...]:
         dtypes.out,
         partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
         None if served == ALL else partial(_input_gradient, group),
+        None if made is None else made.kept(),
         *mixed,
     )
     return tuple(found)

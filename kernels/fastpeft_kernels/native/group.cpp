@@ -48,7 +48,8 @@ Tensors every_other(at::TensorList tensors, size_t first) {
 
 struct LoraGroup : public torch::autograd::Function<LoraGroup> {
     // adapters: a and b of each in turn, in the order in which lora/autograd.py saves them.
-    static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList adapters,
+    // remade: what is kept in x's place, or nothing.
+    static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList adapters, at::TensorList remade,
                                  const c10::intrusive_ptr<Group>& group) {
         const auto as = every_other(adapters, 0), bs = every_other(adapters, 1);
         Tensors outputs;
@@ -78,6 +79,7 @@ struct LoraGroup : public torch::autograd::Function<LoraGroup> {
         ctx->saved_data["group"] = c10::IValue::make_capsule(group);
         ctx->saved_data["shape"] = x.sizes().vec();
         ctx->saved_data["dtype"] = static_cast<int64_t>(x.scalar_type());
+        if (!remade.empty()) kept = remade[0];
         variable_list saved{group->keeps_x() ? kept : Tensor(), group->keeps_s() ? s : Tensor()};
         saved.insert(saved.end(), adapters.begin(), adapters.end());
         ctx->save_for_backward(std::move(saved));
@@ -94,11 +96,12 @@ struct LoraGroup : public torch::autograd::Function<LoraGroup> {
         {
             Plain plain;
             at::NoGradGuard no_grad;
-            results = derive(given, ctx->saved_data["shape"].toIntVector(),
-                             static_cast<ScalarType>(ctx->saved_data["dtype"].toInt()), saved[0], saved[1], as, bs, *group);
+            const auto shape = ctx->saved_data["shape"].toIntVector();
+            results = derive(given, shape, static_cast<ScalarType>(ctx->saved_data["dtype"].toInt()),
+                             made_again(saved[0], shape.size()), saved[1], as, bs, *group);
         }
         if (differentiable) results = once_differentiable(std::move(results));
-        results.emplace_back();  // the group
+        results.resize(results.size() + (group->made ? 2 : 1));  // what is kept in x's place, the group
         return results;
     }
 };
@@ -113,7 +116,8 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
                           const std::vector<py::object>& decoders, const std::vector<std::optional<Tensor>>& biases,
                           const std::vector<int64_t>& out_features, const std::vector<int64_t>& counts,
                           const Tensors& as, const Tensors& bs, const std::vector<double>& scalings, ScalarType compute,
-                          ScalarType lora, ScalarType out, py::object check, py::object dx, std::shared_ptr<Rows> rows,
+                          ScalarType lora, ScalarType out, py::object check, py::object dx, const Given& made,
+                          std::shared_ptr<Rows> rows,
                           std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
     let_go().drop();
     auto group = c10::make_intrusive<Group>();
@@ -123,6 +127,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
     group->check = Held(std::move(check));
     group->dx = Held(std::move(dx));
     group->needs_x = x.requires_grad();
+    group->made = made.has_value();
     if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
     Tensors adapters;
     size_t adapter = 0;
@@ -141,7 +146,9 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
         group->projections.push_back(std::move(projection));
     }
     py::gil_scoped_release release;
-    return LoraGroup::apply(x, at::TensorList(adapters), group);
+    Tensors remade;
+    if (made) remade.push_back(*made);
+    return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), group);
 }
 
 // The adapters of a group as the products take them: all of a under each other, and each factor times its b.

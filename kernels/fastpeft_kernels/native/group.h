@@ -8,8 +8,10 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -42,11 +44,20 @@ struct Group : torch::CustomClassHolder {
     Held dx{py::none()};  // gives the gradient of x where our kernels make it
     Flags trains_a, trains_b;  // of each adapter
     bool needs_x = false;
+    bool made = false;  // x is kept as what it is made of
 
     bool keeps_x() const { return any(trains_a); }
     bool keeps_s() const { return any(trains_b); }
     bool one_dtype(ScalarType wide) const { return compute == lora && lora == wide; }
 };
+
+// `again` of lora/remade.py.
+Tensor made_again(const Tensor& kept, int64_t dim) {
+    const auto more = kept.defined() ? kept.dim() - dim : 0;
+    if (more == 0) return kept;
+    const Tensor source = kept.view(kept.sizes().slice(more));
+    return more == 1 ? at::silu(source) : at::gelu(source, more == 2 ? "none" : "tanh");
+}
 
 // Neither autograd nor autocast, as `in_use` of lora/autograd.py.
 struct Plain {

@@ -39,7 +39,7 @@ def run(
 
 def by_python(x: Tensor, group: Group) -> tuple[Tensor, ...]:
     tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
-    result: tuple[Tensor, ...] = autograd.LoraGroup.apply(group, x, *tensors)
+    result: tuple[Tensor, ...] = autograd.LoraGroup.apply(group, None, x, *tensors)
     return result
 
 
