@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from fastpeft_kernels.common.scratch import release_scratch
@@ -120,27 +121,28 @@ def accelerate(
     switches = Switches(lora, mlp, attention, loss, norms, memory, fp8_compute, tuple(fp8_exclude))
     modules = dict(model.named_modules())
     found: dict[str, bool] = {}
-    for replacement in REPLACEMENTS:
-        setting = getattr(switches, replacement.switch)
-        if not setting:
-            for module in modules.values():
-                replacement.undo(module)
-            continue
-        mine = {}
-        for path, module in modules.items():
-            if not replacement.installed(module):
-                matched = replacement.match(module)
-                if not isinstance(matched, Match):
-                    continue
-                bring(module)
-                proved = replacement.prove(module, matched)
-                if not isinstance(proved, Match):
-                    continue
-                replacement.install(module, proved)
-            mine[path] = module
-        replacement.finish(model, mine, setting)
-        if mine:
-            found[replacement.switch] = found.get(replacement.switch, False) or replacement.adapts
+    with torch.device("cpu"):  # trials make tensors of their own, whatever the caller's default device
+        for replacement in REPLACEMENTS:
+            setting = getattr(switches, replacement.switch)
+            if not setting:
+                for module in modules.values():
+                    replacement.undo(module)
+                continue
+            mine = {}
+            for path, module in modules.items():
+                if not replacement.installed(module):
+                    matched = replacement.match(module)
+                    if not isinstance(matched, Match):
+                        continue
+                    bring(module)
+                    proved = replacement.prove(module, matched)
+                    if not isinstance(proved, Match):
+                        continue
+                    replacement.install(module, proved)
+                mine[path] = module
+            replacement.finish(model, mine, setting)
+            if mine:
+                found[replacement.switch] = found.get(replacement.switch, False) or replacement.adapts
     ask_fp8(modules, fp8_compute, fp8_exclude)
     if not any(found.values()):
         *others, last = sorted(found) or [""]

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .applying import RETRIED, SETTINGS
@@ -111,13 +112,14 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     settings = next((m.__dict__[SETTINGS] for m in model.modules() if SETTINGS in m.__dict__), None)
     rows = []
-    for path, module in model.named_modules():
-        kinds: set[str] = set()
-        for replacement in REPLACEMENTS:
-            row = None if replacement.switch in kinds else _row(path, module, replacement, settings)
-            if row is not None:
-                rows.append(row)
-                kinds.add(row.kind)
+    with torch.device("cpu"):  # as in `accelerate`
+        for path, module in model.named_modules():
+            kinds: set[str] = set()
+            for replacement in REPLACEMENTS:
+                row = None if replacement.switch in kinds else _row(path, module, replacement, settings)
+                if row is not None:
+                    rows.append(row)
+                    kinds.add(row.kind)
     notes = []
     if settings is None:
         notes.append("this model was not accelerated: call fastpeft.accelerate(model)")

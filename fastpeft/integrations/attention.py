@@ -20,7 +20,7 @@ from ..layers.counting import DENSE, count
 from .attention_documents import documents, restarted_documents, within
 from .attention_masks import decoded, interval_mask, is_causal_alone, seen_keys
 from .attention_one_query import one_query
-from .transformers import ATTENTION
+from .transformers import ATTENTION, collects_weights
 
 CHOSEN_KEYS = ("indices", "block_indices")
 """Arguments by which sparse attention names the keys that are seen, in place of a mask."""
@@ -154,6 +154,8 @@ def _asks_for_more(query: Tensor, key: Tensor, value: Tensor, others: dict[str, 
         return True
     if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
         return True
+    if collects_weights():
+        return True
     return transformed() is not None
 
 
@@ -183,7 +185,7 @@ def _module_is_causal(module: Any) -> bool:
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:
     """Why the model's own attention must compute a call; None if it need not."""
-    if others.get("output_attentions"):
+    if others.get("output_attentions") or collects_weights():
         return "output_attentions"
     if named := [name for name in OTHERS_ARGUMENTS if others.get(name) is not None]:
         return f"called with {', '.join(named)}"

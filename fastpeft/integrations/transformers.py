@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -36,6 +37,25 @@ def passes_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def is_cache(value: Any) -> bool:
     """Whether it is one of transformers' key-value caches, or behaves as one."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+@cache
+def _outputs_collected() -> Callable[[], Mapping[str, Any] | None]:
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # another transformers
+        return lambda: None
+    get: Callable[[], Mapping[str, Any] | None] = _active_collector.get
+    return get
+
+
+def collects_weights() -> bool:
+    """Whether a model that runs keeps weights of attention for its outputs, which GPT-2 does not tell its layers.
+
+    Not told under torch.compile, which cannot trace it.
+    """
+    collected = None if torch.compiler.is_compiling() else _outputs_collected()()
+    return collected is not None and any([name.endswith("attentions") for name in collected])
 
 
 EXPERTS_ALIKE = ("eager", "batched_mm", "grouped_mm")

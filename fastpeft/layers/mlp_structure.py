@@ -91,10 +91,10 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
     """
     fitting: list[Roles] = []
     errors: list[Exception] = []
-    firsts = dict.fromkeys(roles.inner[0] for roles in wanted)
-    for first in firsts:
-        alike = [roles for roles in wanted if roles.inner[0] == first]
-        for features in (FEATURES, _features(module.get_submodule(alike[0].down), 0)):  # some forwards know their size
+    downs = dict.fromkeys(roles.down for roles in wanted)  # several where all projections are square
+    for down in downs:
+        alike = [roles for roles in wanted if roles.down == down]
+        for features in (FEATURES, _features(module.get_submodule(down), 0)):  # some forwards know their size
             try:
                 fitting += _fitting(module, alike, features)
                 break
@@ -106,7 +106,7 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
         return fitting[0]
     if fitting:
         return "it computes more than one known MLP alike"
-    if len(errors) == len(firsts):
+    if len(errors) == len(downs):
         return f"trying it failed with {type(errors[0]).__name__}: {str(errors[0]).partition(chr(10))[0][:100]}"
     return "it computes something else than an MLP"
 

@@ -347,12 +347,13 @@ class TestLeaving:
 class TestCalls:
     """What a call may ask for besides."""
 
-    @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.full)])
+    @pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.full)])
     def test_the_weights_are_eager_s(self, name: str) -> None:
+        """GPT-2's layers are not told that somebody wants them."""
         model = make(name).eval()
         given = inputs(model, "none")
         plain = eager(model)
-        where = "attentions" if name == "llama" else "decoder_attentions"
+        where = "decoder_attentions" if name == "t5" else "attentions"
         wanted = getattr(plain(**given, output_attentions=True), where)
         found = getattr(accelerated(model)(**given, output_attentions=True), where)
         assert wanted and len(found) == len(wanted)

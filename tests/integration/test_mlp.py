@@ -169,6 +169,13 @@ class Usual(Parts):
         return self.last(self.act(self.second(x)) * self.first(x))  # type: ignore[no-any-return]
 
 
+class Square(Usual):
+    """Each projection could be the last, by its size."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+
+
 class Scaled(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.second(x)) * self.first(x) * 1.01)  # type: ignore[no-any-return]
@@ -238,6 +245,12 @@ class ByFunction(nn.Module):
         return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
+class SquareByFunction(ByFunction):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
 def accelerated(part: nn.Module) -> tuple[Any, nn.Module]:
     """The part in a model with an adapter elsewhere, accelerated; and as it was."""
     before = copy.deepcopy(part)
@@ -246,7 +259,7 @@ def accelerated(part: nn.Module) -> tuple[Any, nn.Module]:
 
 
 class TestProof:
-    @pytest.mark.parametrize("part", [Usual, ByFunction, KnowsItsSize])
+    @pytest.mark.parametrize("part", [Usual, ByFunction, KnowsItsSize, Square, SquareByFunction])
     def test_what_is_one(self, part: type[nn.Module]) -> None:
         model, before = accelerated(part().requires_grad_(False))
         x = torch.randn(5, 16, requires_grad=True)

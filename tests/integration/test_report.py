@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import fastpeft
@@ -34,6 +35,16 @@ class TestErrors:
 
 
 class TestReport:
+    @pytest.mark.parametrize("name", ["llama", "t5"])
+    def test_a_default_device_changes_nothing(self, name: str) -> None:
+        """Trials make numbers of their own: on the default device they had none, or a generator of another one."""
+        model, other = make(name), make(name)
+        with torch.device("meta"):
+            before = fastpeft.report(other)
+            fastpeft.accelerate(other)
+        assert before.rows == fastpeft.report(model).rows
+        assert fastpeft.report(other).rows == fastpeft.report(fastpeft.accelerate(model)).rows
+
     def test_before_accelerating(self) -> None:
         report = fastpeft.report(make())
         assert not report.accelerated and {row.note for row in report.left} == {"not accelerated yet"}
