@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft_kernels.common.random import draw_seed
-from fastpeft_kernels.lora.reference import _Dropout
+from fastpeft_kernels.lora.reference import CounterDropout
 from tests.integration.models import batch, checkpointed, make, make_base
 from tests.integration.quantised import make_quantised, quantised_truth
 from tests.integration.reports import adapter_rows, mlp_rows, notes, siblings
@@ -110,7 +110,7 @@ def test_dropout_is_peft_s_formula(autocast: bool, monkeypatch: pytest.MonkeyPat
     found = run(ours)
 
     def same_mask(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-        return _Dropout.apply(x, draw_seed(x.device), p, 0) if training else x
+        return CounterDropout.apply(x, draw_seed(x.device), p, 0) if training else x
 
     monkeypatch.setattr(torch.nn.functional, "dropout", same_mask)
     expected, exact = run(peft), run(copy.deepcopy(peft).double())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.common.random import draw_seed, dropout, dropout_bits, keep_threshold
-from fastpeft_kernels.lora.reference import _Dropout
+from fastpeft_kernels.lora.reference import CounterDropout
 
 SIGMAS = 6.0
 ROWS, COLUMNS = 256, 1024
@@ -148,6 +148,6 @@ def test_nothing_survives_a_drop() -> None:
 def test_the_gradient_has_the_same_mask() -> None:
     seed, x = fresh_seed(), torch.randn(33, 21, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(33, 21, dtype=torch.float64)
-    (dx,) = torch.autograd.grad(_Dropout.apply(x, seed, 0.4, 2), x, dy)
+    (dx,) = torch.autograd.grad(CounterDropout.apply(x, seed, 0.4, 2), x, dy)
     assert torch.equal(dx, dropout(dy, seed, 0.4, 2))
-    assert torch.autograd.gradcheck(lambda t: _Dropout.apply(t, seed, 0.4, 2), (x[:5, :5].detach().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda t: CounterDropout.apply(t, seed, 0.4, 2), (x[:5, :5].detach().requires_grad_(),))
