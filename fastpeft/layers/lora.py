@@ -52,6 +52,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
         ordinary = self.plain_when_few and not self.over_four_bits and row_names is None
         facts = known.facts(self, x, autocast) if ordinary and not torch.compiler.is_compiling() else None
         if facts is None:
+            self.forget_request()
             return self._ask(x, row_names, autocast)
         before: known.Known | None = self.__dict__.get("fastpeft_known")
         if before is not None and before.request is not None and before.facts == facts:
@@ -192,10 +193,19 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
             weight = base.get_parameter("weight")
             frozen_base(base, weight.new_empty((0, 0), dtype=torch.float32), torch.float32)
 
+    def forget_request(self) -> None:
+        """The last call's, which holds the tensors that it was made of."""
+        if not torch.compiler.is_compiling():
+            self.__dict__.pop("fastpeft_known", None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget_request()
+        return super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         base = self.get_submodule("base_layer")
         bitsandbytes.forget(base)  # what was read of it keeps the old device's memory
-        self.__dict__.pop("fastpeft_known", None)
+        self.forget_request()
         if (products := products_of(base)) is not None:
             products.drop()
         return super()._apply(*args, **kwargs)

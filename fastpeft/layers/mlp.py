@@ -68,8 +68,8 @@ class FastMlp(nn.Module, Counting):
             if found.projection.magnitude is not None:
                 return f"{name}: {DORA}"
             wanted.append(found)
-        made: tuple[Mlp, Dtypes] | None = made_before(wanted)
-        if made is not None and made[0].dropout == dropout:
+        made = made_before(wanted)
+        if isinstance(made, tuple) and (made[0].activation, made[0].dropout) == (roles.activation, dropout):
             return made
         dtypes = common_dtypes(wanted)
         if isinstance(dtypes, str):
@@ -122,7 +122,7 @@ class FastMlp(nn.Module, Counting):
         roles, found = self.fastpeft_roles, 0.0
         assert roles is not None
         for name in roles.bypassed:
-            module: Any = self._modules[name]
+            module: Any = self._modules.get(name)
             if not (isinstance(module, nn.Dropout) and module.training and module.p > 0.0):
                 continue
             if name not in roles.between or found or module.p >= 1.0:

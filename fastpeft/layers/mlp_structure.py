@@ -114,7 +114,8 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
 def _fitting(module: nn.Module, wanted: list[Roles], features: int) -> list[Roles]:
     """Those of `wanted`, alike but for order and activation, that give what the module's forward gives.
 
-    Where a dropout stands shows with a square in its place, which no other step makes up for.
+    Where a dropout stands shows with `_told_apart` in its place, which is neither linear nor commutes with powers or
+    products, so that it shows if it stands twice or before any other step.
     """
     generator = torch.Generator().manual_seed(0)
     twin: Any = _twin(module, wanted[0], features, generator)
@@ -129,17 +130,27 @@ def _fitting(module: nn.Module, wanted: list[Roles], features: int) -> list[Role
         found = [roles for roles in wanted if all(close_by_rows(_composed(twin, roles, x, features), y) for y in plain)]
         between = []
         for name in [name for name in wanted[0].bypassed if type(twin.get_submodule(name)) is nn.Dropout]:
-            dropout, twin._modules[name] = twin._modules[name], _Square()
-            squared = given()
-            twin._modules[name] = dropout
-            if all(close_by_rows(_composed(twin, roles, x, features, torch.square), squared) for roles in found):
+            dropout, twin._modules[name] = twin._modules[name], _Mark(twin._modules[name].p)
+            try:
+                marked = given()
+            except Exception:  # it is left to the module while it drops
+                continue
+            finally:
+                twin._modules[name] = dropout
+            if all(close_by_rows(_composed(twin, roles, x, features, _told_apart), marked) for roles in found):
                 between.append(name)
     return [replace(roles, between=tuple(between)) for roles in found]
 
 
-class _Square(nn.Module):
+class _Mark(nn.Dropout):
+    """In the place of a dropout."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.square()
+        return _told_apart(x)
+
+
+def _told_apart(x: Tensor) -> Tensor:
+    return x.square() + x
 
 
 def _twin(module: nn.Module, roles: Roles, features: int, generator: torch.Generator) -> nn.Module:
@@ -197,7 +208,7 @@ def computes(function: nn.Module, kind: str) -> bool:
 
 
 def _composed(
-    twin: Any, roles: Roles, x: Tensor, features: int, between: Callable[[Tensor], Tensor] = torch.Tensor.detach
+    twin: Any, roles: Roles, x: Tensor, features: int, between: Callable[[Tensor], Tensor] = lambda h: h
 ) -> Tensor:
     pre = [twin.get_submodule(name)(x) for name in roles.inner]
     if len(pre) == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,11 @@ class Norm(NamedTuple):
     def form(self, dtype: torch.dtype, eps: float) -> Form:
         """For inputs of this dtype."""
         if self.rounding == "layer":
-            return layer_form(dtype, eps)
-        return rms_form(dtype, self.weight_dtype, eps, self.offset, self.rounding)
+            return _layer_form(dtype, eps)
+        return _rms_form(dtype, self.weight_dtype, eps, self.offset, self.rounding)
+
+
+_layer_form, _rms_form = lru_cache(layer_form), lru_cache(rms_form)
 
 
 def candidates(module: nn.Module) -> list[Norm]:

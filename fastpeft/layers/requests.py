@@ -1,4 +1,4 @@
-"""What projections ask of the op for one input, read from their modules anew at each call; and what is run of it."""
+"""What projections ask of the op for one input, read from their modules; and what is run of it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def together(members: list[tuple[Member, Request | str]]) -> list[tuple[Member, 
 def compute(x: Tensor, requests: list[Request]) -> tuple[Tensor, ...]:
     """Run requests whose dtypes agree for one input."""
     group = made_before(requests)
-    if group is None:
+    if not isinstance(group, Group):
         projections = [request.projection for request in requests]
         seeds = draw_seeds(x.device, projections, training=True)
         row_names = next((request.row_names for request in requests if request.row_names is not None), None)

@@ -55,6 +55,34 @@ class BeforeTheActivation(Between):
         return self.down(self.act(self.drop(self.up(x))))  # type: ignore[no-any-return]
 
 
+class OnBothFactors(Between):
+    """A square in its place would give the same as one on the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.act = nn.Linear(16, 24), nn.SiLU()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(self.act(self.gate(x))) * self.drop(self.up(x)))  # type: ignore[no-any-return]
+
+
+class BeforeTheSquare(Between):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(self.up(x).relu()).square())  # type: ignore[no-any-return]
+
+
+class WhereThereIsOne(Between):
+    """Knows its rate, and does without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        return self.down(self.drop(h) if hasattr(self, "drop") and self.drop.p > 0.0 else h)  # type: ignore[no-any-return]
+
+
 class ByCounters(nn.Module):
     """In the place of a dropout: the elements that the op drops with this seed."""
 
@@ -108,7 +136,7 @@ def test_how_many() -> None:
     assert abs(y.mean() - 1.0) < 0.01 and abs(y.std() - (P / (1 - P) / 24) ** 0.5) < 0.01
 
 
-@pytest.mark.parametrize("part", [After, Before, Twice, BeforeTheActivation])
+@pytest.mark.parametrize("part", [After, Before, Twice, BeforeTheActivation, OnBothFactors, BeforeTheSquare])
 def test_a_dropout_elsewhere_is_the_module_s(part: type[Between]) -> None:
     model, ours, plain = accelerated(part(), ["up", "down"])
     x = torch.randn(5, 16, requires_grad=True)
@@ -121,6 +149,30 @@ def test_a_dropout_elsewhere_is_the_module_s(part: type[Between]) -> None:
     model.eval()
     torch.testing.assert_close(ours(x), plain.eval()(x))
     assert "fused" in outcomes(model)
+
+
+def test_a_dropout_that_is_taken_out() -> None:
+    model, ours, _ = accelerated(WhereThereIsOne(), ["up", "down"])
+    x = torch.randn(5, 16, requires_grad=True)
+    ours(x)
+    assert outcomes(model) == {"fused"}
+    del ours.drop
+    ours(x)
+    assert outcomes(model) == {"fused", "other parts than when it was accelerated"}
+
+
+def test_two_that_share_their_projections() -> None:
+    """What was made for one of them is not taken for the other, whose activation is another."""
+    first, second = Between(0.0), Between(0.0)
+    second.up, second.down, second.act = first.up, first.down, nn.SiLU()  # type: ignore[assignment]
+    model = with_lora(nn.Sequential(first, second), None, target_modules=["up", "down"])
+    base = model.get_submodule("base_model.model")
+    for name in ("up", "down"):
+        setattr(base[1], name, getattr(base[0], name))
+    plain, x = copy.deepcopy(model), torch.randn(5, 16, requires_grad=True)
+    fastpeft.accelerate(model)
+    torch.testing.assert_close(model(x), plain(x))
+    assert outcomes(model) == {"fused"}
 
 
 def test_all_dropped() -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
-from ..common.node import Node
 from ..weights.base import Weighted
 from . import direct, dora, library
 from .projection import Group, LoraProjection, have_one_a, trains_a, trains_b
-from .remade import Remade, again
+from .remade import Remade
 
 
-class LoraGroup(Node):
+class LoraGroup(torch.autograd.Function):
     """Keeps x (once, in the dtype of the products) and S = x A^T; no decoded weight, no packed or cast adapter.
 
     Where a magnitude is trained, its projection's result before the gain too: see `dora`.
@@ -37,14 +36,14 @@ class LoraGroup(Node):
         projections = group.projections
         needs = split_flags(ctx.needs_input_grad[3:], projections)
         ctx.group = (group, needs)
-        ctx.input = (x.shape, x.dtype)
+        ctx.input = (x.shape, x.dtype, None if made is None else made.function)
         ctx.stamps = [projection.weight.stamp() for projection in projections]
         x = group.dtypes.cast_once(x)
         kept: list[dora.Kept | None] = []
         outputs, s = _compute(x, group, kept)
         kept = dora.read_by_backward(kept, needs)
         ctx.save_for_backward(
-            (x if made is None else made.kept()) if any(trains_a(flags) for flags in needs) else None,
+            (x if made is None else made.source) if any(trains_a(flags) for flags in needs) else None,
             s if any(trains_b(flags) for flags in needs) else None,
             *dora.flat(kept),
             *tensors_read_again(projections),
@@ -55,10 +54,11 @@ class LoraGroup(Node):
     @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         group, needs = ctx.group
-        shape, dtype = ctx.input
+        shape, dtype, function = ctx.input
         x, s, *kept = ctx.saved_tensors
         with in_use(group.projections):
-            x = None if x is None else group.dtypes.cast_once(again(x, len(shape)))
+            if x is not None and function is not None:
+                x = group.dtypes.cast_once(Remade(x, function).again())
             for projection, stamp in zip(group.projections, ctx.stamps, strict=True):
                 projection.weight.check_unchanged(stamp)
             dx, grads = library.backward(

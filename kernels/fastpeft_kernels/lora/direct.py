@@ -34,6 +34,7 @@ from .remade import Remade
 
 ALL, BUT_DX = "all", "all but dX"
 _decided: dict[tuple[Any, ...], str | None] = {}
+_UNKNOWN: Any = object()
 
 
 def serves(x: Tensor, group: Group) -> str | None:
@@ -50,9 +51,8 @@ def fits(x: Tensor, group: Group) -> str | None:
     if group.one_a or group.backend == "triton" or choosing.gathers():
         return None
     at = (choosing.state(), x.numel(), x.shape[-1])
-    if at in group.served:
-        return group.served[at]
-    return remember(group.served, at, _fits(x, group))
+    found = group.served.get(at, _UNKNOWN)
+    return found if found is not _UNKNOWN else remember(group.served, at, _fits(x, group))
 
 
 def _fits(x: Tensor, group: Group) -> str | None:
@@ -91,7 +91,7 @@ def apply(x: Tensor, group: Group, served: str = ALL, made: Remade | None = None
         dtypes.out,
         partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
         None if served == ALL else partial(_input_gradient, group),
-        None if made is None else made.kept(),
+        *(made or (None, "")),
         *mixed,
     )
     return tuple(found)
@@ -150,7 +150,8 @@ def _small(x: Tensor, group: Group) -> str | None:
     sizes = tuple([p.weight.shape for p in group.projections])
     batch = None if group.adapter_index is None else len(group.adapter_index)
     at = (choosing.state(), x.device, rows, batch, sizes, group.widths(), group.dtypes, group.backend)
-    return _decided[at] if at in _decided else remember(_decided, at, _decide(x, rows, group))
+    found = _decided.get(at, _UNKNOWN)
+    return found if found is not _UNKNOWN else remember(_decided, at, _decide(x, rows, group))
 
 
 def _decide(x: Tensor, tokens: int, group: Group) -> str | None:

@@ -52,6 +52,7 @@ def large_product(
 
 
 _tiles: dict[tuple[Any, ...], Config | None] = {}
+_UNKNOWN: Any = object()
 
 
 def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> Config | None:
@@ -59,7 +60,7 @@ def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[
 
     The first pair stands for all. Decided once for matrices of the same shapes and strides.
     """
-    if backend == "library" or choosing.gathers():
+    if backend == "library" or choosing.gathers() or (out.device.type != "cuda" and backend != "triton"):
         return _decide(pairs, out, update, backend)
     places = out.data_ptr()
     at = [choosing.state(), backend, out.device, len(pairs), out.dtype, out.shape, out.stride()]
@@ -69,9 +70,8 @@ def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[
     if places % 16:
         return _decide(pairs, out, update, backend)
     key = tuple(at)
-    if key in _tiles:
-        return _tiles[key]
-    return remember(_tiles, key, _decide(pairs, out, update, backend))
+    found = _tiles.get(key, _UNKNOWN)
+    return found if found is not _UNKNOWN else remember(_tiles, key, _decide(pairs, out, update, backend))
 
 
 def _decide(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
-from weakref import ref
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 """PyTorch's own, and so the same bits. Relu keeps its result, which costs nothing more to keep twice."""
-_NAMES = tuple(FUNCTIONS)
-_NOTE = "fastpeft_lora_result"  # of a node's metadata, which live as long as the node
+_results: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by the number of their node, as long as they live
 
 
 class Remade(NamedTuple):
@@ -31,27 +30,22 @@ class Remade(NamedTuple):
     source: Tensor
     function: str
 
-    def kept(self) -> Tensor:
-        """The source with as many dimensions more as tell the function, for what is kept may be another's to give back:
-        a checkpointed part is run again, and what it then saves must say of itself whether it is x."""
-        return self.source[(None,) * (1 + _NAMES.index(self.function))]
-
-
-def again(kept: Tensor, dim: int) -> Tensor:
-    """x, of `dim` dimensions, of itself or of `Remade.kept`."""
-    more = kept.dim() - dim
-    return FUNCTIONS[_NAMES[more - 1]](kept[(0,) * more]) if more else kept
+    def again(self) -> Tensor:
+        return FUNCTIONS[self.function](self.source)
 
 
 def note(outputs: Sequence[Tensor]) -> None:
     """A group gave these; if it is one, `remade` may meet it behind an activation."""
     if len(outputs) == 1 and outputs[0].requires_grad:
-        y, node = outputs[0], cast("Any", outputs[0].grad_fn)
-        node.metadata[_NOTE] = ref(y), y._version
+        _results[cast("Any", outputs[0].grad_fn)._sequence_nr()] = outputs[0]
 
 
 def remade(x: Tensor) -> Remade | None:
-    """What x is made of, where that is the one result of a group, unchanged, and x an activation of it."""
+    """What x is made of, where that is the one result of a group, and x an activation of it; both as they were made.
+
+    Not where hooks take what is saved: they may run this again (checkpointing), when the result may live no more, or
+    hold the result already (offloading).
+    """
     node: Any = x.grad_fn
     if node is None or not torch.is_grad_enabled():
         return None
@@ -62,9 +56,10 @@ def remade(x: Tensor) -> Remade | None:
         function = "gelu" if node._saved_approximate == "none" else "gelu_tanh"
     else:
         return None
-    before, _ = node.next_functions[0]
-    found, version = (None, 0) if before is None else before.metadata.get(_NOTE, (None, 0))
-    source = None if found is None else found()
-    if source is None or x._version or source._version != version or x.dtype != source.dtype:
+    before, number = node.next_functions[0]
+    source = None if before is None else _results.get(before._sequence_nr())
+    if source is None or source.grad_fn is not before or source.output_nr != number or x.dtype != source.dtype:
+        return None
+    if x._version or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     return Remade(source.detach(), function)

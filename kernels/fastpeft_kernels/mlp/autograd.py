@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.node import Node
 from ..lora.autograd import in_use, split_flags, tensors_read_again
 from ..lora.projection import Dtypes, have_one_a
 from . import library, tiled
@@ -24,7 +23,7 @@ from .structure import Mlp
 from .tiled import Tiles
 
 
-class LoraMlpUpToDown(Node):
+class LoraMlpUpToDown(torch.autograd.Function):
     """Keeps x, S of each projection and, if `keep`, gate and up; else those are computed again, but never down.
 
     Its output stands for the result: its gradient is the result's. It has the shape and one number of storage.
@@ -77,7 +76,7 @@ def graph_is_kept(device: torch.device) -> bool:
     return asked is None or bool(asked())
 
 
-class LoraMlpTiled(Node):
+class LoraMlpTiled(torch.autograd.Function):
     """Keeps x; what stands for the result, as there, and nothing computed: that is all of a recomputation."""
 
     @staticmethod
@@ -108,7 +107,7 @@ class LoraMlpTiled(Node):
         return None, None, None, None, None if dx is None else dx.view(shape), *flat
 
 
-class LoraMlpDown(Node):
+class LoraMlpDown(torch.autograd.Function):
     """The result, in place of what stood for it."""
 
     @staticmethod

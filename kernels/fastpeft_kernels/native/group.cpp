@@ -98,10 +98,10 @@ struct LoraGroup : public torch::autograd::Function<LoraGroup> {
             at::NoGradGuard no_grad;
             const auto shape = ctx->saved_data["shape"].toIntVector();
             results = derive(given, shape, static_cast<ScalarType>(ctx->saved_data["dtype"].toInt()),
-                             made_again(saved[0], shape.size()), saved[1], as, bs, *group);
+                             made_again(saved[0], group->made), saved[1], as, bs, *group);
         }
         if (differentiable) results = once_differentiable(std::move(results));
-        results.resize(results.size() + (group->made ? 2 : 1));  // what is kept in x's place, the group
+        results.resize(results.size() + (group->made.empty() ? 1 : 2));  // what is kept in x's place, the group
         return results;
     }
 };
@@ -116,7 +116,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
                           const std::vector<py::object>& decoders, const std::vector<std::optional<Tensor>>& biases,
                           const std::vector<int64_t>& out_features, const std::vector<int64_t>& counts,
                           const Tensors& as, const Tensors& bs, const std::vector<double>& scalings, ScalarType compute,
-                          ScalarType lora, ScalarType out, py::object check, py::object dx, const Given& made,
+                          ScalarType lora, ScalarType out, py::object check, py::object dx, const Given& source, std::string made,
                           std::shared_ptr<Rows> rows,
                           std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
     let_go().drop();
@@ -127,7 +127,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
     group->check = Held(std::move(check));
     group->dx = Held(std::move(dx));
     group->needs_x = x.requires_grad();
-    group->made = made.has_value();
+    group->made = std::move(made);
     if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
     Tensors adapters;
     size_t adapter = 0;
@@ -147,7 +147,7 @@ std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tenso
     }
     py::gil_scoped_release release;
     Tensors remade;
-    if (made) remade.push_back(*made);
+    if (source) remade.push_back(*source);
     return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), group);
 }
 

@@ -44,19 +44,17 @@ struct Group : torch::CustomClassHolder {
     Held dx{py::none()};  // gives the gradient of x where our kernels make it
     Flags trains_a, trains_b;  // of each adapter
     bool needs_x = false;
-    bool made = false;  // x is kept as what it is made of
+    std::string made;  // the function that makes x of what is kept in its place, or none: see lora/remade.py
 
     bool keeps_x() const { return any(trains_a); }
     bool keeps_s() const { return any(trains_b); }
     bool one_dtype(ScalarType wide) const { return compute == lora && lora == wide; }
 };
 
-// `again` of lora/remade.py.
-Tensor made_again(const Tensor& kept, int64_t dim) {
-    const auto more = kept.defined() ? kept.dim() - dim : 0;
-    if (more == 0) return kept;
-    const Tensor source = kept.view(kept.sizes().slice(more));
-    return more == 1 ? at::silu(source) : at::gelu(source, more == 2 ? "none" : "tanh");
+// `FUNCTIONS` of lora/remade.py.
+Tensor made_again(const Tensor& kept, const std::string& function) {
+    if (!kept.defined() || function.empty()) return kept;
+    return function == "silu" ? at::silu(kept) : at::gelu(kept, function == "gelu" ? "none" : "tanh");
 }
 
 // Neither autograd nor autocast, as `in_use` of lora/autograd.py.

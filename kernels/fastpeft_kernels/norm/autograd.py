@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
-from ..common.node import Node
 from ..common.reshaping import reshaped
 from ..common.shapes import imitated
 from .form import Form
@@ -17,7 +16,7 @@ from .library import Gradients, Kept, norm_backward_library, norm_library
 from .shapes import gradient_shapes, norm_shapes
 
 
-class Norm(Node):
+class Norm(torch.autograd.Function):
     """y. Nothing of x's size is kept but x itself."""
 
     @staticmethod

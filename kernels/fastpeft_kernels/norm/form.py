@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,6 @@ class Form(NamedTuple):
     out: torch.dtype
 
 
-@lru_cache
 def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rounding: str) -> Form:
     """RMSNorm's, for x and a weight of these dtypes."""
     if rounding == "once":
@@ -42,7 +40,6 @@ def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rou
     return Form(eps, offset, False, None, torch.promote_types(wide_dtype(x), weight))
 
 
-@lru_cache
 def layer_form(x: torch.dtype, eps: float) -> Form:
     """LayerNorm's: computed in fp32, rounded once to x's dtype."""
     return Form(eps, 0.0, True, None, x)

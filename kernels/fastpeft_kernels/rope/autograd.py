@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.node import Node
 from .rotation import Rotation
 
 
-class Rotary(Node):
+class Rotary(torch.autograd.Function):
     """(q, k) turned. Nothing of their size is kept."""
 
     @staticmethod
