@@ -145,7 +145,7 @@ def test_a_dropout_elsewhere_is_the_module_s(part: type[Between]) -> None:
     assert outcomes(model) == {f"drop: {DROPOUT}"}
     torch.manual_seed(5)
     for a, b in zip(found, results(plain, x), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     model.eval()
     torch.testing.assert_close(ours(x), plain.eval()(x))
     assert "fused" in outcomes(model)
