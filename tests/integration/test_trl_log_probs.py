@@ -163,9 +163,14 @@ def test_a_forward_that_is_wrapped_is_told() -> None:
 
 def test_a_forward_that_is_wrapped_later_is_served() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     model = fastpeft.accelerate(with_trl(make_base("llama").train().requires_grad_()))
-    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(True)
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(True)
     model(**batch(model), fused_lm_head=True)
     assert fused(model) == 1 and loss_row(model).note == ""
 
