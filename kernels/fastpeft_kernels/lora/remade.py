@@ -21,6 +21,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 """PyTorch's own, and so the same bits. Relu keeps its result, which costs nothing more to keep twice."""
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+"""What takes saved tensors at present; no part of torch's public interface, which has none for it."""
 _results: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by the number of their node, as long as they live
 
 
@@ -60,6 +62,6 @@ def remade(x: Tensor) -> Remade | None:
     source = None if before is None else _results.get(before._sequence_nr())
     if source is None or source.grad_fn is not before or source.output_nr != number or x.dtype != source.dtype:
         return None
-    if x._version or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if x._version or _hooks is None or _hooks(True) is not None:
         return None
     return Remade(source.detach(), function)
