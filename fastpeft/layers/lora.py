@@ -58,7 +58,10 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
         if before is not None and before.request is not None and before.facts == facts:
             return before.request
         request = self._ask(x, None, autocast)
-        self.__dict__["fastpeft_known"] = known.Known() if isinstance(request, str) else known.Known(facts, request)
+        if isinstance(request, str):
+            self.forget_request()
+        else:
+            self.__dict__["fastpeft_known"] = known.Known(facts, request)
         return request
 
     def _ask(self, x: Tensor, row_names: RowNames, autocast: torch.dtype | None) -> Request | str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 MOST = 1024
+_UNKNOWN: Any = object()
+
+
+def recall(known: dict[Key, Value], key: Key, find: Callable[[], Value]) -> Value:
+    """What `known` has, else what is found now, which it has from then on."""
+    value = known.get(key, _UNKNOWN)
+    return remember(known, key, find()) if value is _UNKNOWN else value
 
 
 def remember(known: dict[Key, Value], key: Key, value: Value) -> Value:

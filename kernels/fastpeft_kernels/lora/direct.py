@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.bounded import remember
+from ..common.bounded import recall
 from ..common.shapes import kind_of
 from ..native.extension import group_extension
 from ..native.skinny import SMALLEST
@@ -34,7 +34,6 @@ from .remade import Remade
 
 ALL, BUT_DX = "all", "all but dX"
 _decided: dict[tuple[Any, ...], str | None] = {}
-_UNKNOWN: Any = object()
 
 
 def serves(x: Tensor, group: Group) -> str | None:
@@ -51,8 +50,7 @@ def fits(x: Tensor, group: Group) -> str | None:
     if group.one_a or group.backend == "triton" or choosing.gathers():
         return None
     at = (choosing.state(), x.numel(), x.shape[-1])
-    found = group.served.get(at, _UNKNOWN)
-    return found if found is not _UNKNOWN else remember(group.served, at, _fits(x, group))
+    return recall(group.served, at, lambda: _fits(x, group))
 
 
 def _fits(x: Tensor, group: Group) -> str | None:
@@ -150,8 +148,7 @@ def _small(x: Tensor, group: Group) -> str | None:
     sizes = tuple([p.weight.shape for p in group.projections])
     batch = None if group.adapter_index is None else len(group.adapter_index)
     at = (choosing.state(), x.device, rows, batch, sizes, group.widths(), group.dtypes, group.backend)
-    found = _decided.get(at, _UNKNOWN)
-    return found if found is not _UNKNOWN else remember(_decided, at, _decide(x, rows, group))
+    return recall(_decided, at, lambda: _decide(x, rows, group))
 
 
 def _decide(x: Tensor, tokens: int, group: Group) -> str | None:

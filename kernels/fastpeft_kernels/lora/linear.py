@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.bounded import remember
+from ..common.bounded import recall
 from ..tuning import choosing
 from ..tuning.choosing import choice
 from . import keys
@@ -52,7 +52,6 @@ def large_product(
 
 
 _tiles: dict[tuple[Any, ...], Config | None] = {}
-_UNKNOWN: Any = object()
 
 
 def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[Tensor], backend: str) -> Config | None:
@@ -69,9 +68,7 @@ def _tile(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, update: Sequence[
         at += t.dtype, t.shape, t.stride()
     if places % 16:
         return _decide(pairs, out, update, backend)
-    key = tuple(at)
-    found = _tiles.get(key, _UNKNOWN)
-    return found if found is not _UNKNOWN else remember(_tiles, key, _decide(pairs, out, update, backend))
+    return recall(_tiles, tuple(at), lambda: _decide(pairs, out, update, backend))
 
 
 def _decide(
