@@ -13,8 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import fastpeft
-from fastpeft_kernels.common.random import draw_seed
-from fastpeft_kernels.lora.reference import CounterDropout
+from fastpeft_kernels.common.random import CounterDropout, draw_seed
 from tests.integration.models import batch, checkpointed, make, make_base
 from tests.integration.quantised import make_quantised, quantised_truth
 from tests.integration.reports import adapter_rows, mlp_rows, notes, siblings

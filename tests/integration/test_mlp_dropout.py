@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.layers.mlp import DROPOUT, FastMlp
-from fastpeft_kernels.common.random import draw_seed
-from fastpeft_kernels.lora.reference import CounterDropout
+from fastpeft_kernels.common.random import CounterDropout, draw_seed
 from tests.budget import assert_within_budget
 from tests.integration.models import batch, checkpointed, make, with_lora
 from tests.integration.steps import step

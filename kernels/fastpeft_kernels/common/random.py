@@ -120,6 +120,24 @@ def dropout(x: Tensor, seed: Tensor, p: float, stream: int = 0, out: Tensor | No
     return out
 
 
+class CounterDropout(torch.autograd.Function):
+    """Counter-based dropout of a matrix; its gradient is the same dropout of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, p: float, stream: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.mask = (seed, p, stream)
+        return dropout(x, seed, p, stream)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+        return CounterDropout.apply(dy, *ctx.mask), None, None, None
+
+
+def dropped(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
+    """`dropout` of x (..., columns), differentiable."""
+    return CounterDropout.apply(x.reshape(-1, x.shape[-1]), seed, p, stream).view(x.shape)  # type: ignore[no-any-return]
+
+
 def _mix(x: Tensor) -> Tensor:
     """lowbias32 of int64 values taken modulo 2**32."""
     x = x & _LOW

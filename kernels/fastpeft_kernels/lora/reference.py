@@ -8,21 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.random import dropout
+from ..common.random import dropped
 from .projection import Dtypes, LoraProjection
-
-
-class CounterDropout(torch.autograd.Function):
-    """Counter-based dropout of a matrix; its gradient is the same dropout of the gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, seed: Tensor, p: float, stream: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.mask = (seed, p, stream)
-        return dropout(x, seed, p, stream)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-        return CounterDropout.apply(dy, *ctx.mask), None, None, None
 
 
 def lora_group_reference(
@@ -57,9 +44,7 @@ def lora_group_reference(
         for stream, adapter in enumerate(projection.adapters):
             inputs = x.to(dtypes.lora)
             if adapter.dropout > 0.0 and seed is not None:
-                flat = inputs.reshape(-1, inputs.shape[-1])
-                stream = stream if adapter_index is None else 0
-                inputs = CounterDropout.apply(flat, seed, adapter.dropout, stream).view(x.shape)
+                inputs = dropped(inputs, seed, adapter.dropout, stream if adapter_index is None else 0)
             bias = None if adapter.bias is None else adapter.bias.to(dtypes.lora)
             update = F.linear(F.linear(inputs, adapter.a.to(dtypes.lora)), adapter.b.to(dtypes.lora), bias)
             if adapter_index is not None:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..activation.reference import gated_activation_reference
+from ..common.random import dropped
 from ..lora import direct
 from ..lora.autograd import apply as apply_group
 from ..lora.projection import Dtypes
-from ..lora.reference import CounterDropout
 from .structure import Mlp
 
 FEW_OPERATIONS = 2**35
@@ -43,5 +43,5 @@ def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -
     assert up is not None
     h = gated_activation_reference(gate, up, mlp.activation)
     if drawn := mlp.drawn(seeds):
-        h = CounterDropout.apply(h.reshape(-1, h.shape[-1]), *drawn, 0).view(h.shape)
+        h = dropped(h, *drawn)
     return apply_group(h, down)[0]

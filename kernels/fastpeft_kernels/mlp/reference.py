@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..activation.reference import gated_activation_reference
+from ..common.random import dropped
 from ..lora.projection import Dtypes
-from ..lora.reference import CounterDropout, lora_group_reference
+from ..lora.reference import lora_group_reference
 from .structure import Mlp
 
 
@@ -34,5 +35,5 @@ def lora_mlp_reference(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tens
         gate, up = inner[0].chunk(2, dim=-1)
     h = gated_activation_reference(gate, up, mlp.activation)
     if drawn := mlp.drawn(seeds):
-        h = CounterDropout.apply(h.reshape(-1, h.shape[-1]), *drawn, 0).view(h.shape)
+        h = dropped(h, *drawn)
     return lora_group_reference(h, [mlp.down], dtypes, seeds[count : count + 1], mlp.adapter_index)[0]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.common.random import draw_seed, dropout, dropout_bits, keep_threshold
-from fastpeft_kernels.lora.reference import CounterDropout
+from fastpeft_kernels.common.random import CounterDropout, draw_seed, dropout, dropout_bits, keep_threshold
 
 SIGMAS = 6.0
 ROWS, COLUMNS = 256, 1024
