@@ -23,7 +23,8 @@ class StepCase:
 
     Attributes:
         family: "llama", "bert", "t5" or "moe", built from a configuration with random weights. "moe" is Qwen3-MoE: 16
-            experts of which a token takes 2, half as wide as the MLP of "llama", LoRA on their stacked parameters too.
+            experts of which a token takes 2, half as wide as the MLP of "llama", LoRA on their stacked parameters too;
+            "moe-128" in Qwen3-30B-A3B's proportions, whose width is 2048: 128 experts, 8 a token.
         method: "lora" (dense base) or "qlora" (NF4, nested), "dora" or "qdora"; "loha", "lokr" or "vera".
         dtype: of the base's values and products; adapters are fp32, as PEFT makes them.
         autocast: run the step under bf16 autocast.
@@ -173,7 +174,7 @@ def _config(case: StepCase, targets: list[str]) -> Any:
         lora_dropout=case.dropout,
         target_modules=targets,
         use_dora=case.method in ("dora", "qdora"),
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if case.family == "moe" else None,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if case.family.startswith("moe") else None,
         init_lora_weights=False,
     )
 
@@ -222,15 +223,18 @@ def base_model(case: StepCase) -> nn.Module:
                 feed_forward_proj="gated-gelu", decoder_start_token_id=0,
             )
         )  # fmt: skip
-    if case.family == "moe":
+    if case.family in ("moe", "moe-128"):
+        many = case.family == "moe-128"
         return t.Qwen3MoeForCausalLM(
             t.Qwen3MoeConfig(
-                vocab_size=case.words, hidden_size=h, moe_intermediate_size=inner // 2, num_hidden_layers=n,
-                num_attention_heads=h // 64, num_key_value_heads=max(1, h // 256), head_dim=64,
-                num_experts=16, num_experts_per_tok=2, max_position_embeddings=positions,
+                vocab_size=case.words, hidden_size=h, moe_intermediate_size=h * 3 // 8 if many else inner // 2,
+                num_hidden_layers=n, num_attention_heads=h // 64,
+                num_key_value_heads=max(1, h // (512 if many else 256)), head_dim=128 if many else 64,
+                num_experts=128 if many else 16, num_experts_per_tok=8 if many else 2,
+                max_position_embeddings=positions,
             )
         )  # fmt: skip
-    raise ValueError(f"family: expected 'llama', 'bert', 't5' or 'moe', got {case.family!r}")
+    raise ValueError(f"family: expected 'llama', 'bert', 't5', 'moe' or 'moe-128', got {case.family!r}")
 
 
 def targets(model: nn.Module) -> list[str]:

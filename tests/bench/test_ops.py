@@ -176,6 +176,15 @@ def test_what_was_measured_stays_after_an_interruption(tmp_path: Path) -> None:
     assert f"product: {CASE.name}, float32, both" in table(kept)
 
 
+def test_ceilings_are_measured_once_for_each_dtype(tmp_path: Path) -> None:
+    recorder = Recorder(RecordFile(tmp_path / "ops.jsonl", environment("cpu")), "bench", "cpu", "quick")
+    runner = Runner(recorder.add, "cpu", "quick", 3)
+    for name in ("first", "second"):
+        outcome = runner.run([replace(CASE, name=name)])
+    assert [r.case for r in outcome.records if r.op == "ceiling"] == ["copy", "matrix float32"]
+    assert {r.case for r in outcome.records} > {"first", "second"}
+
+
 def test_named_peers_alone_are_measured(measure: Callable[..., Outcome]) -> None:
     outcome = measure(replace(CASE, peers={"fastpeft": product, "liger": product}), peers=("liger",))
     assert set(found(outcome, "time")) == {"liger", "liger again"}

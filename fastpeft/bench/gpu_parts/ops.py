@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastpeft.bench.recorder import Recorder
+from fastpeft.bench.recorder import Check, Recorder
 
 if TYPE_CHECKING:
-    from fastpeft.bench.ops.finding import Cases
+    from fastpeft.bench.ops.case import OpCase
+    from fastpeft.bench.ops.run import Runner
 
 order = 30
 time_limit_s = 480
@@ -24,17 +26,22 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 def _run(recorder: Recorder, depth: str, rounds: int | None) -> None:
     from fastpeft.bench.ops.finding import ops
-
-    recorder.run_suites(
-        {op: [(f"bench {op}", partial(_op, recorder, depth, rounds, cases))] for op, (_, cases) in ops().items()}
-    )
-
-
-def _op(recorder: Recorder, depth: str, rounds: int | None, cases: Cases) -> dict[str, float]:
     from fastpeft.bench.ops.run import Runner
+
+    runner = Runner(recorder.add, recorder.device, depth, rounds)
+    recorder.run_suites({op: _checks(runner, op, cases(recorder.device, depth)) for op, (_, cases) in ops().items()})
+
+
+def _checks(runner: Runner, op: str, cases: Iterator[OpCase]) -> Iterator[Check]:
+    for case in cases:
+        yield f"bench {op}: {case.name}, {str(case.dtype)[6:]}", partial(_case, runner, case)
+
+
+def _case(runner: Runner, case: OpCase) -> dict[str, float]:
     from fastpeft.bench.ops.table import table
 
-    outcome = Runner(recorder.add, recorder.device, depth, rounds).run(cases(recorder.device, depth))
-    print(table(outcome.records))
-    assert not outcome.failures, "; ".join(outcome.failures)
-    return {"records": len(outcome.records)}
+    before, failed = len(runner.outcome.records), len(runner.outcome.failures)
+    outcome = runner.run([case])
+    print(table([r for i, r in enumerate(outcome.records) if i >= before or r.op == "ceiling"]))
+    assert not outcome.failures[failed:], "; ".join(outcome.failures[failed:])
+    return {"records": len(outcome.records) - before}

@@ -55,6 +55,7 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
         StepCase("llama", "lora", fp32, autocast=True, checkpointing=True),
         StepCase("llama", "dora", bf16, autocast=True),
         StepCase("moe", "lora", bf16, autocast=True),
+        StepCase("moe-128", "lora", bf16, autocast=True),
         StepCase("llama", "lora", torch.float16),
         StepCase("llama", "qdora", bf16, autocast=True),
         StepCase("llama", "qlora", fp32, autocast=True),
@@ -78,6 +79,8 @@ def _sized(case: StepCase, small: bool) -> StepCase:
         return replace(case, hidden=64, layers=2, tokens=16, words=1000)
     if case.rows == 1:  # a single short text: the host's time
         return replace(case, hidden=4096, layers=4)
+    if case.family == "moe-128":
+        return replace(case, hidden=2048, layers=2, rows=4, tokens=2048)
     if case.family in ("llama", "moe"):  # the width of 8 billion parameters
         return replace(case, hidden=4096, layers=2, rows=4, tokens=2048)
     return replace(case, hidden=1024, layers=4, rows=16, tokens=512)

@@ -77,15 +77,13 @@ class Runner:
         self.outcome = Outcome()
         self._add_record, self._device, self._depth, self._peers, self._say = add, device, depth, peers, say
         self._rounds = rounds or ROUNDS[depth]
+        self._rated: set[torch.dtype] = set()
         self.clock = device_clock(device)
 
     def run(self, cases: Iterable[OpCase]) -> Outcome:
-        """Measure the machine's ceilings, then every case; `outcome` grows meanwhile, should it be interrupted."""
+        """Measure the machine's ceilings, once for each dtype, then every case; `outcome` grows meanwhile."""
         cases = list(cases)
-        dtypes = dict.fromkeys(case.dtype for case in cases)
-        for name, samples in ceilings.measure(self._device, dtypes, self._rounds, self.clock).items():
-            unit = "GB/s" if name == ceilings.COPY else "TFLOP/s"
-            self._add(op="ceiling", case=name, peer=REFERENCE, metric="rate", unit=unit, samples=samples, settings={})
+        self._rate({case.dtype for case in cases} - self._rated)
         for case in cases:
             self._say(f"{case.op}: {case.name}, {_name(case.dtype)}")
             try:
@@ -108,6 +106,14 @@ class Runner:
         found = self._checked(case, inputs, truth(case, inputs[0], self._device, 0))
         again = REFERENCE if REFERENCE in found else next(iter(found), None)
         return found if again is None else {**found, f"{again} again": found[again]}
+
+    def _rate(self, dtypes: set[torch.dtype]) -> None:
+        if not dtypes:
+            return
+        for name, samples in ceilings.measure(self._device, dtypes, self._rounds, self.clock).items():
+            unit = "GB/s" if name == ceilings.COPY else "TFLOP/s"
+            self._add(op="ceiling", case=name, peer=REFERENCE, metric="rate", unit=unit, samples=samples, settings={})
+        self._rated |= dtypes
 
     def _case(self, case: OpCase) -> None:
         fit = self.fitting(case)
