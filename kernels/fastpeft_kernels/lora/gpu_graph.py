@@ -70,9 +70,10 @@ def check_replay(step: Callable[[], Sequence[Tensor]], change: Callable[[], None
 def change(x: Tensor, group: Sequence[LoraProjection], seeds: Sequence[Tensor | None]) -> None:
     """Other numbers in the same memory, also in the scalings that lie on the GPU."""
     x.mul_(1.5).add_(0.1)
-    for projection, seed in zip(group, seeds, strict=True):
+    for seed in seeds:
         if seed is not None:
             seed.add_(1)
+    for projection in group:
         for adapter in projection.adapters:
             adapter.a.mul_(0.9).add_(0.01)
             adapter.b.mul_(1.1).add_(0.01)

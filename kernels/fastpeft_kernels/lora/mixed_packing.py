@@ -68,18 +68,19 @@ def scalings(group: Group) -> tuple[float, Tensor | None]:
     if isinstance(alike, (int, float)) and _complete(group.adapter_index or (), group.numbers()):
         return float(alike), None
     widths = tuple([width for width in group.widths() if width])
-    found = [1.0 if a is None else a.scaling for own in _by_slot(group) for width, a in own if width]
+    device = group.projections[0].weight.device
+    found = [1.0 if a is None else a.scaling_on(device) for own in _by_slot(group) for width, a in own if width]
     tensors = [(k, scaling) for k, scaling in enumerate(found) if isinstance(scaling, Tensor)]
-    numbers = [1.0 if isinstance(scaling, Tensor) else float(scaling) for scaling in found]
+    numbers = [1.0 if isinstance(scaling, Tensor) else scaling for scaling in found]
     if not tensors and len(set(numbers)) < 2:
         return (numbers[0] if numbers else 1.0), None
     wide = torch.float64 in {group.dtypes.lora, *[adapter.a.dtype for adapter in adapters]}
-    table = _table(tuple(numbers), widths, torch.float64 if wide else torch.float32, group.projections[0].weight.device)
+    table = _table(tuple(numbers), widths, torch.float64 if wide else torch.float32, device)
     if tensors:
         table, firsts = table.clone(), list(accumulate(widths, initial=0))
         for k, scaling in tensors:
             slot, i = divmod(k, len(widths))
-            table[slot, firsts[i] : firsts[i + 1]].copy_(scaling.detach())
+            table[slot, firsts[i] : firsts[i + 1]].copy_(scaling)
     return 1.0, table
 
 

@@ -108,7 +108,9 @@ def _pack_slots(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], 
     columns = []
     for adapter, room in zip(adapters, rooms, strict=True):
         features, rank = adapter.b.shape
-        factors = adapter.a.contiguous(), adapter.b.contiguous(), room, *_scale(adapter, down.device)
+        scaling = adapter.scaling_on(down.device)
+        scale = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
+        factors = adapter.a.contiguous(), adapter.b.contiguous(), room, *scale
         columns.append((*factors, rank, features, row, room.stride(0)))
         row += rank
         largest = max(largest, rank * max(in_features, features))
@@ -125,10 +127,3 @@ def _pack_slots(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], 
             BLOCK=_BLOCK,
         )
     return row
-
-
-def _scale(adapter: LoraAdapter, device: torch.device) -> tuple[Tensor | None, float]:
-    """The scaling as a tensor to be read on the device, or else as a number."""
-    if isinstance(adapter.scaling, Tensor) and adapter.scaling.device == device:
-        return adapter.scaling.detach(), 1.0
-    return None, float(adapter.scaling)

@@ -39,6 +39,12 @@ class LoraAdapter:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def scaling_on(self, device: torch.device) -> float | Tensor:
+        """The scaling as a tensor where it is one on this device, to be read there, else as a number."""
+        if isinstance(self.scaling, Tensor) and self.scaling.device == device:
+            return self.scaling.detach()
+        return float(self.scaling)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraProjection:
