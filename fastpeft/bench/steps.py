@@ -30,7 +30,7 @@ class StepCase:
         autocast: run the step under bf16 autocast.
         dropout: LoRA's.
         checkpointing: recompute every layer in backward.
-        compiled: by torch.compile, as it comes.
+        compiled: by torch.compile in this mode; "" for not.
         words: of the vocabulary.
     """
 
@@ -45,7 +45,7 @@ class StepCase:
     autocast: bool = False
     dropout: float = 0.0
     checkpointing: bool = False
-    compiled: bool = False
+    compiled: str = ""
     words: int = 1000
 
     @property
@@ -59,7 +59,8 @@ class StepCase:
         ]
         parts += [f"{self.words} words"] * (self.words != 1000)
         parts += [f"r={self.rank}"] + ["autocast"] * self.autocast + [f"dropout {self.dropout}"] * (self.dropout > 0)
-        return " ".join(parts + ["checkpointing"] * self.checkpointing + ["torch.compile"] * self.compiled)
+        parts += ["checkpointing"] * self.checkpointing + ["torch.compile"] * bool(self.compiled)
+        return " ".join(parts + [self.compiled] * (self.compiled not in ("", "default")))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def side_by_side(
     loss: Callable[[Any], torch.Tensor],
     rounds: int,
     device: str = "cpu",
-    compiled: bool = False,
+    compiled: str = "",
     peak_on_cpu: bool = False,
 ) -> Sides:
     """PEFT twice (its own spread shows in the ratio of the two) and fastpeft once, in every round.
@@ -113,7 +114,7 @@ def side_by_side(
         model: of PEFT; an accelerated copy is measured beside it.
         loss: of one forward of the model it is given.
         rounds, device: as `interleaved` takes them.
-        compiled: by torch.compile, as it comes.
+        compiled: by torch.compile in this mode; "" for not.
         peak_on_cpu: measure `Sides.peak` there too, by the profiler.
     """
     import fastpeft
@@ -122,7 +123,9 @@ def side_by_side(
     group_extension(wait=True)
     models = {"peft": model, "fastpeft": fastpeft.accelerate(copy.deepcopy(model))}
     loss(models["fastpeft"])  # finds the siblings
-    called: dict[str, Any] = {name: torch.compile(each) if compiled else each for name, each in models.items()}
+    called: dict[str, Any] = {
+        name: torch.compile(each, mode=compiled) if compiled else each for name, each in models.items()
+    }
     steps = {name: partial(_step, each, loss) for name, each in called.items()}
     steps["peft again"] = steps["peft"]
     samples = interleaved(steps, rounds, device=device)
