@@ -8,15 +8,24 @@ from collections.abc import Sequence
 from .reading import place, versions
 from .records import Record
 
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
 
 def limits_table(records: Sequence[Record]) -> str:
     """One row a case that passed: time of a step, what it took at the most, and what was predicted.
 
+    Each case may be of another run and commit, on the same GPU with the same driver and packages.
+
     Raises:
-        ValueError: records of more than one environment, or none.
+        ValueError: a case of more than one environment, cases of several GPUs, drivers or packages, or no records.
     """
     records = [record for record in records if record.suite == "limits"]
-    where = place(records)
+    places = [place([r for r in records if r.case == case]) for case in dict.fromkeys(r.case for r in records)]
+    said = {(where.device, where.driver, versions(where, PACKAGES)) for where in places}
+    if len(said) != 1:
+        raise ValueError(f"records: expected one GPU with one driver and the same packages, got {len(said)}")
+    ((device, driver, packages),) = said
+    days = " and ".join(sorted({where.date[:10] for where in places}))
     by_key = {(r.case, r.metric): r.median for r in records}
     rows = [
         "| QLoRA on a GPU of so much memory | a step, s | tokens/s | peak, MiB | predicted / peak | reserved, MiB "
@@ -31,10 +40,9 @@ def limits_table(records: Sequence[Record]) -> str:
         rows.append(f"| {case} | {' | '.join(cells)} | {'not streamed' if beside is None else f'{beside:.2f}'} |")
     rows += [
         "",
-        f"One step each, random weights, bf16, fused AdamW; {where.device}, driver {where.driver}, limited by "
+        f"One step each, random weights, bf16, fused AdamW; {device}, driver {driver}, limited by "
         f"`torch.cuda.set_per_process_memory_fraction` to 0.5 GiB less, which are the CUDA context's; "
-        f"{versions(where, ('torch', 'transformers', 'peft', 'bitsandbytes'))}; {where.date[:10]}; `make gpu`, part "
-        "limits. Reserved: by torch's allocator, with what it holds unused. Predicted: by `fastpeft plan`, for steps "
-        "with gradient accumulation.",
+        f"{packages}; {days}; `make gpu`, part limits. Reserved: by torch's allocator, with what it holds unused. "
+        "Predicted: by `fastpeft plan`, for steps with gradient accumulation.",
     ]
     return "\n".join(rows)

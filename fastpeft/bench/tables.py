@@ -22,7 +22,7 @@ from .trainings_table import trainings_table
 def steps_table(records: Sequence[Record]) -> str:
     """Step time and bytes kept of fastpeft beside PEFT, one row a case, with where and with what it was measured.
 
-    PEFT's second measurement beside its first shows the noise.
+    PEFT's second measurement beside its first shows the noise. Where the records say how long a GPU was busy, that too.
 
     The time ratio is the median over rounds of the two times of one round.
 
@@ -32,9 +32,11 @@ def steps_table(records: Sequence[Record]) -> str:
     records = [record for record in records if record.suite in ("step", "steps")]
     where = place(records)
     by_key = {(r.case, r.metric, r.peer): r for r in records}
+    with_busy = any(r.metric == "busy" for r in records)
     rows = [
-        "| training step | PEFT, ms | fastpeft, ms | time, fastpeft / PEFT | PEFT / itself | kept, fastpeft / PEFT |",
-        "|---|---|---|---|---|---|",
+        "| training step | PEFT, ms | fastpeft, ms | time, fastpeft / PEFT | PEFT / itself | kept, fastpeft / PEFT |"
+        + " GPU busy: PEFT, fastpeft, ms |" * with_busy,
+        "|---" * (6 + with_busy) + "|",
     ]
     for case in dict.fromkeys(r.case for r in records):
         ours, theirs = by_key[case, "step time", "fastpeft"], by_key[case, "step time", "peft"]
@@ -42,7 +44,9 @@ def steps_table(records: Sequence[Record]) -> str:
         kept = by_key[case, "kept for backward", "fastpeft"].median / by_key[case, "kept for backward", "peft"].median
         ms = [f"{r.median:.{0 if theirs.median >= 100 else 1}f}" for r in (theirs, ours)]
         ratios = f"{time_ratio(ours, theirs):.2f} | {time_ratio(again, theirs):.2f} | {kept:.2f}"
-        rows.append(f"| {case} | {ms[0]} | {ms[1]} | {ratios} |")
+        busy = [by_key.get((case, "busy", peer)) for peer in ("peft", "fastpeft")]
+        at_work = f" {', '.join(f'{r.median:.1f}' if r else '-' for r in busy)} |" * with_busy
+        rows.append(f"| {case} | {ms[0]} | {ms[1]} | {ratios} |{at_work}")
     rounds = len(next(r for r in records if r.metric == "step time").samples)
     threads, command = records[0].settings.get("threads"), "make gpu" if where.device_type == "cuda" else "make bench"
     on = where.device if threads is None else f"{where.device}, torch on {threads} of them"
@@ -52,7 +56,7 @@ def steps_table(records: Sequence[Record]) -> str:
         f"{versions(where, ('torch', 'transformers', 'peft', 'bitsandbytes'))}; "
         f"{where.date[:10]}; `{command}`. Of ratios the median of the rounds' own, not that of the medians. PEFT is "
         "measured twice a round: its time divided by itself, if not 1, shows the noise of the machine. Kept: bytes "
-        "that a forward keeps for backward.",
+        "that a forward keeps for backward." + " Busy: by torch's profiler, in steps of their own." * with_busy,
     ]
     return "\n".join(rows)
 
@@ -217,6 +221,7 @@ def losses_table(records: Sequence[Record]) -> str:
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "": steps_table,
     "steps": steps_table,
+    "earlier steps": steps_table,
     "layer": layer_table,
     "decode": decode_table,
     "combinations": combinations_table,

@@ -21,7 +21,7 @@ FEW_TOKENS = "a few tokens without gradients"
 """Under this name calls are counted that are computed as PEFT does, or by the model's MLP, by choice."""
 
 FEW = 8
-"""Tokens; on a GPU, where generation is not yet measured, and in 16 bits, where on many CPUs only so few are fast: see
+"""Tokens; on a GPU, where no other number is measured, and in 16 bits, where on many CPUs only so few are fast: see
 `product_dtype`."""
 
 FEW_ELEMENTS = 1 << 16

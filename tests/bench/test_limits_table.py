@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from fastpeft.bench.limits_table import limits_table
 from fastpeft.bench.records import load
@@ -20,3 +23,13 @@ def test_the_page_shows_the_records() -> None:
 def test_a_case_that_failed_has_no_row() -> None:
     records = load(RECORD.with_name("limits-fixed-segments.jsonl"))
     assert len(records) == 2 and "| llama" not in limits_table(records)
+
+
+def test_cases_may_be_of_several_commits_but_not_of_several_drivers() -> None:
+    records = load(RECORD)
+    assert len({r.environment.commit for r in records}) > 1
+    records[-8:] = [replace(r, environment=replace(r.environment, driver="1")) for r in records[-8:]]
+    with pytest.raises(ValueError, match="one driver and the same packages, got 2"):
+        limits_table(records)
+    with pytest.raises(ValueError, match="got 0"):
+        limits_table([])
