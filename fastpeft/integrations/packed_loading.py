@@ -23,26 +23,27 @@ from ..memory.packed.files import Packed
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 
 
-def from_pretrained(kind: Any, name: str, folder: Path, **options: Any) -> Any:
+def from_pretrained(kind: Any, name: str, folder: Path, mapped: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained(name, **options)`, with packed weights from and in entries of a folder.
 
     Args:
         kind: an auto class or a model class of transformers. Models of remote code are loaded without the cache.
         name: folder or ID on the hub.
         folder: of all entries.
+        mapped: packed weights stay in the cache's files, mapped into memory. On the CPU only.
         options: for `from_pretrained`.
     """
-    return _caching(kind, folder).from_pretrained(name, **options)
+    return _caching(kind, folder, mapped).from_pretrained(name, **options)
 
 
-def _caching(kind: Any, folder: Path) -> Any:
+def _caching(kind: Any, folder: Path, mapped: bool) -> Any:
     """A class like `kind` whose `from_pretrained` uses the cache; the models that it makes are of their own class."""
     if hasattr(kind, "_model_mapping"):
         changed: dict[str, Any] = {
-            "_model_mapping": _Caching(kind._model_mapping, lambda model: _caching(model, folder))
+            "_model_mapping": _Caching(kind._model_mapping, lambda model: _caching(model, folder, mapped))
         }
     elif hasattr(kind, "_load_pretrained_model"):
-        changed = {"_load_pretrained_model": staticmethod(_loader(kind, folder))}
+        changed = {"_load_pretrained_model": staticmethod(_loader(kind, folder, mapped))}
     else:
         return kind
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **changed})
@@ -68,20 +69,55 @@ class _Caching:
         return getattr(self._table, name)
 
 
-def _loader(kind: Any, folder: Path) -> Callable[..., Any]:
+def _loader(kind: Any, folder: Path, mapped: bool) -> Callable[..., Any]:
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any, **named: Any) -> Any:
         model.__class__ = kind
         plain = kind._load_pretrained_model
         if state_dict is not None or not _cacheable(checkpoint_files, load_config):
             return plain(model, state_dict, checkpoint_files, load_config, *rest, **named)
         settings, about = _settings(kind, load_config)
-        with (
-            PackedCache(folder / key_of(checkpoint_files, settings), about) as cache,
-            _packed_once(model, checkpoint_files, load_config.hf_quantizer, cache) as slices,
-        ):
-            return plain(model, slices, None, load_config, *rest, **named)
+        source = _Source(PackedCache(folder / key_of(checkpoint_files, settings), about), mapped)
+        with source.cache, _packed_once(model, checkpoint_files, load_config.hf_quantizer, source) as slices:
+            found = plain(model, slices, None, load_config, *rest, **named)
+        source.map_written(model)
+        return found
 
     return load
+
+
+class _Source:
+    """Where packed weights come from.
+
+    Args:
+        mapped: whether they stay there.
+    """
+
+    def __init__(self, cache: PackedCache, mapped: bool) -> None:
+        self.cache, self.mapped = cache, mapped
+        self._written: list[str] = []
+
+    def read(self, target: str, module: Any, like: Tensor) -> nn.Parameter | None:
+        """The weight of a Linear4bit, if it is there; `module` and `like` as for `_unpacked`."""
+        parts = self.cache.read(target)
+        return None if parts is None else _unpacked(module, parts, like, not self.mapped)
+
+    def add(self, weight: Packed, model: Any) -> None:
+        """Keep one that was packed in this run."""
+        self.cache.add(weight)
+        if self.mapped:
+            self._written.append(weight.target)
+            self.map_written(model)
+
+    def map_written(self, model: Any) -> None:
+        """Of the codes that were packed in this run leave in memory those that no file has yet. Scales stay there."""
+        left = []
+        for target in self._written:
+            weight, parts = model.get_parameter(target), self.cache.read(target)
+            if parts is None or weight.device.type != "cpu":  # on the meta device: it is being made
+                left.append(target)
+            else:
+                weight.data = parts[""]
+        self._written = left
 
 
 def _cacheable(files: Any, load_config: Any) -> bool:
@@ -118,18 +154,18 @@ def _settings(kind: Any, load_config: Any) -> tuple[dict[str, Any], dict[str, st
 
 
 @contextmanager
-def _packed_once(model: Any, files: list[str], quantizer: Any, cache: PackedCache) -> Iterator[dict[str, _Slice]]:
+def _packed_once(model: Any, files: list[str], quantizer: Any, packed: _Source) -> Iterator[dict[str, _Slice]]:
     """The checkpoint's tensors, unread; meanwhile the quantiser takes what is packed from the cache."""
     from safetensors import safe_open
 
     opened = [safe_open(file, framework="pt") for file in files]
     slices = {name: _Slice(file.get_slice(name)) for file in opened for name in file.keys()}  # noqa: SIM118
     parameters = dict(model.named_parameters())
-    for target, source in cache.sources.items():
+    for target, source in packed.cache.sources.items():
         if source in slices and target in parameters and quantizer.param_needs_quantization(model, target):
             slices[source].packed = True
     plain = quantizer.get_quantize_ops
-    quantizer.get_quantize_ops = lambda: _PackOnce(plain(), slices, cache)
+    quantizer.get_quantize_ops = lambda: _PackOnce(plain(), slices, packed)
     try:
         yield slices
     finally:
@@ -152,8 +188,8 @@ class _Slice:
 class _PackOnce:
     """The loader's operation that quantises a weight, unless it is in the cache."""
 
-    def __init__(self, plain: Any, slices: dict[str, _Slice], cache: PackedCache) -> None:
-        self._plain, self._slices, self._cache = plain, slices, cache
+    def __init__(self, plain: Any, slices: dict[str, _Slice], packed: _Source) -> None:
+        self._plain, self._slices, self._packed = plain, slices, packed
 
     def convert(self, input_dict: dict[str, Any], *, source_patterns: list[str], model: Any, **more: Any) -> Any:
         renamed = len(source_patterns) == 1 and source_patterns[0] in self._slices and len(input_dict) == 1
@@ -163,12 +199,12 @@ class _PackOnce:
         value = given[0] if isinstance(given, list) else given
         if self._slices[source].packed:
             module = model.get_submodule(target.rpartition(".")[0])
-            parts = self._cache.read(target)
-            if parts is not None and (weight := _unpacked(module, parts, value)) is not None:
+            weight = self._packed.read(target, module, value)
+            if weight is not None:
                 return {target: weight}
             value = self._slices[source].unread[...].to(value.device, value.dtype)
         made = self._plain.convert({target: [value]}, source_patterns=source_patterns, model=model, **more)
-        self._cache.add(Packed(target, source, _parts(made[target])))
+        self._packed.add(Packed(target, source, _parts(made[target])), model)
         return made
 
 
@@ -177,22 +213,23 @@ def _parts(weight: Any) -> dict[str, Tensor]:
     return {"": weight} | {f".{name}": part for name, part in weight.quant_state.as_dict(packed=True).items()}
 
 
-def _unpacked(module: Any, parts: dict[str, Tensor], like: Tensor) -> nn.Parameter | None:
+def _unpacked(module: Any, parts: dict[str, Tensor], like: Tensor, copy: bool) -> nn.Parameter | None:
     """The weight of a Linear4bit from its parts; None if they are not those of this layer.
 
     Args:
         module: the layer, its weight on the meta device.
         parts: as `_parts` made them.
         like: has the device, and the dtype from which the weight is packed.
+        copy: into memory of its own; the file's is there as long as what is read of it.
     """
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
-    copies = {  # for the file's memory goes; what is JSON stays on the CPU, where it is read
-        name.removeprefix("."): part.to("cpu" if "quant_state" in name else like.device, copy=True)
+    stats = {  # what is JSON stays on the CPU, where it is read
+        name.removeprefix("."): part.to("cpu" if "quant_state" in name else like.device, copy=copy)
         for name, part in parts.items()
     }
-    data, stats = copies.pop(""), copies
+    data = stats.pop("")
     try:
         weight = Params4bit.from_prequantized(
             data=data, quantized_stats=stats, requires_grad=False, device=like.device, module=module

@@ -49,17 +49,23 @@ class MemoryPolicy:
         decoded: bytes of one layer's decoded weights that may wait, where it is computed again, until backward reads
             them; what does not fit is decoded once more.
         ring: device buffers that streamed layers take turns in; 2 copy one layer while another computes.
+        host_memory: bytes that streamed weights may take of the host's memory; None for what is free. Beyond it weights
+            that lie in files mapped into memory, as `fastpeft.load(mapped=True)` gives them, stay there and are read
+            from the disk when their turn comes; all others take memory all the same.
     """
 
     layers: LayerPolicy | tuple[LayerPolicy, ...] = LayerPolicy()
     decoded: int = 0
     ring: int = 2
+    host_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.decoded < 0:
             raise ValueError(f"decoded: expected 0 or more bytes, got {self.decoded}")
         if self.ring < 1:
             raise ValueError(f"ring: expected 1 or more buffers, got {self.ring}")
+        if self.host_memory is not None and self.host_memory < 0:
+            raise ValueError(f"host_memory: expected 0 or more bytes or None, got {self.host_memory}")
 
     @property
     def different(self) -> tuple[LayerPolicy, ...]:

@@ -89,9 +89,8 @@ class MemoryReplacement(MixedIn):
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
         layers, number, memory = model_layers(root), next(_MODELS), whole(setting)
         chosen = memory.of(len(layers))
-        stream_layers(
-            root, [layer for layer, p in zip(layers.values(), chosen, strict=True) if p.streamed], memory.ring
-        )
+        streamed = [layer for layer, policy in zip(layers.values(), chosen, strict=True) if policy.streamed]
+        stream_layers(root, streamed, memory.ring, memory.host_memory)
         for place, (layer, policy) in enumerate(zip(layers.values(), chosen, strict=True)):
             swap_in(layer, PolicyLayer)
             layer.fastpeft_memory, layer.fastpeft_place = policy, (number, place)  # type: ignore[assignment]

@@ -78,7 +78,10 @@ class PackedCache:
             self._open = None
 
     def read(self, target: str) -> dict[str, Tensor] | None:
-        """The parts of a weight, on the CPU, in memory that the file backs; None where they are not there."""
+        """The parts of a weight, on the CPU, in memory that the file backs; None where they are not there.
+
+        Of one that was added that is so when its file is full, or all is done.
+        """
         from safetensors import SafetensorError, safe_open
 
         if target not in self._places:
@@ -157,10 +160,17 @@ class PackedCache:
         try:
             if shutil.disk_usage(self.folder).free < self._pending_bytes + SPARE_BYTES:
                 raise OSError(f"less than {SPARE_BYTES >> 30} GiB would be left on the disk")
-            self._written.append(write(self.folder, self._pending))
+            self._keep(write(self.folder, self._pending))
         except OSError as error:
             self._give_up(error)
         self._pending, self._pending_bytes = [], 0
+
+    def _keep(self, path: Path) -> None:
+        """What is pending is in this file now, from where `read` takes it."""
+        self._written.append(path)
+        self._checks[path] = checked = Future[None]()
+        checked.set_result(None)
+        self._places |= {weight.target: (path, tuple(weight.parts)) for weight in self._pending}
 
     def _write_manifest(self, finished: bool) -> None:
         if not self._writes:
@@ -181,6 +191,7 @@ class PackedCache:
         logger.warning("packed weights are not kept in %s: %s", self.folder, error)
         self._writes = False
         self._pending = []
+        self._places = {target: place for target, place in self._places.items() if place[0] not in self._written}
         for path in self._written:
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ def load(
     trust_remote_code: bool = False,
     cache: bool = True,
     cache_dir: str | Path | None = None,
+    mapped: bool = False,
     **options: Any,
 ) -> Any:
     """The model that transformers' `from_pretrained` gives, bit for bit; its 4-bit weights are packed only once.
@@ -62,6 +63,9 @@ def load(
         cache: keep and take packed weights.
         cache_dir: where; `fastpeft/packed` in the user's cache folder if left out. `fastpeft cache` lists it and
             clears it.
+        mapped: leave packed weights in the cache's files, mapped into memory, in place of copies: the system reads them
+            when they are used, and takes the memory back when it needs it. For streamed layers where the host has less
+            memory than the model takes (`MemoryPolicy.host_memory`). Only of 4-bit weights on the CPU.
         options: for `from_pretrained`, such as num_labels, attn_implementation, token, subfolder. Only safetensors are
             read unless `use_safetensors=False`, or None, is among them: other files are pickles.
 
@@ -96,6 +100,11 @@ def load(
         _check_files(name, trust_remote_code, {"revision": revision, **options})
     place = pick_device() if device is None else torch.device(device)
     dtype = pick_dtype("auto", place) if dtype is None else dtype
+    if mapped and (quantization not in ("nf4", "fp4") or not cache or place.type != "cpu"):
+        raise ValueError(
+            f"mapped: expected False unless 4-bit weights are loaded to the CPU with a cache, got True with "
+            f"quantization {quantization!r}, cache {cache!r} and device {place}"
+        )
     options = {"use_safetensors": True, "dtype": dtype, "device_map": {"": place}, **options}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     bits = bits_and_bytes(quantization, double_quant, dtype, skip)
@@ -107,7 +116,7 @@ def load(
     from ...integrations.packed_loading import from_pretrained
     from .entries import user_folder
 
-    return from_pretrained(kind, name, user_folder() if cache_dir is None else Path(cache_dir), **options)
+    return from_pretrained(kind, name, user_folder() if cache_dir is None else Path(cache_dir), mapped, **options)
 
 
 def bits_and_bytes(quantization: str, double_quant: bool, dtype: torch.dtype, skip: Sequence[str] | None = None) -> Any:

@@ -113,7 +113,8 @@ class StreamedLayer(PolicyLayer):
         memo[id(self)] = made
         own = {k: v for k, v in self.__dict__.items() if k not in ("fastpeft_ring", "fastpeft_bundle")}
         made.__dict__.update(copy.deepcopy(own, memo))
-        ring = memo.setdefault(id(self.fastpeft_ring), Ring(self.fastpeft_ring.count))
+        old_ring = self.fastpeft_ring
+        ring = memo.setdefault(id(old_ring), Ring(old_ring.count, old_ring.room.limit))
         both = zip(self.parameters(), made.parameters(), strict=True)
         elsewhere = self.fastpeft_bundle.elsewhere
         start(made, ring, frozenset(_storage(new) for old, new in both if _storage(old) in elsewhere))
@@ -129,11 +130,12 @@ class StreamedLayer(PolicyLayer):
 StreamedLayer.fastpeft_mixture = StreamedLayer
 
 
-def stream_layers(model: nn.Module, layers: Sequence[nn.Module], count: int) -> None:
+def stream_layers(model: nn.Module, layers: Sequence[nn.Module], count: int, host_memory: int | None) -> None:
     """Stream these layers of a model, and no others, with `count` places for all of them.
 
     Args:
         layers: in the order of forward. Each is a `PolicyLayer`, or of a class of the model's own.
+        host_memory: as `MemoryPolicy` has it; layers that are streamed already stay where they are.
     """
     before = {id(layer): layer for layer in model.modules() if isinstance(layer, StreamedLayer)}
     chosen = {id(layer) for layer in layers}
@@ -142,7 +144,7 @@ def stream_layers(model: nn.Module, layers: Sequence[nn.Module], count: int) -> 
             old.leave()
     ring = next((old.fastpeft_ring for key, old in before.items() if key in chosen), None) or Ring(count)
     ring.empty()
-    ring.count = count
+    ring.count, ring.room.limit = count, host_memory
     fresh = [layer for layer in layers if id(layer) not in before]
     elsewhere = shared_storages(model, fresh)
     for layer in fresh:
@@ -164,7 +166,7 @@ def check_resident(model: nn.Module) -> None:
 
 def start(layer: Any, ring: Ring, elsewhere: frozenset[int]) -> None:
     """Move a layer's weights to the host, and let it take turns in a ring, as the last so far."""
-    layer.fastpeft_ring, layer.fastpeft_bundle = ring, Bundle(layer, elsewhere)
+    layer.fastpeft_ring, layer.fastpeft_bundle = ring, Bundle(layer, ring.room, elsewhere)
     ring.bundles.append(layer.fastpeft_bundle)
     for stowed in layer.fastpeft_bundle.stowed:
         if isinstance(stowed.owner, nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..offloading import Line
+from .host_store import Room
 from .stowing import Bundle
 
 
@@ -18,13 +19,14 @@ class Ring:
     place that was used longest ago is given up for it.
 
     Attributes:
+        room: host memory that their weights may take.
         bundles: of all streamed layers, in the order of forward.
         peak: most bytes on the device at once.
         events: ("fill" | "use" | "empty", place of the layer), appended to while it is a list.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, host_memory: int | None = None) -> None:
+        self.count, self.room = count, Room(host_memory)
         self.bundles: list[Bundle] = []
         self.filled: list[Bundle] = []
         self.peak = 0
@@ -35,7 +37,7 @@ class Ring:
         """The layer's values are there for what the device is told from now on, and the next layers' are under way."""
         if not bundle.stowed:
             return
-        ahead = self._ahead(bundle)
+        ahead = self._ahead(bundle, self.count)
         if bundle.stale and not bundle.written:
             self._empty(bundle)
         self._fill(bundle, (bundle,))
@@ -46,6 +48,8 @@ class Ring:
         self._note("use", bundle)
         for other in ahead:
             self._fill(other, (bundle, *ahead))
+        for other in self._ahead(bundle, self.count + 1)[len(ahead) :]:
+            other.expect()
 
     def open(self, bundle: Bundle) -> None:
         """The same for somebody who writes: what the layer then holds goes to the host."""
@@ -67,15 +71,15 @@ class Ring:
             self.filled.remove(bundle)
         self.bundles.remove(bundle)
 
-    def _ahead(self, bundle: Bundle) -> list[Bundle]:
-        """Who comes next."""
+    def _ahead(self, bundle: Bundle, count: int) -> list[Bundle]:
+        """Who comes next: the others of the `count` layers that begin with this one."""
         place, last = self.bundles.index(bundle), len(self.bundles)
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
-            places = range(place - 1, max(place - self.count, -1), -1)
+            places = range(place - 1, max(place - count, -1), -1)
         else:
-            places = range(place + 1, min(place + self.count, last))
+            places = range(place + 1, min(place + count, last))
             if not torch.is_grad_enabled():  # the next token, or batch, begins at the first layer
-                more = min(self.count - 1 - len(places), place)
+                more = min(count - 1 - len(places), place)
                 return [self.bundles[i] for i in (*places, *range(more))]
         return [self.bundles[i] for i in places]
 

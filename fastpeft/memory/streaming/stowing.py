@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...integrations import bitsandbytes, peft
 from ...layers.kept import stock_type
 from ..offloading import Line
-from .host_store import pin, to_host
+from .host_store import Room, pin, read_ahead, to_host
 from .reading import HOME, hide, show
 
 SMALLEST = 4096
@@ -58,6 +58,7 @@ class Bundle:
 
     Args:
         layer: its frozen matrices, and the scales of 4-bit ones, are moved to host memory at once.
+        room: what host memory may be taken.
         elsewhere: storages that something outside the layer reads too; those stay.
 
     Attributes:
@@ -66,8 +67,8 @@ class Bundle:
         written: the values on the device may have changed; they go to the host when the layer gives up its place.
     """
 
-    def __init__(self, layer: nn.Module, elsewhere: frozenset[int] = frozenset()) -> None:
-        self.layer, self.elsewhere = layer, elsewhere
+    def __init__(self, layer: nn.Module, room: Room, elsewhere: frozenset[int] = frozenset()) -> None:
+        self.layer, self.room, self.elsewhere = layer, room, elsewhere
         self.filled = self.written = self.filled_before = False
         self.copied: Any = None
         self.stream: Any = None
@@ -116,7 +117,7 @@ class Bundle:
         for owner, name, tensor in streamable(self.layer, self.elsewhere):
             stowed = known.get(id(tensor))
             if stowed is None:
-                stowed = Stowed(owner, name, tensor, to_host(tensor), give_memory(tensor, tensor.device))
+                stowed = Stowed(owner, name, tensor, to_host(tensor, self.room), give_memory(tensor, tensor.device))
                 if tensor.device.type == "cuda":
                     pin(stowed.host)
             else:
@@ -134,6 +135,11 @@ class Bundle:
             if bitsandbytes.is_linear_4bit(module):
                 bitsandbytes.forget(module)
         self._free()
+
+    def expect(self) -> None:
+        """The layer's turn comes soon."""
+        for stowed in self.stowed:
+            read_ahead(stowed.host)
 
     def fill(self, line: Line) -> None:
         """Take memory on the device, all or none, and start the copies; `wait` before reading."""

@@ -32,7 +32,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_whole_pages_are_pinned_once_and_given_back(driver: Driver) -> None:
-    host = host_store.to_host(torch.arange(5000.0))
+    host = host_store.to_host(torch.arange(5000.0), host_store.Room())
     assert not host_store.is_pinned(host)
     host_store.pin(host)
     host_store.pin(host)  # as where a model is moved away and back
@@ -44,7 +44,7 @@ def test_whole_pages_are_pinned_once_and_given_back(driver: Driver) -> None:
 
 
 def test_a_driver_that_refuses_is_asked_no_more(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
-    hosts = [host_store.to_host(torch.zeros(4096)) for _ in range(2)]
+    hosts = [host_store.to_host(torch.zeros(4096), host_store.Room()) for _ in range(2)]
     driver.pinned[hosts[0].data_ptr()] = 0
     for host in hosts:
         host_store.pin(host)
