@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -226,40 +227,54 @@ def _described(block: int, dtype: torch.dtype) -> TensorDescriptor:
     return TensorDescriptor(torch.empty(16, 64, dtype=dtype), [16, 64], [64, 1], [block, 32])
 
 
-TENSORS = st.sampled_from(
-    [None, X, X[1:], X[4:], X.half(), X.half()[1:], X.half()[8:], X.bfloat16(), torch.nn.Parameter(X), X.to(torch.int8)]
-    + [_described(block, dtype) for block in (8, 16) for dtype in (torch.float16, torch.bfloat16)]
-)
-INTEGERS = st.sampled_from([-16, -1, 0, 1, 2, 15, 16, 17, 32, 48, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63])
-NUMBERS = INTEGERS | st.sampled_from([None, True, False, 0.0, -0.0, 1.0, 16.0, 0.5, float("nan"), float("inf"), 1e300])
-CONSTANTS = st.sampled_from([None, 0, 1, 1.0, True, False, 0.5, 16, "a", "b", torch.float16, tl.float16])
-DRAWN = {
-    **dict.fromkeys(("x_ptr", "y_ptr"), TENSORS | INTEGERS),
+TENSORS = [None, X, X[1:], X[4:], X.half(), X.half()[1:], X.half()[8:], X.bfloat16(), torch.nn.Parameter(X)]
+TENSORS += [X.to(torch.int8), *(_described(block, kind) for block in (8, 16) for kind in (torch.half, torch.bfloat16))]
+INTEGERS = [-16, -1, 0, 1, 2, 15, 16, 17, 32, 48, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63]
+NUMBERS = [*INTEGERS, None, True, False, 0.0, -0.0, 1.0, 16.0, 0.5, float("nan"), float("inf"), 1e300]
+CONSTANTS = [None, 0, 1, 1.0, True, False, 0.5, 16, "a", "b", torch.float16, tl.float16]
+VALUES: dict[str, list[Any]] = {
+    **dict.fromkeys(("x_ptr", "y_ptr"), TENSORS + INTEGERS),
     **dict.fromkeys(("rows", "columns", "scale"), NUMBERS),
     **dict.fromkeys(("SIZE", "KIND"), CONSTANTS),
-    "num_warps": st.sampled_from([4, 8]),
-    "num_stages": st.sampled_from([1, 3]),
+    "num_warps": [4, 8],
+    "num_stages": [1, 3],
 }
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(first=st.fixed_dictionaries(DRAWN), changes=st.lists(st.sampled_from(sorted(DRAWN)), max_size=2), data=st.data())
-def test_what_is_taken_for_the_same_is_the_same_to_triton(
-    first: dict[str, Any], changes: list[str], data: st.DataObject
+def check_the_second(it: Machine, first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether it was taken for one like the first: if so, Triton finds by its own key the very kernel that ours did."""
+    launch = Launcher(it.kernel)
+    launch(GPU, (1,), **first)
+    launch(GPU, (1,), **second)
+    how, compiled, _, args = it.launched[-1]
+    if how == "compiled":
+        it.kernel[(1,)](**second)
+        assert it.launched[-1][1] is compiled
+        assert all(given is second[name] for given, name in zip(args, it.kernel.arg_names, strict=True))
+    return bool(how == "compiled")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_one_argument_is_taken_for_another_only_where_triton_does_so(
+    monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Triton's launch of the second finds, by Triton's own key, the very kernel that ours did."""
+    it = Machine(monkeypatch)
+    for before, after in itertools.product(VALUES[name], repeat=2):
+        same = check_the_second(it, {**GIVEN, name: before}, {**GIVEN, name: after})
+        assert same or before is not after
+
+
+DRAWN = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in VALUES.items()})
+
+
+@settings(max_examples=100)
+@given(first=DRAWN, other=DRAWN, changed=st.lists(st.sampled_from(sorted(VALUES)), max_size=3))
+def test_arguments_are_taken_for_others_only_where_triton_does_so(
+    first: dict[str, Any], other: dict[str, Any], changed: list[str]
+) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        it = Machine(patched)
-        second = {**first, **{name: data.draw(DRAWN[name]) for name in changes}}
-        it.launch(GPU, (1,), **first)
-        it.launch(GPU, (1,), **second)
-        how, compiled, _, args = it.launched[-1]
-        assert how == "compiled" or changes
-        if how == "compiled":
-            it.kernel[(1,)](**second)
-            assert it.launched[-1][1] is compiled
-            names = it.kernel.arg_names
-            assert all(given is second[name] for given, name in zip(args, names, strict=True))
+        same = check_the_second(Machine(patched), first, {**first, **{name: other[name] for name in changed}})
+    assert same or changed
 
 
 def test_constants_of_every_kernel_come_last() -> None:
