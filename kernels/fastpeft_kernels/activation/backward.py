@@ -13,13 +13,12 @@ A program reads its tile whole before it writes, so that a result may lie where 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launching import Launcher
 from .tiles import CONFIGS, Config, launch
 from .triton_math import activate, gradient
 
@@ -75,6 +74,9 @@ def gated_activation_bwd_kernel(
         tl.store(h_ptr + row * h_stride + column, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
+_launch = Launcher(gated_activation_bwd_kernel)
+
+
 def gated_activation_backward_triton(
     dh: Tensor,
     gate: Tensor | None,
@@ -91,19 +93,8 @@ def gated_activation_backward_triton(
         ValueError: as `tiles.launch`.
     """
     matrices = (dh, gate, up, dgate, dup, h)
-
-    def launcher(run: Any, tile: dict[str, int]) -> None:
-        run(
-            *matrices,
-            up.shape[0],
-            up.shape[1],
-            *(0 if matrix is None else matrix.stride(0) for matrix in matrices),
-            KIND=kind,
-            GATED=gate is not None,
-            WITH_H=h is not None,
-            EXACT=up.dtype == torch.float32,
-            **tile,
-            num_warps=config.num_warps,
-        )
-
-    launch(gated_activation_bwd_kernel, up, config, launcher)
+    strides = [0 if matrix is None else matrix.stride(0) for matrix in matrices]
+    launch(
+        _launch, up, config, *matrices, *up.shape, *strides,
+        KIND=kind, GATED=gate is not None, WITH_H=h is not None, EXACT=up.dtype == torch.float32,
+    )  # fmt: skip

@@ -13,13 +13,12 @@ matrix, so that rows may be any distance apart; of a narrow one it takes several
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launching import Launcher
 from .tiles import CONFIGS, Config, launch
 from .triton_math import activate
 
@@ -60,28 +59,17 @@ def gated_activation_fwd_kernel(
     tl.store(h_ptr + row * h_stride + column, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
+_launch = Launcher(gated_activation_fwd_kernel)
+
+
 def gated_activation_triton(gate: Tensor | None, up: Tensor, kind: str, h: Tensor, config: Config = CONFIGS[0]) -> None:
     """Fill `h`; tensors as `api` has checked them, not empty.
 
     Raises:
         ValueError: as `tiles.launch`.
     """
-
-    def launcher(run: Any, tile: dict[str, int]) -> None:
-        run(
-            gate,
-            up,
-            h,
-            up.shape[0],
-            up.shape[1],
-            0 if gate is None else gate.stride(0),
-            up.stride(0),
-            h.stride(0),
-            KIND=kind,
-            GATED=gate is not None,
-            EXACT=up.dtype == torch.float32,
-            **tile,
-            num_warps=config.num_warps,
-        )
-
-    launch(gated_activation_fwd_kernel, up, config, launcher)
+    strides = (0 if gate is None else gate.stride(0), up.stride(0), h.stride(0))
+    launch(
+        _launch, up, config, gate, up, h, *up.shape, *strides,
+        KIND=kind, GATED=gate is not None, EXACT=up.dtype == torch.float32,
+    )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.device import launching_on
 from ..common.integers import cdiv, next_power_of_2
+from ..common.launching import Launcher
 
 _MAX_PROGRAMS = 2**31 - 1
 
@@ -49,13 +48,13 @@ def config_of(backend: str) -> Config:
     return CONFIGS[NAMES.index(backend)]
 
 
-def launch(kernel: Any, like: Tensor, config: Config, launcher: Callable[[Any, dict[str, int]], None]) -> None:
-    """Calls `launcher(kernel[grid], tile)` with as many programs as `like` has tiles.
+def launch(launcher: Launcher, like: Tensor, config: Config, *args: Any, **constants: Any) -> None:
+    """Launches as many programs as `like` has tiles; args and constants of the kernel, but the tile.
 
     Raises:
         ValueError: not on a CUDA device (unless Triton interprets), or more tiles than a grid holds.
     """
-    if isinstance(kernel, triton.JITFunction):
+    if isinstance(launcher.kernel, triton.JITFunction):
         if like.device.type != "cuda":
             raise ValueError(f"backend: expected CUDA tensors for 'triton', got tensors on {like.device}")
     elif like.dtype == torch.bfloat16:
@@ -67,5 +66,7 @@ def launch(kernel: Any, like: Tensor, config: Config, launcher: Callable[[Any, d
         raise ValueError(
             f"up: expected at most {_MAX_PROGRAMS} tiles of {block_rows} x {block_columns}, got {programs}"
         )
-    with launching_on(like.device):
-        launcher(kernel[(programs,)], {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns})
+    launcher(
+        like.device, (programs,), *args, **constants,
+        BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=config.num_warps,
+    )  # fmt: skip

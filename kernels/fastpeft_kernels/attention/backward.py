@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from . import query_ranges
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .backward_keys import attention_bwd_keys_kernel
@@ -54,6 +55,11 @@ def attention_bwd_rows_kernel(
     )
 
 
+_launch_rows = Launcher(attention_bwd_rows_kernel)
+_launch_queries = Launcher(attention_bwd_queries_kernel)
+_launch_keys = Launcher(attention_bwd_keys_kernel)
+
+
 def attention_backward_triton(
     dout: Tensor,
     q: Tensor,
@@ -93,38 +99,41 @@ def attention_backward_triton(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     arguments = common_arguments(q, k, v, mask, scores)
     rows = {"lse_ptr": lse2, "delta_ptr": delta}
-    with torch.cuda.device_of(q):
-        attention_bwd_rows_kernel[(batch * heads * cdiv(queries, _ROWS),)](
-            dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
-            NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"],
-            BLOCK_M=_ROWS, num_warps=4,
+    _launch_rows(
+        q.device, (batch * heads * cdiv(queries, _ROWS),),
+        dout, out, lse, lse2, delta, queries, heads, **strides_of(do=dout, o=out),
+        NATURAL=arguments["NATURAL"], V_FEATURES=v_features, BLOCK_V=arguments["BLOCK_V"],
+        BLOCK_M=_ROWS, num_warps=4,
+    )  # fmt: skip
+    if dq is not None:
+        _launch_queries(
+            q.device,
+            (batch * heads * cdiv(queries, tiles.queries.block_m),),
+            **sources(tiles.queries, q, k, v, dout),
+            **rows,
+            product_scale=scores.scale,
+            dq_ptr=dq,
+            **arguments,
+            **strides_of(q=q, k=k, v=v, do=dout, dq=dq),
+            **_of(tiles.queries),
+        )
+    if dk is not None and dv is not None:
+        ranges = None
+        if mask.start is not None and mask.stop is not None:
+            ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
+        _launch_keys(
+            q.device, (batch * k.shape[1] * cdiv(keys, tiles.keys.block_n),),
+            **sources(tiles.keys, q, k, v, dout), **rows, product_scale=scores.scale,
+            dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **_along_queries(arguments, scores),
+            **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
         )  # fmt: skip
-        if dq is not None:
-            attention_bwd_queries_kernel[(batch * heads * cdiv(queries, tiles.queries.block_m),)](
-                **sources(tiles.queries, q, k, v, dout),
-                **rows,
-                product_scale=scores.scale,
-                dq_ptr=dq,
-                **arguments,
-                **strides_of(q=q, k=k, v=v, do=dout, dq=dq),
-                **_of(tiles.queries),
-            )
-        if dk is not None and dv is not None:
-            ranges = None
-            if mask.start is not None and mask.stop is not None:
-                ranges = query_ranges.of_blocks(mask.start, mask.stop, keys, tiles.keys.block_n)
-            attention_bwd_keys_kernel[(batch * k.shape[1] * cdiv(keys, tiles.keys.block_n),)](
-                **sources(tiles.keys, q, k, v, dout), **rows, product_scale=scores.scale,
-                dk_ptr=dk, dv_ptr=dv, ranges_ptr=ranges, **_along_queries(arguments, scores),
-                **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
-            )  # fmt: skip
-        relative = bias = None
-        common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, **rows, **arguments}
-        common |= strides_of(q=q, k=k, v=v, do=dout)
-        if needs.relative and scores.relative is not None:
-            relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
-        if needs.bias and scores.bias is not None:
-            bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
+    relative = bias = None
+    common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, **rows, **arguments}
+    common |= strides_of(q=q, k=k, v=v, do=dout)
+    if needs.relative and scores.relative is not None:
+        relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
+    if needs.bias and scores.bias is not None:
+        bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
     sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
     return Gradients(dq, dk if needs.k else None, dv if needs.v else None, relative, bias, sinks)
 

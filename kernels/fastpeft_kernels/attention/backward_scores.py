@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..common.triton_random import row_keys
 from .arguments import UNSPECIALISED
 from .tiles import Tile
@@ -193,6 +194,9 @@ def attention_bwd_scores_kernel(
         tl.store(place, sums.to(sums_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_scores = Launcher(attention_bwd_scores_kernel)
+
+
 def relative_gradient(relative: Tensor, batch: int, keys: int, arguments: dict[str, Any], tile: Tile) -> Tensor:
     """The gradient of `Scores.relative`, in its shape and dtype; arguments of the kernel but its grid and sums."""
     heads, distances = relative.shape
@@ -221,7 +225,8 @@ def bias_gradient(bias: Tensor, shape: tuple[int, int, int, int], arguments: dic
 def _launch(
     sums: Tensor, batch: int, grid: tuple[int, int, int, int], arguments: Any, tile: Tile, **kind: bool
 ) -> None:
-    attention_bwd_scores_kernel[(grid[0] * grid[1] * grid[2] * grid[3],)](
+    _launch_scores(
+        sums.device, (grid[0] * grid[1] * grid[2] * grid[3],),
         **arguments, sums_ptr=sums, batches=batch,
         grid_batch=grid[0], grid_heads=grid[1], grid_rows=grid[2], grid_columns=grid[3],
         BLOCK=tile.block_m, num_warps=tile.num_warps, num_stages=tile.num_stages, **kind,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..common.triton_random import kept, row_keys
 from .arguments import UNSPECIALISED, common_arguments, rows_of, strides_of
 from .descriptors import sources
@@ -119,6 +120,9 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + (batch * heads + head) * queries + row, lse, mask=row < queries)
 
 
+_launch = Launcher(attention_fwd_kernel)
+
+
 def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -138,10 +142,10 @@ def attention_triton(
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if lse.numel():
-        with torch.cuda.device_of(q):
-            attention_fwd_kernel[(batch * heads * cdiv(queries, tile.block_m),)](
-                **sources(tile, q, k, v), out_ptr=out, lse_ptr=lse, sinks_ptr=scores.sinks,
-                **common_arguments(q, k, v, mask, scores), **strides_of(q=q, k=k, v=v),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+        _launch(
+            q.device, (batch * heads * cdiv(queries, tile.block_m),),
+            **sources(tile, q, k, v), out_ptr=out, lse_ptr=lse, sinks_ptr=scores.sinks,
+            **common_arguments(q, k, v, mask, scores), **strides_of(q=q, k=k, v=v),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return out, lse

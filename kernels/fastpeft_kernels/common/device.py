@@ -40,13 +40,6 @@ def _triton_launches(index: int) -> bool:
     return launches(index)
 
 
-def launching_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it Triton launches on `device`: it does on the current one, whatever the tensors' is."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast would multiply on `device` at present; None where it is off."""
     kind = _autocasting(device)

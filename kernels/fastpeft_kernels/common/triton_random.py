@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import random
 from .integers import cdiv, next_power_of_2
+from .launching import Launcher
 
 _C1, _C2 = tl.constexpr(random.C1), tl.constexpr(random.C2)
 _ROW_STEP, _STREAM_STEP = tl.constexpr(random.ROW_STEP), tl.constexpr(random.STREAM_STEP)
@@ -100,6 +101,9 @@ def dropout_kernel(
     tl.store(out_ptr + row[:, None] * out_row_stride + wide * out_column_stride, out, mask=inside)
 
 
+_launch = Launcher(dropout_kernel)
+
+
 def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0, out: Tensor | None = None) -> Tensor:
     """`random.dropout` in one launch, the same bits and the same rounding.
 
@@ -131,9 +135,9 @@ def dropout_triton(x: Tensor, seed: Tensor, p: float, stream: int = 0, out: Tens
         return out
     block_n = min(next_power_of_2(columns), 1024)
     block_m = _TILE // block_n
-    with torch.cuda.device_of(x):
-        dropout_kernel[(cdiv(rows, block_m) * cdiv(columns, block_n),)](
-            x, seed, out, rows, columns, *x.stride(), *out.stride(), stream, threshold, scale,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
-        )  # fmt: skip
+    _launch(
+        x.device, (cdiv(rows, block_m) * cdiv(columns, block_n),),
+        x, seed, out, rows, columns, *x.stride(), *out.stride(), stream, threshold, scale,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
     return out

@@ -7,14 +7,13 @@ first-level cache: a row of 14336 takes 28 KiB. Not measured yet.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import next_power_of_2
+from ..common.launching import Launcher
 from .reference import LARGEST, LEAST
 
 MOST_COLUMNS = 4096
@@ -54,6 +53,9 @@ def quantise_rows_kernel(
         tl.store(codes_ptr + column, code.to(tl.uint8, bitcast=True), mask=column < columns)
 
 
+_launch = Launcher(quantise_rows_kernel)
+
+
 def block_and_warps(columns: int) -> tuple[int, int]:
     """Columns of a tile (a power of two), and warps: 16 elements a thread."""
     block = min(MOST_COLUMNS, max(128, next_power_of_2(columns)))
@@ -76,15 +78,16 @@ def quantise_rows_triton(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     if isinstance(quantise_rows_kernel, triton.JITFunction) and x.device.type != "cuda":
         raise ValueError(f"backend: expected CUDA tensors for 'triton', got tensors on {x.device}")
     block, warps = block_and_warps(x.shape[1])
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        quantise_rows_kernel[(x.shape[0],)](
-            x,
-            codes.view(torch.uint8),
-            scale,
-            x.shape[1],
-            x.stride(0),
-            LARGEST=LARGEST,
-            LEAST=LEAST,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    _launch(
+        x.device,
+        (x.shape[0],),
+        x,
+        codes.view(torch.uint8),
+        scale,
+        x.shape[1],
+        x.stride(0),
+        LARGEST=LARGEST,
+        LEAST=LEAST,
+        BLOCK=block,
+        num_warps=warps,
+    )

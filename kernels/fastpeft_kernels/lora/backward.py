@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import INPUT, UP, WEIGHT, Config, default_config
@@ -169,6 +170,11 @@ def lora_down_bwd_input_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_up = Launcher(lora_up_bwd_kernel)
+_launch_down_weight = Launcher(lora_down_bwd_weight_kernel)
+_launch_down_input = Launcher(lora_down_bwd_input_kernel)
+
+
 def lora_up_bwd(
     dy: Tensor, b: Tensor, s: Tensor, out: Tensor, *, rows: RowSlots | None = None, config: Config | None = None
 ) -> Tensor:
@@ -201,13 +207,13 @@ def lora_up_bwd(
     dy, b, s = columns_contiguous(dy), columns_contiguous(b), columns_contiguous(s)
     ds = dy.new_empty((blocks, tokens, rank), dtype=torch.float32)
     db = dy.new_empty((splits, out_features, rank), dtype=torch.float32)
-    with torch.cuda.device_of(dy):
-        lora_up_bwd_kernel[(blocks, splits)](
-            dy, b, s, ds, db, table,
-            tokens, out_features, rank, each, dy.stride(0), *stack_strides(b)[:2], s.stride(0),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.ranks(rank),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_up(
+        dy.device, (blocks, splits),
+        dy, b, s, ds, db, table,
+        tokens, out_features, rank, each, dy.stride(0), *stack_strides(b)[:2], s.stride(0),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.ranks(rank),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     lora_sum(ds, out)
     return sums_of_slots(db, starts)
 
@@ -249,14 +255,14 @@ def lora_down_bwd_weight(
     out = x.new_empty((splits, *shape), dtype=torch.float32)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if features_first else out.stride()
     drops = seed is not None and p > 0.0
-    with torch.cuda.device_of(x):
-        lora_down_bwd_weight_kernel[(blocks, splits)](
-            x, ds, seed if drops else None, out, table,
-            tokens, features, rank, each, x.stride(0), ds.stride(0), *strides,
-            stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
-            HAS_DROPOUT=drops, BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_down_weight(
+        x.device, (blocks, splits),
+        x, ds, seed if drops else None, out, table,
+        tokens, features, rank, each, x.stride(0), ds.stride(0), *strides,
+        stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
+        HAS_DROPOUT=drops, BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return sums_of_slots(out, starts)
 
 
@@ -296,15 +302,15 @@ def lora_down_bwd_input_(
     drops = seed is not None and p > 0.0
     blocks = None if rows is None else rows.blocks(config.block_m, dx.device)
     count = cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
-    with torch.cuda.device_of(dx):
-        lora_down_bwd_input_kernel[(count * cdiv(in_features, config.block_n),)](
-            ds, a, dx, seed if drops else None, None if bias is None else bias.contiguous(), blocks,
-            tokens, in_features, rank, ds.stride(0), *stack_strides(a), dx.stride(0),
-            stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
-            HAS_DROPOUT=drops, ACCUMULATE=accumulate,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=config.ranks(rank),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_down_input(
+        dx.device, (count * cdiv(in_features, config.block_n),),
+        ds, a, dx, seed if drops else None, None if bias is None else bias.contiguous(), blocks,
+        tokens, in_features, rank, ds.stride(0), *stack_strides(a), dx.stride(0),
+        stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
+        HAS_DROPOUT=drops, ACCUMULATE=accumulate,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_n, BLOCK_R=config.ranks(rank),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     torch.autograd.graph.increment_version(dx)
     return dx
 

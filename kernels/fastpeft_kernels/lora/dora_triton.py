@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv, next_power_of_2
+from ..common.launching import Launcher
 from .backward import columns_contiguous
 from .configs import token_splits
 from .partial_sums import lora_sum
@@ -80,6 +81,10 @@ def dora_gain_bwd_kernel(
         tl.store(sums_ptr + split.to(tl.int64) * out_features + n, acc, mask=in_columns)
 
 
+_launch_norms = Launcher(dora_norms_kernel)
+_launch_gain = Launcher(dora_gain_bwd_kernel)
+
+
 def row_norms_triton(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
     """`dora.row_norms` in one launch: fp16, bf16 or fp32, up and a of one dtype; the norms are fp32."""
     (out_features, in_features), rank = w.shape, a.shape[0]
@@ -87,11 +92,11 @@ def row_norms_triton(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
     if out_features == 0:
         return norms
     w, up, a = columns_contiguous(w), columns_contiguous(up), columns_contiguous(a)
-    with torch.cuda.device_of(w):
-        dora_norms_kernel[(cdiv(out_features, NORMS["BLOCK_N"]),)](
-            w, up, a, norms, out_features, in_features, rank, w.stride(0), up.stride(0), a.stride(0),
-            BLOCK_R=norms_ranks(rank), **NORMS,
-        )  # fmt: skip
+    _launch_norms(
+        w.device, (cdiv(out_features, NORMS["BLOCK_N"]),),
+        w, up, a, norms, out_features, in_features, rank, w.stride(0), up.stride(0), a.stride(0),
+        BLOCK_R=norms_ranks(rank), **NORMS,
+    )  # fmt: skip
     return norms
 
 
@@ -109,10 +114,10 @@ def gain_backward_triton(dy: Tensor, z: Tensor | None, gain: Tensor, dz: Tensor 
     splits, each = token_splits(tokens, blocks, GAIN["BLOCK_M"], dy.device)
     dy, z = columns_contiguous(dy), None if z is None else columns_contiguous(z)
     sums = None if z is None else gain.new_empty((splits, 1, out_features))
-    with torch.cuda.device_of(dy):
-        dora_gain_bwd_kernel[(blocks, splits)](
-            dy, z, gain, dz, sums, tokens, out_features, each,
-            dy.stride(0), 0 if z is None else z.stride(0), 0 if dz is None else dz.stride(0),
-            HAS_Z=z is not None, HAS_DZ=dz is not None, **GAIN,
-        )  # fmt: skip
+    _launch_gain(
+        dy.device, (blocks, splits),
+        dy, z, gain, dz, sums, tokens, out_features, each,
+        dy.stride(0), 0 if z is None else z.stride(0), 0 if dz is None else dz.stride(0),
+        HAS_Z=z is not None, HAS_DZ=dz is not None, **GAIN,
+    )  # fmt: skip
     return None if sums is None else lora_sum(sums, gain.new_empty((1, out_features)))[0]

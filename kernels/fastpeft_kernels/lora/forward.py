@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from ..common.random import keep_threshold
 from ..common.triton_random import kept, row_keys
 from .configs import DOWN, Config, default_config, linear_config
@@ -149,6 +150,10 @@ def lora_linear_fwd_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_down = Launcher(lora_down_fwd_kernel)
+_launch_linear = Launcher(lora_linear_fwd_kernel)
+
+
 def lora_down(
     x: Tensor,
     a: Tensor,
@@ -182,15 +187,15 @@ def lora_down(
     drops = seed is not None and p > 0.0
     blocks = None if rows is None else rows.blocks(config.block_m, x.device)
     count = cdiv(tokens, config.block_m) if blocks is None else blocks.shape[0]
-    with torch.cuda.device_of(x):
-        lora_down_fwd_kernel[(count * cdiv(rank, block_r),)](
-            x, a, out, seed if drops else None, blocks,
-            tokens, in_features, rank, *x.stride(), *stack_strides(a), *out.stride(),
-            stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
-            HAS_DROPOUT=drops, EVEN_K=in_features % config.block_k == 0,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_down(
+        x.device, (count * cdiv(rank, block_r),),
+        x, a, out, seed if drops else None, blocks,
+        tokens, in_features, rank, *x.stride(), *stack_strides(a), *out.stride(),
+        stream, keep_threshold(p) if drops else 0, 1.0 / (1.0 - p),
+        HAS_DROPOUT=drops, EVEN_K=in_features % config.block_k == 0,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out
 
 
@@ -246,16 +251,16 @@ def lora_linear(
         return lora_linear_tma(pairs, s, b, bias, out, accumulate, config)
     rank = 0 if s is None else s.shape[1]
     no_strides = (0, 0)
-    with torch.cuda.device_of(x):
-        lora_linear_fwd_kernel[(cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n),)](
-            x, w, s, b, None if bias is None else bias.contiguous(), out,
-            tokens, out_features, in_features, rank, *x.stride(), *w.stride(),
-            *(no_strides if s is None else s.stride()), *(no_strides if b is None else b.stride()), out.stride(0),
-            HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
-            EVEN_K=in_features % config.block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, BLOCK_R=16 if s is None or s.dtype == torch.float32 else config.ranks(rank),
-            GROUP_M=8, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    _launch_linear(
+        x.device, (cdiv(tokens, config.block_m) * cdiv(out_features, config.block_n),),
+        x, w, s, b, None if bias is None else bias.contiguous(), out,
+        tokens, out_features, in_features, rank, *x.stride(), *w.stride(),
+        *(no_strides if s is None else s.stride()), *(no_strides if b is None else b.stride()), out.stride(0),
+        HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
+        EVEN_K=in_features % config.block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, BLOCK_R=16 if s is None or s.dtype == torch.float32 else config.ranks(rank),
+        GROUP_M=8, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     for another_x, another_w in more:
         lora_linear(another_x, another_w, out=out, accumulate=True, config=config)
     return out

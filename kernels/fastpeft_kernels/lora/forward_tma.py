@@ -183,8 +183,8 @@ def lora_linear_tma(
     described += describe(s, config.block_m, config.block_k), describe(b, config.block_n, config.block_k)
     described.append(describe(out, config.block_m, config.block_n // config.parts))
     _launch(
-        out.device, (programs,), (None if bias is None else bias.contiguous(),),
-        (tokens, out_features, *features, rank, config.group_m), described,
+        out.device, (programs,), *described, None if bias is None else bias.contiguous(),
+        tokens, out_features, *features, rank, config.group_m,
         PAIRS=len(pairs), W_TRANSPOSED=w.stride(1) != 1, B_TRANSPOSED=b is not None and b.stride(1) != 1,
         HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,

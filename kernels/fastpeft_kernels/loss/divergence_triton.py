@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .divergence_kernels import divergence_bwd_kernel, divergence_fwd_kernel
 from .hard_labels import HardLabels
 from .logit_map import PLAIN, LogitMap
 from .tiles import CONFIGS, Config, check_launch
+
+_launch_forward = Launcher(divergence_fwd_kernel)
+_launch_backward = Launcher(divergence_bwd_kernel)
 
 
 def divergence_triton(
@@ -35,15 +39,15 @@ def divergence_triton(
     if student.numel() == 0:
         return
     flags = None if counted is None else counted.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(student):
-        divergence_fwd_kernel[(tokens,)](
-            student, teacher, student_map.bias, teacher_map.bias, flags, out, kept,
-            tokens, words, student.stride(0), teacher.stride(0),
-            *_map(student_map, temperature), *_map(teacher_map, temperature), beta,
-            KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
-            TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher),
-            **config.fitted(words, student, teacher), num_warps=config.num_warps,
-        )  # fmt: skip
+    _launch_forward(
+        student.device, (tokens,),
+        student, teacher, student_map.bias, teacher_map.bias, flags, out, kept,
+        tokens, words, student.stride(0), teacher.stride(0),
+        *_map(student_map, temperature), *_map(teacher_map, temperature), beta,
+        KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
+        TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher),
+        **config.fitted(words, student, teacher), num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def divergence_backward_triton(
@@ -71,16 +75,16 @@ def divergence_backward_triton(
     check_launch(divergence_bwd_kernel, student, programs)
     if student.numel() == 0:
         return
-    with torch.cuda.device_of(student):
-        divergence_bwd_kernel[(programs,)](
-            dvalues, student, teacher, student_map.bias, teacher_map.bias, kept, dstudent,
-            *(hard[1:] if hard else [None] * 5),
-            tokens, words, hard.first if hard else 0, kept.stride(0), student.stride(0), teacher.stride(0),
-            dstudent.stride(0), *_map(student_map, temperature), *_map(teacher_map, temperature), temperature, beta,
-            KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
-            TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher), **tile,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+    _launch_backward(
+        student.device, (programs,),
+        dvalues, student, teacher, student_map.bias, teacher_map.bias, kept, dstudent,
+        *(hard[1:] if hard else [None] * 5),
+        tokens, words, hard.first if hard else 0, kept.stride(0), student.stride(0), teacher.stride(0),
+        dstudent.stride(0), *_map(student_map, temperature), *_map(teacher_map, temperature), temperature, beta,
+        KIND=kind_of(beta), STUDENT_CAPPED=student_map.softcap is not None,
+        TEACHER_CAPPED=teacher_map.softcap is not None, EXACT=_exact(student, teacher), **tile,
+        num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def kind_of(beta: float) -> str:

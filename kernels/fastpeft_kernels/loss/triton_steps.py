@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .steps import Running
 from .tiles import CONFIGS, Config, check_launch
 from .triton_gradient import gradient_step_kernel, rescale_kernel
 from .triton_online import online_step_kernel
 
 _RESCALED = {"BLOCK": 1024, "num_warps": 4}
+_launch_online = Launcher(online_step_kernel)
+_launch_gradient = Launcher(gradient_step_kernel)
+_launch_rescale = Launcher(rescale_kernel)
 
 
 def online_step(
@@ -40,15 +44,15 @@ def online_step(
     check_launch(online_step_kernel, raw, tokens)
     if raw.numel() == 0:
         return
-    with torch.cuda.device_of(raw):
-        online_step_kernel[(tokens,)](
-            raw, bias, class_weight, labels,
-            running.top, running.others, running.label, running.factor,
-            running.tilted, running.high, running.best, running.total,
-            words, first, raw.stride(0), *_map(scale, softcap), running.slack, ignore_index,
-            WRITE=write, CAPPED=softcap is not None, EXACT=raw.dtype == torch.float32,
-            **config.fitted(words, raw), num_warps=config.num_warps,
-        )  # fmt: skip
+    _launch_online(
+        raw.device, (tokens,),
+        raw, bias, class_weight, labels,
+        running.top, running.others, running.label, running.factor,
+        running.tilted, running.high, running.best, running.total,
+        words, first, raw.stride(0), *_map(scale, softcap), running.slack, ignore_index,
+        WRITE=write, CAPPED=softcap is not None, EXACT=raw.dtype == torch.float32,
+        **config.fitted(words, raw), num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def _map(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -85,12 +89,12 @@ def gradient_step(
     check_launch(gradient_step_kernel, raw, programs)
     if raw.numel() == 0:
         return
-    with torch.cuda.device_of(raw):
-        gradient_step_kernel[(programs,)](
-            raw, out, bias, class_weight, labels, top, inverse, others, d_nll, d_lse, d_total,
-            words, first, raw.stride(0), out.stride(0), *_map(scale, softcap),
-            CAPPED=softcap is not None, EXACT=raw.dtype == torch.float32, **tile, num_warps=config.num_warps,
-        )  # fmt: skip
+    _launch_gradient(
+        raw.device, (programs,),
+        raw, out, bias, class_weight, labels, top, inverse, others, d_nll, d_lse, d_total,
+        words, first, raw.stride(0), out.stride(0), *_map(scale, softcap),
+        CAPPED=softcap is not None, EXACT=raw.dtype == torch.float32, **tile, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def rescale(acc: Tensor, factor: Tensor) -> None:
@@ -102,5 +106,4 @@ def rescale(acc: Tensor, factor: Tensor) -> None:
     check_launch(rescale_kernel, acc, acc.shape[0])
     if acc.numel() == 0:
         return
-    with torch.cuda.device_of(acc):
-        rescale_kernel[(acc.shape[0],)](acc, factor, acc.shape[1], acc.stride(0), **_RESCALED)
+    _launch_rescale(acc.device, (acc.shape[0],), acc, factor, acc.shape[1], acc.stride(0), **_RESCALED)

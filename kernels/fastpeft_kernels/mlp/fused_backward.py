@@ -299,11 +299,9 @@ def gated_activation_backward_with_adapters(
         return _returned(ds.zero_(), sums, ranks)
     partial = up.new_empty((blocks, tokens, sum(ranks[:2])), dtype=torch.float32)
     _launch(
-        up.device, (blocks, splits), (dh, gate, up, dgate, dup, *factors, partial, sums),
-        (
-            tokens, features, each, *ranks, dh.stride(0), up.stride(0), dup.stride(0),
-            *[0 if factor is None else factor.stride(0) for factor in factors],
-        ),
+        up.device, (blocks, splits), dh, gate, up, dgate, dup, *factors, partial, sums,
+        tokens, features, each, *ranks, dh.stride(0), up.stride(0), dup.stride(0),
+        *[0 if factor is None else factor.stride(0) for factor in factors],
         KIND=activation, GATED=gate is not None,
         WITH_GATE=ranks[0] > 0, WITH_UP=ranks[1] > 0, WITH_DOWN=ranks[2] > 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK, PARTS=config.parts,

@@ -143,8 +143,8 @@ def gated_activation_with_down(
     splits, each = config.splits(features, config.block_n, blocks, up.device)
     partial = up.new_empty((splits, tokens, rank), dtype=torch.float32)
     _launch(
-        up.device, (blocks, splits), (gate, up, h, a, partial),
-        (tokens, features, each, rank, up.stride(0), h.stride(0), a.stride(0)),
+        up.device, (blocks, splits), gate, up, h, a, partial,
+        tokens, features, each, rank, up.stride(0), h.stride(0), a.stride(0),
         KIND=activation, GATED=gate is not None,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=MAX_RANK,
         num_warps=config.num_warps, num_stages=1, maxnreg=config.registers,

@@ -115,8 +115,8 @@ def norm_backward_triton(
     _launch(
         x.device,
         (programs,),
-        (dy, x, weight, kept.mean, kept.rstd, dx, dweight, dbias),
-        (rows, columns, dy.stride(0), x.stride(0), steps),
+        *(dy, x, weight, kept.mean, kept.rstd, dx, dweight, dbias),
+        *(rows, columns, dy.stride(0), x.stride(0), steps),
         OFFSET=form.offset,
         CENTRED=form.centred,
         BLOCK_ROWS=block_rows,

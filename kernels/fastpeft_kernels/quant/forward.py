@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import launching_on
 from ..common.integers import cdiv
+from ..common.launching import Launcher
 from .storage import Packed4bit
 from .tables import TINY, rank_tables
 
@@ -151,6 +151,9 @@ def decode_4bit_kernel(
     tl.store(out_ptr + run * stride_run + at * stride, values, mask=mask)
 
 
+_launch_decode = Launcher(decode_4bit_kernel)
+
+
 def decode_4bit_triton(
     packed: Packed4bit, out: Tensor, first: int, last: int, config: DecodeConfig = DECODE_CONFIGS[0]
 ) -> Tensor:
@@ -171,29 +174,30 @@ def decode_4bit_triton(
     programs = cdiv(words if aligned else words + 1, config.block_words)
     if not one_run and programs > _MAX_GRID_Y:
         raise ValueError(f"out: expected a contiguous tensor for {columns} in_features, got strides {out.stride()}")
-    with launching_on(out.device):
-        decode_4bit_kernel[(programs,) if one_run else (out.shape[0], programs)](
-            _as_words(packed.packed, -(-last * columns // 8)),
-            packed.absmax,
-            packed.code,
-            packed.nested_absmax,
-            packed.nested_code,
-            packed.nested_offset,
-            out,
-            packed.packed.numel(),
-            first * columns // 8 if aligned else first * columns,
-            length,
-            words,
-            0 if one_run else out.stride(0),
-            1 if one_run else out.stride(1),
-            BLOCKSIZE=packed.blocksize,
-            NESTED_BLOCKSIZE=packed.nested_blocksize or 0,
-            ONE_RUN=one_run,
-            ALIGNED=aligned,
-            SHARED_TABLE=config.shared_table,
-            BLOCK_WORDS=config.block_words,
-            num_warps=config.num_warps,
-        )
+    _launch_decode(
+        out.device,
+        (programs,) if one_run else (out.shape[0], programs),
+        _as_words(packed.packed, -(-last * columns // 8)),
+        packed.absmax,
+        packed.code,
+        packed.nested_absmax,
+        packed.nested_code,
+        packed.nested_offset,
+        out,
+        packed.packed.numel(),
+        first * columns // 8 if aligned else first * columns,
+        length,
+        words,
+        0 if one_run else out.stride(0),
+        1 if one_run else out.stride(1),
+        BLOCKSIZE=packed.blocksize,
+        NESTED_BLOCKSIZE=packed.nested_blocksize or 0,
+        ONE_RUN=one_run,
+        ALIGNED=aligned,
+        SHARED_TABLE=config.shared_table,
+        BLOCK_WORDS=config.block_words,
+        num_warps=config.num_warps,
+    )
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -251,6 +255,9 @@ def encode_4bit_kernel(
     tl.store(packed_ptr + at, (high << 4) | low, mask=at * 2 < elements)
 
 
+_launch_encode = Launcher(encode_4bit_kernel)
+
+
 def encode_4bit_triton(
     weight: Tensor, quant_type: str, blocksize: int, config: EncodeConfig = ENCODE_CONFIGS[0]
 ) -> tuple[Tensor, Tensor]:
@@ -269,20 +276,21 @@ def encode_4bit_triton(
         return packed, absmax
     thresholds, nibbles = rank_tables(quant_type, weight.device)
     per_program = max(1, config.tile // blocksize)
-    with launching_on(weight.device):
-        encode_4bit_kernel[(cdiv(blocks, per_program),)](
-            flat,
-            thresholds,
-            nibbles,
-            packed,
-            absmax,
-            elements,
-            blocks,
-            BLOCKSIZE=blocksize,
-            TAIL=elements % blocksize != 0,
-            BLOCKS=per_program,
-            num_warps=config.num_warps,
-        )
+    _launch_encode(
+        weight.device,
+        (cdiv(blocks, per_program),),
+        flat,
+        thresholds,
+        nibbles,
+        packed,
+        absmax,
+        elements,
+        blocks,
+        BLOCKSIZE=blocksize,
+        TAIL=elements % blocksize != 0,
+        BLOCKS=per_program,
+        num_warps=config.num_warps,
+    )
     return packed, absmax
 
 

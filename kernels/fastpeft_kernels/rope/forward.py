@@ -179,8 +179,8 @@ def rotary_triton(
     _launch(
         given.device,
         grid,
-        (q, k, cos, sin, *outs),
-        (tokens, q_heads, k_heads, *strides, *tables),
+        *(q, k, cos, sin, *outs),
+        *(tokens, q_heads, k_heads, *strides, *tables),
         DIM=dim,
         TURNED=turned,
         INTERLEAVED=rotation.layout == "interleaved",
