@@ -142,7 +142,7 @@ def _along_queries(arguments: dict[str, Any], scores: Scores) -> dict[str, Any]:
     """The same for a kernel whose tiles are keys x queries."""
     if scores.relative is None:
         return arguments
-    return {**arguments, "relative_ptr": in_copies(scores.relative.flip(1))}
+    return {**arguments, "relative_ptr": in_copies(scores.relative, reverse=True)}
 
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Needs) -> Gradients:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.remembered import Remembered
+
 COPY_BITS = 64
 """What one load reads: so many copies there are as elements in it."""
 UNIT = 16
@@ -18,14 +20,26 @@ MARGIN = 128
 """Elements before the first distance and behind the last that tiles over the edges may read: rows of a tile at most."""
 
 
-def in_copies(relative: Tensor) -> Tensor:
+def in_copies(relative: Tensor, reverse: bool = False) -> Tensor:
     """(heads, copies, length), zeros around: copies[:, c, x] is the bias at distance index x + c - MARGIN.
 
     Args:
         relative: (heads, distances), in fp32, fp16 or bf16.
+        reverse: of the bias in reversed order.
+
+    Returns:
+        Not to be written into: layers with one bias get the same, forward and backward.
     """
+    return _in_copies(relative, reverse)
+
+
+def _make(relative: Tensor, reverse: bool) -> Tensor:
+    relative = relative.detach().flip(1) if reverse else relative.detach()
     heads, distances = relative.shape
     copies = COPY_BITS // (8 * relative.element_size())
     length = -(-(distances + 2 * MARGIN) // UNIT) * UNIT
-    padded = torch.nn.functional.pad(relative.detach(), (MARGIN, length + copies - MARGIN - distances))
+    padded = torch.nn.functional.pad(relative, (MARGIN, length + copies - MARGIN - distances))
     return padded.as_strided((heads, copies, length), (padded.stride(0), 1, 1)).contiguous()
+
+
+_in_copies = Remembered(_make)

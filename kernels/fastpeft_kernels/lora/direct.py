@@ -41,38 +41,90 @@ def serves(x: Tensor, group: Group) -> str | None:
 
     torch's compiled autograd takes no C++ node that holds what ours does.
     """
-    found = fits(x, group)
-    return None if found is None or _backward_is_compiled() or group_extension() is None else found
+    return _if_there(fits(x, group))
 
 
 def fits(x: Tensor, group: Group) -> str | None:
     """The same, whether or not it is compiled yet."""
+    return _fits(x.numel() // max(x.shape[-1], 1), x.device, group)
+
+
+def _if_there(found: str | None) -> str | None:
+    return None if found is None or _backward_is_compiled() or group_extension() is None else found
+
+
+def _fits(tokens: int, device: torch.device, group: Group) -> str | None:
     if group.one_a or group.backend == "triton" or choosing.gathers():
         return None
-    at = (choosing.state(), x.numel(), x.shape[-1])
-    return recall(group.served, at, lambda: _fits(x, group))
+    at = (choosing.state(), tokens, device)
+    return recall(group.served, at, lambda: _fits_plainly(tokens, device, group))
 
 
-def _fits(x: Tensor, group: Group) -> str | None:
+def _fits_plainly(tokens: int, device: torch.device, group: Group) -> str | None:
     most = 1 if group.adapter_index is None else math.inf
     if any([seed is not None for seed in group.seeds]) or not all([_is_plain(p, most) for p in group.projections]):
         return None
-    return _small(x, group)
+    return _small(tokens, device, group)
 
 
 def apply(x: Tensor, group: Group, served: str = ALL, made: Remade | None = None) -> tuple[Tensor, ...]:
     """`autograd.apply` of a group that is served; with BUT_DX its dX is made by `large_input_gradient`."""
+    weights = [projection.weight for projection in group.projections]
+    mixed: tuple[Any, ...] = (None, None, (1.0, None))
+    if group.adapter_index is not None:
+        rows = mixed_native.rows(group, x.numel() // max(x.shape[-1], 1))
+        mixed = (rows, mixed_native.owned(group), mixed_packing.scalings(group))
+    found: list[Tensor] = _projections(group).apply(
+        x,
+        partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
+        None if served == ALL else partial(_input_gradient, group),
+        *(made or (None, "")),
+        *mixed,
+    )
+    return tuple(found)
+
+
+def project(
+    outputs: Sequence[Tensor], x: Tensor, group: Group, packed: Packed, s: Tensor | None
+) -> tuple[Tensor | None] | None:
+    """(S,) of `library.forward_into`, where this serves; else None, and nothing is done."""
+    if group.adapter_index is not None or serves(x, group) is None:
+        return None
+    return (_projections(group).project(outputs, x, packed.a, packed.b, s),)
+
+
+def derive(
+    s: Tensor | None,
+    dys: Sequence[Tensor | None],
+    group: Group,
+    packed: Packed,
+    dx_dtype: torch.dtype | None,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]] | None:
+    """`library.backward_without_input` with gradients of rows that are contiguous, where this serves; else None."""
+    like = next((dy for dy in dys if dy is not None), None)
+    if like is None or group.adapter_index is not None:
+        return None
+    if _if_there(_fits(like.shape[0], like.device, group)) != ALL:
+        return None
+    trains_b = [s is not None and flags[2] for p, flags in zip(group.projections, needs, strict=True) if p.adapters]
+    dx, ds, dbs = _projections(group).derive(s, dys, packed.a, packed.b, dx_dtype, trains_b)
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
+    each = iter(dbs)
+    for projection, found in zip(group.projections, grads, strict=True):
+        if projection.adapters:
+            found[2] = next(each)
+    return dx, ds, grads
+
+
+def _projections(group: Group) -> Any:
+    """The group as C++ takes it."""
     extension, projections, dtypes = group_extension(), group.projections, group.dtypes
     assert extension is not None
     weights = [projection.weight for projection in projections]
     dense = [weight.weight if type(weight) is DenseWeight else None for weight in weights]
     adapters = [adapter for projection in projections for adapter in projection.adapters]
-    mixed: tuple[Any, ...] = (None, None, (1.0, None))
-    if group.adapter_index is not None:
-        rows = mixed_native.rows(group, x.numel() // max(x.shape[-1], 1))
-        mixed = (rows, mixed_native.owned(group), mixed_packing.scalings(group))
-    found: list[Tensor] = extension.apply(
-        x,
+    return extension.Projections(
         dense,
         [
             None if d is not None else partial(parts.decoded, w, dtypes.compute)
@@ -87,12 +139,7 @@ def apply(x: Tensor, group: Group, served: str = ALL, made: Remade | None = None
         dtypes.compute,
         dtypes.lora,
         dtypes.out,
-        partial(_check_unchanged, weights, [weight.stamp() for weight in weights]),
-        None if served == ALL else partial(_input_gradient, group),
-        *(made or (None, "")),
-        *mixed,
     )
-    return tuple(found)
 
 
 def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed | None:
@@ -142,17 +189,16 @@ def _has_values_only(kind: type[FrozenWeight]) -> bool:
     return all(getattr(kind, name) is getattr(FrozenWeight, name) for name in names)
 
 
-def _small(x: Tensor, group: Group) -> str | None:
+def _small(tokens: int, device: torch.device, group: Group) -> str | None:
     """What the library alone would compute: by default for matrices of few elements, and if chosen so."""
-    rows = x.numel() // max(x.shape[-1], 1)
     sizes = tuple([p.weight.shape for p in group.projections])
     batch = None if group.adapter_index is None else len(group.adapter_index)
-    at = (choosing.state(), x.device, rows, batch, sizes, group.widths(), group.dtypes, group.backend)
-    return recall(_decided, at, lambda: _decide(x, rows, group))
+    at = (choosing.state(), device, tokens, batch, sizes, group.widths(), group.dtypes, group.backend)
+    return recall(_decided, at, lambda: _decide(tokens, device, group))
 
 
-def _decide(x: Tensor, tokens: int, group: Group) -> str | None:
-    device, dtypes, in_features = x.device, group.dtypes, x.shape[-1]
+def _decide(tokens: int, device: torch.device, group: Group) -> str | None:
+    dtypes, in_features = group.dtypes, group.projections[0].weight.shape[1]
     shapes, mixed = [projection.weight.shape for projection in group.projections], group.adapter_index is not None
     if device.type != "cuda":
         widest = max(in_features, *[shape[0] for shape in shapes])

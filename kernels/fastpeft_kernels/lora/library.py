@@ -102,6 +102,10 @@ def forward_into(
         S, (tokens, total rank), or None; with `group.one_a` (tokens, rank), in a mixed batch (tokens, sum of
         `group.widths()`), here and elsewhere.
     """
+    if (done := direct.project(outputs, x, group, packed, s)) is not None:
+        if kept is not None:
+            kept += [None] * len(outputs)
+        return done[0]
     inputs = x.to(group.dtypes.compute)
     s = down_projection(x, group, packed) if s is None else s
     column, shared = 0, dict[str, Any]()
@@ -174,8 +178,10 @@ def backward_without_input(
     Returns:
         (dx, ds, grads): as `backward`, and dS, (tokens, total rank), for `down_gradients`.
     """
-    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     dys = [None if dy is None else rows_contiguous(dy) for dy in dys]
+    if (done := direct.derive(s, dys, group, packed, dx_dtype, needs)) is not None:
+        return done
+    grads: list[list[Tensor | None]] = [[None] * len(flags) for flags in needs]
     ds = empty_ds(dys, group, packed)
     dropped: list[tuple[Tensor, Tensor, Tensor, int]] = []
     column = 0

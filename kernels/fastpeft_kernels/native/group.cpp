@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -59,21 +60,14 @@ struct LoraGroup : public torch::autograd::Function<LoraGroup> {
             const auto size = static_cast<int64_t>(c10::elementSize(group->compute));
             const bool once = group->compute == group->lora && x.element_size() >= size;
             kept = once ? x.to(group->compute) : x;
-            const Tensor rows = kept.reshape({-1, kept.size(-1)});
-            const Tensor inputs = rows.to(group->compute);
-            const Packed packed = pack(*group, as, bs);
-            if (packed.a.defined()) s = down_projection(rows.to(group->lora), packed, *group);
-            int64_t column = 0;
             auto sizes = x.sizes().vec();
-            for (size_t i = 0; i < group->projections.size(); ++i) {
-                const auto& projection = group->projections[i];
+            Tensors ys;
+            for (const auto& projection : group->projections) {
                 sizes.back() = projection.out_features;
                 outputs.push_back(at::empty(sizes, x.options().dtype(group->out)));
-                Tensor y = outputs.back().view({-1, projection.out_features});
-                const auto first = std::exchange(column, column + projection.rank);
-                const Tensor own = projection.rank ? s.narrow(1, first, projection.rank) : Tensor();
-                project(y, inputs, projection, own, packed.b[i], *group);
+                ys.push_back(outputs.back().view({-1, projection.out_features}));
             }
+            s = project_all(kept.reshape({-1, kept.size(-1)}), ys, {}, pack(*group, as, bs), *group);
         }
         ctx->set_materialize_grads(false);
         ctx->saved_data["group"] = c10::IValue::make_capsule(group);
@@ -111,45 +105,85 @@ using GivenScalings = std::pair<double, Given>;
 
 Scalings scalings_of(const GivenScalings& given) { return {given.first, given.second.value_or(Tensor())}; }
 
-// The arguments' dtypes and sizes are checked in Python.
-std::vector<Tensor> apply(const Tensor& x, const std::vector<std::optional<Tensor>>& weights,
-                          const std::vector<py::object>& decoders, const std::vector<std::optional<Tensor>>& biases,
-                          const std::vector<int64_t>& out_features, const std::vector<int64_t>& counts,
-                          const Tensors& as, const Tensors& bs, const std::vector<double>& scalings, ScalarType compute,
-                          ScalarType lora, ScalarType out, py::object check, py::object dx, const Given& source, std::string made,
-                          std::shared_ptr<Rows> rows,
-                          std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
-    let_go().drop();
-    auto group = c10::make_intrusive<Group>();
-    group->compute = compute;
-    group->lora = lora;
-    group->out = out;
-    group->check = Held(std::move(check));
-    group->dx = Held(std::move(dx));
-    group->needs_x = x.requires_grad();
-    group->made = std::move(made);
-    if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
-    Tensors adapters;
-    size_t adapter = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        Projection projection{weights[i] ? weights[i]->detach() : Tensor(), Held(decoders[i]),
-                              biases[i] ? biases[i]->detach() : Tensor(), counts[i] ? scalings[adapter] : 1.0,
-                              out_features[i], counts[i], 0};
-        for (int64_t j = 0; j < counts[i]; ++j, ++adapter) {
-            projection.rank = std::max(projection.rank, as[adapter].size(0));
-            adapters.push_back(as[adapter]);
-            adapters.push_back(bs[adapter]);
-            group->trains_a.push_back(as[adapter].requires_grad());
-            group->trains_b.push_back(bs[adapter].requires_grad());
-        }
-        group->rank += projection.rank;
-        group->projections.push_back(std::move(projection));
-    }
-    py::gil_scoped_release release;
-    Tensors remade;
-    if (source) remade.push_back(*source);
-    return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), group);
+std::vector<Given> or_none(const Tensors& tensors) {
+    std::vector<Given> found;
+    for (const auto& tensor : tensors) found.push_back(tensor.defined() ? Given(tensor) : Given());
+    return found;
 }
+
+Tensors or_undefined(const std::vector<Given>& tensors) {
+    Tensors found;
+    for (const auto& tensor : tensors) found.push_back(tensor.value_or(Tensor()));
+    return found;
+}
+
+// A group, and its adapters' parameters. The arguments' dtypes and sizes are checked in Python.
+struct Projections {
+    c10::intrusive_ptr<Group> group = c10::make_intrusive<Group>();
+    Tensors as, bs;
+
+    Projections(const std::vector<Given>& weights, const std::vector<py::object>& decoders, const std::vector<Given>& biases,
+                const std::vector<int64_t>& out_features, const std::vector<int64_t>& counts, Tensors given_as,
+                Tensors given_bs, const std::vector<double>& scalings, ScalarType compute, ScalarType lora, ScalarType out)
+        : as(std::move(given_as)), bs(std::move(given_bs)) {
+        let_go().drop();
+        group->compute = compute;
+        group->lora = lora;
+        group->out = out;
+        size_t adapter = 0;
+        for (size_t i = 0; i < weights.size(); ++i) {
+            Projection projection{weights[i] ? weights[i]->detach() : Tensor(), Held(decoders[i]),
+                                  biases[i] ? biases[i]->detach() : Tensor(), counts[i] ? scalings[adapter] : 1.0,
+                                  out_features[i], counts[i], 0};
+            for (int64_t j = 0; j < counts[i]; ++j, ++adapter) {
+                projection.rank = std::max(projection.rank, as[adapter].size(0));
+                group->trains_a.push_back(as[adapter].requires_grad());
+                group->trains_b.push_back(bs[adapter].requires_grad());
+            }
+            group->rank += projection.rank;
+            group->projections.push_back(std::move(projection));
+        }
+    }
+
+    // The outputs as a node of autograd; afterwards the group is that node's.
+    std::vector<Tensor> apply(const Tensor& x, py::object check, py::object dx, const Given& source, std::string made,
+                              std::shared_ptr<Rows> rows, std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
+        group->check = Held(std::move(check));
+        group->dx = Held(std::move(dx));
+        group->needs_x = x.requires_grad();
+        group->made = std::move(made);
+        if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
+        Tensors adapters;
+        for (size_t k = 0; k < as.size(); ++k) {
+            adapters.push_back(as[k]);
+            adapters.push_back(bs[k]);
+        }
+        py::gil_scoped_release release;
+        Tensors remade;
+        if (source) remade.push_back(*source);
+        return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), group);
+    }
+
+    // `forward_into` and `backward_without_input` of lora/library.py; the latter's gradients of b alone.
+    Given project(Tensors outputs, const Tensor& x, const Given& a, const std::vector<Given>& ups, const Given& s) const {
+        const Packed packed{a.value_or(Tensor()), or_undefined(ups)};
+        return or_none({project_all(x, outputs, s.value_or(Tensor()), packed, *group)})[0];
+    }
+
+    std::tuple<Given, Given, std::vector<Given>> derive(const Given& s, const std::vector<Given>& given, const Given& a,
+                                                        const std::vector<Given>& ups, const std::optional<ScalarType>& dx_dtype,
+                                                        const std::vector<bool>& trains_b) const {
+        group->trains_b.assign(trains_b.begin(), trains_b.end());
+        const Packed packed{a.value_or(Tensor()), or_undefined(ups)};
+        const Tensors dys = or_undefined(given);
+        Tensors results(1 + 2 * as.size());
+        const Tensor ds = up_gradients(dys, s.value_or(Tensor()), packed, bs, *group, results);
+        Tensor dx;
+        if (dx_dtype) dx = input_gradient(dys, ds, *group, packed, *dx_dtype);
+        const auto found = or_none({dx, ds});
+        return {found[0], found[1], or_none(every_other(results, 2))};
+    }
+};
 
 // The adapters of a group as the products take them: all of a under each other, and each factor times its b.
 std::pair<Tensor, Tensors> packed(const Tensors& as, const Tensors& bs, const std::vector<double>& factors,
@@ -157,12 +191,6 @@ std::pair<Tensor, Tensors> packed(const Tensors& as, const Tensors& bs, const st
     Tensors ups;
     for (size_t i = 0; i < bs.size(); ++i) ups.push_back(scaled(bs[i], factors[i], dtype));
     return {joined(as, dtype), std::move(ups)};
-}
-
-std::vector<Given> or_none(const Tensors& tensors) {
-    std::vector<Given> found;
-    for (const auto& tensor : tensors) found.push_back(tensor.defined() ? Given(tensor) : Given());
-    return found;
 }
 
 // The parts of a mixed batch for what is Python's: see mixed.h.
@@ -199,7 +227,15 @@ void bind_mixed(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-    module.def("apply", &apply);
+    using Release = py::call_guard<py::gil_scoped_release, Plain>;
+    using Some = std::vector<Given>;
+    using Sizes = std::vector<int64_t>;
+    py::class_<Projections>(module, "Projections", py::module_local())
+        .def(py::init<Some, std::vector<py::object>, Some, Sizes, Sizes, Tensors, Tensors, std::vector<double>, ScalarType,
+                      ScalarType, ScalarType>())
+        .def("apply", &Projections::apply)
+        .def("project", &Projections::project, Release())
+        .def("derive", &Projections::derive, Release());
     module.def("pack", &packed, py::call_guard<py::gil_scoped_release, Plain>());
     bind_mixed(module);
 }

@@ -146,6 +146,20 @@ void project(Tensor& y, const Tensor& inputs, const Projection& projection, cons
     if (!base.is_same(y)) y.copy_(base);
 }
 
+// `forward_into` of lora/library.py: outputs of the rows x, and S, which may be given.
+Tensor project_all(const Tensor& x, Tensors& outputs, Tensor s, const Packed& packed, const Group& group) {
+    const Tensor inputs = x.to(group.compute);
+    if (!s.defined() && packed.a.defined()) s = down_projection(x.to(group.lora), packed, group);
+    int64_t column = 0;
+    for (size_t i = 0; i < group.projections.size(); ++i) {
+        const auto& projection = group.projections[i];
+        const auto first = std::exchange(column, column + projection.rank);
+        const Tensor own = projection.rank ? s.narrow(1, first, projection.rank) : Tensor();
+        project(outputs[i], inputs, projection, own, packed.b[i], group);
+    }
+    return s;
+}
+
 Tensor rows_contiguous(const Tensor& t) {
     return t.stride(-1) == 1 && t.stride(0) >= t.size(1) ? t : t.contiguous();
 }
@@ -228,31 +242,21 @@ void down_gradients(const Tensor& ds, const Tensor& x, const Tensors& as, const 
     }
 }
 
-// Gradients of x, and of each adapter's a and b.
-Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarType x_dtype, const Tensor& x,
-               const Tensor& s, const Tensors& as, const Tensors& bs, const Group& group) {
-    const auto count = group.projections.size();
-    Tensors results(1 + 2 * as.size()), dys(count);
-    int64_t tokens = 0;
-    bool all = true, some = false;
-    for (size_t i = 0; i < count; ++i) {
-        if (given[i].defined()) {
-            dys[i] = rows_contiguous(given[i].reshape({-1, given[i].size(-1)}));
-            tokens = dys[i].size(0);
-        }
-        all = all && given[i].defined();
-        some = some || given[i].defined();
+// dB of all adapters into results, and dS, undefined where no output has a gradient or there is no adapter.
+Tensor up_gradients(const Tensors& dys, const Tensor& s, const Packed& packed, const Tensors& bs, const Group& group,
+                    Tensors& results) {
+    int64_t tokens = -1;
+    bool all = true;
+    for (const auto& dy : dys) {
+        if (dy.defined()) tokens = dy.size(0);
+        all = all && dy.defined();
     }
-    if (!some) return results;
-    const Packed packed = pack(group, as, bs);
-    Tensor ds;
-    if (packed.a.defined()) {
-        const auto options = packed.a.options();
-        ds = all ? at::empty({tokens, group.rank}, options) : at::zeros({tokens, group.rank}, options);
-    }
+    if (tokens < 0 || !packed.a.defined()) return {};
+    const auto options = packed.a.options();
+    const Tensor ds = all ? at::empty({tokens, group.rank}, options) : at::zeros({tokens, group.rank}, options);
     int64_t column = 0;
     size_t adapter = 0;
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < dys.size(); ++i) {
         const auto& projection = group.projections[i];
         const auto first = std::exchange(column, column + projection.rank);
         const auto at = std::exchange(adapter, adapter + projection.adapters);
@@ -260,6 +264,22 @@ Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarTy
         const Tensor own = s.defined() ? s.narrow(1, first, projection.rank) : Tensor();
         up_gradients(i, at, dys[i].to(group.lora), own, ds.narrow(1, first, projection.rank), packed, bs, group, results);
     }
+    return ds;
+}
+
+// Gradients of x, and of each adapter's a and b.
+Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarType x_dtype, const Tensor& x,
+               const Tensor& s, const Tensors& as, const Tensors& bs, const Group& group) {
+    const auto count = group.projections.size();
+    Tensors results(1 + 2 * as.size()), dys(count);
+    bool some = false;
+    for (size_t i = 0; i < count; ++i) {
+        if (given[i].defined()) dys[i] = rows_contiguous(given[i].reshape({-1, given[i].size(-1)}));
+        some = some || given[i].defined();
+    }
+    if (!some) return results;
+    const Packed packed = pack(group, as, bs);
+    const Tensor ds = up_gradients(dys, s, packed, bs, group, results);
     if (group.needs_x) {
         const Tensor dx = group.dx.none() ? input_gradient(dys, ds, group, packed, x_dtype)
                                           : group.dx.call<Tensor>(dys, ds, packed.a, x_dtype);
@@ -268,7 +288,7 @@ Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarTy
     if (ds.defined() && group.keeps_x()) {
         down_gradients(ds, x.reshape({-1, x.size(-1)}).to(group.lora), as, group, results);
     }
-    adapter = 0;
+    size_t adapter = 0;
     for (size_t i = 0; i < count; ++i) {  // without a gradient of an output its adapters have none, in place of zeros
         for (int64_t j = 0; j < group.projections[i].adapters; ++j, ++adapter) {
             if (!dys[i].defined()) results[1 + 2 * adapter] = Tensor();

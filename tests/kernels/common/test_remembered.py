@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft_kernels.attention import query_ranges
+from fastpeft_kernels.attention import query_ranges, relative
 from fastpeft_kernels.attention.ranges import packed
 from fastpeft_kernels.common.remembered import Remembered
 
@@ -116,3 +116,20 @@ def test_ranges_of_blocks_are_made_once_for_one_mask(monkeypatch: pytest.MonkeyP
     found = [query_ranges.of_blocks(mask.start, mask.stop, 9, block) for block in (4, 4, 2)]
     assert made == [4, 2] and found[0] is found[1]
     assert torch.equal(found[0], ranges.make(mask.start, mask.stop, 9, 4))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 2), (torch.bfloat16, 4)])
+def test_layers_with_one_bias_by_distance_share_its_copies(dtype: torch.dtype, copies: int, reverse: bool) -> None:
+    bias = torch.randn(3, 11).to(dtype).requires_grad_()
+    found = relative.in_copies(bias, reverse)
+    assert found.shape[:2] == (3, copies) and not found.requires_grad
+    wanted = bias.detach().flip(1) if reverse else bias.detach()
+    for c in range(copies):
+        first = relative.MARGIN - c
+        assert torch.equal(found[:, c, first : first + 11], wanted)
+        assert not found[:, c, :first].any() and not found[:, c, first + 11 :].any()
+    assert relative.in_copies(bias[:, :], reverse) is found
+    with torch.no_grad():
+        bias.mul_(2)
+    assert torch.equal(relative.in_copies(bias, reverse), found * 2)

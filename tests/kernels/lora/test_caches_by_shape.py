@@ -17,14 +17,14 @@ CPU = torch.device("cpu")
 def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(direct, "_decided", {})
-    monkeypatch.setattr(direct, "_decide", lambda x, rows, group: direct.ALL if rows % 2 == 0 else None)
+    monkeypatch.setattr(direct, "_decide", lambda rows, device, group: direct.ALL if rows % 2 == 0 else None)
     projection = SimpleNamespace(weight=SimpleNamespace(shape=(4, 4)))
     group: Any = SimpleNamespace(
         projections=[projection], widths=lambda: (2,), dtypes=None, backend="auto", adapter_index=None
     )
     most = bounded.MOST
     for rows in range(1, most + 100):
-        assert direct._small(torch.empty(rows, 4), group) == (direct.ALL if rows % 2 == 0 else None)
+        assert direct._small(rows, torch.device("cpu"), group) == (direct.ALL if rows % 2 == 0 else None)
         assert len(direct._decided) == min(rows, most)
     kept = [key[2] for key in direct._decided]
     assert kept == list(range(100, most + 100))

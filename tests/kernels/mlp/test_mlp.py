@@ -9,12 +9,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels.activation import KINDS
-from fastpeft_kernels.lora import Dtypes
+from fastpeft_kernels.lora import Dtypes, direct
 from fastpeft_kernels.lora.api import draw_seeds
 from fastpeft_kernels.mlp import Mlp, apart, library, lora_mlp
 from fastpeft_kernels.mlp.api import run_mlp
 from fastpeft_kernels.mlp.library import Middle
 from fastpeft_kernels.mlp.reference import lora_mlp_reference
+from fastpeft_kernels.native.extension import group_extension
 from tests.kernels.lora.groups import parameters, projection
 from tests.kernels.mlp.mlps import LAYOUTS, check_mlp, mixed, mlp, seeds_of, wide
 
@@ -93,6 +94,37 @@ def test_both_groups_are_asked_about_for_as_many_tokens(monkeypatch):
         x = torch.empty(3, 5, 16, device="cuda")
         assert apart.serves(x, mlp("gate and up", 16, 24), SAME[F32], [None] * 3)
     assert asked == [(15, 16), (15, 24)]
+
+
+@pytest.mark.skipif(group_extension(wait=True) is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("frozen", [(), (0,), (3, 4)])
+@pytest.mark.parametrize("keep", ["preactivations", "input"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [SAME[F32], SAME[BF16], Dtypes(BF16, F32, F32)])
+def test_products_by_cpp_are_the_same_bits(layout, dtypes, keep, frozen, monkeypatch):
+    """`frozen`: x, or parameters of the first projections."""
+    m, taken = mlp(layout, 16, 24, dtype=dtypes.compute, lora_dtype=F32, between=0.4), []
+    x, seeds = torch.randn(3, 5, 16).to(dtypes.out).requires_grad_(0 not in frozen), seeds_of(m)
+    for i in frozen:
+        if i:
+            parameters(list(m.projections))[i - 3].requires_grad_(False)
+    wanted = [t for t in (x, *parameters(list(m.projections))) if t.requires_grad]
+    for name in ("project", "derive"):
+        way = getattr(direct, name)
+        monkeypatch.setattr(direct, name, lambda *a, way=way: taken.append(found := way(*a)) or found)
+
+    def results():
+        torch.manual_seed(0)
+        y = run_mlp(x, m, dtypes, seeds, keep == "preactivations")
+        return y.detach(), *torch.autograd.grad(y, wanted, torch.randn_like(y))
+
+    ours = results()
+    assert taken and None not in taken
+    monkeypatch.setattr(direct, "group_extension", lambda: None)
+    taken.clear()
+    for a, b in zip(ours, results(), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    assert set(taken) == {None}
 
 
 def test_gradcheck_of_the_reference_and_of_the_op():
