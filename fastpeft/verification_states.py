@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .integrations import bitsandbytes, quantised
 from .integrations.transformers import multiply_experts_one_by_one
+from .layers.counting import uncounted
 from .layers.embedding import FastEmbedding, stock_embedding
 from .layers.experts import FastExperts, stock_wrapper
 from .layers.frozen import FrozenSibling
@@ -22,9 +23,6 @@ from .layers.lycoris import fast_classes as lycoris_classes
 from .layers.mixing import stock_class
 from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
-
-CALLS = ("fastpeft_calls", "fastpeft_turns")
-"""Attributes in which modules count their calls."""
 
 
 def in_fp64(layer: nn.Module) -> nn.Module:
@@ -136,11 +134,6 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     loaded_for_inference = not any(parameter.requires_grad for parameter in model.parameters())
     frozen = [parameter for parameter, _ in own] if loaded_for_inference else []
     zeros = [(parameter, rank) for parameter, rank in own if not parameter.any()]
-    calls = [(m, name, dict(m.__dict__.get(name, {}))) for m in model.modules() for name in CALLS]
-    losses = [m.__dict__["fastpeft_loss"] for m in model.modules() if "fastpeft_loss" in m.__dict__]
-    outcomes = [(loss, loss.outcomes) for loss in losses]
-    for loss, counted in outcomes:
-        loss.outcomes = dict(counted)
     generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
@@ -149,7 +142,8 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for factor, rank in zeros:
                 factor.copy_(torch.randn(factor.shape, generator=generator) / rank)
-        yield
+        with uncounted(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -160,11 +154,6 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for factor, _ in zeros:
                 factor.zero_()
-        for module, name, before in calls:
-            if name in module.__dict__:
-                module.__dict__[name] = before
-        for loss, counted in outcomes:
-            loss.outcomes = counted
 
 
 def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

@@ -119,6 +119,13 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def over_budget(self) -> str:
+        """Words to put behind who erred by more than was allowed, with how many times as much; empty for all others."""
+        if self.error is None or self.budget is None or self.error <= self.budget:
+            return ""
+        return f"over budget: {self.error / self.budget:.2f}" if self.budget else "over budget"
+
 
 class RecordFile:
     """A JSON Lines file of records.

@@ -74,8 +74,9 @@ def bench(
     """Measure ops beside PyTorch, PEFT and other libraries on this machine.
 
     Every peer's outputs and gradients are first held against float64; one that is off by more than twice PyTorch's own
-    error gets no time. The others are timed in turn, round by round, forward, backward and both. The table shows for
-    each also what share of the machine's measured ceilings is reached, and its peak memory. Ctrl-C keeps what is there.
+    error is marked, by more than four times gets no time. The others are timed in turn, round by round, forward,
+    backward and both. The table shows for each also what share of the machine's measured ceilings is reached, and its
+    peak memory. Ctrl-C keeps what is there.
 
     Exits with 1 if fastpeft's own numbers are off. Let nothing else run meanwhile.
     """

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 DENSE = "a mask of queries x keys"
 """Outcome of a call of attention that the op served, in more memory than others take."""
+_COUNTED = ("fastpeft_calls", "fastpeft_turns")
+"""Attributes in which modules count their calls."""
 
 
 class Counting:
@@ -35,3 +40,26 @@ def outcomes(module: Any, name: str = "fastpeft_calls") -> tuple[int, dict[str, 
     calls: dict[str, int] = dict(getattr(module, name, {}))
     total, _ = sum(calls.values()), calls.pop("fused", 0)
     return total, calls
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Within it, calls of a model's modules and losses without logits count for nothing."""
+    calls = [(module, name, module.__dict__.get(name)) for module in model.modules() for name in _COUNTED]
+    losses = [module.__dict__["fastpeft_loss"] for module in model.modules() if "fastpeft_loss" in module.__dict__]
+    outcomes = [(loss, loss.outcomes) for loss in losses]
+    for module, name, before in calls:
+        if before is not None:
+            module.__dict__[name] = dict(before)
+    for loss, counted in outcomes:
+        loss.outcomes = dict(counted)
+    try:
+        yield
+    finally:
+        for module, name, before in calls:
+            if before is not None:
+                module.__dict__[name] = before
+            else:
+                module.__dict__.pop(name, None)
+        for loss, counted in outcomes:
+            loss.outcomes = counted

@@ -47,7 +47,10 @@ class FastHead(nn.Module):
 def lazy_logits(head: Any, x: Any) -> Tensor | None:
     """The head's logits for x, not made yet; None where its own forward must make them."""
     calls: LossCalls | None = head.fastpeft_loss
-    if calls is None or not calls.labelled or head.fastpeft_suspended or torch.compiler.is_compiling():
+    if calls is None or not calls.labelled or head.fastpeft_suspended:
+        return None
+    if torch.compiler.is_compiling():
+        calls.compiled = True
         return None
     watch = getattr(head, "fastpeft_watch", None)
     if watch is not None and watch.watching:  # by a hook of ours, in a run whose result nobody sees

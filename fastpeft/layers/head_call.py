@@ -42,6 +42,7 @@ class LossCalls:
         labelled: how many calls with labels are going on.
         outcomes: number of calls by outcome, "fused" or why all logits were made.
         records: gets what each loss is computed from, where somebody keeps it.
+        compiled: whether torch.compile traced a call with labels, which makes logits and is not counted.
         entropy_is_trained: whether a gradient of an entropy was asked for, which ours computes by another function.
     """
 
@@ -49,13 +50,18 @@ class LossCalls:
         self.labelled = 0
         self.outcomes: dict[str, int] = {}
         self.noted = False
+        self.compiled = False
         self.records: list[Recorded] | None = None
         self.entropy_is_trained = False
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if not torch.compiler.is_compiling() and kwargs.get("labels") is not None:
+        if kwargs.get("labels") is None:
+            return
+        if not torch.compiler.is_compiling():
             self.labelled += 1
+        elif not kwargs.get("fused_lm_head"):  # else TRL's own function, without logits
+            self.compiled = True
 
     def leave(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook, called after an exception too."""

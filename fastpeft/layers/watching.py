@@ -24,6 +24,7 @@ from ..integrations.bitsandbytes import cpu_packing_forbidden
 from ..integrations.peft import has_stateful_variant
 from ..integrations.transformers import passes_cache
 from .buffers import BufferOwners, BufferValue
+from .counting import uncounted
 from .frozen import join
 from .random_state import RandomState, devices_of
 from .seen import Seen
@@ -205,12 +206,13 @@ class _Place:
 
 @contextmanager
 def side_effects_undone(module: nn.Module) -> Iterator[None]:
-    """Random-number generators, buffers, and all attributes of modules whose buffers changed, as they were before."""
+    """As before: random-number generators, buffers, attributes of modules whose buffers changed, counts of calls."""
     owners = BufferOwners(module.modules())
     values = {id(b): BufferValue(b) for b in module.buffers() if b.layout is torch.strided and not b.is_meta}
     generators = RandomState(devices_of(module))
     try:
-        yield
+        with uncounted(module):
+            yield
     finally:
         generators.put_back()
         # Copies of trained weights that autocast made under no_grad would keep them from their gradients.

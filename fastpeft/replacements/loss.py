@@ -92,9 +92,12 @@ class LossReplacement:
         return True
 
     def status(self, module: nn.Module) -> tuple[str, str]:
-        calls: dict[str, int] = dict(module.__dict__[CALLS].outcomes)
+        found: LossCalls = module.__dict__[CALLS]
+        calls = dict(found.outcomes)
         total, _ = sum(calls.values()), calls.pop("fused", 0)
         notes = [_note(why, count, total) for why, count in calls.items() if count]
+        if found.compiled:
+            notes.append("every call under torch.compile with logits, not counted")
         return "", "; ".join(notes)
 
 

@@ -35,6 +35,7 @@ F32 = torch.float32
 TINY = Shape("tiny", hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=16, vocab=300)
 KINDS = (
     *(attention_kinds.CAUSAL, attention_kinds.PADDED, attention_kinds.DOCUMENTS, attention_kinds.SOFTCAP),
+    *(attention_kinds.PADDED_CAUSAL, attention_kinds.HOLES),
     *(attention_kinds.RELATIVE, attention_kinds.BIAS, attention_kinds.window(9), attention_kinds.window(5, both=True)),
 )
 MODULES = (

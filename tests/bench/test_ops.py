@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,15 @@ import torch
 from fastpeft.bench.left_out import NotHereError
 from fastpeft.bench.ops import ceilings
 from fastpeft.bench.ops.case import Floor, Forward, Inputs, OpCase, Peer
+from fastpeft.bench.ops.checking import truth
 from fastpeft.bench.ops.finding import ops
 from fastpeft.bench.ops.run import Outcome, Runner
 from fastpeft.bench.ops.table import table
 from fastpeft.bench.recorder import Recorder
 from fastpeft.bench.records import Record, RecordFile, environment, load
+from fastpeft.bench.report.rows import rows
+from fastpeft.bench.report.sections import section
+from fastpeft.bench.report.site import site
 
 SIZE = 96
 
@@ -134,6 +139,27 @@ def test_wrong_numbers_get_no_time(measure: Callable[..., Outcome]) -> None:
     assert set(left) == {"fastpeft", "liger"} and "is over its budget" in left["liger"].settings["reason"]
     assert all((record.error or 0.0) > (record.budget or 0.0) > 0.0 for record in left.values())
     assert len(outcome.failures) == 1 and outcome.failures[0].startswith("product, 96 x 96, float32: fastpeft: Over")
+
+
+def test_numbers_that_nearly_hold_get_a_time_and_a_mark(measure: Callable[..., Outcome]) -> None:
+    """Of others than us: each result may use two budgets, and is about 1.5 of one, or 2.5, away from float64."""
+    inputs = make("cpu", torch.float32, 0)
+    true = truth(CASE, inputs, "cpu", 0)
+    error, budget = true.deviation([torch.zeros(SIZE, SIZE), *true.same[1:]], times=math.inf)
+
+    def off(budgets: float) -> Peer:
+        return scaled(1.0 - budgets * budget / error)
+
+    outcome = measure(replace(CASE, peers={"fastpeft": off(1.5), "liger": off(1.5), "unsloth": off(2.5)}))
+    assert set(found(outcome, "left out")) == {"fastpeft", "unsloth"} and len(outcome.failures) == 1
+    record = found(outcome, "time", direction="both")["liger"]
+    assert record.error is not None and record.budget is not None and 1.2 < record.error / record.budget < 1.8
+    assert record.over_budget == f"over budget: {record.error / record.budget:.2f}"
+    assert table(outcome.records).count(f"    liger ({record.over_budget})") == 3
+    files = {"a.jsonl": outcome.records}
+    (row,) = (row for row in rows(files) if row.kind == "time" and row.what.direction == "both")
+    assert record.over_budget in "".join(section([row])) and record.over_budget in site(files, [row])
+    assert not any(other.over_budget for other in outcome.records if other.peer.startswith("torch"))
 
 
 def test_a_wrong_gradient_gets_no_time(measure: Callable[..., Outcome]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    DataCollatorWithFlattening,
     FalconConfig,
     FalconForCausalLM,
     MllamaForCausalLM,
@@ -28,7 +26,7 @@ from transformers.models.mllama import MllamaTextConfig
 import fastpeft
 from fastpeft.layers.relative_bias import MIXTURES
 from tests.integration.attention_models import NAMES, inputs, make
-from tests.integration.models import add_adapter, make_base, with_lora
+from tests.integration.models import add_adapter, with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
@@ -48,11 +46,18 @@ def accelerated(model: Any) -> Any:
     return fastpeft.accelerate(model, lora=False, mlp=False)
 
 
-def exact(plain: Any, given: dict[str, Any]) -> Any:
-    """`truth` of eager attention, whose softmax is in fp32 whatever the model's dtype is."""
+@contextmanager
+def wide_softmax() -> Iterator[None]:
+    """Within it eager attention's softmax is in the model's dtype: elsewhere in fp32, whatever that is."""
     softmax = nn.functional.softmax
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+        yield
+
+
+def exact(plain: Any, given: dict[str, Any]) -> Any:
+    """`truth` of eager attention."""
+    with wide_softmax():
         return truth(plain, given)
 
 
@@ -95,84 +100,6 @@ def test_with_lora_accelerated_too(name: str) -> None:
     for _ in range(2):
         assert_step_close(step(model, given), reference, oracle)
     assert len(rows(model)) == (2 if name == "llama" else 6)
-
-
-class Derivations(TorchDispatchMode):
-    """Counts what documents are derived with, forward and backward, and waits for whether there are any."""
-
-    looked_for = ("searchsorted", "cummax", "cummin", "cumsum", "maximum", "minimum", "diff", "is_nonzero", "any")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.looked_for and all(not t.is_floating_point() for t in args if isinstance(t, Tensor)):
-            self.made[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class TestPacked:
-    """Documents in one row give what they give one by one."""
-
-    documents = ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16])
-
-    def flattened(self, **options: Any) -> dict[str, Any]:
-        features = [{"input_ids": document} for document in self.documents]
-        collated = DataCollatorWithFlattening(**options)(features)
-        return {name: value.long() if name == "position_ids" else value for name, value in collated.items()}
-
-    def loss_apart(self, model: Any) -> Tensor:
-        """Of each document in a batch of its own, as one sum."""
-        losses = [model(input_ids=(ids := torch.tensor([document])), labels=ids).loss for document in self.documents]
-        sizes = [len(document) - 1 for document in self.documents]
-        return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)  # type: ignore[return-value]
-
-    @pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.full)])
-    @pytest.mark.parametrize("use_cache", [True, False])
-    @pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens", "seq_idx"])
-    def test_no_document_sees_another(self, name: str, use_cache: bool, told: str) -> None:
-        model = make(name)
-        wanted = self.loss_apart(eager(model))
-        given = self.flattened(return_flash_attn_kwargs=told == "cu_seq_lens", return_seq_idx=told == "seq_idx")
-        loss = accelerated(model)(**given, use_cache=use_cache).loss
-        torch.testing.assert_close(loss, wanted)
-
-    @pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens", "seq_idx"])
-    def test_documents_are_derived_once_for_all_layers(self, told: str) -> None:
-        """As many waits and launches of it in a step of four layers, each computed again, as in one of two."""
-        found = []
-        for depth in (2, 4):
-            given = self.flattened(return_flash_attn_kwargs=told == "cu_seq_lens", return_seq_idx=told == "seq_idx")
-            model = accelerated(make_base("llama", num_hidden_layers=depth).train())
-            fastpeft.accelerate(model, memory=fastpeft.LayerPolicy("recompute"))
-            with Derivations() as counted:
-                model(**given, use_cache=True).loss.backward()
-            found.append(counted.made)
-        assert found[0] == found[1] and sum(found[0].values()) > 0
-
-    def test_a_leak_would_show(self) -> None:
-        """With a cache transformers' own attention lets documents see each other."""
-        model = make("llama")
-        given, plain = self.flattened(), eager(model)
-        assert (plain(**given, use_cache=True).loss - self.loss_apart(plain)).abs() > 1e-2
-
-    def test_a_mask_of_ones_and_positions(self) -> None:
-        model = make("llama")
-        given = self.flattened()
-        wanted = self.loss_apart(eager(model))
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-        torch.testing.assert_close(accelerated(model)(**given).loss, wanted)
-
-    def test_a_position_0_of_padding_begins_no_document(self) -> None:
-        """Also where it lies between tokens that see each other."""
-        model = make("llama").eval()
-        ids, mask = inputs(model)["input_ids"], torch.ones(2, 11, dtype=torch.long)
-        mask[0, 4:6] = mask[1, :3] = 0
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1) * mask}
-        wanted = eager(model)(**given).logits[mask.bool()]
-        torch.testing.assert_close(accelerated(model)(**given).logits[mask.bool()], wanted)
 
 
 def longest(model: Any, given: dict[str, Any]) -> int:

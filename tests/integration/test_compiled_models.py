@@ -22,6 +22,7 @@ from tests.integration.models import ARCHITECTURES, batch, checkpointed, make, m
 from tests.integration.quantised import make_quantised
 from tests.integration.reports import adapter_rows, mlp_rows
 from tests.integration.steps import assert_step_close, step, truth
+from tests.integration.test_loss import loss_row, never_made
 
 
 class Compiled:
@@ -103,6 +104,29 @@ def check_one_graph(model: PeftModel, compiled: Compiled) -> None:
     mlps, groups = op_counts(model)
     assert compiled.forward == nodes(lora_group=groups, lora_mlp_up_to_down=mlps, lora_mlp_down=mlps)
     assert compiled.backward == nodes(lora_group_backward=groups, lora_mlp_backward=mlps), "nothing is computed again"
+
+
+def test_the_report_says_that_compiled_losses_make_logits(compiled: Compiled) -> None:
+    """Once a call with labels was traced; other calls are served and counted as ever."""
+    model = fastpeft.accelerate(of_one_layer("llama"), lora=False, mlp=False, attention=False)
+    given = batch(model)
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    expected = step(model, given).loss
+    assert not loss_row(model).note
+    for _ in range(2):
+        torch.testing.assert_close(traced(**given).loss, expected)
+    assert counters["stats"]["unique_graphs"] == 1, "the note makes nothing compile again"
+    assert loss_row(model).note == "every call under torch.compile with logits, not counted"
+    with never_made():
+        model(**given)
+    assert model.base_model.model.__dict__["fastpeft_loss"].outcomes == {"fused": 2}
+
+
+def test_the_report_says_so_of_a_head_compiled_alone(compiled: Compiled) -> None:
+    model = fastpeft.accelerate(of_one_layer("llama"), lora=False, mlp=False, attention=False)
+    model.base_model.model.lm_head.compile(backend="eager")
+    model(**batch(model)).loss.backward()
+    assert loss_row(model).note == "every call under torch.compile with logits, not counted"
 
 
 @pytest.mark.full

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
     CohereConfig,
     CohereForCausalLM,
     EncoderDecoderConfig,
@@ -244,7 +246,36 @@ class TestHeads:
         assert not loss_row(model).note
 
 
+def chameleon(targets: list[str]) -> PeftModel:
+    """Which writes into its logits, in forward: the words of pictures, here 1 and 2, get the least number there is."""
+    pictures = {"resolution": 16, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    pictures |= {"embed_dim": 8, "latent_channels": 8, "num_embeddings": 8}
+    words = {"<image>": 0, "IMGIMGAZ": 1, "IMGIMGBZ": 2}
+    sizes = {name: value for name, value in _DECODER.items() if name != "head_dim"}
+    base = ChameleonForConditionalGeneration(ChameleonConfig(**sizes, vq_config=pictures, vocabulary_map=words))
+    return with_lora(base, target_modules=targets).train()
+
+
 class TestLogits:
+    @pytest.mark.parametrize("head", ["adapted", *(pytest.param(each, marks=full) for each in ("frozen", "trained"))])
+    def test_a_model_that_writes_into_them(self, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are made, once a call, with what was written, and the loss is of these."""
+        model = chameleon(ON_HEAD if head == "adapted" else ON_HEAD[:2])
+        if head == "trained":
+            model.base_model.model.lm_head.weight.requires_grad_()
+        inputs = batch(model)
+        exact, peft, wanted = truth(model, inputs), step(model, inputs), model(**inputs).logits
+        fastpeft.accelerate(model)
+        for _ in range(2):
+            assert_step_close(step(model, inputs), peft, exact)
+        make_logits, made = HeadCall.logits, []
+        monkeypatch.setattr(HeadCall, "logits", lambda call: made.append(call) or make_logits(call))
+        logits = model(**inputs).logits
+        torch.testing.assert_close(plain(logits), wanted, rtol=1e-4, atol=1e-5)
+        assert (logits[..., 1:3] == torch.finfo(torch.float32).min).all() and len(made) == 1
+        expected = "3 of 3 calls with logits: logits asked for before a loss, by aten.index_put_.default"
+        assert loss_row(model).note == expected
+
     def test_are_the_plain_model_s(self) -> None:
         model = make()
         inputs = batch(model)

@@ -13,8 +13,8 @@ from transformers import EvalPrediction, Trainer
 
 import fastpeft
 from fastpeft.layers.lazy_logits import LazyLogits
-from tests.integration.models import batch, make
-from tests.integration.test_loss import ON_HEAD, loss_row, never_made
+from tests.integration.models import batch, make, with_lora
+from tests.integration.test_loss import ON_HEAD, loss_row, masked_model, never_made, others
 from tests.integration.test_trainers import Rows, arguments, plain_arguments, tokenizer
 from tests.integration.test_training import flat, trained_values
 
@@ -25,6 +25,21 @@ def losses(trainer: Trainer) -> Tensor:
     return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
 
 
+TARGETS = {"llama": ON_HEAD, "t5": ["q", "v"], "phi3": ["qkv_proj"], "masked": ["query", "value"]}
+
+
+def adapted(name: str) -> nn.Module:
+    """A tiny model with LoRA; "masked" is BERT with its masked-language-model head."""
+    if name == "masked":
+        return masked_model()
+    targets = TARGETS.get(name, ["q_proj", "v_proj"])
+    return (
+        with_lora(others(name), target_modules=targets).train()
+        if name == "gemma3"
+        else make(name, target_modules=targets)
+    )
+
+
 class TestTrainer:
     @pytest.mark.parametrize(
         ("name", "options"),
@@ -33,12 +48,18 @@ class TestTrainer:
             pytest.param("llama", {"gradient_accumulation_steps": 1}, marks=full),
             pytest.param("llama", {"gradient_accumulation_steps": 4, "bf16": True}, marks=full),
             pytest.param("t5", {"gradient_accumulation_steps": 4}, marks=full),
+            ("gemma3", {"gradient_accumulation_steps": 4}),
+            *(
+                pytest.param(name, {"gradient_accumulation_steps": steps}, marks=full)
+                for name in ("qwen3", "gemma2", "gemma3", "phi3", "bart", "marian", "masked")
+                for steps in (1, 4)
+                if (name, steps) != ("gemma3", 4)
+            ),
         ],
     )
     def test_accumulation(self, name: str, options: dict[str, Any], tmp_path: Path) -> None:
         """The labels of one accumulated step are counted together."""
-        targets = ON_HEAD if name == "llama" else ["q", "v"]
-        start, found = make(name, target_modules=targets), []
+        start, found = adapted(name), []
         for accelerated in (False, True):
             model = copy.deepcopy(start)
             if accelerated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,7 +22,8 @@ from transformers import (
 import fastpeft
 from tests.integration.models import trained
 from tests.integration.reports import adapter_rows, notes, siblings
-from tests.integration.steps import Step, assert_step_close, step, truth
+from tests.integration.steps import Step, assert_each_close, assert_step_close, step, truth
+from tests.integration.test_attention_models import wide_softmax
 from tests.integration.test_loss import loss_row, never_made
 
 TEXT = ["Once upon a time there was a little girl who", "The cat sat.", "One day, he went out to play in the snow and"]
@@ -74,6 +77,45 @@ def test_generated_text_is_that_of_peft(real_models: Path, text: str) -> None:
     written = [model.generate(ids, max_new_tokens=12, do_sample=False) for _ in range(2) if fastpeft.report(model)]
     fastpeft.accelerate(model)
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), written[0])
+
+
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.full)])
+def test_generated_text_is_that_of_eager_attention(real_models: Path, beams: int) -> None:
+    """Of prompts of different length, padded on the left."""
+    folder = real_models / "stories15m"
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    given = tokenizer(TEXT, return_tensors="pt", padding=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"max_new_tokens": 24, "do_sample": False, "num_beams": beams, "pad_token_id": tokenizer.pad_token_id}
+    wanted = model.generate(given.input_ids, attention_mask=given.attention_mask, **options)
+    fastpeft.accelerate(model)
+    assert len(attention_rows(model)) == 6
+    found = model.generate(given.input_ids, attention_mask=given.attention_mask, **options)
+    assert torch.equal(found, wanted) and not any(row.note for row in attention_rows(model))
+
+
+def test_embeddings_are_those_of_eager_attention(real_models: Path) -> None:
+    """The mean of the tokens' states, as this encoder's users take it: both within the same distance of fp64."""
+    folder = real_models / "minilm"
+    given = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt", padding=True)
+    seen = given.attention_mask[..., None]
+    plain = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = fastpeft.accelerate(copy.deepcopy(plain))
+    assert len(attention_rows(model)) == 6
+
+    def embedded(each: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return (each(**given).last_hidden_state * seen).sum(1) / seen.sum(1)
+
+    with wide_softmax():
+        exact = embedded(copy.deepcopy(plain).double())
+    assert_each_close(embedded(model), embedded(plain), exact)
+    assert not any(row.note for row in attention_rows(model))
+
+
+def attention_rows(model: nn.Module) -> list[Any]:
+    return [row for row in fastpeft.report(model).rows if row.kind == "attention" and row.accelerated]
 
 
 def exact_step(model: Any, inputs: dict[str, torch.Tensor]) -> Step:

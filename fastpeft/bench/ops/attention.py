@@ -7,11 +7,33 @@ from typing import Any
 
 import torch
 
-from .attention_kinds import BIAS, CAUSAL, DOCUMENTS, PADDED, RELATIVE, SOFTCAP, Kind, window
+from .attention_kinds import (
+    BIAS,
+    CAUSAL,
+    DOCUMENTS,
+    HOLES,
+    PADDED,
+    PADDED_CAUSAL,
+    RELATIVE,
+    SOFTCAP,
+    Kind,
+    window,
+)
 from .attention_peers import PEERS, eager
 from .case import Inputs, OpCase
 from .making import Numbers, floors
-from .models import BERT_BASE, GEMMA3_4B, LLAMA_8B, LLAMA_70B, MODERNBERT_BASE, QWEN3_32B, QWEN3_600M, T5_BASE, Shape
+from .models import (
+    BERT_BASE,
+    GEMMA3_4B,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_70B,
+    MODERNBERT_BASE,
+    QWEN3_32B,
+    QWEN3_600M,
+    T5_BASE,
+    Shape,
+)
 
 _GEMMA = window(1024)
 _MODERNBERT = window(65, both=True)
@@ -42,6 +64,10 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
     for tokens in (1024, 16384):
         yield case(LLAMA_8B, CAUSAL, 16384 // tokens, tokens, dtype)
     yield case(QWEN3_600M, CAUSAL, 4, 4096, dtype)
+    for tokens in (1024, 4096, 16384):
+        yield case(LLAMA_1B, CAUSAL, 16384 // tokens, tokens, dtype)
+    for kind in (PADDED_CAUSAL, HOLES):
+        yield case(LLAMA_8B, kind, 4, 4096, dtype)
     yield case(LLAMA_8B, DOCUMENTS, 1, 16384, dtype)
     yield case(GEMMA3_4B, _GEMMA, 2, 8192, dtype)
     yield case(GEMMA3_4B, SOFTCAP, 4, 4096, dtype)
@@ -49,7 +75,9 @@ def cases(device: str, depth: str) -> Iterator[OpCase]:
     yield case(T5_BASE, RELATIVE, 4, 4096, dtype)
     yield case(T5_BASE, BIAS, 4, 2048, dtype)
     if depth == "full":
-        yield case(LLAMA_8B, CAUSAL, 1, 32768, dtype)
+        for tokens in (2048, 8192, 32768):
+            yield case(LLAMA_8B, CAUSAL, max(1, 16384 // tokens), tokens, dtype)
+        yield case(LLAMA_1B, CAUSAL, 1, 32768, dtype)
         yield case(LLAMA_8B, DOCUMENTS, 1, 32768, dtype)
         yield case(LLAMA_8B, CAUSAL, 4, 4096, torch.float16)
         for shape in (LLAMA_70B, QWEN3_32B):

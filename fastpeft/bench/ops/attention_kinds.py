@@ -17,6 +17,7 @@ class Kind(NamedTuple):
     Attributes:
         left, right: how many keys before and behind its own position a query sees; None for all.
         padded: rows of different length, padded on the right, the last to nearly twice its tokens.
+        holes: a run of padding within each row too, the last row's the longest.
         documents: several packed in each row.
         softcap: bound of the scores.
         added: to the scores, and trained: "relative" by distance, for each head, as T5 has it; "bias" for each head,
@@ -27,6 +28,7 @@ class Kind(NamedTuple):
     left: int | None = None
     right: int | None = None
     padded: bool = False
+    holes: bool = False
     documents: bool = False
     softcap: float | None = None
     added: str | None = None
@@ -37,15 +39,32 @@ class Kind(NamedTuple):
         return not (self.padded or self.documents or self.softcap or self.added) and self.left is None
 
     def mask(self, batch: int, tokens: int, device: str) -> Any:
-        """The `Mask` of fastpeft_kernels."""
-        from fastpeft_kernels.attention import Mask, packed, padding
+        """The `Mask` of fastpeft_kernels, of padding as models that our mask function serves hand it on."""
+        from fastpeft_kernels.attention import Mask, packed
 
+        from ...integrations.attention_masks import decoded, encoded
+
+        if self.padded and self.right is not None:
+            stop = torch.arange(tokens, device=device)[None] + self.right + 1
+            made = encoded(torch.zeros_like(stop), stop, self.seen(batch, tokens, device), batch, tokens)
+            return decoded(made, tokens, tokens)[0]
         if self.padded:
-            place = torch.arange(tokens, device=device)
-            return padding(place < torch.tensor(lengths(batch, tokens), device=device)[:, None])
+            return Mask(keys=self.seen(batch, tokens, device))
         if self.documents:
             return packed(torch.tensor(boundaries(tokens), device=device, dtype=torch.int32), tokens)
         return Mask(self.left, self.right)
+
+    def seen(self, batch: int, tokens: int, device: str = "cpu") -> torch.Tensor:
+        """bool (batch, tokens), False for padding. The first token of each row is none."""
+        if not self.padded:
+            return torch.ones((batch, tokens), dtype=torch.bool, device=device)
+        place = torch.arange(tokens, device=device)
+        seen = place < torch.tensor(lengths(batch, tokens), device=device)[:, None]
+        if self.holes:
+            hole = (place - tokens // 4)[None]
+            longest = torch.arange(1, batch + 1, device=device)[:, None] * (tokens // (8 * batch))
+            seen &= (hole < 0) | (hole >= longest)
+        return seen
 
     def pairs(self, batch: int, tokens: int) -> int:
         """Query and key that see one another, in all rows."""
@@ -56,8 +75,8 @@ class Kind(NamedTuple):
             edges = torch.tensor(boundaries(tokens))
             document = torch.bucketize(place, edges[1:], right=True)
             first, stop = torch.maximum(first, edges[document]), torch.minimum(stop, edges[document + 1])
-        each = torch.tensor(lengths(batch, tokens) if self.padded else [tokens] * batch)[:, None]
-        return int((torch.minimum(stop, each) - first).clamp(min=0).sum())
+        before = torch.nn.functional.pad(self.seen(batch, tokens).cumsum(1), (1, 0))
+        return int((before[:, stop] - before[:, first]).sum())
 
     def added_shape(self, heads: int, tokens: int) -> tuple[int, ...]:
         return (heads, 2 * tokens - 1) if self.added == "relative" else (1, heads, tokens, tokens)
@@ -86,6 +105,8 @@ def window(keys: int, both: bool = False) -> Kind:
 
 CAUSAL = Kind("causal", right=0)
 PADDED = Kind("padded", padded=True)
+PADDED_CAUSAL = Kind("causal, padded", right=0, padded=True)
+HOLES = Kind("causal, padded with holes", right=0, padded=True, holes=True)
 DOCUMENTS = Kind("documents", right=0, documents=True)
 SOFTCAP = Kind("causal, soft cap 50", right=0, softcap=50.0)
 RELATIVE = Kind("bias by distance", added="relative")

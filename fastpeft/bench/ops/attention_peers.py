@@ -111,15 +111,17 @@ def _flex(inputs: Inputs) -> Forward:
         raise NotHereError("needs a GPU")
     tokens, added = q.shape[2], inputs.tensors.get(kind.added or "")
 
+    keys = kind.seen(q.shape[0], tokens, str(q.device)) if kind.padded else None
+
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = j >= 0
-        if mask.left is not None:
-            found = found & (j >= i - mask.left)
-        if mask.right is not None:
-            found = found & (j <= i + mask.right)
-        if mask.start is not None:
+        if kind.left is not None:
+            found = found & (j >= i - kind.left)
+        if kind.right is not None:
+            found = found & (j <= i + kind.right)
+        if kind.documents:
             found = found & (j >= mask.start[0, i]) & (j < mask.stop[0, i])
-        return found if mask.keys is None else found & mask.keys[b, j]
+        return found if keys is None else found & keys[b, j]
 
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if kind.softcap is not None:

@@ -25,11 +25,11 @@ class Truth:
     exact: Sequence[Tensor]
     dtype: torch.dtype
 
-    def deviation(self, found: Sequence[Tensor]) -> Deviation:
+    def deviation(self, found: Sequence[Tensor], times: float = 1.0) -> Deviation:
         """Of the result that uses the largest share of its budget.
 
         Raises:
-            OverBudgetError: one is over budget.
+            OverBudgetError: one is over so many times its budget.
             AssertionError: another number of results, shape or dtype, or not finite where it should be.
         """
         if len(found) != len(self.exact):
@@ -38,7 +38,7 @@ class Truth:
         for i, (ours, same, exact) in enumerate(zip(found, self.same, self.exact, strict=True)):
             if exact.numel() == 1 and ours.dtype == same.dtype:
                 ours, same = ours.to(self.dtype), same.to(self.dtype)
-            every.append(deviation(ours, same, exact, name=f"result {i}"))
+            every.append(deviation(ours, same, exact, name=f"result {i}", times=times))
         return max(every, key=lambda one: one.share)
 
 

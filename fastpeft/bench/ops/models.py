@@ -51,6 +51,7 @@ def _published(name: str, **more: Any) -> Shape:
     return Shape(name, *shared, **more)
 
 
+LLAMA_1B = _published("Llama-3.2-1B")
 LLAMA_8B = _published("Llama-3.1-8B")
 LLAMA_70B = Shape("Llama-3.1-70B", 8192, 28672, 64, 8, 128, 128_256)
 QWEN3_600M = _published("Qwen3-0.6B")

@@ -20,7 +20,7 @@ def table(records: Sequence[Record]) -> str:
     """For each op, case and direction a line a peer, the fastest first; empty where no time was measured.
 
     "of ceiling" is the time in which the machine's ceilings would let the floor be done, as a share of the time;
-    "ours / it" the time of fastpeft over the peer's, median over rounds.
+    "ours / it" the time of fastpeft over the peer's, median over rounds. Who is over budget is marked.
     """
     rates = {record.case: record.samples for record in records if record.op == "ceiling"}
     blocks: dict[tuple[Any, ...], dict[str, Record]] = {}
@@ -37,7 +37,8 @@ def table(records: Sequence[Record]) -> str:
             share = ceilings.share(floor, getattr(torch, dtype), record.median, rates)
             peak = f"{peaks[key, peer]:.1f}" if (key, peer) in peaks else ""
             ratio = f"{median_ratio(times[_OURS].samples, record.samples):.2f}" if _OURS in times else ""
-            rows.append((f"    {peer}", f"{record.median:.3f}", f"{share:.0%}", peak, "" if peer == _OURS else ratio))
+            who = f"    {peer}" + (f" ({record.over_budget})" if record.over_budget else "")
+            rows.append((who, f"{record.median:.3f}", f"{share:.0%}", peak, "" if peer == _OURS else ratio))
     width = max((len(row[0]) for row in rows), default=0)
     return "\n".join((f"{row[0]:{width}}" + "".join(f"{cell:>12}" for cell in row[1:])).rstrip() for row in rows)
 

@@ -25,6 +25,7 @@ How to read a table:
 - A row is one case. A peer's cell is its median and, in brackets, **fastpeft's figure over that peer's**: the median of
   the ratios of the same round. Under 1 fastpeft is ahead in time and memory, over 1 in speed.
 - *fastpeft / best* is the same beside the best other peer of the row, which it names.
+- *over budget* says of a peer how many times the error that an op may have, twice PyTorch's and one rounding, it has.
 - *again* is a peer's second measurement over its first, in the same rounds. What lies within it is noise.
 - *ceiling* is the time that the case's operations and bytes take at the rates of a matrix product and of a copy,
   measured in the same run, over fastpeft's time; it is left out where that run measured no rates.

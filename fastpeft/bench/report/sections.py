@@ -73,7 +73,9 @@ def _cell(row: Row, peer: str) -> str:
     if peer not in row.peers:
         return ""
     beside = None if peer == OURS else row.ratio(peer)
-    return number(row.peers[peer].median) + ("" if beside is None else f" ({ratio(beside)})")
+    over = row.peers[peer].over_budget
+    found = number(row.peers[peer].median) + ("" if beside is None else f" ({ratio(beside)})")
+    return f"{found}, {over}" if over else found
 
 
 def _best(row: Row) -> str:

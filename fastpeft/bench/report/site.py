@@ -145,7 +145,7 @@ def _figures(every: Sequence[Row]) -> Iterator[list[str]]:
                     name,
                     what.metric,
                 ),
-                *(number(record.median), record.unit),
+                *(", ".join(filter(None, (number(record.median), record.over_budget))), record.unit),
                 f"{number(min(record.samples))} to {number(max(record.samples))}" if len(record.samples) > 1 else "",
                 *(str(len(record.samples)), ratio(beside) if beside else "", f"{share:.0%}" if share else ""),
                 *("yes" if id(row) in last else "no", *_source(row.run.date, record, row.run.file)),

@@ -49,7 +49,9 @@ def assert_within_budget(ours: Tensor, same_dtype: Tensor, oracle64: Tensor, nam
     return deviation(ours, same_dtype, oracle64, name).share
 
 
-def deviation(ours: Tensor, same_dtype: Tensor, oracle64: Tensor, name: str = "output") -> Deviation:
+def deviation(
+    ours: Tensor, same_dtype: Tensor, oracle64: Tensor, name: str = "output", times: float = 1.0
+) -> Deviation:
     """How far `ours` is from the oracle, in the norm that uses the larger share of its budget.
 
     Args:
@@ -57,9 +59,10 @@ def deviation(ours: Tensor, same_dtype: Tensor, oracle64: Tensor, name: str = "o
         same_dtype: what plain PyTorch gives in the dtype of `ours`.
         oracle64: what plain PyTorch gives in fp64; compared on its device.
         name: what the tensor is, for the message.
+        times: so many budgets may be used.
 
     Raises:
-        OverBudgetError: over budget.
+        OverBudgetError: over so many budgets.
         AssertionError: another shape or dtype, or not finite where it should be (or the reverse).
     """
     _check_alike(ours, same_dtype, oracle64, name)
@@ -78,7 +81,7 @@ def deviation(ours: Tensor, same_dtype: Tensor, oracle64: Tensor, name: str = "o
         error, theirs = measure(y - y64), measure(y_torch - y64)
         budget = 2 * theirs + eps * measure(y64)
         found.append(Deviation(error, budget))
-        if error > budget:
+        if error > times * budget:
             message = _over_budget(name, norm, ours.dtype, error, theirs, budget, y, y_torch, y64)
             raise OverBudgetError(message, found[-1])
     return max(found, key=lambda each: each.share)
