@@ -26,15 +26,23 @@ def llm_int8(linear: nn.Linear, threshold: float = 6.0) -> nn.Module:
     return layer.to("cpu")  # type: ignore[no-any-return]
 
 
-def torchao(config: str, settings: Callable[[Any], dict[str, Any]] = lambda _: {}) -> Quantise:
+Settings = Callable[[Any], dict[str, Any]]
+
+
+def torchao(config: str, settings: Settings = lambda _: {}) -> Quantise:
     """Of a configuration's name, and what to give it, told by `torchao.quantization`."""
 
     def quantise(linear: nn.Linear) -> nn.Module:
-        library = _library("torchao.quantization")
-        library.quantize_(linear, getattr(library, config)(**settings(library)))
+        _library("torchao.quantization").quantize_(linear, torchao_config(config, settings))
         return linear
 
     return quantise
+
+
+def torchao_config(config: str, settings: Settings) -> Any:
+    """The configuration itself. Raises NotHereError where torchao is absent."""
+    library = _library("torchao.quantization")
+    return getattr(library, config)(**settings(library))
 
 
 def hqq(linear: nn.Linear, bits: int = 4, axis: int = 1, **settings: Any) -> nn.Module:
@@ -45,16 +53,16 @@ def hqq(linear: nn.Linear, bits: int = 4, axis: int = 1, **settings: Any) -> nn.
 
 
 DENSE, NF4, LLM_INT8 = "dense", "NF4", "LLM.int8"
+TORCHAO: dict[str, tuple[str, Settings]] = {
+    "torchao int8": ("Int8WeightOnlyConfig", lambda _: {}),
+    "torchao float8": ("Float8WeightOnlyConfig", lambda _: {}),
+    "torchao int4": ("IntxWeightOnlyConfig", lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)}),  # type: ignore[attr-defined]
+}
 BASES: dict[str, Quantise] = {
     DENSE: lambda linear: linear,
     NF4: lambda linear: nf4_linear(linear, linear.weight.dtype),
     LLM_INT8: llm_int8,
-    "torchao int8": torchao("Int8WeightOnlyConfig"),
-    "torchao float8": torchao("Float8WeightOnlyConfig"),
-    "torchao int4": torchao(
-        "IntxWeightOnlyConfig",
-        lambda q: {"weight_dtype": torch.int4, "granularity": q.PerGroup(32)},  # type: ignore[attr-defined]
-    ),
+    **{name: torchao(*made) for name, made in TORCHAO.items()},
     "HQQ": hqq,
 }
 """By the name that the report gives them, but for the first two: makes such a layer of one that it may change."""

@@ -75,9 +75,11 @@ METHODS: dict[str, Method] = {
     "rsLoRA": Method(lora(use_rslora=True)),
     "LoRA, `lora_bias`": Method(lora(lora_bias=True)),
     "LoRA, OLoRA's initialisation": Method(lora(init_lora_weights="olora")),
+    "LoRA, PiSSA's initialisation": Method(lora(init_lora_weights="pissa")),
     "LoRA, two active adapters": Method(lora(names=_FOUR[:2])),
     "LoRA, an adapter for each of 4 rows": Method(lora(names=_FOUR), row_names=_FOUR),
     "LoRA, embeddings and head too": Method(lora(more_targets=("embed_tokens", "lm_head"))),
+    "LoRA, some tokens too": Method(lora(trainable_token_indices=[1, 2, 3])),
     "LoRA, stacked experts too": Method(
         lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"]), family="moe"
     ),
@@ -89,5 +91,19 @@ METHODS: dict[str, Method] = {
     "(IA)3": Method(
         other("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),
+    "VeRA": Method(other("VeraConfig", r=16 * RANK)),
+    "LayerNorm tuning": Method(
+        other("LNTuningConfig", target_modules=["input_layernorm", "post_attention_layernorm", "norm"])
+    ),
+    "OFT": Method(other("OFTConfig")),
+    "BOFT": Method(other("BOFTConfig")),
+    "HRA": Method(other("HRAConfig")),
+    "FourierFT": Method(other("FourierFTConfig")),
+    "RandLoRA": Method(other("RandLoraConfig")),
+    "VB-LoRA": Method(other("VBLoRAConfig", vector_length=32)),
+    "MiSS": Method(other("MissConfig", r=RANK)),
+    "SHiRA": Method(other("ShiraConfig", r=RANK)),
+    "C3A": Method(other("C3AConfig", block_size=32)),
+    "RoAd": Method(other("RoadConfig")),
 }
 """By name."""

@@ -23,6 +23,8 @@ TINY = replace(SIZES, hidden=64, layers=1, tokens=8)
         ("LoRA, an adapter for each of 4 rows", "dense"),
         ("LoRA, embeddings and head too", "NF4"),
         pytest.param("LoRA, stacked experts too", "dense", marks=pytest.mark.full),
+        pytest.param("LoRA, PiSSA's initialisation", "dense", marks=pytest.mark.full),
+        pytest.param("VeRA", "NF4", marks=pytest.mark.full),
         *(pytest.param(method, "LLM.int8", marks=pytest.mark.full) for method in ("LoRA", "LoRA, `lora_bias`")),
     ],
 )
@@ -39,6 +41,15 @@ def test_what_is_peft_s_own_is_not_timed() -> None:
     result = measure(METHODS["(IA)3"], "dense", 1, TINY)
     assert result.sides is None and result.served.fused == 0 < result.served.layers
     assert result.served.reasons == ("no op for peft.tuners.ia3.Linear yet",)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_makes_each_over_a_dense_base(method: str) -> None:
+    """What is not served has a reason, and what is served has none, but for parts that are PEFT's own."""
+    found = measure(METHODS[method], "dense", 1, TINY).served
+    assert found.layers > 0
+    assert bool(found.reasons) == (found.fused < found.layers)
 
 
 def test_calls_by_peft_are_not_served() -> None:

@@ -8,17 +8,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
+from transformers.integrations import finegrained_fp8 as library
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from fastpeft.bench import bases
 from fastpeft.bench.bases import Quantise
 from fastpeft.bench.left_out import NotHereError
 from tests.integration import packed_layers
+from tests.integration.fp8_layers import fp8_linear
 from tests.integration.models import ARCHITECTURES, make_base, trained
 from tests.integration.steps import Step, step
 
@@ -52,6 +56,13 @@ BASES: dict[str, Quantise] = {
 }
 """By the name that the report gives them: makes such a layer of an nn.Linear, which it may change."""
 
+EVERY: dict[str, Quantise] = {
+    **{name: bases.BASES[name] for name in (bases.DENSE, bases.NF4)},
+    **BASES,
+    "transformers FP8": fp8_linear,
+}
+"""With those that have tests of their own."""
+
 
 def quantise(model: nn.Module, base: str) -> nn.Module:
     """Every projection."""
@@ -59,8 +70,9 @@ def quantise(model: nn.Module, base: str) -> nn.Module:
         parent, _, name = path.rpartition(".")
         if type(linear) is nn.Linear and name in PROJECTIONS:
             linear.requires_grad_(False)
-            setattr(model.get_submodule(parent), name, BASES[base](linear))
-    model.is_loaded_in_8bit = base == "LLM.int8"  # type: ignore[assignment]
+            setattr(model.get_submodule(parent), name, EVERY[base](linear))
+    model.is_loaded_in_4bit = base == bases.NF4  # type: ignore[assignment]
+    model.is_loaded_in_8bit = base == bases.LLM_INT8  # type: ignore[assignment]
     return model
 
 
@@ -76,12 +88,16 @@ def make(
         warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")
         model = quantise(make_base(name, dtype, **(sizes or {})), base)
         chosen = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, **lora}
-        config = LoraConfig(task_type=ARCHITECTURES[name].task, **chosen)
-        # PEFT itself would look for them in gptqmodel
-        config._register_custom_module(
-            {packed_layers.TorchLinear: GPTQLoraLinear, packed_layers.AwqTorchLinear: AwqLoraLinear}
-        )
+        config = known(LoraConfig(task_type=ARCHITECTURES[name].task, **chosen))
         return trained(get_peft_model(model, config)).train()  # type: ignore[no-any-return]
+
+
+def known(config: LoraConfig) -> LoraConfig:
+    """The same, told which layers of PEFT go over `packed_layers`; PEFT itself would look for them in gptqmodel."""
+    config._register_custom_module(
+        {packed_layers.TorchLinear: GPTQLoraLinear, packed_layers.AwqTorchLinear: AwqLoraLinear}
+    )
+    return config
 
 
 def stand_for_gptqmodel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +113,13 @@ def quantised_layers(model: nn.Module) -> Iterator[Any]:
 
 def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
     """The step in fp64 over the values that the library itself decodes. `model` was not accelerated."""
-    wide = copy.deepcopy(model)
-    for path, layer in list(wide.named_modules(remove_duplicate=False)):  # GPTQ's and AWQ's have two names
+    return step(wide(model), inputs)
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """A copy in fp64 over the values that the library itself decodes. `model` was not accelerated."""
+    copied = copy.deepcopy(model)
+    for path, layer in list(copied.named_modules(remove_duplicate=False)):  # GPTQ's and AWQ's have two names
         decoded = values(layer)
         if decoded is None:
             continue
@@ -107,8 +128,8 @@ def truth(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
         dense.weight = nn.Parameter(decoded.float(), requires_grad=False)
         dense.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         parent, _, name = path.rpartition(".")
-        setattr(wide.get_submodule(parent), name, dense)
-    return step(wide.double(), inputs)
+        setattr(copied.get_submodule(parent), name, dense)
+    return copied.double()
 
 
 def values(layer: Any) -> Tensor | None:
@@ -118,6 +139,13 @@ def values(layer: Any) -> Tensor | None:
         codes = layer.state.CB if weight.CB is None else weight.CB
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return codes.float() * scale.unsqueeze(1).mul(1.0 / 127.0)
+    if type(weight).__name__ == "Params4bit":
+        state = copy.deepcopy(weight.quant_state)
+        state.dtype = torch.float32  # bitsandbytes decodes to the dtype of the product, from fp32
+        return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+    if type(layer) is FP8Linear:
+        scale = layer.weight_scale_inv
+        return library._dequantize_fp8_weight(weight, scale, layer.block_size, torch.float32)  # type: ignore[no-any-return]
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
     if type(layer).__name__ == "HQQLinear":

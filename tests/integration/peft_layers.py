@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -110,22 +109,13 @@ def wide(model: nn.Module) -> nn.Module:
     """A copy in fp64; in the place of a quantised layer the values that its library decodes."""
     copied: Any = copy.deepcopy(model)
     base = layer(copied).base_layer
-    values = decoded(base)
+    values = bases.values(base)
     if values is not None and layer(copied).disable_adapters and layer(copied).merged:
         layer(copied).unmerge()  # as forward would, which quantises anew
-        values = decoded(base)
+        values = bases.values(base)
     if values is not None:
         dense = nn.Linear(values.shape[1], values.shape[0])
         dense.weight = nn.Parameter(values.float(), requires_grad=False)
         dense.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
         layer(copied).base_layer = dense
     return copied.double()  # type: ignore[no-any-return]
-
-
-def decoded(base: Any) -> Tensor | None:
-    """What its library decodes; None for a dense layer."""
-    if isinstance(base, bnb.nn.Linear4bit):
-        state = copy.deepcopy(base.weight.quant_state)
-        state.dtype = torch.float32
-        return bnb.functional.dequantize_4bit(base.weight.data, state)  # type: ignore[no-any-return]
-    return bases.values(base)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 import fastpeft
 from tests.integration.models import batch, make, make_base, with_lora
-from tests.integration.reports import adapter_rows, notes
+from tests.integration.reports import adapter_rows, mlp_rows, notes
 from tests.integration.steps import assert_accelerated_close, assert_step_close, step, truth
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -52,6 +53,41 @@ def test_served(option: str) -> None:
     inputs = batch(model)
     assert_accelerated_close(model, inputs, truth(model, inputs))
     assert not notes(model)
+
+
+@pytest.mark.parametrize("indices", [{"embed_tokens": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [7, 40]}])
+def test_trainable_tokens(indices: dict[str, list[int]]) -> None:
+    """LoRA's layers are served as ever; what trains the tokens is PEFT's own, and named."""
+    model = make(trainable_token_indices=indices)
+    inputs = batch(model)
+    inputs["input_ids"][:, 1:3] = torch.tensor([3, 7])
+    exact = truth(model, inputs)
+    deltas = [gradient for name, gradient in exact.gradients.items() if "trainable_tokens_delta" in name]
+    assert len(deltas) == len(indices) and all(delta.any() for delta in deltas)
+    assert_accelerated_close(model, inputs, exact)
+    served, left = ([row for row in adapter_rows(model) if row.accelerated == wanted] for wanted in (True, False))
+    assert len(served) == 14 and not any("by PEFT" in row.note for row in served)
+    assert {row.path.rpartition(".")[2] for row in left} == {"token_adapter"} and len(left) == len(indices)
+    assert all("TrainableTokensLayer" in row.note for row in left)
+    assert len(mlp_rows(model)) == 2 and all(row.accelerated for row in mlp_rows(model))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, pytest.param(torch.optim.AdamW, marks=pytest.mark.full)])
+def test_lora_plus(optimizer: type[torch.optim.Optimizer]) -> None:
+    """PEFT's optimizer with a larger rate for B, three steps."""
+    plain = make()
+    ours, inputs = fastpeft.accelerate(copy.deepcopy(plain)), batch(plain)
+    exact = copy.deepcopy(plain).double()
+    for model in (ours, plain, exact):
+        rates = create_loraplus_optimizer(model, optimizer, lr=1e-3, loraplus_lr_ratio=16)
+        by_rate = {group["lr"]: len(group["params"]) for group in rates.param_groups if group["params"]}
+        assert by_rate == {1e-3: 14, 16e-3: 14}
+        for _ in range(3):
+            model(**inputs).loss.backward()
+            rates.step()
+            rates.zero_grad()
+    assert_step_close(step(ours, inputs), step(plain, inputs), step(exact, inputs))
+    assert not notes(ours)
 
 
 @pytest.mark.full

@@ -57,6 +57,7 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
         StepCase("moe", "lora", bf16, autocast=True),
         StepCase("moe-128", "lora", bf16, autocast=True),
         StepCase("llama", "lora", torch.float16),
+        StepCase("llama", "dora", bf16, autocast=True, rank=384),
         StepCase("llama", "qdora", bf16, autocast=True),
         StepCase("llama", "qlora", fp32, autocast=True),
         StepCase("llama", "lora", bf16, compiled="default"),

@@ -1,11 +1,13 @@
 """What the op costs: products, decodes, packings and bytes kept, counted."""
 
+import pytest
 import torch
 
 from fastpeft_kernels.lora import Dtypes, LoraProjection, library, lora_linear_group
 from fastpeft_kernels.lora.api import draw_seeds, run_group
 from fastpeft_kernels.quant import encode_4bit
 from fastpeft_kernels.weights import FourBitWeight
+from tests.kernels.allocations import largest
 from tests.kernels.lora.groups import adapter, parameters, projection
 
 F32 = Dtypes(torch.float32, torch.float32, torch.float32)
@@ -65,6 +67,18 @@ def test_kept_for_backward_are_x_and_s_once():
     for parameter in parameters(group):  # no copy of them
         kept.pop(parameter.untyped_storage()._cdata)
     assert sum(kept.values()) == x.nbytes + 4 * 128 * 12
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("in_python", [False, True])
+def test_no_matrix_of_the_weight_s_size_is_made(dropout, in_python, request):
+    """Over dense bases, of which nothing is decoded; three active adapters, two siblings."""
+    if in_python:
+        request.getfixturevalue("groups_in_python")
+    group = [projection(512, out, 4, 3, 6, dropout=dropout, with_bias=True) for out in (2048, 1024)]
+    x = torch.randn(5, 512, requires_grad=True)
+    found = largest(lambda: sum(y.sum() for y in lora_linear_group(x, group)).backward())
+    assert 0 < found <= 1024 * 512 * 4 // 4
 
 
 def test_the_host_reads_no_number(monkeypatch):

@@ -11,6 +11,7 @@ from fastpeft_kernels.lora import Dtypes, LoraProjection, lora_linear_group
 from fastpeft_kernels.lora.mixed_rows import row_groups
 from fastpeft_kernels.lora.projection import Group
 from fastpeft_kernels.lora.reference import lora_group_reference
+from tests.kernels.allocations import largest
 from tests.kernels.lora.groups import adapter, check_group, parameters, projection
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -130,6 +131,21 @@ def test_an_adapter_that_no_row_has_gets_zeros() -> None:
     unused = [t for p in group for a in p.adapters if a.index == 1 for t in (a.a, a.b)]
     for gradient in torch.autograd.grad([ys[0].sum(), ys[1].sum()], unused):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_no_matrix_of_the_weight_s_size_is_made(way: str, p: float) -> None:
+    """Over dense bases, of which nothing is decoded; three adapters, two siblings."""
+    index, each = WAYS[way]
+    group = [projection(512, out, 4, 3, 6, dropout=p) for out in (2048, 1024)]
+    group = [replace(g, adapters=tuple(replace(a, index=i) for i, a in enumerate(g.adapters))) for g in group]
+    x = torch.randn(6, each, 512, requires_grad=True)
+
+    def step() -> None:
+        sum(y.sum() for y in lora_linear_group(x, group, adapter_index=index)).backward()
+
+    assert 0 < largest(step) <= 1024 * 512 * 4 // 2
 
 
 def test_rows_are_put_together_so_that_least_is_copied() -> None:

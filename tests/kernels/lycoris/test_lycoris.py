@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpeft_kernels.lycoris import LohaAdapter, LokrAdapter, api, loha_linear, lokr_linear
 from fastpeft_kernels.lycoris.reference import lycoris_linear_reference
 from tests.budget import assert_within_budget
+from tests.kernels.allocations import largest
 
 OUT, IN = 12, 20
 
@@ -143,6 +144,14 @@ def test_keeps_the_input_alone(kind: str) -> None:
         op(x, weight, [adapter])
     own = [t for t in kept if t.data_ptr() not in {leaf.data_ptr() for leaf in leaves(x, None, [adapter])}]
     assert kept and not own
+
+
+def test_lokr_makes_no_matrix_of_the_weight_s_size() -> None:
+    """Over a dense base, of which nothing is decoded; two adapters. LoHa's product of factors is that large."""
+    weight, x = torch.randn(2048, 512), torch.randn(3, 512, requires_grad=True)
+    shapes = (((32, 16), (64, 32)), ((64, 32), (32, 16)))
+    adapters = [LokrAdapter(*[torch.randn(s).requires_grad_() for s in pair], 1.3) for pair in shapes]
+    assert 0 < largest(lambda: lokr_linear(x, weight, adapters).sum().backward()) <= weight.nbytes // 4
 
 
 @every_op
