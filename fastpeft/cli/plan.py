@@ -94,6 +94,7 @@ def plan(
     elif len(plans) == 1:
         print(plans[0])
     else:
+        from fastpeft.memory.plan.largest import beyond
         from fastpeft.memory.plan.rendering import policy_text
 
         print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
@@ -102,6 +103,8 @@ def plan(
             figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
+        for note in beyond(found.setting):
+            print(f"note: {note}")
     if spreads and not as_json:
         print(f"\nseveral GPUs, a step of {seq * batch} tokens on each, computed and not measured:\n{render(spreads)}")
     if not all(each.fits for each in plans):

@@ -15,6 +15,7 @@ from ...integrations import bitsandbytes, quantised
 from ...models.tasks import task_of
 from ..layers import model_layers
 from ..trace.skeleton import stored
+from .largest import check_tokens
 from .predicting import Model, Setting, is_streamed
 
 BLOCK = 512
@@ -33,7 +34,7 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
 
     Raises:
         ValueError: another kind of model, of adapter or of storage.
-        UserError: the adapter does not fit a model that is built from the configuration.
+        UserError: the adapter does not fit a model that is built from the configuration, or `seq` its positions.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
@@ -45,6 +46,7 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
     config.architectures = [type(base).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_tokens(seq, config)
     setting = Setting(
         config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
         _section(next(iter(adapters.values())), base), optimizer,

@@ -12,7 +12,7 @@ from ...layers.random_state import RandomState
 from ..policy import MemoryPolicy
 from ..sizes import parse_size
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
-from .largest import MOST_TOKENS, largest_of, most_of
+from .largest import MOST_TOKENS, beyond, check_tokens, largest_of, most_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
 from .predicting import Model, Setting
@@ -101,7 +101,8 @@ def plan(
             `fastpeft.memory.plan.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter
             of PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
         gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
-        seq, batch: tokens a row, and rows, of one forward pass.
+        seq, batch: tokens a row, and rows, of one forward pass. Rows may go beyond the last position of a model with
+            rotary embeddings, which a note then says.
         rank, targets: of LoRA, as PEFT takes them.
         method: "qlora" keeps frozen linear layers as nested NF4.
         dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
@@ -155,7 +156,7 @@ def model_of(
 
     from fastpeft.config import LoraSection, ModelSection
     from fastpeft.integrations.versions import require_core
-    from fastpeft.models.bases import checked_length, load_config
+    from fastpeft.models.bases import load_config
     from fastpeft.models.tasks import AUTO, task_of
 
     from .known import KNOWN, known_config
@@ -171,7 +172,7 @@ def model_of(
     else:
         name = name_or_config
         config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
-    checked_length(max(seq, 2), config, "seq")
+    check_tokens(seq, config)
     setting = Setting(
         config,
         task_of(config) if task == "auto" else task,
@@ -251,6 +252,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
 
 def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     found = ["rows without padding; evaluation and saving are not counted"]
+    found += beyond(model.setting)
     if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
         found.append("experts: every one is taken to get as many tokens")
     if any(layer.tile for layer in policy.different):

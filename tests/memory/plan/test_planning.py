@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import fastpeft
+from fastpeft.errors import UserError
 from fastpeft.memory.plan.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
 from fastpeft.memory.plan.largest import EXTREMES, largest, largest_of, most_of
 from fastpeft.memory.plan.planning import Plan, model_of, plan_on
@@ -192,6 +194,25 @@ def test_too_little(model: Model) -> None:
 def test_wrong_arguments(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         fastpeft.plan(CONFIG, **({"gpu_memory": "2GiB", "seq": 64} | options))
+
+
+def test_beyond_the_last_position(roomy: Plan) -> None:
+    """A note where positions go on, which the longest contexts then do, too; an error where they are a table."""
+    short = LlamaConfig(**CONFIG.to_dict() | {"max_position_embeddings": 64, "num_hidden_layers": 1})
+    note = "beyond the model's last position, 64: extend its rope first"
+    options: dict[str, Any] = {"gpu_memory": "2GiB", "method": "lora", "rank": 4}
+    past = fastpeft.plan(short, seq=65, **options)
+    assert "beyond" not in str(roomy)
+    assert past.fits and past.notes[1] == note and f"note: {note}" in str(past)
+    assert past.largest_sequence is not None and past.largest_sequence > 1000
+    assert past.most_sequence is not None and past.most_sequence >= past.largest_sequence
+    learned = GPT2Config(n_positions=64, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+    said = "seq: expected at most 64, the model's last position, got 65"
+    with pytest.raises(UserError, match=said):
+        fastpeft.plan(learned, seq=65, **options)
+    loaded = get_peft_model(AutoModelForCausalLM.from_config(learned), LoraConfig())
+    with pytest.raises(UserError, match=said):
+        fastpeft.plan(loaded, seq=65, gpu_memory="2GiB")
 
 
 def test_a_policy_for_another_number_of_layers(model: Model) -> None:
