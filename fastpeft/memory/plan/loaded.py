@@ -25,12 +25,14 @@ _OTHERS = ("use_dora", "bias", "init_lora_weights", "task_type", "peft_type", "b
 _NO_SHAPES = ("inference_mode", "peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config")
 
 
-def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> tuple[str, Model]:
+def model_of_loaded(
+    model: nn.Module, seq: int, batch: int, optimizer: str, accumulation: int | None = None
+) -> tuple[str, Model]:
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
     Args:
         model: of transformers, with adapters of PEFT; its weights 32 or 16 bits, or bitsandbytes' 4.
-        seq, batch, optimizer: as of `plan`.
+        seq, batch, optimizer, accumulation: as of `plan`.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage.
@@ -49,7 +51,7 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
     check_tokens(seq, config)
     setting = Setting(
         config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values())), base), optimizer,
+        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())

@@ -89,6 +89,7 @@ def plan(
     largest: bool = True,
     rates: Rates | None = None,
     trust_remote_code: bool = False,
+    accumulation: int | None = None,
 ) -> Plan:
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
@@ -111,6 +112,8 @@ def plan(
         policy: predict this one rather than choose.
         largest: find the largest context and batch, too, with recomputed layers and with any policy.
         rates: what times are told from.
+        accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
+            earlier one; they are counted if left out.
 
     Raises:
         ValueError: an argument is none of these, or the adapter does not fit the model.
@@ -128,12 +131,13 @@ def plan(
             given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
             if own := [key for key, (one, default) in given.items() if one != default]:
                 raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
-            _check_numbers(seq, batch, 1, optimizer)
-            name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
+            _check_numbers(seq, batch, 1, optimizer, accumulation)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation)
         else:
             name, model = model_of(
-                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
-            )
+                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code,
+                accumulation,
+            )  # fmt: skip
         return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
     finally:
         generators.put_back()
@@ -150,6 +154,7 @@ def model_of(
     optimizer: str,
     task: str,
     trust_remote_code: bool = False,
+    accumulation: int | None = None,
 ) -> tuple[str, Model]:
     """The name and what is traced, for any number of `plan_on`."""
     import torch
@@ -162,7 +167,7 @@ def model_of(
     from .known import KNOWN, known_config
 
     require_core()
-    _check_numbers(seq, batch, rank, optimizer)
+    _check_numbers(seq, batch, rank, optimizer, accumulation)
     for key, one, among in (("method", method, METHODS), ("dtype", dtype, DTYPES), ("task", task, ("auto", *AUTO))):
         _check_one_of(key, one, among)
     if not isinstance(name_or_config, str):
@@ -182,12 +187,15 @@ def model_of(
         getattr(torch, dtype),
         LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
         optimizer,
+        accumulated=accumulation != 1,
     )
     return name, Model(setting)
 
 
-def _check_numbers(seq: int, batch: int, rank: int, optimizer: str) -> None:
-    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
+def _check_numbers(seq: int, batch: int, rank: int, optimizer: str, accumulation: int | None) -> None:
+    numbers = [("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)]
+    numbers += [] if accumulation is None else [("accumulation", accumulation, MOST_TOKENS)]
+    for key, value, most in numbers:
         if not isinstance(value, int) or not 1 <= value <= most:
             raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
     _check_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
@@ -217,6 +225,7 @@ def plan_on(
     settings = {
         "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
+        **({} if setting.accumulated else {"accumulation": 1}),
     }  # fmt: skip
     changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
     return Plan(
@@ -235,12 +244,12 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "base, packed": sizes["packed"] - sum(packed for packed, _ in away),
         "base, dense": sizes["dense"] - sum(dense for _, dense in away),
         "adapters": sizes["trained"],
-        "gradients": model.gradients,
+        "gradients": model.gradients + found.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],
         **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
-        "saved activations": min(found.kept, found.step),
-        "working memory": found.step - min(found.kept, found.step),
+        "saved activations": found.kept - found.gradients,
+        "working memory": found.step - found.kept,
         "CUDA context": CONTEXT,
         "fragments": int(RESERVE * capacity),
         "total": found.total,

@@ -21,6 +21,7 @@ class Peak(NamedTuple):
         kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
         layers: bytes that all layers keep for backward.
         loss, working: working memory of the loss, and the most of a layer.
+        gradients: bytes of `kept` that are parameters' gradients.
     """
 
     size: int
@@ -29,6 +30,7 @@ class Peak(NamedTuple):
     layers: int
     loss: int
     working: int
+    gradients: int = 0
 
 
 def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> Peak:
@@ -39,10 +41,10 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
         policies: of each layer.
     """
     level, best = 0, Peak(0, "begin", 0, 0, 0, 0)
-    layers = loss = working = 0
+    layers = loss = working = gradients = 0
     for stretch in _whole(traces, order, policies):
         if level + stretch.peak > best.size:
-            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level)
+            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level, gradients=gradients)
         if stretch.phase == "forward":
             layers += stretch.change
         if stretch.phase in ("loss", "turn"):
@@ -50,6 +52,7 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
         elif stretch.phase != "begin":
             working = max(working, stretch.peak)
         level += stretch.change
+        gradients += stretch.gradients
     return best._replace(layers=layers, loss=loss, working=working)
 
 

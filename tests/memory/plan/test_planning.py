@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import fastpeft
 from fastpeft.errors import UserError
-from fastpeft.memory.plan.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
+from fastpeft.memory.plan.choosing import CONTEXT, KEEP, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
 from fastpeft.memory.plan.largest import EXTREMES, largest, largest_of, most_of
 from fastpeft.memory.plan.planning import Plan, model_of, plan_on
 from fastpeft.memory.plan.predicting import Model
@@ -185,6 +186,7 @@ def test_too_little(model: Model) -> None:
         ({"host_memory": "much"}, "host_memory: expected a size"),
         ({"seq": 0}, "seq: expected 1 to"),
         ({"batch": -1}, "batch: expected 1 to"),
+        ({"accumulation": 0}, "accumulation: expected 1 to"),
         ({"method": "magic"}, "method: expected one of"),
         ({"optimizer": "adam"}, "optimizer: expected one of"),
         ({"dtype": "int8"}, "dtype: expected one of"),
@@ -213,6 +215,22 @@ def test_beyond_the_last_position(roomy: Plan) -> None:
     loaded = get_peft_model(AutoModelForCausalLM.from_config(learned), LoraConfig())
     with pytest.raises(UserError, match=said):
         fastpeft.plan(loaded, seq=65, gpu_memory="2GiB")
+
+
+def test_without_accumulation_gradients_come_with_backward(model: Model) -> None:
+    """Where layers keep all, the most is there before any gradient is; the optimizer then needs all of them."""
+    alone = Model(replace(model.setting, accumulated=False))
+    kept, once = (on(each, 2 << 30, MemoryPolicy(KEEP)) for each in (model, alone))
+    adapters = kept.bytes["adapters"]
+    assert kept.bytes["gradients"] == adapters and once.bytes["gradients"] < adapters / 2
+    assert once.need.total + adapters * 3 // 4 < kept.need.total <= once.need.total + adapters
+    assert "accumulation 1" in str(once) and "accumulation" not in str(kept)
+    few = Model(replace(alone.setting, tokens=1, optimizer="adamw_torch"))
+    found = on(few, 2 << 30, MemoryPolicy(RECOMPUTE))
+    assert found.need.when == "optimizer" and found.bytes["gradients"] == found.bytes["working memory"] == adapters
+    for each in (once, found):
+        parts = [size for name, size in each.bytes.items() if name not in ("total", "host") and "alone" not in name]
+        assert sum(parts) == each.bytes["total"] and min(parts) >= 0
 
 
 def test_a_policy_for_another_number_of_layers(model: Model) -> None:
