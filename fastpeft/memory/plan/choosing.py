@@ -24,6 +24,8 @@ class Need:
         static: base, adapters, gradients of earlier batches and optimizer on the GPU.
         step: what a step takes at the most beside these.
         gradients: of what was kept then, those that the step has made.
+        purposes: (what for, bytes) of what is not kept then, where that is known.
+        saved: by how much what is kept grows with each layer; offloaded inputs leave two layers later.
         total: with context and fragments.
         host: in pinned memory.
         slowdown: time of a step over that with everything kept and resident, told from `Rates`.
@@ -42,6 +44,8 @@ class Need:
     slowdown: float
     hidden_from: int | None = None
     gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
+    saved: tuple[int, ...] = ()
 
 
 def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates) -> Need:
@@ -60,6 +64,7 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
     return Need(
         policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
         model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates), peak.gradients,
+        peak.purposes, peak.saved,
     )  # fmt: skip
 
 
@@ -69,7 +74,11 @@ def _with_optimizer(model: Model, peak: Peak) -> Peak:
         return peak
     made = model.bytes["trained"] - model.gradients
     size = made + (model.bytes["trained"] if model.setting.optimizer == "adamw_torch" else 0)
-    return peak if size <= peak.size else peak._replace(size=size, when="optimizer", kept=made, gradients=made)
+    return (
+        peak
+        if size <= peak.size
+        else peak._replace(size=size, when="optimizer", kept=made, gradients=made, purposes=())
+    )
 
 
 def in_turns(streamed: Sequence[int], policy: MemoryPolicy) -> int:

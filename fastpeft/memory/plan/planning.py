@@ -66,6 +66,7 @@ class Plan:
         found = {key: value for key, value in asdict(self).items() if key != "need"}
         layers = self.policy.layers
         found["policy"] = [asdict(layer) for layer in (layers if isinstance(layers, tuple) else (layers,))]
+        found["saved"] = list(self.need.saved)
         return found | {"slowdown": self.need.slowdown, "peak_in": self.need.when, "schema": 1}
 
     def __str__(self) -> str:
@@ -249,7 +250,10 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "buffers": sizes["buffer"],
         **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
         "saved activations": found.kept - found.gradients,
-        "working memory": found.step - found.kept,
+        "working memory": (working := found.step - found.kept),
+        "of it, decoded weights": dict(found.purposes).get("decoded weights", 0),
+        "of it, attention": dict(found.purposes).get("attention", 0),
+        "of it, loss": working if found.when in ("loss", "turn") else 0,
         "CUDA context": CONTEXT,
         "fragments": int(RESERVE * capacity),
         "total": found.total,

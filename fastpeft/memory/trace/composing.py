@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..policy import LayerPolicy
@@ -22,6 +22,8 @@ class Peak(NamedTuple):
         layers: bytes that all layers keep for backward.
         loss, working: working memory of the loss, and the most of a layer.
         gradients: bytes of `kept` that are parameters' gradients.
+        purposes: (purpose, bytes) of what is not kept, as far as it has one.
+        saved: by how many bytes each layer's forward lets grow what is kept.
     """
 
     size: int
@@ -31,6 +33,8 @@ class Peak(NamedTuple):
     loss: int
     working: int
     gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
+    saved: tuple[int, ...] = ()
 
 
 def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> Peak:
@@ -44,7 +48,10 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
     layers = loss = working = gradients = 0
     for stretch in _whole(traces, order, policies):
         if level + stretch.peak > best.size:
-            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level, gradients=gradients)
+            best = best._replace(
+                size=level + stretch.peak, when=stretch.phase, kept=level, gradients=gradients,
+                purposes=stretch.purposes,
+            )  # fmt: skip
         if stretch.phase == "forward":
             layers += stretch.change
         if stretch.phase in ("loss", "turn"):
@@ -53,7 +60,19 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
             working = max(working, stretch.peak)
         level += stretch.change
         gradients += stretch.gradients
-    return best._replace(layers=layers, loss=loss, working=working)
+    saved = tuple(map(_saved(traces), order, policies))
+    return best._replace(layers=layers, loss=loss, working=working, saved=saved)
+
+
+def _saved(traces: Traces) -> Callable[[int, LayerPolicy], int]:
+    """By how much what is kept grows with a traced layer under a policy."""
+    known: dict[tuple[int, LayerPolicy], int] = {}
+    for policy, stretches in traces.items():
+        for index, stretch in enumerate(stretches):
+            if stretch.phase == "forward":
+                whole = stretches[index : index + _until_next(stretches, index)]
+                known[stretch.layer, policy] = sum(each.change for each in whole)
+    return lambda layer, policy: known[layer, policy]
 
 
 def _whole(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> list[Stretch]:

@@ -27,6 +27,7 @@ class Stretch(NamedTuple):
         peak: bytes at the most, above those at its beginning.
         change: bytes at its end less those at its beginning.
         gradients: of `change`, those of parameters' gradients that were not there.
+        purposes: at the peak, (purpose, bytes) of `empty_for`.
     """
 
     phase: str
@@ -34,6 +35,7 @@ class Stretch(NamedTuple):
     peak: int
     change: int
     gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
 
 
 def trace(
@@ -82,7 +84,7 @@ class _Marks:
 
     def __init__(self, live: LiveBytes, layers: dict[str, nn.Module], trained: list[nn.Parameter]) -> None:
         self.live, self.layers, self.trained = live, list(layers.values()), trained
-        self.marks: list[tuple[str, int, int, int, int]] = []
+        self.marks: list[tuple[str, int, int, int, int, dict[str, int]]] = []
         self.forward = False
 
     @contextmanager
@@ -103,13 +105,14 @@ class _Marks:
 
     def stretches(self) -> list[Stretch]:
         found = []
-        for (phase, layer, alive, _, held), (_, _, after, peak, then) in zip(self.marks, self.marks[1:], strict=False):
-            found.append(Stretch(phase, layer, peak - alive, after - alive, then - held))
+        for (phase, layer, alive, _, held, _), ends in zip(self.marks, self.marks[1:], strict=False):
+            _, _, after, peak, then, purposes = ends
+            found.append(Stretch(phase, layer, peak - alive, after - alive, then - held, tuple(purposes.items())))
         return found
 
     def _mark(self, phase: str, layer: int) -> None:
         held = sum(rounded(p.grad.nbytes, self.live.device) for p in self.trained if p.grad is not None)
-        self.marks.append((phase, layer, self.live.live, self.live.peak, held))
+        self.marks.append((phase, layer, self.live.live, self.live.peak, held, self.live.purposes))
         self.live.restart()
 
     def turn(self) -> None:
