@@ -52,6 +52,10 @@ def plan(
     target_modules: Annotated[str, typer.Option(help="What the adapter is put on.")] = "all-linear",
     dtype: Annotated[PlanDtype, typer.Option(help="What is computed with.")] = PlanDtype.bfloat16,
     optimizer: Annotated[str, typer.Option(help="As training.optim.")] = "adamw_torch",
+    accumulation: Annotated[
+        int | None,
+        typer.Option(min=1, help="As gradient_accumulation_steps; left out: more than 1.", show_default=False),
+    ] = None,
     task: Annotated[str, typer.Option(help="auto: what the configuration says.")] = "auto",
     gpus: Annotated[
         list[int] | None,
@@ -82,8 +86,9 @@ def plan(
             host = None if host_memory is None else parse_size(host_memory, "--host-memory")
             fabric = Fabric(gpus_per_node, parse_size(gpu_link, "--gpu-link"), parse_size(network, "--network"))
             name, found = model_of(
-                model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task, trust_remote_code
-            )
+                model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task,
+                trust_remote_code, accumulation,
+            )  # fmt: skip
             spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -94,6 +99,7 @@ def plan(
     elif len(plans) == 1:
         print(plans[0])
     else:
+        from fastpeft.memory.plan.largest import beyond
         from fastpeft.memory.plan.rendering import policy_text
 
         print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
@@ -102,6 +108,8 @@ def plan(
             figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
             print(f"{figures}  {policy_text(each.policy.layers)}")
+        for note in beyond(found.setting):
+            print(f"note: {note}")
     if spreads and not as_json:
         print(f"\nseveral GPUs, a step of {seq * batch} tokens on each, computed and not measured:\n{render(spreads)}")
     if not all(each.fits for each in plans):

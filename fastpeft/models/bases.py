@@ -136,6 +136,12 @@ def positions(config: Any) -> int | None:
     return min([longest, *_positions_behind_padding(config)])
 
 
+def is_rotary(config: Any) -> bool:
+    """Whether the model's positions are angles, which go on beyond the last position, and not rows of a table."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "rope_parameters", None))
+
+
 def _positions_behind_padding(config: Any) -> list[int]:
     """For encoders of RoBERTa's kind, whose positions begin behind that of the padding; empty for all others."""
     import torch

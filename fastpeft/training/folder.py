@@ -14,7 +14,7 @@ from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 from fastpeft.paths import can_be_made, write_whole
 
-from .checkpoints import checkpoints, last_checkpoint
+from .checkpoints import SEAL, checkpoints, last_checkpoint
 from .trainer_state import check_trainer_state
 
 CONFIG, RUN, REPORT, LOSS = "config.yaml", "run.json", "report.md", "loss.png"
@@ -142,9 +142,9 @@ def _holds_a_model(folder: Path) -> bool:
 
 
 def _has_something_to_lose(folder: Path) -> bool:
-    """A run that died before its first checkpoint left nothing to go on with."""
-    names = (RUN, REPORT, "adapter_model.safetensors")
-    return bool(checkpoints(folder)) or any((folder / name).exists() for name in names)
+    """A run that died before its first checkpoint, or while it was written, left nothing to go on with."""
+    names = (RUN, REPORT, "adapter_model.safetensors", *(f"{each.name}/{SEAL}" for each in checkpoints(folder)))
+    return any((folder / name).exists() for name in names)
 
 
 def _is_run(folder: Path) -> bool:

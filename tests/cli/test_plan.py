@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,28 @@ def test_it_fits_or_not(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[
     found = json.loads(answer.out)["plans"]
     assert answer.code == 1 and [each["fits"] for each in found] == [True, False]
     assert found[1]["changes"] and answer.err == ""
+
+
+def test_a_table_says_what_is_beyond_the_last_position(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((Path(checkpoints["llama"]) / "config.json").read_text())
+    last = config["max_position_embeddings"]
+    words = [
+        "plan",
+        checkpoints["llama"],
+        *SMALL,
+        "--gpu-memory",
+        "8GiB",
+        "--gpu-memory",
+        "16GiB",
+        "--seq",
+        f"{last + 1}",
+    ]
+    answer = run(capsys, *words)
+    assert answer.code == 0 and answer.out.endswith(
+        f"note: beyond the model's last position, {last}: extend its rope first\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from fastpeft.models.bases import positions
+from fastpeft.models.bases import is_rotary, positions
 
 POSITIONS = 34
 SIZES = {
@@ -72,3 +72,13 @@ def test_one_token_more_is_too_many(name: str) -> None:
 def test_models_without_a_limit() -> None:
     assert positions(transformers.T5Config()) is None
     assert positions(transformers.LlamaConfig(max_position_embeddings=100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "rotary"),
+    [("Llama", True), ("GPTNeoX", True), ("ModernBert", True), ("Qwen2VL", True),
+     ("GPT2", False), ("GPTJ", False), ("OPT", False), ("Bert", False), ("T5", False)],
+)  # fmt: skip
+def test_positions_that_are_angles(name: str, rotary: bool) -> None:
+    """GPT-J's are a table of them."""
+    assert is_rotary(getattr(transformers, f"{name}Config")()) is rotary

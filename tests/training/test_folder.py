@@ -51,6 +51,21 @@ def test_a_folder_of_something_else_is_left_alone(name: str, overwrite: bool, tm
     assert contents(tmp_path) == before
 
 
+def test_a_first_checkpoint_that_was_never_finished_is_nothing_to_lose(tmp_path: Path) -> None:
+    half = tmp_path / "checkpoint-5"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_text("half")
+    (tmp_path / run_folder.FINGERPRINT).write_text("of its rows")
+    assert run_folder.prepare(tmp_path, resume=False, overwrite=False) is None
+    with pytest.raises(
+        UserError, match=r"--resume: expected a checkpoint in training.output_dir, got none that is whole"
+    ):
+        run_folder.prepare(tmp_path, resume=True, overwrite=False)
+    (half / "sealed.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already"):
+        run_folder.prepare(tmp_path, resume=False, overwrite=False)
+
+
 def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from fastpeft.cli import app
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import UserError
 from fastpeft.memory.plan.planning import Plan
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.memory.streaming.layer import StreamedLayer
 from fastpeft.training import memory as training_memory
+from fastpeft.training.checkpoints import is_whole
 from fastpeft.training.memory import Decision, check_memory, decide, fixed
 from tests.checkpoints import Checkpoints, write_rows
+from tests.processes import Forked
 
 from .runs import Run, adapter, chats, completions, interrupted, texts, train
 from .test_resume import assert_same
@@ -82,6 +87,48 @@ def test_the_same_run_resumed_too(policy: str, plain: tuple[list[str], Run], tmp
     values = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
     saved = adapter(found.folder)
     assert values.keys() == saved.keys() and all(torch.equal(values[name], saved[name]) for name in saved)
+
+
+def killed_at_save(folder: Path, *given: str, number: int) -> None:
+    """A run in a process of its own, which is killed when half of its adapter of that number is on the disk."""
+
+    def work() -> int:
+        import peft.peft_model
+
+        save, saved = peft.peft_model.safe_save_file, iter(range(1, 100))
+
+        def half(tensors: Any, filename: str, **more: Any) -> None:
+            save(tensors, filename, **more)
+            if next(saved) == number:
+                os.truncate(filename, os.path.getsize(filename) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        peft.peft_model.safe_save_file = half  # type: ignore[assignment]
+        return app.run(["train", "--quiet", "--output-dir", str(folder), *given])
+
+    assert Forked(work).wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("policy", "number", "left"),
+    [
+        ("offload-streamed", 2, [2]),
+        *(pytest.param(policy, number, left, marks=pytest.mark.full)
+          for policy in ("offload", "streamed") for number, left in ((1, []), (2, [2]), (4, [4, 6]))),
+    ],
+)  # fmt: skip
+def test_killed_while_it_saves(
+    policy: str, number: int, left: list[int], plain: tuple[list[str], Run], tmp_path: Path
+) -> None:
+    """In the first, the second checkpoint, and the finished adapter: what is half there is never taken for whole."""
+    given, wanted = plain
+    folder, more = tmp_path / "run", ["--save-steps", "2", "--save-total-limit", "2"]
+    killed_at_save(folder, *given, *POLICIES[policy].split(), *more, number=number)
+    assert not (folder / "adapter_model.safetensors").exists()
+    whole = [place for place in (2, 4, 6) if is_whole(folder / f"checkpoint-{place}")]
+    assert whole == left and len(list(folder.rglob("adapter_model.safetensors"))) == len(left) + 1
+    again = ["--resume"] if left else [*given, *POLICIES[policy].split(), "--resume-or-begin"]
+    assert_same(train(folder, *again), wanted)
 
 
 @pytest.mark.full

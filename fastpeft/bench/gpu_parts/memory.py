@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 order = 62
 time_limit_s = 300
 needs = ("peft",)
-KEEP = "fastpeft, keep"
+KEEP, WITHOUT = "fastpeft, keep", "fastpeft, no policy"
 
 
 def run(recorder: Recorder, depth: str) -> None:
@@ -79,7 +79,8 @@ def _peers(model: Any, case: StepCase) -> dict[str, Any]:
     from fastpeft import LayerPolicy, MemoryPolicy
     from fastpeft.memory.policy import ACTIVATIONS
 
-    found = {
+    found = {WITHOUT: fastpeft.accelerate(copy.deepcopy(model))}  # what "keep" costs beside it is a policy's own cost
+    found |= {
         f"fastpeft, {how}": fastpeft.accelerate(copy.deepcopy(model), memory=LayerPolicy(how)) for how in ACTIVATIONS
     }
     if case.method == "qlora":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..policy import LayerPolicy, MemoryPolicy
+from ..trace.composing import Peak
 from .predicting import Model
 from .timing import Rates, hidden_from, seconds
 
@@ -20,8 +21,11 @@ class Need:
     """Bytes of a training under a policy, and its time beside that of keeping all.
 
     Attributes:
-        static: base, adapters, gradients and optimizer on the GPU.
+        static: base, adapters, gradients of earlier batches and optimizer on the GPU.
         step: what a step takes at the most beside these.
+        gradients: of what was kept then, those that the step has made.
+        purposes: (what for, bytes) of what is not kept then, where that is known.
+        saved: by how much what is kept grows with each layer; offloaded inputs leave two layers later.
         total: with context and fragments.
         host: in pinned memory.
         slowdown: time of a step over that with everything kept and resident, told from `Rates`.
@@ -39,6 +43,9 @@ class Need:
     host: int
     slowdown: float
     hidden_from: int | None = None
+    gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
+    saved: tuple[int, ...] = ()
 
 
 def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates) -> Need:
@@ -49,16 +56,29 @@ def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: i
     offloaded = inputs * sum(each.activations == "offload" for each in layers)
     streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
     static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
+    peak = _with_optimizer(model, peak)
     step = peak.size
-    if model.setting.accumulated and model.setting.optimizer == "adamw_torch":
-        step = max(step, model.bytes["trained"])  # its temporaries, when all activations are gone
     total = static + step + CONTEXT + int(RESERVE * capacity)
     kept = (LayerPolicy(),) * len(layers)
     times = [seconds(model, each, rows, tokens, width_of(model), rates) for each in (layers, kept)]
     return Need(
         policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
-        model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates),
+        model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates), peak.gradients,
+        peak.purposes, peak.saved,
     )  # fmt: skip
+
+
+def _with_optimizer(model: Model, peak: Peak) -> Peak:
+    """Or the optimizer's step, when all activations are gone: gradients, and temporaries as large as these."""
+    if model.setting.section is None:
+        return peak
+    made = model.bytes["trained"] - model.gradients
+    size = made + (model.bytes["trained"] if model.setting.optimizer == "adamw_torch" else 0)
+    return (
+        peak
+        if size <= peak.size
+        else peak._replace(size=size, when="optimizer", kept=made, gradients=made, purposes=())
+    )
 
 
 def in_turns(streamed: Sequence[int], policy: MemoryPolicy) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastpeft.models.bases import checked_length, is_rotary
 
 from ..policy import LayerPolicy, MemoryPolicy
 from .choosing import LEAST, OFFLOAD, RECOMPUTE, STREAMED, Need, need, tiled
-from .predicting import Model
+from .predicting import Model, Setting
 from .timing import Rates
 
 EXTREMES = (LEAST, OFFLOAD, STREAMED, RECOMPUTE)
@@ -21,11 +24,11 @@ MOST_TOKENS = 1 << 24
 def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, host: int | None) -> tuple[int, int]:
     """(tokens a row at the setting's batch, rows at the setting's tokens) with the best of these policies everywhere.
 
-    Tokens are a multiple of STEP, as many as the model has positions for at the most. Rows are told from tokens: what a
-    step takes depends on their product.
+    Tokens are a multiple of STEP, as many as the model has positions for at the most, unless the setting goes beyond
+    them. Rows are told from tokens: what a step takes depends on their product.
     """
     rows, tokens = model.setting.rows, model.setting.tokens
-    positions = getattr(model.setting.config.get_text_config(), "max_position_embeddings", None)
+    positions = None if beyond(model.setting) else _positions(model.setting)
     best = 0
     for policy in policies:
 
@@ -38,6 +41,20 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
         best = max(best, found)
     longest = best // STEP * STEP
     return longest if positions is None else min(longest, positions), best * rows // tokens
+
+
+def check_tokens(tokens: int, config: Any) -> None:
+    """Raises UserError for rows that are longer than a table of positions, which does not go on."""
+    if not is_rotary(config):
+        checked_length(max(tokens, 2), config, "seq")
+
+
+def beyond(setting: Setting) -> tuple[str, ...]:
+    """What a plan says of rows that are longer than the model has positions for; nothing where they are not."""
+    last = _positions(setting)
+    if last is None or setting.tokens <= last:
+        return ()
+    return (f"beyond the model's last position, {last}: extend its rope first",)
 
 
 def most_of(model: Model, capacity: int, host: int | None) -> tuple[int, int]:
@@ -72,6 +89,10 @@ def largest(total: Callable[[int], int], at: int, capacity: int, rows: int, most
             break
         points[best] = total(best)
     return best
+
+
+def _positions(setting: Setting) -> int | None:
+    return getattr(setting.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _within_host(asked: Callable[[int], Need], at: int, host: int) -> int:

@@ -15,6 +15,7 @@ from ...integrations import bitsandbytes, quantised
 from ...models.tasks import task_of
 from ..layers import model_layers
 from ..trace.skeleton import stored
+from .largest import check_tokens
 from .predicting import Model, Setting, is_streamed
 
 BLOCK = 512
@@ -24,16 +25,18 @@ _OTHERS = ("use_dora", "bias", "init_lora_weights", "task_type", "peft_type", "b
 _NO_SHAPES = ("inference_mode", "peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config")
 
 
-def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> tuple[str, Model]:
+def model_of_loaded(
+    model: nn.Module, seq: int, batch: int, optimizer: str, accumulation: int | None = None
+) -> tuple[str, Model]:
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
     Args:
         model: of transformers, with adapters of PEFT; its weights 32 or 16 bits, or bitsandbytes' 4.
-        seq, batch, optimizer: as of `plan`.
+        seq, batch, optimizer, accumulation: as of `plan`.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage.
-        UserError: the adapter does not fit a model that is built from the configuration.
+        UserError: the adapter does not fit a model that is built from the configuration, or `seq` its positions.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
@@ -45,9 +48,10 @@ def model_of_loaded(model: nn.Module, seq: int, batch: int, optimizer: str) -> t
     config.architectures = [type(base).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_tokens(seq, config)
     setting = Setting(
         config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values())), base), optimizer,
+        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())

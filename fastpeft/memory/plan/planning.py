@@ -12,7 +12,7 @@ from ...layers.random_state import RandomState
 from ..policy import MemoryPolicy
 from ..sizes import parse_size
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
-from .largest import MOST_TOKENS, largest_of, most_of
+from .largest import MOST_TOKENS, beyond, check_tokens, largest_of, most_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
 from .predicting import Model, Setting
@@ -66,6 +66,7 @@ class Plan:
         found = {key: value for key, value in asdict(self).items() if key != "need"}
         layers = self.policy.layers
         found["policy"] = [asdict(layer) for layer in (layers if isinstance(layers, tuple) else (layers,))]
+        found["saved"] = list(self.need.saved)
         return found | {"slowdown": self.need.slowdown, "peak_in": self.need.when, "schema": 1}
 
     def __str__(self) -> str:
@@ -89,6 +90,7 @@ def plan(
     largest: bool = True,
     rates: Rates | None = None,
     trust_remote_code: bool = False,
+    accumulation: int | None = None,
 ) -> Plan:
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
@@ -101,7 +103,8 @@ def plan(
             `fastpeft.memory.plan.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter
             of PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
         gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
-        seq, batch: tokens a row, and rows, of one forward pass.
+        seq, batch: tokens a row, and rows, of one forward pass. Rows may go beyond the last position of a model with
+            rotary embeddings, which a note then says.
         rank, targets: of LoRA, as PEFT takes them.
         method: "qlora" keeps frozen linear layers as nested NF4.
         dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
@@ -110,6 +113,8 @@ def plan(
         policy: predict this one rather than choose.
         largest: find the largest context and batch, too, with recomputed layers and with any policy.
         rates: what times are told from.
+        accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
+            earlier one; they are counted if left out.
 
     Raises:
         ValueError: an argument is none of these, or the adapter does not fit the model.
@@ -127,12 +132,13 @@ def plan(
             given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
             if own := [key for key, (one, default) in given.items() if one != default]:
                 raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
-            _check_numbers(seq, batch, 1, optimizer)
-            name, model = model_of_loaded(name_or_config, seq, batch, optimizer)
+            _check_numbers(seq, batch, 1, optimizer, accumulation)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation)
         else:
             name, model = model_of(
-                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code
-            )
+                name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code,
+                accumulation,
+            )  # fmt: skip
         return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
     finally:
         generators.put_back()
@@ -149,19 +155,20 @@ def model_of(
     optimizer: str,
     task: str,
     trust_remote_code: bool = False,
+    accumulation: int | None = None,
 ) -> tuple[str, Model]:
     """The name and what is traced, for any number of `plan_on`."""
     import torch
 
     from fastpeft.config import LoraSection, ModelSection
     from fastpeft.integrations.versions import require_core
-    from fastpeft.models.bases import checked_length, load_config
+    from fastpeft.models.bases import load_config
     from fastpeft.models.tasks import AUTO, task_of
 
     from .known import KNOWN, known_config
 
     require_core()
-    _check_numbers(seq, batch, rank, optimizer)
+    _check_numbers(seq, batch, rank, optimizer, accumulation)
     for key, one, among in (("method", method, METHODS), ("dtype", dtype, DTYPES), ("task", task, ("auto", *AUTO))):
         _check_one_of(key, one, among)
     if not isinstance(name_or_config, str):
@@ -171,7 +178,7 @@ def model_of(
     else:
         name = name_or_config
         config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
-    checked_length(max(seq, 2), config, "seq")
+    check_tokens(seq, config)
     setting = Setting(
         config,
         task_of(config) if task == "auto" else task,
@@ -181,12 +188,15 @@ def model_of(
         getattr(torch, dtype),
         LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
         optimizer,
+        accumulated=accumulation != 1,
     )
     return name, Model(setting)
 
 
-def _check_numbers(seq: int, batch: int, rank: int, optimizer: str) -> None:
-    for key, value, most in (("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)):
+def _check_numbers(seq: int, batch: int, rank: int, optimizer: str, accumulation: int | None) -> None:
+    numbers = [("seq", seq, MOST_TOKENS), ("batch", batch, MOST_TOKENS), ("rank", rank, 1 << 16)]
+    numbers += [] if accumulation is None else [("accumulation", accumulation, MOST_TOKENS)]
+    for key, value, most in numbers:
         if not isinstance(value, int) or not 1 <= value <= most:
             raise ValueError(f"{key}: expected 1 to {most}, got {value!r}")
     _check_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
@@ -216,6 +226,7 @@ def plan_on(
     settings = {
         "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
+        **({} if setting.accumulated else {"accumulation": 1}),
     }  # fmt: skip
     changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
     return Plan(
@@ -234,12 +245,15 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "base, packed": sizes["packed"] - sum(packed for packed, _ in away),
         "base, dense": sizes["dense"] - sum(dense for _, dense in away),
         "adapters": sizes["trained"],
-        "gradients": model.gradients,
+        "gradients": model.gradients + found.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],
         **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
-        "saved activations": min(found.kept, found.step),
-        "working memory": found.step - min(found.kept, found.step),
+        "saved activations": found.kept - found.gradients,
+        "working memory": (working := found.step - found.kept),
+        "of it, decoded weights": dict(found.purposes).get("decoded weights", 0),
+        "of it, attention": dict(found.purposes).get("attention", 0),
+        "of it, loss": working if found.when in ("loss", "turn") else 0,
         "CUDA context": CONTEXT,
         "fragments": int(RESERVE * capacity),
         "total": found.total,
@@ -251,6 +265,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
 
 def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     found = ["rows without padding; evaluation and saving are not counted"]
+    found += beyond(model.setting)
     if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
         found.append("experts: every one is taken to get as many tokens")
     if any(layer.tile for layer in policy.different):

@@ -52,7 +52,8 @@ class Setting:
         dtype: of the frozen rest, and of autocast if it has 16 bits.
         device: "cuda" or "cpu", whose implementations are followed.
         section: the adapter; None for a model that is asked alone, without gradients.
-        accumulated: whether gradients of an earlier batch are there in forward, as with gradient accumulation.
+        accumulated: whether gradients of an earlier batch are there in forward, as with gradient accumulation. Those of
+            further adapters always are.
         others: further adapters; a batch is followed through the first one.
         teacher: a model that answers the same rows before each forward pass, and
         teacher_streamed: whether its layers' weights are in host memory, and take turns on the device.
@@ -162,7 +163,8 @@ class Model:
 
     @property
     def gradients(self) -> int:
-        return self.bytes["trained"]
+        """Bytes of those that are there in forward already; what else is followed with the step."""
+        return self.bytes["trained"] if self.setting.accumulated else self._of_others()["trained"]
 
     def peak(self, policies: Sequence[LayerPolicy], rows: int, tokens: int) -> Peak:
         """Of one step, beside what lies there all the time; where streamed weights are makes no difference to it."""

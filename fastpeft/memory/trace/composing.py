@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..policy import LayerPolicy
@@ -21,6 +21,9 @@ class Peak(NamedTuple):
         kept: bytes of `size` that were kept from stretch to stretch; the others are working memory of that one.
         layers: bytes that all layers keep for backward.
         loss, working: working memory of the loss, and the most of a layer.
+        gradients: bytes of `kept` that are parameters' gradients.
+        purposes: (purpose, bytes) of what is not kept, as far as it has one.
+        saved: by how many bytes each layer's forward lets grow what is kept.
     """
 
     size: int
@@ -29,6 +32,9 @@ class Peak(NamedTuple):
     layers: int
     loss: int
     working: int
+    gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
+    saved: tuple[int, ...] = ()
 
 
 def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> Peak:
@@ -39,10 +45,13 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
         policies: of each layer.
     """
     level, best = 0, Peak(0, "begin", 0, 0, 0, 0)
-    layers = loss = working = 0
+    layers = loss = working = gradients = 0
     for stretch in _whole(traces, order, policies):
         if level + stretch.peak > best.size:
-            best = best._replace(size=level + stretch.peak, when=stretch.phase, kept=level)
+            best = best._replace(
+                size=level + stretch.peak, when=stretch.phase, kept=level, gradients=gradients,
+                purposes=stretch.purposes,
+            )  # fmt: skip
         if stretch.phase == "forward":
             layers += stretch.change
         if stretch.phase in ("loss", "turn"):
@@ -50,7 +59,20 @@ def compose(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy
         elif stretch.phase != "begin":
             working = max(working, stretch.peak)
         level += stretch.change
-    return best._replace(layers=layers, loss=loss, working=working)
+        gradients += stretch.gradients
+    saved = tuple(map(_saved(traces), order, policies))
+    return best._replace(layers=layers, loss=loss, working=working, saved=saved)
+
+
+def _saved(traces: Traces) -> Callable[[int, LayerPolicy], int]:
+    """By how much what is kept grows with a traced layer under a policy."""
+    known: dict[tuple[int, LayerPolicy], int] = {}
+    for policy, stretches in traces.items():
+        for index, stretch in enumerate(stretches):
+            if stretch.phase == "forward":
+                whole = stretches[index : index + _until_next(stretches, index)]
+                known[stretch.layer, policy] = sum(each.change for each in whole)
+    return lambda layer, policy: known[layer, policy]
 
 
 def _whole(traces: Traces, order: Sequence[int], policies: Sequence[LayerPolicy]) -> list[Stretch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastpeft_kernels.common.shapes import is_weightless
+from fastpeft_kernels.common.shapes import is_weightless, purpose_now
 
 from .repeated import Repeated
 
@@ -38,12 +39,15 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: bytes that are alive now.
         peak: the most since `restart`.
+        purposes: at that peak, bytes of what `empty_for` made, by purpose.
     """
 
     def __init__(self, device: str, repeated: Repeated | None = None) -> None:
         super().__init__()
         self.device, self.live, self.peak, self.repeated = device, 0, 0, repeated
-        self._known: dict[int, tuple[int, Any]] = {}
+        self._known: dict[int, tuple[int, Any, str]] = {}
+        self._purposes: Counter[str] = Counter()
+        self.purposes: dict[str, int] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> int:
         """Count tensors that were made outside; returns their bytes, each storage once."""
@@ -53,7 +57,10 @@ class LiveBytes(TorchDispatchMode):
         return self.live - before
 
     def restart(self) -> None:
-        self.peak = self.live
+        self._reached(self.live)
+
+    def _reached(self, peak: int) -> None:
+        self.peak, self.purposes = peak, {name: size for name, size in self._purposes.items() if size}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -74,17 +81,23 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = rounded(storage.nbytes(), self.device)
-        self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+        size, purpose = rounded(storage.nbytes(), self.device), purpose_now()
+        self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key)), purpose
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if purpose:
+            self._purposes[purpose] += size
+        if self.live > self.peak:
+            self._reached(self.live)
 
     def _shrink_mask(self, mask: Tensor) -> None:
         """Dropout's mask has the input's dtype on a CPU, on a GPU a byte an element."""
         key = mask.untyped_storage()._cdata
-        size, ref = self._known[key]
-        self._known[key] = rounded(mask.numel(), self.device), ref
+        size, ref, purpose = self._known[key]
+        self._known[key] = rounded(mask.numel(), self.device), ref, purpose
         self.live += self._known[key][0] - size
 
     def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key)[0]
+        size, _, purpose = self._known.pop(key)
+        self.live -= size
+        if purpose:
+            self._purposes[purpose] -= size

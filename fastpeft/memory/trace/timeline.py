@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft_kernels.common.scratch import release_scratch
 from fastpeft_kernels.common.shapes import imitating
 
-from .live import LiveBytes
+from .live import LiveBytes, rounded
 from .repeated import Repeated
 from .skeleton import stored
 
@@ -26,12 +26,16 @@ class Stretch(NamedTuple):
         layer: of the layers, in the order of modules; -1 for none.
         peak: bytes at the most, above those at its beginning.
         change: bytes at its end less those at its beginning.
+        gradients: of `change`, those of parameters' gradients that were not there.
+        purposes: at the peak, (purpose, bytes) of `empty_for`.
     """
 
     phase: str
     layer: int
     peak: int
     change: int
+    gradients: int = 0
+    purposes: tuple[tuple[str, int], ...] = ()
 
 
 def trace(
@@ -58,7 +62,7 @@ def trace(
         backward: false for a forward pass without gradients alone.
     """
     live = LiveBytes(device, Repeated() if repeated is None else repeated)
-    marks = _Marks(live, layers)
+    marks = _Marks(live, layers, [] if accumulated else [p for p in model.parameters() if p.requires_grad])
     live.add(tensor for _, tensor in stored(model))
     release_scratch()
     for parameter in model.parameters():
@@ -78,9 +82,9 @@ def trace(
 class _Marks:
     """Notes, at each border of a layer, what is alive and the peak since the last border."""
 
-    def __init__(self, live: LiveBytes, layers: dict[str, nn.Module]) -> None:
-        self.live, self.layers = live, list(layers.values())
-        self.marks: list[tuple[str, int, int, int]] = []
+    def __init__(self, live: LiveBytes, layers: dict[str, nn.Module], trained: list[nn.Parameter]) -> None:
+        self.live, self.layers, self.trained = live, list(layers.values()), trained
+        self.marks: list[tuple[str, int, int, int, int, dict[str, int]]] = []
         self.forward = False
 
     @contextmanager
@@ -101,12 +105,14 @@ class _Marks:
 
     def stretches(self) -> list[Stretch]:
         found = []
-        for (phase, layer, alive, _), (_, _, after, peak) in zip(self.marks, self.marks[1:], strict=False):
-            found.append(Stretch(phase, layer, peak - alive, after - alive))
+        for (phase, layer, alive, _, held, _), ends in zip(self.marks, self.marks[1:], strict=False):
+            _, _, after, peak, then, purposes = ends
+            found.append(Stretch(phase, layer, peak - alive, after - alive, then - held, tuple(purposes.items())))
         return found
 
     def _mark(self, phase: str, layer: int) -> None:
-        self.marks.append((phase, layer, self.live.live, self.live.peak))
+        held = sum(rounded(p.grad.nbytes, self.live.device) for p in self.trained if p.grad is not None)
+        self.marks.append((phase, layer, self.live.live, self.live.peak, held, self.live.purposes))
         self.live.restart()
 
     def turn(self) -> None:

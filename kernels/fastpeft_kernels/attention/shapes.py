@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.shapes import imitated
+from ..common.shapes import empty_for, imitated
 from .gradients import Gradients, Needs
 from .scores import Scores
 
@@ -26,9 +26,10 @@ def gradient_shapes(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Need
     """
     beside = []
     if imitated(q.device) == "cuda":
-        beside.append(torch.empty_like(q, dtype=torch.float32))
+        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(tuple(q.shape), torch.float32)]
         if q.shape[1] != k.shape[1]:
-            beside += [t.new_empty((q.shape[0], q.shape[1], *t.shape[2:])) for t in (k, v)]
+            sizes += [((q.shape[0], q.shape[1], *t.shape[2:]), t.dtype) for t in (k, v)]
+        beside = [empty_for("attention", shape, dtype, q.device) for shape, dtype in sizes]
     inputs = (q, k, v, scores.relative, scores.bias, scores.sinks)
     grads = [torch.empty_like(t) if t is not None and need else None for t, need in zip(inputs, needs, strict=True)]
     del beside

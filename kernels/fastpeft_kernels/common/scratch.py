@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .shapes import kind_of
+from .shapes import empty_for, kind_of
 
 _LOCAL = threading.local()
 
@@ -23,7 +23,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     The buffer grows to the largest request. `release_scratch` frees it.
     """
     if kind_of(device) != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+        return empty_for("decoded weights", shape, dtype, device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__.setdefault("buffers", {})
     size = prod(shape)
     key = (device.type, dtype)

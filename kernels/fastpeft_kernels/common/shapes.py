@@ -10,6 +10,7 @@ import torch
 
 _IMITATED: ContextVar[str | None] = ContextVar("imitated", default=None)
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
+_PURPOSE: ContextVar[str] = ContextVar("purpose", default="")
 
 
 @contextmanager
@@ -57,3 +58,19 @@ def weightless() -> Iterator[None]:
 
 def is_weightless() -> bool:
     return _WEIGHTLESS.get()
+
+
+def empty_for(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.empty of working memory, which is counted under the name of its purpose where there are no values."""
+    if imitated(device) is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    token = _PURPOSE.set(purpose)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    finally:
+        _PURPOSE.reset(token)
+
+
+def purpose_now() -> str:
+    """Of what is being made, see `empty_for`; "" for none."""
+    return _PURPOSE.get()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import triton_available
-from ..common.shapes import imitated
+from ..common.shapes import empty_for, imitated
 from ..common.tracing import as_op
 from ..common.validation import check_floating, check_rows
 from ..native import decode_4bit_refusal, native_library
@@ -146,7 +146,8 @@ def decode_4bit(
         decode_4bit_out_op(*weight, out, backend)
         return out
     if out is None:
-        out = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.device)
+        assert dtype is not None
+        out = empty_for("decoded weights", (last - first, packed.shape[1]), dtype, packed.device)
     return out if imitated(out.device) else decode_into(packed, out, first, last, backend)
 
 

@@ -64,6 +64,7 @@ def test_it_has_what_was_predicted_and_three_changes() -> None:
     assert lines[3] == "predicted, as by fastpeft plan for a GPU:"
     assert [line.split("  ")[1] for line in lines[4:-4]] == [
         "base, dense", "adapters", "gradients", "optimizer", "buffers", "saved activations", "working memory",
+        "of it, loss",
         "CUDA context", "fragments", "total",
     ]  # fmt: skip
     assert lines[-4] == "what would need less, the cheapest first:"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import fastpeft
-from fastpeft.memory.plan.choosing import CONTEXT, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
+from fastpeft.errors import UserError
+from fastpeft.memory.plan.choosing import CONTEXT, KEEP, OFFLOAD, RECOMPUTE, RESERVE, STEPS, TILE, Need, need, tiled
 from fastpeft.memory.plan.largest import EXTREMES, largest, largest_of, most_of
 from fastpeft.memory.plan.planning import Plan, model_of, plan_on
 from fastpeft.memory.plan.predicting import Model
@@ -147,8 +150,31 @@ def test_parts_add_up(model: Model) -> None:
     """Whatever is streamed, and offloaded."""
     for policy in (LayerPolicy(), LayerPolicy("recompute", streamed=True), LayerPolicy("offload")):
         found = on(model, 2 << 30, MemoryPolicy(policy)).bytes
-        parts = [size for name, size in found.items() if name not in ("total", "host") and "alone" not in name]
+        parts = [size for name, size in found.items() if name not in ("total", "host") and "of it" not in name]
         assert sum(parts) == found["total"] and min(parts) >= 0
+
+
+def test_working_memory_by_purpose() -> None:
+    """Of heads that are wide beside all else attention's: sums of q's gradient in fp32, those of k and v by query head.
+    Of many words the loss's; of large weights the one that is decoded last. And what each layer keeps."""
+    wide = {"hidden_size": 32, "intermediate_size": 16, "head_dim": 128, "vocab_size": 16}
+    wordy = {"vocab_size": 4096, "num_hidden_layers": 2}
+
+    def found(changes: dict[str, Any], method: Any, layer: LayerPolicy) -> tuple[Plan, dict[str, int]]:
+        config, policy = LlamaConfig(**CONFIG.to_dict() | changes), MemoryPolicy(layer)
+        plan = fastpeft.plan(config, gpu_memory="2GiB", seq=2048, method=method, policy=policy, largest=False)
+        return plan, {name[7:]: size for name, size in plan.bytes.items() if name.startswith("of it, ")}
+
+    plan, purposes = found(wide, "lora", RECOMPUTE)
+    assert (
+        purposes["attention"] == 2048 * 2 * 128 * (4 + 2 + 2) and purposes["decoded weights"] == purposes["loss"] == 0
+    )
+    assert plan.to_dict()["saved"] == [2048 * 32 * 2] * 6
+    plan, purposes = found(wordy, "qlora", LayerPolicy())
+    assert purposes["loss"] == plan.bytes["working memory"] > 0 == purposes["attention"]
+    large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 16}
+    plan, purposes = found(large, "qlora", RECOMPUTE)
+    assert purposes["decoded weights"] in (512 * 2048 * 2, 2 * 512 * 2048 * 2) and purposes["loss"] == 0
 
 
 def test_a_straight_line_is_followed_to_where_it_ends() -> None:
@@ -183,6 +209,7 @@ def test_too_little(model: Model) -> None:
         ({"host_memory": "much"}, "host_memory: expected a size"),
         ({"seq": 0}, "seq: expected 1 to"),
         ({"batch": -1}, "batch: expected 1 to"),
+        ({"accumulation": 0}, "accumulation: expected 1 to"),
         ({"method": "magic"}, "method: expected one of"),
         ({"optimizer": "adam"}, "optimizer: expected one of"),
         ({"dtype": "int8"}, "dtype: expected one of"),
@@ -192,6 +219,41 @@ def test_too_little(model: Model) -> None:
 def test_wrong_arguments(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         fastpeft.plan(CONFIG, **({"gpu_memory": "2GiB", "seq": 64} | options))
+
+
+def test_beyond_the_last_position(roomy: Plan) -> None:
+    """A note where positions go on, which the longest contexts then do, too; an error where they are a table."""
+    short = LlamaConfig(**CONFIG.to_dict() | {"max_position_embeddings": 64, "num_hidden_layers": 1})
+    note = "beyond the model's last position, 64: extend its rope first"
+    options: dict[str, Any] = {"gpu_memory": "2GiB", "method": "lora", "rank": 4}
+    past = fastpeft.plan(short, seq=65, **options)
+    assert "beyond" not in str(roomy)
+    assert past.fits and past.notes[1] == note and f"note: {note}" in str(past)
+    assert past.largest_sequence is not None and past.largest_sequence > 1000
+    assert past.most_sequence is not None and past.most_sequence >= past.largest_sequence
+    learned = GPT2Config(n_positions=64, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+    said = "seq: expected at most 64, the model's last position, got 65"
+    with pytest.raises(UserError, match=said):
+        fastpeft.plan(learned, seq=65, **options)
+    loaded = get_peft_model(AutoModelForCausalLM.from_config(learned), LoraConfig())
+    with pytest.raises(UserError, match=said):
+        fastpeft.plan(loaded, seq=65, gpu_memory="2GiB")
+
+
+def test_without_accumulation_gradients_come_with_backward(model: Model) -> None:
+    """Where layers keep all, the most is there before any gradient is; the optimizer then needs all of them."""
+    alone = Model(replace(model.setting, accumulated=False))
+    kept, once = (on(each, 2 << 30, MemoryPolicy(KEEP)) for each in (model, alone))
+    adapters = kept.bytes["adapters"]
+    assert kept.bytes["gradients"] == adapters and once.bytes["gradients"] < adapters / 2
+    assert once.need.total + adapters * 3 // 4 < kept.need.total <= once.need.total + adapters
+    assert "accumulation 1" in str(once) and "accumulation" not in str(kept)
+    few = Model(replace(alone.setting, tokens=1, optimizer="adamw_torch"))
+    found = on(few, 2 << 30, MemoryPolicy(RECOMPUTE))
+    assert found.need.when == "optimizer" and found.bytes["gradients"] == found.bytes["working memory"] == adapters
+    for each in (once, found):
+        parts = [size for name, size in each.bytes.items() if name not in ("total", "host") and "of it" not in name]
+        assert sum(parts) == each.bytes["total"] and min(parts) >= 0
 
 
 def test_a_policy_for_another_number_of_layers(model: Model) -> None:

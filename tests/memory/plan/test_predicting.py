@@ -61,7 +61,7 @@ def test_components() -> None:
     both = family("llama", "lora")
     real = both.model
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
-    assert both.predicted.bytes["trained"] == both.predicted.gradients == trained
+    assert both.predicted.bytes["trained"] == trained and both.predicted.gradients == 0  # the step makes them
     assert both.predicted.bytes["dense"] == sum(p.nbytes for p in real.parameters()) - trained
     ids = torch.zeros((2, 128), dtype=torch.long)
     for policy in (LayerPolicy(), LayerPolicy("selective")):

@@ -215,28 +215,6 @@ def test_copies_are_streamed_too_and_nothing_is_pickled(four_bits: bool) -> None
 
 
 @pytest.mark.full
-def test_a_trainer_and_accelerate(tmp_path: Any) -> None:
-    from accelerate import Accelerator
-    from transformers import Trainer
-
-    from tests.integration.test_trainers import Rows, arguments
-
-    trained = []
-    for stream in (False, True):
-        torch.manual_seed(1)
-        model, _, _ = started(lora={"lora_dropout": 0.0})
-        if stream:
-            ring = streamed(model, "recompute")
-        trainer = Trainer(model, arguments(tmp_path), train_dataset=Rows(model))
-        trainer.train()
-        trained.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-    trainer.save_model(str(tmp_path / "saved"))
-    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
-    Accelerator().prepare(model)
-    assert len(ring.filled) == 2 and ring.peak == 2 * ring.bundles[0].nbytes
-
-
-@pytest.mark.full
 def test_only_some_layers() -> None:
     model, given, wanted = started()
     policies = [LayerPolicy("keep", streamed=place != 1) for place in range(LAYERS)]
