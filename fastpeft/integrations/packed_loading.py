@@ -6,6 +6,7 @@ given what is packed already; renaming, tying, initialising and all else stay it
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ..memory.packed.cache import PackedCache
 from ..memory.packed.entries import key_of
 from ..memory.packed.files import Packed
 
+logger = logging.getLogger("fastpeft")
 _LIBRARIES = ("bitsandbytes", "torch", "transformers")
 
 
@@ -74,6 +76,8 @@ def _loader(kind: Any, folder: Path, mapped: bool) -> Callable[..., Any]:
         model.__class__ = kind
         plain = kind._load_pretrained_model
         if state_dict is not None or not _cacheable(checkpoint_files, load_config):
+            if mapped:
+                logger.warning("these weights are not cached, so that none of them stays in a mapped file")
             return plain(model, state_dict, checkpoint_files, load_config, *rest, **named)
         settings, about = _settings(kind, load_config)
         source = _Source(PackedCache(folder / key_of(checkpoint_files, settings), about), mapped)

@@ -85,7 +85,7 @@ class Runner:
     def run(self, cases: Iterable[OpCase]) -> Outcome:
         """Measure the machine's ceilings, once for each dtype, then every case; `outcome` grows meanwhile."""
         cases = list(cases)
-        self._rate({case.dtype for case in cases} - self._rated)
+        self._rate([dtype for dtype in dict.fromkeys(case.dtype for case in cases) if dtype not in self._rated])
         for case in cases:
             self._say(f"{case.op}: {case.name}, {_name(case.dtype)}")
             try:
@@ -109,13 +109,13 @@ class Runner:
         again = REFERENCE if REFERENCE in found else next(iter(found), None)
         return found if again is None else {**found, f"{again} again": found[again]}
 
-    def _rate(self, dtypes: set[torch.dtype]) -> None:
+    def _rate(self, dtypes: Sequence[torch.dtype]) -> None:
         if not dtypes:
             return
         for name, samples in ceilings.measure(self._device, dtypes, self._rounds, self.clock).items():
             unit = "GB/s" if name == ceilings.COPY else "TFLOP/s"
             self._add(op="ceiling", case=name, peer=REFERENCE, metric="rate", unit=unit, samples=samples, settings={})
-        self._rated |= dtypes
+        self._rated |= {*dtypes}
 
     def _case(self, case: OpCase) -> None:
         fit = self.fitting(case)

@@ -100,6 +100,7 @@ class PackedCache:
         """Keep a weight, too. It must not change before the next one is added."""
         if not self._writes:
             return
+        self._places.pop(weight.target, None)  # what was there did not fit
         self._pending.append(weight)
         self._pending_bytes += sum(part.numel() * part.element_size() for part in weight.parts.values())
         if self._pending_bytes >= FILE_BYTES:

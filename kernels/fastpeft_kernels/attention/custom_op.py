@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import autocast_off
+from ..common.remembered import forgetful
 from .autograd import compute, compute_backward
 from .gradients import Needs
 from .layout import Flat, Numbers, flatten, unflatten
@@ -50,7 +51,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `autograd.compute`; the tensors and numbers are those of `layout.flatten`."""
     flat = Flat((start, stop, keys, dense, seed), Numbers(left, right, scale, softcap, dropout))
-    with autocast_off(q.device):
+    with autocast_off(q.device), forgetful():
         return compute(q, k, v, *unflatten(flat, relative, bias, sinks), backend)
 
 
@@ -89,7 +90,7 @@ def attention_backward_op(
     """The gradients of q, k, v, relative, bias and sinks that `needs` asks for, in order."""
     flat = Flat((start, stop, keys, dense, seed), Numbers(left, right, scale, softcap, dropout))
     mask, scores = unflatten(flat, relative, bias, sinks)
-    with autocast_off(q.device):
+    with autocast_off(q.device), forgetful():
         grads = compute_backward(dout, q, k, v, out, lse, mask, scores, Needs(*needs), backend, deterministic)
     of = (q, k, v, relative, bias, sinks)
     return [_like(grad, x) for grad, x in zip(grads, of, strict=True) if grad is not None and x is not None]

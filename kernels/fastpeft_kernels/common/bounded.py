@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 MOST = 1024
+_AT_ONCE = 128
 _UNKNOWN: Any = object()
 
 
@@ -18,8 +19,9 @@ def recall(known: dict[Key, Value], key: Key, find: Callable[[], Value]) -> Valu
 
 
 def remember(known: dict[Key, Value], key: Key, value: Value) -> Value:
-    """The value, which `known` has from now on; of a full one the oldest goes. Any thread may add to it meanwhile."""
-    for oldest in list(known)[: max(0, len(known) + 1 - MOST)]:
-        known.pop(oldest, None)
+    """The value, which `known` has from now on; of a full one the oldest go. Any thread may add to it meanwhile."""
+    if len(known) >= MOST:
+        for oldest in list(known)[: len(known) - MOST + _AT_ONCE]:
+            known.pop(oldest, None)
     known[key] = value
     return value

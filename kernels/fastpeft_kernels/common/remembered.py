@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from .tracing import as_op
 
 Result = TypeVar("Result")
 _ALL: weakref.WeakSet[Any] = weakref.WeakSet()
+_forgetful: ContextVar[bool] = ContextVar("fastpeft_forgetful", default=False)
 
 
 class _Entry(NamedTuple):
@@ -32,8 +35,9 @@ class Remembered(Generic[Result]):
     For the very memory that they were made of, to which torch saw no write since, on the same stream. In the host's
     memory, into which numpy writes too, values are compared; on a GPU, which would have to be waited for, a write
     through `.data` or by a kernel of somebody's own is not seen. Tensors that have
-    no version, such as those of inference mode, are never taken for the same; nor is anything while a CUDA graph is
-    captured, which must hold what it reads, or where operations are recorded or transformed.
+    no version, such as those of inference mode, are never taken for the same, nor what is trained, and views of it:
+    torch's fused optimizers write without a new version. Nor is anything while a CUDA graph is captured, which must
+    hold what it reads, within `forgetful`, or where operations are recorded or transformed.
 
     Args:
         make: the function; whoever gets its result must not write into it.
@@ -50,9 +54,14 @@ class Remembered(Generic[Result]):
 
     def __call__(self, *args: Any) -> Result:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if as_op() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        if (
+            _forgetful.get()
+            or as_op()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
             return self.make(*args)
-        if not tensors or any([type(t) is not Tensor or t.is_inference() for t in tensors]):
+        if not tensors or any([type(t) is not Tensor or t.is_inference() or _is_trained(t) for t in tensors]):
             return self.make(*args)
         stream = None
         if tensors[0].is_cuda:
@@ -76,10 +85,26 @@ class Remembered(Generic[Result]):
         return result
 
 
+@contextmanager
+def forgetful() -> Iterator[None]:
+    """Within it all is made anew and nothing kept: for operations of torch's, whose memory may be a CUDA graph's."""
+    before = _forgetful.set(True)
+    try:
+        yield
+    finally:
+        _forgetful.reset(before)
+
+
 def forget_remembered() -> None:
     """Let go of all results, and of what they were made of."""
     for each in list(_ALL):
         each.forget()
+
+
+def _is_trained(t: Tensor) -> bool:
+    """Whether an optimizer may write into its memory."""
+    whole = t if t._base is None else t._base
+    return whole.is_leaf and whole.requires_grad
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

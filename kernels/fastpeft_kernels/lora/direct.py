@@ -103,7 +103,7 @@ def derive(
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]] | None:
     """`library.backward_without_input` with gradients of rows that are contiguous, where this serves; else None."""
     like = next((dy for dy in dys if dy is not None), None)
-    if like is None or group.adapter_index is not None:
+    if like is None or group.adapter_index is not None or any([flags[0] for flags in needs]):  # of a bias
         return None
     if _if_there(_fits(like.shape[0], like.device, group)) != ALL:
         return None

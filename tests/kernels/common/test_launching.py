@@ -124,7 +124,7 @@ def test_what_is_as_before_goes_to_what_was_compiled(monkeypatch: pytest.MonkeyP
         {"num_warps": 8},
         {"maxnreg": None},
     ],
-    ids=str,
+    ids=lambda changed: ", ".join(changed),
 )
 def test_what_is_not_is_triton_s_and_then_known_as_well(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
@@ -220,7 +220,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     it = Machine(monkeypatch)
     for rows in range(bounded.MOST + 50):
         it.launch(GPU, (1,), **{**GIVEN, "rows": rows})
-    assert len(it.launch._compiled) == bounded.MOST
+    assert bounded.MOST - bounded._AT_ONCE < len(it.launch._compiled) <= bounded.MOST
 
 
 def _described(block: int, dtype: torch.dtype) -> TensorDescriptor:

@@ -244,3 +244,20 @@ def test_a_group_without_adapters() -> None:
     step = torch.compile(lambda x: sum(y.sum() for y in lora_linear_group(x, group)), backend="aot_eager")
     (found,) = torch.autograd.grad(step(x), x)
     torch.testing.assert_close(found, sum(p.weight.decode().sum(0) for p in group).expand(5, 64))
+
+
+def test_a_bias_that_is_made_in_the_graph() -> None:
+    """Within the op it is a tensor that asks for nothing."""
+    torch.manual_seed(0)
+    weight = DenseWeight(torch.randn(6, 8))
+    a, b, raw = (torch.randn(shape, requires_grad=True) for shape in ((2, 8), (6, 2), (6,)))
+    x = torch.randn(3, 8)
+
+    def loss() -> torch.Tensor:
+        (y,) = lora_linear_group(x, [LoraProjection(weight, raw * 1.0, (LoraAdapter(a, b, 0.5),))])
+        return y.square().sum()
+
+    expected = torch.autograd.grad(loss(), (a, b, raw))
+    found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(), (a, b, raw))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

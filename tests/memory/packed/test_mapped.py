@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
 from fastpeft.memory.packed import cache as packed_cache
+from fastpeft.memory.packed.files import Packed, contents, write
 from fastpeft.memory.streaming import host_store, stowing
 from tests.integration.steps import Step, step
 from tests.memory.streaming.test_streaming import ring_of
@@ -120,6 +122,31 @@ def test_a_full_disk_leaves_weights_in_memory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(packed_cache, "SPARE_BYTES", 1 << 60)
     model = fastpeft.load(path, device="cpu", mapped=True)
     check_same(model, plain("llama", path, "nf4", True, F32))
+
+
+def test_an_entry_that_does_not_fit_is_not_mapped(tmp_path: Path, packed_weights: Path) -> None:
+    path = checkpoint(tmp_path)
+    known = set(packed_weights.rglob("*.safetensors"))
+    fastpeft.load(path, device="cpu")
+    for file in set(packed_weights.rglob("*.safetensors")) - known:
+        with safe_open(file, framework="pt") as old:
+            weights = [
+                Packed(target, source, {part: old.get_tensor(target + part).clone() for part in parts})
+                for target, (source, parts) in contents(file).items()
+            ]
+        file.unlink()
+        for weight in weights:
+            weight.parts[""].zero_()
+            weight.parts[".absmax"].resize_(1)
+        write(file.parent, weights)
+    check_same(fastpeft.load(path, device="cpu", mapped=True), plain("llama", path, "nf4", True, F32))
+
+
+def test_weights_that_are_not_cached_are_said_to_be_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = tmp_path / "stored"
+    fastpeft.load(checkpoint(tmp_path), device="cpu").save_pretrained(stored)
+    fastpeft.load(stored, device="cpu", mapped=True)
+    assert "none of them stays in a mapped file" in caplog.text
 
 
 @pytest.mark.parametrize(
