@@ -55,8 +55,8 @@ class Remembered(Generic[Result]):
     def __call__(self, *args: Any) -> Result:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if (
-            _forgetful.get()
-            or as_op()
+            as_op()
+            or _forgetful.get()
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
         ):
