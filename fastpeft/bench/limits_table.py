@@ -25,6 +25,8 @@ def limits_table(records: Sequence[Record]) -> str:
     if len(said) != 1:
         raise ValueError(f"records: expected one GPU with one driver and the same packages, got {len(said)}")
     ((device, driver, packages),) = said
+    predictions = [r for r in records if r.metric == "predicted_to_peak"]
+    steps = sorted({r.settings.get("predicted_for", "steps with gradient accumulation") for r in predictions})
     days = " and ".join(sorted({where.date[:10] for where in places}))
     by_key = {(r.case, r.metric): r.median for r in records}
     rows = [
@@ -43,6 +45,6 @@ def limits_table(records: Sequence[Record]) -> str:
         f"One step each, random weights, bf16, fused AdamW; {device}, driver {driver}, limited by "
         f"`torch.cuda.set_per_process_memory_fraction` to 0.5 GiB less, which are the CUDA context's; "
         f"{packages}; {days}; `make gpu`, part limits. Reserved: by torch's allocator, with what it holds unused. "
-        "Predicted: by `fastpeft plan`, for steps with gradient accumulation.",
+        f"Predicted: by `fastpeft plan`, for {', or '.join(steps)}.",
     ]
     return "\n".join(rows)

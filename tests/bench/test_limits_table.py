@@ -33,3 +33,10 @@ def test_cases_may_be_of_several_commits_but_not_of_several_drivers() -> None:
         limits_table(records)
     with pytest.raises(ValueError, match="got 0"):
         limits_table([])
+
+
+def test_for_which_steps_a_peak_was_predicted_is_said() -> None:
+    without = {"predicted_for": "steps without gradient accumulation"}
+    records = [replace(r, settings={**r.settings, **without}) for r in load(RECORD)]
+    assert limits_table(records).endswith("by `fastpeft plan`, for steps without gradient accumulation.")
+    assert limits_table(load(RECORD)).endswith("by `fastpeft plan`, for steps with gradient accumulation.")

@@ -78,7 +78,7 @@ def _case(device: str, case: Case) -> dict[str, Any]:
     need = planned(policy=policy, accumulation=1).need  # of the steps below, which have none
     streamed = any(layer.streamed for layer in policy.different)
     ids = torch.randint(3, 500, (1, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
-    figures: dict[str, Any] = {"streams": streamed}
+    figures: dict[str, Any] = {"streams": streamed, "predicted_for": "steps without gradient accumulation"}
     grow_segments()  # as `accelerate` does below, before the base takes its memory
     with limited(device, gpu - CONTEXT):
         start = time.perf_counter()
