@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ def is_mapped(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)
+
+
 def read_ahead(host: Tensor) -> None:
     """Have the system read a mapped file's part into memory, if it is not there; nobody waits for it."""
     advice = getattr(mmap, "MADV_WILLNEED", None)
@@ -68,7 +74,7 @@ def read_ahead(host: Tensor) -> None:
         return
     first = host.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = host.data_ptr() + host.nbytes - first
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)  # advice: an error means none
+    _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)  # advice: an error means none
 
 
 def pin(host: Tensor) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .tracing import as_op
+from .within import within
 
 Result = TypeVar("Result")
 _ALL: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -85,14 +86,9 @@ class Remembered(Generic[Result]):
         return result
 
 
-@contextmanager
-def forgetful() -> Iterator[None]:
+def forgetful() -> AbstractContextManager[None]:
     """Within it all is made anew and nothing kept: for operations of torch's, whose memory may be a CUDA graph's."""
-    before = _forgetful.set(True)
-    try:
-        yield
-    finally:
-        _forgetful.reset(before)
+    return within(_forgetful, True)
 
 
 def forget_remembered() -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import torch
+
+from .within import within
 
 _IMITATED: ContextVar[str | None] = ContextVar("imitated", default=None)
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 _PURPOSE: ContextVar[str] = ContextVar("purpose", default="")
 
 
-@contextmanager
-def imitating(kind: str) -> Iterator[None]:
+def imitating(kind: str) -> AbstractContextManager[None]:
     """Within it tensors on the meta device take the way of those on `kind`, and make what kernels make there.
 
     Args:
         kind: "cpu" or "cuda".
     """
-    token = _IMITATED.set(kind)
-    try:
-        yield
-    finally:
-        _IMITATED.reset(token)
+    return within(_IMITATED, kind)
 
 
 def imitated(device: torch.device) -> str | None:
@@ -46,14 +42,9 @@ def kind_of(device: torch.device) -> str:
     return imitated(device) or device.type
 
 
-@contextmanager
-def weightless() -> Iterator[None]:
+def weightless() -> AbstractContextManager[None]:
     """What is made within it on the meta device only describes a tensor: there is none like it on the other device."""
-    token = _WEIGHTLESS.set(True)
-    try:
-        yield
-    finally:
-        _WEIGHTLESS.reset(token)
+    return within(_WEIGHTLESS, True)
 
 
 def is_weightless() -> bool:
@@ -64,11 +55,8 @@ def empty_for(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: 
     """torch.empty of working memory, which is counted under the name of its purpose where there are no values."""
     if imitated(device) is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    token = _PURPOSE.set(purpose)
-    try:
+    with within(_PURPOSE, purpose):
         return torch.empty(shape, dtype=dtype, device=device)
-    finally:
-        _PURPOSE.reset(token)
 
 
 def purpose_now() -> str:

@@ -121,9 +121,8 @@ def _pack_slots(down: Tensor, adapters: list[LoraAdapter], rooms: list[Tensor], 
         _launch(
             down.device,
             (cdiv(largest, _BLOCK), len(adapters)),
-            *(*a, *b, *up, *scale, down),
-            *(in_features, *ranks, *out_features, *rows, *strides, *factor),
+            *a, *b, *up, *scale, down, in_features, *ranks, *out_features, *rows, *strides, *factor,
             COUNT=len(adapters),
             BLOCK=_BLOCK,
-        )
+        )  # fmt: skip
     return row

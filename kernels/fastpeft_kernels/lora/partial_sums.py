@@ -74,11 +74,11 @@ def lora_sum(partial: Tensor, out: Tensor, factor: float | Tensor = 1.0, starts:
     _launch(
         partial.device,
         (cdiv(rows * columns, _SUM_BLOCK), 1 if starts is None else out.shape[0]),
-        *(partial, out, factor if is_tensor else None, starts),
-        *(*partial.shape, *partial.stride(), *stack_strides(out), 1.0 if is_tensor else float(factor)),
+        partial, out, factor if is_tensor else None, starts,
+        *partial.shape, *partial.stride(), *stack_strides(out), 1.0 if is_tensor else float(factor),
         HAS_FACTOR_TENSOR=is_tensor,
         BLOCK=_SUM_BLOCK,
-    )
+    )  # fmt: skip
     return out
 
 

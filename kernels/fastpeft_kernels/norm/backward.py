@@ -115,12 +115,11 @@ def norm_backward_triton(
     _launch(
         x.device,
         (programs,),
-        *(dy, x, weight, kept.mean, kept.rstd, dx, dweight, dbias),
-        *(rows, columns, dy.stride(0), x.stride(0), steps),
+        dy, x, weight, kept.mean, kept.rstd, dx, dweight, dbias, rows, columns, dy.stride(0), x.stride(0), steps,
         OFFSET=form.offset,
         CENTRED=form.centred,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
-    )
+    )  # fmt: skip
     return Gradients(dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias)))

@@ -87,13 +87,12 @@ def norm_triton(
     _launch(
         x.device,
         (cdiv(rows, block_rows),),
-        *(x, weight, bias, y, mean, rstd),
-        *(rows, columns, x.stride(0), float(form.eps)),
+        x, weight, bias, y, mean, rstd, rows, columns, x.stride(0), float(form.eps),
         OFFSET=form.offset,
         CENTRED=form.centred,
         MIDDLE=triton_type(form.middle),
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
-    )
+    )  # fmt: skip
     return y, Kept(rstd, mean)

@@ -179,8 +179,7 @@ def rotary_triton(
     _launch(
         given.device,
         grid,
-        *(q, k, cos, sin, *outs),
-        *(tokens, q_heads, k_heads, *strides, *tables),
+        q, k, cos, sin, *outs, tokens, q_heads, k_heads, *strides, *tables,
         DIM=dim,
         TURNED=turned,
         INTERLEAVED=rotation.layout == "interleaved",
@@ -190,7 +189,7 @@ def rotary_triton(
         BLOCK_PAIRS=max(1, next_power_of_2(turned // 2)),
         BLOCK_REST=rest,
         num_warps=4,
-    )
+    )  # fmt: skip
 
 
 def _check_launch(x: Tensor, rows: int) -> None:
