@@ -92,11 +92,11 @@ class Sides(NamedTuple):
 def measure(case: StepCase, rounds: int, device: str = "cpu") -> StepResult:
     """`side_by_side` of the case's model and batch."""
     batch = make_batch(case, device)
-    loss = partial(_loss, batch=batch, case=case, device=device)
+    loss = partial(step_loss, batch=batch, case=case, device=device)
     model = build(case, device)
     sides = side_by_side(model, loss, rounds, device, case.compiled)
     models = {"peft": model, "fastpeft": sides.accelerated} if device == "cuda" and not case.compiled else {}
-    at_work = {name: busy(partial(_step, each, loss)) for name, each in models.items()}
+    at_work = {name: busy(partial(train, each, loss)) for name, each in models.items()}
     return StepResult(case, sides.samples, sides.kept, sides.peak, at_work)
 
 
@@ -126,7 +126,7 @@ def side_by_side(
     called: dict[str, Any] = {
         name: torch.compile(each, mode=compiled) if compiled else each for name, each in models.items()
     }
-    steps = {name: partial(_step, each, loss) for name, each in called.items()}
+    steps = {name: partial(train, each, loss) for name, each in called.items()}
     steps["peft again"] = steps["peft"]
     samples = interleaved(steps, rounds, device=device)
     count = bytes_saved if compiled else bytes_kept
@@ -189,12 +189,14 @@ def make_batch(case: StepCase, device: str) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _step(model: Any, loss: Callable[[Any], torch.Tensor]) -> None:
+def train(model: Any, loss: Callable[[Any], torch.Tensor]) -> None:
+    """One step, of which no gradient is left."""
     loss(model).backward()
     model.zero_grad(set_to_none=True)
 
 
-def _loss(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
+def step_loss(model: Any, batch: dict[str, Any], case: StepCase, device: str) -> torch.Tensor:
+    """Of one forward, under the case's autocast."""
     with torch.autocast(device, torch.bfloat16, enabled=case.autocast):
         return model(**batch).loss  # type: ignore[no-any-return]
 

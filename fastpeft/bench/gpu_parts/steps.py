@@ -27,17 +27,14 @@ def dry_run(recorder: Recorder, depth: str) -> None:
 
 
 def _run(recorder: Recorder, depth: str, small: bool) -> None:
-    methods = ["lora", "qlora"] if importlib.util.find_spec("bitsandbytes") else ["lora"]
-    if "qlora" not in methods:
-        print("bitsandbytes is not installed: no 4-bit model was stepped")
-    cases: Iterable[StepCase] = _cases(methods, small)
+    cases: Iterable[StepCase] = step_cases(small)
     if small and depth == "quick":  # compiling for a CPU takes longer than all else
         cases = (case for case in cases if not case.compiled)
     recorder.run_checks("lora", ((case.name, partial(_case, recorder, case, depth)) for case in cases))
 
 
-def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
-    """One of each kind first, should the time run out."""
+def step_cases(small: bool) -> Iterator[StepCase]:
+    """One of each kind first, should the time run out. `small` is for a CPU."""
     import torch
 
     from fastpeft.bench.steps import StepCase
@@ -74,7 +71,10 @@ def _cases(methods: list[str], small: bool) -> Iterator[StepCase]:
         for family in ("bert", "t5")
         for dtype, dropout in ((bf16, 0.0), (torch.float16, 0.0), (bf16, 0.05))
     ]
-    return (_sized(case, small) for case in cases if case.method[0] != "q" or "qlora" in methods)
+    in_4_bits = importlib.util.find_spec("bitsandbytes") is not None
+    if not in_4_bits:
+        print("bitsandbytes is not installed: no 4-bit model is stepped")
+    return (_sized(case, small) for case in cases if case.method[0] != "q" or in_4_bits)
 
 
 def _sized(case: StepCase, small: bool) -> StepCase:
