@@ -1,0 +1,1 @@
+"""Test suites of other libraries, over accelerated models: `python -m fastpeft.bench.suites --help`."""
