@@ -14,7 +14,7 @@ from fastpeft.config import LoraSection
 from ..layers import model_layers
 from ..policy import LayerPolicy, MemoryPolicy
 from ..streaming.stowing import SMALLEST
-from ..trace.composing import Peak, compose
+from ..trace.composing import Peak, compose, sampled
 from ..trace.live import LiveBytes, rounded
 from ..trace.repeated import Repeated
 from ..trace.skeleton import Skeleton, build, follow, stored
@@ -81,6 +81,7 @@ class Model:
     """A skeleton, and its traces by (rows, tokens, what its layers do): each is made when it is first wanted.
 
     Attributes:
+        whole: every layer is traced, not only the first ones: exact for any policies, and slower.
         bytes: that lie there all the time, by the kinds of `skeleton.stored`, and those of a "teacher".
         host: bytes of a teacher that are in host memory.
         streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
@@ -88,6 +89,7 @@ class Model:
     """
 
     setting: Setting
+    whole: bool = False
     skeleton: Skeleton = field(init=False)
     bytes: dict[str, int] = field(init=False)
     optimizer: int = field(init=False)
@@ -95,12 +97,12 @@ class Model:
     work: tuple[Work, ...] = field(init=False)
     host: int = field(init=False, default=0)
     _teacher: Model | None = field(init=False, default=None)
-    _traces: dict[tuple[int, int, LayerPolicy], list[Stretch]] = field(default_factory=dict)
+    _traces: dict[tuple[int, int, tuple[LayerPolicy, ...]], list[Stretch]] = field(default_factory=dict)
     _repeated: Repeated = field(default_factory=Repeated)
 
     def __post_init__(self) -> None:
         s = self.setting
-        self.skeleton = build(s.config, s.task, s.dtype, s.packed, s.section)
+        self.skeleton = build(s.config, s.task, s.dtype, s.packed, s.section, self.whole)
         layers = [self.skeleton.model.get_submodule(path) for path in self.skeleton.layers]
         all_of = self._count(stored(self.skeleton.model))
         of_layers = [self._count(stored(layer)) for layer in layers]
@@ -169,8 +171,11 @@ class Model:
     def peak(self, policies: Sequence[LayerPolicy], rows: int, tokens: int) -> Peak:
         """Of one step, beside what lies there all the time; where streamed weights are makes no difference to it."""
         resident = [replace(each, streamed=False) for each in policies]
-        traces = {each: self._traced(each, rows, tokens) for each in dict.fromkeys(resident or [LayerPolicy()])}
-        found = compose(traces, self.skeleton.order, resident)
+        order, count = self.skeleton.order, len(self.skeleton.layers)
+        alike = dict.fromkeys(resident or [LayerPolicy()])
+        traces = {each: self._traced((each,) * count, rows, tokens) for each in alike}
+        mixed = self._traced(sampled(count, order, resident), rows, tokens) if len(alike) > 1 else None
+        found = compose(traces, order, resident, mixed)
         if self._teacher is None:
             return found
         asked = self._teacher.peak((LayerPolicy(),) * len(self._teacher.skeleton.order), rows, tokens)
@@ -180,18 +185,18 @@ class Model:
             return asked._replace(when="teacher")
         return found._replace(size=found.size + told, kept=found.kept + told)
 
-    def _traced(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
-        key = (rows, tokens, policy)
+    def _traced(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
+        key = (rows, tokens, policies)
         if key not in self._traces:
             if not self._traces:  # which projections share an input is learned in the first call
-                self._trace(policy, 1, min(tokens, WARM))
-            self._traces[key] = self._trace(policy, rows, tokens)
+                self._trace(policies, 1, min(tokens, WARM))
+            self._traces[key] = self._trace(policies, rows, tokens)
         return self._traces[key]
 
-    def _trace(self, policy: LayerPolicy, rows: int, tokens: int) -> list[Stretch]:
+    def _trace(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
         model: Any = self.skeleton.model
         if layers := model_layers(model):
-            follow(model, policy)
+            follow(model, policies)
         dtype = self.setting.dtype
         return trace(
             model,

@@ -99,15 +99,15 @@ def accelerated(model: Any) -> Any:
     return model
 
 
-def follow(model: Any, policy: LayerPolicy) -> None:
-    """Have every layer of a skeleton do the same, as `accelerate(memory=policy)` would."""
+def follow(model: Any, policies: tuple[LayerPolicy, ...]) -> None:
+    """Have each layer of a skeleton do as `accelerate(memory=MemoryPolicy(policies))` would."""
     from fastpeft.layers.mlp import FastMlp
     from fastpeft.replacements.memory import MemoryReplacement
     from fastpeft.replacements.mlp import MlpReplacement
 
     mlps: dict[str, nn.Module] = {p: each for p, each in model.named_modules() if isinstance(each, FastMlp)}
     MlpReplacement().finish(model, mlps, True)
-    MemoryReplacement().finish(model, {}, MemoryPolicy(policy))
+    MemoryReplacement().finish(model, {}, MemoryPolicy(policies))
 
 
 def _keep_first_layers(model: nn.Module, whole: bool) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastpeft.memory.policy import LayerPolicy
-from fastpeft.memory.trace.composing import compose
+from fastpeft.memory.trace.composing import compose, sampled
 from fastpeft.memory.trace.timeline import Stretch
 
 KEPT, AGAIN = LayerPolicy(), LayerPolicy("recompute")
@@ -41,16 +41,34 @@ def test_each_layer_under_its_own_policy() -> None:
     assert found.size == 1 + 2 * 1 + 2 * 10 + 50
 
 
-def test_what_ends_a_layer_before_the_next_one_is_that_layers() -> None:
-    """transformers of 5.17 and around checkpoint outside the hooks: an input leaves the device after its layer."""
-    offload = [
-        Stretch("begin", -1, 5, 1),
-        Stretch("forward", 0, 12, 10),
-        Stretch("loss", 0, 0, -10),
-        Stretch("forward", 1, 12, 10),
-        Stretch("loss", 1, 50, -6),
-        Stretch("turn", -1, 6, -2),
-        Stretch("backward", 1, 17, 0),
-        Stretch("backward", 0, 17, 0),
-    ]
-    assert compose({AGAIN: offload}, (0, 0, 0, 1), (AGAIN,) * 4).size == 1 + 10 + 50
+OFFLOAD = [
+    Stretch("begin", -1, 5, 1),
+    Stretch("forward", 0, 12, 10),
+    Stretch("loss", 0, 0, -10),
+    Stretch("forward", 1, 12, 10),
+    Stretch("loss", 1, 50, -6),
+    Stretch("turn", -1, 6, -2),
+    Stretch("backward", 1, 17, 0),
+    Stretch("backward", 0, 17, 0),
+]
+
+
+def test_what_is_before_the_next_layer_is_that_layers() -> None:
+    """transformers of 5.17 and around checkpoint outside the hooks: an input leaves when the next layer's is saved."""
+    assert compose({AGAIN: OFFLOAD}, (0, 0, 0, 1), (AGAIN,) * 4).size == 1 + 10 + 50
+    leaving = LayerPolicy("offload")
+    found = compose({leaving: OFFLOAD, KEPT: KEEP}, (0, 0, 0, 1), (leaving, leaving, KEPT, KEPT), KEEP)
+    assert found.size == 1 + (10 - 10) + 10 + 10 + 10 + 50
+
+
+def test_what_is_no_layer_is_of_the_mixed_trace() -> None:
+    mixed = [*RECOMPUTE[:4], Stretch("loss", 1, 70, 4), *RECOMPUTE[5:]]
+    found = compose({KEPT: KEEP, AGAIN: RECOMPUTE}, (0, 1, 1), (AGAIN, KEPT, KEPT), mixed)
+    assert (found.size, found.when) == (1 + 1 + 2 * 10 + 70, "loss")
+
+
+def test_what_traced_layers_do_in_the_mixed_trace() -> None:
+    policies = (AGAIN, AGAIN, KEPT, KEPT, KEPT)
+    assert sampled(3, (0, 1, 1, 1, 2), policies) == (AGAIN, KEPT, KEPT)
+    assert sampled(5, (0, 1, 2, 3, 4), policies) == policies
+    assert sampled(3, (0, 0, 0, 0, 0), policies) == (KEPT,) * 3, "none stands for nothing"
