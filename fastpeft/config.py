@@ -144,6 +144,11 @@ class MemorySection:
     budget_gib: float | None = option(
         None, "GPU memory a run may take, in GiB; null: what is free on the GPU. Layers keep what a plan says fits."
     )
+    host_gib: float | None = option(
+        None,
+        "Host memory that inputs and streamed weights may take, in GiB; null: what is available, on a GPU. "
+        "4-bit weights beyond it wait on the disk.",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     activations: Literal["keep", "selective", "recompute", "offload"] | None = option(
         None, "What every layer keeps for backward, in place of a plan; offload: nothing, inputs go to host memory."

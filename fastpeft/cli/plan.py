@@ -20,6 +20,8 @@ Examples:
 
   fastpeft plan llama-3.1-8b --gpu-memory 16GiB --gpu-memory 24GiB --seq 4096 --json
 
+  fastpeft plan llama-3.1-70b --gpu-memory 16GiB --host-memory 16GiB --seq 4096 --disk-bandwidth 3GB
+
   fastpeft plan llama-3.1-70b --gpu-memory 80GiB --seq 4096 --gpus 8 --gpus 64 --network 50GB
 """
 
@@ -46,7 +48,11 @@ def plan(
     gpu_memory: Annotated[list[str], typer.Option(help="Such as 24GiB or 24GB; may come again, for a table.")],
     seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 1,
-    host_memory: Annotated[str | None, typer.Option(help="Pinned memory that may be used.", show_default=False)] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Pinned memory that may be used; weights beyond it wait on the disk.", show_default=False),
+    ] = None,
+    disk_bandwidth: Annotated[str, typer.Option(help="Bytes a second that are read from the disk, for those.")] = "2GB",
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
     method: Annotated[Method, typer.Option(help="qlora: nested NF4.")] = Method.qlora,
     target_modules: Annotated[str, typer.Option(help="What the adapter is put on.")] = "all-linear",
@@ -84,6 +90,7 @@ def plan(
         try:
             sizes = [parse_size(each, "--gpu-memory") for each in gpu_memory]
             host = None if host_memory is None else parse_size(host_memory, "--host-memory")
+            rates = Rates(disk=parse_size(disk_bandwidth, "--disk-bandwidth"))
             fabric = Fabric(gpus_per_node, parse_size(gpu_link, "--gpu-link"), parse_size(network, "--network"))
             name, found = model_of(
                 model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task,
@@ -92,7 +99,7 @@ def plan(
             spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:
             raise UserError(str(error)) from error
-        plans = [plan_on(name, found, size, host, None, largest, Rates()) for size in sizes]
+        plans = [plan_on(name, found, size, host, None, largest, rates) for size in sizes]
     if as_json:
         several = {"spread": [each.to_dict() for each in spreads]} if spreads else {}
         print(json.dumps({"plans": [each.to_dict() for each in plans], **several}, indent=1))
@@ -107,7 +114,8 @@ def plan(
             fits = "yes" if each.fits else "no"
             figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
             figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
-            print(f"{figures}  {policy_text(each.policy.layers)}")
+            disk = f"; {gib(each.need.disk)} of weights on the disk" if each.need.disk else ""
+            print(f"{figures}  {policy_text(each.policy.layers)}{disk}")
         for note in beyond(found.setting):
             print(f"note: {note}")
     if spreads and not as_json:

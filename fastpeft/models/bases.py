@@ -202,6 +202,7 @@ def load_base(
     *,
     key: str = "model.name",
     whole: Sequence[str] = (),
+    mapped: bool = False,
     **others: Any,
 ) -> tuple[Any, list[str]]:
     """The base model on its device, in evaluation mode.
@@ -214,6 +215,7 @@ def load_base(
         key: what the user calls the model.
         whole: names of modules that are trained or saved whole. They are not quantised, nor are a classifier's head and
             what the checkpoint has no values for.
+        mapped: 4-bit weights on the CPU stay in the files of their cache, see `fastpeft.load`.
         others: for `from_pretrained`, such as num_labels.
 
     Returns:
@@ -232,12 +234,12 @@ def load_base(
         options["attn_implementation"] = model.attention
     if device.type == "cuda" or "quantization_config" in options:  # bitsandbytes would take a GPU by itself
         options["device_map"] = {"": device}
-    base, missing = _from_pretrained(model, task, key, options)
+    base, missing = _from_pretrained(model, task, key, options, mapped)
     heads = HEADS.get(task, ())
     if "quantization_config" in options and (names := _quantised(base, [*whole, *heads, *missing])):
         bits.llm_int8_skip_modules = names + _plain(base)
         del base
-        base, missing = _from_pretrained(model, task, key, options)
+        base, missing = _from_pretrained(model, task, key, options, mapped)
     return base, missing
 
 
@@ -254,7 +256,9 @@ def _plain(base: Any) -> list[str]:
     return [name for name, module in base.named_modules() if type(module) is Linear]
 
 
-def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
+def _from_pretrained(
+    model: ModelSection, task: str, key: str, options: dict[str, Any], mapped: bool
+) -> tuple[Any, list[str]]:
     from fastpeft.integrations import packed_loading
     from fastpeft.memory.packed.entries import user_folder
     from fastpeft.memory.packed.loading import check_index
@@ -264,7 +268,7 @@ def _from_pretrained(model: ModelSection, task: str, key: str, options: dict[str
     try:
         check_index(Path(model.name).expanduser())
         if model.packed_cache and bits is not None and bits.load_in_4bit:
-            base, info = packed_loading.from_pretrained(kind, model.name, user_folder(), **options)
+            base, info = packed_loading.from_pretrained(kind, model.name, user_folder(), mapped, **options)
         else:
             base, info = kind.from_pretrained(model.name, **options)
     except Exception as error:  # of any kind: each way to store weights has its own, for what is in a file

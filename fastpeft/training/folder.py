@@ -55,6 +55,7 @@ MAY_CHANGE = {
     "training.push_to_hub",
     "training.hub_model_id",
     "memory.budget_gib",
+    "memory.host_gib",
     "memory.gradient_checkpointing",
     "memory.activations",
     "memory.streamed",

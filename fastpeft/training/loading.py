@@ -25,7 +25,8 @@ def load_model(
 ) -> Any:
     """Base and fresh adapter, accelerated; what is trained is in float32.
 
-    Where layers are streamed, the base is loaded on the CPU, and only what stays on the device is moved there.
+    Where layers are streamed, the base is loaded on the CPU, and only what stays on the device is moved there. Weights
+    that wait on the disk stay in their cache's files.
 
     Args:
         change: what is done to the base before; it gives the adapter's settings.
@@ -58,6 +59,7 @@ def load_base(prepared: Prepared, device: Any, dtype: Any) -> tuple[Any, LoraSec
     others = head_options(task, config.data.labels, config.data.problem_type)
     _seed(config.training.seed)  # a fresh classifier's first values
     others["whole"] = config.lora.modules_to_save
+    others["mapped"] = prepared.memory.waits and device.type == "cpu"
     base, fresh = bases.load_base(config.model, task, device, dtype, config.model.quantization or "none", **others)
     text = base.config.get_text_config()
     if task == "sequence-classification" or text.pad_token_id is None:  # decoders look for the last token

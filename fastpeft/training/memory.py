@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fastpeft.memory.plan.planning import Plan
     from fastpeft.memory.plan.predicting import Setting
 
-OWN = ("activations", "streamed", "ring", "decoded")
-"""Keys of `memory` that only an accelerated model has a use for; `budget_gib` is one more."""
+SIZES = ("budget_gib", "host_gib")
+OWN = (*SIZES, "activations", "streamed", "ring", "decoded")
+"""Keys of `memory` that only an accelerated model has a use for."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,19 @@ class Decision:
         return self.policy is not None and any(layer.streamed for layer in self.policy.different)
 
     @property
+    def waits(self) -> bool:
+        """Whether weights of streamed layers wait on the disk where the host's memory ends."""
+        return self.policy is not None and self.streams and self.policy.host_memory is not None
+
+    @property
     def summary(self) -> str:
         """One line; empty where nothing was decided."""
         from fastpeft.memory.plan.rendering import policy_text
 
         if self.plan is not None:
             need, room = gib(self.plan.need.total), gib(self.plan.gpu_memory)
-            return f"{policy_text(self.plan.policy.layers)}; {need} predicted, of {room}"
+            disk = f"; {gib(self.plan.need.disk)} of weights on the disk" if self.plan.need.disk else ""
+            return f"{policy_text(self.plan.policy.layers)}{disk}; {need} predicted, of {room}"
         return "" if self.policy is None else policy_text(self.policy.layers)
 
     @property
@@ -58,12 +65,14 @@ class Decision:
 def check_memory(config: FastpeftConfig) -> None:
     """What can be told of the section alone. Raises UserError."""
     section, plain = config.memory, MemorySection()
-    if section.budget_gib is not None and not 0 < section.budget_gib < 2**20:
-        raise UserError(f"memory.budget_gib: expected more than 0 and less than 2^20, got {section.budget_gib}")
+    for name in SIZES:
+        size = getattr(section, name)
+        if size is not None and not 0 < size < 2**20:
+            raise UserError(f"memory.{name}: expected more than 0 and less than 2^20, got {size}")
     if section.ring < 1:
         raise UserError(f"memory.ring: expected at least 1, got {section.ring}")
     _decoded(section)
-    set_ones = [name for name in ("budget_gib", *OWN) if getattr(section, name) != getattr(plain, name)]
+    set_ones = [name for name in OWN if getattr(section, name) != getattr(plain, name)]
     if set_ones and not config.acceleration.enabled:
         expected = _said(getattr(plain, set_ones[0]))
         raise UserError(f"memory.{set_ones[0]}: expected {expected} with acceleration.enabled false")
@@ -80,7 +89,8 @@ def decide(
     """The policy of a run, before its model is loaded.
 
     The GPU's free memory is the budget where none is given. Nothing is planned for a CPU without a budget, nor where
-    the keys say what to do.
+    the keys say what to do. Where what is available of the host's memory does not hold what would wait there, weights
+    wait on the disk.
 
     Args:
         config: as resolved.
@@ -98,27 +108,50 @@ def decide(
     said = policy is not None or section.gradient_checkpointing
     if section.budget_gib is None and (said or device.type != "cuda" or not config.acceleration.enabled):
         return Decision(policy)
+    host = None if section.host_gib is None else int(section.host_gib * 2**30)
     known = MemoryPolicy(LayerPolicy("recompute")) if section.gradient_checkpointing and policy is None else policy
     if section.budget_gib is not None:
         try:
-            plan = _planned(config, int(section.budget_gib * 2**30), known, dtype, longest, processes, change)
+            budget = int(section.budget_gib * 2**30)
+            plan = _planned(config, budget, known, dtype, longest, processes, change, host, device)
         except ValueError as error:
             raise UserError(f"memory.budget_gib: {error}") from error
+        if plan.need.total <= plan.gpu_memory and not plan.fits:
+            raise UserError(
+                f"memory.host_gib: expected at least {gib(plan.need.host)}, which are predicted for this run, got "
+                f"{section.host_gib:g}"
+            )
         if not plan.fits:
             raise UserError(
                 f"memory.budget_gib: expected at least {gib(plan.need.total)}, which are predicted for this run, got "
                 f"{section.budget_gib:g}; or {', or '.join(plan.changes)}"
             )
-        return Decision(policy if said else plan.policy, plan)
+        return Decision(plan.policy if policy is not None or not said else None, plan)
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
     try:
-        plan = _planned(config, free, None, dtype, longest, processes, change)
+        plan = _planned(config, free, None, dtype, longest, processes, change, host, device)
     except Exception as error:  # of any kind, from a model's own code: nobody asked for a plan
         return Decision(note=f"memory was not planned: {' '.join(str(error).split())[:200]}")
-    note = "" if plan.fits else f"this run may not fit: {gib(plan.need.total)} are predicted, {gib(free)} are free"
-    return Decision(plan.policy, plan, note)
+    return Decision(plan.policy, plan, _note(plan, device))
+
+
+def _note(plan: Plan, device: torch.device) -> str:
+    need, room = plan.need, plan.gpu_memory
+    if need.total > room:
+        return f"this run may not fit: {gib(need.total)} are predicted, {gib(room)} are free"
+    host = _available(device) if plan.host_memory is None else plan.host_memory
+    if host is not None and need.host > host:
+        return f"this run may not fit into the host's memory: {gib(need.host)} are predicted, of {gib(host)}"
+    return ""
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes of the host's memory, where the run is carried out; None for a CPU, on which nothing waits elsewhere."""
+    from fastpeft.doctor.host import available_ram
+
+    return available_ram()[1] if device.type == "cuda" else None
 
 
 def fixed(section: MemorySection) -> MemoryPolicy | None:
@@ -126,7 +159,10 @@ def fixed(section: MemorySection) -> MemoryPolicy | None:
     if section.activations is None and not section.streamed:
         return None
     kept = section.activations or ("recompute" if section.gradient_checkpointing else "keep")
-    return MemoryPolicy(LayerPolicy(kept, section.streamed), decoded=_decoded(section), ring=section.ring)
+    host = int(section.host_gib * 2**30) if section.host_gib is not None and section.streamed else None
+    return MemoryPolicy(
+        LayerPolicy(kept, section.streamed), decoded=_decoded(section), ring=section.ring, host_memory=host
+    )
 
 
 def _decoded(section: MemorySection) -> int:
@@ -140,9 +176,13 @@ def _decoded(section: MemorySection) -> int:
 
 def _planned(
     config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int,
-    processes: int, change: Callable[[Setting], Setting],
+    processes: int, change: Callable[[Setting], Setting], host: int | None, device: torch.device,
 ) -> Plan:  # fmt: skip
-    """Raises ValueError for what cannot be planned."""
+    """Raises ValueError for what cannot be planned.
+
+    Args:
+        host: bytes of the host's memory; None for what is available, if nothing else fits into that.
+    """
     from fastpeft.memory.plan.optimizer_state import OPTIMIZERS
     from fastpeft.memory.plan.planning import plan_on
     from fastpeft.memory.plan.predicting import Model, Setting
@@ -164,20 +204,33 @@ def _planned(
         accumulated=training.gradient_accumulation_steps > 1,
     )  # fmt: skip
     model = Model(change(setting))
+    if not _is_cached(config, described):
+        model.mapped = (0,) * len(model.mapped)
     if policy is None and not model.skeleton.layers:
         policy = MemoryPolicy()
 
-    def planned(policy: MemoryPolicy | None) -> Plan:
-        return plan_on(config.model.name, model, capacity, None, policy, False, Rates())
+    def planned(policy: MemoryPolicy | None, host: int | None = host) -> Plan:
+        return plan_on(config.model.name, model, capacity, host, policy, False, Rates())
 
     if policy is not None:
         return planned(policy)
     plan = planned(None)
+    available = _available(device) if host is None else None
+    if available is not None and plan.need.host > available:
+        within = planned(None, available)
+        plan = within if within.fits else plan
     chosen = plan.policy
     if processes > 1 and any(layer.streamed for layer in chosen.different):
         chosen = MemoryPolicy(LayerPolicy("offload", tile=max(layer.tile for layer in chosen.different)))
     chosen = replace(chosen, ring=config.memory.ring, decoded=_decoded(config.memory))
-    return plan if chosen == plan.policy else planned(chosen)
+    return plan if chosen == plan.policy else planned(chosen, plan.host_memory)
+
+
+def _is_cached(config: FastpeftConfig, described: Any) -> bool:
+    """Whether the 4-bit weights will lie in files, which streamed layers can read."""
+    stored = getattr(described, "quantization_config", None) is not None
+    remote = config.model.trust_remote_code and bool(getattr(described, "auto_map", None))
+    return config.model.packed_cache and not stored and not remote
 
 
 def _said(value: Any) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.checkpoints import Checkpoints
 from tests.commands import run
@@ -55,3 +56,20 @@ def test_a_table_says_what_is_beyond_the_last_position(
 def test_wrong_input(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, "plan", *words, *SMALL)
     assert answer.code == 2 and said in answer.err and answer.err.count("\n") == 1 and not answer.out
+
+
+def test_weights_that_the_host_has_no_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They wait on the disk; it fits where it would not, and the exit code says so."""
+    sizes = {"vocab_size": 128, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    written = LlamaConfig(**sizes, num_attention_heads=2, architectures=["LlamaForCausalLM"])
+    written.save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--seq", "32", "--rank", "4", "--gpu-memory", "575MiB", "--no-largest", "--json"]
+    enough = json.loads(run(capsys, *words).out)["plans"][0]
+    assert enough["bytes"]["host"] > 4096 and "disk" not in enough["bytes"]
+    answer = run(capsys, *words, "--host-memory", "4KiB", "--disk-bandwidth", "500MB")
+    found = json.loads(answer.out)["plans"][0]
+    assert answer.code == 0 and found["bytes"]["host"] == found["weights_in_host_memory"] == 4096
+    assert found["bytes"]["disk"] + 4096 == enough["bytes"]["host"] and found["rates"]["disk"] == 500e6
+    assert found["read_hidden_from"] > found["hidden_from"] and found["slowdown"] > enough["slowdown"]
+    wrong = run(capsys, *words, "--disk-bandwidth", "fast")
+    assert wrong.code == 2 and "--disk-bandwidth: expected a size" in wrong.err

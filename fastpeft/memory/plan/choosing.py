@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..policy import LayerPolicy, MemoryPolicy
 from ..trace.composing import Peak
 from .predicting import Model
-from .timing import Rates, hidden_from, seconds
+from .timing import Rates, hidden_from, read_hidden_from, seconds
 
 CONTEXT = 512 << 20
 """Bytes of a process's CUDA context with its libraries' kernels; differs from GPU to GPU."""
@@ -27,9 +27,11 @@ class Need:
         purposes: (what for, bytes) of what is not kept then, where that is known.
         saved: by how much what is kept grows with each layer; offloaded inputs leave two layers later.
         total: with context and fragments.
-        host: in pinned memory.
+        host: in the host's memory, pinned.
+        disk: of streamed weights those that find no room there, and wait in files.
         slowdown: time of a step over that with everything kept and resident, told from `Rates`.
         hidden_from: tokens of a forward pass from which on copies of streamed weights cost no time; None without any.
+        read_hidden_from: the same of what is read from the disk.
     """
 
     policy: MemoryPolicy
@@ -46,26 +48,54 @@ class Need:
     gradients: int = 0
     purposes: tuple[tuple[str, int], ...] = ()
     saved: tuple[int, ...] = ()
+    disk: int = 0
+    read_hidden_from: int | None = None
 
 
-def need(model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates) -> Need:
-    """Bytes and time under a policy."""
+def need(
+    model: Model, policy: MemoryPolicy, rows: int, tokens: int, capacity: int, rates: Rates, host: int | None = None
+) -> Need:
+    """Bytes and time under a policy.
+
+    Args:
+        host: bytes of the host's memory, beyond which streamed weights wait on the disk, as the policy then says; None
+            where only those wait that the policy itself has no room for.
+    """
     layers = policy.of(len(model.skeleton.order))
     peak = model.peak(layers, rows, tokens)
     inputs = rows * tokens * width_of(model) * model.setting.dtype.itemsize
     offloaded = inputs * sum(each.activations == "offload" for each in layers)
     streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
+    others = model.host + offloaded
+    if host is not None and others + sum(streamed) > host and any(model.mapped):
+        policy = replace(policy, host_memory=max(0, host - others))
+    waiting = on_disk(model, layers, policy.host_memory)
     static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
     peak = _with_optimizer(model, peak)
     step = peak.size
     total = static + step + CONTEXT + int(RESERVE * capacity)
     kept = (LayerPolicy(),) * len(layers)
-    times = [seconds(model, each, rows, tokens, width_of(model), rates) for each in (layers, kept)]
+    width = width_of(model)
+    slowdown = seconds(model, layers, rows, tokens, width, rates, waiting)
+    slowdown /= seconds(model, kept, rows, tokens, width, rates)
     return Need(
         policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
-        model.host + offloaded + sum(streamed), times[0] / times[1], hidden_from(model, layers, rates), peak.gradients,
-        peak.purposes, peak.saved,
+        others + sum(streamed) - sum(waiting), slowdown, hidden_from(model, layers, rates), peak.gradients,
+        peak.purposes, peak.saved, sum(waiting), read_hidden_from(model, waiting, rates),
     )  # fmt: skip
+
+
+def on_disk(model: Model, layers: Sequence[LayerPolicy], room: int | None) -> list[int]:
+    """Bytes of each layer's weights that stay in files, where streamed ones may take so much of the host's memory: who
+    comes first has it."""
+    found = []
+    for size, mapped, each in zip(model.streamed_bytes, model.mapped, layers, strict=True):
+        waiting = 0
+        if room is not None and each.streamed:
+            waiting = min(mapped, max(0, size - room))
+            room = max(0, room - (size - waiting))
+        found.append(waiting)
+    return found
 
 
 def _with_optimizer(model: Model, peak: Peak) -> Peak:
@@ -121,12 +151,23 @@ def has_tiles(model: Model, rows: int, tokens: int) -> bool:
 
 
 def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None, rates: Rates) -> Need:
-    """The cheapest policy in time of the first of STEPS that fits; where none does, the one that needs least."""
+    """The cheapest policy in time of the first of STEPS that fits; where none does, the one that needs least.
+
+    Where the host's memory ends first, weights wait on the disk.
+    """
+    found = _choose(model, rows, tokens, capacity, host, rates, False)
+    if host is None or (found.total <= capacity and found.host <= host) or not any(model.mapped):
+        return found
+    return _choose(model, rows, tokens, capacity, host, rates, True)
+
+
+def _choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None, rates: Rates, waits: bool) -> Need:
+    """As `choose`; whether streamed weights may wait on the disk."""
     count = len(model.skeleton.order)
 
     def of(first: LayerPolicy, some: int, others: LayerPolicy) -> Need:
         policy = MemoryPolicy((first,) * some + (others,) * (count - some))
-        return need(model, policy, rows, tokens, capacity, rates)
+        return need(model, policy, rows, tokens, capacity, rates, host if waits else None)
 
     def fits(found: Need) -> bool:
         return found.total <= capacity and (host is None or found.host <= host)

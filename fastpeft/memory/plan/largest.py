@@ -25,7 +25,8 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
     """(tokens a row at the setting's batch, rows at the setting's tokens) with the best of these policies everywhere.
 
     Tokens are a multiple of STEP, as many as the model has positions for at the most, unless the setting goes beyond
-    them. Rows are told from tokens: what a step takes depends on their product.
+    them. Rows are told from tokens: what a step takes depends on their product. Of the host's memory streamed weights
+    that may wait on the disk take nothing.
     """
     rows, tokens = model.setting.rows, model.setting.tokens
     positions = None if beyond(model.setting) else _positions(model.setting)
@@ -33,7 +34,8 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
     for policy in policies:
 
         def asked(size: int, policy: LayerPolicy = policy) -> Need:
-            return need(model, MemoryPolicy(policy), rows, size, capacity, Rates())
+            room = None if host is None else 0
+            return need(model, MemoryPolicy(policy, host_memory=room), rows, size, capacity, Rates())
 
         found = largest(lambda size: asked(size).total, tokens, capacity, rows, positions or MOST_TOKENS)
         if host is not None:

@@ -14,6 +14,7 @@ from ...config import LoraSection
 from ...integrations import bitsandbytes, quantised
 from ...models.tasks import task_of
 from ..layers import model_layers
+from ..streaming.host_store import is_mapped
 from ..trace.skeleton import stored
 from .largest import check_tokens
 from .predicting import Model, Setting, is_streamed
@@ -61,6 +62,8 @@ def model_of_loaded(
     found.bytes = _counted(stored(model))
     sizes = [_counted(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
     found.streamed = tuple((size["packed"], size["dense"]) for size in sizes)
+    in_files = [[each for each in stored(layer) if is_streamed(*each) and is_mapped(each[1])] for layer in layers]
+    found.mapped = tuple(sum(_counted(each).values()) for each in in_files)
     return str(getattr(config, "_name_or_path", "") or config.model_type), found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -39,6 +39,7 @@ class Plan:
         untraced: parts of the policy whose bytes are told from sizes: "streamed" or nothing.
         notes: what the figures leave out.
         most_sequence, most_batch: as the largest ones, with any policy.
+        rates: that times are told from.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     notes: tuple[str, ...]
     most_sequence: int | None = None
     most_batch: int | None = None
+    rates: Rates = field(default_factory=Rates)
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -67,6 +69,8 @@ class Plan:
         layers = self.policy.layers
         found["policy"] = [asdict(layer) for layer in (layers if isinstance(layers, tuple) else (layers,))]
         found["saved"] = list(self.need.saved)
+        found["weights_in_host_memory"] = self.policy.host_memory
+        found |= {"hidden_from": self.need.hidden_from, "read_hidden_from": self.need.read_hidden_from}
         return found | {"slowdown": self.need.slowdown, "peak_in": self.need.when, "schema": 1}
 
     def __str__(self) -> str:
@@ -102,7 +106,9 @@ def plan(
         name_or_config: transformers' configuration, a folder with a config.json, an ID on the hub, or one of
             `fastpeft.memory.plan.known.KNOWN`. No weights are read. Or a loaded model of transformers with an adapter
             of PEFT's LoRA: rank, method, targets, dtype and task are then the model's, and its bytes are counted.
-        gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted.
+        gpu_memory, host_memory: "24GiB", "24GB" or bytes; no `host_memory` stands for as much as is wanted. Where it
+            ends first, streamed 4-bit weights wait on the disk: the policy's own `host_memory` then says how many bytes
+            of them do not. Of a loaded model those that are mapped.
         seq, batch: tokens a row, and rows, of one forward pass. Rows may go beyond the last position of a model with
             rotary embeddings, which a note then says.
         rank, targets: of LoRA, as PEFT takes them.
@@ -216,7 +222,7 @@ def plan_on(
     if policy is None:
         found = choose(model, rows, tokens, capacity, host, rates)
     else:
-        found = need(model, policy, rows, tokens, capacity, rates)
+        found = need(model, policy, rows, tokens, capacity, rates, host)
     fits = found.total <= capacity and (host is None or found.host <= host)
     sizes: list[tuple[int, int] | tuple[None, None]] = [(None, None)] * 2
     if largest:
@@ -232,6 +238,7 @@ def plan_on(
     return Plan(
         name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
         () if found.hidden_from is None else ("streamed",), notes(model, found.policy), longest_of_all, most_of_all,
+        rates,
     )  # fmt: skip
 
 
@@ -258,6 +265,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "fragments": int(RESERVE * capacity),
         "total": found.total,
         "host": found.host,
+        **({"disk": found.disk} if found.disk else {}),
         "of it, loss alone": found.loss,
         "of it, one layer alone": found.working,
     }
@@ -268,6 +276,8 @@ def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     found += beyond(model.setting)
     if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
         found.append("experts: every one is taken to get as many tokens")
+    if policy.host_memory is not None:
+        found.append("weights wait on the disk: load the model with mapped=True, as fastpeft train does")
     if any(layer.tile for layer in policy.different):
         found.append("MLPs in tiles: gradients of their adapters are equal to rounding, not to the bit")
     if not model.skeleton.layers:

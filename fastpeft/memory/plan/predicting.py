@@ -85,6 +85,7 @@ class Model:
         bytes: that lie there all the time, by the kinds of `skeleton.stored`, and those of a "teacher".
         host: bytes of a teacher that are in host memory.
         streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
+        mapped: of these those that may wait on the disk, in the files of 4-bit weights.
         work: of each traced layer.
     """
 
@@ -94,6 +95,7 @@ class Model:
     bytes: dict[str, int] = field(init=False)
     optimizer: int = field(init=False)
     streamed: tuple[tuple[int, int], ...] = field(init=False)
+    mapped: tuple[int, ...] = field(init=False)
     work: tuple[Work, ...] = field(init=False)
     host: int = field(init=False, default=0)
     _teacher: Model | None = field(init=False, default=None)
@@ -118,6 +120,7 @@ class Model:
         self.bytes = all_of
         streamed = [self._count(each for each in stored(layer) if is_streamed(*each)) for layer in layers]
         self.streamed = tuple((streamed[i]["packed"], streamed[i]["dense"]) for i in self.skeleton.order)
+        self.mapped = tuple(packed for packed, _ in self.streamed)
         self.work = tuple(work_of(layer, s.config.get_text_config()) for layer in layers)
         if s.teacher is not None:
             self._teacher = Model(s.teacher)

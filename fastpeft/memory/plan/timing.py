@@ -26,10 +26,16 @@ class Rates:
     Attributes:
         flops: multiplications and additions a second that training reaches on the GPU.
         link: bytes a second from host to GPU, and as many at the same time back.
+        disk: bytes a second that are read from the disk into the host's memory.
     """
 
     flops: float = 60e12
     link: float = 20e9
+    disk: float = 2e9
+
+    def copying(self, size: float, waiting: float = 0) -> float:
+        """Seconds until so many bytes are on the GPU, of which `waiting` are read from the disk at the same time."""
+        return max(size / self.link, waiting / self.disk)
 
 
 @dataclass(frozen=True)
@@ -67,17 +73,22 @@ def work_of(layer: Any, config: Any) -> Work:
     return Work(total, gates, down)
 
 
-def seconds(model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: int, width: int, rates: Rates) -> float:
-    """Of a step of all layers.
+def seconds(
+    model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: int, width: int, rates: Rates,
+    waiting: Sequence[int] | None = None,
+) -> float:  # fmt: skip
+    """Of a step of all layers, of each of which so many bytes are `waiting` on the disk.
 
     Products with frozen weights take as long forward as backward; attention, of causal scores, two and a half times as
-    long backward. What is computed again is added, and in each pass the link's time stands in where it is longer.
+    long backward. What is computed again is added, and in each pass the time of the link, or of the disk, stands in
+    where it is longer.
     Tiles add their share of the MLP's time.
     """
     attention = 2.0 * rows * tokens**2 * width
     inputs = rows * tokens * width * model.setting.dtype.itemsize
     total = 0.0
-    for policy, traced, size in zip(policies, model.skeleton.order, model.streamed_bytes, strict=True):
+    sizes = zip(model.streamed_bytes, waiting or [0] * len(policies), strict=True)
+    for policy, traced, (size, read) in zip(policies, model.skeleton.order, sizes, strict=True):
         work = model.work[traced]
         product = PRODUCT * rows * tokens
         forward = product * work.elements + attention
@@ -91,17 +102,31 @@ def seconds(model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: in
             more = TILED * (TILED_AT / min(policy.tile, TILED_AT)) ** 1.5  # through both of what was measured
             forward, backward = forward + more * mlp, backward + more * (2 * mlp - product * work.down)
         copied, moved = size * policy.streamed, inputs * (policy.activations == "offload")
-        total += max(forward / rates.flops, copied / rates.link, moved / rates.link)
-        total += max(backward / rates.flops, (copied + moved) / rates.link)
+        total += max(forward / rates.flops, rates.copying(copied, read), moved / rates.link)
+        total += max(backward / rates.flops, rates.copying(copied + moved, read))
     return total or 1.0
 
 
 def hidden_from(model: Model, policies: Sequence[LayerPolicy], rates: Rates) -> int | None:
     """Tokens of a forward pass from which on the copies of all streamed layers hide; None where none is streamed."""
+    return _hidden_from(
+        model,
+        [size * each.streamed for size, each in zip(model.streamed_bytes, policies, strict=True)],
+        rates.link,
+        rates.flops,
+    )
+
+
+def read_hidden_from(model: Model, waiting: Sequence[int], rates: Rates) -> int | None:
+    """The same of what is read from the disk, so many bytes of each layer."""
+    return _hidden_from(model, waiting, rates.disk, rates.flops)
+
+
+def _hidden_from(model: Model, sizes: Sequence[int], rate: float, flops: float) -> int | None:
     found = [
-        tokens_to_hide(int(model.work[traced].elements), size, rates.link, rates.flops)
-        for policy, traced, size in zip(policies, model.skeleton.order, model.streamed_bytes, strict=True)
-        if policy.streamed and size
+        tokens_to_hide(int(model.work[traced].elements), size, rate, flops)
+        for traced, size in zip(model.skeleton.order, sizes, strict=True)
+        if size
     ]
     return ceil(max(found)) if found else None
 
