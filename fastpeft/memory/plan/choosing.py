@@ -185,13 +185,14 @@ def _choose(model: Model, rows: int, tokens: int, capacity: int, host: int | Non
                     continue
             whole = of(first, count, others)
             least = min(least, whole, key=lambda each: each.total)
-            if not fits(whole):
+            if whole.total > capacity:
                 continue
-            low, high = 0, count  # fits with `high`
+            low, high = 0, count  # fits on the GPU with `high`; on the host fewer take less
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if fits(of(first, middle, others)) else (middle + 1, high)
-            enough.append(of(first, high, others))
+                low, high = (low, middle) if of(first, middle, others).total <= capacity else (middle + 1, high)
+            if fits(found := of(first, high, others)):
+                enough.append(found)
         if enough:
             return min(enough, key=lambda each: each.slowdown)
     return least

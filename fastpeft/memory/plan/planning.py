@@ -228,6 +228,8 @@ def plan_on(
     if largest:
         sizes = [largest_of(model, (RECOMPUTE,), capacity, host), most_of(model, capacity, host)]
     (longest, most), (longest_of_all, most_of_all) = sizes
+    if fits and largest:  # found with layers that all do the same; a mix may fit where the host's memory ends first
+        longest_of_all, most_of_all = max(longest_of_all or 0, tokens), max(most_of_all or 0, rows)
     rank = 0 if setting.section is None else setting.section.r
     settings = {
         "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",

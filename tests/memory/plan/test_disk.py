@@ -106,3 +106,16 @@ def test_the_longest_context_has_the_hosts_memory_for_its_inputs(model: Model, t
     host = 6 * 512 * 256 * 2  # of 512 tokens, less than the weights
     assert host < sum(model.streamed_bytes)
     assert 0 < largest_of(model, EXTREMES[:1], 2 * GPU, host)[0] <= 512
+
+
+@pytest.mark.full
+def test_some_inputs_may_have_room_where_all_have_not() -> None:
+    """Only as many as the GPU has no room for."""
+    tokens, inputs = 1024, 1024 * 256 * 2
+    dense = model_of(CONFIG, tokens, 1, 4, "lora", "all-linear", "bfloat16", "adamw_torch", "auto")[1]
+    mix = MemoryPolicy((LayerPolicy("offload"),) * 4 + (LayerPolicy("recompute"),) * 2)
+    gpu = int((need(dense, mix, 1, tokens, GPU, Rates()).total - int(RESERVE * GPU)) / (1 - RESERVE)) + (64 << 10)
+    found = plan_on("llama", dense, gpu, 4 * inputs, None, True, Rates())
+    assert found.fits and found.policy == mix and (found.most_sequence or 0) >= tokens
+    less = plan_on("llama", dense, gpu, 4 * inputs - 1, None, False, Rates())
+    assert any(layer.streamed for layer in less.policy.of(6)), "too few have room"
