@@ -45,6 +45,6 @@ def limits_table(records: Sequence[Record]) -> str:
         f"One step each, random weights, bf16, fused AdamW; {device}, driver {driver}, limited by "
         f"`torch.cuda.set_per_process_memory_fraction` to 0.5 GiB less, which are the CUDA context's; "
         f"{packages}; {days}; `make gpu`, part limits. Reserved: by torch's allocator, with what it holds unused. "
-        f"Predicted: by `fastpeft plan`, for {', or '.join(steps)}.",
+        f"Policies and predictions: by `fastpeft plan`, for {', or '.join(steps)}.",
     ]
     return "\n".join(rows)

@@ -19,6 +19,8 @@ time_limit_s = 480
 needs = ("peft", "bitsandbytes")
 
 OPTIMIZER = "adamw_torch_fused"
+STEPS = "steps without gradient accumulation"
+"""That are run here; their policies are chosen, and their peaks predicted, for such."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,24 @@ def _case(device: str, case: Case) -> dict[str, Any]:
     from fastpeft.bench.memory import limited
     from fastpeft.memory.allocator import grow_segments
     from fastpeft.memory.plan.choosing import CONTEXT
+    from fastpeft.memory.plan.rendering import policy_text
 
     config = _config(case)
     gpu, host = (int(gib * 2**30) for gib in (case.gpu_gib, case.host_gib))
     planned = partial(
         fastpeft.plan, config, gpu_memory=gpu, host_memory=host, seq=case.tokens, rank=case.rank, optimizer=OPTIMIZER,
-        largest=False,
+        largest=False, accumulation=1,
     )  # fmt: skip
-    plan = planned()  # leaves room for gradients of earlier batches
+    plan = planned()
     print(plan, flush=True)
     assert plan.fits, "the plan does not fit"
-    policy = plan.policy
+    policy, need = plan.policy, plan.need
     if device == "cpu":  # a model so small keeps all
         policy = MemoryPolicy(fastpeft.LayerPolicy("offload", streamed=True, tile=16))
-    need = planned(policy=policy, accumulation=1).need  # of the steps below, which have none
+        need = planned(policy=policy).need
     streamed = any(layer.streamed for layer in policy.different)
     ids = torch.randint(3, 500, (1, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
-    figures: dict[str, Any] = {"streams": streamed, "predicted_for": "steps without gradient accumulation"}
+    figures: dict[str, Any] = {"streams": streamed, "predicted_for": STEPS, "policy": policy_text(policy.layers)}
     grow_segments()  # as `accelerate` does below, before the base takes its memory
     with limited(device, gpu - CONTEXT):
         start = time.perf_counter()
