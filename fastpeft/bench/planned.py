@@ -27,8 +27,12 @@ from .steps import StepCase, adapt, base_model, targets
 from .tables import insert
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-TASKS = {"llama": "causal-lm", "moe": "causal-lm", "gemma3": "causal-lm", "bert": "sequence-classification"}
-HELD_OUT = ("moe", "bart")
+TASKS = {
+    **dict.fromkeys(("llama", "moe", "gemma3", "qwen3"), "causal-lm"),
+    "bert": "sequence-classification",
+    "modernbert": "masked-lm",
+}
+HELD_OUT = ("moe", "bart", "modernbert", "qwen3", "marian")
 """Looked at only when all else was finished."""
 FAMILIES = ("llama", "bert", "t5", "gemma3", *HELD_OUT)
 METHODS = ("lora", "qlora")
@@ -108,13 +112,17 @@ class Family:
 
     def compare(self, policy: LayerPolicy, tokens: int) -> Compared:
         """One step, measured and predicted."""
-        layers = (policy,) * len(self.predicted.skeleton.order)
-        streamed = [size for size in self.predicted.streamed_bytes if policy.streamed]
-        predicted = self.predicted.peak(layers, 2, tokens).size + in_turns(streamed, MemoryPolicy(policy))
         name = Case(self.family, self.method, policy, tokens).name
+        return self.compare_mix(name, MemoryPolicy(policy), tokens)
+
+    def compare_mix(self, name: str, policy: MemoryPolicy, tokens: int) -> Compared:
+        """The same with a policy for each layer."""
+        layers = policy.of(len(self.predicted.skeleton.order))
+        streamed = [s for s, layer in zip(self.predicted.streamed_bytes, layers, strict=True) if layer.streamed]
+        predicted = self.predicted.peak(layers, 2, tokens).size + in_turns(streamed, policy)
         return Compared(name, predicted, self._measured(policy, tokens))
 
-    def _measured(self, policy: LayerPolicy, tokens: int) -> int:
+    def _measured(self, policy: MemoryPolicy, tokens: int) -> int:
         import fastpeft
         from fastpeft.memory.streaming.layer import StreamedLayer
 
@@ -149,6 +157,28 @@ def _base(case: StepCase) -> Any:
             t.BartConfig(
                 vocab_size=case.words, d_model=h, encoder_layers=n, decoder_layers=n, encoder_ffn_dim=4 * h,
                 decoder_ffn_dim=4 * h, encoder_attention_heads=4, decoder_attention_heads=4,
+            )
+        )  # fmt: skip
+    elif case.family == "modernbert":
+        base = t.ModernBertForMaskedLM(
+            t.ModernBertConfig(
+                vocab_size=case.words, hidden_size=h, intermediate_size=2 * h, num_hidden_layers=n,
+                num_attention_heads=4, pad_token_id=0, local_attention=64,
+            )
+        )  # fmt: skip
+    elif case.family == "qwen3":
+        base = t.Qwen3ForCausalLM(
+            t.Qwen3Config(
+                vocab_size=case.words, hidden_size=h, intermediate_size=3 * h, num_hidden_layers=n, head_dim=64,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    elif case.family == "marian":
+        base = t.MarianMTModel(
+            t.MarianConfig(
+                vocab_size=case.words, d_model=h, encoder_layers=n, decoder_layers=n, encoder_ffn_dim=2 * h,
+                decoder_ffn_dim=2 * h, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0,
+                decoder_start_token_id=0, eos_token_id=1, bos_token_id=1,
             )
         )  # fmt: skip
     else:

@@ -183,7 +183,9 @@ def _packed(kind: Callable[..., Any], module: nn.Linear, dtype: torch.dtype) -> 
     blocks = -(-module.weight.numel() // BLOCKSIZE)
     with torch.device("meta"):
         new = kind(module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4")
-        nested = QuantState(torch.empty(-(-blocks // NESTED_BLOCKSIZE)), code=torch.empty(256), blocksize=256)
+        nested = QuantState(
+            torch.empty(-(-blocks // NESTED_BLOCKSIZE)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+        )
         state = QuantState(
             torch.empty(blocks, dtype=torch.uint8), module.weight.shape, torch.empty(16), BLOCKSIZE, "nf4", dtype,
             torch.empty(()), nested,

@@ -259,3 +259,11 @@ def test_without_accumulation_gradients_come_with_backward(model: Model) -> None
 def test_a_policy_for_another_number_of_layers(model: Model) -> None:
     with pytest.raises(ValueError, match="layers: expected 6 policies"):
         on(model, 2 << 30, MemoryPolicy((LayerPolicy(),) * 5))
+
+
+def test_packed_weights_that_have_no_adapter_are_followed() -> None:
+    """PEFT's default for Llama adapts q and v; the others' products are bitsandbytes' own."""
+    some = fastpeft.plan(CONFIG, gpu_memory="2GiB", seq=64, targets=["q_proj", "v_proj"], largest=False)
+    every = fastpeft.plan(CONFIG, gpu_memory="2GiB", seq=64, largest=False)
+    assert some.fits and some.bytes["adapters"] < every.bytes["adapters"]
+    assert some.bytes["base, packed"] == every.bytes["base, packed"]

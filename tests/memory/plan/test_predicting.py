@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import fastpeft
 from fastpeft.bench.kept import bytes_kept
 from fastpeft.bench.planned import FAMILIES, METHODS, TILE, Case, Family, cases
-from fastpeft.memory.policy import LayerPolicy
+from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.memory.trace.composing import Peak
 from fastpeft_kernels.common.remembered import forget_remembered
 
@@ -37,6 +38,13 @@ def test_peak(case: Case) -> None:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_every_peak(case: Case) -> None:
     assert off(case) <= WITHIN
+
+
+@pytest.mark.parametrize("kind", ["selective", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("keep",))])
+def test_peak_of_layers_that_do_not_all_do_the_same(kind: Any) -> None:
+    """The embeddings' result, which the first layer keeps, is 2 % or more of it."""
+    mix = MemoryPolicy((LayerPolicy("recompute"),) * 3 + (LayerPolicy(kind),) * 3)
+    assert abs(family("llama", "lora").compare_mix(kind, mix, 128).ratio - 1) <= 0.005
 
 
 def test_cases_are_of_every_kind() -> None:
