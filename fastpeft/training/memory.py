@@ -219,11 +219,12 @@ def _planned(
     if available is not None and plan.need.host > available:
         within = planned(None, available)
         plan = within if within.fits else plan
-    chosen = plan.policy
+    chosen, limit = plan.policy, plan.host_memory
     if processes > 1 and any(layer.streamed for layer in chosen.different):
+        limit = host
         chosen = MemoryPolicy(LayerPolicy("offload", tile=max(layer.tile for layer in chosen.different)))
     chosen = replace(chosen, ring=config.memory.ring, decoded=_decoded(config.memory))
-    return plan if chosen == plan.policy else planned(chosen, plan.host_memory)
+    return plan if chosen == plan.policy else planned(chosen, limit)
 
 
 def _is_cached(config: FastpeftConfig, described: Any) -> bool:

@@ -68,7 +68,8 @@ def need(
     streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
     others = model.host + offloaded
     if host is not None and others + sum(streamed) > host and any(model.mapped):
-        policy = replace(policy, host_memory=max(0, host - others))
+        room = max(0, host - others)
+        policy = replace(policy, host_memory=room if policy.host_memory is None else min(room, policy.host_memory))
     waiting = on_disk(model, layers, policy.host_memory)
     static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
     peak = _with_optimizer(model, peak)

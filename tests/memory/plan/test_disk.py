@@ -72,8 +72,9 @@ def test_inputs_come_before_weights(model: Model) -> None:
     inputs = 6 * SEQ * 256 * 2
     assert needed(model, policy, inputs + 1000).policy.host_memory == 1000
     assert needed(model, policy, inputs - 1).host == inputs
-    limited = needed(model, replace(policy, host_memory=2000))
-    assert (limited.host, limited.policy.host_memory) == (inputs + 2000, 2000)
+    for host in (None, inputs + 3000):
+        limited = needed(model, replace(policy, host_memory=2000), host)
+        assert (limited.host, limited.policy.host_memory) == (inputs + 2000, 2000)
 
 
 def test_only_4_bit_weights_wait() -> None:
