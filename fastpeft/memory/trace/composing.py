@@ -103,6 +103,7 @@ def _whole(
         uses.setdefault(traced, []).append((policy, following))
     first = next(iter(traces.values()))
     between = first if mixed is None else mixed
+    sample = () if mixed is None else sampled(max(order) + 1, order, policies)
     found: list[Stretch] = []
     index = 0
     while index < len(first):
@@ -115,7 +116,8 @@ def _whole(
         length = 1 if stretch.phase == "backward" else _until_next(first, index)
         for policy, following in wanted if stretch.phase == "forward" else wanted[::-1]:
             found.append(traces[policy][index])
-            found += traces[following][index + 1 : index + length]
+            alike = sample[stretch.layer : stretch.layer + 2] == (policy, following)  # both do in `mixed`
+            found += (between if alike else traces[following])[index + 1 : index + length]
         index += length
     return found
 
