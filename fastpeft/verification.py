@@ -26,6 +26,7 @@ from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
 from .layers.rotary import FastRotary
 from .layers.siblings import Sibling
+from .layers.tokens import FastTokens
 from .memory.streaming.layer import check_resident
 from .verification_losses import check_losses, noisy_gradients, recorded_losses
 from .verification_modules import Check, Whole, check_layers, check_norms, check_wholes, rounding_of_heads
@@ -98,7 +99,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_resident(model)
     if not any(
-        isinstance(module, (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding)) for module in model.modules()
+        isinstance(module, (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding, FastTokens))
+        for module in model.modules()
     ):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
@@ -113,15 +115,27 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         inside = {id(wrapper.get_submodule("base_layer")) for wrapper in wrappers.values()}
         experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
         embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
-        wholes: dict[str, Whole] = {**mlps, **experts, **embeddings}
+        tokens = {path: module for path, module in model.named_modules() if isinstance(module, FastTokens)}
+        token_heads = {path: module for path, module in tokens.items() if "fastpeft_loss" in module.__dict__}
+        of_embeddings: dict[str, Whole] = {p: m for p, m in tokens.items() if p not in token_heads}
+        wholes: dict[str, Whole] = {**mlps, **experts, **embeddings, **of_embeddings}
         norms = {path: module for path, module in model.named_modules() if isinstance(module, FastNorm)}
         turns = {path: module for path, module in model.named_modules() if isinstance(module, FastRotary)}
         heads = dict(own_heads(model))
-        replaced: dict[str, nn.Module] = {**layers, **mlps, **wrappers, **embeddings, **norms, **turns, **heads}
+        replaced: dict[str, nn.Module] = {
+            **layers,
+            **mlps,
+            **wrappers,
+            **embeddings,
+            **tokens,
+            **norms,
+            **turns,
+            **heads,
+        }
         # A hook on its projections takes an MLP apart, one on a head makes logits.
-        _, traffic = recorded_step(model, {**layers, **norms, **heads}, inputs, record=True)
+        _, traffic = recorded_step(model, {**layers, **norms, **heads, **token_heads}, inputs, record=True)
         adapted_heads = {path: layer for path, layer in layers.items() if "fastpeft_loss" in layer.__dict__}
-        every_head: dict[str, nn.Module] = {**heads, **adapted_heads}
+        every_head: dict[str, nn.Module] = {**heads, **adapted_heads, **token_heads}
         with recorded_losses(every_head) as losses:
             ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
         of_losses, of_peft = check_losses(losses)
@@ -129,11 +143,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
             peft, _ = recorded_step(model, layers, inputs)
         of_heads = rounding_of_heads(heads, traffic)
         checks, rounding = check_layers(layers, traffic)
-        of_wholes, rounding_of_wholes = check_wholes(wholes, traffic_of_wholes)
+        of_wholes, rounding_of_wholes = check_wholes({**wholes, **token_heads}, traffic | traffic_of_wholes)
         of_norms = check_norms(norms, traffic)
         outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
         outputs |= of_heads
-        noisy_layers = {**layers, **experts, **embeddings, **heads}
+        noisy_layers = {**layers, **experts, **embeddings, **tokens, **heads}
         loss_noise = noisy_gradients(every_head, ONE_SIDED * of_peft["gradient"], seed)
         with suspended(replaced), noisy(noisy_layers, outputs, seed), loss_noise:
             twin, _ = recorded_step(model, layers, inputs)
@@ -141,7 +155,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     checks += of_wholes + of_norms + of_losses + _compare_models(ours, peft, twin, of_gradients)
     checked = {check.path for check in checks}
     # A frozen sibling in front of which nothing is trained is not computed by an op.
-    served = {**layers, **wholes}
+    served = {**layers, **wholes, **token_heads}
     unserved = tuple(p for p, module in served.items() if p not in checked and not isinstance(module, FrozenSibling))
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
 

@@ -19,10 +19,11 @@ from .layers.lycoris import FastLycorisLayer
 from .layers.mlp import FastMlp
 from .layers.norm import FEW, FastNorm
 from .layers.siblings import Sibling
+from .layers.tokens import FastTokens
 from .verification_states import Wide, child_copy, in_fp64, norm_in_fp64, suspended, whole_in_fp64
 
 Layer = Sibling | FastLycorisLayer
-Whole = FastMlp | FastExperts | FastEmbedding
+Whole = FastMlp | FastExperts | FastEmbedding | FastTokens
 """What is checked by itself, not with its siblings."""
 
 

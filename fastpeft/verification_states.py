@@ -23,6 +23,7 @@ from .layers.lycoris import fast_classes as lycoris_classes
 from .layers.mixing import stock_class
 from .layers.mlp import FastMlp
 from .layers.norm import FastNorm
+from .layers.tokens import FastTokens, stock_tokens
 
 
 def in_fp64(layer: nn.Module) -> nn.Module:
@@ -34,11 +35,12 @@ def in_fp64(layer: nn.Module) -> nn.Module:
     return _copied(layer, stock)
 
 
-def whole_in_fp64(module: FastMlp | FastExperts | FastEmbedding) -> nn.Module:
+def whole_in_fp64(module: FastMlp | FastExperts | FastEmbedding | FastTokens) -> nn.Module:
     """The model's own MLP over PEFT's layers, or PEFT's layer around the model's own experts or embedding, likewise."""
     if isinstance(module, FastMlp):
         return _copied(module, stock_class(FastMlp, type(module)))
-    return _copied(module, stock_wrapper() if isinstance(module, FastExperts) else stock_embedding())
+    stock = {FastExperts: stock_wrapper, FastEmbedding: stock_embedding, FastTokens: stock_tokens}
+    return _copied(module, next(make() for ours, make in stock.items() if isinstance(module, ours)))
 
 
 def norm_in_fp64(module: FastNorm) -> nn.Module:
@@ -129,7 +131,7 @@ def calm(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, and random values in every factor that is still zero; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
     four_bit = [(m, bitsandbytes.forbid_cpu_packing(m)) for m in model.modules() if bitsandbytes.is_linear_4bit(m)]
-    kinds = (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding)
+    kinds = (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding, FastTokens)
     own = [each for module in model.modules() if isinstance(module, kinds) for each in _own_parameters(module)]
     loaded_for_inference = not any(parameter.requires_grad for parameter in model.parameters())
     frozen = [parameter for parameter, _ in own] if loaded_for_inference else []

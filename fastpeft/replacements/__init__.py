@@ -13,9 +13,11 @@ from .memory import MemoryReplacement
 from .mlp import MlpReplacement
 from .norm import NormReplacement
 from .rotary import RotaryReplacement
+from .tokens import TokensReplacement
 
 REPLACEMENTS: tuple[Replacement, ...] = (
     EmbeddingReplacement(),
+    TokensReplacement(),
     ExpertsReplacement(),
     LycorisReplacement(),
     LoraReplacement(),

@@ -10,16 +10,20 @@ from torch import nn
 from ..integrations import bitsandbytes, quantised, trl
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward
 from ..integrations.peft import saved_copies
+from ..integrations.trainable_tokens import token_layers
 from ..integrations.transformers import is_model_class, output_head, takes_labels
 from ..layers.bypass import own_class
 from ..layers.head import FastHead, make_head, unmake_head
 from ..layers.head_call import FEW, LossCalls
 from ..layers.log_probs import THEIRS, TrlHeads, log_probs
 from ..layers.lora import FastLoraLayer
+from ..layers.tokens import FastTokens
 from .base import Left, Match
 
 OP = "loss without logits"
 CALLS = "fastpeft_loss"
+LAZY = (FastLoraLayer, FastTokens, FastHead)
+"""Classes of ours whose forward gives lazy logits."""
 
 
 class LossReplacement:
@@ -41,7 +45,7 @@ class LossReplacement:
         head = output_head(module)
         if head is None:
             return None
-        heads = saved_copies(head) or [head]
+        heads = _called(head)
         reasons = [reason for each in heads if (reason := _why_not_a_head(each)) is not None]
         return Left(reasons[0]) if reasons else Match(OP, heads)
 
@@ -53,7 +57,7 @@ class LossReplacement:
         calls = others[0] if others else LossCalls()
         module.__dict__[CALLS] = calls
         for head in proved.found:
-            if not isinstance(head, (FastLoraLayer, FastHead)):
+            if not isinstance(head, LAZY):
                 make_head(head)
             elif isinstance(base := head._modules.get("base_layer"), FastHead):  # it has got adapters since
                 unmake_head(base)
@@ -64,7 +68,7 @@ class LossReplacement:
         if calls is None or not is_model_class(type(module)):
             return None
         head = output_head(module)
-        heads = [] if head is None else saved_copies(head) or [head]
+        heads = [] if head is None else _called(head)
         return Match(OP, heads) if heads and all(each.__dict__.get(CALLS) is calls for each in heads) else None
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
@@ -136,12 +140,17 @@ def _calls_of(owner: Any) -> LossCalls | None:
     return owner if isinstance(owner, LossCalls) else None
 
 
+def _called(head: nn.Module) -> list[nn.Module]:
+    """What PEFT calls in the head's place, or the head."""
+    return saved_copies(head) or token_layers(head) or [head]
+
+
 def _why_not_a_head(head: nn.Module) -> str | None:
     """Why a module that gives logits cannot be asked for hidden states instead."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     name = type(head).__name__
-    if isinstance(head, (FastHead, FastLoraLayer)):
+    if isinstance(head, LAZY):
         return None
     if isinstance(head, BaseTunerLayer):
         return f"a head of type {name}, which is not accelerated itself"

@@ -13,8 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..common.tables import table_on
 from . import mixed_native
-from .mixed_rows import owners_of, table_on
+from .mixed_rows import owners_of
 from .projection import Group, LoraAdapter, Packed
 
 

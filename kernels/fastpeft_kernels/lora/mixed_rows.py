@@ -6,7 +6,7 @@ What depends on the numbers of a batch alone is made once and kept on the device
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -15,6 +15,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from ..common.tables import table_on
 from .projection import Group
 
 
@@ -222,15 +223,6 @@ def _blocks(index: tuple[int, ...], each: int, most: int, multiple: int, device:
     return table_on(device, [line for lines in found for line in lines], torch.int32), table_on(
         device, starts, torch.int32
     )
-
-
-def table_on(
-    device: torch.device, numbers: Sequence[float] | Sequence[tuple[int, ...]], dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """A tensor of these, without waiting for a GPU."""
-    with torch.inference_mode(False):
-        values = torch.tensor(numbers, dtype=dtype, device="cpu")
-        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,75 @@
+"""Both ops for autograd, in PyTorch's operations: lookups and library products, which run at the memory's speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common.device import autocast_off
+from ..common.tracing import as_op
+
+
+class TokenEmbedding(torch.autograd.Function):
+    """Keeps each id's place among the trained rows."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, ids: Tensor, weight: Tensor, rows: Tensor, index: Tensor, padding_idx: int | None
+    ) -> Tensor:
+        y, count = F.embedding(ids, weight), rows.shape[0]
+        place_of_word = index.new_full((weight.shape[0],), count)
+        place_of_word = place_of_word.index_copy(0, index, torch.arange(count, device=index.device))
+        places = place_of_word[ids]
+        ctx.count, ctx.dtype = count, rows.dtype
+        ctx.save_for_backward(places if padding_idx is None else places.masked_fill(ids == padding_idx, count))
+        trained = F.embedding(places.clamp(max=count - 1), rows.to(weight.dtype))
+        return torch.where((places < count)[..., None], trained, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        (places,) = ctx.saved_tensors
+        d_rows = None
+        if ctx.needs_input_grad[2]:
+            wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+            # Ids whose row is frozen have the place behind the last, which as padding is passed over.
+            sums = torch.ops.aten.embedding_dense_backward(wide, places, ctx.count + 1, ctx.count, False)
+            d_rows = sums[: ctx.count].to(ctx.dtype)
+        return None, None, d_rows, None, None
+
+
+class TokenLinear(torch.autograd.Function):
+    """Keeps x; the gradient of the result is not written to."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, rows: Tensor, index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.dtype = dtype
+        with autocast_off(x.device):
+            wide = x.to(dtype)
+            y, columns = F.linear(wide, weight.to(dtype)), F.linear(wide, rows.to(dtype))
+            y = y.index_copy(-1, index, columns) if as_op() else y.index_copy_(-1, index, columns)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, rows, index)
+        ctx.dtype_of_x = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        x, weight, rows, index = ctx.saved_tensors
+        dx = d_rows = None
+        flat = dy.reshape(-1, dy.shape[-1])
+        with autocast_off(dy.device):
+            of_tokens = flat.index_select(1, index)
+            if ctx.needs_input_grad[0]:
+                change = rows.to(ctx.dtype) - weight.index_select(0, index).to(ctx.dtype)
+                wide = torch.addmm(torch.mm(flat, weight.to(ctx.dtype)), of_tokens, change)
+                dx = wide.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtype_of_x)
+            if ctx.needs_input_grad[2]:
+                d_rows = torch.mm(of_tokens.t(), x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(rows.dtype)
+        return dx, None, d_rows, None, None
