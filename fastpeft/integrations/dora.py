@@ -10,6 +10,7 @@ import torch
 from fastpeft_kernels.lora import Dtypes, LoraAdapter
 
 from ..layers.bypass import why_not_bypassed
+from .transformers import is_conv1d
 
 _VARIANT = ("peft.tuners.lora.variants", "DoraLinearVariant")
 
@@ -64,8 +65,8 @@ def _why_not(
         return "the forward of DoRA was replaced by another library"
     if adapter.bias is not None:
         return "DoRA with a bias in lora_B"
-    if module.fan_in_fan_out:
-        return "DoRA over a transposed weight (fan_in_fan_out)"
+    if module.fan_in_fan_out != is_conv1d(layer.get_base_layer()):
+        return "a fan_in_fan_out of DoRA that is not the weight's"
     if stock.ENABLE_DORA_CACHING and not module.training:
         return "norms of DoRA are cached (peft.helpers.DoraCaching)"
     if adapter.dropout and not layer.training:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fastpeft
 from fastpeft_kernels.common.random import CounterDropout, draw_seed
@@ -53,6 +54,29 @@ def test_models(name: str) -> None:
     assert all("DoRA" in row.note for row in mlp_rows(model))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("base", [torch.float32, pytest.param(BF16, marks=full)], ids=str)
+def test_weights_that_lie_transposed(base: torch.dtype, autocast: bool) -> None:
+    """GPT-2's Conv1D, (in, out): norms are of each output's weights, as everywhere."""
+    model = dora("gpt2", base)
+    layer = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
+    assert layer.base_layer.weight.shape == (64, 192)
+    assert layer.lora_magnitude_vector["default"].weight.shape == (192,)
+    inputs = batch(model)
+    exact = truth(model, inputs)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        assert_served(model, inputs, exact)
+
+
+def test_norms_of_the_other_axis_are_peft_s() -> None:
+    """Which somebody has asked for, of a square weight."""
+    peft = trained(get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(target_modules=["0"], use_dora=True)))
+    peft.base_model.model[0].lora_magnitude_vector["default"].fan_in_fan_out = True
+    ours, x = fastpeft.accelerate(copy.deepcopy(peft)), torch.randn(5, 16)
+    torch.testing.assert_close(ours(x), peft(x), rtol=0.0, atol=0.0)
+    assert "a fan_in_fan_out of DoRA that is not the weight's" in notes(ours)
+
+
 @pytest.mark.parametrize("nested", [True, pytest.param(False, marks=full)])
 def test_over_four_bits(nested: bool) -> None:
     model = trained(make_quantised(double_quant=nested, lora={"use_dora": True}))
@@ -90,11 +114,14 @@ def test_checkpointing_with_dropout(use_reentrant: bool) -> None:
     assert steps[0].equals(steps[1]) and not notes(model)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, lambda nx, nf: Conv1D(nf, nx)], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dropout_is_peft_s_formula(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_peft_s_formula(
+    autocast: bool, kind: Callable[[int, int], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is dropped is dropped of the base layer's input too, except where it has no gain."""
     config = LoraConfig(r=4, target_modules=["0"], use_dora=True, lora_dropout=0.4, init_lora_weights=False)
-    peft = trained(get_peft_model(nn.Sequential(nn.Linear(32, 24)), config).train())
+    peft = trained(get_peft_model(nn.Sequential(kind(32, 24)), config).train())
     ours = fastpeft.accelerate(copy.deepcopy(peft))
     x, dy = torch.randn(65, 32), torch.randn(65, 24)
 
@@ -143,8 +170,9 @@ def test_beside_a_plain_adapter() -> None:
     assert "adapter 'default' is DoRA, and others are active with it" in notes(model)
 
 
-def test_merging_disabling_and_unloading() -> None:
-    model = dora().eval()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_disabling_and_unloading(name: str) -> None:
+    model = dora(name).eval()
     plain, inputs = copy.deepcopy(model), batch(model)
     fastpeft.accelerate(model)
     with torch.no_grad():
@@ -215,6 +243,7 @@ def test_compiled() -> None:
         torch.testing.assert_close(gradient, eager.gradients[name.removeprefix("_orig_mod.")])
 
 
-def test_verify() -> None:
-    model = fastpeft.accelerate(dora())
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_verify(name: str) -> None:
+    model = fastpeft.accelerate(dora(name))
     assert fastpeft.verify(model, batch(model)).passed

@@ -17,10 +17,12 @@ F32, F16 = torch.float32, torch.float16
 
 @pytest.mark.parametrize("rank", [1, 20, 70])
 @pytest.mark.parametrize(("weight", "lora"), [(F32, F32), (F16, F16), (F16, F32)])
-def test_norms(rank: int, weight: torch.dtype, lora: torch.dtype) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_norms(rank: int, weight: torch.dtype, lora: torch.dtype, turned: bool) -> None:
     from fastpeft_kernels.lora.dora_triton import row_norms_triton
 
-    w, up, a = torch.randn(37, 150).to(weight), torch.randn(37, rank).to(lora), torch.randn(rank, 150).to(lora)
+    w = (torch.randn(150, 37).t() if turned else torch.randn(37, 150)).to(weight)
+    up, a = torch.randn(37, rank).to(lora), torch.randn(rank, 150).to(lora)
 
     def norms(w: Tensor, up: Tensor, a: Tensor) -> Tensor:
         return (w + up @ a).norm(dim=1)
