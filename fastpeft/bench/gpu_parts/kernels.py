@@ -35,6 +35,7 @@ def _suites() -> dict[str, Callable[[], Iterable[Check]]]:
     from fastpeft_kernels.norm import gpu as norm
     from fastpeft_kernels.quant import gpu as quant
     from fastpeft_kernels.rope import gpu as rope
+    from fastpeft_kernels.tokens import gpu as tokens
     from fastpeft_kernels.weights import gpu_decode as weights
 
     suites = {"attention": attention, "fp8": fp8, "quant": quant, "activation": activation, "lora": lora, "mlp": mlp}
@@ -47,6 +48,7 @@ def _suites() -> dict[str, Callable[[], Iterable[Check]]]:
         "lycoris": lycoris,
         "norm": norm,
         "rope": rope,
+        "tokens": tokens,
         "weights": weights,
     }
     return {op: suite.checks for op, suite in suites.items()}
