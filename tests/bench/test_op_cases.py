@@ -25,6 +25,7 @@ from fastpeft.bench.ops import (
     norm,
     preference,
     rope,
+    tokens,
 )
 from fastpeft.bench.ops.case import DIRECTIONS, Floor, Inputs, OpCase
 from fastpeft.bench.ops.checking import results, truth
@@ -40,6 +41,7 @@ KINDS = (
 )
 MODULES = (
     *(activation, attention, cross_entropy, distillation, embedding, experts, loss, lycoris, norm, preference, rope),
+    tokens,
 )
 
 
@@ -59,6 +61,7 @@ CASES: list[OpCase] = [
     activation.case(TINY, 24, F32),
     activation.case(TINY._replace(activation="gelu", gated=False), 24, F32),
     embedding.case(TINY, 24, 4, F32),
+    tokens.case(TINY, 24, 4, F32),
     *(lycoris.case(TINY, kind, 24, 4, F32) for kind in ("LoHa", "LoKr")),
     experts.case(experts.Mixture("tiny", 32, 24, 4, 2), 24, 4, F32),
 ]
