@@ -76,7 +76,7 @@ class FastTokens(NamedAsPeft, SeenMerges, Counting, nn.Module):
         return found
 
     def base_parameter(self) -> nn.Parameter | None:
-        return self.get_submodule("base_layer")._parameters["weight"]
+        return self.get_submodule("base_layer")._parameters.get("weight")
 
     def leave(self) -> None:
         """This instance as it was before, but for its class."""
