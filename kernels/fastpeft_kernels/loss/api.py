@@ -101,7 +101,8 @@ def linear_cross_entropy(
     counted = flat != ignore_index
     safe = torch.where(counted, flat, 0)
     wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct, mean=mean_logits)
-    found = _compute(hidden, head, safe, counted, summed, wants)
+    keep = reduction != "none" and not log_probs
+    found = _compute(hidden, head, safe, counted, summed, wants, keep)
     total = found.total if wants.total else None
     losses = token_losses(found.nll, found.lse, total, options, class_weight, safe, head.words)
     losses = torch.where(counted, losses, 0.0)
@@ -122,7 +123,13 @@ def _mean(total: Tensor, counted: Tensor, words: int) -> Tensor:
 
 
 def _compute(
-    hidden: Tensor, head: Head, labels: Tensor, counted: Tensor, class_weight: Tensor | None, wants: Wants
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    counted: Tensor,
+    class_weight: Tensor | None,
+    wants: Wants,
+    keep: bool,
 ) -> Outputs:
     trained_weight, stored = trained_and_stored(head.weight)
     dtype, low_dtype = compute_dtype(hidden), hidden.dtype if head.s is None else compute_dtype(head.s)
@@ -131,5 +138,5 @@ def _compute(
     trained = Trained(rows, trained_weight, head.bias, s, head.b)
     op = as_op()
     computed = None if op else computed_tokens(counted)
-    fixed = Fixed(labels, computed, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants)
+    fixed = Fixed(labels, computed, class_weight, stored, head.scale, head.softcap, dtype, low_dtype, wants, keep)
     return (custom_op if op else autograd).apply(trained, fixed)

@@ -14,7 +14,9 @@ from .problem import Needs
 
 
 class FusedLoss(torch.autograd.Function):
-    """Keeps the gradients of rows, or else the inputs and three numbers a token; no logits."""
+    """Keeps the gradients of rows, and for a trained head the inputs and three numbers a token; logits as far as they
+    lie where the weight's gradient will.
+    """
 
     @staticmethod
     def forward(ctx, fixed: Fixed, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -37,8 +39,9 @@ class FusedLoss(torch.autograd.Function):
         if not given:
             return (None,) * 6
         saved = ctx.saved_tensors
-        kept, trained, fixed = Kept(*saved[:6]), Trained(*saved[6:11]), Fixed(*saved[11:], *ctx.fixed)
-        if fixed.stored is not None and reads_weight(kept, d_lse):
+        first, second = len(Kept._fields), len(Kept._fields) + len(Trained._fields)
+        kept, trained, fixed = Kept(*saved[:first]), Trained(*saved[first:second]), Fixed(*saved[second:], *ctx.fixed)
+        if fixed.stored is not None and reads_weight(kept, d_lse, d_total):
             fixed.stored.check_unchanged(ctx.stamp)
         spend = not graph_is_kept(given[0].device)
         return None, *compute_backward(trained, fixed, ctx.needs, kept, d_nll, d_lse, d_total, spend)

@@ -11,10 +11,11 @@ from ..common.device import product_dtype
 from ..lora.autograd import in_use
 from ..weights import DenseWeight, FrozenWeight
 from .forward import forward
-from .label_rows import label_rows
+from .kept_logits import KeptLogits
+from .label_rows import label_rows, summed_rows
 from .online import scaled_rows
 from .problem import Needs, Problem, Wants
-from .recompute import recompute
+from .recompute import Known, token_gradients, word_blocks, word_gradients
 
 
 class Fixed(NamedTuple):
@@ -23,6 +24,7 @@ class Fixed(NamedTuple):
     Attributes:
         stored: the weight; None where it is trained.
         dtype, low_dtype: of the products, wherever the device multiplies these fast.
+        keep: whether the memory of a trained weight's gradient may be taken in the forward pass, for logits.
     """
 
     labels: Tensor
@@ -34,6 +36,7 @@ class Fixed(NamedTuple):
     dtype: torch.dtype
     low_dtype: torch.dtype
     wants: Wants
+    keep: bool = False
 
 
 class Trained(NamedTuple):
@@ -57,7 +60,11 @@ class Outputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """For backward: the first three where `forward` made the gradients of rows, else the last three."""
+    """For backward: the first three where `forward` made the gradients of rows, the next where `recompute` makes any.
+
+    Attributes:
+        logits: the memory of `KeptLogits`, or None.
+    """
 
     d_hidden: Tensor | None = None
     d_s: Tensor | None = None
@@ -65,33 +72,42 @@ class Kept(NamedTuple):
     top: Tensor | None = None
     inverse: Tensor | None = None
     others: Tensor | None = None
+    logits: Tensor | None = None
 
 
-def online(needs: Needs, wants: Wants) -> bool:
-    """Whether `forward` makes the gradients: where none but of hidden and s are wanted, and of nll and lse alone."""
-    return not (needs.weight or needs.bias or needs.b or wants.total)
+def online(needs: Needs, wants: Wants, softcap: float | None) -> bool:
+    """Whether `forward` makes the gradients of hidden and s: total's depends on the logits where they have a cap."""
+    return needs.of_tokens and not (wants.total and softcap is not None)
+
+
+def again(needs: Needs, rows: bool) -> bool:
+    """Whether backward makes logits once more, with gradients of rows from `forward` or without."""
+    return needs.of_words or (needs.of_tokens and not rows)
 
 
 def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept]:
     """Forward, with what backward reads where `needs` asks for any gradient."""
-    problem, rows = _problem(trained, fixed), online(needs, fixed.wants)
+    problem, rows = _problem(trained, fixed), online(needs, fixed.wants, fixed.softcap)
+    memory = KeptLogits.room(problem) if fixed.keep and needs.weight else None
+    logits = None if memory is None else KeptLogits(memory, problem, word_blocks(problem, needs).words)
     with in_use((problem,)):
-        found = forward(problem, fixed.wants, needs if rows else Needs())
+        found = forward(problem, fixed.wants, needs if rows else Needs(), logits)
     outputs = Outputs(found.nll, found.lse, found.total, found.entropy, found.correct)
-    if not any(needs):
-        return outputs, Kept()
+    kept = Kept(logits=memory)
     if rows:
-        return outputs, Kept(found.rows.hidden, found.rows.s, found.slope)
-    return outputs, Kept(top=found.top, inverse=found.inverse, others=found.others)
+        kept = kept._replace(d_hidden=found.rows.hidden, d_s=found.rows.s, slope=found.slope)
+    if again(needs, rows):
+        kept = kept._replace(top=found.top, inverse=found.inverse, others=found.others)
+    return outputs, kept
 
 
 def read_by_backward(trained: Trained, kept: Kept) -> Trained:
-    return trained if kept.slope is None else Trained(None, None, None, None, trained.b)
+    return trained if kept.top is not None else Trained(None, None, None, None, trained.b)
 
 
-def reads_weight(kept: Kept, d_lse: Tensor | None) -> bool:
+def reads_weight(kept: Kept, d_lse: Tensor | None, d_total: Tensor | None) -> bool:
     """Whether `compute_backward` does."""
-    return kept.slope is None or d_lse is not None
+    return kept.top is not None or d_lse is not None or d_total is not None
 
 
 def compute_backward(
@@ -111,45 +127,73 @@ def compute_backward(
         d_nll, d_lse, d_total: (tokens,), zero where one is not computed; None for zeros, but not all.
         spend: whether what is kept may be overwritten.
     """
+    hidden = weight = bias = s = b = None
     if kept.slope is not None:
-        return _scale_rows(trained, fixed, kept, d_nll, d_lse, spend)
-    problem = _problem(trained, fixed)
-    assert kept.top is not None and kept.inverse is not None and kept.others is not None
-    with in_use((problem,)):
-        found = recompute(problem, needs, kept.top, kept.inverse, kept.others, d_nll, d_lse, d_total)
-    pairs = zip(found, trained, strict=True)
-    return Trained(*(None if grad is None or t is None else grad.to(t.dtype) for grad, t in pairs))
+        hidden, s = _scale_rows(trained, fixed, kept, d_nll, d_lse, d_total, spend)
+    if kept.top is not None and kept.inverse is not None and kept.others is not None:
+        problem = _problem(trained, fixed)
+        known = Known(kept.top, kept.inverse, kept.others, d_nll, d_lse, d_total)
+        with in_use((problem,)):
+            if needs.of_tokens and kept.slope is None:
+                rows = token_gradients(problem, needs, known)
+                hidden, s = rows.hidden, rows.s
+            if needs.of_words:
+                sums = word_gradients(problem, needs, known, kept.logits, spend)
+                weight, bias, b = sums.weight, sums.bias, sums.b
+    if s is not None and trained.s is not None:
+        s = s.to(trained.s.dtype)
+    return Trained(hidden, weight, bias, s, b)
 
 
 def _scale_rows(
-    trained: Trained, fixed: Fixed, kept: Kept, d_nll: Tensor | None, d_lse: Tensor | None, spend: bool
-) -> Trained:
-    """d nll = rows, and d lse = rows + slope * (the label's row)."""
+    trained: Trained,
+    fixed: Fixed,
+    kept: Kept,
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    d_total: Tensor | None,
+    spend: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """d nll = rows, d lse = rows + slope * (the label's row), d total = scale * (the sum of all rows)."""
     factor = d_nll if d_lse is None else d_lse if d_nll is None else d_nll + d_lse
+    factor = torch.zeros_like(d_total) if factor is None and d_total is not None else factor
     of_label = None if d_lse is None or kept.slope is None else d_lse * kept.slope
-    assert factor is not None and fixed.stored is not None
+    assert factor is not None
     hidden = s = None
     if kept.d_hidden is not None:
-        with in_use((Held(fixed.stored),)):
-            rows = label_rows(fixed.stored, fixed.labels, fixed.dtype)
-            hidden = scaled_rows(kept.d_hidden, factor, of_label, rows, spend)
+        weight = _weight(trained, fixed)
+        with in_use((Held(weight),)):
+            rows, every = label_rows(weight, fixed.labels, fixed.dtype), None
+            if d_total is not None:
+                every = d_total * fixed.scale, summed_rows(weight, fixed.class_weight, fixed.dtype, factor.dtype)
+            hidden = scaled_rows(kept.d_hidden, factor, of_label, rows, spend, every)
     if kept.d_s is not None and trained.b is not None:
-        whole = slice(0, fixed.labels.shape[0])
-        s = scaled_rows(kept.d_s, factor, of_label, [(whole, trained.b.index_select(0, fixed.labels))], spend)
-    return Trained(hidden, None, None, s, None)
+        whole, every = slice(0, fixed.labels.shape[0]), None
+        if d_total is not None:
+            b = DenseWeight(trained.b.detach())
+            every = d_total * fixed.scale, summed_rows(b, fixed.class_weight, b.dtype, factor.dtype)
+        labels = [(whole, trained.b.index_select(0, fixed.labels))]
+        s = scaled_rows(kept.d_s, factor, of_label, labels, spend, every)
+    return hidden, s
 
 
 class Held(NamedTuple):
     weight: FrozenWeight
 
 
+def _weight(trained: Trained, fixed: Fixed) -> FrozenWeight:
+    if trained.weight is not None:
+        return DenseWeight(trained.weight.detach())
+    assert fixed.stored is not None
+    return fixed.stored
+
+
 def _problem(trained: Trained, fixed: Fixed) -> Problem:
-    hidden, weight, bias, s, b = (None if t is None else t.detach() for t in trained)
-    frozen = fixed.stored if weight is None else DenseWeight(weight)
-    assert hidden is not None and frozen is not None
+    hidden, _, bias, s, b = (None if t is None else t.detach() for t in trained)
+    assert hidden is not None
     return Problem(
         hidden,
-        frozen,
+        _weight(trained, fixed),
         fixed.labels,
         fixed.computed,
         None if bias is None else bias.contiguous(),

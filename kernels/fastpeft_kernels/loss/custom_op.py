@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..common.traced_json import parsed, to_json
 from ..weights import FrozenWeight, unflatten_weight
-from .call import Fixed, Kept, Outputs, Trained, compute, compute_backward, online, read_by_backward
+from .call import Fixed, Kept, Outputs, Trained, again, compute, compute_backward, online, read_by_backward
 from .problem import Needs, Wants
 
 _OUTPUTS = len(Outputs._fields)
+_KEPT = len(Kept._fields)
 _TRAINED = len(Trained._fields)
 
 
@@ -92,22 +93,23 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     wide, wanted, needed = torch.promote_types(dtype, torch.float32), Wants(*wants), Needs(*needs)
-    rows, any_needed = online(needed, wanted), any(needs)
+    made = online(needed, wanted, softcap)
+    again_needed = again(needed, made)
 
     def numbers(there: bool = True, dtype: torch.dtype = wide) -> Tensor:
         return hidden.new_empty(labels.shape[0], dtype=dtype) if there else hidden.new_empty(0)
 
-    again = any_needed and not rows
     return [
         numbers(),
         numbers(),
         numbers(wanted.sums),
         numbers(wanted.entropy),
         numbers(wanted.correct, torch.bool),
-        hidden.new_empty(hidden.shape) if rows and needed.hidden else hidden.new_empty(0),
-        s.new_empty(s.shape) if rows and needed.s and s is not None else hidden.new_empty(0),
-        numbers(rows and any_needed),
-        *(numbers(again) for _ in range(3)),
+        hidden.new_empty(hidden.shape) if made and needed.hidden else hidden.new_empty(0),
+        s.new_empty(s.shape) if made and needed.s and s is not None else hidden.new_empty(0),
+        numbers(made),
+        *(numbers(again_needed) for _ in range(3)),
+        hidden.new_empty(0),
     ]
 
 
@@ -156,7 +158,8 @@ def _(
     *_: Any,
 ) -> list[Tensor]:
     needs, found = _[-1], Kept(*kept)
-    of = (hidden, weight, bias, s, b) if found.slope is None else (found.d_hidden, None, None, found.d_s, None)
+    made = found.slope is not None
+    of = (found.d_hidden if made else hidden, weight, bias, found.d_s if made else s, b)
     return [t.new_empty(t.shape) for t, flag in zip(of, needs, strict=True) if flag and t is not None]
 
 
@@ -164,8 +167,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     *trained, labels, class_weight, stored, layout, scale, softcap, dtype, low_dtype, wants, needs = inputs
     ctx.numbers = (layout, scale, softcap, dtype, low_dtype, wants, needs)
-    rows = online(Needs(*needs), Wants(*wants))
-    there = [rows and needs[0], rows and needs[3], rows, *[not rows] * 3]
+    needed = Needs(*needs)
+    made = online(needed, Wants(*wants), softcap)
+    there = [made and needed.hidden, made and needed.s, made, *[again(needed, made)] * 3, False]
     kept = Kept(*(t if flag else None for t, flag in zip(output[_OUTPUTS:], there, strict=True)))
     ctx.stored = len(stored)
     ctx.save_for_backward(*kept, *read_by_backward(Trained(*trained), kept), labels, class_weight, *stored)
@@ -173,7 +177,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    kept, tensors, stored = saved[:6], saved[6 : 6 + _TRAINED + 2], saved[6 + _TRAINED + 2 :]
+    after = _KEPT + _TRAINED + 2
+    kept, tensors, stored = saved[:_KEPT], saved[_KEPT:after], saved[after:]
     needs, rest = ctx.numbers[-1], (None, None, [None] * ctx.stored, *[None] * 7)
     if all(gradient is None for gradient in gradients[:3]):
         return (*[None] * _TRAINED, *rest)

@@ -15,7 +15,7 @@ from .problem import Needs
 
 
 class FusedDistillation(torch.autograd.Function):
-    """Keeps the gradients of rows, or else the inputs and five or eight numbers a token; no logits."""
+    """Keeps the gradients of rows, and for a trained head the inputs and five or eight numbers a token; no logits."""
 
     @staticmethod
     def forward(ctx, fixed: Fixed, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]

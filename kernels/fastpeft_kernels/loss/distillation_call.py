@@ -68,33 +68,24 @@ class Outputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """For backward: the gradients of rows where forward made them, else what is known of each computed token."""
+    """For backward: the gradients of rows, and what is known of each computed token for those of the head."""
 
     d_hidden: Tensor | None = None
     d_s: Tensor | None = None
     known: Tensor | None = None
 
 
-def makes_rows(needs: Needs) -> bool:
-    """Whether forward makes the gradients: where none but of hidden and s are wanted."""
-    return not (needs.weight or needs.bias or needs.b)
-
-
 def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept]:
     """Forward, with what backward reads where `needs` asks for any gradient."""
     student, teacher = _student(trained, fixed), _teacher(fixed)
     with in_use((student, *_streamed(teacher))):
-        found = distil(student, teacher, fixed.counted, fixed.soft, needs if makes_rows(needs) else Needs())
+        found = distil(student, teacher, fixed.counted, fixed.soft, needs)
     losses = fixed.soft.divergence_weight * found.divergence
     if found.nll is not None:
         losses = losses + fixed.soft.cross_entropy_weight * found.nll
     outputs = Outputs(losses, found.divergence, found.nll)
-    if not any(needs):
-        return outputs, Kept()
-    if makes_rows(needs):
-        d_s = None if found.sums.s is None or trained.s is None else found.sums.s.to(trained.s.dtype)
-        return outputs, Kept(found.sums.hidden, d_s)
-    return outputs, Kept(known=found.known)
+    d_s = None if found.sums.s is None or trained.s is None else found.sums.s.to(trained.s.dtype)
+    return outputs, Kept(found.sums.hidden, d_s, found.known if needs.of_words else None)
 
 
 def read_by_backward(trained: Trained, tensors: Sequence[Any], kept: Kept) -> list[Tensor | None]:
@@ -112,16 +103,14 @@ def compute_backward(
         trained, fixed: their tensors are read only where kept.known is given.
         spend: whether what is kept may be overwritten.
     """
+    rows = (None if x is None else scaled_rows(x, d_losses, None, (), spend) for x in (kept.d_hidden, kept.d_s))
+    hidden, s = rows
     if kept.known is None:
-        rows = (None if x is None else scaled_rows(x, d_losses, None, (), spend) for x in (kept.d_hidden, kept.d_s))
-        hidden, s = rows
         return Trained(hidden, None, None, s, None)
     student, teacher = _student(trained, fixed), _teacher(fixed)
     with in_use((student, *_streamed(teacher))):
         sums = distil_again(student, teacher, fixed.counted, fixed.soft, needs, kept.known, d_losses)
-    found = (sums.hidden, sums.weight, sums.bias, sums.s, sums.b)
-    pairs = zip(found, trained, strict=True)
-    return Trained(*(None if grad is None or t is None else grad.to(t.dtype) for grad, t in pairs))
+    return Trained(hidden, sums.weight, sums.bias, s, sums.b)
 
 
 def _student(trained: Trained, fixed: Fixed) -> Problem:

@@ -3,8 +3,8 @@
 Forward, the logits of some tokens under all words lie in memory at once: the gradient needs both distributions' sums
 over all words, and softmax's numerators cannot stand for its probabilities until then, as in `online`, because q - p
 would be the difference of two sums of rounded numbers. So three products are all where the head is frozen: both logits,
-and the gradient of hidden. Where the head is trained, all gradients are made in backward with both logits made once
-more, six products; there all tokens are under one chunk of words where the gradient of the weight is narrow.
+and the gradient of hidden. For the gradients of a trained head both logits are made once more in backward, six
+products.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from . import divergence_op
-from .blocks import Blocks, choose_blocks, choose_whole_rows
+from .blocks import Blocks, choose_whole_rows
 from .divergence_op import KEPT
 from .hard_labels import HardLabels
 from .logit_map import LogitMap
 from .problem import Needs, Problem, Vocabulary, token_blocks
+from .recompute import repeated_blocks, word_blocks
 from .statistics import statistics
-from .sums import Sums
+from .sums import TokenSums, WordSums
 from .teachers import Given, TeacherHead
 
 
@@ -48,7 +49,7 @@ class Result:
     divergence: Tensor
     nll: Tensor | None
     known: Tensor
-    sums: Sums
+    sums: TokenSums
 
 
 def distil(student: Problem, teacher: Given | TeacherHead, counted: Tensor | None, soft: Soft, needs: Needs) -> Result:
@@ -58,7 +59,7 @@ def distil(student: Problem, teacher: Given | TeacherHead, counted: Tensor | Non
         counted: (tokens,) bool where all are computed and not all count, or None.
     """
     row = student.words * (student.dtype.itemsize + teacher.dtype.itemsize)
-    decoded = teacher.bytes_a_word > 0 or not student.weight.is_ready(student.dtype)
+    decoded = teacher.sizes.word > 0 or not student.weight.is_ready(student.dtype)
     blocks = choose_whole_rows(student.tokens, student.words, row, student.device, decoded=decoded)
     vocabulary, room = Vocabulary(student, blocks, whole=True), teacher.room(blocks, student.words, whole=True)
     maps = (student.map_of(0, student.words), teacher.map_of(0, student.words))
@@ -74,12 +75,12 @@ def distil(student: Problem, teacher: Given | TeacherHead, counted: Tensor | Non
             found = statistics(raw, tokens.labels, -1, None, False, "auto", maps[0])
             known[KEPT:] = torch.stack([found.top, found.inverse, found.others])
             student.put(result.nll, tokens.first, found.nll if counts is None else torch.where(counts, found.nll, 0.0))
-        if any(needs):
+        if needs.of_tokens:
             ones = torch.ones_like(values) if counts is None else counts.to(values.dtype)
             _to_gradient(raw, teacher_raw, maps, student.scale, soft, tokens.labels, 0, known, ones)
-            result.sums.begin(tokens.first, tokens.last)
+            result.sums.begin(tokens)
             for words in vocabulary:
-                result.sums.add(raw[:, words.first : words.last], tokens, words)
+                result.sums.add(raw[:, words.first : words.last], words)
             result.sums.finish()
     return result
 
@@ -92,31 +93,28 @@ def distil_again(
     needs: Needs,
     known: Tensor,
     d_losses: Tensor,
-) -> Sums:
-    """The gradients of sum_t d_losses losses, with both logits made once more.
+) -> WordSums:
+    """The gradients of sum_t d_losses losses in weight, bias and b, with both logits made once more.
 
     Args:
         known: of `Result`.
         d_losses: (tokens,).
     """
-    # As in `recompute`.
-    weight_dtype = student.weight.dtype
-    narrow = needs.weight and weight_dtype.itemsize < student.wide.itemsize
-    sizes = student.sizes(sums=needs.hidden and not narrow, weight_sums=narrow and weight_dtype != student.dtype)
-    sizes = sizes._replace(logit=sizes.logit + teacher.dtype.itemsize, word=sizes.word + teacher.bytes_a_word)
-    blocks = choose_blocks(student.tokens, student.words, sizes, student.device, whole=narrow)
+    blocks = word_blocks(student, needs, teacher.sizes)
     vocabulary, room = Vocabulary(student, blocks), teacher.room(blocks, student.words, whole=False)
-    sums = Sums(student, needs, blocks, weight_dtype)
+    sums = WordSums(student, needs, blocks, None)
     factors = (d_losses if counted is None else torch.where(counted, d_losses, 0.0)).to(known.dtype)
-    for tokens in token_blocks(student, blocks):
-        of_block = known[:, tokens.first : tokens.last], student.of(factors, tokens.first, tokens.last)
-        sums.begin(tokens.first, tokens.last)
-        for words, teacher_raw in zip(vocabulary, room.chunks(tokens.first, tokens.last), strict=True):
-            raw = vocabulary.raw(tokens, words)
-            maps = (student.map_of(words.first, words.last), teacher.map_of(words.first, words.last))
-            _to_gradient(raw, teacher_raw, maps, student.scale, soft, tokens.labels, words.first, *of_block)
+    factors = student.of(factors, 0, student.tokens)
+    again = repeated_blocks(student, blocks)
+    for words, teacher_logits in zip(vocabulary, room, strict=True):
+        maps = (student.map_of(words.first, words.last), teacher.map_of(words.first, words.last))
+        for tokens in again():
+            place = slice(tokens.first, tokens.last)
+            raw, teacher_raw = vocabulary.raw(tokens, words), teacher_logits(tokens.first, tokens.last)
+            of_block = (tokens.labels, words.first, known[:, place], factors[place])
+            _to_gradient(raw, teacher_raw, maps, student.scale, soft, *of_block)
             sums.add(raw, tokens, words)
-        sums.finish()
+        sums.finish(words)
     return sums
 
 
@@ -156,5 +154,5 @@ def _room(student: Problem, teacher: Given | TeacherHead, blocks: Blocks, soft: 
         divergence=student.empty(dtype=wide),
         nll=student.empty(dtype=wide) if soft.cross_entropy_weight else None,
         known=torch.empty((known_rows(soft), student.tokens), dtype=wide, device=student.device),
-        sums=Sums(student, needs, blocks, student.weight.dtype),
+        sums=TokenSums(student, needs, blocks),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.traced_json import parsed, to_json
 from .call import Trained
 from .custom_op import flat, unflat
-from .distillation_call import TENSORS, Fixed, Kept, Outputs, compute, compute_backward, makes_rows, read_by_backward
+from .distillation_call import TENSORS, Fixed, Kept, Outputs, compute, compute_backward, read_by_backward
 from .distillation_loops import Soft, known_rows, wide_dtype
 from .problem import Needs
 
@@ -65,15 +65,14 @@ def _(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, s: Tensor | None, b: Tensor | None, *others: Any
 ) -> list[Tensor]:
     fixed, needed, tokens = _fixed(*others[:-1]), Needs(*others[-1]), hidden.shape[0]
-    wide, rows = wide_dtype(fixed.dtype, fixed.teacher_dtype), makes_rows(needed)
-    none = hidden.new_empty(0)
+    wide, none = wide_dtype(fixed.dtype, fixed.teacher_dtype), hidden.new_empty(0)
     return [
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(tokens, dtype=wide) if fixed.soft.cross_entropy_weight else none,
-        hidden.new_empty(hidden.shape) if rows and needed.hidden else none,
-        s.new_empty(s.shape) if rows and needed.s and s is not None else none,
-        none if rows else hidden.new_empty((known_rows(fixed.soft), tokens), dtype=wide),
+        hidden.new_empty(hidden.shape) if needed.hidden else none,
+        s.new_empty(s.shape) if needed.s and s is not None else none,
+        hidden.new_empty((known_rows(fixed.soft), tokens), dtype=wide) if needed.of_words else none,
     ]
 
 
@@ -98,8 +97,8 @@ def linear_distillation_backward_op(
 
 @linear_distillation_backward_op.register_fake
 def _(d_losses: Tensor, kept: Sequence[Tensor | None], trained: Sequence[Tensor | None], *others: Any) -> list[Tensor]:
-    found = Kept(*kept)
-    of = trained if found.known is not None else (found.d_hidden, None, None, found.d_s, None)
+    found, (_, weight, bias, _, b) = Kept(*kept), trained
+    of = (found.d_hidden, weight, bias, found.d_s, b)
     return [t.new_empty(t.shape) for t, flag in zip(of, others[-1], strict=True) if flag and t is not None]
 
 
@@ -109,8 +108,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         Trained(*inputs[:_TRAINED]),
         inputs[_TRAINED:],
     )
-    rows = makes_rows(Needs(*ctx.needs))
-    there = (rows and ctx.needs[0], rows and ctx.needs[3], not rows)
+    needs = Needs(*ctx.needs)
+    there = (needs.hidden, needs.s, needs.of_words)
     kept = Kept(*(t if flag else None for t, flag in zip(output[-_KEPT:], there, strict=True)))
     ctx.counts = (len(stored), len(teacher_stored))
     ctx.save_for_backward(*kept, *read_by_backward(trained, tensors, kept), *stored, *teacher_stored)

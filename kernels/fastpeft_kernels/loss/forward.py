@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .blocks import choose_blocks
 from .choosing import steps_of
+from .kept_logits import KeptLogits
 from .online import RowGradients
 from .problem import Needs, Problem, Tokens, Vocabulary, Wants, token_blocks
 from .steps import Known, Running, cap_slope, entropy, known
@@ -38,11 +39,12 @@ class Result:
     rows: RowGradients
 
 
-def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
+def forward(problem: Problem, wants: Wants, needs: Needs, kept: KeptLogits | None = None) -> Result:
     """One product for each block of tokens and chunk of words, and a second where `needs` has hidden.
 
     Args:
         needs: hidden and s may be set; no others are looked at.
+        kept: where raw logits go too.
     """
     # Trainers compare a pass without gradients with one that has them: blocks and order of sums are the same in both.
     blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
@@ -57,6 +59,8 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
         rows.begin(tokens)
         for words in vocabulary:
             raw = vocabulary.raw(tokens, words)
+            if kept is not None:
+                kept.put(raw, tokens, words)
             steps.online_step(
                 raw,
                 words.first,
@@ -71,7 +75,7 @@ def forward(problem: Problem, wants: Wants, needs: Needs) -> Result:
             rows.add(raw, words, running.factor, steps.rescale)
         found = known(running)
         slope = problem.scale * cap_slope(found.label, problem.softcap)
-        rows.finish(found, slope)
+        rows.finish(found, slope, vocabulary.room())
         _put(problem, result, tokens, running, found, slope)
     return result
 

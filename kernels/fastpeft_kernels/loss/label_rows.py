@@ -1,4 +1,4 @@
-"""The rows of a weight that belong to labels."""
+"""The rows of a weight that belong to labels, and the sum of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _DECODED_PIECE = 4096  # a weight that does not lie dense is decoded once more f
 _WORDS = 1024
 
 
-def label_rows(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def label_rows(
+    weight: FrozenWeight, labels: Tensor, dtype: torch.dtype, room: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """(part of the labels, W of these), one part after the other, so that not all rows lie in memory at once.
 
     Does not wait for a GPU. There a label outside [0, words) fails the device's assertion, as in `index_select`, where
@@ -25,12 +27,34 @@ def label_rows(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Iter
     Args:
         labels: (tokens,) int64.
         dtype: to decode in; dense rows come in their own.
+        room: (rows, hidden_size) for dense rows of its dtype, which are then valid until the next are asked for.
     """
     dense = weight.ready(weight.dtype)
     size = _DECODED_PIECE if dense is None else _PIECE
+    if dense is None or room is None or room.dtype != dense.dtype or not room.shape[0]:
+        room = None
+    else:
+        size = min(size, room.shape[0])
     for first in rounds(range(0, labels.shape[0], size), labels.device):
         part = slice(first, first + size)
-        yield part, _decoded(weight, labels[part], dtype) if dense is None else dense.index_select(0, labels[part])
+        of_part = labels[part]
+        if dense is None:
+            yield part, _decoded(weight, of_part, dtype)
+        elif room is None:
+            yield part, dense.index_select(0, of_part)
+        else:
+            yield part, torch.index_select(dense, 0, of_part, out=room[: of_part.shape[0]])
+
+
+def summed_rows(weight: FrozenWeight, factors: Tensor | None, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    """(features,) sum_v factors[v] W[v], in `wide`; of ones where factors (words,) is None."""
+    sums = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
+    for first, last, w in decoded_chunks(weight, dtype, _WORDS):
+        if factors is None:
+            sums += w.sum(0, dtype=wide)
+        else:
+            sums += torch.mv(w.to(wide).t(), factors[first:last].to(wide))
+    return sums
 
 
 def _decoded(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ Source: Milakov and Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,38 +60,57 @@ class RowGradients:
                 rescale(self._block_s, factor)
             add_product(self._block_s, *rank_factors(weights, words.b), begin)
 
-    def finish(self, found: Known, slope: Tensor) -> None:
-        """Divides the block's sums, and adds the label's word."""
+    def finish(self, found: Known, slope: Tensor, room: Tensor) -> None:
+        """Divides the block's sums, and adds the label's word.
+
+        Args:
+            room: of `label_rows`.
+        """
         problem, first, labels = self.problem, self._tokens.first, self._tokens.labels
         factor, of_label = (found.inverse * problem.scale)[:, None], (found.others * slope)[:, None]
         if self.hidden is not None:
-            for part, rows in label_rows(problem.weight, labels, problem.dtype):
+            served = self._tokens.room
+            for part, rows in label_rows(problem.weight, labels, problem.dtype, room):
                 gradient = self._block[part].mul_(factor[part]).addcmul_(of_label[part], rows, value=-1)
                 if self._sums is not None:
-                    problem.put(self.hidden, first + part.start, gradient)
+                    problem.put(self.hidden, first + part.start, gradient, None if served is None else served[part])
         if self.s is not None and problem.b is not None:
             rows = problem.b.index_select(0, labels)
             problem.put(self.s, first, self._block_s.mul_(factor).addcmul_(of_label, rows, value=-1))
 
 
 def scaled_rows(
-    rows: Tensor, factor: Tensor, of_label: Tensor | None, labels: Iterable[tuple[slice, Tensor]], spend: bool
+    rows: Tensor,
+    factor: Tensor,
+    of_label: Tensor | None,
+    labels: Iterable[tuple[slice, Tensor]],
+    spend: bool,
+    every: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """factor * rows + of_label * (the label's row), in the dtype of rows.
+    """factor * rows + of_label * (the label's row) + every[0] * every[1], in the dtype of rows.
 
     Args:
         rows: (tokens, features), `hidden` or `s` of `RowGradients`.
         factor, of_label: (tokens,); None for no label's row.
         labels: parts of the tokens with their labels' rows, one after the other; looked at with `of_label` only.
         spend: whether `rows` may be overwritten, and returned.
+        every: (tokens,) and (features,), or None.
     """
     out = rows if spend else torch.empty_like(rows)
-    if of_label is None:
-        for first in rounds(range(0, rows.shape[0], _PIECE), rows.device):
-            part = slice(first, first + _PIECE)
+    parts: Iterable[tuple[slice, Tensor | None]] = labels if of_label is not None else _parts(rows)
+    for part, of_part in parts:
+        if of_part is None and every is None:
             torch.mul(rows[part], factor[part, None], out=out[part])
-    else:
-        for part, of_part in labels:
-            wide = torch.mul(rows[part], factor[part, None])
-            out[part].copy_(wide.addcmul_(of_label[part, None], of_part))
+            continue
+        wide = torch.mul(rows[part], factor[part, None])
+        if of_label is not None and of_part is not None:
+            wide.addcmul_(of_label[part, None], of_part)
+        if every is not None:
+            wide.addcmul_(every[0][part, None], every[1])
+        out[part].copy_(wide)
     return out
+
+
+def _parts(rows: Tensor) -> Iterator[tuple[slice, None]]:
+    for first in rounds(range(0, rows.shape[0], _PIECE), rows.device):
+        yield slice(first, first + _PIECE), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class Needs(NamedTuple):
     bias: bool = False
     s: bool = False
     b: bool = False
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether of those that are sums over words."""
+        return self.hidden or self.s
+
+    @property
+    def of_words(self) -> bool:
+        """Whether of those that are sums over tokens."""
+        return self.weight or self.bias or self.b
 
 
 class Wants(NamedTuple):
@@ -92,20 +102,20 @@ class Problem:
         """Whether the gradient of hidden can be summed up where it is to lie."""
         return self.computed is None and self.hidden.dtype == self.wide
 
-    def sizes(self, *, sums: bool, weight_sums: bool = False) -> Sizes:
+    def sizes(self, *, sums: bool) -> Sizes:
         """What working memory takes.
 
         Args:
             sums: with sums as wide as hidden for each token.
-            weight_sums: with such sums for each word of a chunk.
         """
         features, size, wide = self.weight.shape[1], self.dtype.itemsize, self.wide.itemsize
         summed = sums and not self.sums_in_place
         copied = self.computed is not None or self.hidden.dtype != self.dtype
+        of_rank = 0 if self.s is None else 2 * wide * self.s.shape[1]  # a copy and sums
         return Sizes(
             logit=size + (wide if self.low_dtype != self.dtype else 0),
-            token=features * (wide * summed + size * copied),
-            word=features * (size * (not self.weight.is_ready(self.dtype)) + wide * weight_sums),
+            token=features * (wide * summed + size * copied) + of_rank,
+            word=features * size * (not self.weight.is_ready(self.dtype)) + of_rank,
         )
 
     def map_of(self, first: int, last: int) -> LogitMap:
@@ -120,13 +130,18 @@ class Problem:
         """The rows of values (all tokens, ...) that belong to the computed tokens first..last - 1."""
         return values[first:last] if self.computed is None else values.index_select(0, self.computed[first:last])
 
-    def put(self, values: Tensor, first: int, rows: Tensor) -> None:
-        """Writes what `of` reads."""
+    def put(self, values: Tensor, first: int, rows: Tensor, room: Tensor | None = None) -> None:
+        """Writes what `of` reads.
+
+        Args:
+            room: as rows, in the dtype of values, that may be overwritten; or None.
+        """
         last = first + rows.shape[0]
         if self.computed is None:
             values[first:last].copy_(rows)
         else:
-            values.index_copy_(0, self.computed[first:last], rows.to(values.dtype))
+            rows = rows.to(values.dtype) if room is None else room.copy_(rows)
+            values.index_copy_(0, self.computed[first:last], rows)
 
     def empty(self, *columns: int, dtype: torch.dtype) -> Tensor:
         """(all tokens, *columns) to `put` into; zeros for tokens that are not computed."""
@@ -136,13 +151,18 @@ class Problem:
 
 
 class Tokens(NamedTuple):
-    """A block of computed tokens: x (T, hidden_size) and s (T, rank) in the dtypes of the products, labels (T,)."""
+    """A block of computed tokens: x (T, hidden_size) and s (T, rank) in the dtypes of the products, labels (T,).
+
+    Attributes:
+        room: x where it may be overwritten when it has served, or None.
+    """
 
     first: int
     last: int
     x: Tensor
     s: Tensor | None
     labels: Tensor
+    room: Tensor | None
 
 
 class Words(NamedTuple):
@@ -156,15 +176,31 @@ class Words(NamedTuple):
     class_weight: Tensor | None
 
 
-def token_blocks(problem: Problem, blocks: Blocks) -> Iterator[Tokens]:
+def token_blocks(problem: Problem, blocks: Blocks, room: Tensor | None = None) -> Iterator[Tokens]:
+    """Blocks of computed tokens, x of each valid until the next is asked for.
+
+    Args:
+        room: of `room_of_block`, for another walk in the same memory.
+    """
+    room = room_of_block(problem, blocks) if room is None else room
     for first in rounds(range(0, problem.tokens, blocks.tokens), problem.device):
-        yield token_block(problem, first, min(first + blocks.tokens, problem.tokens))
+        yield token_block(problem, first, min(first + blocks.tokens, problem.tokens), room)
 
 
-def token_block(problem: Problem, first: int, last: int) -> Tokens:
+def room_of_block(problem: Problem, blocks: Blocks) -> Tensor | None:
+    """Where the rows of a block are gathered; None where they are not."""
+    if problem.computed is None or problem.hidden.dtype != problem.dtype:
+        return None
+    return problem.hidden.new_empty((min(blocks.tokens, problem.tokens), problem.hidden.shape[1]))
+
+
+def token_block(problem: Problem, first: int, last: int, room: Tensor | None = None) -> Tokens:
     s = None if problem.s is None else problem.of(problem.s, first, last).to(problem.low_dtype)
-    x = problem.of(problem.hidden, first, last).to(problem.dtype)
-    return Tokens(first, last, x, s, problem.of(problem.labels, first, last))
+    if room is None or problem.computed is None:
+        x = problem.of(problem.hidden, first, last).to(problem.dtype)
+    else:
+        x = room = torch.index_select(problem.hidden, 0, problem.computed[first:last], out=room[: last - first])
+    return Tokens(first, last, x, s, problem.of(problem.labels, first, last), room)
 
 
 def decoded_chunks(weight: FrozenWeight, dtype: torch.dtype, words: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -186,6 +222,12 @@ def padded(columns: int) -> int:
     return -(-columns // 8) * 8
 
 
+class Kept(Protocol):
+    """Where raw logits were kept: see `KeptLogits`."""
+
+    def take(self, raw: Tensor, tokens: Tokens, words: Words) -> int: ...
+
+
 class Vocabulary:
     """The chunks of words, and room for the raw logits of a block under one; or, `whole`, under all of them."""
 
@@ -203,20 +245,33 @@ class Vocabulary:
             classes = None if problem.class_weight is None else problem.class_weight[first:last]
             yield Words(first, last, w, b, bias, classes)
 
+    def room(self) -> Tensor:
+        """(rows, hidden_size): the memory of the logits, when they have served."""
+        features = self.problem.hidden.shape[1]
+        rows = self._raw.numel() // max(1, features)
+        return self._raw.view(-1)[: rows * features].view(rows, features)
+
     def rows(self, tokens: Tokens) -> Tensor:
         """x W^T + s B^T of all words, (T, words), in memory that the next call uses again; only where `whole`."""
         for words in self:
             self.raw(tokens, words)
         return self._raw[: tokens.last - tokens.first, : self.problem.words]
 
-    def raw(self, tokens: Tokens, words: Words) -> Tensor:
-        """x W^T + s B^T, (T, C), in memory that the next call uses again, or in its place in `rows`."""
+    def raw(self, tokens: Tokens, words: Words, kept: Kept | None = None) -> Tensor:
+        """x W^T + s B^T, (T, C), in memory that the next call uses again, or in its place in `rows`.
+
+        Args:
+            kept: has those of the first tokens, perhaps.
+        """
         first = words.first if self.whole else 0
         raw = self._raw[: tokens.last - tokens.first, first : first + words.last - words.first]
-        torch.mm(tokens.x, words.w.t(), out=raw)
-        if tokens.s is not None and words.b is not None:
-            if words.b.dtype == raw.dtype:
-                raw.addmm_(tokens.s, words.b.t())
-            else:
-                raw.add_(torch.mm(tokens.s, words.b.t()))
+        known = 0 if kept is None else kept.take(raw, tokens, words)
+        made = raw[known:]
+        if made.shape[0]:
+            torch.mm(tokens.x[known:], words.w.t(), out=made)
+            if tokens.s is not None and words.b is not None:
+                if words.b.dtype == raw.dtype:
+                    made.addmm_(tokens.s[known:], words.b.t())
+                else:
+                    made.add_(torch.mm(tokens.s[known:], words.b.t()))
         return raw

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..common.shapes import kind_of
+
 
 def add_product(sums: Tensor, a: Tensor, b: Tensor, begin: bool) -> None:
     """sums (n, m) += a (n, k) b (k, m), or = where `begin`; sums is in the dtype of the factors or a wider one.
@@ -18,7 +20,7 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor, begin: bool) -> None:
             torch.mm(a, b, out=sums)
         else:
             sums.addmm_(a, b)
-    elif not a.is_cuda:
+    elif kind_of(a.device) == "cpu":
         _add(sums, torch.mm(a, b), begin)
     elif sums.dtype != torch.float32:
         _add(sums, torch.mm(a.to(sums.dtype), b.to(sums.dtype)), begin)

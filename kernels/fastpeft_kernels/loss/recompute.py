@@ -1,68 +1,103 @@
-"""Gradients with the logits made once more: of a trained head, and of label smoothing.
+"""Gradients with the logits made once more: of what is trained of the head; and where a cap meets label smoothing.
 
-Four products in all where the weight is trained: logits forward, and logits, dX and dW here.
+With the sums over tokens a chunk of words is done before the next one comes, so that nothing as large as all tokens'
+hidden states or all words' weights is summed in memory of its own: one product for the logits, as far as `kept_logits`
+has none, and one for each gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .blocks import choose_blocks
+from .blocks import NOTHING, Blocks, Sizes, choose_blocks, choose_chunks
 from .choosing import steps_of
-from .problem import Needs, Problem, Vocabulary, token_blocks
-from .sums import Sums
+from .kept_logits import KeptLogits
+from .problem import Needs, Problem, Tokens, Vocabulary, Words, room_of_block, token_blocks
+from .sums import TokenSums, WordSums
 
 
-class Gradients(NamedTuple):
-    """None where not wanted; hidden's and the weight's in their dtypes, the others in that of sums or fp64."""
+class Known(NamedTuple):
+    """Of all tokens what `steps.gradient_step` asks for, (tokens,) each."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    s: Tensor | None
-    b: Tensor | None
+    top: Tensor
+    inverse: Tensor
+    others: Tensor
+    d_nll: Tensor | None
+    d_lse: Tensor | None
+    d_total: Tensor | None
 
 
-def recompute(
-    problem: Problem,
-    needs: Needs,
-    top: Tensor,
-    inverse: Tensor,
-    others: Tensor,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_total: Tensor | None,
-) -> Gradients:
-    """The gradients of sum_t d_nll nll + d_lse lse + d_total total; see `steps.gradient_step`, of (tokens,) each."""
-    # The gradient of a weight in 16 bits is one sum over all tokens: parts of it would be rounded. So the sums of all
-    # tokens' hidden states are needed at once, however the chunks are chosen.
-    weight_dtype = problem.weight.dtype
-    narrow = needs.weight and weight_dtype.itemsize < problem.wide.itemsize
-    sizes = problem.sizes(sums=needs.hidden and not narrow, weight_sums=narrow and weight_dtype != problem.dtype)
-    blocks = choose_blocks(problem.tokens, problem.words, sizes, problem.device, whole=narrow)
-    steps, vocabulary = steps_of(problem.dtype, problem.device), Vocabulary(problem, blocks)
-    sums = Sums(problem, needs, blocks, weight_dtype)
-    upstream = [None if d is None else d * problem.scale for d in (d_nll, d_lse, d_total)]
+def token_gradients(problem: Problem, needs: Needs, known: Known) -> TokenSums:
+    """Of hidden and s: the gradients of sum_t d_nll nll + d_lse lse + d_total total."""
+    blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
+    vocabulary, sums, gradient = Vocabulary(problem, blocks), TokenSums(problem, needs, blocks), _step(problem, known)
     for tokens in token_blocks(problem, blocks):
-        place = (tokens.first, tokens.last)
-        known = [problem.of(values, *place) for values in (top, inverse, others)]
-        d = [None if values is None else problem.of(values, *place) for values in upstream]
-        sums.begin(*place)
+        sums.begin(tokens)
         for words in vocabulary:
-            raw = vocabulary.raw(tokens, words)
-            steps.gradient_step(
-                raw,
-                words.first,
-                tokens.labels,
-                *known,
-                *d,
-                bias=words.bias,
-                scale=problem.scale,
-                softcap=problem.softcap,
-                class_weight=words.class_weight,
-            )
-            sums.add(raw, tokens, words)
+            sums.add(gradient(vocabulary.raw(tokens, words), tokens, words), words)
         sums.finish()
-    return Gradients(sums.hidden, sums.weight, sums.bias, sums.s, sums.b)
+    return sums
+
+
+def word_gradients(problem: Problem, needs: Needs, known: Known, memory: Tensor | None, spend: bool) -> WordSums:
+    """Of weight, bias and b, as `token_gradients`.
+
+    Args:
+        memory: of `KeptLogits`, or None.
+        spend: whether it may be overwritten: then it is where the gradient of the weight lies.
+    """
+    blocks = word_blocks(problem, needs)
+    kept = None if memory is None else KeptLogits(memory, problem, blocks.words)
+    vocabulary, gradient = Vocabulary(problem, blocks), _step(problem, known)
+    sums = WordSums(problem, needs, blocks, memory if spend else None)
+    again = repeated_blocks(problem, blocks)
+    for words in vocabulary:
+        for tokens in again():
+            sums.add(gradient(vocabulary.raw(tokens, words, kept), tokens, words), tokens, words)
+        sums.finish(words)
+    return sums
+
+
+def word_blocks(problem: Problem, needs: Needs, others: Sizes = NOTHING) -> Blocks:
+    """Those of `word_gradients`.
+
+    Args:
+        others: working memory of others in the same loop.
+    """
+    sizes = Sizes(*(mine + more for mine, more in zip(problem.sizes(sums=False), others, strict=True)))
+    sums = problem.hidden.shape[1] * problem.wide.itemsize if needs.weight else 0
+    return choose_chunks(problem.tokens, problem.words, sizes, sums, problem.device)
+
+
+def repeated_blocks(problem: Problem, blocks: Blocks) -> Callable[[], Iterable[Tokens]]:
+    """`token_blocks` as often as it is called; a single one is made once."""
+    if blocks.tokens < problem.tokens:
+        room = room_of_block(problem, blocks)
+        return lambda: token_blocks(problem, blocks, room)
+    single = list(token_blocks(problem, blocks))
+    return lambda: single
+
+
+def _step(problem: Problem, known: Known) -> Callable[[Tensor, Tokens, Words], Tensor]:
+    """Overwrites raw with the gradient in it, and gives it back."""
+    step = steps_of(problem.dtype, problem.device).gradient_step
+    factors = (None if d is None else d * problem.scale for d in known[3:])
+    computed = [None if x is None else problem.of(x, 0, problem.tokens) for x in (*known[:3], *factors)]
+
+    def gradient(raw: Tensor, tokens: Tokens, words: Words) -> Tensor:
+        step(
+            raw,
+            words.first,
+            tokens.labels,
+            *(None if x is None else x[tokens.first : tokens.last] for x in computed),
+            bias=words.bias,
+            scale=problem.scale,
+            softcap=problem.softcap,
+            class_weight=words.class_weight,
+        )
+        return raw
+
+    return gradient

@@ -10,43 +10,38 @@ from .problem import Needs, Problem, Tokens, Words
 from .products import add_product, rank_factors
 
 
-class Sums:
-    """Sums of a block's tokens over words (hidden, s), and of words over all tokens (weight, bias, b)."""
+class TokenSums:
+    """Of hidden and s: sums over words, of a block of tokens after the other. None where not wanted.
 
-    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks, weight_dtype: torch.dtype) -> None:
-        self.problem, features, words = problem, problem.hidden.shape[1], problem.words
+    Attributes:
+        hidden: (all tokens, hidden_size), in the dtype of the hidden states.
+        s: (all tokens, rank), in the dtype of sums.
+    """
+
+    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks) -> None:
+        self.problem, features = problem, problem.hidden.shape[1]
         rank = 0 if problem.s is None else problem.s.shape[1]
         count = min(blocks.tokens, problem.tokens)
-        make = torch.empty if problem.tokens else torch.zeros
         self.hidden = problem.empty(features, dtype=problem.hidden.dtype) if needs.hidden else None
         self._block = problem.sums(count, features) if needs.hidden and not problem.sums_in_place else None
         self.s = problem.empty(rank, dtype=problem.wide) if needs.s else None
         self._block_s = problem.sums(count, rank) if needs.s else None
-        self.weight = make(words, features, dtype=weight_dtype, device=problem.device) if needs.weight else None
-        self.bias = torch.zeros(words, dtype=torch.float64, device=problem.device) if needs.bias else None
-        self.b = problem.sums(words, rank).zero_() if needs.b else None
 
-    def begin(self, first: int, last: int) -> None:
-        self._place = (first, last)
+    def begin(self, tokens: Tokens) -> None:
+        self._place, self._room = (tokens.first, tokens.last), tokens.room
 
-    def add(self, raw: Tensor, tokens: Tokens, words: Words) -> None:
-        place, begin = slice(words.first, words.last), words.first == 0
+    def add(self, raw: Tensor, words: Words) -> None:
+        begin = words.first == 0
         if self.hidden is not None:
             add_product(self._of_hidden(), raw, words.w, begin)
         if self._block_s is not None and words.b is not None:
             add_product(self._block_s[: raw.shape[0]], *rank_factors(raw, words.b), begin)
-        if self.weight is not None:
-            self._add_weight(self.weight[place], raw.t(), tokens)
-        if self.bias is not None:
-            self.bias[place] += raw.sum(0, dtype=self.problem.wide)
-        if self.b is not None and tokens.s is not None:
-            add_product(self.b[place], *rank_factors(raw.t(), tokens.s), begin=False)
 
     def finish(self) -> None:
         """The block's rows, where they were summed in memory of their own."""
         first, last = self._place
         if self.hidden is not None and self._block is not None:
-            self.problem.put(self.hidden, first, self._block[: last - first])
+            self.problem.put(self.hidden, first, self._block[: last - first], self._room)
         if self.s is not None and self._block_s is not None:
             self.problem.put(self.s, first, self._block_s[: last - first])
 
@@ -57,10 +52,65 @@ class Sums:
         assert self.hidden is not None
         return self.hidden[first:last]
 
-    def _add_weight(self, sums: Tensor, raw_t: Tensor, tokens: Tokens) -> None:
-        if sums.dtype.itemsize >= self.problem.wide.itemsize:
-            add_product(sums, raw_t, tokens.x, begin=tokens.first == 0)
-        elif sums.dtype == raw_t.dtype:
-            torch.mm(raw_t, tokens.x, out=sums)
-        else:
-            sums.copy_(torch.mm(raw_t, tokens.x))
+
+class WordSums:
+    """Of the weight, bias and b: sums over tokens, of a chunk of words after the other. None where not wanted.
+
+    Where the blocks of tokens are several a chunk is summed in memory of its own, for one rounding, and because the
+    memory of the weight's gradient may still hold that chunk's logits.
+
+    Attributes:
+        weight: (words, hidden_size), in the weight's dtype: the memory that was given, or new.
+        bias: (words,) and b: (words, rank), in the dtypes of what they belong to.
+    """
+
+    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks, memory: Tensor | None) -> None:
+        self.problem, words, features = problem, problem.words, problem.hidden.shape[1]
+        chunk = min(blocks.words, problem.words)
+        make = torch.empty if problem.tokens else torch.zeros
+        several = blocks.tokens < problem.tokens
+        self.weight = self.bias = self.b = None
+        self._weight = self._bias = self._b = None
+        if needs.weight:
+            self.weight = memory
+            if memory is None:
+                self.weight = make(words, features, dtype=problem.weight.dtype, device=problem.device)
+            self._weight = problem.sums(chunk, features) if several else None
+        if needs.bias and problem.bias is not None:
+            self.bias = make(words, dtype=problem.bias.dtype, device=problem.device)
+            self._bias = torch.empty(chunk, dtype=torch.float64, device=problem.device)
+        if needs.b and problem.b is not None:
+            rank = problem.b.shape[1]
+            self.b = make(words, rank, dtype=problem.b.dtype, device=problem.device)
+            self._b = problem.sums(chunk, rank)
+        if not problem.tokens:
+            self._weight = self._bias = self._b = None
+
+    def add(self, raw: Tensor, tokens: Tokens, words: Words) -> None:
+        """Of a chunk all blocks of tokens come one after the other."""
+        begin, count = tokens.first == 0, words.last - words.first
+        if self.weight is not None:
+            if self._weight is not None:
+                add_product(self._weight[:count], raw.t(), tokens.x, begin)
+            else:
+                _into(self.weight[words.first : words.last], raw.t(), tokens.x)
+        if self._bias is not None:
+            summed = raw.sum(0, dtype=self.problem.wide)
+            self._bias[:count].copy_(summed) if begin else self._bias[:count].add_(summed)
+        if self._b is not None and tokens.s is not None:
+            add_product(self._b[:count], *rank_factors(raw.t(), tokens.s), begin)
+
+    def finish(self, words: Words) -> None:
+        """The chunk's rows, where they were summed in memory of their own."""
+        place, count = slice(words.first, words.last), words.last - words.first
+        for found, sums in ((self.weight, self._weight), (self.bias, self._bias), (self.b, self._b)):
+            if found is not None and sums is not None:
+                found[place].copy_(sums[:count])
+
+
+def _into(rows: Tensor, a: Tensor, b: Tensor) -> None:
+    """rows = a b, rounded once where they are in 16 bits."""
+    if rows.dtype.itemsize < a.dtype.itemsize:
+        rows.copy_(torch.mm(a, b))
+    else:
+        add_product(rows, a, b, begin=True)

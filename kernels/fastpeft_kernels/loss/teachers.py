@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .blocks import Blocks
+from .blocks import Blocks, Sizes
 from .logit_map import PLAIN, LogitMap
-from .problem import Problem, Vocabulary, padded, token_block
+from .problem import Problem, Tokens, Vocabulary, Words, padded, token_block
+
+Chunk = Callable[[int, int], Tensor]
+"""From first and last of some computed tokens to their logits (last - first, C) of one chunk of words."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,9 +28,9 @@ class TeacherHead:
         return self.problem.dtype
 
     @property
-    def bytes_a_word(self) -> int:
-        """Of a decoded row of the weight."""
-        return 0 if self.problem.weight.is_ready(self.dtype) else self.problem.weight.shape[1] * self.dtype.itemsize
+    def sizes(self) -> Sizes:
+        """What its logits take."""
+        return self.problem.sizes(sums=False)
 
     def map_of(self, first: int, last: int) -> LogitMap:
         return self.problem.map_of(first, last)
@@ -40,16 +44,20 @@ class HeadLogits:
 
     def __init__(self, problem: Problem, blocks: Blocks, whole: bool) -> None:
         self.problem, self._vocabulary = problem, Vocabulary(problem, blocks, whole=whole)
+        self._tokens: Tokens | None = None  # the last, which is all where there is one block
 
     def rows(self, first: int, last: int) -> Tensor:
         """(last - first, words), of computed tokens; only where `whole`."""
         return self._vocabulary.rows(token_block(self.problem, first, last))
 
-    def chunks(self, first: int, last: int) -> Iterator[Tensor]:
-        """(last - first, C) of one chunk of words after the other."""
-        tokens = token_block(self.problem, first, last)
-        for words in self._vocabulary:
-            yield self._vocabulary.raw(tokens, words)
+    def __iter__(self) -> Iterator[Chunk]:
+        return (partial(self._raw, words) for words in self._vocabulary)
+
+    def _raw(self, words: Words, first: int, last: int) -> Tensor:
+        if self._tokens is None or (self._tokens.first, self._tokens.last) != (first, last):
+            self._tokens = None
+            self._tokens = token_block(self.problem, first, last)
+        return self._vocabulary.raw(self._tokens, words)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,8 +79,8 @@ class Given:
         return self.logits.dtype
 
     @property
-    def bytes_a_word(self) -> int:
-        return 0
+    def sizes(self) -> Sizes:
+        return Sizes(self.dtype.itemsize, 0, 0)
 
     def map_of(self, first: int, last: int) -> LogitMap:
         return PLAIN
@@ -91,16 +99,17 @@ class GivenLogits:
         self._room = given.logits.new_empty((min(blocks.tokens, count), padded(self.step + 1)))
 
     def rows(self, first: int, last: int) -> Tensor:
-        return next(self.chunks(first, last))
+        return self._raw(range(self.words), first, last)
 
-    def chunks(self, first: int, last: int) -> Iterator[Tensor]:
-        logits, words = (self._of(x, first, last) for x in (self.given.logits, self.given.words))
-        for start in range(0, self.words, self.step):
-            width = min(self.step, self.words - start)
-            room = self._room[: last - first].fill_(-torch.inf)
-            local = words - start
-            room.scatter_(1, torch.where((local >= 0) & (local < width), local, self.step), logits)
-            yield room[:, :width]
+    def __iter__(self) -> Iterator[Chunk]:
+        starts = range(0, self.words, self.step)
+        return (partial(self._raw, range(first, min(first + self.step, self.words))) for first in starts)
+
+    def _raw(self, words: range, first: int, last: int) -> Tensor:
+        logits, given = (self._of(x, first, last) for x in (self.given.logits, self.given.words))
+        room, local = self._room[: last - first].fill_(-torch.inf), given - words.start
+        room.scatter_(1, torch.where((local >= 0) & (local < len(words)), local, self.step), logits)
+        return room[:, : len(words)]
 
     def _of(self, values: Tensor, first: int, last: int) -> Tensor:
         computed = self.given.computed

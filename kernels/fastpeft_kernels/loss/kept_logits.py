@@ -1,0 +1,58 @@
+"""Logits of the forward pass that take no memory of their own: they lie where the weight's gradient will be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, Tokens, Words
+
+
+class KeptLogits:
+    """Raw logits of as many tokens as there is room for: the weight's hidden_size where both are in one dtype.
+
+    Backward needs them once more, chunk by chunk, and of a chunk it is done with them before its rows of the gradient
+    are written. So the rows of each chunk of the gradient's memory hold that chunk's logits until then.
+    """
+
+    def __init__(self, memory: Tensor, problem: Problem, words: int) -> None:
+        """
+        Args:
+            memory: of `room`.
+            words: of a chunk of backward.
+        """
+        self._elements = memory.view(-1).view(problem.dtype)
+        self._of_word = memory.shape[1] * memory.dtype.itemsize // problem.dtype.itemsize
+        self._words, self._step = memory.shape[0], words
+        self.tokens = min(problem.tokens, self._of_word)
+
+    @staticmethod
+    def room(problem: Problem) -> Tensor | None:
+        """(words, hidden_size) in the weight's dtype; None without tokens, or where it cannot be read as logits."""
+        weight = problem.weight
+        if not problem.tokens or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
+            return None
+        return torch.empty(weight.shape, dtype=weight.dtype, device=problem.device)
+
+    def put(self, raw: Tensor, tokens: Tokens, words: Words) -> None:
+        """Keeps raw (T, C), as far as there is room for its tokens."""
+        count = self._count(tokens)
+        for first in range(words.first // self._step * self._step, words.last, self._step):
+            chunk = self._chunk(first, min(first + self._step, self._words))
+            start, end = max(first, words.first), min(first + self._step, words.last)
+            place = chunk[tokens.first : tokens.first + count, start - first : end - first]
+            place.copy_(raw[:count, start - words.first : end - words.first])
+
+    def take(self, raw: Tensor, tokens: Tokens, words: Words) -> int:
+        """Puts back into raw (T, C) what was kept of a chunk of backward: so many of its first tokens."""
+        count = self._count(tokens)
+        raw[:count].copy_(self._chunk(words.first, words.last)[tokens.first : tokens.first + count])
+        return count
+
+    def _count(self, tokens: Tokens) -> int:
+        return max(0, min(tokens.last, self.tokens) - tokens.first)
+
+    def _chunk(self, first: int, last: int) -> Tensor:
+        """(tokens, last - first), in the rows first..last - 1 of the memory."""
+        elements = self._elements[first * self._of_word :][: self.tokens * (last - first)]
+        return elements.view(self.tokens, last - first)
