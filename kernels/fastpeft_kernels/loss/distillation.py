@@ -59,7 +59,8 @@ def linear_distillation(
 
     Of logits there are those of some tokens at a time, 256 MB or 512 tokens. With a head that is not trained the
     gradient comes out of the forward pass: three products of tokens x words x hidden_size in all, one of them the
-    teacher's. Else both logits are made once more in backward: six. Tokens that do not count are left out, but under
+    teacher's. With a trained head both logits are made once more in backward: six, and down to five where the
+    student's can be kept, as in `linear_cross_entropy`. Tokens that do not count are left out, but under
     `torch.compile` and in a CUDA graph, where their number cannot be asked.
 
     Args:
@@ -105,7 +106,7 @@ def linear_distillation(
         check_mask(mask, hidden)
         counted = counted & mask.reshape(-1)
     soft = Soft(float(temperature), float(beta), float(divergence_weight), float(cross_entropy_weight))
-    losses, divergence, nll = _compute(hidden, head, teacher, safe, counted, soft)
+    losses, divergence, nll = _compute(hidden, head, teacher, safe, counted, soft, reduction != "none")
     losses = torch.where(counted, losses, 0.0)
     if reduction == "mean" and num_items is None:
         num_items = counted.sum().clamp(min=1)
@@ -116,7 +117,13 @@ def linear_distillation(
 
 
 def _compute(
-    hidden: Tensor, head: Head, teacher: Teacher | TopLogits, labels: Tensor, counted: Tensor, soft: Soft
+    hidden: Tensor,
+    head: Head,
+    teacher: Teacher | TopLogits,
+    labels: Tensor,
+    counted: Tensor,
+    soft: Soft,
+    keep: bool,
 ) -> Outputs:
     op = as_op()
     computed = None if op else computed_tokens(counted)
@@ -126,7 +133,7 @@ def _compute(
     tensors, teacher_stored, ways, teacher_dtypes = _of_teacher(teacher)
     fixed = Fixed(
         labels, computed, counted if computed is None else None, *tensors, stored, teacher_stored,
-        head.scale, head.softcap, *ways, *dtypes, *teacher_dtypes, soft,
+        head.scale, head.softcap, *ways, *dtypes, *teacher_dtypes, soft, keep,
     )  # fmt: skip
     return (distillation_op if op else distillation_autograd).apply(
         Trained(hidden, weight, head.bias, s, head.b), fixed

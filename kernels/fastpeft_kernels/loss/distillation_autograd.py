@@ -31,7 +31,8 @@ class FusedDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
-        kept, trained, fixed = Kept(*saved[:3]), Trained(*saved[3:8]), Fixed(*saved[8:], *ctx.fixed)
+        first, second = len(Kept._fields), len(Kept._fields) + len(Trained._fields)
+        kept, trained, fixed = Kept(*saved[:first]), Trained(*saved[first:second]), Fixed(*saved[second:], *ctx.fixed)
         if kept.known is not None:
             for weight, stamp in zip(_weights(fixed), ctx.stamps, strict=True):
                 if weight is not None:

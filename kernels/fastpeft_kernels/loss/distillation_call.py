@@ -13,6 +13,7 @@ from ..lora.autograd import in_use
 from ..weights import DenseWeight, FrozenWeight
 from .call import Trained
 from .distillation_loops import Soft, distil, distil_again
+from .kept_logits import KeptLogits
 from .online import scaled_rows
 from .problem import Needs, Problem
 from .teachers import Given, TeacherHead
@@ -31,6 +32,7 @@ class Fixed(NamedTuple):
         teacher_stored: the teacher's weight, or None.
         scale, softcap, teacher_scale, teacher_softcap: see `Head`.
         dtype, low_dtype and the teacher's: of the products, wherever the device multiplies these fast.
+        keep: see `call.Fixed`.
     """
 
     labels: Tensor
@@ -53,6 +55,7 @@ class Fixed(NamedTuple):
     teacher_dtype: torch.dtype
     teacher_low_dtype: torch.dtype
     soft: Soft
+    keep: bool = False
 
 
 TENSORS = 9
@@ -73,19 +76,21 @@ class Kept(NamedTuple):
     d_hidden: Tensor | None = None
     d_s: Tensor | None = None
     known: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept]:
     """Forward, with what backward reads where `needs` asks for any gradient."""
     student, teacher = _student(trained, fixed), _teacher(fixed)
     with in_use((student, *_streamed(teacher))):
-        found = distil(student, teacher, fixed.counted, fixed.soft, needs)
+        memory = KeptLogits.room(student) if fixed.keep and needs.weight else None
+        found = distil(student, teacher, fixed.counted, fixed.soft, needs, memory)
     losses = fixed.soft.divergence_weight * found.divergence
     if found.nll is not None:
         losses = losses + fixed.soft.cross_entropy_weight * found.nll
     outputs = Outputs(losses, found.divergence, found.nll)
     d_s = None if found.sums.s is None or trained.s is None else found.sums.s.to(trained.s.dtype)
-    return outputs, Kept(found.sums.hidden, d_s, found.known if needs.of_words else None)
+    return outputs, Kept(found.sums.hidden, d_s, found.known if needs.of_words else None, memory)
 
 
 def read_by_backward(trained: Trained, tensors: Sequence[Any], kept: Kept) -> list[Tensor | None]:
@@ -109,7 +114,8 @@ def compute_backward(
         return Trained(hidden, None, None, s, None)
     student, teacher = _student(trained, fixed), _teacher(fixed)
     with in_use((student, *_streamed(teacher))):
-        sums = distil_again(student, teacher, fixed.counted, fixed.soft, needs, kept.known, d_losses)
+        known, memory = kept.known, kept.logits
+        sums = distil_again(student, teacher, fixed.counted, fixed.soft, needs, known, d_losses, memory, spend)
     return Trained(hidden, sums.weight, sums.bias, s, sums.b)
 
 

@@ -3,8 +3,8 @@
 Forward, the logits of some tokens under all words lie in memory at once: the gradient needs both distributions' sums
 over all words, and softmax's numerators cannot stand for its probabilities until then, as in `online`, because q - p
 would be the difference of two sums of rounded numbers. So three products are all where the head is frozen: both logits,
-and the gradient of hidden. For the gradients of a trained head both logits are made once more in backward, six
-products.
+and the gradient of hidden. For the gradients of a trained head both logits are made once more in backward, the
+student's as far as `kept_logits` has none: five to six products.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import divergence_op
 from .blocks import Blocks, choose_whole_rows
 from .divergence_op import KEPT
 from .hard_labels import HardLabels
+from .kept_logits import KeptLogits
 from .logit_map import LogitMap
 from .problem import Needs, Problem, Vocabulary, token_blocks
 from .recompute import repeated_blocks, word_blocks
@@ -52,11 +53,19 @@ class Result:
     sums: TokenSums
 
 
-def distil(student: Problem, teacher: Given | TeacherHead, counted: Tensor | None, soft: Soft, needs: Needs) -> Result:
+def distil(
+    student: Problem,
+    teacher: Given | TeacherHead,
+    counted: Tensor | None,
+    soft: Soft,
+    needs: Needs,
+    memory: Tensor | None,
+) -> Result:
     """Forward, and where `needs` has hidden or s, which alone are looked at, their gradients.
 
     Args:
         counted: (tokens,) bool where all are computed and not all count, or None.
+        memory: of `KeptLogits`, for the student's, or None.
     """
     row = student.words * (student.dtype.itemsize + teacher.dtype.itemsize)
     decoded = teacher.sizes.word > 0 or not student.weight.is_ready(student.dtype)
@@ -64,9 +73,12 @@ def distil(student: Problem, teacher: Given | TeacherHead, counted: Tensor | Non
     vocabulary, room = Vocabulary(student, blocks, whole=True), teacher.room(blocks, student.words, whole=True)
     maps = (student.map_of(0, student.words), teacher.map_of(0, student.words))
     result = _room(student, teacher, blocks, soft, needs)
+    kept = _kept(student, teacher, needs, memory)
     for tokens in token_blocks(student, blocks):
         place = slice(tokens.first, tokens.last)
         raw, teacher_raw = vocabulary.rows(tokens), room.rows(tokens.first, tokens.last)
+        if kept is not None:
+            kept.put(raw, tokens, 0)
         known, counts = result.known[:, place], None if counted is None else counted[place]
         ways = (soft.temperature, soft.beta, "auto", *maps)
         values, known[:KEPT] = divergence_op.compute(raw, teacher_raw, counts, *ways)
@@ -93,16 +105,19 @@ def distil_again(
     needs: Needs,
     known: Tensor,
     d_losses: Tensor,
+    memory: Tensor | None,
+    spend: bool,
 ) -> WordSums:
     """The gradients of sum_t d_losses losses in weight, bias and b, with both logits made once more.
 
     Args:
         known: of `Result`.
         d_losses: (tokens,).
+        memory, spend: see `recompute.word_gradients`.
     """
     blocks = word_blocks(student, needs, teacher.sizes)
     vocabulary, room = Vocabulary(student, blocks), teacher.room(blocks, student.words, whole=False)
-    sums = WordSums(student, needs, blocks, None)
+    kept, sums = _kept(student, teacher, needs, memory), WordSums(student, needs, blocks, memory if spend else None)
     factors = (d_losses if counted is None else torch.where(counted, d_losses, 0.0)).to(known.dtype)
     factors = student.of(factors, 0, student.tokens)
     again = repeated_blocks(student, blocks)
@@ -110,12 +125,16 @@ def distil_again(
         maps = (student.map_of(words.first, words.last), teacher.map_of(words.first, words.last))
         for tokens in again():
             place = slice(tokens.first, tokens.last)
-            raw, teacher_raw = vocabulary.raw(tokens, words), teacher_logits(tokens.first, tokens.last)
+            raw, teacher_raw = vocabulary.raw(tokens, words, kept), teacher_logits(tokens.first, tokens.last)
             of_block = (tokens.labels, words.first, known[:, place], factors[place])
             _to_gradient(raw, teacher_raw, maps, student.scale, soft, *of_block)
             sums.add(raw, tokens, words)
         sums.finish(words)
     return sums
+
+
+def _kept(student: Problem, teacher: Given | TeacherHead, needs: Needs, memory: Tensor | None) -> KeptLogits | None:
+    return None if memory is None else KeptLogits(memory, student, word_blocks(student, needs, teacher.sizes).words)
 
 
 def _to_gradient(

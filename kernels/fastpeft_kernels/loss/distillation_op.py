@@ -24,7 +24,7 @@ def apply(trained: Trained, fixed: Fixed) -> Outputs:
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in trained]
     (stored, layout), (teacher_stored, teacher_layout) = flat(fixed.stored), flat(fixed.teacher_stored)
-    numbers = [str(x) if isinstance(x, torch.dtype) else x for x in (*fixed[TENSORS + 2 : -1], *fixed.soft)]
+    numbers = [str(x) if isinstance(x, torch.dtype) else x for x in (*fixed[TENSORS + 2 : -2], *fixed.soft)]
     described = (layout, teacher_layout, to_json(numbers))
     losses, divergence, nll, *_ = linear_distillation_op(
         *trained, list(fixed[:TENSORS]), stored, teacher_stored, *described, needs
@@ -73,6 +73,7 @@ def _(
         hidden.new_empty(hidden.shape) if needed.hidden else none,
         s.new_empty(s.shape) if needed.s and s is not None else none,
         hidden.new_empty((known_rows(fixed.soft), tokens), dtype=wide) if needed.of_words else none,
+        none,
     ]
 
 
@@ -109,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         inputs[_TRAINED:],
     )
     needs = Needs(*ctx.needs)
-    there = (needs.hidden, needs.s, needs.of_words)
+    there = (needs.hidden, needs.s, needs.of_words, False)
     kept = Kept(*(t if flag else None for t, flag in zip(output[-_KEPT:], there, strict=True)))
     ctx.counts = (len(stored), len(teacher_stored))
     ctx.save_for_backward(*kept, *read_by_backward(trained, tensors, kept), *stored, *teacher_stored)

@@ -60,7 +60,7 @@ def forward(problem: Problem, wants: Wants, needs: Needs, kept: KeptLogits | Non
         for words in vocabulary:
             raw = vocabulary.raw(tokens, words)
             if kept is not None:
-                kept.put(raw, tokens, words)
+                kept.put(raw, tokens, words.first)
             steps.online_step(
                 raw,
                 words.first,

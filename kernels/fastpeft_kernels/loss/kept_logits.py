@@ -28,25 +28,32 @@ class KeptLogits:
 
     @staticmethod
     def room(problem: Problem) -> Tensor | None:
-        """(words, hidden_size) in the weight's dtype; None without tokens, or where it cannot be read as logits."""
+        """(words, hidden_size) in the weight's dtype, or None.
+
+        That is without tokens; where no row of it is a row of logits' numbers; and while a CUDA graph is captured,
+        whose backward may be repeated and spends nothing.
+        """
         weight = problem.weight
         if not problem.tokens or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
             return None
+        if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
         return torch.empty(weight.shape, dtype=weight.dtype, device=problem.device)
 
-    def put(self, raw: Tensor, tokens: Tokens, words: Words) -> None:
-        """Keeps raw (T, C), as far as there is room for its tokens."""
-        count = self._count(tokens)
-        for first in range(words.first // self._step * self._step, words.last, self._step):
+    def put(self, raw: Tensor, tokens: Tokens, word: int) -> None:
+        """Keeps raw (T, C) of the words from `word` on, as far as there is room for its tokens."""
+        count, last = self._count(tokens), word + raw.shape[1]
+        for first in range(word // self._step * self._step, last, self._step) if count else ():
             chunk = self._chunk(first, min(first + self._step, self._words))
-            start, end = max(first, words.first), min(first + self._step, words.last)
+            start, end = max(first, word), min(first + self._step, last)
             place = chunk[tokens.first : tokens.first + count, start - first : end - first]
-            place.copy_(raw[:count, start - words.first : end - words.first])
+            place.copy_(raw[:count, start - word : end - word])
 
     def take(self, raw: Tensor, tokens: Tokens, words: Words) -> int:
         """Puts back into raw (T, C) what was kept of a chunk of backward: so many of its first tokens."""
         count = self._count(tokens)
-        raw[:count].copy_(self._chunk(words.first, words.last)[tokens.first : tokens.first + count])
+        if count:
+            raw[:count].copy_(self._chunk(words.first, words.last)[tokens.first : tokens.first + count])
         return count
 
     def _count(self, tokens: Tokens) -> int:

@@ -67,11 +67,14 @@ class Case:
             },
         )
 
+    def logits(self) -> Tensor:
+        return logits_reference(self.tensors["hidden"], self.head())
+
     def definition(self) -> LinearLoss:
         """Losses of each token, and all else, of all logits at once."""
         plain = {name: self.options.get(name, 0.0) for name in ("label_smoothing", "z_loss")}
         class_weight, token_weight = self.options.get("class_weight"), self.tensors.get("token_weight")
-        logits = logits_reference(self.tensors["hidden"], self.head()).flatten(0, -2)
+        logits = self.logits().flatten(0, -2)
         labels = self.labels.flatten()
         losses = token_losses_reference(logits, labels, Options(**plain), class_weight)
         if token_weight is not None:
