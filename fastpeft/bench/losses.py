@@ -45,7 +45,7 @@ CASES = tuple(
     for sizes, heads in (
         ((1024, 288, 32_000), (False, True)),
         ((512, 576, 49_152), (False, True)),
-        ((256, 2048, 65_536), (False,)),
+        ((256, 2048, 65_536), (False, True)),
     )
     for trained in heads
 )

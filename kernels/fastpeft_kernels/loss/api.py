@@ -59,9 +59,12 @@ def linear_cross_entropy(
     and `loss.reference`. Labels belong to the hidden states beside them: nothing is shifted. Sums are in fp32 at least.
     Under autocast hidden, weight, s and b are multiplied in its dtype.
 
-    With a head that is not trained, and without label smoothing, the gradient comes out of the forward pass: two
-    products of tokens x words x hidden_size in all. Else the logits are made once more in backward. Ignored tokens are
-    left out, but under `torch.compile` and in a CUDA graph, where their number cannot be asked.
+    The gradient of the hidden states comes out of the forward pass: two products of tokens x words x hidden_size in
+    all under a head that is not trained. For the gradients of one that is the logits are made once more in backward:
+    four. Of as many tokens as the weight has features they wait, without other memory, where the weight's gradient will
+    be, where this call's loss is one number and no log_probs are asked for: three products for these tokens. Label
+    smoothing of logits with a cap costs one product more. Ignored tokens are left out, but under `torch.compile` and
+    in a CUDA graph, where their number cannot be asked.
 
     Args:
         hidden: (..., hidden_size), floating, any strides.
@@ -101,6 +104,7 @@ def linear_cross_entropy(
     counted = flat != ignore_index
     safe = torch.where(counted, flat, 0)
     wants = Wants(total=label_smoothing > 0, entropy=entropy, correct=correct, mean=mean_logits)
+    # Losses of tokens may be of one call of many in a step, and each would hold a gradient's memory until backward.
     keep = reduction != "none" and not log_probs
     found = _compute(hidden, head, safe, counted, summed, wants, keep)
     total = found.total if wants.total else None

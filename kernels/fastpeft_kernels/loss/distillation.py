@@ -59,9 +59,9 @@ def linear_distillation(
 
     Of logits there are those of some tokens at a time, 256 MB or 512 tokens. With a head that is not trained the
     gradient comes out of the forward pass: three products of tokens x words x hidden_size in all, one of them the
-    teacher's. With a trained head both logits are made once more in backward: six, and down to five where the
-    student's can be kept, as in `linear_cross_entropy`. Tokens that do not count are left out, but under
-    `torch.compile` and in a CUDA graph, where their number cannot be asked.
+    teacher's. With a trained head both logits are made once more in backward: six, and four for tokens whose gradient
+    in the student's logits can be kept, as logits are in `linear_cross_entropy`. Tokens that do not count are left out,
+    but under `torch.compile` and in a CUDA graph, where their number cannot be asked.
 
     Args:
         hidden: (..., hidden_size), the student's, floating, any strides.

@@ -3,8 +3,8 @@
 Forward, the logits of some tokens under all words lie in memory at once: the gradient needs both distributions' sums
 over all words, and softmax's numerators cannot stand for its probabilities until then, as in `online`, because q - p
 would be the difference of two sums of rounded numbers. So three products are all where the head is frozen: both logits,
-and the gradient of hidden. For the gradients of a trained head both logits are made once more in backward, the
-student's as far as `kept_logits` has none: five to six products.
+and the gradient of hidden. For the gradients of a trained head both logits are made once more in backward, and the
+gradient in the student's as far as `kept_logits` has none of forward: four to six products.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def distil(
 
     Args:
         counted: (tokens,) bool where all are computed and not all count, or None.
-        memory: of `KeptLogits`, for the student's, or None.
+        memory: of `KeptLogits`, or None: of its tokens the gradients in the student's raw logits are kept.
     """
     row = student.words * (student.dtype.itemsize + teacher.dtype.itemsize)
     decoded = teacher.sizes.word > 0 or not student.weight.is_ready(student.dtype)
@@ -77,8 +77,6 @@ def distil(
     for tokens in token_blocks(student, blocks):
         place = slice(tokens.first, tokens.last)
         raw, teacher_raw = vocabulary.rows(tokens), room.rows(tokens.first, tokens.last)
-        if kept is not None:
-            kept.put(raw, tokens, 0)
         known, counts = result.known[:, place], None if counted is None else counted[place]
         ways = (soft.temperature, soft.beta, "auto", *maps)
         values, known[:KEPT] = divergence_op.compute(raw, teacher_raw, counts, *ways)
@@ -87,9 +85,12 @@ def distil(
             found = statistics(raw, tokens.labels, -1, None, False, "auto", maps[0])
             known[KEPT:] = torch.stack([found.top, found.inverse, found.others])
             student.put(result.nll, tokens.first, found.nll if counts is None else torch.where(counts, found.nll, 0.0))
-        if needs.of_tokens:
+        if needs.of_tokens or kept is not None:
             ones = torch.ones_like(values) if counts is None else counts.to(values.dtype)
             _to_gradient(raw, teacher_raw, maps, student.scale, soft, tokens.labels, 0, known, ones)
+        if kept is not None:
+            kept.put(raw, tokens, 0)
+        if needs.of_tokens:
             result.sums.begin(tokens)
             for words in vocabulary:
                 result.sums.add(raw[:, words.first : words.last], words)
@@ -124,10 +125,14 @@ def distil_again(
     for words, teacher_logits in zip(vocabulary, room, strict=True):
         maps = (student.map_of(words.first, words.last), teacher.map_of(words.first, words.last))
         for tokens in again():
-            place = slice(tokens.first, tokens.last)
-            raw, teacher_raw = vocabulary.raw(tokens, words, kept), teacher_logits(tokens.first, tokens.last)
-            of_block = (tokens.labels, words.first, known[:, place], factors[place])
-            _to_gradient(raw, teacher_raw, maps, student.scale, soft, *of_block)
+            raw, count = vocabulary.raw(tokens, words, kept), 0 if kept is None else kept.count(tokens)
+            rest = slice(tokens.first + count, tokens.last)
+            if count:
+                raw[:count].mul_(factors[tokens.first : rest.start, None])
+            if rest.start < rest.stop:
+                of_rest = (tokens.labels[count:], words.first, known[:, rest], factors[rest])
+                teacher_raw = teacher_logits(rest.start, rest.stop)
+                _to_gradient(raw[count:], teacher_raw, maps, student.scale, soft, *of_rest)
             sums.add(raw, tokens, words)
         sums.finish(words)
     return sums

@@ -14,7 +14,7 @@ from ..lora.gpu_support import worse
 from ..weights import DenseWeight
 from .distillation import LinearDistillation, linear_distillation
 from .distillation_reference import distillation_reference, top_logits_reference
-from .gpu_linear import Case, make
+from .gpu_linear import Case, make, on_cpu
 from .head import Head, Teacher, TopLogits
 from .reference import logits_reference
 
@@ -62,7 +62,7 @@ def _check(dtype: torch.dtype, ways: dict[str, float], *, top: bool = False, **v
         again = case.to(other)
         torch_numbers[name] = _derived(again, upstream, _defined(again, _cast(teacher, other), ways))
     if dtype == F32:  # how cuBLAS splits a sum depends on the shape, and with it its error
-        moved = _on_cpu(case)
+        moved = on_cpu(case)
         found = _derived(moved, upstream.cpu(), _defined(moved, _cast(teacher, F32, "cpu"), ways))
         for name, value in found.items():
             same, exact = torch_numbers["same"][name], torch_numbers["exact"][name]
@@ -91,11 +91,6 @@ def _cast(
     assert isinstance(teacher.head.weight, Tensor)
     weight = teacher.head.weight.to(device, dtype)
     return Teacher(teacher.hidden.to(device, dtype), Head(weight, softcap=teacher.head.softcap))
-
-
-def _on_cpu(case: Case) -> Case:
-    tensors = {name: x.detach().cpu().requires_grad_(x.requires_grad) for name, x in case.tensors.items()}
-    return Case(tensors, case.labels.cpu(), case.trained, None, case.map, case.options)
 
 
 def _fused(case: Case, teacher: Teacher | TopLogits, ways: dict[str, float]) -> LinearDistillation:

@@ -71,6 +71,10 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         for name in ("frozen, mapped", "trained, all"):
             kind = str(dtype).removeprefix("torch.")
             yield f"linear cross-entropy {name} {kind}", partial(_check, dtype, tokens=1100, **variants[name])
+    for dtype in (BF16, F16, F32):
+        for tokens in (_SIZES[0], 200):  # logits of as many as there are features are kept, and of all
+            name = f"linear cross-entropy summed, {tokens} tokens, trained, all {str(dtype).removeprefix('torch.')}"
+            yield name, partial(_check_summed, dtype, **{**variants["trained, all"], "tokens": tokens})
     yield "linear cross-entropy, ignored labels of NaN states", _check_ignored
 
 
@@ -138,9 +142,14 @@ def _check(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
     return {"largest_share_of_budget": verdicts.settle()}
 
 
-def _gradients_on_cpu(case: Case, upstream: Tensor) -> dict[str, Tensor]:
+def on_cpu(case: Case) -> Case:
+    """The same numbers there, the weight dense."""
     tensors = {name: x.detach().cpu().requires_grad_(x.requires_grad) for name, x in case.tensors.items()}
-    moved = replace(case, tensors=tensors, labels=case.labels.cpu())
+    return replace(case, tensors=tensors, labels=case.labels.cpu(), packed=None)
+
+
+def _gradients_on_cpu(case: Case, upstream: Tensor) -> dict[str, Tensor]:
+    moved = on_cpu(case)
     return _derived(moved, upstream.cpu(), _defined(moved))[1]
 
 
@@ -168,6 +177,29 @@ def _derived(case: Case, upstream: Tensor, found: LinearLoss) -> tuple[LinearLos
     assert found.log_probs is not None
     gradients = torch.autograd.grad([found.loss, found.log_probs], leaves, [given, -0.3 * given])
     return found, dict(zip(names, gradients, strict=True))
+
+
+def _check_summed(dtype: torch.dtype, **variant: Any) -> dict[str, Any]:
+    """Gradients where the loss is one number, and the same where the graph is kept."""
+    verdicts, case = Verdicts(), make(dtype, **variant)
+    wanted = {"reduction": "sum", **case.options}
+    loss = linear_cross_entropy(case.tensors["hidden"], case.head(), case.labels, **wanted).loss
+    kept, ours = _gradients(case, loss, True), _gradients(case, loss, False)
+    same, exact = (_gradients(other, _defined(other).loss.sum(), False) for other in (case.to(dtype), case.to(F64)))
+    if dtype == F32:
+        moved = on_cpu(case)
+        for name, x in _gradients(moved, _defined(moved).loss.sum(), False).items():
+            same[name] = worse(same[name], x.to(_DEVICE), exact[name])
+    for name, gradient in ours.items():
+        verdicts.within(gradient, same[name], exact[name], f"gradient of {name}")
+        verdicts.equal(kept[name], gradient, f"gradient of {name}: not the same where the graph is kept")
+    return {"largest_share_of_budget": verdicts.settle()}
+
+
+def _gradients(case: Case, loss: Tensor, retain_graph: bool) -> dict[str, Tensor]:
+    names = [name for name in _NAMES if name in case.trained and name in case.tensors]
+    leaves = [case.tensors[name] for name in names]
+    return dict(zip(names, torch.autograd.grad(loss, leaves, retain_graph=retain_graph), strict=True))
 
 
 def _check_ignored() -> dict[str, Any]:

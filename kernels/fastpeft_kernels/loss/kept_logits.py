@@ -12,7 +12,8 @@ class KeptLogits:
     """Raw logits of as many tokens as there is room for: the weight's hidden_size where both are in one dtype.
 
     Backward needs them once more, chunk by chunk, and of a chunk it is done with them before its rows of the gradient
-    are written. So the rows of each chunk of the gradient's memory hold that chunk's logits until then.
+    are written. So the rows of each chunk of the gradient's memory hold that chunk's logits until then. Distillation,
+    which has all of a token's logits at once in forward, keeps the gradients in them.
     """
 
     def __init__(self, memory: Tensor, problem: Problem, words: int) -> None:
@@ -42,7 +43,7 @@ class KeptLogits:
 
     def put(self, raw: Tensor, tokens: Tokens, word: int) -> None:
         """Keeps raw (T, C) of the words from `word` on, as far as there is room for its tokens."""
-        count, last = self._count(tokens), word + raw.shape[1]
+        count, last = self.count(tokens), word + raw.shape[1]
         for first in range(word // self._step * self._step, last, self._step) if count else ():
             chunk = self._chunk(first, min(first + self._step, self._words))
             start, end = max(first, word), min(first + self._step, last)
@@ -51,12 +52,13 @@ class KeptLogits:
 
     def take(self, raw: Tensor, tokens: Tokens, words: Words) -> int:
         """Puts back into raw (T, C) what was kept of a chunk of backward: so many of its first tokens."""
-        count = self._count(tokens)
+        count = self.count(tokens)
         if count:
             raw[:count].copy_(self._chunk(words.first, words.last)[tokens.first : tokens.first + count])
         return count
 
-    def _count(self, tokens: Tokens) -> int:
+    def count(self, tokens: Tokens) -> int:
+        """How many of a block's tokens it has, the first ones."""
         return max(0, min(tokens.last, self.tokens) - tokens.first)
 
     def _chunk(self, first: int, last: int) -> Tensor:

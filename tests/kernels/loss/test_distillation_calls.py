@@ -131,8 +131,11 @@ def large(**more: Any) -> Distillation:
     (
         (3, {}),
         (3, {"ways": "mixed_with_labels"}),
-        (6 - FEATURES / TOKENS, {"frozen": False}),  # the logits of as many tokens as there are features are kept
-        (5 - FEATURES / TOKENS, {"frozen": False, "bias": True, "hidden_trained": False}),
+        (
+            6 - 2 * FEATURES / TOKENS,
+            {"frozen": False},
+        ),  # the gradients in the logits of as many tokens as there are features are kept
+        (5 - 2 * FEATURES / TOKENS, {"frozen": False, "bias": True, "hidden_trained": False}),
         (2, {"hidden_trained": False}),
         (2, {"teacher": "top"}),
         (4 - FEATURES / TOKENS, {"teacher": "top", "frozen": False}),
