@@ -9,6 +9,8 @@ import torch
 
 from fastpeft_kernels.loss import blocks, forward, recompute
 
+from tests.budget import assert_within_budget
+
 from .heads import hold, make_case
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("nan_filled")]
@@ -28,6 +30,24 @@ def test_every_head(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "steps_of", lambda dtype, device: triton_steps)
     monkeypatch.setattr(blocks, "_ON_CPU", (4, 16))
     hold(make_case(6, words=24, size=3.0, ignored=0.2, **HEADS[head]))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_summed_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the logits of some tokens are kept."""
+    from fastpeft_kernels.loss import triton_steps
+
+    for module in (forward, recompute):
+        monkeypatch.setattr(module, "steps_of", lambda dtype, device: triton_steps)
+    monkeypatch.setattr(blocks, "_ON_CPU", (4, 16))
+    case = make_case(7, features=5, words=24, size=3.0, ignored=0.0, frozen=False, bias=True, softcap=3.0, rank=2)
+    names = [name for name, x in case.tensors.items() if x.requires_grad]
+    losses = case.call(reduction="sum").loss, case.definition().loss.sum()
+    ours, theirs = (torch.autograd.grad(loss, [case.tensors[name] for name in names]) for loss in losses)
+    exact_case = case.to(torch.float64)
+    exact = torch.autograd.grad(exact_case.definition().loss.sum(), [exact_case.tensors[name] for name in names])
+    for name, *numbers in zip(names, ours, theirs, exact, strict=True):
+        assert_within_budget(*numbers, name)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
