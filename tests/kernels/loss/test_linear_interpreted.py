@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastpeft_kernels.loss import blocks, forward, recompute
-
 from tests.budget import assert_within_budget
 
 from .heads import hold, make_case
