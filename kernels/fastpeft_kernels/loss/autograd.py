@@ -25,6 +25,8 @@ class FusedLoss(torch.autograd.Function):
         outputs, kept = compute(trained, fixed, needs)
         ctx.needs, ctx.fixed = needs, fixed[3:]
         ctx.stamp = None if fixed.stored is None else fixed.stored.stamp()
+        # Not among the saved tensors: hooks that bring these to the host would move a whole gradient's memory.
+        ctx.logits, kept = kept.logits, kept._replace(logits=None)
         ctx.save_for_backward(*kept, *read_by_backward(trained, kept), *fixed[:3])
         total = None if fixed.wants.total else outputs.total
         ctx.mark_non_differentiable(*(t for t in (total, outputs.entropy, outputs.correct) if t is not None))
@@ -44,6 +46,9 @@ class FusedLoss(torch.autograd.Function):
         if fixed.stored is not None and reads_weight(kept, d_lse, d_total):
             fixed.stored.check_unchanged(ctx.stamp)
         spend = not graph_is_kept(given[0].device)
+        kept = kept._replace(logits=ctx.logits)
+        if spend:
+            ctx.logits = None
         return None, *compute_backward(trained, fixed, ctx.needs, kept, d_nll, d_lse, d_total, spend)
 
 

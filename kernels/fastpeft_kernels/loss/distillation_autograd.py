@@ -23,6 +23,7 @@ class FusedDistillation(torch.autograd.Function):
         outputs, kept = compute(trained, fixed, needs)
         ctx.needs, ctx.fixed = needs, fixed[TENSORS:]
         ctx.stamps = [None if weight is None else weight.stamp() for weight in _weights(fixed)]
+        ctx.logits, kept = kept.logits, kept._replace(logits=None)  # as `autograd.FusedLoss`
         ctx.save_for_backward(*kept, *read_by_backward(trained, fixed[:TENSORS], kept))
         ctx.mark_non_differentiable(*(t for t in outputs[1:] if t is not None))
         return tuple(outputs)
@@ -38,6 +39,9 @@ class FusedDistillation(torch.autograd.Function):
                 if weight is not None:
                     weight.check_unchanged(stamp)
         spend = not graph_is_kept(d_losses.device)
+        kept = kept._replace(logits=ctx.logits)
+        if spend:
+            ctx.logits = None
         return None, *compute_backward(trained, fixed, ctx.needs, kept, d_losses, spend)
 
 

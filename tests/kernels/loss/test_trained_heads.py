@@ -88,6 +88,21 @@ def test_the_gradient_takes_no_other_memory(rooms: Rooms) -> None:
     assert weight.grad is not None and weight.grad.data_ptr() == rooms[0][1]
 
 
+def test_saved_tensors_that_are_moved(rooms: Rooms) -> None:
+    """What is brought to the host meanwhile is not that memory."""
+    case, moved = make_case(30, words=150, frozen=False), []
+
+    def pack(x: Tensor) -> Tensor:
+        moved.append(x.data_ptr())
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = case.call().loss
+    want = gradients(case, case.call(reduction="none").loss.sum() / (case.labels >= 0).sum())
+    torch.testing.assert_close(gradients(case, loss), want)
+    assert moved and rooms[0][1] not in moved
+
+
 def test_tied_embeddings(rooms: Rooms) -> None:
     """Both gradients of one parameter, in two steps without setting them to zero."""
     exact = nn.Parameter(torch.randn(150, 16, dtype=F64))
