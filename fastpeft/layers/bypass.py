@@ -61,8 +61,7 @@ def _has_hooks(module: nn.Module, known: int = 0) -> bool:
 
 def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason, in the call or the process, why PEFT's own forward must run; or None."""
-    reason = _why_not_with(args, kwargs)
-    if reason is not None:
+    if (args or kwargs) and (reason := _why_not_with(args, kwargs)) is not None:
         return reason
     if type(x) not in (Tensor, nn.Parameter):
         return f"an input of type {type(x).__name__}"
@@ -73,8 +72,7 @@ def why_not_called(layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict
 
 def why_not_embedded(layer: nn.Module, ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The same for an embedding of token ids."""
-    reason = _why_not_with(args, kwargs)
-    if reason is not None:
+    if (args or kwargs) and (reason := _why_not_with(args, kwargs)) is not None:
         return reason
     if type(ids) is not Tensor or ids.dtype not in (torch.int64, torch.int32):
         return f"an input of type {type(ids).__name__} and dtype {getattr(ids, 'dtype', None)}"
@@ -82,18 +80,13 @@ def why_not_embedded(layer: nn.Module, ids: Any, args: tuple[Any, ...], kwargs: 
 
 
 def _why_not_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    if not args and not kwargs:
-        return None
     named = sorted(name for name, value in kwargs.items() if value is not None)
     return f"called with {', '.join(named) or 'more arguments'}" if args or named else None
 
 
 def _why_not_in(layer: nn.Module) -> str | None:
-    return "a replica of nn.DataParallel" if getattr(layer, "_is_replica", False) else _global_reason()
-
-
-def _global_reason() -> str | None:
-    """The reason why no module may be bypassed at present, or None."""
+    if layer.__dict__.get("_is_replica"):
+        return "a replica of nn.DataParallel"
     return "a global module hook" if has_global_hooks() else transformed()
 
 

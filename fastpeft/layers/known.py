@@ -50,7 +50,8 @@ def facts(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Facts | None:
     found += _of(weight)
     found += _of(tensors["bias"])
     lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-    for name in layer.active_adapters:
+    names = layer._active_adapter  # of which PEFT's `active_adapters` are two properties
+    for name in (names,) if type(names) is str else names:
         found.append(name)
         a = lora_a.get(name)
         if a is None:

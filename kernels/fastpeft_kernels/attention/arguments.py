@@ -32,13 +32,15 @@ def rows_of(t: Tensor) -> Tensor:
 
 def strides_of(**tensors: Tensor) -> dict[str, int]:
     """UNIT, 8 where that divides all of them or else 1, and in its multiples the strides of batch, head and row."""
-    strides = {
-        f"{name}_{part}": stride
-        for name, t in tensors.items()
-        for part, stride in zip(("batch", "head", "row"), t.stride()[:3], strict=True)
-    }
-    unit = 8 if all(stride % 8 == 0 for stride in strides.values()) else 1
-    return {"UNIT": unit, **{name: stride // unit for name, stride in strides.items()}}
+    strides = [t.stride() for t in tensors.values()]
+    unit = 8
+    for batch, head, row, _ in strides:
+        if batch % 8 or head % 8 or row % 8:
+            unit = 1
+    found = {"UNIT": unit}
+    for name, (batch, head, row, _) in zip(tensors, strides, strict=True):
+        found[f"{name}_batch"], found[f"{name}_head"], found[f"{name}_row"] = batch // unit, head // unit, row // unit
+    return found
 
 
 def common_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> dict[str, Any]:
@@ -94,8 +96,9 @@ def _broadcast(name: str, t: Tensor | None, shape: tuple[int, ...]) -> dict[str,
 
     The unit is the 8 elements that one load may take where keys lie side by side, each row beginning aligned; else 1.
     """
-    strides = (0, 0, 0, 0) if t is None else t.expand(shape).stride()
-    *others, column = strides
-    unit = 8 if column == 1 and shape[3] % 8 == 0 and all(stride % 8 == 0 for stride in others) else 1
-    steps = {f"{name}_{part}": stride // unit for part, stride in zip(("batch", "head", "row"), others, strict=True)}
-    return {f"{name}_ptr": t, **steps, f"{name.upper()}_COLUMN": column, f"{name.upper()}_UNIT": unit}
+    batch, head, row, column = (0, 0, 0, 0) if t is None else t.expand(shape).stride()
+    unit = 8 if column == 1 and shape[3] % 8 == batch % 8 == head % 8 == row % 8 == 0 else 1
+    return {
+        f"{name}_ptr": t, f"{name}_batch": batch // unit, f"{name}_head": head // unit, f"{name}_row": row // unit,
+        f"{name.upper()}_COLUMN": column, f"{name.upper()}_UNIT": unit,
+    }  # fmt: skip

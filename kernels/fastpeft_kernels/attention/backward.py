@@ -88,14 +88,12 @@ def attention_backward_triton(
     """
     if not (lse.numel() and k.shape[2]):
         return _zeros(q, k, v, scores, needs)
-    q, k, v, dout, out = (rows_of(t) for t in (q, k, v, dout, out))
+    q, k, v, dout, out = rows_of(q), rows_of(k), rows_of(v), rows_of(dout), rows_of(out)
     batch, heads, queries, _ = q.shape
     keys, v_features = v.shape[2:]
     tiles = tiles or default_tiles(q, v, mask, scores)
-    dq, dk, dv = (
-        torch.empty_like(t) if wanted else None
-        for t, wanted in zip((q, k, v), (needs.q, needs.k or needs.v, needs.k or needs.v), strict=True)
-    )
+    dq = torch.empty_like(q) if needs.q else None
+    dk, dv = (torch.empty_like(k), torch.empty_like(v)) if needs.k or needs.v else (None, None)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     arguments = common_arguments(q, k, v, mask, scores)
     rows = {"lse_ptr": lse2, "delta_ptr": delta}
@@ -128,12 +126,13 @@ def attention_backward_triton(
             **strides_of(q=q, k=k, v=v, do=dout, dk=dk, dv=dv), **_of(tiles.keys),
         )  # fmt: skip
     relative = bias = None
-    common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, **rows, **arguments}
-    common |= strides_of(q=q, k=k, v=v, do=dout)
-    if needs.relative and scores.relative is not None:
-        relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
-    if needs.bias and scores.bias is not None:
-        bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
+    if needs.relative or needs.bias:
+        common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout, **rows, **arguments}
+        common |= strides_of(q=q, k=k, v=v, do=dout)
+        if needs.relative and scores.relative is not None:
+            relative = relative_gradient(scores.relative, batch, keys, common, tiles.scores)
+        if needs.bias and scores.bias is not None:
+            bias = bias_gradient(scores.bias, (batch, heads, queries, keys), common, tiles.scores)
     sinks = _sinks(scores.sinks, lse, delta) if needs.sinks and scores.sinks is not None else None
     return Gradients(dq, dk if needs.k else None, dv if needs.v else None, relative, bias, sinks)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.device import device_capability
 from .tiles import FIRST_DESCRIBED, Tile, block_of
@@ -18,30 +19,35 @@ _ALIGNMENT = 16  # bytes, of addresses and strides
 
 def sources(tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None) -> dict[str, Any]:
     """The arguments TMA, q_ptr, k_ptr, v_ptr and, where there is one, do_ptr; all of one kind."""
-    rows = {"q_ptr": (q, tile.block_m), "k_ptr": (k, tile.block_n), "v_ptr": (v, tile.block_n)}
+    found: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v}
     if dout is not None:
-        rows["do_ptr"] = (dout, tile.block_m)
-    if not (tile.tma and all(_describable(t) for t, _ in rows.values())):
-        return {"TMA": False, **{name: t for name, (t, _) in rows.items()}}
-    return {"TMA": True, **{name: _describe(t, block) for name, (t, block) in rows.items()}}
+        found["do_ptr"] = dout
+    if not tile.tma or not _has_descriptors(q):
+        return {"TMA": False, **found}
+    strides = [_aligned_strides(t) for t in found.values()]
+    if None in strides:
+        return {"TMA": False, **found}
+    for (name, t), of_it in zip(found.items(), strides, strict=True):
+        block = tile.block_n if name in ("k_ptr", "v_ptr") else tile.block_m
+        found[name] = TensorDescriptor(t, list(t.shape), of_it, [1, 1, block, block_of(t.shape[-1])])
+    return {"TMA": True, **found}
 
 
-def _describable(t: Tensor) -> bool:
-    """On a GPU that has them, or interpreted; 16-bit, aligned, not empty, and not one row for all."""
+def _has_descriptors(t: Tensor) -> bool:
+    """On a GPU that has them, or interpreted, of 16-bit numbers."""
     capability = device_capability(t.device)
-    if t.dtype == torch.float32 or t.numel() == 0 or (capability is not None and capability < FIRST_DESCRIBED):
-        return False
-    steps = [stride * t.itemsize for stride in _strides(t)[:3]]
-    return t.data_ptr() % _ALIGNMENT == 0 and all(step > 0 and step % _ALIGNMENT == 0 for step in steps)
+    return t.dtype != torch.float32 and (capability is None or capability >= FIRST_DESCRIBED)
 
 
-def _strides(t: Tensor) -> list[int]:
-    """Those of kinds of which there is one don't matter, but must be aligned."""
-    steps = [stride if size > 1 else _ALIGNMENT for stride, size in zip(t.stride(), t.shape, strict=True)]
-    return [*steps[:3], 1]
+def _aligned_strides(t: Tensor) -> list[int] | None:
+    """A descriptor's; None for what is not aligned, empty, or one row for all.
 
-
-def _describe(t: Tensor, block: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(t, list(t.shape), _strides(t), [1, 1, block, block_of(t.shape[-1])])
+    Those of kinds of which there is one don't matter, but must be aligned.
+    """
+    strides = [*t.stride()[:3], 1]
+    for i, size in enumerate(t.shape[:3]):
+        if size == 1:
+            strides[i] = _ALIGNMENT
+        elif size == 0 or strides[i] <= 0 or strides[i] * t.itemsize % _ALIGNMENT:
+            return None
+    return strides if t.data_ptr() % _ALIGNMENT == 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -115,6 +116,7 @@ def block_of(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
+@lru_cache
 def tiles_for(capability: int, dtype: torch.dtype, features: int, v_features: int, added: int = 0) -> tuple[Tiles, ...]:
     """Those to choose among on a GPU, the default first.
 
@@ -141,5 +143,5 @@ def default_tiles(q: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tiles:
     if capability is None:
         return TINY
     parts = (mask.dense, scores.softcap, scores.relative, scores.bias, scores.dropout or None)
-    added = sum(part is not None for part in parts)
+    added = sum([part is not None for part in parts])
     return tiles_for(capability, q.dtype, q.shape[-1], v.shape[-1], added)[0]

@@ -117,8 +117,33 @@ def derive(
     return dx, ds, grads
 
 
+def down_gradients(
+    ds: Tensor, x: Tensor, group: Group, needs: Sequence[Sequence[bool]], grads: list[list[Tensor | None]]
+) -> bool:
+    """`library.down_gradients`, and True, where this serves; else False, and nothing is done."""
+    if group.adapter_index is not None or _if_there(_fits(x.shape[0], x.device, group)) is None:
+        return False
+    adapted = [i for i, projection in enumerate(group.projections) if projection.adapters]
+    trained = [needs[i][1] for i in adapted]
+    if True in trained:
+        for i, da in zip(adapted, _projections(group).down_gradients(ds, x, trained), strict=True):
+            grads[i][1] = da
+    return True
+
+
+def packs(tokens: int, group: Group) -> bool:
+    """Whether the group's products for so many tokens are made here, so that a launch of our own costs more."""
+    return _if_there(_fits(tokens, group.projections[0].weight.device, group)) is not None
+
+
 def _projections(group: Group) -> Any:
-    """The group as C++ takes it."""
+    """The group as C++ takes it, which the group keeps."""
+    if not group.native:
+        group.native.append(_made(group))
+    return group.native[0]
+
+
+def _made(group: Group) -> Any:
     extension, projections, dtypes = group_extension(), group.projections, group.dtypes
     assert extension is not None
     weights = [projection.weight for projection in projections]
@@ -142,17 +167,18 @@ def _projections(group: Group) -> Any:
     )
 
 
-def pack(projections: Sequence[LoraProjection], dtype: torch.dtype) -> Packed | None:
+def pack(group: Group) -> Packed | None:
     """`parts.pack`, where each projection has one adapter at most, of what every adapter has, and C++ is there."""
-    adapters = [adapter for p in projections for adapter in p.adapters]
-    if not adapters or any([a.bias is not None or isinstance(a.scaling, Tensor) for a in adapters]):
+    for projection in group.projections:
+        if len(projection.adapters) > 1:
+            return None
+        for adapter in projection.adapters:
+            if adapter.bias is not None or isinstance(adapter.scaling, Tensor):
+                return None
+    if group_extension() is None:
         return None
-    extension = group_extension() if all([len(p.adapters) < 2 for p in projections]) else None
-    if extension is None:
-        return None
-    down, ups = extension.pack([a.a for a in adapters], [a.b for a in adapters], [a.scaling for a in adapters], dtype)
-    each = iter(ups)
-    return Packed(down, [next(each) if p.adapters else None for p in projections], [None] * len(projections))
+    a, b = _projections(group).pack()
+    return Packed(a, b, [None] * len(b))
 
 
 def _input_gradient(

@@ -22,7 +22,6 @@ from . import direct, dora, mixed, mixed_packing, parts
 from .frozen_products import large_input_gradient, project
 from .parts import (
     bias_gradients,
-    down_gradients,
     down_projection,
     empty_ds,
     rows_contiguous,
@@ -41,11 +40,14 @@ __all__ = [
 ]
 
 
-def pack(group: Group) -> Packed:
+def pack(group: Group, tokens: int | None = None) -> Packed:
     """Cast, scale and join the adapters, once for the whole group; on a GPU by one launch for each four of them.
 
-    On a CPU, and a lone one, by C++ where it can, one pass over each matrix: that takes the host less than the launch
-    with its many arguments.
+    On a CPU, a lone one, and for products that are C++'s, by C++ where it can, one pass over each matrix: that takes
+    the host less than the launch with its many arguments.
+
+    Args:
+        tokens: that are multiplied, if known.
     """
     dtype = group.dtypes.lora
     if group.adapter_index is not None:
@@ -54,8 +56,9 @@ def pack(group: Group) -> Packed:
         return parts.pack(group.projections, dtype, one_a=True)
     if group.backend != "triton":
         lone = sum([len(p.adapters) for p in group.projections]) == 1
-        if lone or not triton_serves(group.projections[0].weight.device):
-            return direct.pack(group.projections, dtype) or parts.pack(group.projections, dtype)
+        few = lone or (tokens is not None and direct.packs(tokens, group))
+        if few or not triton_serves(group.projections[0].weight.device):
+            return direct.pack(group) or parts.pack(group.projections, dtype)
         if not {dtype, *(a.a.dtype for p in group.projections for a in p.adapters)}.issubset(TRITON_DTYPES):
             return parts.pack(group.projections, dtype)
     from . import packing
@@ -154,6 +157,14 @@ def backward(
     if ds is not None and x is not None:
         down_gradients(ds, x.to(group.dtypes.lora), group, needs, grads)
     return dx, grads
+
+
+def down_gradients(
+    ds: Tensor, x: Tensor, group: Group, needs: Sequence[Sequence[bool]], grads: list[list[Tensor | None]]
+) -> None:
+    """Those of each adapter's a, into `grads`, of dS and x (tokens, in_features) in the dtype of dS."""
+    if not direct.down_gradients(ds, x, group, needs, grads):
+        parts.down_gradients(ds, x, group, needs, grads)
 
 
 def backward_without_input(

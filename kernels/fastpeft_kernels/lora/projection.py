@@ -139,6 +139,7 @@ class Group:
             one after the other; a number that no adapter has means none. Where it is None, every adapter serves every
             token.
         served: what `direct.serves` found out of it.
+        native: the same as C++ takes it, once `direct` has made it.
         one_a: all adapters' a are the same frozen matrix (`have_one_a`), which is multiplied once: S is (tokens, rank).
     """
 
@@ -149,6 +150,7 @@ class Group:
     adapter_index: tuple[int, ...] | None = None
     one_a: bool = False
     served: dict[Any, str | None] = field(default_factory=dict, init=False, repr=False)
+    native: list[Any] = field(default_factory=list, init=False, repr=False)
     _widths: Sequence[int] = field(init=False, repr=False)
     _numbers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 

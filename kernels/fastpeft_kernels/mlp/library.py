@@ -89,7 +89,7 @@ class Middle:
 def inner(x: Tensor, mlp: Mlp, group: Group) -> tuple[Tensor, Tensor | None]:
     """(pre, s) of x (tokens, in_features) by its projections, of group `group`; see `Kept`."""
     pre = x.new_empty((x.shape[0], mlp.width), dtype=group.dtypes.out)
-    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(group))
+    return pre, library.forward_into(mlp.columns(pre), x, group, library.pack(group, x.shape[0]))
 
 
 def up_to_down(
@@ -103,7 +103,7 @@ def up_to_down(
 
 def middle(pre: Tensor, mlp: Mlp, down: Group, seeds: Sequence[Tensor | None]) -> Middle:
     """What the down projection, of group `down`, works on: of gate and up, (tokens, width)."""
-    packed = library.pack(down)
+    packed = library.pack(down, pre.shape[0])
     h = pre.new_empty((pre.shape[0], mlp.features))
     s_down = fused.activation_with_down(pre, mlp, down, packed, h)
     if s_down is None:
@@ -145,7 +145,7 @@ def backward(
     """
     below = dx_dtype is not None or any(flag for flags in needs[:-1] for flag in flags)
     group, down = mlp.groups(dtypes, seeds)
-    packed = library.pack(down)
+    packed = library.pack(down, dy.shape[0])
     dh, ds, grads_down = library.backward_without_input(
         kept.s_down, [dy], down, packed, dtypes.out if below else None, needs[-1:]
     )
@@ -158,7 +158,7 @@ def backward(
         assert pre is not None
         h = dh = mlp.drop(rows_contiguous(dh.to(dtypes.out)), seeds)  # what is made anew takes its gradient's place
         dpre = pre if spend else torch.empty_like(pre)
-        packed = library.pack(group)
+        packed = library.pack(group, dy.shape[0])
         found = fused.activation_backward(
             dh, pre, dpre, kept.s, ds if reads_h else None, mlp, group, packed, needs, down.drops
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..activation import KINDS
+from ..common.bounded import recall
 from ..common.random import dropout, keep_threshold
 from ..common.validation import check_instance
 from ..lora import LoraProjection
@@ -34,6 +37,7 @@ class Mlp:
     one_a: bool = False
     adapter_index: tuple[int, ...] | None = None
     dropout: float = 0.0
+    _groups: dict[Any, tuple[Group, Group]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def features(self) -> int:
@@ -43,14 +47,24 @@ class Mlp:
     @property
     def width(self) -> int:
         """Size of all that `inner` gives: once or twice `features`."""
-        return sum(projection.weight.shape[0] for projection in self.inner)
+        return sum([projection.weight.shape[0] for projection in self.inner])
 
     @property
     def projections(self) -> tuple[LoraProjection, ...]:
         return (*self.inner, self.down)
 
     def groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
-        """The projections of x, and the one back; `seeds` as `lora_mlp` takes them."""
+        """The projections of x, and the one back, kept where no adapter's input loses elements.
+
+        Args:
+            seeds: as `lora_mlp` takes them.
+        """
+        drops = any([seed is not None for seed in seeds[: len(self.inner) + 1]])
+        if drops or torch.compiler.is_compiling():
+            return self._make_groups(dtypes, seeds)
+        return recall(self._groups, dtypes, lambda: self._make_groups(dtypes, seeds))
+
+    def _make_groups(self, dtypes: Dtypes, seeds: Sequence[Tensor | None]) -> tuple[Group, Group]:
         count, index = len(self.inner), self.adapter_index
         inner = Group(self.inner, dtypes, seeds[:count], adapter_index=index, one_a=self.one_a)
         return inner, Group((self.down,), dtypes, seeds[count : count + 1], adapter_index=index)

@@ -117,9 +117,9 @@ Tensors or_undefined(const std::vector<Given>& tensors) {
     return found;
 }
 
-// A group, and its adapters' parameters. The arguments' dtypes and sizes are checked in Python.
+// A group, and its adapters' parameters, for any number of calls. The arguments' dtypes and sizes are checked in Python.
 struct Projections {
-    c10::intrusive_ptr<Group> group = c10::make_intrusive<Group>();
+    Group group;
     Tensors as, bs;
 
     Projections(const std::vector<Given>& weights, const std::vector<py::object>& decoders, const std::vector<Given>& biases,
@@ -127,71 +127,76 @@ struct Projections {
                 Tensors given_bs, const std::vector<double>& scalings, ScalarType compute, ScalarType lora, ScalarType out)
         : as(std::move(given_as)), bs(std::move(given_bs)) {
         let_go().drop();
-        group->compute = compute;
-        group->lora = lora;
-        group->out = out;
+        group.compute = compute;
+        group.lora = lora;
+        group.out = out;
         size_t adapter = 0;
         for (size_t i = 0; i < weights.size(); ++i) {
-            Projection projection{weights[i] ? weights[i]->detach() : Tensor(), Held(decoders[i]),
-                                  biases[i] ? biases[i]->detach() : Tensor(), counts[i] ? scalings[adapter] : 1.0,
-                                  out_features[i], counts[i], 0};
+            Projection projection{weights[i].value_or(Tensor()), Held(decoders[i]), biases[i].value_or(Tensor()),
+                                  counts[i] ? scalings[adapter] : 1.0, out_features[i], counts[i], 0};
             for (int64_t j = 0; j < counts[i]; ++j, ++adapter) {
                 projection.rank = std::max(projection.rank, as[adapter].size(0));
-                group->trains_a.push_back(as[adapter].requires_grad());
-                group->trains_b.push_back(bs[adapter].requires_grad());
             }
-            group->rank += projection.rank;
-            group->projections.push_back(std::move(projection));
+            group.rank += projection.rank;
+            group.projections.push_back(std::move(projection));
         }
     }
 
-    // The outputs as a node of autograd; afterwards the group is that node's.
+    // The outputs as a node of autograd, which has a group of its own.
     std::vector<Tensor> apply(const Tensor& x, py::object check, py::object dx, const Given& source, std::string made,
-                              std::shared_ptr<Rows> rows, std::shared_ptr<Owned> owned, const GivenScalings& mixed_scalings) {
-        group->check = Held(std::move(check));
-        group->dx = Held(std::move(dx));
-        group->needs_x = x.requires_grad();
-        group->made = std::move(made);
-        if (rows) group->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
+                              std::shared_ptr<Rows> rows, std::shared_ptr<Owned> owned,
+                              const GivenScalings& mixed_scalings) const {
+        const auto own = c10::make_intrusive<Group>(group);
+        own->check = Held(std::move(check));
+        own->dx = Held(std::move(dx));
+        own->needs_x = x.requires_grad();
+        own->made = std::move(made);
+        if (rows) own->mixed = Mixed{std::move(rows), std::move(owned), scalings_of(mixed_scalings)};
         Tensors adapters;
         for (size_t k = 0; k < as.size(); ++k) {
+            own->trains_a.push_back(as[k].requires_grad());
+            own->trains_b.push_back(bs[k].requires_grad());
             adapters.push_back(as[k]);
             adapters.push_back(bs[k]);
         }
         py::gil_scoped_release release;
         Tensors remade;
         if (source) remade.push_back(*source);
-        return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), group);
+        return LoraGroup::apply(x, at::TensorList(adapters), at::TensorList(remade), own);
     }
 
-    // `forward_into` and `backward_without_input` of lora/library.py; the latter's gradients of b alone.
+    // Scaled and joined, as the products take them: a of all, and b of each projection.
+    std::pair<Given, std::vector<Given>> pack() const {
+        const Packed packed = ::pack(group, as, bs);
+        return {or_none({packed.a})[0], or_none(packed.b)};
+    }
+
+    // `forward_into`, `backward_without_input` and `down_gradients` of lora/library.py; of the adapters' gradients those
+    // of b and those of a.
     Given project(Tensors outputs, const Tensor& x, const Given& a, const std::vector<Given>& ups, const Given& s) const {
         const Packed packed{a.value_or(Tensor()), or_undefined(ups)};
-        return or_none({project_all(x, outputs, s.value_or(Tensor()), packed, *group)})[0];
+        return or_none({project_all(x, outputs, s.value_or(Tensor()), packed, group)})[0];
     }
 
     std::tuple<Given, Given, std::vector<Given>> derive(const Given& s, const std::vector<Given>& given, const Given& a,
                                                         const std::vector<Given>& ups, const std::optional<ScalarType>& dx_dtype,
-                                                        const std::vector<bool>& trains_b) const {
-        group->trains_b.assign(trains_b.begin(), trains_b.end());
+                                                        const Flags& trains_b) const {
         const Packed packed{a.value_or(Tensor()), or_undefined(ups)};
         const Tensors dys = or_undefined(given);
         Tensors results(1 + 2 * as.size());
-        const Tensor ds = up_gradients(dys, s.value_or(Tensor()), packed, bs, *group, results);
+        const Tensor ds = up_gradients(dys, s.value_or(Tensor()), packed, bs, trains_b, group, results);
         Tensor dx;
-        if (dx_dtype) dx = input_gradient(dys, ds, *group, packed, *dx_dtype);
+        if (dx_dtype) dx = input_gradient(dys, ds, group, packed, *dx_dtype);
         const auto found = or_none({dx, ds});
         return {found[0], found[1], or_none(every_other(results, 2))};
     }
-};
 
-// The adapters of a group as the products take them: all of a under each other, and each factor times its b.
-std::pair<Tensor, Tensors> packed(const Tensors& as, const Tensors& bs, const std::vector<double>& factors,
-                                  ScalarType dtype) {
-    Tensors ups;
-    for (size_t i = 0; i < bs.size(); ++i) ups.push_back(scaled(bs[i], factors[i], dtype));
-    return {joined(as, dtype), std::move(ups)};
-}
+    std::vector<Given> down_gradients(const Tensor& ds, const Tensor& x, const Flags& trains_a) const {
+        Tensors results(1 + 2 * as.size());
+        ::down_gradients(ds, x, as, trains_a, group, results);
+        return or_none(every_other(results, 1));
+    }
+};
 
 // The parts of a mixed batch for what is Python's: see mixed.h.
 void bind_mixed(py::module_& module) {
@@ -234,8 +239,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
         .def(py::init<Some, std::vector<py::object>, Some, Sizes, Sizes, Tensors, Tensors, std::vector<double>, ScalarType,
                       ScalarType, ScalarType>())
         .def("apply", &Projections::apply)
+        .def("pack", &Projections::pack, Release())
         .def("project", &Projections::project, Release())
-        .def("derive", &Projections::derive, Release());
-    module.def("pack", &packed, py::call_guard<py::gil_scoped_release, Plain>());
+        .def("derive", &Projections::derive, Release())
+        .def("down_gradients", &Projections::down_gradients, Release());
     bind_mixed(module);
 }

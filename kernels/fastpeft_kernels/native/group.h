@@ -21,7 +21,7 @@
 namespace {
 
 struct Projection {
-    Tensor weight;  // dense, as it is stored; undefined where `decode` gives the values
+    Tensor weight;  // dense, the parameter itself; undefined where `decode` gives the values
     Held decode;
     Tensor bias;  // or undefined
     double scaling = 1.0;  // of its adapter, where it has one alone
@@ -42,7 +42,7 @@ struct Group : torch::CustomClassHolder {
     int64_t rank = 0;
     Held check{py::none()};  // raises where a frozen weight was changed since forward
     Held dx{py::none()};  // gives the gradient of x where our kernels make it
-    Flags trains_a, trains_b;  // of each adapter
+    Flags trains_a, trains_b;  // of each adapter of a node
     bool needs_x = false;
     std::string made;  // the function that makes x of what is kept in its place, or none: see lora/remade.py
 
@@ -212,25 +212,26 @@ Tensor input_gradient(const Tensors& dys, Tensor ds, const Group& group, const P
 
 // dB of the adapters of projection i, the first of which is number `adapter`, into results; ds[:] = dY (scaling B).
 void up_gradients(size_t i, size_t adapter, const Tensor& dy, const Tensor& s, Tensor ds, const Packed& packed,
-                  const Tensors& bs, const Group& group, Tensors& results) {
+                  const Tensors& bs, const Flags& trains_b, const Group& group, Tensors& results) {
     if (group.mixed) {
         const auto& owned = *group.mixed->owned;
-        const auto trained = owned.of(i, group.trains_b);
+        const auto trained = owned.of(i, trains_b);
         auto found = owned.up_gradients(*group.mixed->rows, i, dy, s, packed.b[i], ds, owned.of(i, bs), trained);
         for (auto& db : found) results[2 + 2 * adapter++] = std::move(db);
         return;
     }
     at::mm_out(ds, dy, packed.b[i]);
-    if (!group.trains_b[adapter]) return;
+    if (!trains_b[adapter]) return;
     const auto dtype = bs[adapter].scalar_type();
     results[2 + 2 * adapter] = times(mm_wide(dy.t(), s, dtype), group.projections[i].scaling, dtype);
 }
 
 // dA of all adapters, into results.
-void down_gradients(const Tensor& ds, const Tensor& x, const Tensors& as, const Group& group, Tensors& results) {
+void down_gradients(const Tensor& ds, const Tensor& x, const Tensors& as, const Flags& trains_a, const Group& group,
+                    Tensors& results) {
     if (group.mixed) {
         const auto& [rows, owned, scalings] = *group.mixed;
-        auto found = owned->down_gradients(*rows, ds, x, scalings, as, group.trains_a);
+        auto found = owned->down_gradients(*rows, ds, x, scalings, as, trains_a);
         for (size_t k = 0; k < found.size(); ++k) results[1 + 2 * k] = std::move(found[k]);
         return;
     }
@@ -238,13 +239,13 @@ void down_gradients(const Tensor& ds, const Tensor& x, const Tensors& as, const 
     int64_t column = 0;
     for (size_t k = 0; k < as.size(); ++k) {
         const auto rank = as[k].size(0), first = std::exchange(column, column + rank);
-        if (group.trains_a[k]) results[1 + 2 * k] = joint.narrow(0, first, rank).to(as[k].scalar_type());
+        if (trains_a[k]) results[1 + 2 * k] = joint.narrow(0, first, rank).to(as[k].scalar_type());
     }
 }
 
 // dB of all adapters into results, and dS, undefined where no output has a gradient or there is no adapter.
-Tensor up_gradients(const Tensors& dys, const Tensor& s, const Packed& packed, const Tensors& bs, const Group& group,
-                    Tensors& results) {
+Tensor up_gradients(const Tensors& dys, const Tensor& s, const Packed& packed, const Tensors& bs, const Flags& trains_b,
+                    const Group& group, Tensors& results) {
     int64_t tokens = -1;
     bool all = true;
     for (const auto& dy : dys) {
@@ -262,7 +263,8 @@ Tensor up_gradients(const Tensors& dys, const Tensor& s, const Packed& packed, c
         const auto at = std::exchange(adapter, adapter + projection.adapters);
         if (projection.rank == 0 || !dys[i].defined()) continue;
         const Tensor own = s.defined() ? s.narrow(1, first, projection.rank) : Tensor();
-        up_gradients(i, at, dys[i].to(group.lora), own, ds.narrow(1, first, projection.rank), packed, bs, group, results);
+        up_gradients(i, at, dys[i].to(group.lora), own, ds.narrow(1, first, projection.rank), packed, bs, trains_b, group,
+                     results);
     }
     return ds;
 }
@@ -279,14 +281,14 @@ Tensors derive(const Tensors& given, const std::vector<int64_t>& shape, ScalarTy
     }
     if (!some) return results;
     const Packed packed = pack(group, as, bs);
-    const Tensor ds = up_gradients(dys, s, packed, bs, group, results);
+    const Tensor ds = up_gradients(dys, s, packed, bs, group.trains_b, group, results);
     if (group.needs_x) {
         const Tensor dx = group.dx.none() ? input_gradient(dys, ds, group, packed, x_dtype)
                                           : group.dx.call<Tensor>(dys, ds, packed.a, x_dtype);
         if (dx.defined()) results[0] = dx.view(shape).to(x_dtype);
     }
     if (ds.defined() && group.keeps_x()) {
-        down_gradients(ds, x.reshape({-1, x.size(-1)}).to(group.lora), as, group, results);
+        down_gradients(ds, x.reshape({-1, x.size(-1)}).to(group.lora), as, group.trains_a, group, results);
     }
     size_t adapter = 0;
     for (size_t i = 0; i < count; ++i) {  // without a gradient of an output its adapters have none, in place of zeros

@@ -38,10 +38,8 @@ class Norm(torch.autograd.Function):
         with autocast_off(x.device):
             found = compute_backward(dy, x, weight, Kept(*kept), ctx.form, ctx.needs_input_grad[:3], ctx.backend)
         dx = None if found.x is None else found.x.view(x.shape)
-        dweight, dbias = (
-            None if grad is None else grad.to(parameter.dtype)
-            for grad, parameter in ((found.weight, weight), (found.bias, bias))
-        )
+        dweight = None if found.weight is None else found.weight.to(weight.dtype)
+        dbias = None if found.bias is None else found.bias.to(bias.dtype)
         return dx, dweight, dbias, None, None
 
 

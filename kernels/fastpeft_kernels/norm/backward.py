@@ -109,9 +109,9 @@ def norm_backward_triton(
     steps = cdiv(tiles, PARTIAL_SUMS) if any(needs[1:]) else 1
     programs = cdiv(tiles, steps)
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if needs[0] else None
-    dweight, dbias = (
+    dweight, dbias = [
         torch.empty((programs, columns), dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
-    )
+    ]
     _launch(
         x.device,
         (programs,),
@@ -122,4 +122,4 @@ def norm_backward_triton(
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
     )  # fmt: skip
-    return Gradients(dx, *(None if sums is None else sums.sum(0) for sums in (dweight, dbias)))
+    return Gradients(dx, *[None if sums is None else sums.sum(0) for sums in (dweight, dbias)])

@@ -190,7 +190,8 @@ def test_packed_adapters(parameters: torch.dtype, wanted: torch.dtype) -> None:
         for p in projections
     ]
     for some in (cast, cast[:1], [replace(cast[0], adapters=(replace(cast[0].adapters[0], scaling=1.0),))]):
-        ours, theirs = direct.pack(some, wanted), parts.pack(some, wanted)
+        group = Group(some, Dtypes(wanted, wanted, wanted), [None] * len(some))
+        ours, theirs = direct.pack(group), parts.pack(some, wanted)
         assert ours is not None and ours.a is not None and theirs.a is not None
         assert ours.a.dtype == wanted and torch.equal(ours.a, theirs.a)
         for b, other in zip(ours.b, theirs.b, strict=True):
@@ -199,12 +200,13 @@ def test_packed_adapters(parameters: torch.dtype, wanted: torch.dtype) -> None:
 
 
 def test_packed_where_there_is_more() -> None:
-    assert direct.pack([projection(16, 8, 4, 4)], F32) is None
-    assert direct.pack([projection(16, 8, 4, with_bias=True)], F32) is None
-    assert direct.pack([projection(16, 8)], F32) is None
+    assert direct.pack(grouped(projection(16, 8, 4, 4))) is None
+    assert direct.pack(grouped(projection(16, 8, 4, with_bias=True))) is None
+    nothing = direct.pack(grouped(projection(16, 8)))
+    assert nothing is not None and (nothing.a, nothing.b) == (None, [None])
     scaled = projection(16, 8, 4)
     scaling = torch.tensor(2.0)
-    assert direct.pack([replace(scaled, adapters=(replace(scaled.adapters[0], scaling=scaling),))], F32) is None
+    assert direct.pack(grouped(replace(scaled, adapters=(replace(scaled.adapters[0], scaling=scaling),)))) is None
 
 
 @pytest.mark.parametrize("dtypes", [Dtypes(F32, F32, F32), Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16)])
