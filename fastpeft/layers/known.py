@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations import bitsandbytes
 from ..integrations.reading import PRODUCTS
 from .bypass import is_bare
 
@@ -27,27 +28,32 @@ class Known:
 
 
 def facts(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Facts | None:
-    """All that decides what an ordinary LoRA layer over an nn.Linear asks for; None where it must be looked into.
+    """All that decides what an ordinary LoRA layer asks for; None where it must be looked into.
 
     Tensors are named by their ids, which stay theirs as long as a request holds them. Reading all this takes a fifth of
     making the request.
 
     Args:
-        layer: a `FastLoraLayer` of PEFT's class Linear.
+        layer: a `FastLoraLayer` of PEFT's class Linear, or Linear4bit.
         x: its input, of a batch that is not mixed.
         autocast: of x's device.
     """
     state = layer.__dict__
     modules = state["_modules"]
     base = modules["base_layer"]
-    if state["_disable_adapters"] or state["merged_adapters"] or state["lora_variant"] or not is_bare(base, nn.Linear):
-        return None
     tensors = base._parameters
-    if "bias" not in tensors or PRODUCTS in base.__dict__:
+    if state["_disable_adapters"] or state["merged_adapters"] or state["lora_variant"]:
         return None
-    weight = tensors["weight"]
+    if "bias" not in tensors or PRODUCTS in base.__dict__ or not is_bare(base, _kind(layer)):
+        return None
     found = [x.device, x.dtype, autocast, layer.cast_input_dtype_enabled]
-    found += _of(weight)
+    if layer.over_four_bits:
+        frozen = bitsandbytes.frozen_weight(base)  # the same object for the same storage
+        if isinstance(frozen, str):
+            return None
+        found += id(frozen), bitsandbytes.compute_dtype(base, x), base.out_features, base.in_features
+    else:
+        found += _of(tensors["weight"])
     found += _of(tensors["bias"])
     lora_a, lora_b, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     names = layer._active_adapter  # of which PEFT's `active_adapters` are two properties
@@ -69,6 +75,12 @@ def facts(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Facts | None:
         found += _of(tensors["weight"])
         found += _of(tensors.get("bias"))
     return tuple(found)
+
+
+def _kind(layer: Any) -> type[nn.Module]:
+    kind = bitsandbytes.linear_4bit() if layer.over_four_bits else nn.Linear
+    assert kind is not None
+    return kind
 
 
 def _of(tensor: Tensor | None) -> tuple[Any, ...]:

@@ -49,8 +49,8 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
     def request(self, x: Tensor, row_names: RowNames = None) -> Request | str:
         """What to compute for x, or why PEFT's own forward must run."""
         autocast = autocast_dtype(x.device)
-        ordinary = self.plain_when_few and not self.over_four_bits and row_names is None
-        facts = known.facts(self, x, autocast) if ordinary and not torch.compiler.is_compiling() else None
+        ordinary = self.plain_when_few and row_names is None and not torch.compiler.is_compiling()
+        facts = known.facts(self, x, autocast) if ordinary else None
         if facts is None:
             self.forget_request()
             return self._ask(x, row_names, autocast)

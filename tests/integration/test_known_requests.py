@@ -13,7 +13,8 @@ from peft import LoraConfig
 from torch import nn
 
 import fastpeft
-from tests.integration.blocks import WIDTH, blocks, check, inputs, pair
+from fastpeft.bench.steps import nf4_linear
+from tests.integration.blocks import WIDTH, Stack, blocks, check, inputs, pair
 
 
 def _second_adapter(q: Any) -> None:
@@ -118,3 +119,51 @@ def test_nothing_of_it_is_copied_or_left() -> None:
     check(ours, peft)
     fastpeft.restore(ours)
     assert not any("fastpeft_known" in module.__dict__ for module in ours.modules())
+
+
+def _over_four_bits() -> Stack:
+    """Blocks whose projections are bitsandbytes' Linear4bit, for PEFT's class of them."""
+    stack = Stack()
+    stack.is_loaded_in_4bit = True
+    for block in stack.blocks:
+        for name in ("q", "k", "v"):
+            setattr(block, name, nf4_linear(getattr(block, name), torch.float32))
+    return stack
+
+
+def _other_values(q: Any) -> None:
+    torch.manual_seed(8)
+    q.base_layer.weight = nf4_linear(nn.Linear(WIDTH, WIDTH), torch.float32).weight
+
+
+FOUR_BIT_CHANGES = {
+    **{
+        name: CHANGES[name]
+        for name in ("scaling", "disabled", "second adapter", "no bias", "new a", "hook on the base")
+    },
+    "other values": _other_values,
+}
+
+
+@pytest.mark.parametrize("change", FOUR_BIT_CHANGES)
+@pytest.mark.parametrize("which", ["q", "v"])
+def test_what_changes_over_four_bits_is_seen(change: str, which: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    ours, peft = pair(_over_four_bits())
+    check(ours, peft)
+    for model in (ours, peft):
+        FOUR_BIT_CHANGES[change](getattr(blocks(model)[1], which))
+    check(ours, peft)
+
+
+def test_the_same_is_asked_for_again_over_four_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    ours, _ = pair(_over_four_bits())
+    q, x = blocks(ours)[0].q, inputs()
+    first = q.request(x)
+    assert q.request(x * 2) is first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert q.request(x).dtypes.compute == torch.bfloat16
+    before = q.request(x)
+    _other_values(q)
+    assert q.request(x) is not before

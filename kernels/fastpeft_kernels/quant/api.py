@@ -176,5 +176,6 @@ def _check_out(out: Tensor, shape: tuple[int, int], device: torch.device) -> Non
         raise ValueError(f"out: expected a tensor on {device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out: expected a tensor that requires no gradient, got one that does")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out: expected elements of their own, got an expanded tensor with strides {out.stride()}")
+    strides = out.stride()
+    if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(out.shape, strides, strict=True)):
+        raise ValueError(f"out: expected elements of their own, got an expanded tensor with strides {strides}")

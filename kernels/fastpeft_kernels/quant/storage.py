@@ -110,8 +110,10 @@ class Packed4bit:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """packed, absmax, code and, when nested, nested_absmax, nested_code, nested_offset."""
-        every = (self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.nested_offset)
-        return tuple(t for t in every if t is not None)
+        plain = (self.packed, self.absmax, self.code)
+        if self.nested_absmax is None or self.nested_code is None or self.nested_offset is None:
+            return plain
+        return (*plain, self.nested_absmax, self.nested_code, self.nested_offset)
 
     def __post_init__(self) -> None:
         _check_description(self)

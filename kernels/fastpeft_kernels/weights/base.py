@@ -8,6 +8,7 @@ forward.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -109,10 +110,7 @@ class FrozenWeight(ABC):
         Differs after any write that torch tracks and after a move to other memory, but not when a sharding library
         frees the storage after forward and fills the same one again for backward.
         """
-        return tuple(
-            (t.untyped_storage()._cdata, int(t.storage_offset()), 0 if t.is_inference() else t._version)
-            for t in self.flatten()[0]
-        )
+        return stamp_of(self.flatten()[0])
 
     def check_unchanged(self, stamp: Stamp) -> None:
         """Raise RuntimeError unless the storage is still what it was when `stamp` was taken."""
@@ -130,6 +128,13 @@ class FrozenWeight(ABC):
             if out.device != self.device:
                 raise ValueError(f"out: expected a tensor on {self.device}, got {out.device}")
         return first, last
+
+
+def stamp_of(tensors: Sequence[Tensor]) -> Stamp:
+    """`FrozenWeight.stamp` of a weight that is stored in these."""
+    return tuple(
+        [(t.untyped_storage()._cdata, int(t.storage_offset()), 0 if t.is_inference() else t._version) for t in tensors]
+    )
 
 
 class Weighted(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quant import Packed4bit, decode_4bit
-from .base import FrozenWeight, Rows
+from .base import FrozenWeight, Rows, Stamp, stamp_of
 
 
 class FourBitWeight(FrozenWeight):
@@ -27,18 +27,7 @@ class FourBitWeight(FrozenWeight):
         if not isinstance(packed, Packed4bit):
             raise TypeError(f"packed: expected a Packed4bit, got {type(packed).__name__}")
         self.packed = packed
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.packed.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.packed.dtype
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.packed.device
+        self.shape, self.dtype, self.device = packed.shape, packed.dtype, packed.device
 
     @property
     def storage(self) -> str:
@@ -46,6 +35,9 @@ class FourBitWeight(FrozenWeight):
 
     def decode(self, out: Tensor | None = None, rows: Rows | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return decode_4bit(self.packed, out, rows, dtype)
+
+    def stamp(self) -> Stamp:
+        return stamp_of(self.packed.tensors)  # for the host's time, without what `flatten` puts together
 
     def flatten(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         packed = self.packed
