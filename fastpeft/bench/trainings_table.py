@@ -16,6 +16,7 @@ PEERS = {
     "unsloth": "Unsloth, TRL's SFTTrainer",
     "fastpeft": "fastpeft, Trainer",
     "fastpeft + trl": "fastpeft, TRL's SFTTrainer",
+    "fastpeft + trl without metrics": "fastpeft, SFTTrainer with Trainer's loss",
 }
 
 

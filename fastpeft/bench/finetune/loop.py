@@ -44,7 +44,7 @@ def make_trainer(
         columns = backwards(columns, case.rows)
     arguments = _arguments(case, peer, steps, folder)
     if peer.sft:
-        trainer = _sft(model, arguments, columns)
+        trainer = _sft(model, arguments, columns, peer.without_metrics)
     else:
         from transformers import Trainer, default_data_collator
 
@@ -95,15 +95,21 @@ def _arguments(case: FinetuneCase, peer: Peer, steps: int, folder: str) -> Any:
     return TrainingArguments(**given)
 
 
-def _sft(model: Any, arguments: Any, columns: dict[str, Tensor]) -> Any:
+def _sft(model: Any, arguments: Any, columns: dict[str, Tensor], without_metrics: bool) -> Any:
     from datasets import Dataset
+    from transformers import Trainer
     from trl import SFTTrainer
 
     from fastpeft.training.trainers import dtypes_kept
 
     rows = Dataset.from_dict({name: columns[name].tolist() for name in ("input_ids", "labels")})
+
+    class WithoutMetrics(SFTTrainer):  # type: ignore[misc]
+        compute_loss = Trainer.compute_loss
+
+    kind = WithoutMetrics if without_metrics else SFTTrainer
     with dtypes_kept(model):
-        return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer())
+        return kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer())
 
 
 def _keeping(step: Callable[..., Tensor], losses: list[Tensor]) -> Callable[..., Tensor]:

@@ -21,6 +21,8 @@ class Peer:
 
     Attributes:
         sft: by TRL's SFTTrainer, else by transformers' Trainer.
+        without_metrics: by an SFTTrainer with Trainer's loss, as Unsloth's is: TRL's own waits for the GPU between
+            forward and backward, for the entropy, the hits and the number of tokens.
         switches: the keywords of `fastpeft.accelerate`; None where it is not called.
         liger: with Trainer's `use_liger_kernel`.
         compiled: with Trainer's `torch_compile`.
@@ -32,6 +34,7 @@ class Peer:
 
     name: str
     sft: bool = False
+    without_metrics: bool = False
     switches: tuple[tuple[str, bool], ...] | None = None
     liger: bool = False
     compiled: bool = False
@@ -67,6 +70,7 @@ def all_peers() -> dict[str, Peer]:
         Peer("fastpeft", switches=()),
         Peer("trl", sft=True),
         Peer("fastpeft + trl", sft=True, switches=()),
+        Peer("fastpeft + trl without metrics", sft=True, without_metrics=True, switches=()),
         Peer("peft + liger", liger=True),
         Peer("torch.compile", compiled=True),
         Peer("unsloth", sft=True, unsloth=True),

@@ -19,7 +19,7 @@ time_limit_s = 480
 needs = ("peft",)
 PEERS = {
     "lora": ["fastpeft", "trl", "fastpeft + trl", "peft + liger", "unsloth"],
-    "qlora": ["fastpeft", "fastpeft + trl", "peft + liger", "unsloth"],
+    "qlora": ["fastpeft", "fastpeft + trl", "fastpeft + trl without metrics", "peft + liger", "unsloth"],
 }
 """By method. Each has a process of its own, most of whose time goes to imports."""
 MORE = {"full": ["torch.compile"]}
