@@ -173,7 +173,7 @@ def pack(group: Group) -> Packed | None:
         if len(projection.adapters) > 1:
             return None
         for adapter in projection.adapters:
-            if adapter.bias is not None or isinstance(adapter.scaling, Tensor):
+            if adapter.bias is not None or isinstance(adapter.scaling, Tensor) or not adapter.rank:
                 return None
     if group_extension() is None:
         return None

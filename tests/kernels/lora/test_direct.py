@@ -207,6 +207,8 @@ def test_packed_where_there_is_more() -> None:
     scaled = projection(16, 8, 4)
     scaling = torch.tensor(2.0)
     assert direct.pack(grouped(replace(scaled, adapters=(replace(scaled.adapters[0], scaling=scaling),)))) is None
+    empty = replace(scaled.adapters[0], a=torch.empty(0, 16), b=torch.empty(8, 0))
+    assert direct.pack(grouped(scaled, replace(scaled, adapters=(empty,)))) is None
 
 
 @pytest.mark.parametrize("dtypes", [Dtypes(F32, F32, F32), Dtypes(BF16, BF16, BF16), Dtypes(BF16, F32, BF16)])
