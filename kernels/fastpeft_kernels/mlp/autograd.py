@@ -135,5 +135,5 @@ def apply(x: Tensor, mlp: Mlp, dtypes: Dtypes, seeds: Sequence[Tensor | None], k
 
 
 def stand_in(x: Tensor, mlp: Mlp, dtypes: Dtypes) -> Tensor:
-    """What autograd takes for the result: nothing of its shape and dtype that takes one number's storage."""
-    return x.new_empty((), dtype=dtypes.out).expand(*x.shape[:-1], mlp.down.weight.shape[0])
+    """What autograd takes for the result: zeros of its shape and dtype that take one number's storage."""
+    return x.new_zeros((), dtype=dtypes.out).expand(*x.shape[:-1], mlp.down.weight.shape[0])

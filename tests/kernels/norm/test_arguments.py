@@ -56,7 +56,7 @@ def test_triton_takes_cuda_tensors_of_rows_it_can_hold() -> None:
 
 def test_the_default_is_pytorch_s_own_where_that_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "triton_serves", lambda device: True)
-    few, many, wide = (torch.empty(n, k, device="meta") for n, k in ((4, 6), (2**20, 6), (4, 40000)))
+    few, many, wide = (torch.empty(n, k, device="meta") for n, k in ((4, 6), (2**21, 6), (4, 40000)))
 
     class OnCuda:
         """What the choice reads of a tensor."""
