@@ -17,6 +17,7 @@ from torch import nn
 import fastpeft
 from fastpeft.layers.lora import FastLoraLayer
 from fastpeft.layers.lycoris import FastLycorisLayer
+from fastpeft_kernels.common.device import product_dtype
 from tests.integration.models import make_base
 
 X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
@@ -128,7 +129,11 @@ def test_in_bf16_and_under_autocast_no_further_from_fp64_than_peft(method: str, 
         dtype = peft.base_model.model.q.base_layer.weight.dtype
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found, expected = gradients(ours, dtype), gradients(peft, dtype)
-        assert reasons(ours) == {"fused"}
+        wide = not autocast and adapters == torch.float32
+        if method == "loha" and not wide and product_dtype(torch.bfloat16, X.device) == torch.bfloat16:
+            assert reasons(ours) == {"LoHa in torch.bfloat16, in which weight and update cannot be added"}
+        else:
+            assert reasons(ours) == {"fused"}
         for name, right in exact.items():
             assert found[name].dtype == expected[name].dtype
             error, theirs = ((y[name].double() - right).norm() for y in (found, expected))

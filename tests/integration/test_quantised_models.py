@@ -140,9 +140,10 @@ class TestRearrangedStorage:
         with torch.no_grad():
             peft(**inputs)
         assert all(rearranged(layer) for layer in four_bit_layers(peft))
-        ours = fastpeft.accelerate(copy.deepcopy(peft))
+        ours = fastpeft.accelerate(copy.deepcopy(peft), attention=False)  # which rounds otherwise
         with torch.no_grad():
             assert torch.equal(ours(**inputs).logits, peft(**inputs).logits)
+        ours(**inputs)  # with gradients, since few tokens without them are left to PEFT anyway
         assert all("packing_format_for_cpu" in row.note for row in adapter_rows(ours))
 
     def test_verify_does_not_rearrange_layers_without_lora(self) -> None:

@@ -159,7 +159,10 @@ def test_plain_peft_loads_it_and_computes_the_same(done: tuple[Learned, Run]) ->
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if case.task == "seq2seq-lm":
         batch["decoder_input_ids"] = torch.randint(5, 30, (2, 6))
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):  # as the trainer left the run's
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16),
+    ):  # as the trainer left the run's
         expected, found = plain(**batch).logits, run.model.eval()(**batch).logits
     if dtype == torch.bfloat16:
         with torch.no_grad():

@@ -73,7 +73,8 @@ def test_every_head(head: str) -> None:
 @pytest.mark.parametrize("teacher, ways", [pair for pair in product(TEACHERS, WAYS) if possible(*pair)])
 def test_every_teacher_and_way(teacher: str, ways: str, dtype: torch.dtype) -> None:
     sizes = sizes_of("low_rank", teacher, words=40)
-    hold_distillation(make(6, 10, teacher=teacher, ways=ways, dtype=dtype, softcap=3.0, rank=3, **sizes))
+    # Of few numbers the largest error is chance, in 16 bits where the CPU multiplies these itself.
+    hold_distillation(make(16, 20, teacher=teacher, ways=ways, dtype=dtype, softcap=3.0, rank=3, **sizes))
 
 
 @pytest.mark.full
