@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def has_its_own_attention(model: Any) -> bool:
 @cache
 def asks_for_attention(kind: type[Any]) -> bool:
     """Whether modules of a class call the attention function that is registered under their configuration's name."""
-    forward = inspect.unwrap(kind.forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    code = _code_of_forward(kind)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 @cache
@@ -140,13 +141,41 @@ def masks_by_name(kind: type[Any]) -> bool:
 
 
 def _names_both(kind: type[nn.Module]) -> bool:
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    code = _code_of_forward(kind)
     if code is None or not {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(code.co_names):
         return False
-    names: set[Any] = set()
+    return {"eager", "sdpa"} <= _constants(code)
+
+
+@cache
+def makes_masks_of_masks(kind: type[Any]) -> bool:
+    """Whether attention of a class makes a mask of the model's, which is to have all queries x keys for that.
+
+    So does attention that weighs or chooses keys as it goes (Doge's, Qwen4's): it keeps a mask of its own, and a model
+    of its file forbids that the whole mask be left out.
+    """
+    code = _code_of_forward(kind)
+    if code is None:
+        return False
+    own = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
+    if not any("mask" in name for name in own):
+        return False
+    home = vars(sys.modules[kind.__module__]).values()
+    codes = (_code_of_forward(each) for each in home if isinstance(each, type) and issubclass(each, nn.Module))
+    return any("allow_is_causal_skip" in _constants(each) for each in codes if each is not None)
+
+
+def _code_of_forward(kind: type[Any]) -> CodeType | None:
+    code: CodeType | None = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code
+
+
+def _constants(code: CodeType) -> set[Any]:
+    """Of a function, those within tuples too: names of arguments, keys of dicts."""
+    found: set[Any] = set()
     for constant in code.co_consts:
-        names |= set(constant) if isinstance(constant, (tuple, frozenset)) else {constant}
-    return {"eager", "sdpa"} <= names
+        found |= set(constant) if isinstance(constant, (tuple, frozenset)) else {constant}
+    return found
 
 
 @cache

@@ -14,6 +14,7 @@ from ..integrations.transformers import (
     attention_is_an_argument,
     has_its_own_attention,
     is_model_class,
+    makes_masks_of_masks,
     masks_by_name,
     set_attention_implementation,
 )
@@ -63,6 +64,8 @@ class AttentionReplacement:
             return Left("output_attentions=True in its configuration, which only eager attention can do")
         if masks_by_name(kind):
             return Left("sparse attention, whose code masks keys for eager and sdpa alone")
+        if makes_masks_of_masks(kind):
+            return Left("it makes a mask of the model's, and asks for that with all queries x keys")
         if not attention_is_an_argument(kind) and why_not_by_distance(module) is not None:
             return Left("only its own eager attention is known to compute what it needs")
         return Match(OP, name)

@@ -71,6 +71,26 @@ def test_sparse_attention_by_name_is_refused() -> None:
         model(**batch())
 
 
+def weighing() -> Any:
+    """Doge's: each key has a weight that is made of its value and added to the mask."""
+    torch.manual_seed(0)
+    return hf.DogeForCausalLM(hf.DogeConfig(**_SIZES, num_key_value_heads=2, keep_window_size=4)).train()
+
+
+def test_attention_that_makes_a_mask_of_the_model_s_stays_as_it_is() -> None:
+    """Documents hide keys, which the mask function tells in intervals: nothing that such code could add to."""
+    model = weighing()
+    model.config.use_cache = False  # with a cache transformers looks for no documents
+    ids = batch()["input_ids"]
+    documents = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)
+    given = {"input_ids": ids, "position_ids": documents, "labels": ids}
+    plain, exact = step(copy.deepcopy(model), given), truth(model, given)
+    ours = step(fastpeft.accelerate(model), given)
+    rows = [row for row in fastpeft.report(model).rows if row.kind == "attention"]
+    assert len(rows) == 2 and all("makes a mask of the model's" in row.note and not row.accelerated for row in rows)
+    assert_step_close(ours, plain, exact)
+
+
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("wanted", [1, 3])
 def test_layers_that_compute_the_last_queries_alone(wanted: int, padding: int) -> None:
