@@ -140,6 +140,30 @@ _SMALL_TEXT = {
     **{name: _SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")},
     **{name: _SIZES[name] for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")},
 }
+_LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
+_GEMMA3N: dict[str, Any] = {
+    "intermediate_size": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": WORDS, "laurel_rank": 8, "altup_num_inputs": 2},
+    "activation_sparsity_pattern": [0.5, 0.0],
+}
+_GEMMA4: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": WORDS, "global_head_dim": 16},
+}
+_NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+    **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+}
+_ZAMBA2: dict[str, Any] = {
+    **{"n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "adapter_rank": 4},
+    **{"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4, "num_hidden_layers": 3},
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    "hybrid_layer_ids": [1, 2],
+}
+_LLAMA4 = {"intermediate_size_mlp": 128, "attention_chunk_size": 8, "interleave_moe_layer_step": 2}
+_NLLB_MOE = {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64, "forced_eos_token_id": None}
 FAMILIES: dict[str, Family] = {
     "llama": _causal("Llama"),
     "mistral": _causal("Mistral"),
@@ -182,6 +206,15 @@ FAMILIES: dict[str, Family] = {
     "xglm": _causal("XGLM"),
     "biogpt": _causal("BioGpt"),
     "lfm2": _causal("Lfm2", layer_types=["full_attention", "conv"]),
+    "qwen3_5": Family("decoder", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _LINEAR_FIRST),
+    "gemma3n": Family("decoder", "Gemma3nForCausalLM", "Gemma3nTextConfig", _GEMMA3N),
+    "gemma4": Family("decoder", "Gemma4ForCausalLM", "Gemma4TextConfig", _GEMMA4),
+    "ministral3": _causal("Ministral3"),
+    "bitnet": _causal("BitNet"),
+    "rwkv": _causal("Rwkv", attention_hidden_size=HIDDEN),
+    "falcon_h1": _causal("FalconH1", left=("out_proj",), mamba_d_ssm=128, mamba_d_head=16),
+    "nemotron_h": _causal("NemotronH", left=("out_proj",), **_NEMOTRON_H),
+    "zamba2": _causal("Zamba2", left=("out_proj",), **_ZAMBA2),
     "mamba": _causal("Mamba", left=("out_proj",)),
     "mamba2": _causal("Mamba2", left=("out_proj",), num_heads=8, n_groups=1),
     "bamba": _causal("Bamba", attn_layer_indices=[1]),
@@ -195,6 +228,14 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": _causal("GptOss", MIXTURE),
     "glm4_moe": _causal("Glm4Moe", MIXTURE),
     "granitemoe": _causal("GraniteMoe", MIXTURE),
+    "qwen3_5_moe": Family(MIXTURE, "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", _LINEAR_FIRST),
+    "llama4": Family(MIXTURE, "Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, left=("router",)),
+    "mistral4": _causal("Mistral4", MIXTURE, head_dim=8, num_key_value_heads=4, qk_head_dim=24),
+    "minimax_m2": _causal("MiniMaxM2", MIXTURE),
+    "lfm2_moe": _causal("Lfm2Moe", MIXTURE, layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "granitemoehybrid": _causal(
+        "GraniteMoeHybrid", MIXTURE, left=("out_proj",), mamba_d_head=16, **_LINEAR_FIRST, shared_intermediate_size=32
+    ),
     "phimoe": _causal("Phimoe", MIXTURE, left=("router",)),
     "jamba": _causal("Jamba", MIXTURE, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
     "switch_transformers": Family(
@@ -215,6 +256,10 @@ FAMILIES: dict[str, Family] = {
     "xlnet": _encoder("XLNet"),
     "funnel": _encoder("Funnel", block_sizes=[1, 1]),
     "convbert": _encoder("ConvBert"),
+    "eurobert": _encoder("EuroBert"),
+    "nomic_bert": _encoder("NomicBert"),
+    "big_bird": _encoder("BigBird", attention_type="original_full"),
+    "longformer": _encoder("Longformer", attention_window=8),
     "t5": _pair("T5", **_T5, feed_forward_proj="gated-gelu"),
     "mt5": _pair("MT5", **_T5),
     "umt5": _pair("UMT5", **_T5),
@@ -226,6 +271,8 @@ FAMILIES: dict[str, Family] = {
     "blenderbot": _pair("Blenderbot", forced_eos_token_id=None),
     "m2m_100": _pair("M2M100"),
     "prophetnet": _pair("ProphetNet"),
+    "led": _pair("LED", attention_window=8, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
+    "nllb-moe": Family(MIXTURE, "NllbMoeForConditionalGeneration", "NllbMoeConfig", _NLLB_MOE),
     "vit": Family("picture, sound", "ViTForImageClassification", "ViTConfig", {"num_labels": 3}),
     "whisper": Family(
         "picture, sound",
