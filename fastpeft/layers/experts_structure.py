@@ -16,6 +16,7 @@ from fastpeft_kernels.weights import DenseWeight
 
 from ..integrations.transformers import experts_implementation
 from .mlp_structure import FEATURES, SCALES, WIDTH, close_by_rows, computes, functions_among
+from .proving import failure
 
 ROWS = 4 * len(SCALES)
 TOP_K = 2
@@ -91,20 +92,19 @@ def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
     Tried is the module's own code on (x, index, weights), over small random matrices in fp32 in place of its own: with
     `training` on and off, on small and large inputs, with experts that get no row and tokens that choose one twice.
     """
-    fitting = []
-    for roles in wanted:
+    fitting: list[ExpertRoles] = []
+    errors: list[Exception] = []
+    for roles in wanted:  # without a gate either stack could be the inner one, by its shape
         try:
             if _fits(module, roles):
                 fitting.append(roles)
         except Exception as error:
-            return f"trying it failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+            errors.append(error)
     if len(fitting) == 1:
         return fitting[0]
-    return (
-        "it computes more than one known kind of experts alike"
-        if fitting
-        else "it computes something else than experts"
-    )
+    if fitting:
+        return "it computes more than one known kind of experts alike"
+    return failure(errors[0]) if len(errors) == len(wanted) else "it computes something else than experts"
 
 
 def _fits(module: nn.Module, roles: ExpertRoles) -> bool:

@@ -19,6 +19,7 @@ from ..integrations import bitsandbytes, quantised
 from ..integrations.transformers import is_conv1d
 from .bypass import own_class
 from .lora import FastLoraLayer
+from .proving import failure
 
 SCALES = (0.3, 1.0, 4.0, 30.0)
 """Of the rows of a proof's input: what their numbers are, about, after a projection."""
@@ -107,7 +108,7 @@ def proved(module: nn.Module, wanted: list[Roles]) -> Roles | str:
     if fitting:
         return "it computes more than one known MLP alike"
     if len(errors) == len(downs):
-        return f"trying it failed with {type(errors[0]).__name__}: {str(errors[0]).partition(chr(10))[0][:100]}"
+        return failure(errors[0])
     return "it computes something else than an MLP"
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastpeft
 from tests.integration.mixtures import MIXTURES, experts, make, truth
-from tests.integration.models import batch, checkpointed, trained
+from tests.integration.models import VOCABULARY, batch, checkpointed, trained
 from tests.integration.reports import adapter_rows
 from tests.integration.steps import assert_accelerated_close, assert_close, step
 from tests.kernels.experts.test_experts import Sizes
@@ -373,6 +374,23 @@ def test_experts_that_compute_something_else_are_left_alone(change: Any, reason:
     fastpeft.accelerate(model)
     rows = [row for row in adapter_rows(model) if "experts" in row.path]
     assert len(rows) == 4 and all(not row.op and reason in row.note for row in rows), rows
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_experts_without_a_gate(implementation: str) -> None:
+    """By its shape either stack could be the inner one; the wrong way round such code raises."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "moe_latent_size": None}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "n_shared_experts": 1}
+    routing = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    kinds = ["full_attention", "moe"]
+    config = NemotronHConfig(**sizes, **heads, **routing, layers_block_type=kinds, vocab_size=VOCABULARY)
+    base = NemotronHForCausalLM(config)
+    base.set_experts_implementation(implementation)
+    parameters = ["experts.up_proj", "experts.down_proj"]
+    model = trained(get_peft_model(base, LoraConfig(r=4, target_modules=["o_proj"], target_parameters=parameters)))
+    inputs = batch(model)
+    assert_accelerated_close(model, inputs, truth(model, inputs))
+    assert served(model)
 
 
 def test_parameters_of_other_modules_are_left_alone() -> None:
