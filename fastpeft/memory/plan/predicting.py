@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.config import LoraSection
+from fastpeft.errors import UserError
 
 from ..layers import model_layers
 from ..policy import LayerPolicy, MemoryPolicy
@@ -201,16 +202,21 @@ class Model:
         if layers := model_layers(model):
             follow(model, policies)
         dtype = self.setting.dtype
-        return trace(
-            model,
-            layers,
-            _batch(self.setting, rows, tokens),
-            self.setting.device,
-            autocast=dtype if dtype.itemsize == 2 else None,
-            accumulated=self.setting.accumulated,
-            repeated=self._repeated,
-            backward=self.setting.section is not None,
-        )
+        batch = _batch(self.setting, rows, tokens)
+        try:
+            return trace(
+                model,
+                layers,
+                batch,
+                self.setting.device,
+                autocast=dtype if dtype.itemsize == 2 else None,
+                accumulated=self.setting.accumulated,
+                repeated=self._repeated,
+                backward=self.setting.section is not None,
+            )
+        except Exception as error:  # of any kind, from a model's own code
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+            raise UserError(f"MODEL: its step cannot be followed without values, so no plan is made: {why}") from error
 
 
 def is_streamed(kind: str, tensor: Tensor) -> bool:

@@ -88,7 +88,7 @@ def _saved(traces: Traces) -> Callable[[int, LayerPolicy], int]:
             if stretch.phase == "forward":
                 whole = stretches[index : index + _until_next(stretches, index)]
                 known[stretch.layer, policy] = sum(each.change for each in whole)
-    return lambda layer, policy: known[layer, policy]
+    return lambda layer, policy: known.get((layer, policy), 0)  # a batch of text reaches no layer of an image encoder
 
 
 def _whole(

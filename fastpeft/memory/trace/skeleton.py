@@ -66,6 +66,9 @@ def build(
             model = auto_class(task).from_config(config, dtype=dtype)
     except (RuntimeError, ArithmeticError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise UserError(f"MODEL: no model can be made as its config.json says: {error}") from error
+    except ValueError as error:
+        kind, auto, why = type(config).__name__, auto_class(task).__name__, str(error).partition(". ")[0]
+        raise UserError(f"MODEL: {auto} makes none of {kind}, and plans are for models of text: {why}") from error
     model.config.use_cache = False
     order = _keep_first_layers(model, whole)
     if packed:

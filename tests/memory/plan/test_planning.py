@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LEDConfig, LlamaConfig, ViTConfig
 
 import fastpeft
 from fastpeft.errors import UserError
@@ -267,3 +267,22 @@ def test_packed_weights_that_have_no_adapter_are_followed() -> None:
     every = fastpeft.plan(CONFIG, gpu_memory="2GiB", seq=64, largest=False)
     assert some.fits and some.bytes["adapters"] < every.bytes["adapters"]
     assert some.bytes["base, packed"] == every.bytes["base, packed"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (ViTConfig(), "MODEL: AutoModelForSequenceClassification makes none of ViTConfig, and plans are for models of"),
+        (
+            LEDConfig(
+                vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+                encoder_attention_heads=2, decoder_attention_heads=2, attention_window=4,
+            ),
+            "MODEL: its step cannot be followed without values, so no plan is made: NotImplementedError",
+        ),
+    ],
+    ids=["pictures", "shapes that depend on values"],
+)  # fmt: skip
+def test_models_that_cannot_be_planned(config: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        fastpeft.plan(config, gpu_memory="1GiB", seq=16, largest=False)

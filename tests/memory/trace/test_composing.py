@@ -72,3 +72,10 @@ def test_what_traced_layers_do_in_the_mixed_trace() -> None:
     assert sampled(3, (0, 1, 1, 1, 2), policies) == (AGAIN, KEPT, KEPT)
     assert sampled(5, (0, 1, 2, 3, 4), policies) == policies
     assert sampled(3, (0, 0, 0, 0, 0), policies) == (KEPT,) * 3, "none stands for nothing"
+
+
+def test_a_layer_that_the_batch_does_not_reach_adds_nothing() -> None:
+    """Phi-4's encoders of pictures and sound, in a batch of text."""
+    reached = compose({KEPT: KEEP}, (0, 1), (KEPT,) * 2)
+    found = compose({KEPT: KEEP}, (0, 1, 2), (KEPT,) * 3)
+    assert found == reached._replace(saved=(*reached.saved, 0))
