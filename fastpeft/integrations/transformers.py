@@ -151,8 +151,8 @@ def _names_both(kind: type[nn.Module]) -> bool:
 def makes_masks_of_masks(kind: type[Any]) -> bool:
     """Whether attention of a class makes a mask of the model's, which is to have all queries x keys for that.
 
-    So does attention that weighs or chooses keys as it goes (Doge's, Qwen4's): it keeps a mask of its own, and a model
-    of its file forbids that the whole mask be left out.
+    So does attention that weighs or chooses keys as it goes (Doge's, Qwen4's): it keeps a mask of its own, which a
+    method of its class makes, or a model of its file forbids that the whole mask be left out.
     """
     code = _code_of_forward(kind)
     if code is None:
@@ -160,6 +160,8 @@ def makes_masks_of_masks(kind: type[Any]) -> bool:
     own = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
     if not any("mask" in name for name in own):
         return False
+    if any("mask" in name for name in vars(kind)):
+        return True
     home = vars(sys.modules[kind.__module__]).values()
     codes = (_code_of_forward(each) for each in home if isinstance(each, type) and issubclass(each, nn.Module))
     return any("allow_is_causal_skip" in _constants(each) for each in codes if each is not None)
