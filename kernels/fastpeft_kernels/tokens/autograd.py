@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from ..common.device import autocast_off
 from ..common.tracing import as_op
 
+_PIECE = 1 << 24  # numbers that are copied at a time
+
 
 class TokenEmbedding(torch.autograd.Function):
     """Keeps each id's place among the trained rows."""
@@ -35,11 +37,22 @@ class TokenEmbedding(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         d_rows = None
         if ctx.needs_input_grad[2]:
-            wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
             # Ids whose row is frozen have the place behind the last, which as padding is passed over.
-            sums = torch.ops.aten.embedding_dense_backward(wide, places, ctx.count + 1, ctx.count, False)
+            sums = _sums_of_rows(dy.reshape(-1, dy.shape[-1]), places.reshape(-1), ctx.count + 1)
             d_rows = sums[: ctx.count].to(ctx.dtype)
         return None, None, d_rows, None, None
+
+
+def _sums_of_rows(dy: Tensor, places: Tensor, count: int) -> Tensor:
+    """(count, features) in fp32 at least: sums of the rows of dy (tokens, features) of each place but the last, a part
+    of dy after the other, since each is copied where it is not so wide.
+    """
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    sums = dy.new_zeros((count, dy.shape[1]), dtype=dtype)
+    each = dy.shape[0] if dy.dtype == dtype else max(1, _PIECE // max(1, dy.shape[1]))
+    for part, of_part in zip(dy.split(max(1, each)), places.split(max(1, each)), strict=True):
+        sums += torch.ops.aten.embedding_dense_backward(part.to(dtype), of_part, count, count - 1, False)
+    return sums
 
 
 class TokenLinear(torch.autograd.Function):

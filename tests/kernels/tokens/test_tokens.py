@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.tokens import token_embedding, token_linear
+from fastpeft_kernels.tokens import autograd, token_embedding, token_linear
 from fastpeft_kernels.tokens.reference import token_embedding_reference, token_linear_reference
 from tests.budget import assert_within_budget
 from tests.kernels.allocations import largest
@@ -83,7 +83,9 @@ def test_within_the_budget(dtype: torch.dtype, trained: torch.dtype, autocast: b
             assert_within_budget(*each, name=f"gradient of {kind}")
 
 
-def test_a_frequent_token_in_bf16_gets_all_of_its_gradient() -> None:
+@pytest.mark.parametrize("piece", [autograd._PIECE, FEATURES * 700])
+def test_a_frequent_token_in_bf16_gets_all_of_its_gradient(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_PIECE", piece)
     """Sums in bf16 stop growing at 256 times what is added."""
     ids, _, weight, rows = drawn(4000, dtype=torch.bfloat16)
     token_embedding(torch.full_like(ids, 4), weight, rows, TOKENS).sum().backward()
