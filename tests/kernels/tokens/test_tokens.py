@@ -85,8 +85,8 @@ def test_within_the_budget(dtype: torch.dtype, trained: torch.dtype, autocast: b
 
 @pytest.mark.parametrize("piece", [autograd._PIECE, FEATURES * 700])
 def test_a_frequent_token_in_bf16_gets_all_of_its_gradient(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "_PIECE", piece)
     """Sums in bf16 stop growing at 256 times what is added."""
+    monkeypatch.setattr(autograd, "_PIECE", piece)
     ids, _, weight, rows = drawn(4000, dtype=torch.bfloat16)
     token_embedding(torch.full_like(ids, 4), weight, rows, TOKENS).sum().backward()
     assert rows.grad is not None
