@@ -54,6 +54,9 @@ def test_a_test_that_fails_with_fastpeft_alone_is_named(tmp_path: Path, capfd: p
     assert "3 run, 1 passed, 0 skipped or expected to fail, 1 failed without fastpeft too, 1 with fastpeft" in printed
     assert printed.splitlines()[-1].endswith("test_suite.py::test_of_what_fastpeft_changes")
     assert main([str(file), "-k", "passes"]) == 0
+    file.write_text("import no_such_module")
+    with pytest.raises(SystemExit, match="pytest could not run these tests: it ended with code 2"):
+        main([str(file)])
 
 
 def test_no_path_is_refused() -> None:

@@ -72,9 +72,9 @@ def _run(arguments: Sequence[str], hub: Path, folder: Path) -> dict[str, Any]:
         str(outcomes),
     ]
     command += ["-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider", *arguments]
-    subprocess.run(command, env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})
-    if not outcomes.exists():
-        raise SystemExit("pytest ended without a result")
+    ended = subprocess.run(command, env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})
+    if ended.returncode not in (0, 1) or not outcomes.exists():  # all passed, or some failed
+        raise SystemExit(f"pytest could not run these tests: it ended with code {ended.returncode}")
     return json.loads(outcomes.read_text())  # type: ignore[no-any-return]
 
 
