@@ -43,7 +43,7 @@ class FusedLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         first, second = len(Kept._fields), len(Kept._fields) + len(Trained._fields)
         kept, trained, fixed = Kept(*saved[:first]), Trained(*saved[first:second]), Fixed(*saved[second:], *ctx.fixed)
-        if fixed.stored is not None and reads_weight(kept, d_lse, d_total):
+        if fixed.stored is not None and reads_weight(kept, d_lse):
             fixed.stored.check_unchanged(ctx.stamp)
         spend = not graph_is_kept(given[0].device)
         kept = kept._replace(logits=ctx.logits)

@@ -12,7 +12,7 @@ from ..lora.autograd import in_use
 from ..weights import DenseWeight, FrozenWeight
 from .forward import forward
 from .kept_logits import KeptLogits
-from .label_rows import label_rows, summed_rows
+from .label_rows import label_rows
 from .online import scaled_rows
 from .problem import Needs, Problem, Wants
 from .recompute import Known, token_gradients, word_blocks, word_gradients
@@ -75,9 +75,10 @@ class Kept(NamedTuple):
     logits: Tensor | None = None
 
 
-def online(needs: Needs, wants: Wants, softcap: float | None) -> bool:
-    """Whether `forward` makes the gradients of hidden and s: total's depends on the logits where they have a cap."""
-    return needs.of_tokens and not (wants.total and softcap is not None)
+def online(needs: Needs, wants: Wants) -> bool:
+    """Whether `forward` makes the gradients of hidden and s: where total has none. It would take away most of the
+    label's row, after that was added and rounded."""
+    return needs.of_tokens and not wants.total
 
 
 def again(needs: Needs, rows: bool) -> bool:
@@ -87,7 +88,7 @@ def again(needs: Needs, rows: bool) -> bool:
 
 def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept]:
     """Forward, with what backward reads where `needs` asks for any gradient."""
-    problem, rows = _problem(trained, fixed), online(needs, fixed.wants, fixed.softcap)
+    problem, rows = _problem(trained, fixed), online(needs, fixed.wants)
     memory = KeptLogits.room(problem) if fixed.keep and needs.weight else None
     logits = None if memory is None else KeptLogits(memory, problem, word_blocks(problem, needs).words)
     with in_use((problem,)):
@@ -105,9 +106,9 @@ def read_by_backward(trained: Trained, kept: Kept) -> Trained:
     return trained if kept.top is not None else Trained(None, None, None, None, trained.b)
 
 
-def reads_weight(kept: Kept, d_lse: Tensor | None, d_total: Tensor | None) -> bool:
+def reads_weight(kept: Kept, d_lse: Tensor | None) -> bool:
     """Whether `compute_backward` does."""
-    return kept.top is not None or d_lse is not None or d_total is not None
+    return kept.top is not None or d_lse is not None
 
 
 def compute_backward(
@@ -120,7 +121,7 @@ def compute_backward(
     d_total: Tensor | None,
     spend: bool,
 ) -> Trained:
-    """The gradients that `needs` asks for, each in the dtype of what it belongs to.
+    """The gradients that `needs` asks for, each in the dtype of what it belongs to, or `kept_dtype` of that.
 
     Args:
         trained: `read_by_backward` of it.
@@ -129,51 +130,35 @@ def compute_backward(
     """
     hidden = weight = bias = s = b = None
     if kept.slope is not None:
-        hidden, s = _scale_rows(trained, fixed, kept, d_nll, d_lse, d_total, spend)
+        hidden, s = _scale_rows(trained, fixed, kept, d_nll, d_lse, spend)
     if kept.top is not None and kept.inverse is not None and kept.others is not None:
         problem = _problem(trained, fixed)
         known = Known(kept.top, kept.inverse, kept.others, d_nll, d_lse, d_total)
         with in_use((problem,)):
             if needs.of_tokens and kept.slope is None:
-                rows = token_gradients(problem, needs, known)
-                hidden, s = rows.hidden, rows.s
+                hidden, s = token_gradients(problem, needs, known)
             if needs.of_words:
                 sums = word_gradients(problem, needs, known, kept.logits, spend)
                 weight, bias, b = sums.weight, sums.bias, sums.b
-    if s is not None and trained.s is not None:
-        s = s.to(trained.s.dtype)
     return Trained(hidden, weight, bias, s, b)
 
 
 def _scale_rows(
-    trained: Trained,
-    fixed: Fixed,
-    kept: Kept,
-    d_nll: Tensor | None,
-    d_lse: Tensor | None,
-    d_total: Tensor | None,
-    spend: bool,
+    trained: Trained, fixed: Fixed, kept: Kept, d_nll: Tensor | None, d_lse: Tensor | None, spend: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """d nll = rows, d lse = rows + slope * (the label's row), d total = scale * (the sum of all rows)."""
+    """d nll = rows, d lse = rows + slope * (the label's row)."""
     factor = d_nll if d_lse is None else d_lse if d_nll is None else d_nll + d_lse
-    factor = torch.zeros_like(d_total) if factor is None and d_total is not None else factor
     of_label = None if d_lse is None or kept.slope is None else d_lse * kept.slope
     assert factor is not None
     hidden = s = None
     if kept.d_hidden is not None:
         weight = _weight(trained, fixed)
         with in_use((Held(weight),)):
-            rows, every = label_rows(weight, fixed.labels, fixed.dtype), None
-            if d_total is not None:
-                every = d_total * fixed.scale, summed_rows(weight, fixed.class_weight, fixed.dtype, factor.dtype)
-            hidden = scaled_rows(kept.d_hidden, factor, of_label, rows, spend, every)
+            rows = label_rows(weight, fixed.labels, fixed.dtype)
+            hidden = scaled_rows(kept.d_hidden, factor, of_label, rows, spend)
     if kept.d_s is not None and trained.b is not None:
-        whole, every = slice(0, fixed.labels.shape[0]), None
-        if d_total is not None:
-            b = DenseWeight(trained.b.detach())
-            every = d_total * fixed.scale, summed_rows(b, fixed.class_weight, b.dtype, factor.dtype)
-        labels = [(whole, trained.b.index_select(0, fixed.labels))]
-        s = scaled_rows(kept.d_s, factor, of_label, labels, spend, every)
+        labels = [(slice(0, fixed.labels.shape[0]), trained.b.index_select(0, fixed.labels))]
+        s = scaled_rows(kept.d_s, factor, of_label, labels, spend)
     return hidden, s
 
 

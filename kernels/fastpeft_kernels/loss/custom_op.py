@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.traced_json import parsed, to_json
 from ..weights import FrozenWeight, unflatten_weight
 from .call import Fixed, Kept, Outputs, Trained, again, compute, compute_backward, online, read_by_backward
-from .problem import Needs, Wants
+from .problem import Needs, Wants, kept_dtype
 
 _OUTPUTS = len(Outputs._fields)
 _KEPT = len(Kept._fields)
@@ -93,11 +93,14 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     wide, wanted, needed = torch.promote_types(dtype, torch.float32), Wants(*wants), Needs(*needs)
-    made = online(needed, wanted, softcap)
+    made = online(needed, wanted)
     again_needed = again(needed, made)
 
     def numbers(there: bool = True, dtype: torch.dtype = wide) -> Tensor:
         return hidden.new_empty(labels.shape[0], dtype=dtype) if there else hidden.new_empty(0)
+
+    def rows(of: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if of is None else of.new_empty(of.shape, dtype=kept_dtype(of.dtype))
 
     return [
         numbers(),
@@ -105,8 +108,8 @@ def _(
         numbers(wanted.sums),
         numbers(wanted.entropy),
         numbers(wanted.correct, torch.bool),
-        hidden.new_empty(hidden.shape) if made and needed.hidden else hidden.new_empty(0),
-        s.new_empty(s.shape) if made and needed.s and s is not None else hidden.new_empty(0),
+        rows(hidden if made and needed.hidden else None),
+        rows(s if made and needed.s else None),
         numbers(made),
         *(numbers(again_needed) for _ in range(3)),
         hidden.new_empty(0),
@@ -168,7 +171,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *trained, labels, class_weight, stored, layout, scale, softcap, dtype, low_dtype, wants, needs = inputs
     ctx.numbers = (layout, scale, softcap, dtype, low_dtype, wants, needs)
     needed = Needs(*needs)
-    made = online(needed, Wants(*wants), softcap)
+    made = online(needed, Wants(*wants))
     there = [made and needed.hidden, made and needed.s, made, *[again(needed, made)] * 3, False]
     kept = Kept(*(t if flag else None for t, flag in zip(output[_OUTPUTS:], there, strict=True)))
     ctx.stored = len(stored)

@@ -83,14 +83,15 @@ def compute(trained: Trained, fixed: Fixed, needs: Needs) -> tuple[Outputs, Kept
     """Forward, with what backward reads where `needs` asks for any gradient."""
     student, teacher = _student(trained, fixed), _teacher(fixed)
     with in_use((student, *_streamed(teacher))):
-        memory = KeptLogits.room(student) if fixed.keep and needs.weight else None
+        # In fp16 the gradients that it holds would lose what the loss's scale is for.
+        kept = fixed.keep and needs.weight and student.dtype != torch.float16
+        memory = KeptLogits.room(student) if kept else None
         found = distil(student, teacher, fixed.counted, fixed.soft, needs, memory)
     losses = fixed.soft.divergence_weight * found.divergence
     if found.nll is not None:
         losses = losses + fixed.soft.cross_entropy_weight * found.nll
     outputs = Outputs(losses, found.divergence, found.nll)
-    d_s = None if found.sums.s is None or trained.s is None else found.sums.s.to(trained.s.dtype)
-    return outputs, Kept(found.sums.hidden, d_s, found.known if needs.of_words else None, memory)
+    return outputs, Kept(found.sums.hidden, found.sums.s, found.known if needs.of_words else None, memory)
 
 
 def read_by_backward(trained: Trained, tensors: Sequence[Any], kept: Kept) -> list[Tensor | None]:

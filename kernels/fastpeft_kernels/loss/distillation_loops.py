@@ -85,10 +85,11 @@ def distil(
             found = statistics(raw, tokens.labels, -1, None, False, "auto", maps[0])
             known[KEPT:] = torch.stack([found.top, found.inverse, found.others])
             student.put(result.nll, tokens.first, found.nll if counts is None else torch.where(counts, found.nll, 0.0))
-        if needs.of_tokens or kept is not None:
+        keeps = kept is not None and kept.count(tokens) > 0
+        if needs.of_tokens or keeps:
             ones = torch.ones_like(values) if counts is None else counts.to(values.dtype)
             _to_gradient(raw, teacher_raw, maps, student.scale, soft, tokens.labels, 0, known, ones)
-        if kept is not None:
+        if kept is not None and keeps:
             kept.put(raw, tokens, 0)
         if needs.of_tokens:
             result.sums.begin(tokens)
@@ -178,5 +179,5 @@ def _room(student: Problem, teacher: Given | TeacherHead, blocks: Blocks, soft: 
         divergence=student.empty(dtype=wide),
         nll=student.empty(dtype=wide) if soft.cross_entropy_weight else None,
         known=torch.empty((known_rows(soft), student.tokens), dtype=wide, device=student.device),
-        sums=TokenSums(student, needs, blocks),
+        sums=TokenSums(student, needs, blocks, waiting=True),
     )

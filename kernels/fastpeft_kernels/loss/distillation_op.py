@@ -13,7 +13,7 @@ from .call import Trained
 from .custom_op import flat, unflat
 from .distillation_call import TENSORS, Fixed, Kept, Outputs, compute, compute_backward, read_by_backward
 from .distillation_loops import Soft, known_rows, wide_dtype
-from .problem import Needs
+from .problem import Needs, kept_dtype
 
 _TRAINED = len(Trained._fields)
 _KEPT = len(Kept._fields)
@@ -70,8 +70,8 @@ def _(
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(tokens, dtype=wide),
         hidden.new_empty(tokens, dtype=wide) if fixed.soft.cross_entropy_weight else none,
-        hidden.new_empty(hidden.shape) if needed.hidden else none,
-        s.new_empty(s.shape) if needed.s and s is not None else none,
+        hidden.new_empty(hidden.shape, dtype=kept_dtype(hidden.dtype)) if needed.hidden else none,
+        s.new_empty(s.shape, dtype=kept_dtype(s.dtype)) if needed.s and s is not None else none,
         hidden.new_empty((known_rows(fixed.soft), tokens), dtype=wide) if needed.of_words else none,
         none,
     ]

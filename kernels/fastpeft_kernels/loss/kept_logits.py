@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
 from .problem import Problem, Tokens, Words
+
+_rooms: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+"""By the weight's stamp, while it is there."""
 
 
 class KeptLogits:
@@ -31,15 +37,21 @@ class KeptLogits:
     def room(problem: Problem) -> Tensor | None:
         """(words, hidden_size) in the weight's dtype, or None.
 
-        That is without tokens; where no row of it is a row of logits' numbers; and while a CUDA graph is captured,
-        whose backward may be repeated and spends nothing.
+        That is without a quarter as many tokens as features; where no row of it is a row of logits' numbers; while a
+        CUDA graph is captured, whose backward may be repeated and spends nothing; while another call's is there, since
+        many losses may be made before one backward; and where saved tensors go through hooks: what they bring elsewhere
+        or make again, as activation checkpointing does, would lie beside this.
         """
-        weight = problem.weight
-        if not problem.tokens or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
+        weight, hooks = problem.weight, torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if 4 * problem.tokens < weight.shape[1] or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
             return None
-        if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if hooks is not None or (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
-        return torch.empty(weight.shape, dtype=weight.dtype, device=problem.device)
+        stamp = weight.stamp()
+        if stamp in _rooms:
+            return None
+        _rooms[stamp] = room = torch.empty(weight.shape, dtype=weight.dtype, device=problem.device)
+        return room
 
     def put(self, raw: Tensor, tokens: Tokens, word: int) -> None:
         """Keeps raw (T, C) of the words from `word` on, as far as there is room for its tokens."""

@@ -1,4 +1,4 @@
-"""The rows of a weight that belong to labels, and the sum of all."""
+"""The rows of a weight that belong to labels."""
 
 from __future__ import annotations
 
@@ -44,17 +44,6 @@ def label_rows(
             yield part, dense.index_select(0, of_part)
         else:
             yield part, torch.index_select(dense, 0, of_part, out=room[: of_part.shape[0]])
-
-
-def summed_rows(weight: FrozenWeight, factors: Tensor | None, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    """(features,) sum_v factors[v] W[v], in `wide`; of ones where factors (words,) is None."""
-    sums = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
-    for first, last, w in decoded_chunks(weight, dtype, _WORDS):
-        if factors is None:
-            sums += w.sum(0, dtype=wide)
-        else:
-            sums += torch.mv(w.to(wide).t(), factors[first:last].to(wide))
-    return sums
 
 
 def _decoded(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ Source: Milakov and Gimelshein 2018, arXiv:1805.02867; FlashAttention-2, Dao 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common.shapes import rounds
 from .blocks import Blocks
 from .label_rows import label_rows
-from .problem import Needs, Problem, Tokens, Words
+from .problem import Needs, Problem, Tokens, Words, kept_dtype
 from .products import add_product, rank_factors
 from .steps import Known
 
@@ -26,7 +26,7 @@ _PIECE = 512  # rows that are scaled at a time: on a CPU torch casts 16 bits in 
 
 
 class RowGradients:
-    """d nll / d hidden and d nll / d s of every token: `hidden` and `s`, in their dtypes, None where not wanted."""
+    """d nll / d hidden and d nll / d s of every token: `hidden` and `s`, in `kept_dtype`, None where not wanted."""
 
     def __init__(self, problem: Problem, needs: Needs, blocks: Blocks) -> None:
         self.problem = problem
@@ -34,10 +34,10 @@ class RowGradients:
         self.s: Tensor | None = None
         count = min(blocks.tokens, problem.tokens)
         if needs.hidden:
-            self.hidden = problem.empty(problem.hidden.shape[1], dtype=problem.hidden.dtype)
+            self.hidden = problem.empty(problem.hidden.shape[1], dtype=kept_dtype(problem.hidden.dtype))
             self._sums = None if problem.sums_in_place else problem.sums(count, problem.hidden.shape[1])
         if needs.s and problem.s is not None:
-            self.s = problem.empty(problem.s.shape[1], dtype=problem.s.dtype)
+            self.s = problem.empty(problem.s.shape[1], dtype=kept_dtype(problem.s.dtype))
             self._sums_s = problem.sums(count, problem.s.shape[1])
 
     def begin(self, tokens: Tokens) -> None:
@@ -80,37 +80,23 @@ class RowGradients:
 
 
 def scaled_rows(
-    rows: Tensor,
-    factor: Tensor,
-    of_label: Tensor | None,
-    labels: Iterable[tuple[slice, Tensor]],
-    spend: bool,
-    every: tuple[Tensor, Tensor] | None = None,
+    rows: Tensor, factor: Tensor, of_label: Tensor | None, labels: Iterable[tuple[slice, Tensor]], spend: bool
 ) -> Tensor:
-    """factor * rows + of_label * (the label's row) + every[0] * every[1], in the dtype of rows.
+    """factor * rows + of_label * (the label's row), in the dtype of rows.
 
     Args:
         rows: (tokens, features), `hidden` or `s` of `RowGradients`.
         factor, of_label: (tokens,); None for no label's row.
         labels: parts of the tokens with their labels' rows, one after the other; looked at with `of_label` only.
         spend: whether `rows` may be overwritten, and returned.
-        every: (tokens,) and (features,), or None.
     """
     out = rows if spend else torch.empty_like(rows)
-    parts: Iterable[tuple[slice, Tensor | None]] = labels if of_label is not None else _parts(rows)
-    for part, of_part in parts:
-        if of_part is None and every is None:
+    if of_label is None:
+        for first in rounds(range(0, rows.shape[0], _PIECE), rows.device):
+            part = slice(first, first + _PIECE)
             torch.mul(rows[part], factor[part, None], out=out[part])
-            continue
-        wide = torch.mul(rows[part], factor[part, None])
-        if of_label is not None and of_part is not None:
-            wide.addcmul_(of_label[part, None], of_part)
-        if every is not None:
-            wide.addcmul_(every[0][part, None], every[1])
-        out[part].copy_(wide)
+    else:
+        for part, of_part in labels:
+            wide = torch.mul(rows[part], factor[part, None])
+            out[part].copy_(wide.addcmul_(of_label[part, None], of_part))
     return out
-
-
-def _parts(rows: Tensor) -> Iterator[tuple[slice, None]]:
-    for first in rounds(range(0, rows.shape[0], _PIECE), rows.device):
-        yield slice(first, first + _PIECE), None

@@ -134,13 +134,13 @@ class Problem:
         """Writes what `of` reads.
 
         Args:
-            room: as rows, in the dtype of values, that may be overwritten; or None.
+            room: as rows, of use in the dtype of values, that may be overwritten; or None.
         """
         last = first + rows.shape[0]
         if self.computed is None:
             values[first:last].copy_(rows)
         else:
-            rows = rows.to(values.dtype) if room is None else room.copy_(rows)
+            rows = room.copy_(rows) if room is not None and room.dtype == values.dtype else rows.to(values.dtype)
             values.index_copy_(0, self.computed[first:last], rows)
 
     def empty(self, *columns: int, dtype: torch.dtype) -> Tensor:
@@ -148,6 +148,11 @@ class Problem:
         shape = (self.hidden.shape[0], *columns)
         make = torch.empty if self.computed is None else torch.zeros
         return make(shape, dtype=dtype, device=self.device)
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients that wait for the loss's own: in fp16 small ones are nothing before its scale makes them larger."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Tokens(NamedTuple):

@@ -30,7 +30,7 @@ class Known(NamedTuple):
     d_total: Tensor | None
 
 
-def token_gradients(problem: Problem, needs: Needs, known: Known) -> TokenSums:
+def token_gradients(problem: Problem, needs: Needs, known: Known) -> tuple[Tensor | None, Tensor | None]:
     """Of hidden and s: the gradients of sum_t d_nll nll + d_lse lse + d_total total."""
     blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
     vocabulary, sums, gradient = Vocabulary(problem, blocks), TokenSums(problem, needs, blocks), _step(problem, known)
@@ -39,7 +39,7 @@ def token_gradients(problem: Problem, needs: Needs, known: Known) -> TokenSums:
         for words in vocabulary:
             sums.add(gradient(vocabulary.raw(tokens, words), tokens, words), words)
         sums.finish()
-    return sums
+    return sums.hidden, sums.s
 
 
 def word_gradients(problem: Problem, needs: Needs, known: Known, memory: Tensor | None, spend: bool) -> WordSums:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks
-from .problem import Needs, Problem, Tokens, Words
+from .problem import Needs, Problem, Tokens, Words, kept_dtype
 from .products import add_product, rank_factors
 
 
@@ -14,17 +14,20 @@ class TokenSums:
     """Of hidden and s: sums over words, of a block of tokens after the other. None where not wanted.
 
     Attributes:
-        hidden: (all tokens, hidden_size), in the dtype of the hidden states.
-        s: (all tokens, rank), in the dtype of sums.
+        hidden: (all tokens, hidden_size), in the dtype of the hidden states, or `kept_dtype` of that where it is
+            `waiting`.
+        s: (all tokens, rank), likewise.
     """
 
-    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks) -> None:
+    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks, *, waiting: bool = False) -> None:
+        """`waiting`: for the loss's own gradient, which is not in them yet."""
         self.problem, features = problem, problem.hidden.shape[1]
+        dtype_of = kept_dtype if waiting else lambda dtype: dtype
         rank = 0 if problem.s is None else problem.s.shape[1]
         count = min(blocks.tokens, problem.tokens)
-        self.hidden = problem.empty(features, dtype=problem.hidden.dtype) if needs.hidden else None
+        self.hidden = problem.empty(features, dtype=dtype_of(problem.hidden.dtype)) if needs.hidden else None
         self._block = problem.sums(count, features) if needs.hidden and not problem.sums_in_place else None
-        self.s = problem.empty(rank, dtype=problem.wide) if needs.s else None
+        self.s = problem.empty(rank, dtype=dtype_of(problem.s.dtype)) if needs.s and problem.s is not None else None
         self._block_s = problem.sums(count, rank) if needs.s else None
 
     def begin(self, tokens: Tokens) -> None:
@@ -109,8 +112,8 @@ class WordSums:
 
 
 def _into(rows: Tensor, a: Tensor, b: Tensor) -> None:
-    """rows = a b, rounded once where they are in 16 bits."""
-    if rows.dtype.itemsize < a.dtype.itemsize:
+    """rows = a b, rounded to them afterwards where they are in other 16 bits than a and b, or in fewer."""
+    if rows.dtype != a.dtype and rows.dtype.itemsize <= a.dtype.itemsize:
         rows.copy_(torch.mm(a, b))
     else:
         add_product(rows, a, b, begin=True)

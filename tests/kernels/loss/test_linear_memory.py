@@ -67,11 +67,11 @@ def test_nothing_of_tokens_by_words_with_a_trained_head() -> None:
     (
         (2, {}),
         (2, {"storage": "four_bit", "z_loss": 0.1, "class_weight": True}),
-        (2, {"label_smoothing": 0.1, "rank": 4, "class_weight": True}),
+        (3, {"label_smoothing": 0.1, "rank": 4, "class_weight": True}),
         (3, {"label_smoothing": 0.1, "softcap": 20.0}),
         (1, {"hidden_trained": False}),
         (4 - FEATURES / TOKENS, {"frozen": False}),  # the logits of as many tokens as there are features are kept
-        (4 - FEATURES / TOKENS, {"frozen": False, "bias": True, "rank": 4, "z_loss": 0.1, "label_smoothing": 0.1}),
+        (4 - FEATURES / TOKENS, {"frozen": False, "bias": True, "rank": 4, "z_loss": 0.1}),
         (5 - FEATURES / TOKENS, {"frozen": False, "label_smoothing": 0.1, "softcap": 20.0}),
         (3 - FEATURES / TOKENS, {"frozen": False, "hidden_trained": False}),
         (3, {"storage": "four_bit", "rank": 4, "frozen": False}),  # the update's own products are not counted
@@ -144,6 +144,7 @@ def test_two_percent_of_the_logits(head: dict[str, Any]) -> None:
         {"frozen": False, "bias": True},
         {"frozen": False, "log_probs": True, "z_loss": 0.1},
         {"frozen": False, "rank": 64, "bias": True, "label_smoothing": 0.1},
+        {"frozen": False, "label_smoothing": 0.1},
         {"rank": 16, "low": torch.float32},
         {"frozen": False, "hidden_trained": False},
         {"frozen": False, "dtype": torch.float32},

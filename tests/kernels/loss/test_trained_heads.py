@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft_kernels.loss import Head, blocks, linear_cross_entropy
+from fastpeft_kernels.common.device import product_dtype
+from fastpeft_kernels.loss import Head, blocks, distillation_call, linear_cross_entropy
 from fastpeft_kernels.loss.kept_logits import KeptLogits
+from fastpeft_kernels.weights import DenseWeight
 from tests.budget import assert_within_budget
 
 from .distillations import make as make_distillation
-from .heads import Case, make_case
+from .heads import Case, hold, make_case
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -88,19 +90,24 @@ def test_the_gradient_takes_no_other_memory(rooms: Rooms) -> None:
     assert weight.grad is not None and weight.grad.data_ptr() == rooms[0][1]
 
 
-def test_saved_tensors_that_are_moved(rooms: Rooms) -> None:
-    """What is brought to the host meanwhile is not that memory."""
-    case, moved = make_case(30, words=150, frozen=False), []
-
-    def pack(x: Tensor) -> Tensor:
-        moved.append(x.data_ptr())
-        return x.clone()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+def test_where_saved_tensors_are_moved_nothing_is_kept(rooms: Rooms) -> None:
+    """It would lie beside what hooks bring elsewhere, or checkpointing makes again."""
+    case = make_case(30, words=150, frozen=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
         loss = case.call().loss
     want = gradients(case, case.call(reduction="none").loss.sum() / (case.labels >= 0).sum())
     torch.testing.assert_close(gradients(case, loss), want)
-    assert moved and rooms[0][1] not in moved
+    assert not rooms
+
+
+def test_of_many_losses_before_one_backward_one_keeps_logits(rooms: Rooms) -> None:
+    case = make_case(30, words=150, frozen=False)
+    losses = [case.call().loss for _ in range(3)]
+    want = gradients(case, case.call(reduction="none").loss.sum() / (case.labels >= 0).sum())
+    assert len(rooms) == 1
+    torch.testing.assert_close(gradients(case, sum(losses) / 3), want)
+    case.call()
+    assert len(rooms) == 2
 
 
 def test_tied_embeddings(rooms: Rooms) -> None:
@@ -140,7 +147,7 @@ def test_a_distilled_head_in_16_bits(ways: str, dtype: torch.dtype, rooms: Rooms
     case = make_distillation(60, teacher="wider", ways=ways, words=400, features=32, dtype=dtype, frozen=False)
     ours = gradients(case.student, case.call(reduction="sum").loss)
     plain = [gradients(x.student, x.definition().loss.sum()) for x in (case.to(dtype), case.to(F64))]
-    assert len(rooms) == 1
+    assert len(rooms) == (product_dtype(dtype, torch.device("cpu")) != F16)
     for name, gradient in ours.items():
         assert_within_budget(gradient, plain[0][name], plain[1][name], name)
 
@@ -158,3 +165,36 @@ def test_many_blocks_of_tokens(size: float, dtype: torch.dtype, monkeypatch: pyt
     plain = [gradients(other, other.definition().loss.sum()) for other in (case.to(dtype), case.to(F64))]
     for name, gradient in ours.items():
         assert_within_budget(gradient, plain[0][name], plain[1][name], name)
+
+
+@pytest.mark.parametrize("trained", (False, True))
+def test_small_gradients_in_fp16_under_a_loss_scale(trained: bool) -> None:
+    """Of confident tokens and small weights, which fp16 has no numbers for before they are scaled."""
+    weight, labels = (torch.randn(500, 64) * 0.005).half(), torch.randint(0, 500, (16,))
+    rows, errors = weight.float()[labels], []
+    hidden = (rows * 22 / rows.square().sum(1, keepdim=True)).half()
+    given = [hidden.double().requires_grad_(), weight.double().requires_grad_(trained)]
+    wanted = [x for x in given if x.requires_grad]
+    exact = torch.autograd.grad(F.cross_entropy(given[0] @ given[1].t(), labels) * 2**16, wanted)
+    for ours in (True, False):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        head = Head(w if trained else DenseWeight(w))
+        loss = linear_cross_entropy(x, head, labels).loss if ours else F.cross_entropy((x @ w.t()).float(), labels)
+        found = torch.autograd.grad(loss * 2**16, [each for each in (x, w) if each.requires_grad])
+        assert all(each.dtype == F16 for each in found)
+        errors.append([(each.double() - right).abs().max() for each, right in zip(found, exact, strict=True)])
+    for error, theirs, right in zip(*errors, exact, strict=True):
+        assert error <= 2 * theirs + torch.finfo(F16).eps * right.abs().max()
+
+
+def test_gradients_in_fp16_of_a_distilled_head_are_not_kept(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation_call, "product_dtype", lambda dtype, _: dtype)  # as on a GPU
+    make_distillation(30, words=60, dtype=F16, frozen=False).call().loss.backward()
+    assert not rooms
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16))
+@pytest.mark.parametrize("trained", (False, True))
+def test_nearly_all_smoothed(dtype: torch.dtype, trained: bool) -> None:
+    """The label's row nearly vanishes from the hidden states' gradient."""
+    hold(make_case(64, words=300, dtype=dtype, frozen=not trained, label_smoothing=0.9))

@@ -83,6 +83,15 @@ def test_lokr_in_bf16_products(autocast: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 def check_budget(kind: str, dtype: torch.dtype, factors: torch.dtype, autocast: bool) -> None:
+    """Of factors' few numbers an error is chance: their gradients are held in the norm over several draws."""
+    drawn = [draw(kind, dtype, factors, autocast) for _ in range(12)]
+    for i, of_draws in enumerate(zip(*drawn, strict=True)):
+        ours, theirs, eps = (torch.stack(each).norm() for each in zip(*of_draws, strict=True))
+        assert ours <= 2 * theirs + eps, f"gradient {i}: {ours} for {theirs}"
+
+
+def draw(kind: str, dtype: torch.dtype, factors: torch.dtype, autocast: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The output is held to its budget; of each gradient our error, PyTorch's, and one rounding, in the norm."""
     op, make = OPS[kind]
     x = torch.randn(40, IN).to(dtype).requires_grad_()
     weight, bias = torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype).requires_grad_()
@@ -104,8 +113,14 @@ def check_budget(kind: str, dtype: torch.dtype, factors: torch.dtype, autocast: 
         for y, of in ((ours, (x, bias, adapters)), (same, (x, bias, adapters)), (exact, (x64, bias64, wide)))
     ]
     assert_within_budget(ours, same, exact, name="output")
-    for i, triple in enumerate(zip(*gradients, strict=True)):
-        assert_within_budget(*triple, name=f"gradient {i}")
+    return [
+        (
+            (found.double() - right).norm(),
+            (theirs.double() - right).norm(),
+            torch.finfo(found.dtype).eps * right.norm(),
+        )
+        for found, theirs, right in zip(*gradients, strict=True)
+    ]
 
 
 @every_op
