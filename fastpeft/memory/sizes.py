@@ -44,6 +44,11 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+def gib_above(size: float) -> float:
+    """GiB, in hundredths and no less than it is: what to ask for."""
+    return -(-size * 100 // 2**30) / 100
+
+
 def mib_or_gib(size: float) -> str:
     """The same, in MiB below a GiB."""
     return gib(size) if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -14,6 +14,8 @@ CONTEXT = 512 << 20
 """Bytes of a process's CUDA context with its libraries' kernels; differs from GPU to GPU."""
 RESERVE = 0.03
 """Of the GPU's memory, for the allocator's fragments."""
+GRAIN = 1 << 20
+"""Bytes to which the least of the host's memory is found."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,27 @@ def _choose(model: Model, rows: int, tokens: int, capacity: int, host: int | Non
                 enough.append(found)
         if enough:
             return min(enough, key=lambda each: each.slowdown)
+    if tiles:  # where even these do not fit, the steps leave them out
+        least = min(least, of(tiled(LEAST), count, KEEP), key=lambda each: each.total)
     return least
+
+
+def least_host(model: Model, policy: MemoryPolicy | None, rows: int, tokens: int, capacity: int, rates: Rates) -> int:
+    """The least of the host's memory, a multiple of GRAIN, with which a policy (None: any) fits that has room on the
+    GPU: it fits with all more, too."""
+
+    def asked(host: int | None) -> Need:
+        if policy is None:
+            return choose(model, rows, tokens, capacity, host, rates)
+        return need(model, policy, rows, tokens, capacity, rates, host)
+
+    low, high = 0, -(-asked(None).host // GRAIN)
+    while low < high:
+        middle = (low + high) // 2
+        found = asked(middle * GRAIN)
+        fits = found.total <= capacity and found.host <= middle * GRAIN
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return high * GRAIN
 
 
 def width_of(model: Model) -> int:

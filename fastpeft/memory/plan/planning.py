@@ -10,8 +10,8 @@ from torch import nn
 
 from ...layers.random_state import RandomState
 from ..policy import MemoryPolicy
-from ..sizes import parse_size
-from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, need
+from ..sizes import gib_above, parse_size
+from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, least_host, need
 from .largest import MOST_TOKENS, beyond, check_tokens, largest_of, most_of
 from .loaded import model_of_loaded
 from .optimizer_state import OPTIMIZERS
@@ -40,6 +40,7 @@ class Plan:
         notes: what the figures leave out.
         most_sequence, most_batch: as the largest ones, with any policy.
         rates: that times are told from.
+        least_host: bytes of the host's memory with which it would fit, where only these are short; else None.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Plan:
     most_sequence: int | None = None
     most_batch: int | None = None
     rates: Rates = field(default_factory=Rates)
+    least_host: int | None = None
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -236,11 +238,14 @@ def plan_on(
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
         **({} if setting.accumulated else {"accumulation": 1}),
     }  # fmt: skip
-    changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all)
+    enough = None
+    if not fits and found.total <= capacity:
+        enough = least_host(model, policy, rows, tokens, capacity, rates)
+    changes = () if fits else _changes(found, tokens, rows, longest_of_all, most_of_all, enough)
     return Plan(
         name, fits, capacity, host, settings, components(model, found, capacity), found, longest, most, changes,
         () if found.hidden_from is None else ("streamed",), notes(model, found.policy), longest_of_all, most_of_all,
-        rates,
+        rates, enough,
     )  # fmt: skip
 
 
@@ -290,11 +295,17 @@ def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _changes(found: Need, tokens: int, rows: int, longest: int | None, most: int | None) -> tuple[str, ...]:
+def _changes(
+    found: Need, tokens: int, rows: int, longest: int | None, most: int | None, host: int | None
+) -> tuple[str, ...]:
+    """What would make it fit; `host`: how much of the host's memory would, where only that is short."""
     changes = []
     if most and most < rows:
         changes.append(f"batch {most} rather than {rows}, with more gradient accumulation: the same result")
     if longest and longest < tokens:
         changes.append(f"seq {longest} rather than {tokens}")
-    changes.append(f"a GPU of {-(-found.total // 2**30)} GiB")
+    if host is not None:
+        changes.append(f"host memory of {gib_above(host):.2f} GiB")
+    else:
+        changes.append(f"a GPU of {-(-found.total // 2**30)} GiB")
     return tuple(changes[:3])

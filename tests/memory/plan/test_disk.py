@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from fastpeft.memory.plan.choosing import RESERVE, Need, need, on_disk
+from fastpeft.memory.plan.choosing import GRAIN, LEAST, RESERVE, Need, choose, need, on_disk, tiled
 from fastpeft.memory.plan.largest import EXTREMES, largest_of
 from fastpeft.memory.plan.planning import Plan, model_of, plan_on
 from fastpeft.memory.plan.predicting import Model
 from fastpeft.memory.plan.timing import Rates
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
+from fastpeft.memory.sizes import gib_above
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2
@@ -80,7 +81,23 @@ def test_inputs_come_before_weights(model: Model) -> None:
 def test_only_4_bit_weights_wait() -> None:
     dense = model_of(CONFIG, SEQ, 1, 4, "lora", "all-linear", "bfloat16", "adamw_torch", "auto")[1]
     assert needed(dense).host == needed(dense, host=0).host == sum(dense.streamed_bytes)
-    assert on(dense, least_of(dense), None).fits and not on(dense, least_of(dense), 1).fits
+    gpu = least_of(dense)
+    short = on(dense, gpu, 1)
+    assert on(dense, gpu, None).fits and not short.fits and short.need.total <= gpu and short.least_host is not None
+    assert on(dense, gpu, short.least_host).fits and not on(dense, gpu, short.least_host - GRAIN).fits
+    assert short.changes == (f"host memory of {gib_above(short.least_host):.2f} GiB",)
+    inputs = needed(dense, MemoryPolicy(LayerPolicy("offload")))
+    given = plan_on("llama", dense, GPU, 1, inputs.policy, False, Rates())
+    assert given.least_host == -(-inputs.host // GRAIN) * GRAIN
+
+
+def test_the_least_has_tiles() -> None:
+    """Whatever the GPU has, what is named where nothing fits is the least of all."""
+    tokens = 8192
+    model = model_of(CONFIG, tokens, 1, 4, "qlora", "all-linear", "bfloat16", "adamw_torch", "auto")[1]
+    least = need(model, MemoryPolicy(tiled(LEAST)), 1, tokens, 1, Rates()).total
+    assert least < need(model, MemoryPolicy(LEAST), 1, tokens, 1, Rates()).total
+    assert choose(model, 1, tokens, 1, None, Rates()).total == least
 
 
 def test_what_the_disk_costs(model: Model) -> None:
