@@ -146,8 +146,8 @@ class MemorySection:
     )
     host_gib: float | None = option(
         None,
-        "Host memory that inputs and streamed weights may take, in GiB; null: what is available, on a GPU. "
-        "4-bit weights beyond it wait on the disk.",
+        "Host memory that inputs and streamed weights of all processes on a machine may take, in GiB; null: what is "
+        "available, on a GPU. 4-bit weights beyond it wait on the disk.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     activations: Literal["keep", "selective", "recompute", "offload"] | None = option(

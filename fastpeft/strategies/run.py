@@ -18,7 +18,7 @@ from fastpeft.training import folder as run_folder
 from fastpeft.training.arguments import check, training_arguments
 from fastpeft.training.checkpoints import check_steps, last_checkpoint, steps
 from fastpeft.training.end_token import why_it_cannot_stop
-from fastpeft.training.memory import decide
+from fastpeft.training.memory import decide, local_processes
 from fastpeft.training.outcome import Outcome
 from fastpeft.training.packing import check_packing
 from fastpeft.training.preparing import Prepared
@@ -95,7 +95,8 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     longest = _longest(prepared)
     processes = arguments.world_size
     memory = decide(
-        prepared.config, device, dtype, longest=longest, processes=processes, change=strategy.planned
+        prepared.config, device, dtype, longest=longest, processes=processes, local=local_processes(processes),
+        change=strategy.planned,
     )  # fmt: skip
     if memory.summary:
         console.print(f"memory: {memory.summary}", markup=False, highlight=False, soft_wrap=True)

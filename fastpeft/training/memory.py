@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastpeft.config import FastpeftConfig, MemorySection
 from fastpeft.errors import UserError
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
-from fastpeft.memory.sizes import gib, parse_size
+from fastpeft.memory.sizes import gib, gib_above, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fastpeft.memory.plan.predicting import Setting
 
 SIZES = ("budget_gib", "host_gib")
+MOST = 2**50
+"""Bytes of a GPU that is not asked about."""
 OWN = (*SIZES, "activations", "streamed", "ring", "decoded")
 """Keys of `memory` that only an accelerated model has a use for."""
 
@@ -43,6 +45,8 @@ class Decision:
     @property
     def waits(self) -> bool:
         """Whether weights of streamed layers wait on the disk where the host's memory ends."""
+        if self.plan is not None:
+            return self.streams and self.plan.need.disk > 0
         return self.policy is not None and self.streams and self.policy.host_memory is not None
 
     @property
@@ -80,22 +84,34 @@ def check_memory(config: FastpeftConfig) -> None:
         raise UserError(
             f"memory.gradient_checkpointing: expected false with memory.activations {section.activations}, got true"
         )
+    _host_has_use(section)
+
+
+def _host_has_use(section: MemorySection) -> None:
+    """Raises UserError for `host_gib` where the keys fix a policy that takes nothing of the host's memory, and no
+    budget asks for a plan, which also counts a teacher's weights there."""
+    if section.host_gib is None or section.budget_gib is not None or section.streamed:
+        return
+    if section.gradient_checkpointing or section.activations not in (None, "offload"):
+        said = f"activations {section.activations}" if section.activations else "gradient_checkpointing true"
+        raise UserError(f"memory.host_gib: expected null with memory.{said}, got {section.host_gib:g}")
 
 
 def decide(
     config: FastpeftConfig, device: torch.device, dtype: torch.dtype, *, longest: int, processes: int,
-    change: Callable[[Setting], Setting] = lambda setting: setting,
+    local: int | None = None, change: Callable[[Setting], Setting] = lambda setting: setting,
 ) -> Decision:  # fmt: skip
     """The policy of a run, before its model is loaded.
 
     The GPU's free memory is the budget where none is given. Nothing is planned for a CPU without a budget, nor where
-    the keys say what to do. Where what is available of the host's memory does not hold what would wait there, weights
-    wait on the disk.
+    the keys say what to do, but for what they take of `memory.host_gib`, if it is given. Where what is available of the
+    host's memory does not hold what would wait there, weights wait on the disk.
 
     Args:
         config: as resolved.
         longest: tokens of the longest row.
         processes: that train together.
+        local: of these those on this machine, which share the host's memory alike; None for all.
         change: makes what is planned of a plain training, as `Strategy.planned`.
 
     Raises:
@@ -106,21 +122,25 @@ def decide(
     if policy is not None and section.streamed and processes > 1:
         raise UserError("memory.streamed: expected false where several processes train together, got true")
     said = policy is not None or section.gradient_checkpointing
+    local = local or processes
+    host = None if section.host_gib is None else int(section.host_gib * 2**30) // local
+    if section.budget_gib is None and policy is not None and host is not None:
+        try:
+            plan = _planned(config, MOST, policy, dtype, longest, processes, local, change, host, device)
+        except ValueError as error:
+            raise UserError(f"memory.host_gib: {error}") from error
+        _check_host(plan, section, local)
+        return Decision(plan.policy)
     if section.budget_gib is None and (said or device.type != "cuda" or not config.acceleration.enabled):
         return Decision(policy)
-    host = None if section.host_gib is None else int(section.host_gib * 2**30)
     known = MemoryPolicy(LayerPolicy("recompute")) if section.gradient_checkpointing and policy is None else policy
     if section.budget_gib is not None:
         try:
             budget = int(section.budget_gib * 2**30)
-            plan = _planned(config, budget, known, dtype, longest, processes, change, host, device)
+            plan = _planned(config, budget, known, dtype, longest, processes, local, change, host, device)
         except ValueError as error:
             raise UserError(f"memory.budget_gib: {error}") from error
-        if plan.need.total <= plan.gpu_memory and not plan.fits:
-            raise UserError(
-                f"memory.host_gib: expected at least {gib(plan.need.host)}, which are predicted for this run, got "
-                f"{section.host_gib:g}"
-            )
+        _check_host(plan, section, local)
         if not plan.fits:
             raise UserError(
                 f"memory.budget_gib: expected at least {gib(plan.need.total)}, which are predicted for this run, got "
@@ -131,27 +151,47 @@ def decide(
 
     free = torch.cuda.mem_get_info(device)[0]
     try:
-        plan = _planned(config, free, None, dtype, longest, processes, change, host, device)
+        plan = _planned(config, free, None, dtype, longest, processes, local, change, host, device)
     except Exception as error:  # of any kind, from a model's own code: nobody asked for a plan
         return Decision(note=f"memory was not planned: {' '.join(str(error).split())[:200]}")
-    return Decision(plan.policy, plan, _note(plan, device))
+    return Decision(plan.policy, plan, _note(plan, device, local))
 
 
-def _note(plan: Plan, device: torch.device) -> str:
+def local_processes(processes: int) -> int:
+    """Of all that train together those on this machine, as launchers tell each of them; all where none does."""
+    from accelerate.utils import get_int_from_env
+
+    names = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
+    return max(1, min(processes, get_int_from_env(names, processes)))
+
+
+def _check_host(plan: Plan, section: MemorySection, local: int) -> None:
+    """Raises UserError where `host_gib` alone is too little."""
+    if plan.least_host is not None:
+        assert plan.host_memory is not None
+        got = round(plan.host_memory * local / 2**30, 2) if section.host_gib is None else section.host_gib
+        raise UserError(
+            f"memory.host_gib: expected at least {gib_above(plan.least_host * local):.2f} GiB, which are predicted for "
+            f"this run, got {got:g}"
+        )
+
+
+def _note(plan: Plan, device: torch.device, local: int) -> str:
     need, room = plan.need, plan.gpu_memory
     if need.total > room:
         return f"this run may not fit: {gib(need.total)} are predicted, {gib(room)} are free"
-    host = _available(device) if plan.host_memory is None else plan.host_memory
+    host = _available(device, local) if plan.host_memory is None else plan.host_memory
     if host is not None and need.host > host:
         return f"this run may not fit into the host's memory: {gib(need.host)} are predicted, of {gib(host)}"
     return ""
 
 
-def _available(device: torch.device) -> int | None:
-    """Bytes of the host's memory, where the run is carried out; None for a CPU, on which nothing waits elsewhere."""
+def _available(device: torch.device, local: int) -> int | None:
+    """Bytes of the host's memory for one of so many processes, where the run is carried out; None for a CPU, on which
+    nothing waits elsewhere."""
     from fastpeft.doctor.host import available_ram
 
-    return available_ram()[1] if device.type == "cuda" else None
+    return available_ram()[1] // local if device.type == "cuda" else None
 
 
 def fixed(section: MemorySection) -> MemoryPolicy | None:
@@ -159,10 +199,7 @@ def fixed(section: MemorySection) -> MemoryPolicy | None:
     if section.activations is None and not section.streamed:
         return None
     kept = section.activations or ("recompute" if section.gradient_checkpointing else "keep")
-    host = int(section.host_gib * 2**30) if section.host_gib is not None and section.streamed else None
-    return MemoryPolicy(
-        LayerPolicy(kept, section.streamed), decoded=_decoded(section), ring=section.ring, host_memory=host
-    )
+    return MemoryPolicy(LayerPolicy(kept, section.streamed), decoded=_decoded(section), ring=section.ring)
 
 
 def _decoded(section: MemorySection) -> int:
@@ -176,12 +213,12 @@ def _decoded(section: MemorySection) -> int:
 
 def _planned(
     config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int,
-    processes: int, change: Callable[[Setting], Setting], host: int | None, device: torch.device,
+    processes: int, local: int, change: Callable[[Setting], Setting], host: int | None, device: torch.device,
 ) -> Plan:  # fmt: skip
     """Raises ValueError for what cannot be planned.
 
     Args:
-        host: bytes of the host's memory; None for what is available, if nothing else fits into that.
+        host: bytes of the host's memory for this process; None for what is available, if nothing else fits into that.
     """
     from fastpeft.memory.plan.optimizer_state import OPTIMIZERS
     from fastpeft.memory.plan.planning import plan_on
@@ -215,7 +252,7 @@ def _planned(
     if policy is not None:
         return planned(policy)
     plan = planned(None)
-    available = _available(device) if host is None else None
+    available = _available(device, local) if host is None else None
     if available is not None and plan.need.host > available:
         within = planned(None, available)
         plan = within if within.fits else plan
