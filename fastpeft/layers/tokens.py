@@ -13,13 +13,14 @@ from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 from fastpeft_kernels.tokens import token_embedding, token_linear
 from fastpeft_kernels.tokens.api import index_of
-from fastpeft_kernels.weights import DenseWeight
+from fastpeft_kernels.weights import DenseWeight, ReplacedRows
 
 from ..integrations.trainable_tokens import TrainedTokens, trained_tokens
 from .bypass import why_not_called, why_not_embedded
 from .counting import Counting
 from .head import lazy_logits
 from .head_call import LossCalls
+from .kept import bring
 from .merges import SeenMerges
 from .naming import NamedAsPeft
 from .requests import Request, plain_request
@@ -75,6 +76,11 @@ class FastTokens(NamedAsPeft, SeenMerges, Counting, nn.Module):
             return f"input in {x.dtype}, base weight in {found.weight.dtype}, no autocast"
         return found
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """A new adapter's rows are copied from the base, which is not written to."""
+        bring(self)
+        super(SeenMerges, self).update_layer(*args, **kwargs)  # type: ignore[misc]
+
     def base_parameter(self) -> nn.Parameter | None:
         return self.get_submodule("base_layer")._parameters.get("weight")
 
@@ -85,9 +91,10 @@ class FastTokens(NamedAsPeft, SeenMerges, Counting, nn.Module):
 
 
 def _as_lora(found: TrainedTokens, dtype: torch.dtype) -> Request | str:
-    """A head of which some rows are replaced, as the loss takes one: x W^T + (x A^T) B^T with A the rows' difference
-    from those of W, and a column of B for each, zero but for its word.
+    """A head of which some rows are replaced, as the loss takes one: x W^T + (x A^T) B^T with W of the new rows, an A
+    that is zero, with the rows' gradient, and a column of B for each row, zero but for its word.
 
+    What W had in their place is never multiplied: the difference from it would be rounded as coarsely as it is large.
     B costs as many bytes for each word as there are rows, and products as wide: with half as many rows as features,
     what the loss saves beside one over logits.
     """
@@ -96,10 +103,18 @@ def _as_lora(found: TrainedTokens, dtype: torch.dtype) -> Request | str:
     if 2 * len(tokens) > features:
         return f"{len(tokens)} trained tokens, more than half of {features} features"
     index = index_of(tokens, weight.device)
-    a = rows.to(weight.dtype).to(dtype) - weight.index_select(0, index).to(dtype)
+    new = rows.to(weight.dtype)
+    order = sorted(range(len(tokens)), key=tokens.__getitem__)
+    replaced = ReplacedRows(
+        DenseWeight(weight),
+        new.detach().index_select(0, index_of(tuple(order), weight.device)),
+        index_of(tuple([tokens[i] for i in order]), weight.device),
+        [tokens[i] for i in order],
+    )
+    a = (new - new.detach()).to(dtype)
     b = torch.zeros((words, len(tokens)), dtype=dtype, device=weight.device)
     b[index, torch.arange(len(tokens), device=weight.device)] = 1.0
-    projection = LoraProjection(DenseWeight(weight), None, (LoraAdapter(a, b, 1.0),))
+    projection = LoraProjection(replaced, None, (LoraAdapter(a, b, 1.0),))
     return Request(projection, Dtypes(dtype, dtype, dtype))
 
 

@@ -199,6 +199,18 @@ def test_a_merge_before_backward_is_noticed() -> None:
         y.backward()
 
 
+def test_an_adapter_added_before_backward_changes_nothing() -> None:
+    """It copies rows of the base, which is not written to."""
+    peft = get_peft_model(Words(nn.Embedding(7, 8)), tokens_alone([0, 3]))
+    ours = fastpeft.accelerate(copy.deepcopy(peft))
+    results = [model(IDS).square().sum() for model in (ours, peft)]
+    for model in (ours, peft):
+        model.add_adapter("b", tokens_alone([5]))
+    parameters = [[p for name, p in model.named_parameters() if "delta.default" in name] for model in (ours, peft)]
+    found = [torch.autograd.grad(y, of)[0] for y, of in zip(results, parameters, strict=True)]
+    torch.testing.assert_close(*found)
+
+
 def test_rows_with_adapters_of_their_own() -> None:
     ours, peft = pair(nn.Embedding(7, 8), True)
     add_another(ours, peft)
@@ -226,7 +238,7 @@ def test_a_trained_base_is_peft_s() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 def test_pickled_copied_restored_and_saved(tied: bool, tmp_path: Path) -> None:
     ours, peft = pair(nn.Embedding(7, 8), tied)
-    expected = gradients(peft)
+    expected, by_peft = gradients(ours), gradients(peft)
     for model in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
         assert len(layers(model)) == 1 + tied
         torch.testing.assert_close(gradients(model), expected)
@@ -237,7 +249,7 @@ def test_pickled_copied_restored_and_saved(tied: bool, tmp_path: Path) -> None:
     classes = [type(module) for module in peft.modules()]
     assert [type(module) for module in fastpeft.restore(ours).modules()] == classes
     assert not any(name.startswith("fastpeft") for module in ours.modules() for name in module.__dict__)
-    torch.testing.assert_close(gradients(ours), expected)
+    torch.testing.assert_close(gradients(ours), by_peft)
 
 
 class TestModels:
@@ -266,10 +278,10 @@ class TestModels:
         assert len(layers(model)) == (4 if embedding == "shared" else 2) and outcomes(model) == {"fused"}
 
     def test_neither_logits_nor_a_matrix(self) -> None:
-        """Of more words than the model has anything else."""
-        model = with_lora(make_base(tie_word_embeddings=True, vocab_size=3000), trainable_token_indices=[3, 7]).train()
+        """Of more words than are multiplied at a time: the chunk that holds the tokens is copied."""
+        model = with_lora(make_base(tie_word_embeddings=True, vocab_size=60000), trainable_token_indices=[3, 7]).train()
         inputs = batch(model)
-        logits, matrix = 4 * inputs["input_ids"].numel() * 3000, 4 * 64 * 3000
+        logits, matrix = 4 * inputs["input_ids"].numel() * 60000, 4 * 64 * 60000
         assert largest(lambda: model(**inputs).loss.backward()) >= matrix
         fastpeft.accelerate(model)(**inputs)
         assert largest(lambda: model(**inputs).loss.backward()) < logits < matrix
@@ -298,6 +310,17 @@ class TestModels:
         (delta,) = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
         assert delta.dtype == torch.float32
         assert_step_close(step(fastpeft.accelerate(model), inputs), peft, exact)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("replaced", [float("nan"), 1e4])
+    def test_the_base_rows_of_trained_tokens_are_never_read(self, replaced: float, dtype: torch.dtype) -> None:
+        model, inputs = given([3, 7], dtype=dtype)
+        exact, peft = truth(model, inputs), step(model, inputs)
+        with torch.no_grad():
+            model.get_input_embeddings().token_adapter.base_layer.weight[[3, 7]] = replaced
+        with never_made():
+            ours = step(fastpeft.accelerate(model), inputs)
+        assert_step_close(ours, peft, exact)
 
     def test_logits_for_whoever_reads_them(self) -> None:
         model, inputs = given([3, 7])

@@ -29,21 +29,19 @@ def label_rows(
         dtype: to decode in; dense rows come in their own.
         room: (rows, hidden_size) for dense rows of its dtype, which are then valid until the next are asked for.
     """
-    dense = weight.ready(weight.dtype)
-    size = _DECODED_PIECE if dense is None else _PIECE
-    if dense is None or room is None or room.dtype != dense.dtype or not room.shape[0]:
+    selects = weight.selects
+    size = _PIECE if selects else _DECODED_PIECE
+    if not selects or room is None or room.dtype != weight.dtype or not room.shape[0]:
         room = None
     else:
         size = min(size, room.shape[0])
     for first in rounds(range(0, labels.shape[0], size), labels.device):
         part = slice(first, first + size)
         of_part = labels[part]
-        if dense is None:
+        if not selects:
             yield part, _decoded(weight, of_part, dtype)
-        elif room is None:
-            yield part, dense.index_select(0, of_part)
         else:
-            yield part, torch.index_select(dense, 0, of_part, out=room[: of_part.shape[0]])
+            yield part, weight.select(of_part, None if room is None else room[: of_part.shape[0]])
 
 
 def _decoded(weight: FrozenWeight, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,7 +65,7 @@ class TokenLinear(torch.autograd.Function):
         ctx.dtype = dtype
         with autocast_off(x.device):
             wide = x.to(dtype)
-            y, columns = F.linear(wide, weight.to(dtype)), F.linear(wide, rows.to(dtype))
+            y, columns = F.linear(wide, weight.to(dtype)), F.linear(wide, rows.to(weight.dtype).to(dtype))
             y = y.index_copy(-1, index, columns) if as_op() else y.index_copy_(-1, index, columns)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, rows, index)
         ctx.dtype_of_x = x.dtype
@@ -80,9 +80,9 @@ class TokenLinear(torch.autograd.Function):
         with autocast_off(dy.device):
             of_tokens = flat.index_select(1, index)
             if ctx.needs_input_grad[0]:
-                change = rows.to(ctx.dtype) - weight.index_select(0, index).to(ctx.dtype)
-                wide = torch.addmm(torch.mm(flat, weight.to(ctx.dtype)), of_tokens, change)
-                dx = wide.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtype_of_x)
+                # A copy, since what is replaced may be anything: infinite, or so large that differences are rounded.
+                replaced = weight.index_copy(0, index, rows.to(weight.dtype)).to(ctx.dtype)
+                dx = torch.mm(flat, replaced).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtype_of_x)
             if ctx.needs_input_grad[2]:
                 d_rows = torch.mm(of_tokens.t(), x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(rows.dtype)
         return dx, None, d_rows, None, None

@@ -8,6 +8,7 @@ from .hqq import HqqWeight
 from .mxfp4 import Mxfp4Weight
 from .once import DecodedOnce
 from .packed import PackedWeight
+from .replaced import ReplacedRows
 from .scaled import ScaledWeight
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HqqWeight",
     "Mxfp4Weight",
     "PackedWeight",
+    "ReplacedRows",
     "ScaledWeight",
     "unflatten_weight",
 ]

@@ -86,6 +86,21 @@ class FrozenWeight(ABC):
         """Whether `ready` gives the values, told without touching them."""
         return False
 
+    @property
+    def selects(self) -> bool:
+        """Whether `select` can read some rows without decoding the others."""
+        return self.ready(self.dtype) is not None
+
+    def select(self, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows `index` (count,) int64 in the weight's own dtype, only where it `selects`.
+
+        Args:
+            out: (count, in_features) in that dtype, to fill; else new memory.
+        """
+        values = self.ready(self.dtype)
+        assert values is not None
+        return torch.index_select(values, 0, index, out=out)
+
     def linear(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor | None:
         """x @ W.T for x of shape (tokens, in_features) when the storage has a faster product of its own here.
 
