@@ -1,4 +1,4 @@
-"""Embeddings and heads of which some tokens' rows are trained: no copy of the whole matrix is made."""
+"""Embeddings and heads of which some tokens' rows are trained: forward makes no copy of the whole matrix."""
 
 from .api import token_embedding, token_linear
 

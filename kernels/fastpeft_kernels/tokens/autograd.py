@@ -28,8 +28,13 @@ class TokenEmbedding(torch.autograd.Function):
         places = place_of_word[ids]
         ctx.count, ctx.dtype = count, rows.dtype
         ctx.save_for_backward(places if padding_idx is None else places.masked_fill(ids == padding_idx, count))
-        trained = F.embedding(places.clamp(max=count - 1), rows.to(weight.dtype))
-        return torch.where((places < count)[..., None], trained, y)
+        rows = rows.to(weight.dtype)
+        if as_op():
+            return _put_in(y, places, rows)
+        each = max(1, _PIECE // max(1, y.shape[-1]))
+        for part, of_part in zip(y.view(-1, y.shape[-1]).split(each), places.view(-1).split(each), strict=True):
+            _put_in(part, of_part, rows, out=part)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -41,6 +46,12 @@ class TokenEmbedding(torch.autograd.Function):
             sums = _sums_of_rows(dy.reshape(-1, dy.shape[-1]), places.reshape(-1), ctx.count + 1)
             d_rows = sums[: ctx.count].to(ctx.dtype)
         return None, None, d_rows, None, None
+
+
+def _put_in(y: Tensor, places: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """y (..., features) with rows (count, features) where a place (...) is one of them."""
+    count = rows.shape[0]
+    return torch.where((places < count)[..., None], F.embedding(places.clamp(max=count - 1), rows), y, out=out)
 
 
 def _sums_of_rows(dy: Tensor, places: Tensor, count: int) -> Tensor:

@@ -39,6 +39,16 @@ def check_ids(ids: Any) -> None:
         raise TypeError(f"ids: expected int64 or int32, got {ids.dtype}")
 
 
+def check_padding_idx(padding_idx: Any, vocabulary: int) -> int | None:
+    """The row that it names, counted from the first. Raise TypeError or ValueError unless it is one."""
+    if padding_idx is None:
+        return None
+    check_instance("padding_idx", padding_idx, int)
+    if not -vocabulary <= padding_idx < vocabulary:
+        raise ValueError(f"padding_idx: expected an integer in [{-vocabulary}, {vocabulary}), got {padding_idx}")
+    return int(padding_idx) % vocabulary
+
+
 def check_x(x: Any, weight: Any) -> None:
     """Raise TypeError or ValueError unless weight can multiply it."""
     check_floating("x", x)
@@ -49,12 +59,13 @@ def check_x(x: Any, weight: Any) -> None:
 
 def are_distinct(tokens: tuple[Any, ...], vocabulary: int) -> bool:
     """Whether they are one or more words, and each comes once."""
+    if not all([type(token) is int for token in tokens]):  # which tuples that are equal need not share
+        return False
     return (_looked_at if torch.compiler.is_compiling() else _kept)(tokens, vocabulary)
 
 
-def _looked_at(tokens: tuple[Any, ...], vocabulary: int) -> bool:
-    whole = all(type(token) is int and 0 <= token < vocabulary for token in tokens)
-    return whole and len(set(tokens)) == len(tokens) > 0
+def _looked_at(tokens: tuple[int, ...], vocabulary: int) -> bool:
+    return all(0 <= token < vocabulary for token in tokens) and len(set(tokens)) == len(tokens) > 0
 
 
 _kept = lru_cache(maxsize=64)(_looked_at)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.tokens import autograd, token_embedding, token_linear
+from fastpeft_kernels.tokens import api, autograd, token_embedding, token_linear
 from fastpeft_kernels.tokens.reference import token_embedding_reference, token_linear_reference
 from tests.budget import assert_within_budget
-from tests.kernels.allocations import largest
+from tests.kernels.allocations import as_large_as, largest
 from tests.kernels.compiling import check_one_graph, check_selective_checkpointing
 
 VOCABULARY, FEATURES = 11, 64
@@ -34,7 +34,7 @@ def assert_same(ours: Tensor, exact: Tensor, inputs: tuple[Tensor, ...]) -> None
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("integers", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("padding_idx", [None, 4, 5])
+@pytest.mark.parametrize("padding_idx", [None, 4, 5, 4 - VOCABULARY])
 def test_an_embedding(shape: tuple[int, ...], integers: torch.dtype, padding_idx: int | None) -> None:
     ids, _, weight, rows = drawn(*shape, dtype=torch.float64)
     if ids.numel():
@@ -91,6 +91,25 @@ def test_a_frequent_token_in_bf16_gets_all_of_its_gradient(piece: int, monkeypat
     token_embedding(torch.full_like(ids, 4), weight, rows, TOKENS).sum().backward()
     assert rows.grad is not None
     assert rows.grad[2].eq(4000).all() and not rows.grad[:2].any()
+
+
+def test_an_embedding_makes_no_second_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_PIECE", FEATURES * 30)
+    ids, _, weight, rows = drawn(4, 100)
+    assert as_large_as(4 * ids.numel() * FEATURES, lambda: token_embedding(ids, weight, rows, TOKENS)) == 1
+    exact = token_embedding_reference(ids, weight, rows, TOKENS)
+    torch.testing.assert_close(token_embedding(ids, weight, rows, TOKENS), exact, rtol=0.0, atol=0.0)
+
+
+def test_an_index_that_a_cuda_graph_fills_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(api, "table_on", lambda device, tokens: made.append(tokens) or torch.tensor(tokens))
+    states = iter((True, False, False))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(states))
+    for _ in range(3):
+        api.index_of((3, 1, 2, 7, 5), torch.device("cuda"))
+    api._kept_index.cache_clear()  # of what is on no GPU
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (7,)], ids=str)
@@ -198,11 +217,15 @@ MATRIX: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"tokens: expected one or more distinct integers in \[0, 11\), got \(9, 0, 9\)",
     ),
+    ({"tokens": (9.0, 0, 4)}, ValueError, r"tokens: .* distinct integers in \[0, 11\), got \(9.0, 0, 4\)"),
     ({"tokens": (9, 0, 11)}, ValueError, r"tokens: .* distinct integers in \[0, 11\), got \(9, 0, 11\)"),
     ({"tokens": (), "rows": torch.zeros(0, FEATURES)}, ValueError, "tokens: expected one or more distinct integers"),
 ]
 IDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ids": torch.zeros(4)}, TypeError, "ids: expected int64 or int32, got torch.float32"),
+    ({"padding_idx": 11}, ValueError, r"padding_idx: expected an integer in \[-11, 11\), got 11"),
+    ({"padding_idx": -12}, ValueError, r"padding_idx: expected an integer in \[-11, 11\), got -12"),
+    ({"padding_idx": 1.0}, TypeError, "padding_idx: expected a int, got float"),
     ({"ids": [1]}, TypeError, "ids: expected a Tensor, got list"),
 ]
 X: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -223,6 +246,7 @@ def named(value: Any) -> str:
 @pytest.mark.parametrize(("changed", "error", "message"), [*MATRIX, *IDS], ids=named)
 def test_bad_input_of_an_embedding(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     ids, _, weight, rows = drawn(4)
+    token_embedding(ids, weight, rows, TOKENS)  # equal arguments that were right are remembered
     with pytest.raises(error, match=message):
         token_embedding(**{"ids": ids, "weight": weight, "rows": rows, "tokens": TOKENS, **changed})
 
