@@ -1,4 +1,4 @@
-"""PEFT's trainable tokens over an embedding or a head, forward without a copy of the matrix: same tree, same parameters."""
+"""PEFT's trainable tokens over an embedding or a head; forward copies no matrix. Same tree, same parameters."""
 
 from __future__ import annotations
 
