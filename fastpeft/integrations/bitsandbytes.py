@@ -55,7 +55,8 @@ class BitsAndBytesWeight(FourBitWeight):
         )
 
 
-_WEIGHTS: dict[int, tuple[ref[Any], BitsAndBytesWeight]] = {}  # by id: a QuantState cannot be hashed
+_WEIGHTS: dict[int, tuple[ref[Any], BitsAndBytesWeight, tuple[Any, ...]]] = {}
+"""A QuantState, what was read of it, and the parts that were; by id, since a QuantState cannot be hashed."""
 
 
 def linear_4bit() -> type[nn.Module] | None:
@@ -86,7 +87,7 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     tracing = torch.compiler.is_compiling()
     key = id(state)
     known = None if tracing else _WEIGHTS.get(key)
-    if known is not None and known[0]() is state and _same_storage(known[1].packed, weight, state):
+    if known is not None and known[0]() is state and _same_storage(known[1].packed, known[2], weight, state):
         return known[1]
     if len(state.shape) != 2:
         return f"a 4-bit weight of shape {tuple(state.shape)}"
@@ -95,7 +96,7 @@ def frozen_weight(layer: nn.Module) -> BitsAndBytesWeight | str:
     except (TypeError, ValueError) as error:
         return f"4-bit storage that cannot be read: {error}"
     if not tracing:
-        _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen)
+        _WEIGHTS[key] = (ref(state, lambda _: _WEIGHTS.pop(key, None)), frozen, _parts(state))
     return frozen
 
 
@@ -218,6 +219,17 @@ def _packed(weight: Tensor, state: Any) -> Packed4bit:
     )
 
 
-def _same_storage(packed: Packed4bit, weight: Tensor, state: Any) -> bool:
-    """Addresses decide: `packed` keeps its memory alive, so nothing else can come to lie there."""
-    return packed.packed.data_ptr() == weight.data_ptr() and packed.absmax.data_ptr() == state.absmax.data_ptr()
+def _parts(state: Any) -> tuple[Any, ...]:
+    """What a QuantState tells beside its absmax."""
+    found = (state.code, state.blocksize, state.shape, state.dtype, state.quant_type)
+    if not state.nested:
+        return found
+    nested = state.state2
+    return (*found, state.offset, nested.absmax, nested.code, nested.blocksize)
+
+
+def _same_storage(packed: Packed4bit, parts: tuple[Any, ...], weight: Tensor, state: Any) -> bool:
+    """Addresses decide, whose memory `packed` keeps alive, so that nothing else comes to lie there; else identity."""
+    same = packed.packed.data_ptr() == weight.data_ptr() and packed.absmax.data_ptr() == state.absmax.data_ptr()
+    now = _parts(state)
+    return same and len(parts) == len(now) and all([a is b for a, b in zip(parts, now, strict=True)])

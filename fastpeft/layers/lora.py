@@ -116,6 +116,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
         group = self.fastpeft_group
         if not args and not kwargs and is_few(x) and self.leaves_few(x) and (group is None or group.leaves_few(x)):
             self._count(FEW_TOKENS)
+            self.__dict__.pop("fastpeft_known", None)  # it may hold memory of a base, or adapters, replaced since
             y = plain_forward(self, x)
             return super().forward(x) if y is None else y  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, args, kwargs if row_names is None else without_names(kwargs))
@@ -200,6 +201,14 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
         """The last call's, which holds the tensors that it was made of."""
         if not torch.compiler.is_compiling():
             self.__dict__.pop("fastpeft_known", None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.forget_request()
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_request()
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.forget_request()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -136,12 +138,24 @@ def _other_values(q: Any) -> None:
     q.base_layer.weight = nf4_linear(nn.Linear(WIDTH, WIDTH), torch.float32).weight
 
 
+def _other_nested(q: Any) -> None:
+    nested = q.base_layer.weight.quant_state.state2
+    nested.absmax = nested.absmax * 2
+
+
+def _other_offset(q: Any) -> None:
+    state = q.base_layer.weight.quant_state
+    state.offset = state.offset + 0.3
+
+
 FOUR_BIT_CHANGES = {
     **{
         name: CHANGES[name]
         for name in ("scaling", "disabled", "second adapter", "no bias", "new a", "hook on the base")
     },
     "other values": _other_values,
+    "other nested absmax": _other_nested,
+    "other offset": _other_offset,
 }
 
 
@@ -167,3 +181,36 @@ def test_the_same_is_asked_for_again_over_four_bits() -> None:
     before = q.request(x)
     _other_values(q)
     assert q.request(x) is not before
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_deleted_adapter_is_freed(four_bits: bool) -> None:
+    if four_bits:
+        pytest.importorskip("bitsandbytes")
+    ours, peft = pair(_over_four_bits() if four_bits else None)
+    check(ours, peft)
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=["q", "k", "v"]))
+    deleted = [ref(p) for name, p in ours.named_parameters() if ".default." in name]
+    ours.set_adapter("other")
+    ours.delete_adapter("default")
+    gc.collect()
+    assert deleted and not any(p() is not None for p in deleted)
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_replaced_base_is_freed_by_few_tokens(four_bits: bool) -> None:
+    if four_bits:
+        pytest.importorskip("bitsandbytes")
+    ours, peft = pair(_over_four_bits() if four_bits else None)
+    check(ours, peft)
+    q = blocks(ours)[0].q
+    replaced = ref(q.request(inputs()).projection.weight)
+    if four_bits:
+        _other_values(q)
+    else:
+        _new_parameter(q.base_layer, "weight", False)
+    ours.eval()
+    with torch.no_grad():
+        ours(inputs(1, 1))
+    gc.collect()
+    assert replaced() is None
