@@ -146,6 +146,7 @@ struct Projections {
     std::vector<Tensor> apply(const Tensor& x, py::object check, py::object dx, const Given& source, std::string made,
                               std::shared_ptr<Rows> rows, std::shared_ptr<Owned> owned,
                               const GivenScalings& mixed_scalings) const {
+        let_go().drop();
         const auto own = c10::make_intrusive<Group>(group);
         own->check = Held(std::move(check));
         own->dx = Held(std::move(dx));
