@@ -63,8 +63,8 @@ def linear_cross_entropy(
     all under a head that is not trained. For the gradients of one that is the logits are made once more in backward:
     four. Of as many tokens as the weight has features they wait, without other memory, where the weight's gradient will
     be, where this call's loss is one number and no log_probs are asked for: three products for these tokens. Label
-    smoothing of logits with a cap costs one product more. Ignored tokens are left out, but under `torch.compile` and
-    in a CUDA graph, where their number cannot be asked.
+    smoothing costs one product more. Ignored tokens are left out, but under `torch.compile` and in a CUDA graph, where
+    their number cannot be asked.
 
     Args:
         hidden: (..., hidden_size), floating, any strides.

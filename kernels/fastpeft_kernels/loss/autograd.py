@@ -25,7 +25,7 @@ class FusedLoss(torch.autograd.Function):
         outputs, kept = compute(trained, fixed, needs)
         ctx.needs, ctx.fixed = needs, fixed[3:]
         ctx.stamp = None if fixed.stored is None else fixed.stored.stamp()
-        # Not among the saved tensors: hooks that bring these to the host would move a whole gradient's memory.
+        # Not among the saved tensors, so that it is nobody else's when it is handed on as the weight's gradient.
         ctx.logits, kept = kept.logits, kept._replace(logits=None)
         ctx.save_for_backward(*kept, *read_by_backward(trained, kept), *fixed[:3])
         total = None if fixed.wants.total else outputs.total

@@ -1,4 +1,4 @@
-"""Gradients with the logits made once more: of what is trained of the head; and where a cap meets label smoothing.
+"""Gradients with the logits made once more: of what is trained of the head; and under label smoothing.
 
 With the sums over tokens a chunk of words is done before the next one comes, so that nothing as large as all tokens'
 hidden states or all words' weights is summed in memory of its own: one product for the logits, as far as `kept_logits`
