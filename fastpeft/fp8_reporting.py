@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .integrations.models import model_within
 from .integrations.transformers import sample_batch
 from .layers.fp8 import BOTH, FORWARD, NEVER, asked, why_not_fp8
 from .layers.lora import FastLoraLayer
@@ -113,6 +114,8 @@ def fp8_report(
         raise TypeError(f"batch: expected a mapping of the forward's arguments, got {type(batch).__name__}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
         raise TypeError(f"limit: expected a number or None, got {limit!r}")
+    if batch is None:
+        model = model_within(model)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
     if not layers:
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")

@@ -16,6 +16,7 @@ from fastpeft_kernels.tuning import choosing, files
 from fastpeft_kernels.tuning.choosing import use_tuned
 from fastpeft_kernels.tuning.measuring import Measured
 
+from .integrations.models import model_within
 from .integrations.transformers import sample_batch
 from .layers.lora import FastLoraLayer
 from .layers.watching import side_effects_undone
@@ -75,7 +76,8 @@ def tune(
 
     Args:
         model: a model that `fastpeft.accelerate` was called on.
-        batch: keyword arguments of the model's forward; a small random one by default.
+        batch: keyword arguments of the model's forward; a small random one by default, for the model of transformers
+            that is in it where another library's module holds one.
         tokens: tokens of a forward pass, rows times length, rounded up to powers of two; each number is measured.
         again: measure also what the file has.
         seed: of the random batch.
@@ -120,6 +122,8 @@ def cases_of(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model: expected parameters that require gradients, as in training, got none")
+    if batch is None:
+        model = model_within(model)
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with choosing.alone(), side_effects_undone(model), _in_training(model):
         with torch.no_grad():

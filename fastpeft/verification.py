@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .integrations.models import model_within
 from .integrations.transformers import sample_batch
 from .layers.embedding import FastEmbedding
 from .layers.experts import FastExperts
@@ -90,7 +91,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
 
     Args:
         model: a model that `fastpeft.accelerate` was called on.
-        batch: keyword arguments of the model's forward; a small random one by default.
+        batch: keyword arguments of the model's forward; a small random one by default, for the model of transformers
+            that is in it where another library's module holds one.
         seed: of the random batch and of the twin's rounding.
 
     Returns:
@@ -108,6 +110,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         for module in model.modules()
     ):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
+    if batch is None:
+        model = model_within(model)
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with calm(model, seed):
         if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):

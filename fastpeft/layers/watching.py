@@ -21,6 +21,7 @@ from torch import nn
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 
 from ..integrations.bitsandbytes import cpu_packing_forbidden
+from ..integrations.models import is_model
 from ..integrations.peft import has_stateful_variant
 from ..integrations.transformers import passes_cache
 from .buffers import BufferOwners, BufferValue
@@ -52,7 +53,11 @@ class SiblingWatch:
         self._error: str | None = None  # of watching `_outer`
 
     def start(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
-        """Wait for these layers, by path. Every module above one is a place: any of them may be called from outside."""
+        """Wait for these layers, by path. Every module above one is a place: any of them may be called from outside.
+
+        Not what holds a model of transformers or PEFT: the forward of a trainer's or a sentence encoder's module may
+        keep what it computed, and would then have it twice.
+        """
         below: dict[str, dict[FastLoraLayer, nn.Module]] = {}
         for path, layer in layers.items():
             if layer.fastpeft_watch is not None:
@@ -63,8 +68,10 @@ class SiblingWatch:
             layer.fastpeft_watch = self
             names = path.split(".")[:-1]
             parent = root.get_submodule(".".join(names))
-            for depth in range(len(names) + 1):
-                below.setdefault(".".join(names[:depth]), {})[layer] = parent
+            places = [".".join(names[:depth]) for depth in range(len(names) + 1)]
+            outermost = next((i for i, at in enumerate(places) if is_model(root.get_submodule(at))), 0)
+            for at in places[outermost:]:
+                below.setdefault(at, {})[layer] = parent
         for path, waiting in below.items():
             _Place(self, root.get_submodule(path), waiting)
 

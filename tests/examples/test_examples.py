@@ -23,6 +23,7 @@ from .tiny import EXAMPLES
 
 SCRIPTS = {
     "chat": "decoder",
+    "embeddings": "encoder",
     "instructions": "decoder",
     "masked": "encoder",
     "preferences": "decoder",
@@ -45,7 +46,9 @@ TASKS = {"multi-task": "encoder", "multi-task-prompts": "decoder"}
 """Several data sets each; tests/strategies/test_multi_task.py runs the like of both."""
 HEADS = {"letters": "encoder", "names": "encoder", "questions": "encoder"}
 """Those that are YAML files alone; tests/training/test_heads.py runs the like of the second."""
-RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | TASKS | HEADS).items() if name != "preferences"}
+ALONE = {"embeddings": "sentence_transformers", "preferences": "trl"}
+"""Scripts without a YAML file, and the package that each is for."""
+RUNS = {name: kind for name, kind in (SCRIPTS | STRATEGIES | TASKS | HEADS).items() if name not in ALONE}
 """What `fastpeft train` does."""
 FULL = {*HEADS, "domain-masked", "few-shot-pattern", "few-shot-answers", "reviews"}
 FULL |= {"distillation-masked", "distillation-translation", "dynamic"}
@@ -104,6 +107,7 @@ def test_the_script(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    pytest.importorskip(ALONE.get(name, "transformers"))
     folder = tmp_path / "run"
     options = ["--model", str(model_of(SCRIPTS[name])), "--max-steps", "2", "--output", str(folder)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...config import LoraSection
 from ...integrations import bitsandbytes, quantised
+from ...integrations.models import model_within
 from ...models.tasks import task_of
 from ..layers import model_layers
 from ..streaming.host_store import is_mapped
@@ -32,13 +33,15 @@ def model_of_loaded(
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
     Args:
-        model: of transformers, with adapters of PEFT; its weights 32 or 16 bits, or bitsandbytes' 4.
+        model: of transformers, with adapters of PEFT, or a module that holds one; its weights 32 or 16 bits, or
+            bitsandbytes' 4.
         seq, batch, optimizer, accumulation: as of `plan`.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage.
         UserError: the adapter does not fit a model that is built from the configuration, or `seq` its positions.
     """
+    model = model_within(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if not hasattr(base, "config") or len(adapters) != 1:
