@@ -63,7 +63,8 @@ def linear_cross_entropy(
     all under a head that is not trained. For the gradients of one that is the logits are made once more in backward:
     four. Of as many tokens as the weight has features they wait, without other memory, where the weight's gradient will
     be, where this call's loss is one number and no log_probs are asked for: three products for these tokens. Label
-    smoothing costs one product more. Ignored tokens are left out, but under `torch.compile` and in a CUDA graph, where
+    smoothing costs one product more, but not under a trained head on a CPU where sums of all tokens are few beside the
+    logits. Ignored tokens are left out, but under `torch.compile` and in a CUDA graph, where
     their number cannot be asked.
 
     Args:

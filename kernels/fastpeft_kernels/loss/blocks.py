@@ -84,6 +84,11 @@ def _limit(tokens: int, words: int) -> int:
     return max(int(SHARE * 4 * tokens * words), _LEAST_BYTES) - _NUMBERS * tokens
 
 
+def worth_sums(tokens: int, words: int, columns: int) -> bool:
+    """Whether fp32 sums (tokens, columns) may lie beside a CPU's blocks: half of SHARE, or those of one block."""
+    return tokens <= _ON_CPU[0] or 2 * columns <= SHARE * words
+
+
 def choose_whole_rows(tokens: int, words: int, row: int, device: torch.device, *, decoded: bool) -> Blocks:
     """Blocks of tokens whose logits of all words lie in memory at once.
 

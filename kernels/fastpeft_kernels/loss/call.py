@@ -15,7 +15,8 @@ from .kept_logits import KeptLogits
 from .label_rows import label_rows
 from .online import scaled_rows
 from .problem import Needs, Problem, Wants
-from .recompute import Known, token_gradients, word_blocks, word_gradients
+from .recompute import Known, one_walk, token_gradients, word_blocks, word_gradients
+from .sums import TokenSums
 
 
 class Fixed(NamedTuple):
@@ -135,11 +136,16 @@ def compute_backward(
         problem = _problem(trained, fixed)
         known = Known(kept.top, kept.inverse, kept.others, d_nll, d_lse, d_total)
         with in_use((problem,)):
-            if needs.of_tokens and kept.slope is None:
+            of_tokens = needs.of_tokens and kept.slope is None
+            together = of_tokens and needs.of_words and one_walk(problem, needs)
+            rows = TokenSums(problem, needs, problem.tokens) if together else None
+            if of_tokens and not together:
                 hidden, s = token_gradients(problem, needs, known)
             if needs.of_words:
-                sums = word_gradients(problem, needs, known, kept.logits, spend)
+                sums = word_gradients(problem, needs, known, kept.logits, spend, rows)
                 weight, bias, b = sums.weight, sums.bias, sums.b
+            if rows is not None:
+                hidden, s = rows.hidden, rows.s
     return Trained(hidden, weight, bias, s, b)
 
 

@@ -7,7 +7,8 @@ from types import ModuleType
 import torch
 
 from ..common.device import triton_serves
-from . import steps
+from ..native.loss import loss_steps_native
+from . import native_steps, steps
 
 
 def steps_of(raw_dtype: torch.dtype, device: torch.device) -> ModuleType:
@@ -16,4 +17,4 @@ def steps_of(raw_dtype: torch.dtype, device: torch.device) -> ModuleType:
         from . import triton_steps
 
         return triton_steps
-    return steps
+    return native_steps if loss_steps_native(device, raw_dtype) else steps

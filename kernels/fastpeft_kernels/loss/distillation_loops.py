@@ -179,5 +179,5 @@ def _room(student: Problem, teacher: Given | TeacherHead, blocks: Blocks, soft: 
         divergence=student.empty(dtype=wide),
         nll=student.empty(dtype=wide) if soft.cross_entropy_weight else None,
         known=torch.empty((known_rows(soft), student.tokens), dtype=wide, device=student.device),
-        sums=TokenSums(student, needs, blocks, waiting=True),
+        sums=TokenSums(student, needs, blocks.tokens, waiting=True),
     )

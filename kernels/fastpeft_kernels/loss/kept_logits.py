@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..common.shapes import kind_of
 from .problem import Problem, Tokens, Words
 
 _rooms: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
@@ -37,13 +38,15 @@ class KeptLogits:
     def room(problem: Problem) -> Tensor | None:
         """(words, hidden_size) in the weight's dtype, or None.
 
-        That is without a quarter as many tokens as features; where no row of it is a row of logits' numbers; while a
-        CUDA graph is captured, whose backward may be repeated and spends nothing; while another call's is there, since
-        many losses may be made before one backward; and where saved tensors go through hooks: what they bring elsewhere
-        or make again, as activation checkpointing does, would lie beside this.
+        That is without tokens, and on a GPU without a quarter as many as features; where no row of it is a row of
+        logits' numbers; while a CUDA graph is captured, whose backward may be repeated and spends nothing; while
+        another call's is there, since many losses may be made before one backward; and where saved tensors go through
+        hooks: what they bring elsewhere or make again, as activation checkpointing does, would lie beside this.
         """
         weight, hooks = problem.weight, torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if 4 * problem.tokens < weight.shape[1] or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
+        if kind_of(problem.device) != "cpu" and 4 * problem.tokens < weight.shape[1]:
+            return None
+        if not problem.tokens or weight.shape[1] * weight.dtype.itemsize % problem.dtype.itemsize:
             return None
         if hooks is not None or (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None

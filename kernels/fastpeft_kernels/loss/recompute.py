@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .blocks import NOTHING, Blocks, Sizes, choose_blocks, choose_chunks
+from ..common.shapes import kind_of
+from .blocks import NOTHING, Blocks, Sizes, choose_blocks, choose_chunks, worth_sums
 from .choosing import steps_of
 from .kept_logits import KeptLogits
 from .problem import Needs, Problem, Tokens, Vocabulary, Words, room_of_block, token_blocks
@@ -33,7 +34,8 @@ class Known(NamedTuple):
 def token_gradients(problem: Problem, needs: Needs, known: Known) -> tuple[Tensor | None, Tensor | None]:
     """Of hidden and s: the gradients of sum_t d_nll nll + d_lse lse + d_total total."""
     blocks = choose_blocks(problem.tokens, problem.words, problem.sizes(sums=True), problem.device)
-    vocabulary, sums, gradient = Vocabulary(problem, blocks), TokenSums(problem, needs, blocks), _step(problem, known)
+    sums = TokenSums(problem, needs, blocks.tokens)
+    vocabulary, gradient = Vocabulary(problem, blocks), _step(problem, known)
     for tokens in token_blocks(problem, blocks):
         sums.begin(tokens)
         for words in vocabulary:
@@ -42,10 +44,18 @@ def token_gradients(problem: Problem, needs: Needs, known: Known) -> tuple[Tenso
     return sums.hidden, sums.s
 
 
-def word_gradients(problem: Problem, needs: Needs, known: Known, memory: Tensor | None, spend: bool) -> WordSums:
+def word_gradients(
+    problem: Problem,
+    needs: Needs,
+    known: Known,
+    memory: Tensor | None,
+    spend: bool,
+    of_tokens: TokenSums | None = None,
+) -> WordSums:
     """Of weight, bias and b, as `token_gradients`.
 
     Args:
+        of_tokens: of all tokens, filled along with them; or None.
         memory: of `KeptLogits`, or None.
         spend: whether it may be overwritten: then it is where the gradient of the weight lies.
     """
@@ -56,9 +66,26 @@ def word_gradients(problem: Problem, needs: Needs, known: Known, memory: Tensor 
     again = repeated_blocks(problem, blocks)
     for words in vocabulary:
         for tokens in again():
-            sums.add(gradient(vocabulary.raw(tokens, words, kept), tokens, words), tokens, words)
+            raw = gradient(vocabulary.raw(tokens, words, kept), tokens, words)
+            sums.add(raw, tokens, words)
+            if of_tokens is not None:
+                of_tokens.begin(tokens)
+                of_tokens.add(raw, words)
         sums.finish(words)
+    if of_tokens is not None:
+        for tokens in again():
+            of_tokens.begin(tokens)
+            of_tokens.finish()
     return sums
+
+
+def one_walk(problem: Problem, needs: Needs) -> bool:
+    """Whether `word_gradients` may fill sums of all tokens too: not on a GPU, where nobody measured it."""
+    if kind_of(problem.device) != "cpu":
+        return False
+    columns = 0 if problem.sums_in_place or not needs.hidden else problem.hidden.shape[1]
+    columns += problem.s.shape[1] if needs.s and problem.s is not None else 0
+    return worth_sums(problem.tokens, problem.words, columns)
 
 
 def word_blocks(problem: Problem, needs: Needs, others: Sizes = NOTHING) -> Blocks:

@@ -19,41 +19,46 @@ class TokenSums:
         s: (all tokens, rank), likewise.
     """
 
-    def __init__(self, problem: Problem, needs: Needs, blocks: Blocks, *, waiting: bool = False) -> None:
-        """`waiting`: for the loss's own gradient, which is not in them yet."""
+    def __init__(self, problem: Problem, needs: Needs, count: int, *, waiting: bool = False) -> None:
+        """
+        Args:
+            count: tokens that are summed up at a time: those of a block, or all, where blocks come again.
+            waiting: for the loss's own gradient, which is not in them yet.
+        """
         self.problem, features = problem, problem.hidden.shape[1]
         dtype_of = kept_dtype if waiting else lambda dtype: dtype
         rank = 0 if problem.s is None else problem.s.shape[1]
-        count = min(blocks.tokens, problem.tokens)
+        count = min(count, problem.tokens)
+        self._of_all = count == problem.tokens
         self.hidden = problem.empty(features, dtype=dtype_of(problem.hidden.dtype)) if needs.hidden else None
         self._block = problem.sums(count, features) if needs.hidden and not problem.sums_in_place else None
         self.s = problem.empty(rank, dtype=dtype_of(problem.s.dtype)) if needs.s and problem.s is not None else None
         self._block_s = problem.sums(count, rank) if needs.s else None
 
     def begin(self, tokens: Tokens) -> None:
-        self._place, self._room = (tokens.first, tokens.last), tokens.room
+        first, last = self._place = (tokens.first, tokens.last)
+        self._at, self._room = slice(first, last) if self._of_all else slice(0, last - first), tokens.room
 
     def add(self, raw: Tensor, words: Words) -> None:
         begin = words.first == 0
         if self.hidden is not None:
             add_product(self._of_hidden(), raw, words.w, begin)
         if self._block_s is not None and words.b is not None:
-            add_product(self._block_s[: raw.shape[0]], *rank_factors(raw, words.b), begin)
+            add_product(self._block_s[self._at], *rank_factors(raw, words.b), begin)
 
     def finish(self) -> None:
         """The block's rows, where they were summed in memory of their own."""
-        first, last = self._place
+        first = self._place[0]
         if self.hidden is not None and self._block is not None:
-            self.problem.put(self.hidden, first, self._block[: last - first], self._room)
+            self.problem.put(self.hidden, first, self._block[self._at], self._room)
         if self.s is not None and self._block_s is not None:
-            self.problem.put(self.s, first, self._block_s[: last - first])
+            self.problem.put(self.s, first, self._block_s[self._at])
 
     def _of_hidden(self) -> Tensor:
-        first, last = self._place
         if self._block is not None:
-            return self._block[: last - first]
+            return self._block[self._at]
         assert self.hidden is not None
-        return self.hidden[first:last]
+        return self.hidden[slice(*self._place)]
 
 
 class WordSums:

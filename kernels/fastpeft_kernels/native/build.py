@@ -25,8 +25,8 @@ from typing import Any
 from ..common.private import others_may_write, private_folder
 
 logger = logging.getLogger("fastpeft")
-SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "skinny.cpp")
-HEADERS = ("decode_lookup.h", "half.h")
+SOURCES = ("activation.cpp", "decode.cpp", "dropout.cpp", "loss.cpp", "skinny.cpp")
+HEADERS = ("decode_lookup.h", "half.h", "vectors.h")
 # Products and sums are rounded one by one, as PyTorch's are.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
 # torch's own libgomp serves, being loaded already: one pool of threads for both. One thread where there is no OpenMP.

@@ -72,7 +72,7 @@ def test_nothing_of_tokens_by_words_with_a_trained_head() -> None:
         (1, {"hidden_trained": False}),
         (4 - FEATURES / TOKENS, {"frozen": False}),  # the logits of as many tokens as there are features are kept
         (4 - FEATURES / TOKENS, {"frozen": False, "bias": True, "rank": 4, "z_loss": 0.1}),
-        (5 - FEATURES / TOKENS, {"frozen": False, "label_smoothing": 0.1, "softcap": 20.0}),
+        (4 - FEATURES / TOKENS, {"frozen": False, "label_smoothing": 0.1, "softcap": 20.0}),
         (3 - FEATURES / TOKENS, {"frozen": False, "hidden_trained": False}),
         (3, {"storage": "four_bit", "rank": 4, "frozen": False}),  # the update's own products are not counted
         (4, {"frozen": False, "reduction": "none"}),
