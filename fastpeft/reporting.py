@@ -18,6 +18,9 @@ from .replacements.swap import why_not_its_own
 BY_FORWARD = ("lora", "mlp", "norms")
 """What serves a module by the forward of its class."""
 
+NO_ADAPTER = "no layer has an adapter: attach one first, if wanted, then call fastpeft.accelerate(model) again"
+"""What the report of an accelerated model says where `accelerate` found no layer of an adapter at all."""
+
 
 @dataclass(frozen=True)
 class ReportRow:
@@ -126,6 +129,7 @@ def report(model: nn.Module) -> Report:
     else:
         waiting = any(getattr(m, "fastpeft_watch", None) is not None for m in model.modules())
         notes += ["projections that share an input are found at the first forward pass"] if waiting else []
+        notes += [] if any(row.kind == "lora" for row in rows) else [NO_ADAPTER]
     notes += [f"memory ran out: {how}" for m in model.modules() for how in m.__dict__.get(RETRIED, ())]
     return Report(tuple(rows), tuple(notes))
 

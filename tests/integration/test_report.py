@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import fastpeft
 from tests.integration.blocks import inputs, pair
-from tests.integration.models import batch, make
+from tests.integration.models import batch, make, make_base
 from tests.integration.reports import adapter_rows, shape_of
 from tests.integration.steps import step
 
@@ -49,6 +50,16 @@ class TestReport:
         report = fastpeft.report(make())
         assert not report.accelerated and {row.note for row in report.left} == {"not accelerated yet"}
         assert "not accelerated: call fastpeft.accelerate" in str(report)
+
+    def test_without_an_adapter(self) -> None:
+        """A script that trains all weights, or accelerates before `get_peft_model`, asks why so little was done."""
+        model = fastpeft.accelerate(make_base("bert"))
+        assert "attach one first, if wanted, then call fastpeft.accelerate(model) again" in str(fastpeft.report(model))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
+        report = fastpeft.report(adapted)
+        assert "attach one first" not in str(report)
+        assert {row.note for row in report.rows if row.kind == "lora"} == {"not accelerated yet"}
+        assert "attach one first" not in str(fastpeft.report(fastpeft.accelerate(adapted)))
 
     def test_before_and_after_the_first_forward(self) -> None:
         model = fastpeft.accelerate(make())
