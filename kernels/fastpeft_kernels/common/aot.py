@@ -180,7 +180,9 @@ def _compile(source: Any, case: AotCase, target: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
+    from .launching import ALWAYS
+
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **ALWAYS}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

@@ -13,11 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bounded import remember
 
+ALWAYS = {"enable_fp_fusion": True}
+"""Options of every kernel. A product and a sum are rounded once, as all was measured and held to fp64: what Triton does
+unasked up to 3.9, which warns that 3.10 will not."""
 _ABSENT: Any = object()
 
 
 class Launcher:
-    """`launch(device, grid, *args, **named)` is `kernel[grid](*args, **named)` on `device`.
+    """`launch(device, grid, *args, **named)` is `kernel[grid](*args, **named, **ALWAYS)` on `device`.
 
     Triton finds out at each launch for what kinds of arguments and which options the kernel is to be compiled; for what
     is called as before the compiled kernel is launched itself, which takes the host about half as long. As before means
@@ -60,7 +63,7 @@ class Launcher:
         options = (get("num_warps", _ABSENT), get("num_stages", _ABSENT), get("maxnreg", _ABSENT))
         others = places + len(named) - len(names) - len(options) + options.count(_ABSENT)
         if others or _watched() or kernel.pre_run_hooks:
-            kernel[grid](*args, **named)
+            kernel[grid](*args, **named, **ALWAYS)
             return
         bound = (*args, *map(named.__getitem__, names[places:]))
         kinds: list[Any] = [here, options, bound[first:]]
@@ -77,14 +80,14 @@ class Launcher:
             elif kind is TensorDescriptor:
                 kinds += each.base.dtype, tuple(each.block_shape)
             else:
-                kernel[grid](*args, **named)
+                kernel[grid](*args, **named, **ALWAYS)
                 return
         key = tuple(kinds)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*bound)
             return
-        compiled = kernel[grid](*args, **named)
+        compiled = kernel[grid](*args, **named, **ALWAYS)
         if isinstance(compiled, CompiledKernel) and driver.active.get_current_target().backend == "cuda":
             remember(self._compiled, key, compiled)
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import ALWAYS
+
 logger = logging.getLogger("fastpeft")
 
 
@@ -22,7 +24,7 @@ def launches(index: int) -> bool:
     """Whether a kernel of one program can be launched on CUDA device `index`; a warning says why not."""
     try:
         with torch.cuda.device(index):
-            trial_kernel[(1,)](torch.empty(16, dtype=torch.int32, device=f"cuda:{index}"), BLOCK=16)
+            trial_kernel[(1,)](torch.empty(16, dtype=torch.int32, device=f"cuda:{index}"), BLOCK=16, **ALWAYS)
     except Exception as error:  # whatever a compiler, an assembler or a driver says
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning("Triton compiles no kernel on cuda:%d, PyTorch serves instead: %s", index, reason[-1])

@@ -43,7 +43,7 @@ def native_library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("the C++ kernels for CPU could not be built, PyTorch serves instead: %s", first_line(error))
+        logger.warning("the C++ kernels for CPU could not be built, PyTorch serves instead: %s", reason(error))
         return None
 
 
@@ -99,8 +99,8 @@ def built(
 
 
 def _trusted(library: Path) -> Path:
-    if reason := others_may_write(library):
-        raise PermissionError(f"{library}: expected a file that only this user may write, got one {reason}; delete it")
+    if found := others_may_write(library):
+        raise PermissionError(f"{library}: expected a file that only this user may write, got one {found}; delete it")
     return library
 
 
@@ -135,6 +135,7 @@ def _instruction_sets() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def first_line(error: Exception) -> str:
-    text = (getattr(error, "stderr", None) or str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def reason(error: Exception) -> str:
+    """One line: the first that names an error, since a compiler begins with the files that it came through."""
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)

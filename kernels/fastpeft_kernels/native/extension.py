@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from .build import built, first_line
+from .build import built, reason
 
 logger = logging.getLogger("fastpeft")
 NAME = "fastpeft_group"
 SOURCES = ("group.cpp",)
 HEADERS = ("group.h", "held.h", "mixed.h")
-FLAGS = ("-O1", "-std=c++17", "-DAT_PER_OPERATOR_HEADERS", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={NAME}")
+# C++20 is what torch's headers ask for since 2.14.
+FLAGS = ("-O1", "-std=c++20", "-DAT_PER_OPERATOR_HEADERS", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={NAME}")
 _lock = threading.Lock()
 _state: dict[str, Any] = {}
 
@@ -64,7 +65,7 @@ def _build() -> None:
     try:
         _state["module"] = _load(_path())
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        logger.warning("the C++ for groups of projections could not be built, Python serves: %s", first_line(error))
+        logger.warning("the C++ for groups of projections could not be built, Python serves: %s", reason(error))
         _state["module"] = None
 
 

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastpeft_kernels
 from fastpeft_kernels.common import bounded
-from fastpeft_kernels.common.launching import Launcher
+from fastpeft_kernels.common.launching import ALWAYS, Launcher
 
 GPU = torch.device("cuda:0")
 X = torch.empty(64)
@@ -52,7 +52,7 @@ class Driver:
 
 
 class Compiled(CompiledKernel):  # type: ignore[misc]
-    function = packed_metadata = None
+    function = module = packed_metadata = None
 
     def __init__(self, launched: list[tuple[Any, ...]]) -> None:
         self.launched = launched
@@ -70,7 +70,7 @@ class Compiled(CompiledKernel):  # type: ignore[misc]
 class Future:
     """What is still being compiled elsewhere: Triton launches it, nobody else can."""
 
-    function = packed_metadata = None
+    function = module = packed_metadata = None
     launch_metadata, run = Compiled.launch_metadata, Compiled.run
 
     def __init__(self, launched: list[tuple[Any, ...]]) -> None:
@@ -82,10 +82,12 @@ class Machine:
 
     def __init__(self, patched: pytest.MonkeyPatch, backend: str = "cuda", made: type = Compiled) -> None:
         self.launched, self.driver = list[tuple[Any, ...]](), Driver(backend)
+        self.options = list[Any]()
         patched.setattr(driver, "_active", self.driver)
         self.kernel = JITFunction(_kernel, do_not_specialize=["columns"])
 
-        def compiling(key: str, signature: Any, device: int, *_: Any, **__: Any) -> Any:
+        def compiling(key: str, signature: Any, device: int, constants: Any, options: Any, *_: Any) -> Any:
+            self.options.append(options)
             self.kernel.device_caches[device][0][key] = made(self.launched)
             return self.kernel.device_caches[device][0][key]
 
@@ -152,7 +154,7 @@ def setting(of: Any, name: str, value: Any):  # type: ignore[no-untyped-def]
         ({"rows": Size.ROWS}, nullcontext),
         ({"num_ctas": 1}, nullcontext),
         ({}, lambda: setting(knobs.runtime, "debug", True)),
-        ({}, lambda: setting(knobs.compilation, "instrumentation_mode", "gsan")),
+        ({}, lambda: setting(knobs.compilation, "instrumentation_mode", "fpsan")),
         ({}, lambda: setting(knobs.runtime, "add_stages_inspection_hook", lambda: ("", ""))),
     ],
     ids=["type", "option", "debugged", "instrumented", "inspected"],
@@ -205,6 +207,16 @@ def test_what_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, backend: str, made
     assert it.how() == ["triton", "triton"]
 
 
+def test_a_product_and_a_sum_are_rounded_once_whatever_triton_does_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = Machine(monkeypatch)
+    monkeypatch.setattr(knobs.language, "default_fp_fusion", False)
+    it.launch(GPU, (1,), **GIVEN)
+    it.launch(GPU, (1,), **GIVEN, num_ctas=1)
+    it.launch(GPU, (1,), **{**GIVEN, "rows": Size.ROWS})
+    assert {options.enable_fp_fusion for options in it.options} == {True}
+    assert it.how() == ["triton"] * 3
+
+
 def test_interpreter_is_left_alone() -> None:
     class Interpreted:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -248,7 +260,7 @@ def check_the_second(it: Machine, first: dict[str, Any], second: dict[str, Any])
     launch(GPU, (1,), **second)
     how, compiled, _, args = it.launched[-1]
     if how == "compiled":
-        it.kernel[(1,)](**second)
+        it.kernel[(1,)](**second, **ALWAYS)
         assert it.launched[-1][1] is compiled
         assert all(given is second[name] for given, name in zip(args, it.kernel.arg_names, strict=True))
     return bool(how == "compiled")

@@ -1,10 +1,13 @@
 """The C++ library: the same bits as PyTorch, rebuilt when its source changes, and never required."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sysconfig
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +108,13 @@ def test_a_build_whose_process_ends_is_finished(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 3\n")
     with pytest.raises(subprocess.CalledProcessError) as raised:
         build.built("other", ("dropout.cpp",), (), (), "")
-    assert build.first_line(raised.value) == "no such instruction"
+    assert build.reason(raised.value) == "no such instruction"
+    compiler.write_text(
+        "#!/bin/sh\nprintf 'In file included from a.h:\\nb.h:3: error: C++20 is needed\\nb.h: note' >&2; exit 1\n"
+    )
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        build.built("other", ("dropout.cpp",), (), (), "")
+    assert build.reason(raised.value) == "b.h:3: error: C++20 is needed"
     assert list((tmp_path / "fastpeft").glob("*.so")) == [library]
 
 
@@ -121,6 +130,15 @@ def test_processes_that_begin_together_compile_once(monkeypatch, tmp_path):
     for thread in threads:
         thread.join()
     assert log.read_text() == "called\n" and len(list((tmp_path / "fastpeft").glob("*.so"))) == 1
+
+
+TOOLS = shutil.which(cpp_extension.get_cxx_compiler()) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+@pytest.mark.skipif(not TOOLS, reason="needs a C++ compiler and the headers of Python")
+def test_torch_s_headers_are_compiled():
+    """The standard of C++ that they ask for rises. What needs the result is skipped where there is none."""
+    assert extension.group_extension(wait=True) is not None
 
 
 def test_groups_go_on_in_python_where_nothing_can_be_built(monkeypatch, caplog):
