@@ -110,10 +110,11 @@ def test_a_matrix_kernel_without_wgmma_is_found() -> None:
 
 
 def test_spills_are_found_in_default_configurations_only() -> None:
-    case = product("fp32", 64, 16, "ieee", num_warps=1)
+    few = {"num_warps": 1, "maxnreg": 64}
+    case = product("fp32", 64, 16, "ieee", **few)
     found = compile_case("demo", case, 80)
     assert found.spill_stores > 0 and "spills" in found.problems[0]
-    tuning_only = product("fp32", 64, 16, "ieee", num_warps=1, default=False)
+    tuning_only = product("fp32", 64, 16, "ieee", **few, default=False)
     assert compile_case("demo", tuning_only, 80).problems == []
 
 

@@ -12,7 +12,7 @@ from .machine import Machine, TorchGpu
 from .packages import installed
 from .system import dotted
 
-OVERRIDES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # up to sm_90, and from sm_100 on
+OVERRIDES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # which of them counts for sm_90 is Triton's
 _WITHOUT_GPU = (90, 100)
 
 
@@ -92,7 +92,7 @@ def _override(name: str, used: bool) -> Finding | None:
 
 
 def _ptxas(capability: int, gpu: TorchGpu | None) -> Finding:
-    from fastpeft_kernels.common.device import hopper_dots_safe, ptxas_path, ptxas_version
+    from fastpeft_kernels.common.device import hopper_dots_safe, ptxas_path, ptxas_variable, ptxas_version
 
     name = f"ptxas sm_{capability}"
     path, version = ptxas_path(capability), ptxas_version(capability)
@@ -105,7 +105,8 @@ def _ptxas(capability: int, gpu: TorchGpu | None) -> Finding:
     text = f"{dotted(version)}, {_where(path)}"
     if gpu is not None and (reason := hopper_dots_safe(f"cuda:{gpu.index}")):
         text = f"{text}: miscompiles some kernels for this GPU, which are refused ({reason.partition(':')[0]})"
-        advice = "Let TRITON_PTXAS_PATH name the ptxas of a newer CUDA toolkit; until then the library serves instead."
+        chosen = ptxas_variable(capability)
+        advice = f"Let {chosen} name the ptxas of a newer CUDA toolkit; until then the library serves instead."
         return warning(name, text, advice, **values, safe=False)
     return ok(name, text, **values, safe=True if gpu is not None else None)
 

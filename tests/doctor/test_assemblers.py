@@ -44,13 +44,13 @@ def test_a_ptxas_that_is_known_bad_on_sm_90(monkeypatch: pytest.MonkeyPatch, tmp
     found = only(assemblers.ptxas(WORKING))
     assert (found.name, found.status) == ("ptxas sm_90", Status.warning)
     assert found.values == {"path": path, "version": "12.8", "safe": False}
-    assert "chained dots need ptxas 13.3 or newer" in found.text and "TRITON_PTXAS_PATH" in found.advice
+    assert "chained dots need ptxas 13.3 or newer" in found.text and "TRITON_PTXAS_" in found.advice
 
 
 def test_a_newer_ptxas_chosen_by_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, (9, 0))
     path = write_ptxas(tmp_path, "13.3")
-    monkeypatch.setenv("TRITON_PTXAS_PATH", path)
+    monkeypatch.setenv(device.ptxas_variable(90), path)
     found = only(assemblers.ptxas(WORKING))
     assert found.status is Status.ok and found.text == f"13.3, {path}" and found.values["safe"] is True
 
@@ -86,13 +86,13 @@ def test_the_variable_names_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_the_variable_names_what_cannot_be_executed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     pretend(monkeypatch, (9, 0))
-    path = tmp_path / "ptxas"
+    path, variable = tmp_path / "ptxas", device.ptxas_variable(90)
     path.write_text("") if kind == "file" else path.mkdir()
-    monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
+    monkeypatch.setenv(variable, str(path))
     override, asked = assemblers.ptxas(WORKING)
     assert override.status is Status.problem and "cannot be executed" in override.text
     assert (asked.status, asked.text) == (Status.warning, "none that runs")
-    assert asked.advice.startswith("Unset TRITON_PTXAS_PATH: ")
+    assert asked.advice.startswith(f"Unset {variable}: ")
     assert next(iter(assemblers.ptxas(CPU_ONLY))).status is Status.warning
 
 

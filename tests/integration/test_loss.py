@@ -273,8 +273,9 @@ class TestLogits:
         logits = model(**inputs).logits
         torch.testing.assert_close(plain(logits), wanted, rtol=1e-4, atol=1e-5)
         assert (logits[..., 1:3] == torch.finfo(torch.float32).min).all() and len(made) == 1
-        expected = "3 of 3 calls with logits: logits asked for before a loss, by aten.index_put_.default"
-        assert loss_row(model).note == expected
+        expected = "3 of 3 calls with logits: logits asked for before a loss, by aten."
+        written = loss_row(model).note.removeprefix(expected)
+        assert written in ("index_put_.default", "index_fill_.int_Scalar")  # up to torch 2.14, and since
 
     def test_are_the_plain_model_s(self) -> None:
         model = make()

@@ -29,7 +29,6 @@ APART: dict[str, Callable[[], Any]] = {
 }
 TOGETHER: dict[str, Callable[[], Any]] = {
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_TOKENS, hidden_size=64, n_layer=2, n_head=4)),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_TOKENS, **_SIZES)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_TOKENS, **_SIZES, ffn_dim=128, word_embed_proj_dim=64)),
     "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=96, d_model=64, n_layers=2, n_heads=4)),
     "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2)),

@@ -4,7 +4,7 @@ python -m fastpeft.bench.versions --only transformers
 
 Makes an environment a leg in --folder, runs the tests in it, and appends a record to --out. In the end the records go
 into the committed record, and its table into the page. Ends with code 1 if a test failed. Needs a checkout and a
-package index; torch is the installed one.
+package index; torch is the installed one, but in the legs of torch, which take several gigabytes of downloads.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def chosen(only: str, done: Sequence[Record]) -> list[Leg]:
     """The legs whose name holds `only`, without those that were done with the same versions."""
-    every = legs({name: releases(name) for name in FLOORS})
+    every = legs({name: releases(name) for name in (*FLOORS, "torch")})
     before = [(record.case, record.settings["versions"]) for record in done]
     return [leg for leg in every if only in leg.name and (leg.name, leg.versions) not in before]
 

@@ -1,9 +1,14 @@
-"""A leg's environment: a virtual one that borrows all that the leg does not vary from the one that runs this."""
+"""A leg's environment: a virtual one that borrows all that the leg does not vary from the one that runs this.
+
+One of another torch borrows nothing: pip makes it as a user would, with the Triton and the CUDA libraries that this
+torch asks for.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +21,8 @@ from .legs import Leg
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 LAID_DOWN = ("torch", "triton", "numpy")
 """What pip must not bring anew: compiled for one another, and large."""
+WHOLE_GIB = 16
+"""Room for an environment that borrows nothing, and for what pip unpacks meanwhile; with torch 2.15 it takes 7."""
 
 
 def releases(name: str) -> list[str]:
@@ -33,22 +40,40 @@ def python_of(leg: Leg, folder: Path) -> Path:
     """The Python of a leg's environment, which is made where it is not there, or of other versions.
 
     Raises:
-        RuntimeError: pip cannot install the versions together; with its words.
+        RuntimeError: pip cannot install the versions together, with its words; or there is no room for them.
     """
     home = folder / leg.folder
     python, stamp = home / "bin" / "python", home / "versions.json"
-    wanted = json.dumps(leg.versions | _laid_down())
+    wanted = json.dumps(leg.versions if leg.whole else leg.versions | _laid_down())
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
+    if leg.whole:
+        _check_room(folder)
     _run([sys.executable, "-m", "venv", "--without-pip", "--clear", str(home)])
+    pins = [f"{name}=={version}" for name, version in leg.versions.items()]
+    if leg.whole:
+        pins += ["--no-cache-dir", "-e", f"{ROOT}[train,bench,dev]"]
+    else:
+        pins += ["-c", str(_borrow(home, python))]
+    _run([*PIP, "--python", str(python), "install", "-q", *pins])
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _check_room(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < WHOLE_GIB:
+        raise RuntimeError(f"{folder}: an environment of another torch needs {WHOLE_GIB} GiB of room, got {free:.1f}")
+
+
+def _borrow(home: Path, python: Path) -> Path:
+    """Lets an environment import what is installed here; gives pip's file of what must stay as it is."""
     site = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     constraints = home / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in _laid_down().items()), encoding="utf-8")
-    pins = [f"{name}=={version}" for name, version in leg.versions.items()]
-    _run([*PIP, "--python", str(python), "install", "-q", "-c", str(constraints), *pins])
-    stamp.write_text(wanted, encoding="utf-8")
-    return python
+    return constraints
 
 
 def surroundings() -> dict[str, str]:

@@ -5,35 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import shorten
 
-from fastpeft.integrations.versions import MINIMUM
-
 from ..records import Record
 from .legs import FLOORS, names
-from .running import outcome, torch_of
+from .running import outcome
 
 
 def versions_table(records: Sequence[Record]) -> str:
     """Versions and counts of tests, one row a leg and a torch, what failed as footnotes; legs without a record are "not
-    run", and so is the oldest torch.
+    run".
 
     Raises:
         ValueError: there are no records.
     """
     if not records:
         raise ValueError("records: expected some of legs, got none")
-    columns = list(FLOORS)
-    rows = [f"| leg | torch | {' | '.join(columns)} | passed | failed | skipped |", "|---" * (len(columns) + 5) + "|"]
+    columns = ["torch", "triton", *FLOORS]
+    rows = [f"| leg | {' | '.join(columns)} | passed | failed | skipped |", "|---" * (len(columns) + 4) + "|"]
     notes: list[str] = []
     known = {name: [record for record in records if record.case == name] for name in names()}
     for name, found in known.items():
         if not found:
             said = "not run, or no such release" if name.endswith("middle") else "not run"
-            rows.append(f"| {name} |  |{'  |' * len(columns)} {said} |  |  |")
+            rows.append(f"| {name} |{'  |' * len(columns)} {said} |  |  |")
         rows += [_row(record, columns, notes) for record in found]
-    floor = MINIMUM["torch"]
-    torches = {torch_of(record.environment) for record in records}
-    if floor not in torches:
-        rows.append(f"| torch at its oldest | {floor} |{'  |' * len(columns)} not run |  |  |")
     dates = sorted(record.environment.date[:10] for record in records)
     days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     devices = "; ".join(dict.fromkeys(record.environment.device for record in records))
@@ -45,7 +39,7 @@ def versions_table(records: Sequence[Record]) -> str:
 
 def _row(record: Record, columns: Sequence[str], notes: list[str]) -> str:
     found, have = outcome(record), record.environment.versions
-    cells = [record.case, have.get("torch", ""), *(have.get(name, "") for name in columns)]
+    cells = [record.case, *(have.get(name, "") for name in columns)]
     said = "; ".join(found.failed) or found.reason
     number = ""
     if said:

@@ -33,7 +33,8 @@ class Outcome:
     """What came of a leg.
 
     Attributes:
-        state: "ran"; "refused" where pip cannot install its versions together, "broken" where the tests did not end.
+        state: "ran"; "refused" where pip cannot install its versions together or there is no room for them; "broken"
+            where the tests did not end.
         reason: of a state that is not "ran".
         passed, skipped: how many tests.
         failed: names of those that failed, and of files that could not be imported.
@@ -47,7 +48,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Nothing failed; versions that exclude one another are no failure of ours."""
+        """Nothing failed; an environment that cannot be made is no failure of ours."""
         return self.state == "refused" or (self.state == "ran" and not self.failed and self.passed > 0)
 
 

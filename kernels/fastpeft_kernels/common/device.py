@@ -127,8 +127,22 @@ def ptxas_path(capability: int) -> str | None:
         from triton.backends.nvidia.compiler import get_ptxas
 
         return str(get_ptxas(capability).path)
-    except (ImportError, RuntimeError, OSError):  # OSError: TRITON_PTXAS_PATH names no program
+    except (ImportError, RuntimeError, OSError):  # OSError: the user's variable names no program
         return None
+
+
+def ptxas_variable(capability: int = 90) -> str:
+    """The environment variable by which a user chooses Triton's assembler for sm_`capability`.
+
+    The one that is named for Blackwell counts from sm_100 on, and since Triton 3.9 from sm_90 on.
+    """
+    try:
+        from triton import knobs
+
+        second = ptxas_path(capability) == str(knobs.nvidia.ptxas_blackwell.path)
+    except (ImportError, AttributeError, RuntimeError, OSError):
+        second = False
+    return "TRITON_PTXAS_BLACKWELL_PATH" if second else "TRITON_PTXAS_PATH"
 
 
 def ptxas_version(capability: int = 90) -> tuple[int, int] | None:
@@ -163,9 +177,8 @@ def hopper_dots_safe(device: torch.device | str, proved: tuple[tuple[int, int], 
         return None
     found = "no ptxas was found" if version is None else f"Triton uses ptxas {version[0]}.{version[1]}"
     needed = ".".join(map(str, _FIRST_SAFE_PTXAS))
-    return (
-        f"on sm_90 chained dots need ptxas {needed} or newer, and {found}: a newer one is chosen by TRITON_PTXAS_PATH"
-    )
+    chosen = ptxas_variable(90)
+    return f"on sm_90 chained dots need ptxas {needed} or newer, and {found}: a newer one is chosen by {chosen}"
 
 
 def holds_huge_tensors() -> bool:
