@@ -1,13 +1,15 @@
-"""Attention of any model with queries and keys turned in one pass: the model's own forward, in which one name is ours.
+"""Attention of any model with queries and keys turned in one pass: the model's own forward, in which a name is ours.
 
 Every module of a file calls the one function that its file names, so nothing can be put in its place for one instance.
-Here the instance's forward runs with globals of its own: a mapping that holds that name, and asks the file for all
+Here the instance's forward runs with globals of its own: a mapping that holds such names, and asks the file for all
 others whenever they are looked up. The file, its other classes and instances are untouched.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from functools import partial
 from types import CellType, FunctionType
 from typing import Any
 
@@ -18,7 +20,8 @@ from fastpeft_kernels.rope.api import kernel_serves, run_rotary
 
 from .bypass import transformed
 from .mixing import reduced, swap_out, unmixed
-from .rotary_structure import NAME, Turn, holds
+from .rotary_calls import Turned
+from .rotary_structure import Turn, holds
 
 NO_KERNEL = "no kernel for this device and dtype"
 
@@ -26,7 +29,7 @@ NO_KERNEL = "no kernel for this device and dtype"
 class FastRotary(nn.Module):
     """Mixed in before a model's own class; overrides `forward`. Under torch.compile it is the model's own again."""
 
-    fastpeft_turn: Turn | None = None
+    fastpeft_turn: Mapping[str, Turn] | None = None  # by the function's name
     fastpeft_turns: dict[str, int]  # calls by outcome; attention counts its own
     fastpeft_suspended: bool = False
 
@@ -37,17 +40,20 @@ class FastRotary(nn.Module):
         if type(x) is Tensor and x.is_cpu and not kernel_serves(x, x):  # names are looked up faster there
             self._count(NO_KERNEL)
             return super().forward(*args, **kwargs)
-        return _with_ours(unmixed(type(self)).forward, self._turned)(self, *args, **kwargs)
+        ours = {name: partial(self._turned, name) for name in self.fastpeft_turn}
+        return _with_ours(unmixed(type(self)).forward, ours)(self, *args, **kwargs)
 
-    def _turned(self, *args: Any, **kwargs: Any) -> Any:
+    def _turned(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """In place of the file's function, which runs where the op does not serve."""
-        turn = self.fastpeft_turn
-        reason = "called otherwise than with q, k, cos and sin" if turn is None else _why_not(turn, args, kwargs)
+        assert self.fastpeft_turn is not None
+        turn = self.fastpeft_turn[name]
+        call = turn.convention.read(args, kwargs)
+        reason = call if isinstance(call, str) else _why_not(turn, call)
         self._count(reason or "fused")
-        if turn is None or reason is not None:
-            return inspect.unwrap(unmixed(type(self)).forward).__globals__[NAME](*args, **kwargs)
-        q, k, cos, sin = args
-        return run_rotary(q, k, cos, sin, turn.rotation(q.dtype, cos.dtype))
+        if isinstance(call, str) or reason is not None:
+            return inspect.unwrap(unmixed(type(self)).forward).__globals__[name](*args, **kwargs)
+        q, k, cos, sin, back = call
+        return back(*run_rotary(q, k, cos, sin, turn.rotation(q.dtype, cos.dtype)))
 
     def _count(self, outcome: str) -> None:
         turns = self.__dict__.setdefault("fastpeft_turns", {})
@@ -64,19 +70,19 @@ class FastRotary(nn.Module):
 
 
 class _Globals(dict[str, Any]):
-    """One name of our own; all others are those of `file` at that moment."""
+    """Names of our own; all others are those of `file` at that moment."""
 
-    def __init__(self, file: dict[str, Any], ours: Any) -> None:
+    def __init__(self, file: dict[str, Any], ours: dict[str, Any]) -> None:
         # Builtins are read when a function is made, without asking for what is missing.
-        super().__init__({NAME: ours, "__builtins__": file["__builtins__"]})
+        super().__init__(ours, __builtins__=file["__builtins__"])
         self._file = file
 
     def __missing__(self, name: str) -> Any:
         return self._file[name]
 
 
-def _with_ours(forward: FunctionType, ours: Any) -> FunctionType:
-    """`forward` with `ours` for NAME, within its decorators if it has any.
+def _with_ours(forward: FunctionType, ours: dict[str, Any]) -> FunctionType:
+    """`forward` with `ours` in place of what the file has by these names, within its decorators if it has any.
 
     A new function costs about a microsecond, so none is kept and none goes stale.
     """
@@ -90,23 +96,18 @@ def _with_ours(forward: FunctionType, ours: Any) -> FunctionType:
     return made
 
 
-def _why_not(turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not(turn: Turn, call: Turned) -> str | None:
     """Why the file's own function must run, or None."""
-    if len(args) != 4 or any([name != "unsqueeze_dim" or value != 1 for name, value in kwargs.items()]):
-        return "called otherwise than with q, k, cos and sin"
-    q, k, cos, sin = args
-    for x in args:
-        if type(x) is not Tensor:
-            return f"an input of type {type(x).__name__}"
+    q, cos, sin = call.q, call.cos, call.sin
+    k = q if call.k is None else call.k
     if not kernel_serves(q, cos):
         return NO_KERNEL
-    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
-        return f"inputs of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(cos.shape)}"
     batch, _, tokens, dim = q.shape
-    whole = cos.shape[2] == dim or (turn.partial and 0 < cos.shape[2] < dim and cos.shape[2] % 2 == 0)
-    alike = (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, dim)
+    turned = 2 * cos.shape[2] if turn.angles == "half" else cos.shape[2]
+    whole = turned == dim or (turn.partial and 0 < turned < dim and turned % 2 == 0)
+    alike = (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, dim) and cos.shape == sin.shape
     if not whole or not alike or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
-        return f"inputs of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(cos.shape)}"
+        return f"inputs of shapes {', '.join(str(tuple(x.shape)) for x in (q, k, cos))}"
     if k.dtype != q.dtype or sin.dtype != cos.dtype or any([x.device != q.device for x in (k, cos, sin)]):
         return "inputs of several dtypes or devices"
     if cos.requires_grad or sin.requires_grad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers.rotary import FastRotary
-from ..layers.rotary_structure import Turn, own_function, proved
+from ..layers.rotary_structure import Turn, own_functions, proved
 from .base import Left, Match
 from .swap import MixedIn, why_not_its_own
 
@@ -13,24 +13,24 @@ OP = "rotary"
 
 
 class RotaryReplacement(MixedIn):
-    """Modules whose forward calls their file's `apply_rotary_pos_emb(q, k, cos, sin)`."""
+    """Modules whose forward calls a function of their file that turns queries, keys or both."""
 
     mixture = FastRotary
     attribute = "fastpeft_turn"
     calls = "fastpeft_turns"
     other = "the model's own function"
 
-    def op(self, found: Turn) -> str:
+    def op(self, found: dict[str, Turn]) -> str:
         return OP
 
     def match(self, module: nn.Module) -> Match | Left | None:
-        function = own_function(module)
-        if function is None or isinstance(function, str):
-            return None if function is None else Left(function)
-        return Match(OP, function)
+        functions = own_functions(module)
+        if functions is None or isinstance(functions, str):
+            return None if functions is None else Left(functions)
+        return Match(OP, functions)
 
     def prove(self, module: nn.Module, matched: Match) -> Match | Left:
         if replaced := why_not_its_own(module):
             return replaced
-        turn = proved(module, matched.found)
-        return Left(turn) if isinstance(turn, str) else Match(OP, turn)
+        turns = proved(module, matched.found)
+        return Left(turns) if isinstance(turns, str) else Match(OP, turns)

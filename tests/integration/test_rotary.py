@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import fastpeft
+from fastpeft.bench.matrix import families
+from fastpeft.bench.matrix.families import FAMILIES
 from fastpeft.layers import rotary
 from fastpeft.layers.rotary import NO_KERNEL, FastRotary
-from fastpeft.layers.rotary_structure import Turn, own_function, proved
+from fastpeft.layers.rotary_calls import CONVENTIONS, NO_CALL
+from fastpeft.layers.rotary_structure import UNKNOWN, Turn, own_functions, proved
 from fastpeft.reporting import ReportRow
-from tests.integration.models import batch, make
+from tests.integration.models import batch, make, with_lora
 from tests.integration.steps import assert_step_close, step, truth
 
 
@@ -52,16 +56,22 @@ def attention_of(model: str, kind: str) -> nn.Module:
         ("phi3", "Phi3Attention", Turn("halved", "each", False, True)),
         ("cohere", "CohereAttention", Turn("interleaved", "each", True, False)),
         ("glm", "GlmAttention", Turn("interleaved", "pairs", False, True)),
-        ("gpt_oss", "GptOssAttention", "trying it failed with RuntimeError"),
-        ("gptj", "GPTJAttention", "trying it failed with TypeError"),
+        ("gpt_oss", "GptOssAttention", Turn("halved", "half", False, False)),
+        ("deepseek_v3", "DeepseekV3Attention", Turn("separated", "pairs", False, False)),
+        ("qwen2_5_vl", "Qwen2_5_VLVisionAttention", Turn("halved", "each", True, False, CONVENTIONS[2])),
+        ("gemma4", "Gemma4TextAttention", Turn("halved", "each", False, False, CONVENTIONS[3])),
+        ("gptj", "GPTJAttention", Turn("interleaved", "half", False, False, CONVENTIONS[4])),
+        ("deepseek_v2", "DeepseekV2Attention", Turn("interleaved", "half", True, False, CONVENTIONS[5])),
+        ("llama4", "Llama4TextAttention", Turn("interleaved", "half", True, False, CONVENTIONS[6])),
+        ("dinov3_vit", "DINOv3ViTAttention", None),
     ],
 )
-def test_recognised_by_what_it_computes(model: str, kind: str, turn: Turn | str) -> None:
+def test_recognised_by_what_it_computes(model: str, kind: str, turn: Turn | None) -> None:
     module = attention_of(model, kind)
-    function = own_function(module)
-    assert callable(function)
-    found = proved(module, function)
-    assert found == turn if isinstance(turn, Turn) else isinstance(found, str) and found.startswith(turn)
+    functions = own_functions(module)
+    assert isinstance(functions, dict)
+    found = proved(module, functions)
+    assert found == UNKNOWN if turn is None else isinstance(found, dict) and list(found.values())[:1] == [turn]
 
 
 def test_a_function_that_only_looks_like_one_is_left() -> None:
@@ -73,7 +83,7 @@ def test_a_function_that_only_looks_like_one_is_left() -> None:
         return tuple(y + 0 * x for x, y in zip((q, k), turned, strict=True))
 
     for function in (doubled, detached):
-        assert proved(nn.Identity(), function) == "it turns queries and keys in a way that is not known"
+        assert proved(nn.Identity(), {"turn": function}) == UNKNOWN
 
 
 @pytest.mark.usefixtures("on_any_device")
@@ -92,6 +102,43 @@ def test_whole_models(name: str) -> None:
     fastpeft.restore(model)
     assert not attentions(model) and not rows(model)
     assert not [n for m in model.modules() for n in m.__dict__ if n.startswith("fastpeft_turn")]
+
+
+@pytest.mark.usefixtures("on_any_device")
+@pytest.mark.parametrize("name", ("gemma4", "deepseek_v3", "llama4"))
+def test_whole_models_that_turn_otherwise(name: str) -> None:
+    base: Any = FAMILIES[name].build()
+    base.set_experts_implementation("eager")  # the others multiply in no fp64
+    model = with_lora(base, None, target_modules=["q_proj", "q_b_proj", "o_proj"])
+    given = families.batch(base)
+    theirs, exact = step(model, given), truth(model, given)
+    fastpeft.accelerate(model, norms=True)
+    assert_step_close(step(model, given), theirs, exact)
+    assert rows(model) and {row.note for row in rows(model)} == {""}
+    assert {outcome for module in attentions(model) for outcome in module.fastpeft_turns} == {"fused"}
+
+
+@pytest.mark.usefixtures("on_any_device")
+def test_attention_over_pictures() -> None:
+    """Of Qwen2.5-VL: tokens first, without a dimension of rows."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as file
+
+    config = file.Qwen2_5_VLVisionConfig(hidden_size=64, num_heads=4)
+    config._attn_implementation = "sdpa"
+    module = nn.ModuleDict({"attention": file.Qwen2_5_VLVisionAttention(config)})
+    x, angles = torch.randn(9, 64), torch.randn(9, 16)
+    documents, tables = torch.tensor([0, 4, 9], dtype=torch.int32), (angles.cos(), angles.sin())
+    given = {"cu_seqlens": documents, "position_embeddings": tables}
+
+    def derived(module: Any) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = module["attention"](leaf, **given)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])]
+
+    theirs = derived(module)
+    fastpeft.accelerate(module, attention=False)
+    torch.testing.assert_close(derived(module), theirs)
+    assert attentions(module)[0].fastpeft_turns == {"fused": 1}
 
 
 @pytest.mark.usefixtures("on_any_device")
@@ -127,7 +174,7 @@ def test_what_a_decorator_keeps_elsewhere_is_left(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(LlamaAttention, "forward", indirect)
     said = "its forward is decorated in a way that is not known"
-    assert own_function(attention_of("llama", "LlamaAttention")) == said
+    assert own_functions(attention_of("llama", "LlamaAttention")) == said
 
 
 def test_without_a_kernel_the_model_s_own_function_runs() -> None:
@@ -191,7 +238,7 @@ def test_compiled_it_is_the_module_s_own() -> None:
 def test_calls_that_are_left_to_the_file_s_function() -> None:
     attention: Any = attentions(fastpeft.accelerate(make()))[0]
     q, k, cos = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16)
-    turned = attention._turned
+    turned = partial(attention._turned, "apply_rotary_pos_emb")
     want = modeling_llama.apply_rotary_pos_emb(q, k, cos, cos)
     torch.testing.assert_close(turned(q, k, cos, cos, unsqueeze_dim=1), want)
     torch.testing.assert_close(turned(q, k, cos=cos, sin=cos), want)
@@ -201,8 +248,8 @@ def test_calls_that_are_left_to_the_file_s_function() -> None:
     torch.func.vmap(turned)(q[None], k[None], cos[None], cos[None])
     assert attention.fastpeft_turns == {
         "fused": 1,
-        "called otherwise than with q, k, cos and sin": 1,
-        "inputs of shapes (2, 4, 5, 16), (2, 2, 5, 16) and (1, 1, 16)": 1,
+        NO_CALL: 1,
+        "inputs of shapes (2, 4, 5, 16), (2, 2, 5, 16), (1, 1, 16)": 1,
         "inputs of several dtypes or devices": 1,
         "angles that are trained": 1,
         "a torch.func transform": 1,

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 
 
 def cases() -> Iterator[AotCase]:
-    """Whole heads and parts of them, both layouts, forward and backward, keys alone, tables in fp32."""
+    """Whole heads and parts of them, all layouts, forward and backward, keys or queries alone, tables in fp32."""
     for transposed in (False, True):
+        yield _case(64, 64, "separated", transposed=transposed, pairs=True)
+        yield _case(64, 64, "halved", transposed=transposed, pairs=True)
+        yield _case(256, 256, "halved", transposed=transposed, alone="q")
         for layout in ("halved", "interleaved"):
             yield _case(128, 128, layout, transposed=transposed)
         yield _case(80, 32, "halved", transposed=transposed)
@@ -19,7 +22,7 @@ def cases() -> Iterator[AotCase]:
     for dtype in ("fp16", "fp32"):
         yield _case(64, 64, "halved", dtype=dtype)
     yield _case(128, 128, "halved", table="fp32")
-    yield _case(128, 128, "halved", transposed=True, keys_alone=True)
+    yield _case(128, 128, "halved", transposed=True, alone="k")
     yield _case(256, 256, "halved")
 
 
@@ -32,7 +35,7 @@ def _case(
     table: str | None = None,
     transposed: bool = False,
     pairs: bool = False,
-    keys_alone: bool = False,
+    alone: str = "",
 ) -> AotCase:
     import triton
 
@@ -42,14 +45,16 @@ def _case(
     constants = {
         "DIM": dim,
         "TURNED": turned,
-        "INTERLEAVED": layout == "interleaved",
+        "READS_NEIGHBOURS": layout == "interleaved" or (layout == "separated" and not transposed),
+        "WRITES_NEIGHBOURS": layout == "interleaved" or (layout == "separated" and transposed),
         "PAIRS": pairs,
         "TRANSPOSED": transposed,
         "BLOCK_HEADS": HEADS,
         "BLOCK_PAIRS": triton.next_power_of_2(turned // 2),
         "BLOCK_REST": triton.next_power_of_2(dim - turned) if dim > turned else 0,
     }
-    absent = ("q_ptr", "q_out_ptr") if keys_alone else ()
+    other = {"q": "k", "k": "q"}.get(alone)
+    absent = (f"{other}_ptr", f"{other}_out_ptr") if other else ()
     constants |= dict.fromkeys(absent)  # type: ignore[arg-type]
     names = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
     types = {name: f"*{dtype}" for name in names if name not in absent}
@@ -59,6 +64,6 @@ def _case(
     types |= dict.fromkeys(("tokens", "q_heads", "k_heads"), "i32")
     signature = signature_of(rotary_kernel, constants, types, "i32:16")
     parts = ["bwd" if transposed else "fwd", str(dim), str(turned), layout, dtype]
-    flags = {"pairs": pairs, f"table_{table}": table is not None, "keys": keys_alone}
+    flags = {"pairs": pairs, f"table_{table}": table is not None, f"{alone}_alone": bool(alone)}
     name = "_".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
     return AotCase(name, rotary_kernel, signature, constants, num_warps=4)

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def rotary(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     *,
@@ -28,7 +28,7 @@ def rotary(
     angles: str = "each",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """q and k, each pair of elements turned by its token's angle; in one pass for both; differentiable once.
 
     Equivalent PyTorch, for the defaults and with `rotate_half(x) = cat([-x[..., d // 2 :], x[..., : d // 2]], -1)`:
@@ -38,18 +38,21 @@ def rotary(
 
     Args:
         q: (batch, heads, tokens, dim) in fp32, fp16, bf16 or fp64, of any strides; not written to.
-        k: (batch, its heads, tokens, dim), of the same dtype.
+        k: (batch, its heads, tokens, dim), of the same dtype; None where q is turned alone.
         cos, sin: (batch or 1, tokens, turned), floating, `turned` even and at most dim; elements from there on are
             copied. They get no gradient.
-        layout: which elements are turned together: "halved", i and i + turned / 2 (Llama, GPT-NeoX), or "interleaved",
-            2 i and 2 i + 1 (GPT-J, Cohere, GLM).
-        angles: "each": cos[..., i] belongs to q[..., i]; "pairs": its first half has one value for each pair, in order
-            (GLM), and the second is not read.
+        layout: which elements are turned together: "halved", i and i + turned / 2 (Llama, GPT-NeoX); "interleaved",
+            2 i and 2 i + 1 (GPT-J, Cohere, GLM); "separated", these too, but what comes of them stands at i and
+            i + turned / 2 (DeepSeek V3).
+        angles: "each": cos[..., i] belongs to the result's element i; "pairs": its first half has one value for each
+            pair, in order (GLM, DeepSeek V3), and the second is not read; "half": cos and sin are
+            (batch or 1, tokens, turned / 2) and have one value for each pair, in order (gpt-oss, GPT-J).
         dtype: of the results; that of a product of q and cos by default.
         backend: "torch", "triton" (on CUDA, not in fp64), or "auto".
 
     Returns:
-        (q, k), turned: new tensors, dense, their dimensions in the order in which those of q and k lie in memory.
+        (q, k), turned, None for None: new tensors, dense, their dimensions in the order in which those of q and k lie
+        in memory.
 
     Raises:
         TypeError: a tensor is not one, or not floating.
@@ -58,7 +61,7 @@ def rotary(
 
     Source: RoFormer, Su et al. 2021, arXiv:2104.09864.
     """
-    _check(q, k, cos, sin)
+    _check(q, k, cos, sin, 1 if angles == "half" else 2)
     for name, value, known in (("layout", layout, LAYOUTS), ("angles", angles, ANGLES), ("backend", backend, BACKENDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {known}, got {value!r}")
@@ -74,8 +77,8 @@ def rotary(
 
 
 def run_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotation: Rotation, backend: str = "auto"
+) -> tuple[Tensor, Any]:
     """The same for callers that have checked their arguments. In no `torch.func` transform."""
     if backend == "auto":
         backend = "triton" if kernel_serves(q, cos) else "torch"
@@ -90,7 +93,8 @@ def kernel_serves(q: Tensor, cos: Tensor) -> bool:
     return q.dtype in DTYPES and cos.dtype in DTYPES and triton_serves(q.device) and not as_op()
 
 
-def _check(q: Any, k: Any, cos: Any, sin: Any) -> None:
+def _check(q: Any, k: Any, cos: Any, sin: Any, multiple: int) -> None:
+    k = q if k is None else k
     for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         check_floating(name, x)
         check_device(name, x.device, q.device)
@@ -105,10 +109,11 @@ def _check(q: Any, k: Any, cos: Any, sin: Any) -> None:
         )
     for name, table in (("cos", cos), ("sin", sin)):
         fits = table.dim() == 3 and table.shape[0] in (1, batch) and table.shape[1] == tokens
-        if not fits or table.shape[2] % 2 or not table.shape[2] or table.shape[2] > dim or table.shape != cos.shape:
+        features, most = table.shape[-1] if table.dim() else 0, dim * multiple // 2
+        if not fits or features % multiple or not features or features > most or table.shape != cos.shape:
             raise ValueError(
-                f"{name}: expected ({batch} or 1, {tokens}, an even number up to {dim}) for both of cos and sin, "
-                f"got shape {tuple(table.shape)}"
+                f"{name}: expected ({batch} or 1, {tokens}, {'an even number' if multiple == 2 else 'a number'} up to "
+                f"{most}) for both of cos and sin, got shape {tuple(table.shape)}"
             )
         if table.dtype != cos.dtype:
             raise ValueError(f"{name}: expected the dtype of cos, {cos.dtype}, got {table.dtype}")

@@ -16,15 +16,17 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
+        ctx, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Any]:
         ctx.set_materialize_grads(False)
         ctx.rotation = rotation
         ctx.save_for_backward(cos, sin)
         outs = compute(q, k, cos, sin, rotation)
         # of an input without gradient the result has none either, or attention would compute one that nobody reads
-        ctx.mark_non_differentiable(*(out for out, need in zip(outs, ctx.needs_input_grad, strict=False) if not need))
-        ctx.like = [(out.stride(), x.dtype) for out, x in zip(outs, (q, k), strict=True)]
+        unread = [out for out, need in zip(outs, ctx.needs_input_grad, strict=False) if out is not None and not need]
+        ctx.mark_non_differentiable(*unread)
+        ctx.like = [out if out is None else out.stride() for out in outs]
+        ctx.dtype = q.dtype
         return outs
 
     @staticmethod
@@ -33,25 +35,28 @@ class Rotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         given = [d if need else None for d, need in zip((dq, dk), ctx.needs_input_grad[:2], strict=True)]
         outs = [
-            None if d is None else torch.empty_strided(d.shape, stride, dtype=dtype, device=d.device)
-            for d, (stride, dtype) in zip(given, ctx.like, strict=True)
+            None if d is None else torch.empty_strided(d.shape, stride, dtype=ctx.dtype, device=d.device)
+            for d, stride in zip(given, ctx.like, strict=True)
         ]
         _fill(given[0], given[1], cos, sin, ctx.rotation, (outs[0], outs[1]), transposed=True)
         return *outs, None, None, None
 
 
-def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def apply(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotation: Rotation) -> tuple[Tensor, Any]:
     """(q, k) turned, differentiable where grad mode and the inputs ask for it."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
         return Rotary.apply(q, k, cos, sin, rotation)  # type: ignore[no-any-return]
     return compute(q, k, cos, sin, rotation)
 
 
-def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def compute(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotation: Rotation) -> tuple[Tensor, Any]:
     """The results, dense, their dimensions in the order in which q's and k's lie in memory, but for the last."""
-    q, k = _rows(q), _rows(k)
-    outs = torch.empty_like(q, dtype=rotation.out), torch.empty_like(k, dtype=rotation.out)
-    _fill(q, k, cos, sin, rotation, outs)
+    rows = _rows(q), None if k is None else _rows(k)
+    outs = (
+        torch.empty_like(rows[0], dtype=rotation.out),
+        None if rows[1] is None else torch.empty_like(rows[1], dtype=rotation.out),
+    )
+    _fill(*rows, cos, sin, rotation, outs)
     return outs
 
 

@@ -50,7 +50,8 @@ def rotary_kernel(
     sin_token,
     DIM: tl.constexpr,
     TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    READS_NEIGHBOURS: tl.constexpr,
+    WRITES_NEIGHBOURS: tl.constexpr,
     PAIRS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -61,7 +62,9 @@ def rotary_kernel(
 
     q_ptr, q_out_ptr: (batch, q_heads, tokens, DIM), k_ptr, k_out_ptr: (batch, k_heads, tokens, DIM), floating, the last
     dimension contiguous; of no heads, None. cos_ptr, sin_ptr: (batch, tokens, TURNED). PAIRS: the first half of these
-    has one value for each pair. BLOCK_REST: columns, a power of two, from TURNED on, that are copied; or 0.
+    has one value for each pair, and only that is read. READS_NEIGHBOURS, WRITES_NEIGHBOURS: whether elements that are
+    turned together lie beside each other, before and after; else half of TURNED apart. BLOCK_REST: columns, a power of
+    two, from TURNED on, that are copied; or 0.
     """
     token = (tl.program_id(0) % tokens).to(tl.int64)
     batch = (tl.program_id(0) // tokens).to(tl.int64)
@@ -70,7 +73,7 @@ def rotary_kernel(
     used = pair < half
     first = pair
     second = pair + half
-    if INTERLEAVED:
+    if READS_NEIGHBOURS and WRITES_NEIGHBOURS:
         first = 2 * pair
         second = 2 * pair + 1
     in_table, in_table_too = first, second
@@ -94,7 +97,7 @@ def rotary_kernel(
                 q_ptr + batch * q_batch + token * q_token + head[:, None] * q_head,
                 q_out_ptr + batch * q_out_batch + token * q_out_token + head[:, None] * q_out_head,
                 (head < q_heads)[:, None], c1, c2, s1, s2,
-                TURNED, DIM, INTERLEAVED, BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST,
+                TURNED, DIM, READS_NEIGHBOURS, WRITES_NEIGHBOURS, BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST,
             )  # fmt: skip
     else:
         head = (block - q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS).to(tl.int64)
@@ -103,7 +106,7 @@ def rotary_kernel(
                 k_ptr + batch * k_batch + token * k_token + head[:, None] * k_head,
                 k_out_ptr + batch * k_out_batch + token * k_out_token + head[:, None] * k_out_head,
                 (head < k_heads)[:, None], c1, c2, s1, s2,
-                TURNED, DIM, INTERLEAVED, BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST,
+                TURNED, DIM, READS_NEIGHBOURS, WRITES_NEIGHBOURS, BLOCK_HEADS, BLOCK_PAIRS, BLOCK_REST,
             )  # fmt: skip
 
 
@@ -118,27 +121,32 @@ def _turn(
     s2,
     TURNED: tl.constexpr,
     DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    READS_NEIGHBOURS: tl.constexpr,
+    WRITES_NEIGHBOURS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
     """rows, out_rows: pointers (BLOCK_HEADS, 1) to rows, where `exists`."""
     kind = out_rows.dtype.element_ty
-    if INTERLEAVED:  # neighbours are read together, and taken apart in registers
-        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        inside = exists & (column < TURNED)
-        both = tl.load(rows + column, mask=inside, other=0.0).to(tl.float32)
-        x1, x2 = tl.split(tl.reshape(both, (BLOCK_HEADS, BLOCK_PAIRS, 2)))
-        turned = tl.join(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)
-        tl.store(out_rows + column, tl.reshape(turned, (BLOCK_HEADS, 2 * BLOCK_PAIRS)).to(kind), mask=inside)
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
+    used = exists & (pair < TURNED // 2)
+    both = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+    used_both = exists & (both < TURNED)
+    if READS_NEIGHBOURS:  # together, and taken apart in registers
+        x = tl.load(rows + both, mask=used_both, other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, (BLOCK_HEADS, BLOCK_PAIRS, 2)))
     else:
-        pair = tl.arange(0, BLOCK_PAIRS)[None, :]
-        inside = exists & (pair < TURNED // 2)
-        x1 = tl.load(rows + pair, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(rows + TURNED // 2 + pair, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_rows + pair, (x1 * c1 - x2 * s1).to(kind), mask=inside)
-        tl.store(out_rows + TURNED // 2 + pair, (x2 * c2 + x1 * s2).to(kind), mask=inside)
+        x1 = tl.load(rows + pair, mask=used, other=0.0).to(tl.float32)
+        x2 = tl.load(rows + TURNED // 2 + pair, mask=used, other=0.0).to(tl.float32)
+    y1 = x1 * c1 - x2 * s1
+    y2 = x2 * c2 + x1 * s2
+    if WRITES_NEIGHBOURS:
+        y = tl.reshape(tl.join(y1, y2), (BLOCK_HEADS, 2 * BLOCK_PAIRS))
+        tl.store(out_rows + both, y.to(kind), mask=used_both)
+    else:
+        tl.store(out_rows + pair, y1.to(kind), mask=used)
+        tl.store(out_rows + TURNED // 2 + pair, y2.to(kind), mask=used)
     if BLOCK_REST > 0:
         column = TURNED + tl.arange(0, BLOCK_REST)[None, :]
         inside = exists & (column < DIM)
@@ -161,7 +169,7 @@ def rotary_triton(
 
     Args:
         q, k, outs: (batch, heads, tokens, dim), not empty, the last dimension contiguous.
-        cos, sin: (batch or 1, tokens, turned), the last dimension contiguous.
+        cos, sin: (batch or 1, tokens, as `rotation.angles` says), the last dimension contiguous.
 
     Raises:
         ValueError: not on a CUDA device (unless Triton interprets), or more tokens than a grid holds.
@@ -170,7 +178,8 @@ def rotary_triton(
     assert given is not None
     batch, _, tokens, dim = given.shape
     _check_launch(given, batch * tokens)
-    turned = cos.shape[-1]
+    turned = rotation.turned(cos.shape[-1])
+    before, after = rotation.layout != "halved", rotation.layout == "interleaved"
     q_heads, k_heads = (0 if x is None else x.shape[1] for x in (q, k))
     rest = next_power_of_2(dim - turned) if dim > turned else 0
     grid = (batch * tokens, cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS))
@@ -182,8 +191,9 @@ def rotary_triton(
         q, k, cos, sin, *outs, tokens, q_heads, k_heads, *strides, *tables,
         DIM=dim,
         TURNED=turned,
-        INTERLEAVED=rotation.layout == "interleaved",
-        PAIRS=rotation.angles == "pairs",
+        READS_NEIGHBOURS=after if transposed else before,
+        WRITES_NEIGHBOURS=before if transposed else after,
+        PAIRS=rotation.angles != "each",
         TRANSPOSED=transposed,
         BLOCK_HEADS=HEADS,
         BLOCK_PAIRS=max(1, next_power_of_2(turned // 2)),

@@ -28,6 +28,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for layout in LAYOUTS:
         yield f"correct {layout}", partial(_check, layout)
     yield "any strides, one of the two gradients", _check_strides
+    yield "queries alone", _check_alone
     yield "the same in a CUDA graph", _check_graph
     if holds_huge_tensors():
         yield "more than 2**31 elements", _check_many
@@ -38,7 +39,7 @@ def _check(layout: str) -> dict[str, Any]:
     for shape, dtype, table, angles in product(_SHAPES, DTYPES, (None, torch.float32), ANGLES):
         if shape != _ODD and (dtype != torch.bfloat16 or table):
             continue
-        q, k, cos, sin, dq, dk = _inputs(shape, dtype, table or dtype)
+        q, k, cos, sin, dq, dk = _inputs(shape, dtype, table or dtype, angles)
         rotation = Rotation(layout, angles, torch.promote_types(dtype, table or dtype))
         ours, twice = (_step(partial(run_rotary, backend="triton"), q, k, cos, sin, rotation, dq, dk) for _ in range(2))
         same = _step(rotary_reference, q, k, cos, sin, rotation, dq, dk)
@@ -64,6 +65,22 @@ def _check_strides() -> dict[str, Any]:
     )
     for q, k in views:
         _compare_dense(verdicts, q, k)
+    verdicts.settle()
+    return {}
+
+
+def _check_alone() -> dict[str, Any]:
+    verdicts = Verdicts()
+    for layout in LAYOUTS:
+        q, _, cos, sin, dq, _ = _inputs((2, 17, 1, 33, 96, 96), torch.bfloat16, torch.bfloat16, "half")
+        rotation = Rotation(layout, "half", torch.bfloat16)
+        found = []
+        for k in (None, q):
+            leaf = q.detach().requires_grad_()
+            y = run_rotary(leaf, k, cos, sin, rotation, "triton")[0]
+            found.append((y.detach(), *torch.autograd.grad(y, [leaf], [dq])))
+        for alone, beside in zip(*found, strict=True):
+            verdicts.equal(alone, beside, layout)
     verdicts.settle()
     return {}
 
@@ -120,13 +137,14 @@ def _check_many() -> dict[str, Any]:
     return {"elements": q.numel()}
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, table: torch.dtype) -> list[Tensor]:
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, table: torch.dtype, angles: str = "each") -> list[Tensor]:
     """q, k, cos, sin and the gradients; q and k as a model's projections lie."""
     batch, q_heads, k_heads, tokens, dim, turned = shape
     made = []
     for heads in (q_heads, k_heads):
         made.append(torch.randn((batch, tokens, heads, dim), device=_DEVICE).to(dtype).transpose(1, 2))
-    cos, sin = (torch.randn((batch, tokens, turned), device=_DEVICE).to(table) for _ in range(2))
+    features = turned // 2 if angles == "half" else turned
+    cos, sin = (torch.randn((batch, tokens, features), device=_DEVICE).to(table) for _ in range(2))
     out = torch.promote_types(dtype, table)
     return [*made, cos, sin, *(torch.randn(x.shape, device=_DEVICE).to(out) for x in made)]
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-LAYOUTS = ("halved", "interleaved")
+LAYOUTS = ("halved", "interleaved", "separated")
 """Which elements of x are turned together, see `api.rotary`."""
-ANGLES = ("each", "pairs")
+ANGLES = ("each", "pairs", "half")
 """What an element of cos belongs to, see `api.rotary`."""
 
 
@@ -24,3 +24,7 @@ class Rotation(NamedTuple):
     layout: str
     angles: str
     out: torch.dtype
+
+    def turned(self, features: int) -> int:
+        """How many elements of a head tables of so many features turn."""
+        return 2 * features if self.angles == "half" else features

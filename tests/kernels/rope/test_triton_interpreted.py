@@ -39,7 +39,8 @@ def test_within_budget(layout: str, angles: str) -> None:
         wider = [torch.randn(batch, tokens, heads, dim + 3).to(dtype) for heads in (q_heads, k_heads)]
         q, k = (x[..., 3:].transpose(1, 2) for x in wider)
         before = q.clone()
-        cos, sin = (torch.randn(batch if dim > 8 else 1, tokens, turned).to(table) for _ in range(2))
+        features = turned // 2 if angles == "half" else turned
+        cos, sin = (torch.randn(batch if dim > 8 else 1, tokens, features).to(table) for _ in range(2))
         rotation = Rotation(layout, angles, torch.promote_types(dtype, table))
         dys = [torch.randn(x.shape).to(rotation.out) for x in (q, k)]
         ours = steps(kernel, [q, k, cos, sin], dys)
@@ -73,6 +74,18 @@ def test_other_strides_and_one_gradient() -> None:
             )
         )
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_queries_alone(layout: str) -> None:
+    q, cos, sin = torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3)
+    leaf, both = q.clone().requires_grad_(), q.clone().requires_grad_()
+    turn = partial(rotary, cos=cos, sin=sin, layout=layout, angles="half", backend="triton")
+    y, none = turn(leaf, None)
+    want = turn(both, q)[0]
+    assert none is None and torch.equal(y, want)
+    dy = torch.randn(y.shape)
+    assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], torch.autograd.grad(want, both, dy)[0])
 
 
 def test_empty() -> None:
