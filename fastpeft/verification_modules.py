@@ -33,7 +33,7 @@ class Check:
 
     Attributes:
         path: the module, or "" for the whole model.
-        what: output, gradient of x, of a parameter, or loss.
+        what: output, gradient of x, of a gate, of a parameter, or loss.
         error: ours; relative to the largest magnitude of the truth (module) or to PEFT's norm (whole model).
         reference: PEFT's own error against fp64 (module), or the twin's distance from PEFT (whole model).
         budget: what the error may be.
@@ -150,20 +150,23 @@ def check_norms(norms: Mapping[str, FastNorm], traffic: dict[str, list[Tensor]])
     """Checks of every norm that the op serves, however few its numbers."""
     checks: list[Check] = []
     for path, norm in norms.items():
-        x, *dys = traffic.pop(path, [torch.empty(0)])
-        if len(dys) != 1 or norm.why_not(x) not in (None, FEW):
+        *inputs, dy = traffic.pop(path, [torch.empty(0)])
+        if norm.why_not(*inputs) not in (None, FEW):
             continue
-        trained = [_trained(norm)]
-        ours = _differentiate([norm.fused], x, dys, trained)
+        x, *gate = [t.clone().requires_grad_() for t in inputs]
+        leaves = [[*gate, *_trained(norm)]]
+        ours = _differentiate([norm.fused], x, [dy], leaves, gate)
         with suspended({path: norm}):
-            peft = _differentiate([norm], x, dys, trained)
+            peft = _differentiate([norm], x, [dy], leaves, gate)
         wide = norm_in_fp64(norm)
+        gate = [t.detach().double().requires_grad_() for t in gate]
         with torch.autocast(x.device.type, enabled=False), Wide():
-            exact = _differentiate([wide], x.double(), [dy.double() for dy in dys], [_trained(wide)])
+            exact = _differentiate([wide], x.double(), [dy.double()], [[*gate, *_trained(wide)]], gate)
         checks.append(_check(path, "output", ours.outputs[0], peft.outputs[0], exact.outputs[0]))
         checks.append(_check(path, "gradient of x", ours.x, peft.x, exact.x))
         triples = zip(ours.parameters[0], peft.parameters[0], exact.parameters[0], strict=True)
-        checks += [_check(path, "gradient of a parameter", *triple) for triple in triples]
+        for i, triple in enumerate(triples):
+            checks.append(_check(path, "gradient of the gate" if i < len(gate) else "gradient of a parameter", *triple))
     return checks
 
 
@@ -196,7 +199,7 @@ def _differentiate(
     layers: Sequence[Callable[..., Tensor]],
     x: Tensor,
     dys: list[Tensor],
-    parameters: list[list[nn.Parameter]],
+    parameters: Sequence[Sequence[Tensor]],
     more: Sequence[Tensor] = (),
 ) -> _Derived:
     with torch.enable_grad():

@@ -36,27 +36,31 @@ class FastNorm(nn.Module, Counting):
             return super().forward(*args, **kwargs)
         reason = self.why_not(*args, **kwargs)
         self._count(reason or "fused")
-        return super().forward(*args, **kwargs) if reason is not None else self.fused(args[0])
+        return super().forward(*args, **kwargs) if reason is not None else self.fused(*args)
 
-    def fused(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """The op, on what it serves."""
         norm, parameters = self.fastpeft_norm, self._parameters
         assert norm is not None
         form = norm.form(x.dtype, getattr(self, norm.eps_name))
-        y: Tensor = run_norm(x, parameters["weight"], parameters.get("bias"), form)
+        y: Tensor = run_norm(x, parameters.get("weight"), parameters.get("bias"), form, gate=gate)
         return y
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why the module's own forward must run, or None."""
-        if len(args) != 1 or kwargs:
-            return "called with other arguments than x"
-        x = args[0]
-        if type(x) is not Tensor:
-            return f"an input of type {type(x).__name__}"
-        if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
-            return FEW
         norm, weight = self.fastpeft_norm, self._parameters.get("weight")
         assert norm is not None
+        gated = norm.norm_before_gate is not None
+        if kwargs or len(args) != (2 if gated else 1):
+            return f"called with other arguments than {'x and gate' if gated else 'x'}"
+        for given in args:
+            if type(given) is not Tensor:
+                return f"an input of type {type(given).__name__}"
+        x = args[0]
+        if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
+            return FEW
+        if weight is None and norm.weight_dtype is None:
+            return f"an input in {x.dtype}" if x.dtype not in DTYPES or x.dim() == 0 else transformed()
         if type(weight) is not nn.Parameter:  # sharded, or a view that FSDP1 or a replica keeps elsewhere
             return f"a weight of type {type(weight).__name__}"
         if weight.dtype != norm.weight_dtype:
@@ -65,6 +69,8 @@ class FastNorm(nn.Module, Counting):
             return f"an input in {x.dtype}"
         if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
+        if gated and (args[1].shape != x.shape or args[1].device != x.device or args[1].dtype not in DTYPES):
+            return f"a gate of {tuple(args[1].shape)} in {args[1].dtype}"
         return transformed()
 
     def leave(self) -> None:

@@ -65,13 +65,13 @@ def rms_norm(
 
     Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    _check(x, weight, None, eps)
+    check_norm(x, weight, None, eps)
     check_instance("offset", offset, float, int)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
     dtype = x.dtype if weight is None else weight.dtype
     form = rms_form(x.dtype, dtype, float(eps), float(offset), rounding)
-    return _run_checked(x, weight, None, form, backend)
+    return run_checked(x, weight, None, form, backend)
 
 
 def layer_norm(
@@ -101,26 +101,36 @@ def layer_norm(
 
     Source: Layer Normalization, Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
-    _check(x, weight, bias, eps)
-    return _run_checked(x, weight, bias, layer_form(x.dtype, float(eps)), backend)
+    check_norm(x, weight, bias, eps)
+    return run_checked(x, weight, bias, layer_form(x.dtype, float(eps)), backend)
 
 
-def run_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str = "auto") -> Tensor:
+def run_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    form: Form,
+    backend: str = "auto",
+    gate: Tensor | None = None,
+) -> Tensor:
     """The norms for callers that have checked their arguments. In no `torch.func` transform."""
     if backend == "auto":
         backend = "torch" if imitated(x.device) == "cuda" else _default(x, weight, bias, form)
     if as_op() and backend != "triton":
         with autocast_off(x.device):
-            return norm_reference(x, weight, bias, form)
+            return norm_reference(x, weight, bias, form, gate)
     if backend == "triton":  # autocast has nothing to do with it
-        return apply(x, weight, bias, form, backend)
+        return apply(x, weight, bias, gate, form, backend)
     with autocast_off(x.device):
         if backend == "aten":
             return _aten(x, weight, bias, form)
-        return apply(x, weight, bias, form, backend)
+        return apply(x, weight, bias, gate, form, backend)
 
 
-def _run_checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> Tensor:
+def run_checked(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str, gate: Tensor | None = None
+) -> Tensor:
+    """`run_norm`, if the backend can serve."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "triton":
@@ -129,8 +139,8 @@ def _run_checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Fo
         if x.dtype not in DTYPES:
             raise ValueError(f"backend: 'triton' was asked for, which takes fp32, fp16 and bf16, got {x.dtype}")
     if backend == "aten" and not _aten_serves(x, weight, bias, form):
-        raise ValueError("backend: 'aten' was asked for, which takes no offset, and weights of x's dtype")
-    return run_norm(x, weight, bias, form, backend)
+        raise ValueError("backend: 'aten' was asked for, which takes no offset or gate, and weights of x's dtype")
+    return run_norm(x, weight, bias, form, backend, gate)
 
 
 def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> str:
@@ -140,14 +150,14 @@ def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) 
         one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
         return "aten"
-    if x.dtype in DTYPES and 0 < x.shape[-1] <= _MOST_FEATURES and triton_serves(x.device):
+    if x.dtype in DTYPES and 0 < x.shape[-1] // form.groups <= _MOST_FEATURES and triton_serves(x.device):
         return "triton"
     return "aten" if one_kernel else "torch"
 
 
 def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> bool:
     """Whether one operation of PyTorch computes it, on CUDA in one kernel."""
-    if form.offset or x.shape[-1] == 0:
+    if form.offset or x.shape[-1] == 0 or form.norm_before_gate is not None:
         return False
     return form.out == x.dtype and all([t is None or t.dtype == x.dtype for t in (weight, bias)])
 
@@ -158,7 +168,8 @@ def _aten(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> 
     return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
 
-def _check(x: Any, weight: Any, bias: Any, eps: Any) -> None:
+def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> None:
+    """Raise TypeError or ValueError unless these fit each other."""
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected (..., features), got a tensor without dimensions")

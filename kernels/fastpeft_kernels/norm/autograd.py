@@ -21,50 +21,55 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, form: Form, backend: str
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        y, kept = compute(x, weight, bias, form, backend)
+        y, kept = compute(x, weight, bias, gate, form, backend)
         ctx.form, ctx.backend = form, backend
-        ctx.save_for_backward(x, weight, bias, *kept)
+        ctx.save_for_backward(x, weight, bias, gate, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        x, weight, bias, *kept = ctx.saved_tensors
+        x, weight, bias, gate, *kept = ctx.saved_tensors
         if dy is None:
-            return None, None, None, None, None
+            return (None,) * 6
         with autocast_off(x.device):
-            found = compute_backward(dy, x, weight, Kept(*kept), ctx.form, ctx.needs_input_grad[:3], ctx.backend)
+            found = compute_backward(dy, x, weight, gate, Kept(*kept), ctx.form, ctx.needs_input_grad[:4], ctx.backend)
         dx = None if found.x is None else found.x.view(x.shape)
         dweight = None if found.weight is None else found.weight.to(weight.dtype)
         dbias = None if found.bias is None else found.bias.to(bias.dtype)
-        return dx, dweight, dbias, None, None
+        dgate = None if found.gate is None else found.gate.view(gate.shape)
+        return dx, dweight, dbias, dgate, None, None
 
 
-def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> Tensor:
+def apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, form: Form, backend: str
+) -> Tensor:
     """y, differentiable where grad mode and the inputs ask for it.
 
     Args:
         backend: "torch", for which autocast must be off, or "triton".
     """
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, weight, bias)]):
-        return Norm.apply(x, weight, bias, form, backend)  # type: ignore[no-any-return]
-    return compute(x, weight, bias, form, backend)[0]
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, weight, bias, gate)]):
+        return Norm.apply(x, weight, bias, gate, form, backend)  # type: ignore[no-any-return]
+    return compute(x, weight, bias, gate, form, backend)[0]
 
 
-def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, backend: str) -> tuple[Tensor, Kept]:
-    """(y, what backward needs), without a gradient; x (..., features)."""
+def compute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, form: Form, backend: str
+) -> tuple[Tensor, Kept]:
+    """(y, what backward needs), without a gradient; x and gate (..., features)."""
     shape = x.shape
     if backend == "triton" and x.numel():
         from .forward import norm_triton
 
-        return norm_triton(matrix(x), weight, bias, form, shape)
+        return norm_triton(matrix(x), weight, bias, form, shape, None if gate is None else matrix(gate))
     if imitated(x.device) == "cuda":
         y, kept = norm_shapes(_flat(x), form)
     else:
-        y, kept = norm_library(_flat(x), weight, bias, form)
+        y, kept = norm_library(_flat(x), weight, bias, form, None if gate is None else _flat(gate))
     return reshaped(y, shape), kept
 
 
@@ -72,19 +77,21 @@ def compute_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    gate: Tensor | None,
     kept: Kept,
     form: Form,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    """The gradients by the implementation that forward took; that of x is a matrix."""
+    """The gradients by the implementation that forward took; those of x and gate are matrices."""
+    given = gate if gate is None else matrix(gate)
     if backend == "triton" and x.numel():
         from .backward import norm_backward_triton
 
-        return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs)
+        return norm_backward_triton(matrix(dy), matrix(x), weight, kept, form, needs, given)
     if imitated(x.device) == "cuda":
-        return gradient_shapes(x, needs)
-    return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs)
+        return gradient_shapes(x, needs, gate)
+    return norm_backward_library(matrix(dy), matrix(x), weight, kept, form, needs, given)
 
 
 def matrix(x: Tensor) -> Tensor:

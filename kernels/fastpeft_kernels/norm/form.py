@@ -8,6 +8,8 @@ import torch
 
 ROUNDINGS = ("input", "weight", "once")
 """Where a model's RMSNorm rounds, see `api.rms_norm`."""
+ACTIVATIONS = ("silu", "sigmoid")
+"""Of a gate, see `gated.gated_rms_norm`."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,6 +22,10 @@ class Form(NamedTuple):
         centred: whether the mean is taken away first: LayerNorm.
         middle: to which dtype the normalised values are rounded before the weight; None for none.
         out: the dtype of the result.
+        norm_before_gate: of a gated norm, whether the gate's factor comes after the norm, or is part of its input; None
+            without a gate.
+        activation: of the gate, one of ACTIVATIONS.
+        groups: how many parts of equal size of a row are normalised each by itself.
     """
 
     eps: float
@@ -27,6 +33,9 @@ class Form(NamedTuple):
     centred: bool
     middle: torch.dtype | None
     out: torch.dtype
+    norm_before_gate: bool | None = None
+    activation: str = "silu"
+    groups: int = 1
 
 
 def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rounding: str) -> Form:
@@ -38,6 +47,21 @@ def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rou
     if weight in _HALF:
         return Form(eps, offset, False, weight, weight)
     return Form(eps, offset, False, None, torch.promote_types(wide_dtype(x), weight))
+
+
+def gated_form(
+    x: torch.dtype,
+    weight: torch.dtype,
+    eps: float,
+    rounding: str,
+    norm_before_gate: bool,
+    activation: str,
+    groups: int,
+) -> Form:
+    """Gated RMSNorm's, for x and a weight of these dtypes."""
+    form = rms_form(x, weight, eps, 0.0, rounding)
+    out = x if norm_before_gate else form.out
+    return form._replace(out=out, norm_before_gate=norm_before_gate, activation=activation, groups=groups)
 
 
 def layer_form(x: torch.dtype, eps: float) -> Form:

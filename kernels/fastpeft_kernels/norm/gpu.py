@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.device import holds_huge_tensors
 from ..common.gpu_verdicts import Verdicts
 from .api import DTYPES, run_norm
-from .form import Form, layer_form, rms_form
+from .form import Form, gated_form, layer_form, rms_form
 from .reference import norm_reference
 
 _DEVICE = torch.device("cuda")
@@ -22,12 +22,18 @@ _ODD = (37, 333)
 # A head; a hidden state; narrow; one; wide; the widest that a program holds.
 _SHAPES = ((3, 50, 128), (65, 4096), (1000, 7), (1, 1), (5, 16384), (3, 32768))
 _MANY = 2**31
+_GATED = {
+    "gate after": (True, "silu", 1),
+    "gate after, sigmoid": (True, "sigmoid", 1),
+    "gate before": (False, "silu", 4),
+}
+"""Whether the norm comes before the gate, the gate's activation, and into how many groups rows are divided."""
 _KINDS = ("input", "weight", "once", "gemma", "layer")
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Named checks. Each returns figures, or raises AssertionError."""
-    for kind in _KINDS:
+    for kind in (*_KINDS, *_GATED):
         yield f"correct {kind} triton", partial(_check, kind, "triton")
     for kind in ("input", "once", "layer"):
         yield f"correct {kind} aten", partial(_check, kind, "aten")
@@ -41,16 +47,24 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 def _form(kind: str, x: torch.dtype, weight: torch.dtype, eps: float) -> Form:
     if kind == "layer":
         return layer_form(x, eps)
+    if kind in _GATED:
+        norm_before_gate, activation, groups = _GATED[kind]
+        rounding = "once" if activation == "sigmoid" else "input"
+        return gated_form(x, weight, eps, rounding, norm_before_gate, activation, groups)
     return rms_form(x, weight, eps, 1.0, "once") if kind == "gemma" else rms_form(x, weight, eps, 0.0, kind)
 
 
 def _check(kind: str, backend: str) -> dict[str, Any]:
     verdicts = Verdicts()
+    if kind == "gate before":
+        odd, shapes = (37, 332), [shape for shape in _SHAPES if shape[-1] % _GATED[kind][-1] == 0]
+    else:
+        odd, shapes = _ODD, list(_SHAPES)
     for dtype, weight, trained in product(DTYPES, (None, torch.float32), (False, True)):
         if backend == "aten" and (trained or weight is not None):
             continue  # what it does not take, and sums over rows in PyTorch's own rounding
-        _compare(verdicts, kind, backend, _ODD, dtype, weight or dtype, trained)
-    for shape, both in product(_SHAPES, (False, True)):
+        _compare(verdicts, kind, backend, odd, dtype, weight or dtype, trained)
+    for shape, both in product(shapes, (False, True)):
         if backend != "aten" or not both:
             trained = both and shape[-1] > 4  # of one sum over rows chance decides which rounding is nearer
             _compare(verdicts, kind, backend, shape, torch.bfloat16, torch.bfloat16, trained)
@@ -141,13 +155,15 @@ def _compare(
     x += 0.5
     weight, bias = (torch.randn(shape[-1], device=_DEVICE).to(weight_dtype) for _ in range(2))
     given = {"x": x, "weight": weight} | ({"bias": bias} if kind == "layer" else {})
+    if kind in _GATED:
+        given["gate"] = torch.randn(shape, device=_DEVICE).to(dtype)
 
     def step(compute: Any, in_dtype: torch.dtype | None) -> dict[str, Tensor]:
         leaves = {name: t.detach().to(in_dtype or t.dtype) for name, t in given.items()}
         for name, leaf in leaves.items():
-            leaf.requires_grad_(trained or name == "x")
+            leaf.requires_grad_(trained or name in ("x", "gate"))
         form = _form(kind, leaves["x"].dtype, leaves["weight"].dtype, eps)
-        y = compute(leaves["x"], leaves["weight"], leaves.get("bias"), form)
+        y = compute(leaves["x"], leaves["weight"], leaves.get("bias"), form, gate=leaves.get("gate"))
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
         return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}

@@ -41,14 +41,14 @@ def triton_type(dtype: torch.dtype | None) -> Any:
     return tl.float32 if dtype is None else _TYPES[dtype]
 
 
-def check_launch(kernel: Any, x: Tensor) -> None:
-    """Raise ValueError unless `kernel` can be launched for x (rows, features)."""
+def check_launch(kernel: Any, x: Tensor, groups: int) -> None:
+    """Raise ValueError unless `kernel` can be launched for x (rows, features), each of so many groups by itself."""
     if isinstance(kernel, triton.JITFunction):
         if x.device.type != "cuda":
             raise ValueError(f"backend: expected CUDA tensors for 'triton', got tensors on {x.device}")
     elif x.dtype == torch.bfloat16:
         raise ValueError("backend: expected fp32 or fp16 in Triton's interpreter, which computes bfloat16 wrongly")
-    if x.shape[1] > MOST_FEATURES:
+    if x.shape[1] // groups > MOST_FEATURES:
         raise ValueError(f"x: expected at most {MOST_FEATURES} features for 'triton', got {x.shape[1]}")
     if x.shape[0] >= 2**31:
         raise ValueError(f"x: expected fewer than 2**31 rows for 'triton', got {x.shape[0]}")

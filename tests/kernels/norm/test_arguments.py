@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpeft_kernels.norm import api, layer_norm, rms_norm
+from fastpeft_kernels.norm import api, gated_rms_norm, layer_norm, rms_norm
 
 X, W = torch.zeros(4, 6), torch.ones(6)
 
@@ -25,7 +25,11 @@ X, W = torch.zeros(4, 6), torch.ones(6)
         ({"offset": "1"}, TypeError, "offset: expected a float or int, got str"),
         ({"rounding": "twice"}, ValueError, r"rounding: expected one of \('input', .*\), got 'twice'"),
         ({"backend": "cuda"}, ValueError, r"backend: expected one of \('auto', .*\), got 'cuda'"),
-        ({"backend": "aten", "offset": 1.0}, ValueError, "backend: 'aten' was asked for, which takes no offset"),
+        (
+            {"backend": "aten", "offset": 1.0},
+            ValueError,
+            "backend: 'aten' was asked for, which takes no offset or gate",
+        ),
         ({"backend": "aten", "weight": W.half()}, ValueError, "'aten' was asked for, .* weights of x's dtype"),
         ({"backend": "triton", "x": X.double()}, ValueError, "'triton' was asked for, .* got torch.float64"),
     ],
@@ -34,6 +38,23 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str) 
     pytest.importorskip("triton")
     with pytest.raises(error, match=message):
         rms_norm(**{"x": X, "weight": W, "eps": 1e-6, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gate": X[0]}, ValueError, r"gate: expected shape \(4, 6\), got \(6,\)"),
+        ({"gate": X.long()}, TypeError, "gate: expected a floating dtype, got torch.int64"),
+        ({"norm_before_gate": 1}, TypeError, "norm_before_gate: expected a bool, got int"),
+        ({"activation": "relu"}, ValueError, r"activation: expected one of \('silu', 'sigmoid'\), got 'relu'"),
+        ({"groups": 4}, ValueError, "groups: expected an integer that divides 6 features, got 4"),
+        ({"rounding": "twice"}, ValueError, r"rounding: expected one of \('input', .*\), got 'twice'"),
+        ({"backend": "aten"}, ValueError, "backend: 'aten' was asked for, which takes no offset or gate"),
+    ],
+)
+def test_refused_of_gated_norms(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gated_rms_norm(**{"x": X, "gate": X, "weight": W, "eps": 1e-6, **changes})
 
 
 def test_a_bias_is_checked_too() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft_kernels.norm.form import rms_form
+from fastpeft_kernels.norm.form import gated_form, rms_form
 from fastpeft_kernels.norm.reference import norm_reference
 
 from .conftest import KINDS, Case, make_case
@@ -45,3 +45,30 @@ def test_the_bits_of_transformers(module: str, name: str, offset: float, roundin
             x = torch.randn(5, 24).to(dtype)
             form = rms_form(dtype, weight, 1e-6, offset, rounding)
             assert torch.equal(norm(x), norm_reference(x, norm.weight, None, form))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "given", "norm_before_gate", "activation", "groups"),
+    [
+        ("qwen3_next", "Qwen3NextRMSNormGated", (24,), True, "silu", 1),
+        ("mamba2", "MambaRMSNormGated", (24, 8), False, "silu", 3),
+        ("kimi_linear", "KimiLinearRMSNormGated", (24,), True, "sigmoid", 1),
+    ],
+)
+def test_the_bits_of_transformers_gated_ones(
+    module: str, name: str, given: tuple[int, ...], norm_before_gate: bool, activation: str, groups: int
+) -> None:
+    models = pytest.importorskip("transformers.models")
+    norm = getattr(getattr(models, module), f"modeling_{module}").__dict__[name](*given)
+    norm.weight.data.normal_()
+    rounding = "once" if activation == "sigmoid" else "input"
+    for weight in DTYPES:
+        norm.to(weight)
+        for dtype in DTYPES:
+            x, gate = (torch.randn(2, 5, 24).to(dtype) for _ in range(2))
+            form = gated_form(dtype, weight, norm.variance_epsilon, rounding, norm_before_gate, activation, groups)
+            ours = norm_reference(x, norm.weight, None, form, gate)
+            if activation == "sigmoid":  # of a weight in 16 bits the product is in fp32
+                torch.testing.assert_close(ours, norm(x, gate), rtol=0.02, atol=0.02)
+            else:
+                assert torch.equal(ours, norm(x, gate))

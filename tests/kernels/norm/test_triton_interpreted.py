@@ -28,7 +28,8 @@ def test_within_budget(kind: str) -> None:
 def test_sums_of_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     backward = pytest.importorskip("fastpeft_kernels.norm.backward")
     monkeypatch.setattr(backward, "PARTIAL_SUMS", 3)  # each program takes several tiles, the last fewer
-    hold(make_case("layer", (67, 700), torch.float32), "triton")
+    for kind in ("layer", "gate before, in groups"):
+        hold(make_case(kind, (67, 700), torch.float32), "triton")
 
 
 def test_other_strides_and_no_gradient_of_x() -> None:
