@@ -125,7 +125,9 @@ def check_wholes(wholes: Mapping[str, Whole], traffic: dict[str, list[Tensor]]) 
     rounding = Rounding()
     for path, module in wholes.items():
         *inputs, dy = traffic.pop(path, [torch.empty(0)])
-        if len(inputs) != (3 if isinstance(module, FastExperts) else 1) or isinstance(module.request(*inputs), str):
+        if not inputs or (len(inputs) > 1 and not isinstance(module, FastExperts)):
+            continue
+        if isinstance(module.request(*inputs), str):
             continue
         x, *routing = inputs
         parts = {name: part for name, part in module.named_modules() if isinstance(part, (FastLoraLayer, FastExperts))}

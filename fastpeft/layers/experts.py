@@ -23,7 +23,7 @@ from ..integrations import peft
 from ..integrations.transformers import multiplies_experts_as_stored
 from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
-from .experts_structure import ExpertRoles, settings
+from .experts_structure import ExpertRoles, even_routing, settings
 from .merges import SeenMerges
 from .naming import NamedAsPeft
 
@@ -41,10 +41,12 @@ class FastExperts(NamedAsPeft, SeenMerges, Counting, nn.Module):
     fastpeft_wrappers: int = 1  # around the same experts
     fastpeft_suspended: bool = False
 
-    def request(self, x: Tensor, index: Any = None, weights: Any = None) -> tuple[Experts, torch.dtype] | str:
+    def request(self, x: Tensor, *routing: Any) -> tuple[Experts, torch.dtype] | str:
         """What to compute, and in which dtype, or why PEFT's own forward must run."""
         device, roles = x.device, self.fastpeft_roles
-        reason = _why_not_routing(x, index, weights)
+        if len(routing) != (0 if roles.even else 2):
+            return f"called otherwise than with {'x' if roles.even else 'x, index and weights'}"
+        reason = None if roles.even else _why_not_routing(x, *routing)
         if reason is not None:
             return reason
         adapters: dict[str, tuple[ExpertAdapter, ...]] = {}
@@ -61,7 +63,10 @@ class FastExperts(NamedAsPeft, SeenMerges, Counting, nn.Module):
         reason = _why_not_proved(base, self.fastpeft_settings, device) or _why_not_experts(base, roles, device)
         if reason is not None:
             return reason
-        stored = base._parameters[roles.inner].dtype  # type: ignore[union-attr]
+        stack: Any = base._parameters[roles.inner]
+        if roles.even and (x.dim() != 2 or x.shape[0] % stack.shape[0]):
+            return f"an input of {tuple(x.shape)} for {stack.shape[0]} experts"
+        stored = stack.dtype
         autocast = autocast_dtype(device)
         if autocast is None and stored != x.dtype:
             return f"input in {x.dtype}, experts in {stored}, no autocast"
@@ -72,8 +77,6 @@ class FastExperts(NamedAsPeft, SeenMerges, Counting, nn.Module):
         if self.fastpeft_suspended:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
         reason = why_not_called(self, x, (), kwargs)
-        if reason is None and len(args) != 2:
-            reason = "called otherwise than with x, index and weights"
         if reason is None and as_op():
             reason = "selective checkpointing or another mode that replaces operations"
         if reason is None:
@@ -81,10 +84,16 @@ class FastExperts(NamedAsPeft, SeenMerges, Counting, nn.Module):
             if not isinstance(request, str):
                 for wrapper in wrappers(self):
                     wrapper._count("fused")
-                return run_experts(x, *args, *request)  # type: ignore[call-arg]
+                return self._run(x, args, *request)
             reason = request
         self._count(reason)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]
+
+    def _run(self, x: Tensor, routing: tuple[Any, ...], experts: Experts, dtype: torch.dtype) -> Tensor:
+        even = self.fastpeft_roles.even
+        index, weights = even_routing(x, experts.inner.experts, dtype) if even else routing
+        y = run_experts(x, index, weights, experts, dtype)
+        return y.to(dtype) if even else y  # even ones give what their products are in
 
     def base_parameter(self) -> nn.Parameter:
         return self.get_param()  # type: ignore[operator, no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
@@ -30,6 +32,8 @@ class ExpertRoles:
         inner, down: names of the stacks of matrices, (experts, out, in), or (experts, in, out) if `transposed`.
         biased: whether each has a bias, of its name and "_bias".
         gating: what stands between the two.
+        even: whether x is all that is passed: as many rows for each expert, one expert after the other (Llama 4). Else
+            (x, index, weights).
     """
 
     inner: str
@@ -37,6 +41,7 @@ class ExpertRoles:
     transposed: bool
     biased: bool
     gating: Gating
+    even: bool = False
 
     def experts(self, parameters: Any, adapters: dict[str, Any]) -> Experts:
         """As the op takes them: `parameters` by name, and the `ExpertAdapter`s of each stack."""
@@ -73,6 +78,7 @@ def candidates(module: nn.Module) -> list[ExpertRoles]:
         return []
     if any(module.buffers()) or any(next(f.parameters(), None) is not None or any(f.children()) for f in functions):
         return []
+    even = len(inspect.signature(type(module).forward).parameters) == 2  # self and x
     found = []
     for (inner, down), transposed, biased in product(permutations(stacks), (False, True), (False, True)):
         into, width = stacks[inner][1:] if transposed else stacks[inner][:0:-1]
@@ -80,7 +86,7 @@ def candidates(module: nn.Module) -> list[ExpertRoles]:
         if into != out or width not in (features, 2 * features):
             continue
         for gating in _gatings(module, functions, gated=width == 2 * features):
-            roles = ExpertRoles(inner, down, transposed, biased, gating)
+            roles = ExpertRoles(inner, down, transposed, biased, gating, even)
             if set(roles.names()) == set(parameters):
                 found.append(roles)
     return found
@@ -89,8 +95,9 @@ def candidates(module: nn.Module) -> list[ExpertRoles]:
 def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
     """The one of `wanted` that gives what the module's forward gives, or why there is none; leaves no trace.
 
-    Tried is the module's own code on (x, index, weights), over small random matrices in fp32 in place of its own: with
-    `training` on and off, on small and large inputs, with experts that get no row and tokens that choose one twice.
+    Tried is the module's own code on (x, index, weights), or x alone, over small random matrices in fp32 in place of
+    its own: with `training` on and off, on small and large inputs, with experts that get no row and tokens that choose
+    one twice.
     """
     fitting: list[ExpertRoles] = []
     errors: list[Exception] = []
@@ -110,27 +117,42 @@ def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
 def _fits(module: nn.Module, roles: ExpertRoles) -> bool:
     generator = torch.Generator().manual_seed(0)
     twin: Any = _twin(module, roles, generator)
-    experts = twin._parameters[roles.inner].shape[0]
-    x = torch.randn((ROWS, WIDTH), generator=generator) * torch.tensor(SCALES).repeat(ROWS // len(SCALES))[:, None]
-    index = torch.randint(experts, (ROWS, TOP_K), generator=generator)
-    weights = torch.rand((ROWS, TOP_K), generator=generator)
+    experts, *sizes = twin._parameters[roles.inner].shape
+    rows = len(SCALES) * experts if roles.even else ROWS
+    x = (
+        torch.randn((rows, sizes[0 if roles.transposed else 1]), generator=generator)
+        * torch.tensor(SCALES).repeat(rows // len(SCALES))[:, None]
+    )
+    if roles.even:
+        routing = even_routing(x, experts, x.dtype)
+    else:
+        index = torch.randint(experts, (rows, TOP_K), generator=generator)
+        routing = index, torch.rand((rows, TOP_K), generator=generator)
+    passed = () if roles.even else routing
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        ours = lora_experts_reference(x, index, weights, roles.experts(twin._parameters, {}), torch.float32)
+        ours = lora_experts_reference(x, *routing, roles.experts(twin._parameters, {}), torch.float32)
         for training in (True, False):
             twin.training = training
-            if not close_by_rows(ours, type(module).forward(twin, x.clone(), index.clone(), weights.clone())):
+            if not close_by_rows(ours, type(module).forward(twin, x.clone(), *(t.clone() for t in passed))):
                 return False
     return True
 
 
+def even_routing(x: Tensor, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(index, weights) of x (rows, in_features) whose rows are equal parts, one an expert; weights of ones."""
+    index = torch.arange(experts, device=x.device).unsqueeze(1).expand(experts, x.shape[0] // experts)
+    return index.reshape(-1, 1), torch.ones((x.shape[0], 1), dtype=dtype, device=x.device)
+
+
 def _twin(module: nn.Module, roles: ExpertRoles, generator: torch.Generator) -> nn.Module:
-    """The module with small matrices in place of its own, on the CPU."""
+    """The module with small matrices in place of its own, on the CPU; even ones tell experts apart by x's own width."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
-    experts = module.get_parameter(roles.inner).shape[0]
+    experts, *sizes = module.get_parameter(roles.inner).shape
+    outer = sizes[0 if roles.transposed else 1] if roles.even else WIDTH
     width = FEATURES * (2 if roles.gating.gated else 1)
     made: dict[str, nn.Parameter] = {}
-    for name, (out, into) in ((roles.inner, (width, WIDTH)), (roles.down, (WIDTH, FEATURES))):
+    for name, (out, into) in ((roles.inner, (width, outer)), (roles.down, (outer, FEATURES))):
         shape = (experts, into, out) if roles.transposed else (experts, out, into)
         made[name] = nn.Parameter(torch.randn(shape, generator=generator) / into**0.5, requires_grad=False)
         if roles.biased:
@@ -144,7 +166,15 @@ def _gatings(module: nn.Module, functions: list[nn.Module], gated: bool) -> list
     kinds = KINDS if not functions else [kind for kind in KINDS if computes(functions[0], kind)]
     layouts = (False, True) if gated else (False,)
     found = [Gating(kind, gated, interleaved) for kind in kinds for interleaved in layouts]
-    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
-    if gated and not functions and isinstance(alpha, (int, float)) and isinstance(limit, (int, float)):
-        found += [Gating(CLAMPED_SWIGLU, gated, each, float(alpha), float(limit)) for each in layouts]
+    if gated and (not functions or computes(functions[0], "silu")):
+        limits, alphas = _numbers(module, "limit"), dict.fromkeys((*_numbers(module, "alpha"), 1.0))
+        clamped = product(layouts, alphas, limits, (1.0, 0.0))
+        found += [Gating(CLAMPED_SWIGLU, gated, *numbers) for numbers in clamped]
     return found
+
+
+def _numbers(module: nn.Module, word: str) -> list[float]:
+    """The finite ones among the module's attributes whose name ends so."""
+    named = {name: value for name, value in vars(module).items() if name.endswith(word)}
+    numbers = [float(value) for value in named.values() if type(value) in (int, float)]
+    return list(dict.fromkeys(number for number in numbers if math.isfinite(number)))

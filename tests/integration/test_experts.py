@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastpeft
+from fastpeft.layers.experts_structure import ExpertRoles, candidates, proved
+from fastpeft_kernels.experts import CLAMPED_SWIGLU, Gating
 from tests.integration.mixtures import MIXTURES, experts, make, truth
 from tests.integration.models import VOCABULARY, batch, checkpointed, trained
 from tests.integration.reports import adapter_rows
@@ -400,3 +404,16 @@ def test_parameters_of_other_modules_are_left_alone() -> None:
     assert {(row.op, row.note) for row in rows} == {
         ("", "no op for lora.ParamWrapper over weight of MixtralTopKRouter")
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "alpha", "shift"),
+    [("deepseek_v4", "DeepseekV4Experts", 1.0, 0.0), ("minimax_m3_vl", "MiniMaxM3VLExperts", 1.7, 1.0)],
+)
+def test_clamped_gates(module: str, name: str, alpha: float, shift: float) -> None:
+    file = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    config = SimpleNamespace(num_local_experts=4, hidden_size=8, intermediate_size=12, hidden_act="silu")
+    config.swiglu_limit, config.swiglu_alpha, config._experts_implementation = 0.7, 1.7, "eager"
+    found = proved(layer := getattr(file, name)(config), candidates(layer))
+    assert isinstance(found, ExpertRoles)
+    assert found.gating == Gating(CLAMPED_SWIGLU, alpha=alpha, limit=0.7, shift=shift)

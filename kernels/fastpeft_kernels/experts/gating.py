@@ -21,11 +21,11 @@ class Gating:
     """act(gate) * up, or act(up) without a gate, of one matrix (rows, width).
 
     Attributes:
-        kind: one of `activation.KINDS`; or "clamped_swiglu", (clamp(up, -limit, limit) + 1) * g * sigmoid(alpha g) with
-            g = min(gate, limit), as gpt-oss has it.
+        kind: one of `activation.KINDS`; or "clamped_swiglu", (clamp(up, -limit, limit) + shift) * g * sigmoid(alpha g)
+            with g = min(gate, limit), as gpt-oss has it, and without a shift DeepSeek V4.
         gated: whether the matrix holds gate and up; else up alone.
         interleaved: gate in the even columns and up in the odd ones; else the gate is the first half.
-        alpha, limit: of "clamped_swiglu".
+        alpha, limit, shift: of "clamped_swiglu".
     """
 
     kind: str
@@ -33,6 +33,7 @@ class Gating:
     interleaved: bool = False
     alpha: float = 1.0
     limit: float = 0.0
+    shift: float = 1.0
 
     def columns(self, pre: Tensor) -> tuple[Tensor | None, Tensor]:
         """(gate, up) of (..., width), views; None for no gate."""
@@ -50,7 +51,7 @@ class Gating:
             return gated_activation_reference(gate, up, self.kind)
         assert gate is not None
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        return (up + self.shift) * (gate * torch.sigmoid(gate * self.alpha))
 
     def forward(self, pre: Tensor) -> Tensor:
         """(rows, features) of (rows, width); computed in fp32 (fp64 in fp64) and rounded once."""
@@ -81,7 +82,7 @@ class Gating:
     def _clamped_backward(self, dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
         grad, gate, up = wide(dh), wide(gate), wide(up)
         inside_gate, inside_up = gate <= self.limit, up.abs() <= self.limit
-        gate, shifted = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
+        gate, shifted = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + self.shift
         sigmoid = torch.sigmoid(gate * self.alpha)
         glu = gate * sigmoid
         slope = sigmoid * (1 + self.alpha * gate * (1 - sigmoid))

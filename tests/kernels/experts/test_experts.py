@@ -27,6 +27,7 @@ GATINGS = {
     "no gate": Gating("relu2", gated=False),
     "interleaved": Gating("gelu_tanh", interleaved=True),
     "clamped": CLAMPED,
+    "clamped silu": Gating(CLAMPED_SWIGLU, limit=0.5, shift=0.0),
 }
 
 
