@@ -21,6 +21,8 @@ from .norm_structure import DTYPES, Norm
 
 FEW_ON_CPU = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20, torch.float16: 1 << 20}
 """Numbers up to which PyTorch's operations, called from the model's Python, take less time on a CPU than ours."""
+FEW_GATED_ON_CPU = 1 << 20
+"""The same of norms with a gate, in any dtype."""
 FEW = "few numbers on a CPU"
 
 
@@ -57,7 +59,8 @@ class FastNorm(nn.Module, Counting):
             if type(given) is not Tensor:
                 return f"an input of type {type(given).__name__}"
         x = args[0]
-        if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= FEW_ON_CPU.get(x.dtype, 0):
+        few = FEW_GATED_ON_CPU if gated else FEW_ON_CPU.get(x.dtype, 0)
+        if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= few:
             return FEW
         if weight is None and norm.weight_dtype is None:
             return f"an input in {x.dtype}" if x.dtype not in DTYPES or x.dim() == 0 else transformed()

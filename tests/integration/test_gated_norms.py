@@ -17,7 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 import fastpeft
 from fastpeft.bench.matrix.families import FAMILIES, batch
 from fastpeft.layers import norm as norm_layer
-from fastpeft.layers.norm import FastNorm
+from fastpeft.layers.norm import FEW, FastNorm
 from fastpeft.layers.norm_structure import Norm, candidates, proved
 from tests.budget import assert_within_budget
 from tests.integration.models import with_lora
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("however_few")
 @pytest.fixture
 def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_layer, "FEW_ON_CPU", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(norm_layer, "FEW_GATED_ON_CPU", 0)
 
 
 def norm_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -102,6 +103,13 @@ def test_calls_that_are_left_to_the_module() -> None:
         "a gate of (4, 48) in torch.float64": 1,
         "fused": 1,
     }
+
+
+def test_few_numbers_on_a_cpu_are_the_module_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    module = fast("mamba2")
+    module(*torch.randn(2, 4, WIDTH))
+    assert module.fastpeft_calls == {FEW: 1}
 
 
 @pytest.mark.parametrize("reentrant", (True, False))
