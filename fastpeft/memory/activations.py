@@ -43,7 +43,8 @@ class PolicyLayer(nn.Module, Counting):
         policy = self.fastpeft_memory
         if policy is None:
             return bool(self.__dict__.get("gradient_checkpointing", False))
-        return policy.activations in CHECKPOINTED
+        # Without gradients nothing is computed again, and transformers would take the cache of a generation away.
+        return policy.activations in CHECKPOINTED and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
@@ -75,8 +76,6 @@ PolicyLayer.fastpeft_mixture = PolicyLayer
 
 def run(layer: PolicyLayer, forward: Callable[..., Any], *args: Any) -> Any:
     """`forward(*args)`, of which backward computes again what it reads."""
-    if not torch.is_grad_enabled():
-        return forward(*args)
     forward, args = without_cache(layer, forward, args)
     if layer.fastpeft_decoded and not torch.compiler.is_compiling():
         forward = keeping_decoded(forward, layer.fastpeft_decoded)

@@ -76,6 +76,16 @@ def test_checkpointing_that_a_trainer_switches_on_changes_nothing(use_reentrant:
     assert all(layer.gradient_checkpointing and "fastpeft_memory" not in layer.__dict__ for layer in (first, second))
 
 
+@pytest.mark.parametrize("how", ["recompute", "offload"])
+def test_a_model_in_training_mode_generates_with_its_cache(how: Any) -> None:
+    """As trainers of TRL generate, which switch checkpointing off on the model meanwhile."""
+    model = fastpeft.accelerate(make("llama"), memory=LayerPolicy(how)).train()
+    ids = batch(model)["input_ids"]
+    told = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+    alone = model.generate(input_ids=ids, use_cache=False, **told)
+    assert torch.equal(model.generate(input_ids=ids, **told), alone)
+
+
 def test_layers_keep_the_name_of_their_class_and_leave_no_trace() -> None:
     model, _, _ = started()
     before = [type(layer) for layer in model_layers(model).values()]
