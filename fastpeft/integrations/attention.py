@@ -107,7 +107,6 @@ def attention_forward(
         count(module, "a paged cache: transformers' sdpa")
         given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return _sdpa(module, query, key, value, attention_mask, **given, softcap=softcap, **others)
-    query, key, value = _autocast(query, key, value)
     mask, bias = decoded(attention_mask, queries, keys)
     relative, bias = _position_bias(position_bias, bias, queries, keys)
     found = documents(queries, keys, query.shape[0], causal, others)
@@ -129,6 +128,7 @@ def attention_forward(
         bias = _expanded(relative, bias, queries, keys)
         return _original(module, query, key, value, mask, bias, scaling, dropout, softcap, s_aux, others)
     count(module, "fused" if mask.dense is None else DENSE)
+    query, key, value = _autocast(query, key, value)
     out = attention(
         query,
         key,

@@ -288,6 +288,16 @@ class TestCalls:
             torch.testing.assert_close(ours, theirs)
         assert "by the model's own function: output_attentions" in rows(model)[0].note
 
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_under_autocast_too(self, name: str) -> None:
+        """Llama's queries are in fp32 there, GPT-2's are not."""
+        model = make(name).eval()
+        given = inputs(model, "none")
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = eager(model)(**given, output_attentions=True).attentions
+            found = accelerated(model)(**given, output_attentions=True).attentions
+        assert [weights.dtype for weights in found] == [weights.dtype for weights in wanted]
+
     @pytest.mark.parametrize("before", ["eager", "sdpa"])
     def test_no_mask_and_no_word_about_causality(self, before: str) -> None:
         """Mllama's cross-attention: eager sees all keys, sdpa as many as queries before; ours as what ran."""
