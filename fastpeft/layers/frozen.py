@@ -87,7 +87,13 @@ class SiblingLinear(FrozenSibling, nn.Linear):
     """nn.Linear beside adapted layers."""
 
 
-OWN_CLASS[SiblingLinear] = nn.Linear
+def _stands_for(fast: type[FrozenSibling], stock: type[nn.Module]) -> None:
+    """The name is the stock class's, which PEFT asks for and prints; pickles go by `__qualname__`."""
+    fast.__name__ = stock.__name__
+    OWN_CLASS[fast] = stock
+
+
+_stands_for(SiblingLinear, nn.Linear)
 
 
 def can_join(module: nn.Module) -> bool:
@@ -121,5 +127,5 @@ def __getattr__(name: str) -> Any:
         stock = installed.nn.Linear4bit
         members = {"__module__": __name__, "__doc__": "bitsandbytes' Linear4bit beside adapted layers."}
         globals()[name] = made = type(name, (FrozenSibling, stock), members)
-        OWN_CLASS[made] = stock
+        _stands_for(made, stock)
     return globals()[name]

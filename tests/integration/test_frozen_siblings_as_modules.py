@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import bitsandbytes as bnb
@@ -45,6 +46,24 @@ class TestCalls:
                     blocks(model)[0].k(*arguments)
                 messages.append(str(raised.value))
             assert messages[0] == messages[1]
+
+
+class TestNames:
+    """PEFT prints that of a base layer's class."""
+
+    def test_of_linear_layers(self) -> None:
+        ours, peft = pair(target_modules=["q", "v"])
+        check(ours, peft)
+        layer = blocks(ours)[0].k
+        assert isinstance(layer, FrozenSibling) and repr(layer) == repr(blocks(peft)[0].k)
+
+    def test_of_4_bit_layers(self) -> None:
+        plain = make_quantised(lora={"target_modules": ["q_proj", "v_proj"]})
+        model = fastpeft.accelerate(copy.deepcopy(plain))
+        step(model, batch(model))
+        name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, FrozenSibling))
+        assert repr(layer) == repr(plain.get_submodule(name))
+        assert type(pickle.loads(pickle.dumps(layer))).__qualname__ == "SiblingLinear4bit"
 
 
 class TestShallowCopies:
