@@ -34,35 +34,22 @@ class LazyLogits(Tensor):
     Attributes:
         family: shared by all that come from one call of a head.
         trail: the recorded operations.
-        kept: the logits themselves, once they were asked for; what was written is in them.
+        values: the logits themselves, once they are asked for.
     """
 
     family: Family
     trail: Trail
-    kept: Tensor | None
-    _parent: tuple[LazyLogits, Any, tuple[Any, ...], dict[str, Any]] | None
+    values: Values
 
     @staticmethod
-    def __new__(cls, family: Family, trail: Trail, parent: Any = None) -> LazyLogits:
+    def __new__(cls, family: Family, trail: Trail, values: Values) -> LazyLogits:
         like = trail.like
         lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=family.call.device
         )
-        lazy.family, lazy.trail, lazy.kept, lazy._parent = family, trail, None, parent
+        lazy.family, lazy.trail, lazy.values = family, trail, values
         family.members.append(ref(lazy))
         return lazy
-
-    def made(self, asked_by: str) -> Tensor:
-        """The values, without a graph."""
-        if self.kept is None:
-            self.family.close(asked_by)
-            if self._parent is None:
-                self.kept = self.family.call.logits()
-            else:
-                parent, func, args, kwargs = self._parent
-                self.kept = func(parent.made(asked_by), *args, **kwargs)
-                self._parent = None
-        return self.kept
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -87,25 +74,49 @@ class LazyLogits(Tensor):
         """Below autograd: what is returned here gets its graph from the operation itself."""
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LazyLogits) and first.kept is None and func in STEPS:
+        if isinstance(first, LazyLogits) and first.values.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
                 rest = tree_map_only(Tensor, lambda _: trail.biases[-1].values, args[1:])
-                return LazyLogits(first.family, trail, (first, func, rest, kwargs))
+                return LazyLogits(first.family, trail, Values(first.family, (first.values, func, rest, kwargs)))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}
 
         def made(lazy: LazyLogits) -> Tensor:
             if func._schema.is_mutable:  # what was derived before must not see a write, but where it is a view
                 for member in lazy.family.alive():
-                    member.made(asked_by)
-            values = lazy.made(asked_by)
+                    member.values.made(asked_by)
+            values = lazy.values.made(asked_by)
             owners[id(values)] = lazy
             return values
 
         args, kwargs = tree_map_only(LazyLogits, made, (args, kwargs))
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)
+
+
+class Values:
+    """What lazy logits are, without a graph. Made from other values and not from lazy logits, since a node that saves its
+    own result (tanh) keeps a copy of it: one that held the result would hold the node, for good.
+
+    Attributes:
+        kept: the logits, once they were asked for; what was written is in them.
+    """
+
+    def __init__(self, family: Family, made_of: tuple[Values, Any, Any, Any] | None = None) -> None:
+        self.family, self._made_of = family, made_of
+        self.kept: Tensor | None = None
+
+    def made(self, asked_by: str) -> Tensor:
+        if self.kept is None:
+            self.family.close(asked_by)
+            if self._made_of is None:
+                self.kept = self.family.call.logits()
+            else:
+                before, func, args, kwargs = self._made_of
+                self.kept = func(before.made(asked_by), *args, **kwargs)
+                self._made_of = None
+        return self.kept
 
 
 class Family:
@@ -154,7 +165,7 @@ class _Node(torch.autograd.Function):
         assert hidden is not None
         with weightless():
             like = torch.empty((*hidden.shape[:-1], call.words), dtype=call.out, device="meta")
-        return LazyLogits(family, Trail(like))
+        return LazyLogits(family, Trail(like), Values(family))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -165,7 +176,7 @@ class _Node(torch.autograd.Function):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
-        return lazy.made("something outside torch's operations").detach()
+        return lazy.values.made("something outside torch's operations").detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

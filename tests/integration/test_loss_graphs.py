@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from fastpeft.layers.head_call import HeadCall
+from fastpeft.layers.lazy_logits import LazyLogits
 from tests.integration.models import VOCABULARY, batch, make
+from tests.integration.steps import step
 
 Outputs = tuple[Tensor, dict[str, Tensor]]
 
@@ -143,3 +147,16 @@ def test_a_loss_after_the_optimizer_s_step_is_an_error() -> None:
         model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
     with pytest.raises(RuntimeError, match="read before the head or its input changes"):
         entropy(outputs.logits, inputs["labels"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_nothing_of_a_call_outlives_its_step(name: str) -> None:
+    """Gemma 2's tanh saves its result, and is not run backward where the loss is computed from hidden states."""
+    model = fastpeft.accelerate(make(name))
+    given = batch(model)
+    step(model, given)
+    before = {id(each) for each in gc.get_objects() if type(each) in (HeadCall, LazyLogits)}
+    step(model, given)
+    model(**given)  # nor without a backward pass
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) in (HeadCall, LazyLogits) and id(each) not in before]
