@@ -96,8 +96,10 @@ class LazyLogits(Tensor):
 
 
 class Values:
-    """What lazy logits are, without a graph. Made from other values and not from lazy logits, since a node that saves its
-    own result (tanh) keeps a copy of it: one that held the result would hold the node, for good.
+    """What lazy logits are, without a graph.
+
+    Made from other values and not from lazy logits, since a node that saves its own result (tanh) keeps a copy of it:
+    one that held the result would hold the node, for good.
 
     Attributes:
         kept: the logits, once they were asked for; what was written is in them.

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -54,10 +55,22 @@ def _itself() -> frozenset[Any]:
 
 
 class Home(NamedTuple):
-    """Where the values of a streamed tensor are: in host memory, of the same shape and dtype, and whose they are."""
+    """Where the values of a streamed tensor are: in host memory, of the same shape and dtype, and whose they are.
+
+    The layer is not held: C++ that has the tensor would hold the layer for good, where the layer holds that C++.
+    """
 
     host: Tensor
-    keeper: Keeper
+    keeper: ref[Keeper]
+
+    def open(self, tensor: Tensor) -> None:
+        """Have the tensor's own memory filled, by its layer or, where that is gone, for good."""
+        keeper = self.keeper()
+        if keeper is not None:
+            keeper.open()
+        else:
+            show(tensor)
+            tensor.data = self.host.to(tensor.device, copy=True)
 
 
 class Hidden(Tensor):
@@ -70,7 +83,7 @@ class Hidden(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _itself() and isinstance(args[0], Hidden) and (len(args) == 1 or args[0] is not args[1]):
-            args[0].__dict__[HOME].keeper.open()
+            args[0].__dict__[HOME].open(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             if func in _about() or func in _itself():
                 return func(*args, **(kwargs or {}))
@@ -81,7 +94,7 @@ class Hidden(Tensor):
         return _on_copies(func, args, kwargs or {})
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:  # torch dispatches neither this one nor the next
-        self.__dict__[HOME].keeper.open()
+        self.__dict__[HOME].open(self)
         return self.set_(*args, **kwargs)  # of its other class
 
     def as_subclass(self, cls: Any) -> Any:
@@ -110,7 +123,7 @@ class Copied(Tensor):
 def hide(tensor: Tensor, host: Tensor, keeper: Keeper) -> None:
     """Have it read from `host` from now on."""
     if not isinstance(tensor, Hidden):
-        tensor.__dict__[HOME] = Home(host, keeper)
+        tensor.__dict__[HOME] = Home(host, ref(keeper))
         tensor.__class__ = _hidden(type(tensor))
 
 

@@ -124,7 +124,7 @@ class Bundle:
                 stowed.host.copy_(tensor)
             stowed.there.untyped_storage().resize_(0)
             self.stowed.append(stowed)
-            tensor.__dict__["__deepcopy__"] = partial(self._copied, stowed)
+            tensor.__dict__["__deepcopy__"] = partial(_copied, weakref.ref(self), weakref.ref(tensor))
         here = {id(stowed.tensor) for stowed in self.stowed}
         self.left = [
             "shared" if parameter.untyped_storage()._cdata in self.elsewhere else type(parameter).__name__
@@ -187,25 +187,34 @@ class Bundle:
             stowed.there = give_memory(stowed.tensor, device)
         self._free()
 
-    def _copied(self, stowed: Stowed, memo: dict[int, Any]) -> Tensor:
-        """For `copy.deepcopy`, which reaches tensors by more ways than through their layer: one with its values."""
-        tensor: Any = stowed.tensor
-        value = (tensor.detach() if self.written else stowed.host).to(tensor.device, copy=True)
-        kind = stock_type(tensor)
-        if kind is Tensor:
-            return value
-        made: Any = Tensor._make_subclass(kind, value, tensor.requires_grad)
-        if kind is not nn.Parameter:  # bitsandbytes'
-            made.__dict__.update({k: v for k, v in tensor.__dict__.items() if k not in (HOME, "__deepcopy__")})
-            made.quant_state = copy.deepcopy(tensor.quant_state, memo)
-        return made  # type: ignore[no-any-return]
-
     def _free(self) -> None:
         for stowed in self.stowed:
             stowed.there.untyped_storage().resize_(0)
         self.copied = self.stream = None
         self.filled = self.written = False
         self.hide()
+
+
+def _copied(of: weakref.ref[Bundle], tensor_of: weakref.ref[Any], memo: dict[int, Any]) -> Tensor:
+    """For `copy.deepcopy`, which reaches tensors by more ways than through their layer: one with its values."""
+    tensor, bundle = tensor_of(), of()
+    home = tensor.__dict__.get(HOME)
+    newer = bundle is not None and bundle.written
+    host = None if newer else home.host if home is not None else _host_of(bundle, tensor)
+    value = (tensor.detach() if host is None else host).to(tensor.device, copy=True)
+    kind = stock_type(tensor)
+    if kind is Tensor:
+        return value
+    made: Any = Tensor._make_subclass(kind, value, tensor.requires_grad)
+    if kind is not nn.Parameter:  # bitsandbytes'
+        made.__dict__.update({k: v for k, v in tensor.__dict__.items() if k not in (HOME, "__deepcopy__")})
+        made.quant_state = copy.deepcopy(tensor.quant_state, memo)
+    return made  # type: ignore[no-any-return]
+
+
+def _host_of(bundle: Bundle | None, tensor: Tensor) -> Tensor | None:
+    """Its values in host memory while the layer is shown; None where the layer is gone, and the memory its own."""
+    return None if bundle is None else next(each.host for each in bundle.stowed if each.tensor is tensor)
 
 
 def give_memory(tensor: Tensor, device: torch.device) -> Tensor:

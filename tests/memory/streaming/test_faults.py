@@ -18,6 +18,7 @@ from fastpeft.layers.kept import KEEPERS
 from fastpeft.memory.layers import model_layers
 from fastpeft.memory.offloading import Line
 from fastpeft.memory.streaming.ring import Ring
+from fastpeft_kernels.native.extension import group_extension
 from tests.integration.models import batch
 from tests.integration.steps import Step
 from tests.memory.streaming.test_streaming import _small, ring_of, started, streamed  # noqa: F401
@@ -170,6 +171,29 @@ def test_two_models_at_a_time(begun: Started) -> None:
     assert ring_of(first) is not ring_of(second)
     for _ in range(2):
         assert all(map(Step.equals, both(), wanted))
+
+
+def test_a_model_that_goes_takes_its_weights_along() -> None:
+    """The C++ of its groups holds them too, and is unknown to the search for garbage."""
+    group_extension(wait=True)
+    model, given, _ = started(lora={"lora_dropout": 0.0})
+    streamed(model, "keep")
+    seeded(model, given)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+
+
+def test_a_weight_that_outlives_its_layer_has_its_values() -> None:
+    model, _, _ = started()
+    weight = streamed(model, "keep").bundles[0].stowed[0].tensor
+    wanted = weight.clone()
+    del model
+    gc.collect()
+    assert torch.equal(weight, wanted) and torch.equal(copy.deepcopy(weight), wanted)
+    assert weight.data_ptr() and torch.equal(weight.detach(), wanted)
+    assert torch.equal(copy.deepcopy(weight), wanted)
 
 
 def test_a_model_that_goes_waits_for_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
