@@ -34,20 +34,20 @@ class LazyLogits(Tensor):
     Attributes:
         family: shared by all that come from one call of a head.
         trail: the recorded operations.
-        values: the logits themselves, once they are asked for.
+        content: the logits themselves, once they are asked for.
     """
 
     family: Family
     trail: Trail
-    values: Values
+    content: Values
 
     @staticmethod
-    def __new__(cls, family: Family, trail: Trail, values: Values) -> LazyLogits:
+    def __new__(cls, family: Family, trail: Trail, content: Values) -> LazyLogits:
         like = trail.like
         lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=family.call.device
         )
-        lazy.family, lazy.trail, lazy.values = family, trail, values
+        lazy.family, lazy.trail, lazy.content = family, trail, content
         family.members.append(ref(lazy))
         return lazy
 
@@ -74,19 +74,19 @@ class LazyLogits(Tensor):
         """Below autograd: what is returned here gets its graph from the operation itself."""
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LazyLogits) and first.values.kept is None and func in STEPS:
+        if isinstance(first, LazyLogits) and first.content.kept is None and func in STEPS:
             trail = STEPS[func](first.trail, func, args[1:], kwargs)
             if trail is not None:
                 rest = tree_map_only(Tensor, lambda _: trail.biases[-1].values, args[1:])
-                return LazyLogits(first.family, trail, Values(first.family, (first.values, func, rest, kwargs)))
+                return LazyLogits(first.family, trail, Values(first.family, (first.content, func, rest, kwargs)))
         asked_by = str(func)
         owners: dict[int, LazyLogits] = {}
 
         def made(lazy: LazyLogits) -> Tensor:
             if func._schema.is_mutable:  # what was derived before must not see a write, but where it is a view
                 for member in lazy.family.alive():
-                    member.values.made(asked_by)
-            values = lazy.values.made(asked_by)
+                    member.content.made(asked_by)
+            values = lazy.content.made(asked_by)
             owners[id(values)] = lazy
             return values
 
@@ -178,7 +178,7 @@ class _Node(torch.autograd.Function):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
-        return lazy.values.made("something outside torch's operations").detach()
+        return lazy.content.made("something outside torch's operations").detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

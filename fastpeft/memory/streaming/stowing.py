@@ -197,7 +197,8 @@ class Bundle:
 
 def _copied(of: weakref.ref[Bundle], tensor_of: weakref.ref[Any], memo: dict[int, Any]) -> Tensor:
     """For `copy.deepcopy`, which reaches tensors by more ways than through their layer: one with its values."""
-    tensor, bundle = tensor_of(), of()
+    tensor: Any = tensor_of()
+    bundle = of()
     home = tensor.__dict__.get(HOME)
     newer = bundle is not None and bundle.written
     host = None if newer else home.host if home is not None else _host_of(bundle, tensor)
