@@ -103,7 +103,8 @@ def fp8_report(
 
     Raises:
         TypeError: `model` is not an nn.Module, `batch` not a mapping or `limit` not a number.
-        ValueError: the model holds no accelerated layer, `fp8_compute` is none of these, or no batch can be made up.
+        ValueError: the model holds no accelerated layer, `fp8_compute` is none of these, or no batch can be made up for
+            all of them at once.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -114,11 +115,11 @@ def fp8_report(
         raise TypeError(f"batch: expected a mapping of the forward's arguments, got {type(batch).__name__}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
         raise TypeError(f"limit: expected a number or None, got {limit!r}")
-    if batch is None:
-        model = model_within(model)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FastLoraLayer)}
     if not layers:
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
+    if batch is None:
+        model = model_within(model, (FastLoraLayer,), "accelerated layers", "pass a batch")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     rows: list[Fp8Row] = []
     left: dict[str, str] = {}

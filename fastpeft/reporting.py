@@ -127,8 +127,8 @@ def report(model: nn.Module) -> Report:
     if settings is None:
         notes.append("this model was not accelerated: call fastpeft.accelerate(model)")
     else:
-        waiting = any(getattr(m, "fastpeft_watch", None) is not None for m in model.modules())
-        notes += ["projections that share an input are found at the first forward pass"] if waiting else []
+        waiting = [path for path, m in model.named_modules() if getattr(m, "fastpeft_watch", None) is not None]
+        notes += [_waits(waiting)] if waiting else []
         notes += [] if any(row.kind == "lora" for row in rows) else [NO_ADAPTER]
     notes += [f"memory ran out: {how}" for m in model.modules() for how in m.__dict__.get(RETRIED, ())]
     return Report(tuple(rows), tuple(notes))
@@ -157,6 +157,12 @@ def _row(path: str, module: nn.Module, replacement: Any, settings: dict[str, Any
 def _passed_over(module: nn.Module) -> Left | None:
     """Why our forward is not reached: another was put on the instance later, and handed on none of its calls."""
     return why_not_its_own(module) if isinstance(module, Counting) and not outcomes(module)[0] else None
+
+
+def _waits(paths: list[str]) -> str:
+    """Some may have been called: with a cache, compiled, or by a call that failed."""
+    which = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    return f"projections that share an input are found at the first forward pass, not had yet by {which}"
 
 
 def _without_numbers(path: str) -> str:

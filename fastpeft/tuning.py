@@ -87,8 +87,8 @@ def tune(
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the model holds no accelerated layer or has them on several devices, no batch can be made up for it,
-            or a number of tokens is below one.
+        ValueError: the model holds no accelerated layer or has them on several devices, no batch can be made up for it
+            or for all of them at once, or a number of tokens is below one.
         RuntimeError: another thread tunes.
         OSError: the winners cannot be written; they are in use in this process all the same.
     """
@@ -123,7 +123,7 @@ def cases_of(
     if not trained:
         raise ValueError("model: expected parameters that require gradients, as in training, got none")
     if batch is None:
-        model = model_within(model)
+        model = model_within(model, (FastLoraLayer,), "accelerated layers", "pass a batch")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with choosing.alone(), side_effects_undone(model), _in_training(model):
         with torch.no_grad():

@@ -46,6 +46,9 @@ ONE_SIDED = 2.0
 """The twin's gradient at a head carries this many times the error of PEFT's loss, which is not random: the error of a
 softmax's denominator goes one way, and further through the layers than as much noise."""
 
+ADAPTED = (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding, FastTokens)
+CHECKED = (*ADAPTED, FastMlp, FastNorm, FastRotary)
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -100,18 +103,15 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the model holds no accelerated layer, or no batch can be made up for it.
+        ValueError: the model holds no accelerated layer, or no batch can be made up for it, or for all of them at once.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_resident(model)
-    if not any(
-        isinstance(module, (FastLoraLayer, FastLycorisLayer, FastExperts, FastEmbedding, FastTokens))
-        for module in model.modules()
-    ):
+    if not any(isinstance(module, ADAPTED) for module in model.modules()):
         raise ValueError("model: no accelerated layer in it; call fastpeft.accelerate(model) first")
     if batch is None:
-        model = model_within(model)
+        model = model_within(model, CHECKED, "accelerated layers", "pass a batch")
     inputs = dict(sample_batch(model, seed) if batch is None else batch)
     with calm(model, seed):
         if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):

@@ -12,6 +12,8 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -21,7 +23,7 @@ from torch import nn
 from fastpeft_kernels.common.exhaustion import is_out_of_memory
 
 from ..integrations.bitsandbytes import cpu_packing_forbidden
-from ..integrations.models import is_model
+from ..integrations.models import is_around
 from ..integrations.peft import has_stateful_variant
 from ..integrations.transformers import passes_cache
 from .buffers import BufferOwners, BufferValue
@@ -35,6 +37,34 @@ if TYPE_CHECKING:
     from .lora import FastLoraLayer
 
 logger = logging.getLogger("fastpeft")
+
+
+def watch(root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
+    """Wait for the first call of these layers, by path: a `SiblingWatch` for each outermost module above some.
+
+    That is a model, or above a layer in none, what holds no model. What holds models is not run twice: the forward of a
+    trainer's or a sentence encoder's module may keep what it computed, and would then have it twice.
+    """
+
+    @cache
+    def holds_models(path: str) -> bool:
+        return is_around(root.get_submodule(path))
+
+    outermost: dict[str, dict[FastLoraLayer, list[str]]] = {}
+    for path, layer in layers.items():
+        if layer.fastpeft_watch is not None:
+            layer.fastpeft_watch.forget([layer])
+        layer.__dict__.pop("fastpeft_watch_error", None)
+        names = path.split(".")[:-1]
+        above = [".".join(names[:depth]) for depth in range(len(names) + 1)] if path else []
+        places = list(dropwhile(holds_models, above))
+        if places:
+            outermost.setdefault(places[0], {})[layer] = places
+        elif above:
+            parent = type(root.get_submodule(above[-1])).__name__
+            layer.__dict__["fastpeft_watch_error"] = f"{parent} has it beside a model, and is not run twice"
+    for waiting in outermost.values():
+        SiblingWatch().start(root, waiting)
 
 
 class SiblingWatch:
@@ -52,26 +82,13 @@ class SiblingWatch:
         self._seen: Seen | None = None  # while watching
         self._error: str | None = None  # of watching `_outer`
 
-    def start(self, root: nn.Module, layers: dict[str, FastLoraLayer]) -> None:
-        """Wait for these layers, by path. Every module above one is a place: any of them may be called from outside.
-
-        Not what holds a model of transformers or PEFT: the forward of a trainer's or a sentence encoder's module may
-        keep what it computed, and would then have it twice.
-        """
+    def start(self, root: nn.Module, layers: dict[FastLoraLayer, list[str]]) -> None:
+        """Wait for these layers below modules at these paths, the parent's last: any may be called from outside."""
         below: dict[str, dict[FastLoraLayer, nn.Module]] = {}
-        for path, layer in layers.items():
-            if layer.fastpeft_watch is not None:
-                layer.fastpeft_watch.forget([layer])
-            layer.__dict__.pop("fastpeft_watch_error", None)
-            if not path:
-                continue
+        for layer, places in layers.items():
             layer.fastpeft_watch = self
-            names = path.split(".")[:-1]
-            parent = root.get_submodule(".".join(names))
-            places = [".".join(names[:depth]) for depth in range(len(names) + 1)]
-            outermost = next((i for i, at in enumerate(places) if is_model(root.get_submodule(at))), 0)
-            for at in places[outermost:]:
-                below.setdefault(at, {})[layer] = parent
+            for at in places:
+                below.setdefault(at, {})[layer] = root.get_submodule(places[-1])
         for path, waiting in below.items():
             _Place(self, root.get_submodule(path), waiting)
 
@@ -152,10 +169,11 @@ class SiblingWatch:
 
     def _watch(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen = seen = Seen(dict(place.living()))
-        handles = [module.register_forward_pre_hook(seen.record) for module in (*seen.adapted, *seen.frozen)]
+        handles = [each.register_forward_pre_hook(seen.record) for each in (*seen.adapted, *seen.frozen)]
+        forward = getattr(module, "_orig_mod", module.forward)  # a compiled one's would be compiled with these hooks
         try:
             with torch.no_grad(), cpu_packing_forbidden(seen.frozen), side_effects_undone(module):
-                module.forward(*args, **kwargs)
+                forward(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

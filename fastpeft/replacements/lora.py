@@ -14,7 +14,7 @@ from ..layers.counting import outcomes
 from ..layers.few_tokens import FEW_TOKENS
 from ..layers.frozen import FrozenSibling
 from ..layers.lora import FastLoraLayer, fast_classes
-from ..layers.watching import SiblingWatch
+from ..layers.watching import watch
 from .base import Left, Match
 from .fp8 import words
 from .swap import why_not_swapped
@@ -78,7 +78,7 @@ class LoraReplacement:
                 layer.ungroup()
         alone = {path: layer for path, layer in layers.items() if layer.fastpeft_group is None}
         if alone:
-            SiblingWatch().start(root, alone)
+            watch(root, alone)
 
     def undo(self, module: nn.Module) -> bool:
         if isinstance(module, FrozenSibling):

@@ -38,10 +38,12 @@ def model_of_loaded(
         seq, batch, optimizer, accumulation: as of `plan`.
 
     Raises:
-        ValueError: another kind of model, of adapter or of storage.
+        ValueError: another kind of model, of adapter or of storage, or adapters in several models.
         UserError: the adapter does not fit a model that is built from the configuration, or `seq` its positions.
     """
-    model = model_within(model)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = model_within(model, (BaseTunerLayer,), "layers with adapters", "pass one of its models")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if not hasattr(base, "config") or len(adapters) != 1:
