@@ -1,5 +1,5 @@
 // The steps of a fused loss on CPU, as loss/steps.py defines them: raw logits of a row are in the caches from the first
-// look at them to the last. All arithmetic is fp32; sums over words are in fp64 from one block to the next.
+// look at them to the last. All arithmetic is fp32, but for sums over words, which are in fp64.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-trapping-math")  // see activation.cpp
 #endif
@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "vectors.h"
 
@@ -74,9 +76,9 @@ inline void add(float* values, float factor, const float* classes, int64_t count
     }
 }
 
-// Weighted by `classes` unless that is null.
-inline float sum(const float* z, const float* classes, int64_t count) {
-    float total = 0.0f;
+// Weighted by `classes` unless that is null. In fp64: vectors of few fp32 lanes add many numbers each.
+inline double sum(const float* z, const float* classes, int64_t count) {
+    double total = 0.0;
     if (classes == nullptr) {
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < count; ++i) total += z[i];
@@ -105,12 +107,20 @@ void for_each_block(int64_t count, const Block& block) {
     for (int64_t first = 0; first < count; first += BLOCK) block(first, std::min(BLOCK, count - first));
 }
 
+// Of the threads in a parallel region, from 0 on.
+inline int64_t own_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // Of fp32 the row is its own room.
-inline float* room_of(float* row, std::vector<float>&, int64_t) { return row; }
+inline float* room_of(float* row, float*, int64_t) { return row; }
 template <typename T>
-float* room_of(T*, std::vector<float>& room, int64_t words) {
-    room.resize(words);
-    return room.data();
+float* room_of(T*, float* rooms, int64_t words) {
+    return rooms + own_number() * words;
 }
 
 struct Running {  // (tokens,) each; total may be null
@@ -151,15 +161,11 @@ void online_row(T* raw, float* z, int64_t words, int64_t label, const Map& map, 
 
 template <typename T>
 void online(T* raw, int64_t stride, int64_t tokens, int64_t words, int64_t first, const int64_t* labels, Map map,
-            const float* classes, float slack, Running running, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<float> room;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < tokens; ++row) {
-            T* own = raw + row * stride;
-            online_row(own, room_of(own, room, words), words, labels[row] - first, map, classes, slack, running, row);
-        }
+            const float* classes, float slack, Running running, float* rooms, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < tokens; ++row) {
+        T* own = raw + row * stride;
+        online_row(own, room_of(own, rooms, words), words, labels[row] - first, map, classes, slack, running, row);
     }
 }
 
@@ -200,13 +206,14 @@ void gradient(T* raw, int64_t stride, int64_t tokens, int64_t words, int64_t fir
 }  // namespace
 
 // raw: (tokens, words) with a row stride in elements, of the words from `first` on, overwritten.
+// rooms: (threads, words) where raw is not fp32.
 #define FASTPEFT_LOSS(T, NAME)                                                                                        \
     void fastpeft_loss_online_##NAME(T* raw, int64_t stride, int64_t tokens, int64_t words, int64_t first,             \
                                      const int64_t* labels, const float* bias, float factor, float cap,               \
                                      const float* classes, float slack, float* top, float* others, float* label,      \
-                                     float* old, float* total, int threads) {                                         \
+                                     float* old, float* total, float* rooms, int threads) {                           \
         online<T>(raw, stride, tokens, words, first, labels, {bias, factor, cap}, classes, slack,                     \
-                  {top, others, label, old, total}, threads);                                                         \
+                  {top, others, label, old, total}, rooms, threads);                                                  \
     }                                                                                                                 \
     void fastpeft_loss_gradient_##NAME(T* raw, int64_t stride, int64_t tokens, int64_t words, int64_t first,           \
                                        const int64_t* labels, const float* bias, float factor, float cap,             \

@@ -16,7 +16,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _INT, _INT64, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _Arguments = tuple[type[Any], ...]
 _RAW: _Arguments = (_POINTER, *[_INT64] * 4, *[_POINTER] * 2, *[_FLOAT] * 2, _POINTER)
-_ONLINE: _Arguments = (*_RAW, _FLOAT, *[_POINTER] * 5, _INT)
+_ONLINE: _Arguments = (*_RAW, _FLOAT, *[_POINTER] * 6, _INT)
 _GRADIENT: _Arguments = (*_RAW, *[_POINTER] * 6, _INT)
 _WORTH_A_THREAD = 1 << 15
 """Logits."""
@@ -37,13 +37,17 @@ class Chunk:
     ) -> None:
         self.raw, self._first, self._labels = raw, first, labels.contiguous()
         self._bias, self._classes = _fp32(bias), _fp32(class_weight)
+        self._threads = torch.get_num_threads() if raw.numel() >= _WORTH_A_THREAD else 1
         self._factor, self._cap = (scale, 0.0) if softcap is None else (scale / softcap, softcap)
 
     def online(
         self, slack: float, top: Tensor, others: Tensor, label: Tensor, factor: Tensor, total: Tensor | None
     ) -> None:
         """`online_step` with `write`; the last five, (tokens,) fp32 and contiguous, are filled in place."""
-        self._call("online", _ONLINE, slack, *map(_place, (top, others, label, factor, total)))
+        raw, rooms = self.raw, None
+        if raw.dtype != torch.float32:  # a row of logits for each thread
+            rooms = raw.new_empty((self._threads, raw.shape[1]), dtype=torch.float32)
+        self._call("online", _ONLINE, slack, *map(_place, (top, others, label, factor, total, rooms)))
 
     def gradient(self, *known: Tensor | None) -> None:
         """`gradient_step` with top, inverse, others, d_nll, d_lse and d_total, (tokens,) each."""
@@ -54,9 +58,8 @@ class Chunk:
         raw = self.raw
         run = _function(native_library(), f"fastpeft_loss_{name}_{_NAMES[raw.dtype]}", arguments)
         labels, bias, classes = map(_place, (self._labels, self._bias, self._classes))
-        threads = torch.get_num_threads() if raw.numel() >= _WORTH_A_THREAD else 1
         place = (raw.data_ptr(), raw.stride(0), *raw.shape, self._first, labels, bias)
-        run(*place, self._factor, self._cap, classes, *more, threads)
+        run(*place, self._factor, self._cap, classes, *more, self._threads)
 
 
 def loss_steps_native(device: torch.device, dtype: torch.dtype) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from fastpeft_kernels.loss import call, native_steps, steps
 from fastpeft_kernels.loss.choosing import steps_of
 from fastpeft_kernels.loss.problem import Needs, Problem
 from fastpeft_kernels.loss.steps import Running
-from fastpeft_kernels.native import native_library
+from fastpeft_kernels.native import build, native_library
+from fastpeft_kernels.native import loss as native_loss
 from tests.budget import assert_within_budget
 
 from .heads import make_case
@@ -74,6 +77,24 @@ def test_within_the_budget(dtype: torch.dtype, softcap: float | None, bias: bool
     assert error <= 2 * (plain["total"] - exact["total"]).norm() + torch.finfo(F32).eps * exact["total"].norm()
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
+@pytest.mark.parametrize("instructions", ("x86-64", "x86-64-v3"))
+def test_sums_of_many_equal_numbers_in_narrow_vectors(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four or eight fp32 lanes would round hundreds of sums the same way."""
+    flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
+    built = build.built("narrow", ["loss.cpp"], build.HEADERS, [*flags, f"-march={instructions}"], "a test's")
+    library = ctypes.CDLL(str(built))
+    monkeypatch.setattr(native_loss, "native_library", lambda: library)
+    gaps = torch.linspace(0.05, 3, TOKENS).unsqueeze(1)
+    raw = (1 - gaps).repeat(1, 8000)
+    raw[:, 100] = 1.0
+    more: dict[str, Any] = {"class_weight": torch.full((8000,), 0.3)}
+    ours = both(native_steps, raw, F32, 8000, more)
+    plain, exact = both(steps, raw, F32, 8000, more), both(steps, raw.double(), F64, 8000, more)
+    for name in ("nll", "lse", "inverse", "others", "total"):
+        assert_within_budget(ours[name], plain[name], exact[name], name)
+
+
 @pytest.mark.parametrize("softcap", (None, 3.0))
 def test_infinities_and_nan(softcap: float | None) -> None:
     raw = torch.randn(TOKENS, 600)
@@ -120,3 +141,33 @@ def test_one_walk_and_two(dtype: torch.dtype, ignored: float, monkeypatch: pytes
     rounding = 4 * torch.finfo(dtype).eps
     for mine, other in zip(*made, strict=True):
         assert (mine - other).norm() <= rounding * other.norm()
+
+
+def test_no_room_is_an_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In C++ it would end the process."""
+    given = (
+        torch.zeros(2, 8, dtype=BF16),
+        0,
+        torch.zeros(2, dtype=torch.int64),
+        Running.start(2, F32, CPU, total=False),
+    )
+
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Tensor, "new_empty", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        native_steps.online_step(*given, write=True)
+
+
+def test_each_thread_has_room() -> None:
+    raw, found = torch.randn(64, 2048).to(BF16), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(both(native_steps, raw.clone()[:TOKENS], F32, 2048, {}))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
