@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from threading import get_ident
 from typing import Any
 from weakref import ref
 
@@ -16,6 +17,8 @@ from .siblings import version_of
 class Seen:
     """The calls of adapted layers, and of the frozen projections beside them, while `record` is their pre-hook.
 
+    Those by the thread that made it: another one's may be in the middle of a block.
+
     Attributes:
         adapted: layer -> its parent.
         frozen: projection without adapters -> its parent, where that is one adapted layer's parent.
@@ -27,9 +30,10 @@ class Seen:
         self.adapted = adapted
         self.frozen = {child: parent for child, parent in children if times[child] == 1 and can_join(child)}
         self._runs: dict[nn.Module, list[_Run]] = {}  # by parent
+        self._thread = get_ident()
 
     def record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args or not isinstance(args[0], Tensor):
+        if not args or not isinstance(args[0], Tensor) or self._thread != get_ident():
             return
         parent = self.adapted[module] if module in self.adapted else self.frozen[module]
         runs = self._runs.setdefault(parent, [])

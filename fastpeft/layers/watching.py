@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import dropwhile
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -78,6 +79,8 @@ class SiblingWatch:
     def __init__(self) -> None:
         self._places: WeakSet[_Place] = WeakSet()
         self._outer: _Place | None = None  # being watched, or in the call that follows: calls inside are left alone
+        self._thread = 0  # of that call; calls by others meanwhile are not looked at
+        self._beginning = Lock()
         self._ran: dict[_Place, nn.Module] = {}  # called meanwhile
         self._seen: Seen | None = None  # while watching
         self._error: str | None = None  # of watching `_outer`
@@ -94,8 +97,8 @@ class SiblingWatch:
 
     @property
     def watching(self) -> bool:
-        """Whether the run that is watched goes on just now."""
-        return self._seen is not None
+        """Whether the run that is watched goes on just now, in this thread."""
+        return self._seen is not None and self._thread == get_ident()
 
     def add(self, place: _Place) -> None:
         self._places.add(place)
@@ -112,15 +115,20 @@ class SiblingWatch:
 
     def before(self, place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A place is called. Costs next to nothing while a cache is passed, as for every token that is generated."""
-        if self._outer is place and self._seen is None:  # a new call; an interrupt ended the last one
+        mine = self._thread == get_ident()
+        if mine and self._outer is place and self._seen is None:  # a new call; an interrupt ended the last one
             self._outer = None
         if self._outer is not None:
-            self._ran[place] = module
+            if mine:
+                self._ran[place] = module
         elif passes_cache(args, kwargs) or (place.waiting and has_stateful_variant(module)):
             if torch.is_grad_enabled():
                 self.forget(list(place.waiting))
         elif place.waiting:
-            self._outer, self._ran, self._error = place, {}, None
+            with self._beginning:
+                if self._outer is not None:
+                    return
+                self._outer, self._thread, self._ran, self._error = place, get_ident(), {}, None
             try:
                 self._watch(place, module, args, kwargs)
             except Exception as error:
@@ -141,7 +149,7 @@ class SiblingWatch:
 
     def after(self, place: _Place, module: nn.Module, output: Any) -> None:
         """The call that was watched has ended. Whatever ran in it has had its chance, unless it failed both times."""
-        if self._outer is not place:
+        if self._outer is not place or self._thread != get_ident():
             return
         self._outer, ran, self._ran = None, self._ran, {}
         failed = output is None and sys.exc_info()[1] is not None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from threading import Event, Thread, current_thread
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastpeft
-from tests.integration.blocks import Block, Stack, assert_same, gradients, inputs
+from tests.integration.blocks import Block, Stack, assert_same, blocks, gradients, inputs
 from tests.integration.models import make, make_base, with_lora
 from tests.integration.reports import adapter_rows
 
@@ -135,3 +136,27 @@ def test_peft_around_a_module_around() -> None:
     ours(inputs()).backward()
     assert ours.get_base_model().runs == 1
     assert grouped(ours) == OF_BERT
+
+
+def test_another_thread_in_the_middle_of_a_block() -> None:
+    """What it has called so far says nothing about siblings, and what it reached has had no chance."""
+    ours, inside, going_on = fastpeft.accelerate(adapted_stack()), Event(), Event()
+    first, second = blocks(ours)
+    x, threads = inputs(), [current_thread()]
+
+    def begins(_: Tensor) -> None:
+        if len(threads) == 1:
+            threads.append(Thread(target=lambda: ours(x)))
+            threads[1].start()
+            inside.wait(10)
+
+    def waits(_: Tensor) -> None:
+        if current_thread() is not threads[0]:
+            inside.set()
+            going_on.wait(10)
+
+    first.between, second.between = begins, waits
+    ours(x)
+    going_on.set()
+    threads[1].join()
+    assert grouped(ours) == OF_STACK
