@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
+from functools import partial
 from threading import Event, Thread, current_thread
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from tests.integration.blocks import Block, Stack, assert_same, blocks, gradients, inputs
@@ -35,9 +40,9 @@ class Holder(nn.Module):
 
 def _sum(part: nn.Module, x: Tensor) -> Tensor:
     if isinstance(part, Holder) or not any(hasattr(each, "config") for each in part.modules()):
-        return part(x).float().sum()
+        return part(x).float().square().mean()
     ids = torch.arange(12).view(2, 6) + 3
-    return part(input_ids=ids).logits.float().sum()
+    return part(input_ids=ids).logits.float().square().mean()
 
 
 def adapted_stack() -> nn.Module:
@@ -160,3 +165,54 @@ def test_another_thread_in_the_middle_of_a_block() -> None:
     going_on.set()
     threads[1].join()
     assert grouped(ours) == OF_STACK
+
+
+def test_copies_and_pickles_before_the_first_call() -> None:
+    ours, plain = both(Holder(a=make("bert"), b=Holder(c=make("bert"))).train())
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        stepped(copied, plain, "a")
+        stepped(copied, plain, "b")
+        assert grouped(copied) == 2 * OF_BERT
+    assert not grouped(ours)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_modules_in_modules_called_at_random(seed: int) -> None:
+    """In the end everything was reached, and nothing is lost."""
+    draw = random.Random(seed)
+
+    def adapted_by_peft() -> nn.Module:
+        return with_lora(Stack(), None, target_modules=["q", "k", "v"])
+
+    def leaf() -> nn.Module:
+        return draw.choice([adapted_stack, adapted_by_peft, lambda: make("bert")])()
+
+    def tree(depth: int) -> Holder:
+        parts = [tree(depth - 1) if depth and draw.random() < 0.6 else leaf() for _ in range(2)]
+        return Holder(**{f"part{i}": part for i, part in enumerate(parts)})
+
+    ours, plain = both(tree(2).train())
+    leaves = [part for holder in holders(plain) for part in holder.parts.values() if not isinstance(part, Holder)]
+    for _ in range(4):
+        for mine, theirs in zip(holders(ours), holders(plain), strict=True):
+            mine.step = theirs.step = draw.sample(["part0", "part1"], draw.choice([1, 2]))
+        x, how = inputs().requires_grad_(), draw.choice(["plain", "copied", "reentrant", "checkpointed", "inference"])
+        if how == "inference":
+            with torch.inference_mode():
+                torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-3)
+            continue
+        if how == "copied":
+            ours = copy.deepcopy(ours)
+        wrapped = (
+            partial(checkpoint, use_reentrant=how == "reentrant") if how in ("reentrant", "checkpointed") else None
+        )
+        found = [gradients(m, x, None if wrapped is None else partial(wrapped, m)) for m in (ours, plain)]
+        assert_same(*found)
+    for holder in holders(ours):
+        holder.step = list(holder.parts)
+    ours(inputs()).backward()
+    assert grouped(ours) == OF_BERT * len(leaves)  # a stack has as many
+
+
+def holders(model: nn.Module) -> list[Holder]:
+    return [module for module in model.modules() if isinstance(module, Holder)]
