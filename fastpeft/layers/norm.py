@@ -1,6 +1,6 @@
 """Norms of any model with a fused forward: the same module, computed in one pass each way, x kept and nothing wider.
 
-A module becomes one of these by a swap of `__class__`, once `norm_structure` has proved on this instance what it
+A module becomes one of these by a swap of `__class__`, once `norm_proof` has proved on this instance what it
 computes. Each forward reads eps and weight anew; what the op does not cover runs the module's own forward.
 """
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.common.shapes import kind_of
 from fastpeft_kernels.norm.api import run_norm
+from fastpeft_kernels.norm.form import most_features
 
 from .bypass import transformed
 from .counting import Counting
 from .mixing import reduced, swap_out
-from .norm_structure import DTYPES, Norm
+from .norm_structure import DTYPES, Norm, changed
 
 FEW_ON_CPU = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20, torch.float16: 1 << 20}
 """Numbers up to which PyTorch's operations, called from the model's Python, take less time on a CPU than ours."""
@@ -62,19 +63,33 @@ class FastNorm(nn.Module, Counting):
         few = FEW_GATED_ON_CPU if gated else FEW_ON_CPU.get(x.dtype, 0)
         if (x.is_cpu or (x.is_meta and kind_of(x.device) == "cpu")) and x.numel() <= few:
             return FEW
+        if x.dim() not in norm.dimensions:
+            return f"an input of {x.dim()} dimensions"
+        if (name := changed(self, norm)) is not None:
+            return f"{name}: changed since it was accelerated"
+        if type(getattr(self, norm.eps_name)) not in (float, int):
+            return f"{norm.eps_name}: no number"
         if weight is None and norm.weight_dtype is None:
-            return f"an input in {x.dtype}" if x.dtype not in DTYPES or x.dim() == 0 else transformed()
+            return transformed() if x.dtype in DTYPES else f"an input in {x.dtype}"
         if type(weight) is not nn.Parameter:  # sharded, or a view that FSDP1 or a replica keeps elsewhere
             return f"a weight of type {type(weight).__name__}"
         if weight.dtype != norm.weight_dtype:
             return f"a weight cast from {norm.weight_dtype} to {weight.dtype}"
         if x.dtype not in DTYPES:
             return f"an input in {x.dtype}"
-        if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
+        if x.device != weight.device or x.shape[-1] != weight.shape[0]:
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
         if gated and (args[1].shape != x.shape or args[1].device != x.device or args[1].dtype not in DTYPES):
             return f"a gate of {tuple(args[1].shape)} in {args[1].dtype}"
+        if gated and kind_of(x.device) == "cuda" and self._too_long(x, weight):
+            return f"a gate of {x.shape[-1]} features, which the kernel has no registers for"
         return transformed()
+
+    def _too_long(self, x: Tensor, weight: Tensor) -> bool:
+        norm = self.fastpeft_norm
+        assert norm is not None
+        form = norm.form(x.dtype, getattr(self, norm.eps_name))
+        return x.shape[-1] // form.groups > most_features(form, x.dtype, weight.requires_grad)
 
     def leave(self) -> None:
         """This instance as it was before."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def within_budget(ours: Tensor, theirs: Tensor, exact: Tensor, eps: float) -> bool:
@@ -17,6 +19,15 @@ def within_budget(ours: Tensor, theirs: Tensor, exact: Tensor, eps: float) -> bo
     slack = 2.0 * (1.0 + 4.0 / max(1, exact.shape[-1]) ** 0.5)
     right = reference <= 8.0 * eps * size + torch.finfo(torch.float32).tiny
     return bool((right & (error <= slack * reference + torch.finfo(ours.dtype).eps * size)).all())
+
+
+def takes(module: nn.Module, arguments: int) -> bool:
+    """Whether a module's own forward can be called with so many, by position."""
+    try:
+        inspect.signature(type(module).forward).bind(module, *range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def failure(error: Exception) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..layers.norm import FastNorm
-from ..layers.norm_structure import Norm, candidates, proved
+from ..layers.norm_proof import proved
+from ..layers.norm_structure import Norm, candidates, changed
 from .base import Left, Match
 from .swap import MixedIn, why_not_its_own
 
@@ -34,10 +35,10 @@ class NormReplacement(MixedIn):
         return Left(norm) if isinstance(norm, str) else Match(norm.op, norm)
 
     def finish(self, root: nn.Module, modules: dict[str, nn.Module], setting: Any) -> None:
-        """Those whose weight was cast since they were proved are proved anew."""
+        """Those whose weight was cast, or a setting changed, since they were proved are proved anew."""
         for module in modules.values():
             norm, weight = getattr(module, self.attribute), module._parameters.get("weight")
-            if weight is None or weight.dtype == norm.weight_dtype:
+            if (weight is None or weight.dtype == norm.weight_dtype) and changed(module, norm) is None:
                 continue
             self.undo(module)
             matched = self.match(module)

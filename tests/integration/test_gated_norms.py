@@ -18,7 +18,8 @@ import fastpeft
 from fastpeft.bench.matrix.families import FAMILIES, batch
 from fastpeft.layers import norm as norm_layer
 from fastpeft.layers.norm import FEW, FastNorm
-from fastpeft.layers.norm_structure import Norm, candidates, proved
+from fastpeft.layers.norm_proof import proved
+from fastpeft.layers.norm_structure import Norm, candidates
 from tests.budget import assert_within_budget
 from tests.integration.models import with_lora
 from tests.integration.steps import assert_step_close, step, truth

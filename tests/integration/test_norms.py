@@ -19,7 +19,8 @@ import fastpeft
 from fastpeft.bench.kept import bytes_kept
 from fastpeft.layers import norm as norm_layer
 from fastpeft.layers.norm import FEW, FastNorm
-from fastpeft.layers.norm_structure import candidates, proved
+from fastpeft.layers.norm_proof import proved
+from fastpeft.layers.norm_structure import candidates
 from tests.budget import assert_within_budget
 from tests.integration.models import batch, make
 from tests.integration.steps import assert_step_close, step, truth
@@ -191,7 +192,7 @@ def test_calls_that_are_left_to_the_module() -> None:
     x = torch.randn(4, WIDTH)
     module(x.double())
     module(hidden_states=x)
-    torch.func.vmap(module)(x)
+    torch.func.vmap(module)(x[None])
     module.half()(x)
     assert set(module.fastpeft_calls) == {
         "an input in torch.float64",

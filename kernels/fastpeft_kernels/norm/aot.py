@@ -18,10 +18,17 @@ def cases() -> Iterator[AotCase]:
             yield _case("fwd", features, kind, "bf16")
             yield _case("bwd", features, kind, "bf16")
             yield _case("bwd", features, kind, "bf16", trained=True)
-    for features, kind, groups in ((128, "gated", 1), (4096, "gate_first", 1), (1024, "gate_first", 8)):
+    for features, kind, groups in ((128, "gated", 1), (1024, "gate_first", 8)):
         yield _case("fwd", features, kind, "bf16", groups=groups)
         yield _case("bwd", features, kind, "bf16", groups=groups)
         yield _case("bwd", features, kind, "bf16", groups=groups, trained=True)
+    for features, kind in ((8192, "gated"), (4096, "gate_first")):  # the longest of `form.most_features`
+        yield _case("fwd", features, kind, "bf16")
+        yield _case("bwd", features, kind, "bf16")
+        yield _case("bwd", features, kind, "bf16", trained=True)
+        yield _case("bwd", features, kind, "fp32", trained=True)
+    for stage in ("fwd", "bwd"):
+        yield _case(stage, 8192, "gate_first", "bf16")
     for dtype in ("fp16", "fp32"):
         yield _case("fwd", 4096, "input", dtype)
         yield _case("bwd", 4096, "input", dtype)
@@ -50,9 +57,9 @@ def _case(
     from .tiles import tile
 
     backward, centred = stage == "bwd", kind == "layer"
-    block_rows, block_columns, num_warps = tile(features)
-    constants: dict[str, Any] = {"OFFSET": 1.0 if kind == "gemma" else 0.0, "CENTRED": centred}
     gated = kind in ("gated", "gate_first")
+    block_rows, block_columns, num_warps = tile(features, kind == "gated" if gated else None)
+    constants: dict[str, Any] = {"OFFSET": 1.0 if kind == "gemma" else 0.0, "CENTRED": centred}
     constants |= {"GATE_FIRST": kind == "gate_first", "GATE_LAST": kind == "gated", "SIGMOID": False, "GROUPS": groups}
     constants |= {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
     if not backward:

@@ -13,7 +13,7 @@ from ..common.shapes import imitated
 from ..common.tracing import as_op
 from ..common.validation import check_floating, check_instance, check_tensor
 from .autograd import apply
-from .form import ROUNDINGS, Form, layer_form, rms_form
+from .form import ROUNDINGS, Form, layer_form, most_features, rms_form
 from .reference import norm_reference
 
 BACKENDS = ("auto", "torch", "aten", "triton")
@@ -24,7 +24,6 @@ FEW = 1 << 23
 By arithmetic: of four times as many (8192 x 4096, bf16) an H200 took 119 us forward and backward with it and 90 with
 ours, so of these it loses 7; our launches and the Python around them take a CPU some 80 us more than a node of torch's.
 """
-_MOST_FEATURES = 32768
 
 
 def rms_norm(
@@ -146,11 +145,13 @@ def run_checked(
 def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> str:
     """By arithmetic: PyTorch's own LayerNorm everywhere, its RMSNorm for few elements on a GPU; else ours."""
     one_kernel = _aten_serves(x, weight, bias, form) and (form.centred or x.is_cuda)
-    if not x.is_cuda and x.dtype.itemsize == 2 and any([t is not None and t.requires_grad for t in (weight, bias)]):
+    trained = any([t is not None and t.requires_grad for t in (weight, bias)])
+    if not x.is_cuda and x.dtype.itemsize == 2 and trained:
         one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
         return "aten"
-    if x.dtype in DTYPES and 0 < x.shape[-1] // form.groups <= _MOST_FEATURES and triton_serves(x.device):
+    most = most_features(form, x.dtype, trained)
+    if x.dtype in DTYPES and 0 < x.shape[-1] // form.groups <= most and triton_serves(x.device):
         return "triton"
     return "aten" if one_kernel else "torch"
 

@@ -137,9 +137,9 @@ def norm_backward_triton(
     Raises:
         ValueError: as `tiles.check_launch`.
     """
-    check_launch(norm_bwd_kernel, x, form.groups)
+    check_launch(norm_bwd_kernel, x, form)
     rows, columns = x.shape[0], x.shape[1] // form.groups
-    block_rows, block_columns, num_warps = tile(columns)
+    block_rows, block_columns, num_warps = tile(columns, form.norm_before_gate)
     tiles = cdiv(rows, block_rows)
     steps = cdiv(tiles, PARTIAL_SUMS) if any(needs[1:3]) else 1
     programs = cdiv(tiles, steps)

@@ -103,9 +103,9 @@ def norm_triton(
     Raises:
         ValueError: as `tiles.check_launch`.
     """
-    check_launch(norm_fwd_kernel, x, form.groups)
+    check_launch(norm_fwd_kernel, x, form)
     rows, columns = x.shape[0], x.shape[1] // form.groups
-    block_rows, block_columns, num_warps = tile(columns)
+    block_rows, block_columns, num_warps = tile(columns, form.norm_before_gate)
     y = torch.empty(shape or x.shape, dtype=form.out, device=x.device)
     rstd = torch.empty((rows * form.groups,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.centred else None

@@ -34,7 +34,7 @@ def gated_rms_norm(
             is normalised (Mamba 2).
         activation: of the gate, "silu" or "sigmoid" (Kimi Linear).
         groups: into how many parts of equal size a row is divided, each with a mean square of its own (Mamba 2).
-        backend: "torch", "triton" (CUDA, not fp64, at most 32768 features a group), or "auto".
+        backend: "torch", "triton" (CUDA, not fp64, at most 8192 features a group), or "auto".
 
     Returns:
         y, as x but contiguous.

@@ -13,14 +13,14 @@ from torch import Tensor
 from ..common.device import holds_huge_tensors
 from ..common.gpu_verdicts import Verdicts
 from .api import DTYPES, run_norm
-from .form import Form, gated_form, layer_form, rms_form
+from .form import Form, gated_form, layer_form, most_features, rms_form
 from .reference import norm_reference
 
 _DEVICE = torch.device("cuda")
 _ODD = (37, 333)
 """In every combination; the others in bf16, frozen and with all that there is: each takes kernels of its own."""
-# A head; a hidden state; narrow; one; wide; the widest that a program holds.
-_SHAPES = ((3, 50, 128), (65, 4096), (1000, 7), (1, 1), (5, 16384), (3, 32768))
+# A head; a hidden state; narrow; one; wide; the widest that a program holds with a gate, and without.
+_SHAPES = ((3, 50, 128), (65, 4096), (1000, 7), (1, 1), (9, 8192), (5, 16384), (3, 32768))
 _MANY = 2**31
 _GATED = {
     "gate after": (True, "silu", 1),
@@ -56,10 +56,9 @@ def _form(kind: str, x: torch.dtype, weight: torch.dtype, eps: float) -> Form:
 
 def _check(kind: str, backend: str) -> dict[str, Any]:
     verdicts = Verdicts()
-    if kind == "gate before":
-        odd, shapes = (37, 332), [shape for shape in _SHAPES if shape[-1] % _GATED[kind][-1] == 0]
-    else:
-        odd, shapes = _ODD, list(_SHAPES)
+    form = _form(kind, torch.bfloat16, torch.bfloat16, 1e-6)
+    shapes = [s for s in _SHAPES if s[-1] % form.groups == 0 and s[-1] // form.groups <= most_features(form)]
+    odd = _ODD if form.groups == 1 else (37, 332)
     for dtype, weight, trained in product(DTYPES, (None, torch.float32), (False, True)):
         if backend == "aten" and (trained or weight is not None):
             continue  # what it does not take, and sums over rows in PyTorch's own rounding
@@ -93,8 +92,8 @@ def _check_default() -> dict[str, Any]:
 
 def _check_wide() -> dict[str, Any]:
     verdicts = Verdicts()
-    for kind in ("gemma", "layer"):
-        _compare(verdicts, kind, "auto", (3, 40000), torch.bfloat16, torch.bfloat16, True)
+    for kind, features in (("gemma", 40000), ("layer", 40000), ("gate after", 16384)):
+        _compare(verdicts, kind, "auto", (3, features), torch.bfloat16, torch.bfloat16, True)
     return {"largest_share_of_budget": verdicts.settle()}
 
 

@@ -89,13 +89,17 @@ def test_the_default_is_pytorch_s_own_where_that_is_one_kernel(monkeypatch: pyte
 
     def chosen(x: Any, weight: Any = None, **changes: Any) -> str:
         form = api.layer_form(x.dtype, 1e-5) if changes.pop("centred", False) else None
-        form = form or api.rms_form(x.dtype, x.dtype, 1e-6, changes.pop("offset", 0.0), "input")
+        form = form or api.rms_form(x.dtype, x.dtype, 1e-6, changes.pop("offset", 0.0), "input")._replace(**changes)
         return api._default(x, weight, None, form)
 
     assert chosen(OnCuda(few)) == "aten" and chosen(OnCuda(many)) == "triton"
     assert chosen(OnCuda(few), offset=1.0) == "triton"
     assert chosen(OnCuda(few), W.half()) == "triton"
     assert chosen(OnCuda(wide)) == "aten" and chosen(OnCuda(wide), offset=1.0) == "torch"
+    gated = OnCuda(torch.empty(4, 8192, device="meta"))
+    assert [chosen(gated, norm_before_gate=last) for last in (True, False)] == ["triton", "torch"]  # in fp32
+    assert chosen(gated, norm_before_gate=False, groups=2) == "triton"
+    assert chosen(OnCuda(wide), norm_before_gate=True) == "torch"
     assert chosen(OnCuda(many), centred=True) == "aten" and chosen(few, centred=True) == "aten"
     monkeypatch.setattr(api, "triton_serves", lambda device: False)
     assert chosen(few) == "torch" and chosen(OnCuda(many)) == "aten"

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastpeft_kernels.norm import rms_norm
+from fastpeft_kernels.norm import gated_rms_norm, rms_norm
 
 from .conftest import KINDS, hold, make_case
 
@@ -43,5 +43,8 @@ def test_other_strides_and_no_gradient_of_x() -> None:
 
 
 def test_too_many_features() -> None:
-    with pytest.raises(ValueError, match="x: expected at most 32768 features for 'triton', got 32769"):
+    with pytest.raises(ValueError, match="x: expected at most 32768 features a group for 'triton', got 32769"):
         rms_norm(torch.zeros(1, 32769), None, 1e-6, backend="triton")
+    x = torch.zeros(1, 2 * 8193)
+    with pytest.raises(ValueError, match="x: expected at most 8192 features a group for 'triton', got 8193"):
+        gated_rms_norm(x, x, None, 1e-6, groups=2, backend="triton")
