@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -18,10 +17,11 @@ from fastpeft_kernels.weights import DenseWeight
 
 from ..integrations.transformers import experts_implementation
 from .mlp_structure import FEATURES, SCALES, WIDTH, close_by_rows, computes, functions_among
-from .proving import failure
+from .proving import failure, takes
 
-ROWS = 4 * len(SCALES)
 TOP_K = 2
+LARGEST = 1e9
+"""From here on a limit is none: no value in an MLP is so large."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ def candidates(module: nn.Module) -> list[ExpertRoles]:
         return []
     if any(module.buffers()) or any(next(f.parameters(), None) is not None or any(f.children()) for f in functions):
         return []
-    even = len(inspect.signature(type(module).forward).parameters) == 2  # self and x
+    evens = [even for even in (False, True) if takes(module, 1 if even else 3)] or [False]
     found = []
-    for (inner, down), transposed, biased in product(permutations(stacks), (False, True), (False, True)):
+    shapes = product(evens, permutations(stacks), (False, True), (False, True))
+    for even, (inner, down), transposed, biased in shapes:
         into, width = stacks[inner][1:] if transposed else stacks[inner][:0:-1]
         features, out = stacks[down][1:] if transposed else stacks[down][:0:-1]
         if into != out or width not in (features, 2 * features):
@@ -96,17 +97,20 @@ def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
     """The one of `wanted` that gives what the module's forward gives, or why there is none; leaves no trace.
 
     Tried is the module's own code on (x, index, weights), or x alone, over small random matrices in fp32 in place of
-    its own: with `training` on and off, on small and large inputs, with experts that get no row and tokens that choose
-    one twice.
+    its own: with `training` on and off, on small and large inputs, beyond any limit that it may have, with experts that
+    get no row and tokens that choose one twice. What takes both is served with a routing.
     """
     fitting: list[ExpertRoles] = []
     errors: list[Exception] = []
+    limits = dict.fromkeys(roles.gating.limit for roles in wanted)
+    scales = (*SCALES, *(4.0 * limit for limit in limits if 4.0 * limit > SCALES[-1]))
     for roles in wanted:  # without a gate either stack could be the inner one, by its shape
         try:
-            if _fits(module, roles):
+            if _fits(module, roles, scales):
                 fitting.append(roles)
         except Exception as error:
             errors.append(error)
+    fitting = [roles for roles in fitting if not roles.even] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -114,15 +118,14 @@ def proved(module: nn.Module, wanted: list[ExpertRoles]) -> ExpertRoles | str:
     return failure(errors[0]) if len(errors) == len(wanted) else "it computes something else than experts"
 
 
-def _fits(module: nn.Module, roles: ExpertRoles) -> bool:
+def _fits(module: nn.Module, roles: ExpertRoles, scales: tuple[float, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
     twin: Any = _twin(module, roles, generator)
     experts, *sizes = twin._parameters[roles.inner].shape
-    rows = len(SCALES) * experts if roles.even else ROWS
-    x = (
-        torch.randn((rows, sizes[0 if roles.transposed else 1]), generator=generator)
-        * torch.tensor(SCALES).repeat(rows // len(SCALES))[:, None]
-    )
+    times = experts if roles.even else 4
+    rows = times * len(scales)
+    x = torch.randn((rows, sizes[0 if roles.transposed else 1]), generator=generator)
+    x = x * torch.tensor(scales).repeat(times)[:, None]
     if roles.even:
         routing = even_routing(x, experts, x.dtype)
     else:
@@ -167,7 +170,8 @@ def _gatings(module: nn.Module, functions: list[nn.Module], gated: bool) -> list
     layouts = (False, True) if gated else (False,)
     found = [Gating(kind, gated, interleaved) for kind in kinds for interleaved in layouts]
     if gated and (not functions or computes(functions[0], "silu")):
-        limits, alphas = _numbers(module, "limit"), dict.fromkeys((*_numbers(module, "alpha"), 1.0))
+        limits = [limit for limit in _numbers(module, "limit") if limit < LARGEST]
+        alphas = dict.fromkeys((*_numbers(module, "alpha"), 1.0))
         clamped = product(layouts, alphas, limits, (1.0, 0.0))
         found += [Gating(CLAMPED_SWIGLU, gated, *numbers) for numbers in clamped]
     return found
