@@ -29,7 +29,7 @@ NO_KERNEL = "no kernel for this device and dtype"
 class FastRotary(nn.Module):
     """Mixed in before a model's own class; overrides `forward`. Under torch.compile it is the model's own again."""
 
-    fastpeft_turn: Mapping[str, Turn] | None = None  # by the function's name
+    fastpeft_turn: Mapping[str, Turn | None] | None = None  # by the function's name; None for one that is not known
     fastpeft_turns: dict[str, int]  # calls by outcome; attention counts its own
     fastpeft_suspended: bool = False
 
@@ -40,13 +40,13 @@ class FastRotary(nn.Module):
         if type(x) is Tensor and x.is_cpu and not kernel_serves(x, x):  # names are looked up faster there
             self._count(NO_KERNEL)
             return super().forward(*args, **kwargs)
-        ours = {name: partial(self._turned, name) for name in self.fastpeft_turn}
+        ours = {
+            name: partial(self._turned, name, turn) for name, turn in self.fastpeft_turn.items() if turn is not None
+        }
         return _with_ours(unmixed(type(self)).forward, ours)(self, *args, **kwargs)
 
-    def _turned(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _turned(self, name: str, turn: Turn, *args: Any, **kwargs: Any) -> Any:
         """In place of the file's function, which runs where the op does not serve."""
-        assert self.fastpeft_turn is not None
-        turn = self.fastpeft_turn[name]
         call = turn.convention.read(args, kwargs)
         reason = call if isinstance(call, str) else _why_not(turn, call)
         self._count(reason or "fused")

@@ -23,6 +23,9 @@ from .rotary_calls import CONVENTIONS, Convention, Turned
 PART = "apply_rotary"
 """Is in the names by which the files of transformers' models call such functions: `apply_rotary_pos_emb` most often."""
 UNKNOWN = "it turns queries and keys in a way that is not known"
+ELSEWHERE = "it is no name of its file, the only ones that can be ours"
+"""Of a function that is called as a method, through a module or by a local name."""
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "IMPORT_FROM")
 
 
 class Turn(NamedTuple):
@@ -54,9 +57,9 @@ _KNOWN: dict[tuple[Callable[..., Any], int, str], Turn] = {}
 def own_functions(module: nn.Module) -> Functions | str | None:
     """Those of its file that a module's forward calls by such names; why that isn't known; None if it calls none."""
     outer: Any = unmixed(type(module)).forward
-    names = _names(inspect.unwrap(outer))
+    names, others = _names(inspect.unwrap(outer)), names_elsewhere(module)
     if not names:
-        return None
+        return f"{', '.join(others)}: {ELSEWHERE}" if others else None
     forward = within_decorators(outer)
     if forward is None or _names(forward) != names:
         return "its forward is decorated in a way that is not known"
@@ -72,8 +75,19 @@ def own_functions(module: nn.Module) -> Functions | str | None:
 
 
 def _names(forward: Any) -> list[str]:
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return [name for name in names if PART in name and name in forward.__globals__]
+    return [name for name in _loaded(forward, "LOAD_GLOBAL") if name in forward.__globals__]
+
+
+def names_elsewhere(module: nn.Module) -> list[str]:
+    """Those that its forward calls otherwise: as methods, through modules."""
+    return _loaded(inspect.unwrap(unmixed(type(module)).forward), *_LOADS)
+
+
+def _loaded(forward: Any, *ways: str) -> list[str]:
+    if not hasattr(forward, "__code__"):
+        return []
+    found = [step.argval for step in dis.get_instructions(forward) if step.opname in ways]
+    return [name for name in dict.fromkeys(found) if PART in name]
 
 
 def within_decorators(forward: Any) -> FunctionType | None:
@@ -96,8 +110,8 @@ def holds(cell: CellType, value: Any) -> bool:
         return False
 
 
-def proved(module: nn.Module, functions: Functions) -> dict[str, Turn] | str:
-    """What each function computes as far as that is known, or why of none it is.
+def proved(module: nn.Module, functions: Functions) -> dict[str, Turn | None] | str:
+    """What each function computes, None if that is not known; or why of none it is.
 
     Tried in every dtype that is served, values and gradients. Once a function is known for heads of one size, it is
     tried with what was found there in one dtype.
@@ -107,7 +121,7 @@ def proved(module: nn.Module, functions: Functions) -> dict[str, Turn] | str:
     size: Any = getattr(module, "head_dim", None)
     size = size if type(size) is int and size >= 4 and size % 4 == 0 else 16
     found = {name: _turn_of(function, size, device) for name, function in functions.items()}
-    return {name: turn for name, turn in found.items() if turn is not None} or UNKNOWN
+    return found if any(found.values()) else f"{', '.join(functions)}: {UNKNOWN}"
 
 
 def _turn_of(function: FunctionType, size: int, device: torch.device) -> Turn | None:

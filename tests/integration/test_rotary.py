@@ -21,7 +21,7 @@ from fastpeft.bench.matrix.families import FAMILIES
 from fastpeft.layers import rotary
 from fastpeft.layers.rotary import NO_KERNEL, FastRotary
 from fastpeft.layers.rotary_calls import CONVENTIONS, NO_CALL
-from fastpeft.layers.rotary_structure import UNKNOWN, Turn, own_functions, proved
+from fastpeft.layers.rotary_structure import ELSEWHERE, UNKNOWN, Turn, own_functions, proved
 from fastpeft.reporting import ReportRow
 from tests.integration.models import batch, make, with_lora
 from tests.integration.steps import assert_step_close, step, truth
@@ -71,7 +71,11 @@ def test_recognised_by_what_it_computes(model: str, kind: str, turn: Turn | None
     functions = own_functions(module)
     assert isinstance(functions, dict)
     found = proved(module, functions)
-    assert found == UNKNOWN if turn is None else isinstance(found, dict) and list(found.values())[:1] == [turn]
+    assert (
+        found == f"apply_rotary_pos_emb: {UNKNOWN}"
+        if turn is None
+        else isinstance(found, dict) and list(found.values())[:1] == [turn]
+    )
 
 
 def test_a_function_that_only_looks_like_one_is_left() -> None:
@@ -83,7 +87,7 @@ def test_a_function_that_only_looks_like_one_is_left() -> None:
         return tuple(y + 0 * x for x, y in zip((q, k), turned, strict=True))
 
     for function in (doubled, detached):
-        assert proved(nn.Identity(), {"turn": function}) == UNKNOWN
+        assert proved(nn.Identity(), {"turn": function}) == f"turn: {UNKNOWN}"
 
 
 @pytest.mark.usefixtures("on_any_device")
@@ -234,11 +238,60 @@ def test_compiled_it_is_the_module_s_own() -> None:
     assert module.fastpeft_turns == {"fused": 1}
 
 
+def apply_rotary_doubled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return tuple(2 * x for x in apply_rotary_pos_emb(q, k, cos, sin))
+
+
+class ByMethod(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return self.apply_rotary_here(q, k, cos, sin)
+
+    def apply_rotary_here(self, *given: Tensor) -> Any:
+        return apply_rotary_pos_emb(*given)
+
+
+class ThroughModule(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+
+class OfTwo(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_doubled(*apply_rotary_pos_emb(q, k, cos, sin), cos, sin)
+
+
+class Unknown(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_doubled(q, k, cos, sin)
+
+
+@pytest.mark.usefixtures("on_any_device")
+@pytest.mark.parametrize(
+    ("kind", "served", "note"),
+    [
+        (ByMethod, False, f"apply_rotary_here: {ELSEWHERE}"),
+        (ThroughModule, False, f"apply_rotary_pos_emb: {ELSEWHERE}"),
+        (Unknown, False, f"apply_rotary_doubled: {UNKNOWN}"),
+        (OfTwo, True, f"apply_rotary_doubled: {UNKNOWN}"),
+    ],
+)
+def test_functions_that_are_left_to_the_model_are_named(kind: type[nn.Module], served: bool, note: str) -> None:
+    module: Any = kind()
+    x, table = torch.randn(2, 4, 5, 16), torch.randn(1, 5, 16)
+    theirs = module(x, x, table, table)
+    report = fastpeft.report(fastpeft.accelerate(nn.ModuleDict({"turning": module})))
+    torch.testing.assert_close(module(x, x, table, table), theirs)
+    assert [row.note for row in report.rows if row.path == "turning"] == [note]
+    assert isinstance(module, FastRotary) is served
+    if served:
+        assert module.fastpeft_turns == {"fused": 1}
+
+
 @pytest.mark.usefixtures("on_any_device")
 def test_calls_that_are_left_to_the_file_s_function() -> None:
     attention: Any = attentions(fastpeft.accelerate(make()))[0]
     q, k, cos = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16)
-    turned = partial(attention._turned, "apply_rotary_pos_emb")
+    turned = partial(attention._turned, "apply_rotary_pos_emb", attention.fastpeft_turn["apply_rotary_pos_emb"])
     want = modeling_llama.apply_rotary_pos_emb(q, k, cos, cos)
     torch.testing.assert_close(turned(q, k, cos, cos, unsqueeze_dim=1), want)
     torch.testing.assert_close(turned(q, k, cos=cos, sin=cos), want)
