@@ -108,6 +108,23 @@ def counting(self: Any, x: Tensor) -> Tensor:
     return normalised(x) * self.weight
 
 
+def clamped(self: Any, x: Tensor) -> Tensor:
+    return normalised(x).clamp(max=6.0) * self.weight
+
+
+def clamped_below(self: Any, x: Tensor) -> Tensor:
+    return normalised(x).clamp(min=-6.0) * self.weight
+
+
+def with_a_clamped_gate(self: Any, x: Tensor, gate: Tensor) -> Tensor:
+    return (normalised(x) * self.weight * nn.functional.silu(gate.float().clamp(max=10.0))).to(x.dtype)
+
+
+def writing_to_its_weight(self: Any, x: Tensor) -> Tensor:
+    self.weight.data.mul_(0.5)
+    return normalised(x) * self.weight
+
+
 def in_place(self: Any, x: Tensor) -> Tensor:
     y = normalised(x) * self.weight
     x.data.zero_()
@@ -126,12 +143,19 @@ def in_place(self: Any, x: Tensor) -> Tensor:
         (groups_of_48, None),
         (in_training, WIDTH),
         (evaluated, WIDTH),
+        (clamped, WIDTH),
+        (clamped_below, WIDTH),
+        (with_a_clamped_gate, WIDTH),
         (counting, WIDTH),
+        (writing_to_its_weight, WIDTH),
         (in_place, WIDTH),
     ],
 )
 def test_what_is_none_of_ours_is_left(forward: Any, features: int | None) -> None:
-    assert not isinstance(fast(kind(forward)(features)), FastNorm)
+    module = kind(forward)(features)
+    before = copy.deepcopy(module.state_dict())
+    assert not isinstance(fast(module), FastNorm)
+    assert all(map(torch.equal, before.values(), module.state_dict().values()))
 
 
 def test_a_trial_draws_no_random_numbers() -> None:
