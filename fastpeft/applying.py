@@ -103,9 +103,9 @@ def accelerate(
     Raises:
         TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` neither plan nor policy.
         ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
-            LoRA layers are not to be replaced, `memory` does not fit the model's layers or
-            streams them with copies in FP8, or the model is not on GPUs
-            that multiply in FP8 (compute capability 8.9 or newer).
+            LoRA layers are not to be replaced, `memory` does not fit the model's layers,
+            computes them again with prefix tuning or streams them with copies in FP8, or the model is not on GPUs that
+            multiply in FP8 (compute capability 8.9 or newer).
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):

@@ -91,7 +91,9 @@ def attention_forward(
     dropout = dropout if getattr(module, "training", True) else 0.0
     if position_bias is not None and position_bias.numel() == 0:
         position_bias = None
-    if softcap is None and s_aux is None and dropout < 1.0 and not _asks_for_more(query, key, value, others):
+    weights = bool(others.get("output_attentions")) or collects_weights(module)
+    ordinary = softcap is None and s_aux is None and dropout < 1.0 and not weights
+    if ordinary and not _asks_for_more(query, key, value, others):
         done = None
         if queries == 1 and dropout == 0.0:
             done = one_query(query, key, value, attention_mask, position_bias, scaling)
@@ -122,7 +124,7 @@ def attention_forward(
             mask = replace(mask, right=0)
     if found is not None:
         mask = within(mask, found)
-    reason = _why_not(query, key, value, others) or ("dropout of all weights" if dropout >= 1.0 else None)
+    reason = _why_not(query, key, value, weights, others) or ("dropout of all weights" if dropout >= 1.0 else None)
     if reason is not None:
         count(module, reason)
         bias = _expanded(relative, bias, queries, keys)
@@ -154,8 +156,6 @@ def _asks_for_more(query: Tensor, key: Tensor, value: Tensor, others: dict[str, 
         return True
     if torch.compiler.is_compiling() or any([others.get(name) is not None for name in _SEEN_TO]):
         return True
-    if collects_weights():
-        return True
     return transformed() is not None
 
 
@@ -183,9 +183,9 @@ def _module_is_causal(module: Any) -> bool:
     return bool(getattr(module, "is_causal", before is None or before.name != "eager"))
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]) -> str | None:
+def _why_not(query: Tensor, key: Tensor, value: Tensor, weights: bool, others: dict[str, Any]) -> str | None:
     """Why the model's own attention must compute a call; None if it need not."""
-    if others.get("output_attentions") or collects_weights():
+    if weights:
         return "output_attentions"
     if named := [name for name in OTHERS_ARGUMENTS if others.get(name) is not None]:
         return f"called with {', '.join(named)}"

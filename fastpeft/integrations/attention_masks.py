@@ -31,6 +31,8 @@ from torch import Tensor
 from fastpeft_kernels.attention.masks import Mask, dense_mask
 from fastpeft_kernels.attention.ranges import packed_by_index
 
+_KEYS = "fastpeft_keys"
+"""Attribute of intervals: of how many keys they are, while the tensor is the one that was made."""
 _FEW_SEEN = 1 << 26
 """Elements of a mask of queries x keys, a byte each."""
 
@@ -125,7 +127,10 @@ def encoded(start: Tensor, stop: Tensor, seen: Tensor | None, batch: int, keys: 
             return dense_mask(Mask(start=start, stop=stop, keys=seen), start.shape[1], keys, start.device)
     rows = torch.stack([start, stop], dim=-1).clamp(0, keys).expand(batch, -1, -1)
     if seen is None:
-        return rows.to(torch.int32)[:, None]
+        made = rows.to(torch.int32)[:, None]
+        if not torch.compiler.is_compiling():
+            setattr(made, _KEYS, keys)
+        return made
     columns = torch.nn.functional.pad(seen.to(rows.dtype)[..., None], (0, 2))
     return torch.cat([torch.nn.functional.pad(rows, (0, 1)), columns], dim=1).to(torch.int32)[:, None]
 
@@ -141,12 +146,15 @@ def decoded(attention_mask: Tensor | None, queries: int, keys: int) -> tuple[Mas
     """(mask, bias to add) of what a model hands to its attention function as its mask.
 
     Raises:
-        ValueError: a shape or dtype that says nothing about queries x keys.
+        ValueError: a shape or dtype that says nothing about queries x keys, or other keys than it was made for.
     """
     given = attention_mask
     if given is None:
         return Mask(), None
     if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries, 2):
+        if not torch.compiler.is_compiling() and (made := getattr(given, _KEYS, keys)) != keys:
+            cause = "; activation checkpointing takes caches away, which prefix tuning needs" if made > keys else ""
+            raise ValueError(f"attention_mask: expected a mask of {keys} keys, got one of {made}{cause}")
         start, stop = given[:, 0].unbind(-1)
         return Mask(start=start, stop=stop), None
     if given.dim() == 4 and given.dtype == torch.int32 and given.shape[1:] == (1, queries + keys, 3):

@@ -109,6 +109,16 @@ def saved_copies(module: nn.Module) -> list[nn.Module]:
     return [module.original_module, *module.modules_to_save.children()]
 
 
+def hands_over_a_cache(model: nn.Module) -> str | None:
+    """The method that reaches a model's layers by a key-value cache, such as "PREFIX_TUNING", or None."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", {}) if "prompt_encoder" in module._modules else {}
+        for config in configs.values():
+            if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+                return str(config.peft_type.value)
+    return None
+
+
 def base_modules(module: nn.Module) -> Iterator[nn.Module]:
     """A module and all within it that is of the base: without adapters, and without copies that are saved with them."""
     from peft.tuners.tuners_utils import BaseTunerLayer

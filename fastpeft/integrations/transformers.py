@@ -50,13 +50,33 @@ def _outputs_collected() -> Callable[[], Mapping[str, Any] | None]:
     return get
 
 
-def collects_weights() -> bool:
+_COLLECTED = "fastpeft_weights"
+"""Attribute of an attention module whose last forward was asked for weights."""
+
+
+def collects_weights(module: Any) -> bool:
     """Whether a model that runs keeps weights of attention for its outputs, which GPT-2 does not tell its layers.
 
-    Not told under torch.compile, which cannot trace it.
+    In backward, where layers are computed again, whether the module's last forward was asked for them. Not told under
+    torch.compile, which cannot trace it.
     """
-    collected = None if torch.compiler.is_compiling() else _outputs_collected()()
-    return collected is not None and any([name.endswith("attentions") for name in collected])
+    if torch.compiler.is_compiling():
+        return False
+    noted: dict[str, Any] = getattr(module, "__dict__", {})
+    if torch._C._current_graph_task_id() != -1:
+        return _COLLECTED in noted
+    collected = _outputs_collected()()
+    found = collected is not None and any([name.endswith("attentions") for name in collected])
+    if found:
+        noted[_COLLECTED] = True
+    elif noted.get("training"):  # an evaluation may come between forward and backward
+        noted.pop(_COLLECTED, None)
+    return found
+
+
+def forget_weights(module: nn.Module) -> None:
+    """Take away what `collects_weights` noted."""
+    module.__dict__.pop(_COLLECTED, None)
 
 
 EXPERTS_ALIKE = ("eager", "batched_mm", "grouped_mm")

@@ -12,6 +12,7 @@ from ..integrations.transformers import (
     asks_for_attention,
     attention_implementation,
     attention_is_an_argument,
+    forget_weights,
     has_its_own_attention,
     is_model_class,
     makes_masks_of_masks,
@@ -99,6 +100,7 @@ class AttentionReplacement:
         if before is None:
             return False
         module.__dict__.pop("fastpeft_calls", None)
+        forget_weights(module)
         if attention_implementation(module) == ATTENTION:
             set_attention_implementation(module, before.name)
         for mixture in MIXTURES:

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..integrations.peft import hands_over_a_cache
 from ..layers.fp8 import BOTH, FORWARD
 from ..layers.mixing import swap_in
 from ..layers.mlp import FastMlp
-from ..memory.activations import PolicyLayer
+from ..memory.activations import CHECKPOINTED, PolicyLayer
 from ..memory.layers import model_layers
 from ..memory.policy import LayerPolicy, MemoryPolicy
 from ..memory.sizes import gib
@@ -41,7 +42,13 @@ def check_memory(model: nn.Module, memory: Any, fp8_compute: str | None = None) 
             f"memory: expected a model with layers of transformers' GradientCheckpointingLayer, "
             f"got {type(model).__name__}, which has none"
         )
-    if any(policy.streamed for policy in whole(memory).of(len(layers))) and fp8_compute in (FORWARD, BOTH):
+    chosen = whole(memory).of(len(layers))
+    if (method := hands_over_a_cache(model)) and any(policy.activations in CHECKPOINTED for policy in chosen):
+        raise ValueError(
+            f'memory: expected activations "keep" or "selective" with {method}, whose keys and values come in a cache, '
+            "which transformers takes away from layers that are computed again"
+        )
+    if any(policy.streamed for policy in chosen) and fp8_compute in (FORWARD, BOTH):
         raise ValueError(
             f"memory: expected no streamed layers with fp8_compute={fp8_compute!r}, "
             "whose copies of weights stay on the device"

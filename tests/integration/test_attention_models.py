@@ -26,7 +26,7 @@ from transformers.models.mllama import MllamaTextConfig
 import fastpeft
 from fastpeft.layers.relative_bias import MIXTURES
 from tests.integration.attention_models import NAMES, inputs, make
-from tests.integration.models import add_adapter, with_lora
+from tests.integration.models import add_adapter, checkpointed, with_lora
 from tests.integration.reports import shape_of
 from tests.integration.steps import assert_step_close, step, truth
 
@@ -287,6 +287,33 @@ class TestCalls:
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs)
         assert "by the model's own function: output_attentions" in rows(model)[0].note
+
+    @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "recompute", "offload"])
+    def test_weights_of_layers_that_are_computed_again(self, how: Any) -> None:
+        """In backward no model collects outputs, which is all that GPT-2's layers could tell it by."""
+        model = make("gpt2").train()
+        given = inputs(model, "none")
+        for attention in (layer.attn for layer in model.transformer.h):
+            attention.attn_dropout.p = 0.3
+        plain, fast = eager(model), accelerated(model)
+        if "reentrant" in how:
+            plain, fast = (checkpointed(each, how == "reentrant") for each in (plain, fast))
+        else:
+            fastpeft.accelerate(fast, memory=fastpeft.LayerPolicy(how))
+
+        def gradients(of: Any) -> dict[str, Tensor]:
+            torch.manual_seed(5)
+            out = of(**given, output_attentions=True)
+            of.eval()(**given)  # whose weights nobody asks for
+            of.train()
+            of.zero_grad()
+            loss = out.loss if how == "reentrant" else out.loss + sum(w.square().sum() for w in out.attentions)
+            loss.backward()
+            return {name: p.grad for name, p in of.named_parameters() if p.grad is not None}
+
+        gradients(fast)
+        torch.testing.assert_close(gradients(fast), gradients(plain))
+        assert not any("fastpeft" in name for m in fastpeft.restore(fast).modules() for name in vars(m))
 
     @pytest.mark.parametrize("name", ["llama", "gpt2"])
     def test_under_autocast_too(self, name: str) -> None:

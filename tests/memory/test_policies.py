@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 import fastpeft
 from fastpeft import LayerPolicy, MemoryPolicy
+from fastpeft.memory.activations import CHECKPOINTED
+from fastpeft.memory.exhaustion.ladder import next_policy
 from fastpeft.memory.layers import model_layers
 from fastpeft.memory.policy import ACTIVATIONS
 from tests.integration import mixtures
-from tests.integration.models import batch, checkpointed, make
+from tests.integration.models import batch, checkpointed, make, make_base
 from tests.integration.steps import Step, step
 
 OTHERS = tuple(how for how in ACTIVATIONS if how != "keep")
@@ -134,3 +137,32 @@ def test_what_is_no_policy_for_the_model(memory: Any, error: type[Exception], wo
 def test_a_model_without_layers() -> None:
     with pytest.raises(ValueError, match=r"memory: expected a model with layers of .*, got Linear, which has none"):
         fastpeft.accelerate(nn.Linear(2, 2), memory=LayerPolicy())
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens(kind: Any) -> None:
+    """Those of prefix tuning reach layers by a cache, which none gets that is computed again; PEFT refuses it too."""
+    options = {"encoder_hidden_size": 8} if kind is PromptEncoderConfig else {}
+    model = get_peft_model(make_base(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)).train()
+    given = batch(model)
+    kept = seeded(fastpeft.accelerate(model), given)
+    assert any(name.startswith("prompt_encoder") for name in kept.gradients)
+    for how in OTHERS:
+        if kind is PrefixTuningConfig and how in CHECKPOINTED:
+            with pytest.raises(
+                ValueError, match='activations "keep" or "selective" with PREFIX_TUNING, whose'
+            ):
+                fastpeft.accelerate(model, memory=LayerPolicy(how))
+        else:
+            fastpeft.accelerate(model, memory=LayerPolicy(how))
+            assert seeded(model, given).equals(kept), how
+    if kind is PrefixTuningConfig:
+        assert next_policy(model) is None
+
+
+def test_prefixes_under_transformers_own_checkpointing() -> None:
+    """Plain transformers ends in an error too, that of adding a mask of too many keys."""
+    model = get_peft_model(make_base(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
+    fastpeft.accelerate(checkpointed(model, False))
+    with pytest.raises(ValueError, match="expected a mask of 10 keys, got one of 13; activation checkpointing takes"):
+        model(**batch(model))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import fastpeft
+from fastpeft.errors import UserError
 from fastpeft.strategies.compare import runner, trial
 from fastpeft.strategies.compare.methods import METHODS
 from fastpeft.strategies.compare.plan import Trial
@@ -67,6 +68,13 @@ def test_a_failing_method_stops_no_other(configure: Configure, monkeypatch: pyte
     assert first.failed == "ValueError: no such layer" and first.figures == {}
     assert second.failed is None and second.seeds == 1
     assert "- (IA)³: ValueError: no such layer" in report(found, [first, second])
+
+
+def test_prefixes_do_not_train_under_activation_checkpointing(configure: Configure, checkpoints: Checkpoints) -> None:
+    name = f"model.name={checkpoints['bert-classifier']}"
+    prepared = prepare(configure(name, "memory.gradient_checkpointing=true"), QUIET)
+    with pytest.raises(UserError, match="gradient_checkpointing: expected false for P-tuning v2, as layers"):
+        trial.trainable(METHODS["p-tuning-v2"], prepared, torch.device("cpu"), torch.float32)
 
 
 def test_a_loss_that_is_no_number_rules_out_a_rate_only(configure: Configure) -> None:

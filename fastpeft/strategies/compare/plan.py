@@ -97,7 +97,7 @@ def options_of(config: FastpeftConfig) -> Options:
     if config.method != "lora" or config.model.quantization not in (None, "none"):
         raise UserError("method: expected 'lora' and no model.quantization, because qlora is one of the methods")
     if replace(config.memory, gradient_checkpointing=False) != MemorySection():
-        raise UserError("memory: expected no key but gradient_checkpointing, which all methods can train under")
+        raise UserError("memory: expected no key but gradient_checkpointing, which most methods can train under")
     if config.training.max_steps < 1:
         raise UserError(
             f"training.max_steps: expected at least 1, as every method trains as long, got {config.training.max_steps}"

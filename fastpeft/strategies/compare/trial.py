@@ -11,6 +11,7 @@ from typing import Any
 from fastpeft.bench.memory import PeakMemory
 from fastpeft.config import FastpeftConfig
 from fastpeft.errors import RunFailed, UserError
+from fastpeft.integrations.peft import hands_over_a_cache
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.training.arguments import training_arguments
 from fastpeft.training.loading import load_base, trained_in_float32
@@ -106,6 +107,11 @@ def trainable(method: Method, prepared: Prepared, device: Any, dtype: Any) -> An
     if reason := method.why_not(setting):
         raise UserError(reason)
     model = method.attach(base, setting)
+    if config.memory.gradient_checkpointing and hands_over_a_cache(model):
+        raise UserError(
+            f"memory.gradient_checkpointing: expected false for {method.title}, as layers that are computed again get "
+            "no cache, in which its keys and values come"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{method.title} would train nothing of this model: it trains {method.trains}")
     trained_in_float32(model)
