@@ -149,9 +149,7 @@ def test_virtual_tokens(kind: Any) -> None:
     assert any(name.startswith("prompt_encoder") for name in kept.gradients)
     for how in OTHERS:
         if kind is PrefixTuningConfig and how in CHECKPOINTED:
-            with pytest.raises(
-                ValueError, match='activations "keep" or "selective" with PREFIX_TUNING, whose'
-            ):
+            with pytest.raises(ValueError, match='activations "keep" or "selective" with PREFIX_TUNING, whose'):
                 fastpeft.accelerate(model, memory=LayerPolicy(how))
         else:
             fastpeft.accelerate(model, memory=LayerPolicy(how))
