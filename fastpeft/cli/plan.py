@@ -22,6 +22,8 @@ Examples:
 
   fastpeft plan llama-3.1-70b --gpu-memory 16GiB --host-memory 16GiB --seq 4096 --disk-bandwidth 3GB
 
+  fastpeft plan Qwen/Qwen2.5-VL-7B-Instruct --gpu-memory 24GiB --seq 4096 --images 2 --image-size 720x1280
+
   fastpeft plan llama-3.1-70b --gpu-memory 80GiB --seq 4096 --gpus 8 --gpus 64 --network 50GB
 """
 
@@ -62,6 +64,15 @@ def plan(
         int | None,
         typer.Option(min=1, help="As gradient_accumulation_steps; left out: more than 1.", show_default=False),
     ] = None,
+    images: Annotated[
+        int, typer.Option(min=0, help="Pictures of each row, whose tokens are among --seq, for a model that sees.")
+    ] = 0,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Of each, such as 448 or HEIGHTxWIDTH; left out: the model's, else 1024.", show_default=False
+        ),
+    ] = None,
     task: Annotated[str, typer.Option(help="auto: what the configuration says.")] = "auto",
     gpus: Annotated[
         list[int] | None,
@@ -81,6 +92,7 @@ def plan(
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
     with uncollected():
+        from fastpeft.memory.plan.media import parse_image_size
         from fastpeft.memory.plan.planning import model_of, plan_on
         from fastpeft.memory.plan.several import Fabric, render, scaling
         from fastpeft.memory.plan.timing import Rates
@@ -94,7 +106,7 @@ def plan(
             fabric = Fabric(gpus_per_node, parse_size(gpu_link, "--gpu-link"), parse_size(network, "--network"))
             name, found = model_of(
                 model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task,
-                trust_remote_code, accumulation,
+                trust_remote_code, accumulation, images, parse_image_size(image_size),
             )  # fmt: skip
             spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:

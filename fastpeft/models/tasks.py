@@ -35,6 +35,10 @@ AUTO = {
     ),
     "feature-extraction": ("AutoModel", "MODEL_MAPPING_NAMES", "a model without a head"),
 }
+MEDIA = {
+    "image-text-to-text": ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+}
+"""Tasks of models that see, which are planned and not trained by `fastpeft train`."""
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
@@ -66,7 +70,7 @@ def auto_class(task: str) -> Any:
     """transformers' Auto class for a task."""
     import transformers
 
-    return getattr(transformers, AUTO[task][0])
+    return getattr(transformers, (AUTO.get(task) or MEDIA[task])[0])
 
 
 def head_options(task: str, labels: list[str] | None, problem_type: str | None) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def fits(config: Any, task: str) -> bool:
 
     if getattr(config, "auto_map", None):  # its own code decides
         return True
-    wanted = getattr(modeling_auto, AUTO[task][1]).get(config.model_type)
+    wanted = getattr(modeling_auto, (AUTO.get(task) or MEDIA[task])[1]).get(config.model_type)
     if wanted is None:
         return False
     if task != "causal-lm":
@@ -142,3 +146,11 @@ def task_of(config: Any) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq-lm"
     return "causal-lm" if fits(config, "causal-lm") else "sequence-classification"
+
+
+def planned_task(config: Any, pictures: bool) -> str:
+    """As `task_of`, for plans: that of rows with pictures, too, which models that see also have for text alone."""
+    for task in MEDIA:
+        if fits(config, task) and (pictures or not fits(config, task_of(config))):
+            return task
+    return task_of(config)

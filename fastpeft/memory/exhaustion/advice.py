@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...layers.random_state import RandomState, devices_of
+from ...models.tasks import MEDIA
 from ..plan.choosing import Need, need
 from ..plan.loaded import model_of_loaded
 from ..plan.optimizer_state import OPTIMIZERS, state_sizes
@@ -100,6 +101,8 @@ def prediction(
     capacity = _capacity(device)
     with _undisturbed(model):
         traced = model_of_loaded(model, call.tokens, call.rows, optimizer)[1]
+        if traced.setting.task in MEDIA:
+            raise ValueError("what the model was given beside input_ids is not known")
         now = need(traced, current_policy(model), call.rows, call.tokens, capacity, Rates())
         changes = list(_changes(traced, now, call.rows, call.tokens, capacity))
     found = components(traced, now, capacity)

@@ -65,8 +65,9 @@ def need(
     """
     layers = policy.of(len(model.skeleton.order))
     peak = model.peak(layers, rows, tokens)
-    inputs = rows * tokens * width_of(model) * model.setting.dtype.itemsize
-    offloaded = inputs * sum(each.activations == "offload" for each in layers)
+    spans = zip(model.spans(rows, tokens), layers, strict=True)
+    offloaded = sum(span.all * span.width for span, each in spans if each.activations == "offload")
+    offloaded *= model.setting.dtype.itemsize
     streamed = [size for size, each in zip(model.streamed_bytes, layers, strict=True) if each.streamed]
     others = model.host + offloaded
     if host is not None and others + sum(streamed) > host and any(model.mapped):
@@ -74,13 +75,13 @@ def need(
         policy = replace(policy, host_memory=room if policy.host_memory is None else min(room, policy.host_memory))
     waiting = on_disk(model, layers, policy.host_memory)
     static = sum(model.bytes.values()) + model.gradients + model.optimizer - sum(streamed) + in_turns(streamed, policy)
+    static += model.batches.nbytes(rows)
     peak = _with_optimizer(model, peak)
     step = peak.size
     total = static + step + CONTEXT + int(RESERVE * capacity)
     kept = (LayerPolicy(),) * len(layers)
-    width = width_of(model)
-    slowdown = seconds(model, layers, rows, tokens, width, rates, waiting)
-    slowdown /= seconds(model, kept, rows, tokens, width, rates)
+    slowdown = seconds(model, layers, rows, tokens, rates, waiting)
+    slowdown /= seconds(model, kept, rows, tokens, rates)
     return Need(
         policy, static, step, peak.when, peak.kept, peak.loss, peak.working, total,
         others + sum(streamed) - sum(waiting), slowdown, hidden_from(model, layers, rates), peak.gradients,
@@ -150,7 +151,8 @@ base to the host."""
 
 def has_tiles(model: Model, rows: int, tokens: int) -> bool:
     """Whether tiles make a difference."""
-    return rows * tokens > TILE and any(work.gates for work in model.work)
+    spans = [model.span(layer, rows, tokens) for layer in range(len(model.work))]
+    return any(work.gates and span.all > TILE for work, span in zip(model.work, spans, strict=True))
 
 
 def choose(model: Model, rows: int, tokens: int, capacity: int, host: int | None, rates: Rates) -> Need:
@@ -219,9 +221,3 @@ def least_host(model: Model, policy: MemoryPolicy | None, rows: int, tokens: int
         fits = found.total <= capacity and found.host <= middle * GRAIN
         low, high = (low, middle) if fits else (middle + 1, high)
     return high * GRAIN
-
-
-def width_of(model: Model) -> int:
-    """Features of the hidden state."""
-    text = model.setting.config.get_text_config()
-    return int(getattr(text, "hidden_size", None) or text.d_model)

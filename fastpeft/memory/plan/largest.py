@@ -25,24 +25,37 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
     """(tokens a row at the setting's batch, rows at the setting's tokens) with the best of these policies everywhere.
 
     Tokens are a multiple of STEP, as many as the model has positions for at the most, unless the setting goes beyond
-    them. Rows are told from tokens: what a step takes depends on their product. Of the host's memory streamed weights
-    that may wait on the disk take nothing.
+    them. Rows are told from tokens, where a step takes as much as their product says: not where rows have pictures.
+    Of the host's memory streamed weights that may wait on the disk take nothing.
     """
     rows, tokens = model.setting.rows, model.setting.tokens
     positions = None if beyond(model.setting) else _positions(model.setting)
-    best = 0
+    best, most = 0, 0
     for policy in policies:
+        whole = MemoryPolicy(policy, host_memory=None if host is None else 0)
 
-        def asked(size: int, policy: LayerPolicy = policy) -> Need:
-            room = None if host is None else 0
-            return need(model, MemoryPolicy(policy, host_memory=room), rows, size, capacity, Rates())
+        def long(size: int, whole: MemoryPolicy = whole) -> Need:
+            return need(model, whole, rows, size, capacity, Rates())
 
-        found = largest(lambda size: asked(size).total, tokens, capacity, rows, positions or MOST_TOKENS)
-        if host is not None:
-            found = min(found, _within_host(asked, tokens, host))
-        best = max(best, found)
+        def wide(size: int, whole: MemoryPolicy = whole) -> Need:
+            return need(model, whole, size, tokens, capacity, Rates())
+
+        most_tokens, least = positions or MOST_TOKENS, model.batches.least
+        best = max(best, _within(long, tokens, capacity, host, rows, most_tokens, least))
+        if model.batches.pictures:
+            most = max(most, _within(wide, rows, capacity, host, tokens, MOST_TOKENS, 1))
     longest = best // STEP * STEP
-    return longest if positions is None else min(longest, positions), best * rows // tokens
+    longest = longest if positions is None else min(longest, positions)
+    if longest < model.batches.least:
+        longest = 0
+    return longest, most if model.batches.pictures else best * rows // tokens
+
+
+def _within(
+    asked: Callable[[int], Need], at: int, capacity: int, host: int | None, others: int, most: int, least: int
+) -> int:
+    found = largest(lambda size: asked(size).total, at, capacity, others, most, least)
+    return found if host is None else min(found, _within_host(asked, at, host, least))
 
 
 def check_tokens(tokens: int, config: Any) -> None:
@@ -70,12 +83,14 @@ def most_of(model: Model, capacity: int, host: int | None) -> tuple[int, int]:
     return max(found, largest_of(model, extremes, capacity, host))
 
 
-def largest(total: Callable[[int], int], at: int, capacity: int, rows: int, most: int = MOST_TOKENS) -> int:
+def largest(
+    total: Callable[[int], int], at: int, capacity: int, rows: int, most: int = MOST_TOKENS, least: int = 1
+) -> int:
     """The most tokens whose bytes fit: where a straight line through two sizes says, which are nearer each time.
 
-    `total` is not asked for more than `most` tokens.
+    `total` is not asked for more than `most` tokens, nor for less than `least`; 0 where not even these fit.
     """
-    first, second = _two(at)
+    first, second = _two(at, least)
     points = {first: total(first), second: total(second)}
     best = first
     for _ in range(TRIES):
@@ -85,7 +100,7 @@ def largest(total: Callable[[int], int], at: int, capacity: int, rows: int, most
             best = int(low + (capacity - points[low]) / slope)
         else:  # something else takes more than any of these tokens
             best = 2 * high if points[high] <= capacity else 0
-        if best < 1:
+        if best < least:
             return 0
         if (slope > 0 and rows * min(low, best) >= STRAIGHT) or best in points or best > most:
             break
@@ -97,9 +112,9 @@ def _positions(setting: Setting) -> int | None:
     return getattr(setting.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _within_host(asked: Callable[[int], Need], at: int, host: int) -> int:
+def _within_host(asked: Callable[[int], Need], at: int, host: int, least: int) -> int:
     """The most tokens whose pinned memory is within the host's."""
-    first, second = _two(at)
+    first, second = _two(at, least)
     each = (asked(second).host - asked(first).host) / (second - first)
     fixed = asked(first).host - each * first
     if fixed > host:
@@ -107,5 +122,5 @@ def _within_host(asked: Callable[[int], Need], at: int, host: int) -> int:
     return int((host - fixed) / each) if each else MOST_TOKENS
 
 
-def _two(at: int) -> tuple[int, int]:
-    return (at // 2, at) if at > 1 else (at, 2 * at)
+def _two(at: int, least: int) -> tuple[int, int]:
+    return (at // 2, at) if at > 1 and at // 2 >= least else (at, 2 * at)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ...config import LoraSection
 from ...integrations import bitsandbytes, quantised
 from ...integrations.models import model_within
-from ...models.tasks import task_of
+from ...models.tasks import planned_task
 from ..layers import model_layers
 from ..streaming.host_store import is_mapped
 from ..trace.skeleton import stored
 from .largest import check_tokens
+from .media import Pictures
 from .predicting import Model, Setting, is_streamed
 
 BLOCK = 512
@@ -28,7 +29,12 @@ _NO_SHAPES = ("inference_mode", "peft_version", "auto_mapping", "runtime_config"
 
 
 def model_of_loaded(
-    model: nn.Module, seq: int, batch: int, optimizer: str, accumulation: int | None = None
+    model: nn.Module,
+    seq: int,
+    batch: int,
+    optimizer: str,
+    accumulation: int | None = None,
+    pictures: Pictures | None = None,
 ) -> tuple[str, Model]:
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
@@ -36,6 +42,7 @@ def model_of_loaded(
         model: of transformers, with adapters of PEFT, or a module that holds one; its weights 32 or 16 bits, or
             bitsandbytes' 4.
         seq, batch, optimizer, accumulation: as of `plan`.
+        pictures: of each row.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage, or adapters in several models.
@@ -56,8 +63,8 @@ def model_of_loaded(
         del config.quantization_config
     check_tokens(seq, config)
     setting = Setting(
-        config, task_of(config), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1,
+        config, planned_task(config, pictures is not None), seq, batch, _in_four_bits(base), _dtype(base),
+        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1, pictures=pictures,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())

@@ -14,6 +14,7 @@ from ..sizes import gib_above, parse_size
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, least_host, need
 from .largest import MOST_TOKENS, beyond, check_tokens, largest_of, most_of
 from .loaded import model_of_loaded
+from .media import pictures_of
 from .optimizer_state import OPTIMIZERS
 from .predicting import Model, Setting
 from .rendering import render
@@ -97,6 +98,8 @@ def plan(
     rates: Rates | None = None,
     trust_remote_code: bool = False,
     accumulation: int | None = None,
+    images: int = 0,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Plan:
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
@@ -123,6 +126,8 @@ def plan(
         rates: what times are told from.
         accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
             earlier one; they are counted if left out.
+        images: pictures of each row, of a model that sees; their tokens are among `seq`.
+        image_size: height and width of each, or both; what the model takes if left out, and 1024 where it takes any.
 
     Raises:
         ValueError: an argument is none of these, or the adapter does not fit the model.
@@ -141,11 +146,12 @@ def plan(
             if own := [key for key, (one, default) in given.items() if one != default]:
                 raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
             _check_numbers(seq, batch, 1, optimizer, accumulation)
-            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation)
+            pictures = pictures_of(images, image_size)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation, pictures)
         else:
             name, model = model_of(
                 name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code,
-                accumulation,
+                accumulation, images, image_size,
             )  # fmt: skip
         return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
     finally:
@@ -164,6 +170,8 @@ def model_of(
     task: str,
     trust_remote_code: bool = False,
     accumulation: int | None = None,
+    images: int = 0,
+    image_size: int | tuple[int, int] | None = None,
 ) -> tuple[str, Model]:
     """The name and what is traced, for any number of `plan_on`."""
     import torch
@@ -171,13 +179,17 @@ def model_of(
     from fastpeft.config import LoraSection, ModelSection
     from fastpeft.integrations.versions import require_core
     from fastpeft.models.bases import load_config
-    from fastpeft.models.tasks import AUTO, task_of
+    from fastpeft.models.tasks import AUTO, MEDIA, planned_task
 
     from .known import KNOWN, known_config
 
     require_core()
     _check_numbers(seq, batch, rank, optimizer, accumulation)
-    for key, one, among in (("method", method, METHODS), ("dtype", dtype, DTYPES), ("task", task, ("auto", *AUTO))):
+    for key, one, among in (
+        ("method", method, METHODS),
+        ("dtype", dtype, DTYPES),
+        ("task", task, ("auto", *AUTO, *MEDIA)),
+    ):
         _check_one_of(key, one, among)
     if not isinstance(name_or_config, str):
         name, config = name_or_config.model_type, name_or_config
@@ -189,7 +201,7 @@ def model_of(
     check_tokens(seq, config)
     setting = Setting(
         config,
-        task_of(config) if task == "auto" else task,
+        planned_task(config, images > 0) if task == "auto" else task,
         seq,
         batch,
         method == "qlora",
@@ -197,6 +209,7 @@ def model_of(
         LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
         optimizer,
         accumulated=accumulation != 1,
+        pictures=pictures_of(images, image_size),
     )
     return name, Model(setting)
 
@@ -236,7 +249,7 @@ def plan_on(
     settings = {
         "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
-        **({} if setting.accumulated else {"accumulation": 1}),
+        **({} if setting.accumulated else {"accumulation": 1}), **model.batches.described(),
     }  # fmt: skip
     enough = None
     if not fits and found.total <= capacity:
@@ -262,6 +275,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "gradients": model.gradients + found.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],
+        **({"pictures": pictures} if (pictures := model.batches.nbytes(model.setting.rows)) else {}),
         **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
         "saved activations": found.kept - found.gradients,
         "working memory": (working := found.step - found.kept),
@@ -291,6 +305,10 @@ def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
         found.append("this family has no layers that transformers recomputes: one policy for all")
     if model.setting.others:
         found.append(f"{1 + len(model.setting.others)} adapters are counted; a batch is followed through the first one")
+    if first := [str(place) for place, layer in enumerate(model.skeleton.order) if model.sees(layer)]:
+        found.append(f"layers {first[0]}-{first[-1]} are those that see the pictures")
+    elif model.setting.task == "image-text-to-text":
+        found.append("rows of text alone; with images their pictures are counted too")
     found += model.setting.notes
     return tuple(found)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from ..trace.composing import Peak, compose, sampled
 from ..trace.live import LiveBytes, rounded
 from ..trace.repeated import Repeated
 from ..trace.skeleton import Skeleton, build, follow, stored
-from ..trace.timeline import Stretch, trace
+from ..trace.timeline import Stretch, less, more, trace
+from .batches import MEDIA, Batches
+from .media import Pictures
 from .optimizer_state import state_sizes
 from .timing import Work, work_of
 
+T = TypeVar("T")
 _STATE = "optimizer's state"
 
 WARM = 32
@@ -59,6 +63,7 @@ class Setting:
         teacher: a model that answers the same rows before each forward pass, and
         teacher_streamed: whether its layers' weights are in host memory, and take turns on the device.
         notes: what is left out of such a training, in words.
+        pictures: of each row, of a model that sees; None for rows of text.
     """
 
     config: Any
@@ -75,6 +80,20 @@ class Setting:
     teacher: Setting | None = None
     teacher_streamed: bool = False
     notes: tuple[str, ...] = ()
+    pictures: Pictures | None = None
+
+
+class Span(NamedTuple):
+    """What a layer gets: so many sequences of positions with features."""
+
+    sequences: int
+    positions: int
+    width: int
+
+    @property
+    def all(self) -> int:
+        """Positions of all sequences."""
+        return self.sequences * self.positions
 
 
 @dataclass
@@ -88,6 +107,7 @@ class Model:
         streamed: (packed, dense) bytes of each layer's weights, if it is streamed.
         mapped: of these those that may wait on the disk, in the files of 4-bit weights.
         work: of each traced layer.
+        batches: that it is given.
     """
 
     setting: Setting
@@ -98,9 +118,14 @@ class Model:
     streamed: tuple[tuple[int, int], ...] = field(init=False)
     mapped: tuple[int, ...] = field(init=False)
     work: tuple[Work, ...] = field(init=False)
+    batches: Batches = field(init=False)
     host: int = field(init=False, default=0)
     _teacher: Model | None = field(init=False, default=None)
     _traces: dict[tuple[int, int, tuple[LayerPolicy, ...]], list[Stretch]] = field(default_factory=dict)
+    _is_warm: bool = False
+    _spans: dict[int, Span] = field(default_factory=dict)
+    _first: dict[LayerPolicy, list[Stretch]] = field(default_factory=dict)
+    _next: dict[LayerPolicy, list[Stretch]] = field(default_factory=dict)
     _repeated: Repeated = field(default_factory=Repeated)
 
     def __post_init__(self) -> None:
@@ -123,6 +148,7 @@ class Model:
         self.streamed = tuple((streamed[i]["packed"], streamed[i]["dense"]) for i in self.skeleton.order)
         self.mapped = tuple(packed for packed, _ in self.streamed)
         self.work = tuple(work_of(layer, s.config.get_text_config()) for layer in layers)
+        self.batches = self._followed(lambda: Batches(s, self.skeleton.model))
         if s.teacher is not None:
             self._teacher = Model(s.teacher)
             self._count_teacher(self._teacher)
@@ -189,22 +215,80 @@ class Model:
             return asked._replace(when="teacher")
         return found._replace(size=found.size + told, kept=found.kept + told)
 
+    def sees(self, layer: int) -> bool:
+        """Whether a traced layer gets pictures rather than a row's tokens."""
+        if self.batches.pictures:
+            self._warm((LayerPolicy(),) * len(self.skeleton.layers), self.setting.tokens)
+        return layer in self._spans
+
+    def span(self, layer: int, rows: int, tokens: int) -> Span:
+        """What a traced layer gets of a batch."""
+        if self.sees(layer):
+            own = self._spans[layer]
+            return Span(rows * self.batches.pictures, own.positions, own.width)
+        text = self.setting.config.get_text_config()
+        return Span(rows, tokens, int(getattr(text, "hidden_size", None) or text.d_model))
+
+    def spans(self, rows: int, tokens: int) -> list[Span]:
+        """The same of each layer of the whole model."""
+        found = [self.span(layer, rows, tokens) for layer in range(len(self.skeleton.layers))]
+        return [found[layer] for layer in self.skeleton.order]
+
     def _traced(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
         key = (rows, tokens, policies)
         if key not in self._traces:
-            if not self._traces:  # which projections share an input is learned in the first call
-                self._trace(policies, 1, min(tokens, WARM))
-            self._traces[key] = self._trace(policies, rows, tokens)
+            self._warm(policies, tokens)
+            self._traces[key] = self._whole(policies, rows, tokens)
         return self._traces[key]
 
-    def _trace(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
+    def _warm(self, policies: tuple[LayerPolicy, ...], tokens: int) -> None:
+        """Which projections share an input is learned in the first call."""
+        if self._is_warm:
+            return
+        self._is_warm = True
+        few = min(tokens, max(WARM, self.batches.least))
+        with self._seen(few):
+            self._trace(policies, 1, few, min(self.batches.pictures, 1))
+
+    def _whole(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
+        """Of many pictures told from a small one, a whole one and two: each takes as much as the one before, whatever
+        the text around it, and layers of each policy as much as where all have it."""
+        pictures = rows * self.batches.pictures
+        small = self._trace(policies, rows, tokens, min(pictures, 1), small=self.batches.shrinks)
+        if not pictures:
+            return small
+        alike = {each: (each,) * len(policies) for each in set(policies)}
+        if self.batches.shrinks:
+            for each, all_do in alike.items():
+                if each not in self._first:
+                    one = self._trace(all_do, rows, tokens, 1)
+                    least = small if all_do == policies else self._trace(all_do, rows, tokens, 1, small=True)
+                    self._first[each] = less(one, least)
+            small = more(small, self._by_layer(self._first, policies, small), 1)
+        if pictures == 1:
+            return small
+        for each, all_do in alike.items():
+            if each not in self._next:
+                two = self._trace(all_do, rows, tokens, 2)
+                self._next[each] = less(two, small if all_do == policies else self._trace(all_do, rows, tokens, 1))
+        return more(small, self._by_layer(self._next, policies, small), pictures - 1)
+
+    def _by_layer(
+        self, found: dict[LayerPolicy, list[Stretch]], policies: Sequence[LayerPolicy], stretches: Sequence[Stretch]
+    ) -> list[Stretch]:
+        """Of each stretch what was found where all layers do as its own."""
+        return [found[policies[each.layer]][index] for index, each in enumerate(stretches)]
+
+    def _trace(
+        self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int, pictures: int, small: bool = False
+    ) -> list[Stretch]:
         model: Any = self.skeleton.model
         if layers := model_layers(model):
             follow(model, policies)
         dtype = self.setting.dtype
-        batch = _batch(self.setting, rows, tokens)
-        try:
-            return trace(
+        batch = self.batches.of(rows, tokens, pictures, small)
+        return self._followed(
+            lambda: trace(
                 model,
                 layers,
                 batch,
@@ -213,7 +297,37 @@ class Model:
                 accumulated=self.setting.accumulated,
                 repeated=self._repeated,
                 backward=self.setting.section is not None,
+                there=MEDIA,
             )
+        )
+
+    @contextmanager
+    def _seen(self, tokens: int) -> Iterator[None]:
+        """Notes what layers get that are given no row of so many tokens, but a picture."""
+        handles = []
+
+        def note(index: int, hidden: Tensor) -> None:
+            width = hidden.shape[-1]
+            if (positions := hidden.numel() // width) != tokens:
+                self._spans[index] = Span(1, positions, width)
+
+        def watch(index: int) -> Callable[..., None]:
+            return lambda module, args, kwargs: note(index, args[0] if args else kwargs["hidden_states"])
+
+        for index, path in enumerate(self.skeleton.layers if self.batches.pictures else ()):
+            layer = self.skeleton.model.get_submodule(path)
+            handles.append(layer.register_forward_pre_hook(watch(index), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _followed(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except UserError:
+            raise
         except Exception as error:  # of any kind, from a model's own code
             why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
             raise UserError(f"MODEL: its step cannot be followed without values, so no plan is made: {why}") from error
@@ -223,19 +337,3 @@ def is_streamed(kind: str, tensor: Tensor) -> bool:
     """Whether a streamed layer has this in host memory: frozen matrices, and scales of packed ones."""
     matrix = kind == "dense" and tensor.dim() > 1
     return (matrix or kind == "packed") and tensor.nbytes >= SMALLEST
-
-
-def _label(config: Any, classes: Tensor) -> Tensor:
-    """A class a row, several, or a number, as the model's loss wants it."""
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        return torch.empty((len(classes), config.num_labels), device="meta")
-    return classes.float() if config.num_labels == 1 else classes
-
-
-def _batch(setting: Setting, rows: int, tokens: int) -> dict[str, Tensor]:
-    ids = torch.empty((rows, tokens), dtype=torch.int64, device="meta")
-    if setting.task == "sequence-classification":
-        return {"input_ids": ids, "labels": _label(setting.config, ids[:, 0])}
-    if setting.task == "question-answering":
-        return {"input_ids": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 0]}
-    return {"input_ids": ids, "labels": ids}

@@ -13,7 +13,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ..policy import LayerPolicy
-from .choosing import width_of
 from .timing import Rates, seconds
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def scaling(
     setting = model.setting
     policy = LayerPolicy("recompute" if recompute else "keep")
     layers = (policy,) * len(model.skeleton.order)
-    computing = seconds(model, layers, setting.rows, setting.tokens, width_of(model), rates or Rates())
+    computing = seconds(model, layers, setting.rows, setting.tokens, rates or Rates())
     shares = shares_of(model)
     return [spread(shares, way, count, computing, fabric or Fabric()) for count in gpus for way in WAYS]
 

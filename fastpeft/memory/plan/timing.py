@@ -74,7 +74,7 @@ def work_of(layer: Any, config: Any) -> Work:
 
 
 def seconds(
-    model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: int, width: int, rates: Rates,
+    model: Model, policies: Sequence[LayerPolicy], rows: int, tokens: int, rates: Rates,
     waiting: Sequence[int] | None = None,
 ) -> float:  # fmt: skip
     """Of a step of all layers, of each of which so many bytes are `waiting` on the disk.
@@ -84,13 +84,13 @@ def seconds(
     where it is longer.
     Tiles add their share of the MLP's time.
     """
-    attention = 2.0 * rows * tokens**2 * width
-    inputs = rows * tokens * width * model.setting.dtype.itemsize
     total = 0.0
-    sizes = zip(model.streamed_bytes, waiting or [0] * len(policies), strict=True)
-    for policy, traced, (size, read) in zip(policies, model.skeleton.order, sizes, strict=True):
+    sizes = zip(model.streamed_bytes, waiting or [0] * len(policies), model.spans(rows, tokens), strict=True)
+    for policy, traced, (size, read, span) in zip(policies, model.skeleton.order, sizes, strict=True):
         work = model.work[traced]
-        product = PRODUCT * rows * tokens
+        product = PRODUCT * span.all
+        attention = 2.0 * span.all * span.positions * span.width
+        inputs = span.all * span.width * model.setting.dtype.itemsize
         forward = product * work.elements + attention
         backward = product * work.elements + 2.5 * attention
         if policy.activations == "selective":
@@ -126,7 +126,7 @@ def _hidden_from(model: Model, sizes: Sequence[int], rate: float, flops: float) 
     found = [
         tokens_to_hide(int(model.work[traced].elements), size, rate, flops)
         for traced, size in zip(model.skeleton.order, sizes, strict=True)
-        if size
+        if size and not model.sees(traced)
     ]
     return ceil(max(found)) if found else None
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastpeft_kernels.common.shapes import is_weightless, purpose_now
 
 from .repeated import Repeated
+from .values import met, moved_nowhere
 
 _BLOCK = {"cuda": 512, "cpu": 1}
 """torch's allocator on a GPU hands out multiples of so many bytes."""
@@ -35,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
     Args:
         device: "cuda" or "cpu", on which they are or would be.
         repeated: what is known of operations on tensors without values.
+        some: of the tensors some have values, see `values`.
 
     Attributes:
         live: bytes that are alive now.
@@ -42,9 +44,9 @@ class LiveBytes(TorchDispatchMode):
         purposes: at that peak, bytes of what `empty_for` made, by purpose.
     """
 
-    def __init__(self, device: str, repeated: Repeated | None = None) -> None:
+    def __init__(self, device: str, repeated: Repeated | None = None, some: bool = False) -> None:
         super().__init__()
-        self.device, self.live, self.peak, self.repeated = device, 0, 0, repeated
+        self.device, self.live, self.peak, self.repeated, self.some = device, 0, 0, repeated, some
         self._known: dict[int, tuple[int, Any, str]] = {}
         self._purposes: Counter[str] = Counter()
         self.purposes: dict[str, int] = {}
@@ -68,6 +70,12 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.is_nonzero.default and args[0].is_meta:
             return True
         kwargs = kwargs or {}
+        if self.some:
+            if (stays := moved_nowhere(func, args, kwargs)) is not None:
+                if stays.get("dtype") in (None, args[0].dtype):
+                    return args[0].detach()
+                kwargs = stays
+            args, kwargs = met(func, args, kwargs)
         result = func(*args, **kwargs) if self.repeated is None else self.repeated(func, args, kwargs)
         if func is torch.ops.aten.bernoulli_.float and self.device == "cuda" and args[0].is_meta:
             self._shrink_mask(args[0])

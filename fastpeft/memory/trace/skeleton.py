@@ -113,16 +113,18 @@ def follow(model: Any, policies: tuple[LayerPolicy, ...]) -> None:
     MemoryReplacement().finish(model, {}, MemoryPolicy(policies))
 
 
-def _keep_first_layers(model: nn.Module, whole: bool) -> tuple[int, ...]:
+def _keep_first_layers(model: Any, whole: bool) -> tuple[int, ...]:
     """Shorten each stack of layers; for each layer that was there, the one that stands for it among those left."""
     stacks: dict[str, list[nn.Module]] = {}
+    chosen = getattr(model.config, "vision_feature_layer", None) is not None  # results of layers are told by number
     for path, layer in model_layers(model).items():
         stacks.setdefault(path.rpartition(".")[0], []).append(layer)
     order: list[int] = []
     before = 0
     for path, layers in stacks.items():
         kinds = [_kind(layer) for layer in layers]
-        count = len(layers) if whole or not isinstance(model.get_submodule(path), nn.ModuleList) else _enough(kinds)
+        every = whole or (chosen and "vision" in path) or not isinstance(model.get_submodule(path), nn.ModuleList)
+        count = len(layers) if every else _enough(kinds)
         if count < len(layers):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.ModuleList(layers[:count]))

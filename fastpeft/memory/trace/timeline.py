@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,18 @@ class Stretch(NamedTuple):
     purposes: tuple[tuple[str, int], ...] = ()
 
 
+def less(stretches: Sequence[Stretch], others: Sequence[Stretch]) -> list[Stretch]:
+    """By how many bytes each of a step is more than the same one of another."""
+    return [one._replace(peak=one.peak - two.peak, change=one.change - two.change, purposes=())
+            for one, two in zip(stretches, others, strict=True)]  # fmt: skip
+
+
+def more(stretches: Sequence[Stretch], others: Sequence[Stretch], times: int) -> list[Stretch]:
+    """Each with so many times what `less` found."""
+    return [one._replace(peak=one.peak + times * two.peak, change=one.change + times * two.change)
+            for one, two in zip(stretches, others, strict=True)]  # fmt: skip
+
+
 def trace(
     model: Any,
     layers: dict[str, nn.Module],
@@ -48,6 +60,7 @@ def trace(
     accumulated: bool = True,
     repeated: Repeated | None = None,
     backward: bool = True,
+    there: Sequence[str] = (),
 ) -> list[Stretch]:
     """The stretches of one step of forward and backward, in order of time.
 
@@ -60,10 +73,13 @@ def trace(
         accumulated: gradients of an earlier batch are there already.
         repeated: of earlier traces.
         backward: false for a forward pass without gradients alone.
+        there: names in the batch of what is counted as there already.
     """
-    live = LiveBytes(device, Repeated() if repeated is None else repeated)
+    some = any(not each.is_meta for each in batch.values())
+    live = LiveBytes(device, Repeated() if repeated is None else repeated, some)
     marks = _Marks(live, layers, [] if accumulated else [p for p in model.parameters() if p.requires_grad])
     live.add(tensor for _, tensor in stored(model))
+    live.add(batch[name] for name in there if name in batch)
     release_scratch()
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if accumulated and parameter.requires_grad else None

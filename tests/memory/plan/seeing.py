@@ -1,0 +1,118 @@
+"""Small models that see, and one step of them, predicted and measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+import fastpeft
+from fastpeft.bench.memory import peak_of_step
+from fastpeft.config import LoraSection
+from fastpeft.memory.plan.media import Pictures
+from fastpeft.memory.plan.predicting import Model, Setting
+from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
+from fastpeft.models.adapters import attach_adapter
+from fastpeft.models.tasks import auto_class
+
+WORDS = 2000
+TEXT: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA = TEXT | {"model_type": "llama"}
+VISION: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": 112,
+    "patch_size": 14,
+}
+TILES = VISION | {"image_size": 64, "patch_size": 8}
+QWEN: dict[str, Any] = {
+    "depth": 6, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 256, "patch_size": 14,
+}  # fmt: skip
+HERE = {"image_token_id": WORDS - 1}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}}
+
+
+def _qwen(kind: Any, **vision: Any) -> Any:
+    ids = {name: WORDS - 2 - n for n, name in enumerate(("video_token_id", "vision_start_token_id"))}
+    return kind(text_config=TEXT | ROPE, vision_config=QWEN | vision, **HERE, **ids)
+
+
+def config(name: str) -> Any:
+    """Of a model with six layers in each stack."""
+    if name == "qwen2_5_vl":
+        return _qwen(hf.Qwen2_5_VLConfig, fullatt_block_indexes=[2, 5], window_size=56)
+    if name == "qwen2_vl":
+        return _qwen(hf.Qwen2VLConfig, embed_dim=128, hidden_size=256, mlp_ratio=2)
+    if name == "qwen3_vl":
+        return _qwen(hf.Qwen3VLConfig, num_position_embeddings=64, deepstack_visual_indexes=[0, 2, 4])
+    if name == "llava":
+        clip = VISION | {"model_type": "clip_vision_model"}
+        return hf.LlavaConfig(text_config=LLAMA, vision_config=clip, image_token_index=WORDS - 1)
+    if name == "gemma3":
+        text = TEXT | {"head_dim": 64, "sliding_window": 64}
+        return hf.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=16, image_token_index=1999)
+    if name == "paligemma":
+        text = TEXT | {"model_type": "gemma", "head_dim": 64}
+        seen = VISION | {"model_type": "siglip_vision_model"}
+        return hf.PaliGemmaConfig(
+            text_config=text, vision_config=seen, image_token_index=WORDS - 1, projection_dim=256, hidden_size=256
+        )
+    kind = {"smolvlm": hf.SmolVLMConfig, "idefics3": hf.Idefics3Config}[name]
+    return kind(text_config=LLAMA, vision_config=TILES, scale_factor=4, **HERE)
+
+
+def predicted(described: Any, pictures: Pictures, rows: int, tokens: int, whole: bool = False) -> Model:
+    section = LoraSection(r=8)
+    return Model(
+        Setting(
+            described, "image-text-to-text", tokens, rows, False, torch.float32, section, device="cpu",
+            accumulated=False, pictures=pictures,
+        ),
+        whole,
+    )  # fmt: skip
+
+
+class Both:
+    """A model with values and the prediction of the same."""
+
+    def __init__(self, name: str, pictures: Pictures, rows: int, tokens: int) -> None:
+        described = config(name)
+        self.rows, self.tokens = rows, tokens
+        self.predicted = predicted(described, pictures, rows, tokens)
+        task, section = self.predicted.setting.task, self.predicted.setting.section
+        assert section is not None
+        torch.manual_seed(0)
+        base = auto_class(task).from_config(described, dtype=torch.float32)
+        self.model = attach_adapter(base, section, task, 0).train()
+        self.model.config.use_cache = False
+
+    def ratio(self, policy: LayerPolicy) -> float:
+        """Of the predicted peak to the measured."""
+        layers = MemoryPolicy(policy).of(len(self.predicted.skeleton.order))
+        told = self.predicted.peak(layers, self.rows, self.tokens).size
+        model = fastpeft.accelerate(self.model, memory=policy)
+        batch = self.predicted.batches.of(self.rows, self.tokens, self.rows * self.predicted.batches.pictures)
+        given = {name: _valued(each) for name, each in batch.items()}
+
+        def step() -> None:
+            model(**given).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        step()  # finds the siblings
+        return told / peak_of_step(step, "cpu")
+
+
+def _valued(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_meta:
+        return tensor
+    return torch.rand(tensor.shape) if tensor.is_floating_point() else torch.randint(3, WORDS - 8, tensor.shape)
