@@ -73,6 +73,9 @@ def plan(
             help="Of each, such as 448 or HEIGHTxWIDTH; left out: the model's, else 1024.", show_default=False
         ),
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of each recording, for a model that hears; left out: 30.", show_default=False)
+    ] = None,
     task: Annotated[str, typer.Option(help="auto: what the configuration says.")] = "auto",
     gpus: Annotated[
         list[int] | None,
@@ -106,7 +109,7 @@ def plan(
             fabric = Fabric(gpus_per_node, parse_size(gpu_link, "--gpu-link"), parse_size(network, "--network"))
             name, found = model_of(
                 model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task,
-                trust_remote_code, accumulation, images, parse_image_size(image_size),
+                trust_remote_code, accumulation, images, parse_image_size(image_size), seconds,
             )  # fmt: skip
             spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:

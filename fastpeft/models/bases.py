@@ -130,7 +130,7 @@ def load_tokenizer(model: ModelSection, key: str = "model.name", **options: Any)
 def positions(config: Any) -> int | None:
     """How many tokens the model has positions for; None where there is no such limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     if not isinstance(longest, int) or longest < 1:
         return None
     return min([longest, *_positions_behind_padding(config)])

@@ -37,8 +37,12 @@ AUTO = {
 }
 MEDIA = {
     "image-text-to-text": ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    "speech-seq2seq": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "audio-classification": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
 }
-"""Tasks of models that see, which are planned and not trained by `fastpeft train`."""
+"""Tasks of models that see or hear, which are planned and not trained by `fastpeft train`."""
+SOUND = ("speech-seq2seq", "audio-classification")
+"""Of these those whose rows are recordings."""
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
@@ -149,8 +153,16 @@ def task_of(config: Any) -> str:
 
 
 def planned_task(config: Any, pictures: bool) -> str:
-    """As `task_of`, for plans: that of rows with pictures, too, which models that see also have for text alone."""
+    """As `task_of`, for plans: that of recordings, too, and of rows with pictures, which models that see have for text
+    alone as well.
+
+    Raises:
+        UserError: of CTC's loss nothing is known without values.
+    """
+    if (getattr(config, "architectures", None) or [""])[0].endswith("ForCTC"):
+        raise UserError("task: expected another than CTC's, whose loss needs values; try audio-classification")
+    usual = task_of(config)
     for task in MEDIA:
-        if fits(config, task) and (pictures or not fits(config, task_of(config))):
+        if fits(config, task) and ((pictures and task not in SOUND) or not fits(config, usual)):
             return task
-    return task_of(config)
+    return usual

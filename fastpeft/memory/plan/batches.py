@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import UserError
+from fastpeft.models.tasks import SOUND
 from fastpeft_kernels.common.shapes import imitating
 
 from ..trace.live import LiveBytes, rounded
 from .media import SMALL, least_tokens, pixels, rows_with_pictures, takes_patches, tokens_of, tokens_of_patches
+from .sound import sound
 
 if TYPE_CHECKING:
     from .predicting import Setting
 
-MEDIA = ("pixel_values",)
-"""What a model sees; the rest of a batch are numbers of few bytes."""
+SEEN = ("pixel_values", "input_features", "input_values")
+"""What a model sees or hears; the rest of a batch are numbers of few bytes."""
 
 
 class Batches:
@@ -36,14 +38,25 @@ class Batches:
         self.each = 0
         if setting.pictures is not None:
             if setting.task != "image-text-to-text":
-                raise UserError(f"images: expected 0 for a model of text ({setting.task}), got {self.pictures}")
+                raise UserError(f"images: expected 0 for {setting.task}, got {self.pictures}")
             self.each = self._tokens_of_a_picture()
             self.check(setting.tokens)
+        if setting.seconds is not None and not self.hears:
+            raise UserError(f"seconds: expected none for {setting.task}, got {setting.seconds:g}")
 
     @property
     def pictures(self) -> int:
         """Of a row."""
         return 0 if self.setting.pictures is None else self.setting.pictures.count
+
+    @property
+    def hears(self) -> bool:
+        """Whether each row is a recording."""
+        return self.setting.task in SOUND
+
+    def count(self, rows: int) -> int:
+        """Pictures or recordings of so many rows."""
+        return rows if self.hears else rows * self.pictures
 
     @property
     def least(self) -> int:
@@ -57,6 +70,8 @@ class Batches:
 
     def described(self) -> dict[str, Any]:
         """Settings of a plan that only rows with pictures have."""
+        if self.hears:
+            return {} if self.setting.seconds is None else {"seconds": f"{self.setting.seconds:g}"}
         if self.setting.pictures is None:
             return {}
         size = self.setting.pictures.size
@@ -82,6 +97,11 @@ class Batches:
             each = tokens_of_patches(setting.config, seen) if small else self.each
             return seen | rows_with_pictures(self.model, setting.config, rows, tokens, self.pictures, pictures, each)
         ids = torch.empty((rows, tokens), dtype=torch.int64, device="meta")
+        if self.hears:
+            labels = _label(setting.config, ids[:, 0]) if setting.task == "audio-classification" else ids
+            heard = sound(self.model, setting.config, rows, setting.seconds)
+            cast = {name: each.to(setting.dtype) for name, each in heard.items()}  # as autocast does at once
+            return cast | {"labels": labels}
         if setting.task == "sequence-classification":
             return {"input_ids": ids, "labels": _label(setting.config, ids[:, 0])}
         if setting.task == "question-answering":
@@ -89,12 +109,14 @@ class Batches:
         return {"input_ids": ids, "labels": ids}
 
     def nbytes(self, rows: int) -> int:
-        """Of what so many rows see, which lies on the device during the step."""
-        if self.setting.pictures is None:
-            return 0
-        one = pixels(self.model, self.setting.config, self.setting.pictures.size, 1)
-        count = rows * self.setting.pictures.count
-        return sum(rounded(count * one[name].nbytes, self.setting.device) for name in MEDIA if name in one)
+        """Of what so many rows see or hear, which lies on the device during the step."""
+        one: dict[str, Tensor] = {}
+        if self.hears:
+            one = sound(self.model, self.setting.config, 1, self.setting.seconds)
+        elif self.setting.pictures is not None:
+            one = pixels(self.model, self.setting.config, self.setting.pictures.size, 1)
+        sizes = [self.count(rows) * one[name].nbytes for name in SEEN if name in one]
+        return sum(rounded(size, self.setting.device) for size in sizes)
 
     def _tokens_of_a_picture(self) -> int:
         assert self.setting.pictures is not None

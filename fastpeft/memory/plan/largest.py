@@ -25,8 +25,8 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
     """(tokens a row at the setting's batch, rows at the setting's tokens) with the best of these policies everywhere.
 
     Tokens are a multiple of STEP, as many as the model has positions for at the most, unless the setting goes beyond
-    them. Rows are told from tokens, where a step takes as much as their product says: not where rows have pictures.
-    Of the host's memory streamed weights that may wait on the disk take nothing.
+    them. Rows are told from tokens, where a step takes as much as their product says: not where rows have pictures or
+    are recordings. Of the host's memory streamed weights that may wait on the disk take nothing.
     """
     rows, tokens = model.setting.rows, model.setting.tokens
     positions = None if beyond(model.setting) else _positions(model.setting)
@@ -42,13 +42,13 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
 
         most_tokens, least = positions or MOST_TOKENS, model.batches.least
         best = max(best, _within(long, tokens, capacity, host, rows, most_tokens, least))
-        if model.batches.pictures:
+        if model.batches.count(1):
             most = max(most, _within(wide, rows, capacity, host, tokens, MOST_TOKENS, 1))
     longest = best // STEP * STEP
     longest = longest if positions is None else min(longest, positions)
     if longest < model.batches.least:
         longest = 0
-    return longest, most if model.batches.pictures else best * rows // tokens
+    return longest, most if model.batches.count(1) else best * rows // tokens
 
 
 def _within(
@@ -109,7 +109,9 @@ def largest(
 
 
 def _positions(setting: Setting) -> int | None:
-    return getattr(setting.config.get_text_config(), "max_position_embeddings", None)
+    text = setting.config.get_text_config()
+    found: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    return found
 
 
 def _within_host(asked: Callable[[int], Need], at: int, host: int, least: int) -> int:

@@ -35,6 +35,7 @@ def model_of_loaded(
     optimizer: str,
     accumulation: int | None = None,
     pictures: Pictures | None = None,
+    seconds: float | None = None,
 ) -> tuple[str, Model]:
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
@@ -42,7 +43,7 @@ def model_of_loaded(
         model: of transformers, with adapters of PEFT, or a module that holds one; its weights 32 or 16 bits, or
             bitsandbytes' 4.
         seq, batch, optimizer, accumulation: as of `plan`.
-        pictures: of each row.
+        pictures, seconds: of each row.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage, or adapters in several models.
@@ -64,7 +65,8 @@ def model_of_loaded(
     check_tokens(seq, config)
     setting = Setting(
         config, planned_task(config, pictures is not None), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1, pictures=pictures,
+        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1,
+        pictures=pictures, seconds=seconds,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())

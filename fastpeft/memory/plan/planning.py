@@ -18,6 +18,7 @@ from .media import pictures_of
 from .optimizer_state import OPTIMIZERS
 from .predicting import Model, Setting
 from .rendering import render
+from .sound import check_seconds
 from .timing import Rates
 
 METHODS = ("lora", "qlora")
@@ -100,6 +101,7 @@ def plan(
     accumulation: int | None = None,
     images: int = 0,
     image_size: int | tuple[int, int] | None = None,
+    seconds: float | None = None,
 ) -> Plan:
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
@@ -127,6 +129,7 @@ def plan(
         accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
             earlier one; they are counted if left out.
         images: pictures of each row, of a model that sees; their tokens are among `seq`.
+        seconds: of each row, of a model that hears; 30 if left out. Of Whisper `seq` is what it writes.
         image_size: height and width of each, or both; what the model takes if left out, and 1024 where it takes any.
 
     Raises:
@@ -147,11 +150,12 @@ def plan(
                 raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
             _check_numbers(seq, batch, 1, optimizer, accumulation)
             pictures = pictures_of(images, image_size)
-            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation, pictures)
+            check_seconds(seconds)
+            name, model = model_of_loaded(name_or_config, seq, batch, optimizer, accumulation, pictures, seconds)
         else:
             name, model = model_of(
                 name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code,
-                accumulation, images, image_size,
+                accumulation, images, image_size, seconds,
             )  # fmt: skip
         return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
     finally:
@@ -172,6 +176,7 @@ def model_of(
     accumulation: int | None = None,
     images: int = 0,
     image_size: int | tuple[int, int] | None = None,
+    seconds: float | None = None,
 ) -> tuple[str, Model]:
     """The name and what is traced, for any number of `plan_on`."""
     import torch
@@ -185,6 +190,7 @@ def model_of(
 
     require_core()
     _check_numbers(seq, batch, rank, optimizer, accumulation)
+    check_seconds(seconds)
     for key, one, among in (
         ("method", method, METHODS),
         ("dtype", dtype, DTYPES),
@@ -210,6 +216,7 @@ def model_of(
         optimizer,
         accumulated=accumulation != 1,
         pictures=pictures_of(images, image_size),
+        seconds=seconds,
     )
     return name, Model(setting)
 
@@ -265,6 +272,7 @@ def plan_on(
 def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
     """Bytes on the GPU by what they are for, at the moment of the peak; and on the host."""
     sizes, policy = model.bytes, found.policy
+    seen = model.batches.nbytes(model.setting.rows)
     layers = zip(model.streamed, policy.of(len(model.skeleton.order)), strict=True)
     turns = sorted((parts for parts, each in layers if each.streamed), key=sum)
     away = turns[: -policy.ring]
@@ -275,7 +283,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
         "gradients": model.gradients + found.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],
-        **({"pictures": pictures} if (pictures := model.batches.nbytes(model.setting.rows)) else {}),
+        **({("sound" if model.batches.hears else "pictures"): seen} if seen else {}),
         **({"teacher": sizes["teacher"]} if "teacher" in sizes else {}),
         "saved activations": found.kept - found.gradients,
         "working memory": (working := found.step - found.kept),
@@ -295,7 +303,9 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
 def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     found = ["rows without padding; evaluation and saving are not counted"]
     found += beyond(model.setting)
-    if any(len(p.shape) == 3 for p in model.skeleton.model.parameters()):
+    own = [p for module in model.skeleton.model.modules() if not isinstance(module, nn.Conv1d)
+           for p in module._parameters.values()]  # fmt: skip
+    if any(p is not None and len(p.shape) == 3 for p in own):
         found.append("experts: every one is taken to get as many tokens")
     if policy.host_memory is not None:
         found.append("weights wait on the disk: load the model with mapped=True, as fastpeft train does")
@@ -306,7 +316,8 @@ def notes(model: Model, policy: MemoryPolicy) -> tuple[str, ...]:
     if model.setting.others:
         found.append(f"{1 + len(model.setting.others)} adapters are counted; a batch is followed through the first one")
     if first := [str(place) for place, layer in enumerate(model.skeleton.order) if model.sees(layer)]:
-        found.append(f"layers {first[0]}-{first[-1]} are those that see the pictures")
+        what = "hear the recordings" if model.batches.hears else "see the pictures"
+        found.append(f"layers {first[0]}-{first[-1]} are those that {what}")
     elif model.setting.task == "image-text-to-text":
         found.append("rows of text alone; with images their pictures are counted too")
     found += model.setting.notes

@@ -21,7 +21,7 @@ from ..trace.live import LiveBytes, rounded
 from ..trace.repeated import Repeated
 from ..trace.skeleton import Skeleton, build, follow, stored
 from ..trace.timeline import Stretch, less, more, trace
-from .batches import MEDIA, Batches
+from .batches import SEEN, Batches
 from .media import Pictures
 from .optimizer_state import state_sizes
 from .timing import Work, work_of
@@ -64,6 +64,7 @@ class Setting:
         teacher_streamed: whether its layers' weights are in host memory, and take turns on the device.
         notes: what is left out of such a training, in words.
         pictures: of each row, of a model that sees; None for rows of text.
+        seconds: of each recording, of a model that hears; None for the usual ones.
     """
 
     config: Any
@@ -81,6 +82,7 @@ class Setting:
     teacher_streamed: bool = False
     notes: tuple[str, ...] = ()
     pictures: Pictures | None = None
+    seconds: float | None = None
 
 
 class Span(NamedTuple):
@@ -216,8 +218,8 @@ class Model:
         return found._replace(size=found.size + told, kept=found.kept + told)
 
     def sees(self, layer: int) -> bool:
-        """Whether a traced layer gets pictures rather than a row's tokens."""
-        if self.batches.pictures:
+        """Whether a traced layer gets pictures or sound rather than a row's tokens."""
+        if self.batches.count(1):
             self._warm((LayerPolicy(),) * len(self.skeleton.layers), self.setting.tokens)
         return layer in self._spans
 
@@ -225,7 +227,7 @@ class Model:
         """What a traced layer gets of a batch."""
         if self.sees(layer):
             own = self._spans[layer]
-            return Span(rows * self.batches.pictures, own.positions, own.width)
+            return Span(self.batches.count(rows), own.positions, own.width)
         text = self.setting.config.get_text_config()
         return Span(rows, tokens, int(getattr(text, "hidden_size", None) or text.d_model))
 
@@ -297,13 +299,13 @@ class Model:
                 accumulated=self.setting.accumulated,
                 repeated=self._repeated,
                 backward=self.setting.section is not None,
-                there=MEDIA,
+                there=SEEN,
             )
         )
 
     @contextmanager
     def _seen(self, tokens: int) -> Iterator[None]:
-        """Notes what layers get that are given no row of so many tokens, but a picture."""
+        """Notes what layers get that are given no row of so many tokens, but a picture or a recording."""
         handles = []
 
         def note(index: int, hidden: Tensor) -> None:
@@ -314,7 +316,7 @@ class Model:
         def watch(index: int) -> Callable[..., None]:
             return lambda module, args, kwargs: note(index, args[0] if args else kwargs["hidden_states"])
 
-        for index, path in enumerate(self.skeleton.layers if self.batches.pictures else ()):
+        for index, path in enumerate(self.skeleton.layers if self.batches.count(1) else ()):
             layer = self.skeleton.model.get_submodule(path)
             handles.append(layer.register_forward_pre_hook(watch(index), with_kwargs=True))
         try:

@@ -61,6 +61,8 @@ def build(
     config = copy.deepcopy(config)
     for name, value in head_options(task, None, None).items():
         setattr(config, name, value)
+    for name in [name for name in vars(config) if name.endswith("layerdrop")]:
+        setattr(config, name, 0.0)  # no layer is left out by chance
     try:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, dtype=dtype)

@@ -14,6 +14,7 @@ from .blockwise import attention_backward_blockwise, attention_blockwise
 from .choosing import own_backend
 from .gradients import Gradients, Needs
 from .layout import Flat, flatten, unflatten
+from .library import sdpa_refusal
 from .masks import Mask
 from .scores import Scores
 from .shapes import attention_shapes, gradient_shapes
@@ -66,7 +67,7 @@ def apply(
 def compute(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) without a gradient."""
     if imitated(q.device):
-        return attention_shapes(q, v)
+        return attention_shapes(q, v, library=sdpa_refusal(q, k, v, mask, scores) is None)
     if backend == "auto":
         backend = own_backend(q, k, v, mask, scores)
     if backend == "blockwise":

@@ -10,10 +10,13 @@ from .gradients import Gradients, Needs
 from .scores import Scores
 
 
-def attention_shapes(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
-    batch, heads, queries, _ = q.shape
-    out = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+def attention_shapes(q: Tensor, v: Tensor, library: bool = False) -> tuple[Tensor, Tensor]:
+    """(out, lse); PyTorch's own, the library's, lays its result out as q."""
+    batch, heads, queries, features = q.shape
+    if library and v.shape[3] == features:
+        out = torch.empty_like(q)
+    else:
+        out = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 

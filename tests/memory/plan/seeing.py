@@ -1,4 +1,4 @@
-"""Small models that see, and one step of them, predicted and measured."""
+"""Small models that see or hear, and one step of them, predicted and measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpeft.memory.plan.media import Pictures
 from fastpeft.memory.plan.predicting import Model, Setting
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from fastpeft.models.adapters import attach_adapter
-from fastpeft.models.tasks import auto_class
+from fastpeft.models.tasks import auto_class, planned_task
 
 WORDS = 2000
 TEXT: dict[str, Any] = {
@@ -47,8 +47,29 @@ def _qwen(kind: Any, **vision: Any) -> Any:
     return kind(text_config=TEXT | ROPE, vision_config=QWEN | vision, **HERE, **ids)
 
 
+def _hears(name: str) -> Any:
+    stacks = {
+        f"{part}_{what}": number
+        for part in ("encoder", "decoder")
+        for what, number in (("layers", 6), ("ffn_dim", 512), ("attention_heads", 4))
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    both = {"vocab_size": WORDS, "d_model": 256, "max_target_positions": 200, **stacks, **ids}
+    if name == "whisper":
+        return hf.WhisperConfig(**both, num_mel_bins=16, max_source_positions=150)
+    if name == "speech_to_text":
+        return hf.Speech2TextConfig(**both, max_source_positions=400, input_feat_per_channel=16, conv_channels=128)
+    kind = {"wav2vec2": hf.Wav2Vec2Config, "hubert": hf.HubertConfig}[name]
+    return kind(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, conv_dim=[64] * 7,
+        num_conv_pos_embedding_groups=4, mask_time_length=4, num_labels=5, layerdrop=0.0,
+    )  # fmt: skip
+
+
 def config(name: str) -> Any:
     """Of a model with six layers in each stack."""
+    if name in ("whisper", "speech_to_text", "wav2vec2", "hubert"):
+        return _hears(name)
     if name == "qwen2_5_vl":
         return _qwen(hf.Qwen2_5_VLConfig, fullatt_block_indexes=[2, 5], window_size=56)
     if name == "qwen2_vl":
@@ -71,12 +92,14 @@ def config(name: str) -> Any:
     return kind(text_config=LLAMA, vision_config=TILES, scale_factor=4, **HERE)
 
 
-def predicted(described: Any, pictures: Pictures, rows: int, tokens: int, whole: bool = False) -> Model:
+def predicted(
+    described: Any, pictures: Pictures | None, rows: int, tokens: int, whole: bool = False, seconds: float | None = None
+) -> Model:
     section = LoraSection(r=8)
     return Model(
         Setting(
-            described, "image-text-to-text", tokens, rows, False, torch.float32, section, device="cpu",
-            accumulated=False, pictures=pictures,
+            described, planned_task(described, pictures is not None), tokens, rows, False, torch.float32, section,
+            device="cpu", accumulated=False, pictures=pictures, seconds=seconds,
         ),
         whole,
     )  # fmt: skip
@@ -85,10 +108,12 @@ def predicted(described: Any, pictures: Pictures, rows: int, tokens: int, whole:
 class Both:
     """A model with values and the prediction of the same."""
 
-    def __init__(self, name: str, pictures: Pictures, rows: int, tokens: int) -> None:
+    def __init__(
+        self, name: str, pictures: Pictures | None, rows: int, tokens: int, seconds: float | None = None
+    ) -> None:
         described = config(name)
         self.rows, self.tokens = rows, tokens
-        self.predicted = predicted(described, pictures, rows, tokens)
+        self.predicted = predicted(described, pictures, rows, tokens, seconds=seconds)
         task, section = self.predicted.setting.task, self.predicted.setting.section
         assert section is not None
         torch.manual_seed(0)
@@ -115,4 +140,4 @@ class Both:
 def _valued(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_meta:
         return tensor
-    return torch.rand(tensor.shape) if tensor.is_floating_point() else torch.randint(3, WORDS - 8, tensor.shape)
+    return torch.rand(tensor.shape) if tensor.is_floating_point() else torch.randint(1, 5, tensor.shape)

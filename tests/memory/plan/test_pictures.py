@@ -137,7 +137,7 @@ def test_what_cannot_be_planned(options: dict[str, Any], said: str) -> None:
 
 def test_pictures_for_a_model_of_text_or_in_another_form() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(UserError, match=r"images: expected 0 for a model of text \(causal-lm\), got 1"):
+    with pytest.raises(UserError, match="images: expected 0 for causal-lm, got 1"):
         fastpeft.plan(LlamaConfig(vocab_size=64, **sizes), seq=128, images=1, **OPTIONS)
     described = config("llava")
     described.image_grid_pinpoints = [[224, 224]]
