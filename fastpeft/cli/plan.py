@@ -56,6 +56,14 @@ def plan(
     ] = None,
     disk_bandwidth: Annotated[str, typer.Option(help="Bytes a second that are read from the disk, for those.")] = "2GB",
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_DIR",
+            help="PEFT's adapter_config.json, in place of --rank and --target-modules.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[Method, typer.Option(help="qlora: nested NF4.")] = Method.qlora,
     target_modules: Annotated[str, typer.Option(help="What the adapter is put on.")] = "all-linear",
     dtype: Annotated[PlanDtype, typer.Option(help="What is computed with.")] = PlanDtype.bfloat16,
@@ -95,6 +103,7 @@ def plan(
     No weights are read and no GPU is needed. Exits with 1 if nothing fits one of the GPUs, and says what would.
     """
     with uncollected():
+        from fastpeft.memory.plan.adapter import read_adapter
         from fastpeft.memory.plan.media import parse_image_size
         from fastpeft.memory.plan.planning import model_of, plan_on
         from fastpeft.memory.plan.several import Fabric, render, scaling
@@ -110,6 +119,7 @@ def plan(
             name, found = model_of(
                 model, seq, batch, rank, method.value, target_modules, dtype.value, optimizer, task,
                 trust_remote_code, accumulation, images, parse_image_size(image_size), seconds,
+                None if adapter is None else read_adapter(adapter),
             )  # fmt: skip
             spreads = scaling(found, gpus or (), fabric=fabric)
         except ValueError as error:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...config import LoraSection
 from ...integrations import bitsandbytes, quantised
 from ...integrations.models import model_within
 from ...models.tasks import planned_task
 from ..layers import model_layers
 from ..streaming.host_store import is_mapped
 from ..trace.skeleton import stored
+from .adapter import section_of
 from .largest import check_tokens
 from .media import Pictures
 from .predicting import Model, Setting, is_streamed
 
 BLOCK = 512
 """Bytes of which torch's allocator on a GPU hands out multiples."""
-_OURS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora")
-_OTHERS = ("use_dora", "bias", "init_lora_weights", "task_type", "peft_type", "base_model_name_or_path", "revision")
-_NO_SHAPES = ("inference_mode", "peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config")
 
 
 def model_of_loaded(
@@ -63,9 +59,10 @@ def model_of_loaded(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     check_tokens(seq, config)
+    names = [name for name, _ in base.named_modules()]
     setting = Setting(
         config, planned_task(config, pictures is not None), seq, batch, _in_four_bits(base), _dtype(base),
-        _section(next(iter(adapters.values())), base), optimizer, accumulated=accumulation != 1,
+        section_of(next(iter(adapters.values())), names), optimizer, accumulated=accumulation != 1,
         pictures=pictures, seconds=seconds,
     )  # fmt: skip
     found = Model(setting)
@@ -79,27 +76,6 @@ def model_of_loaded(
     in_files = [[each for each in stored(layer) if is_streamed(*each) and is_mapped(each[1])] for layer in layers]
     found.mapped = tuple(sum(_counted(each).values()) for each in in_files)
     return str(getattr(config, "_name_or_path", "") or config.model_type), found
-
-
-def _section(adapter: Any, base: nn.Module) -> LoraSection:
-    """The configuration of ours that gives an adapter of the same sizes."""
-    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
-        raise ValueError(f"model: expected an adapter of LoRA, got {adapter.peft_type}")
-    targets = adapter.target_modules
-    if not isinstance(targets, str):
-        targets = sorted(targets)
-        if adapter.layers_to_transform is None:  # a name may be of a layer that is not traced
-            targets = rf"(.*\.)?({'|'.join(targets)})"
-    # PEFT names heads of any classifier, "classifier" and "score", and takes those that are there
-    whole = [name for name in adapter.modules_to_save or () if any(n.endswith(name) for n, _ in base.named_modules())]
-    plain, known = type(adapter)(), (*_OURS, *_OTHERS, *_NO_SHAPES)
-    names = [field.name for field in fields(adapter) if field.name not in known]
-    extra = {name: getattr(adapter, name) for name in names if getattr(adapter, name) != getattr(plain, name)}
-    return LoraSection(
-        r=adapter.r, alpha=adapter.lora_alpha, dropout=adapter.lora_dropout, target_modules=targets,
-        exclude_modules=sorted(adapter.exclude_modules or ()), modules_to_save=whole,
-        use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, bias=adapter.bias, extra=extra,
-    )  # fmt: skip
 
 
 def _in_four_bits(base: nn.Module) -> bool:

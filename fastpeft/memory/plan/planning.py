@@ -11,6 +11,7 @@ from torch import nn
 from ...layers.random_state import RandomState
 from ..policy import MemoryPolicy
 from ..sizes import gib_above, parse_size
+from .adapter import names_layers, section_of
 from .choosing import CONTEXT, RECOMPUTE, RESERVE, Need, choose, least_host, need
 from .largest import MOST_TOKENS, beyond, check_tokens, largest_of, most_of
 from .loaded import model_of_loaded
@@ -102,6 +103,7 @@ def plan(
     images: int = 0,
     image_size: int | tuple[int, int] | None = None,
     seconds: float | None = None,
+    adapter: Any = None,
 ) -> Plan:
     """Predict the memory of a training with `accelerate` from a configuration, and choose each layer's policy.
 
@@ -129,6 +131,7 @@ def plan(
         accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
             earlier one; they are counted if left out.
         images: pictures of each row, of a model that sees; their tokens are among `seq`.
+        adapter: PEFT's LoraConfig, in place of rank and targets: DoRA, modules trained whole, trainable tokens and all.
         seconds: of each row, of a model that hears; 30 if left out. Of Whisper `seq` is what it writes.
         image_size: height and width of each, or both; what the model takes if left out, and 1024 where it takes any.
 
@@ -145,9 +148,8 @@ def plan(
         model: Model
         if isinstance(name_or_config, nn.Module):
             given = {"rank": (rank, 16), "method": (method, "qlora"), "targets": (targets, "all-linear")}
-            given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto")}
-            if own := [key for key, (one, default) in given.items() if one != default]:
-                raise ValueError(f"{own[0]}: expected to be left out, a loaded model has its own")
+            given |= {"dtype": (dtype, "bfloat16"), "task": (task, "auto"), "adapter": (adapter, None)}
+            _check_left_out(given, "a loaded model")
             _check_numbers(seq, batch, 1, optimizer, accumulation)
             pictures = pictures_of(images, image_size)
             check_seconds(seconds)
@@ -155,7 +157,7 @@ def plan(
         else:
             name, model = model_of(
                 name_or_config, seq, batch, rank, method, targets, dtype, optimizer, task, trust_remote_code,
-                accumulation, images, image_size, seconds,
+                accumulation, images, image_size, seconds, adapter,
             )  # fmt: skip
         return plan_on(name, model, capacity, host, policy, largest, rates or Rates())
     finally:
@@ -177,6 +179,7 @@ def model_of(
     images: int = 0,
     image_size: int | tuple[int, int] | None = None,
     seconds: float | None = None,
+    adapter: Any = None,
 ) -> tuple[str, Model]:
     """The name and what is traced, for any number of `plan_on`."""
     import torch
@@ -205,20 +208,32 @@ def model_of(
         name = name_or_config
         config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
     check_tokens(seq, config)
+    task = planned_task(config, images > 0) if task == "auto" else task
+    section = LoraSection(r=rank, alpha=2 * rank, target_modules=targets)
+    if adapter is not None:
+        _check_left_out({"rank": (rank, 16), "targets": (targets, "all-linear")}, "the adapter")
+        section = section_of(adapter, task=task, key="adapter")
     setting = Setting(
         config,
-        planned_task(config, images > 0) if task == "auto" else task,
+        task,
         seq,
         batch,
         method == "qlora",
         getattr(torch, dtype),
-        LoraSection(r=rank, alpha=2 * rank, target_modules=targets),
+        section,
         optimizer,
         accumulated=accumulation != 1,
         pictures=pictures_of(images, image_size),
         seconds=seconds,
     )
-    return name, Model(setting)
+    return name, Model(setting, whole=adapter is not None and names_layers(section))
+
+
+def _check_left_out(given: dict[str, tuple[Any, Any]], who: str) -> None:
+    """Raises ValueError for an argument, with its default, that `who` says already."""
+    for key, (one, default) in given.items():
+        if one != default:
+            raise ValueError(f"{key}: expected to be left out, {who} has its own")
 
 
 def _check_numbers(seq: int, batch: int, rank: int, optimizer: str, accumulation: int | None) -> None:
