@@ -29,10 +29,11 @@ Examples:
 
 
 class Method(str, Enum):
-    """How the frozen weights are kept."""
+    """How the frozen weights are kept, or that there are none."""
 
     lora = "lora"
     qlora = "qlora"
+    full = "full"
 
 
 class PlanDtype(str, Enum):
@@ -64,7 +65,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="qlora: nested NF4.")] = Method.qlora,
+    method: Annotated[Method, typer.Option(help="qlora: nested NF4. full: all weights are trained.")] = Method.qlora,
     target_modules: Annotated[str, typer.Option(help="What the adapter is put on.")] = "all-linear",
     dtype: Annotated[PlanDtype, typer.Option(help="What is computed with.")] = PlanDtype.bfloat16,
     optimizer: Annotated[str, typer.Option(help="As training.optim.")] = "adamw_torch",

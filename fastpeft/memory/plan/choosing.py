@@ -104,7 +104,7 @@ def on_disk(model: Model, layers: Sequence[LayerPolicy], room: int | None) -> li
 
 def _with_optimizer(model: Model, peak: Peak) -> Peak:
     """Or the optimizer's step, when all activations are gone: gradients, and temporaries as large as these."""
-    if model.setting.section is None:
+    if not model.setting.trains:
         return peak
     made = model.bytes["trained"] - model.gradients
     size = made + (model.bytes["trained"] if model.setting.optimizer == "adamw_torch" else 0)

@@ -22,7 +22,7 @@ from .rendering import render
 from .sound import check_seconds
 from .timing import Rates
 
-METHODS = ("lora", "qlora")
+METHODS = ("lora", "qlora", "full")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -90,7 +90,7 @@ def plan(
     batch: int = 1,
     host_memory: str | int | None = None,
     rank: int = 16,
-    method: Literal["lora", "qlora"] = "qlora",
+    method: Literal["lora", "qlora", "full"] = "qlora",
     targets: str | list[str] = "all-linear",
     dtype: str = "bfloat16",
     optimizer: str = "adamw_torch",
@@ -121,7 +121,7 @@ def plan(
         seq, batch: tokens a row, and rows, of one forward pass. Rows may go beyond the last position of a model with
             rotary embeddings, which a note then says.
         rank, targets: of LoRA, as PEFT takes them.
-        method: "qlora" keeps frozen linear layers as nested NF4.
+        method: "qlora" keeps frozen linear layers as nested NF4; "full" trains all weights, in `dtype`, without LoRA.
         dtype: "bfloat16", "float16" or "float32", of weights and of autocast.
         optimizer: one of `optimizer_state.OPTIMIZERS`.
         task: one of `tasks.AUTO`, or "auto" for what the configuration says.
@@ -209,7 +209,11 @@ def model_of(
         config = load_config(ModelSection(name=name, trust_remote_code=trust_remote_code), "MODEL")
     check_tokens(seq, config)
     task = planned_task(config, images > 0) if task == "auto" else task
-    section = LoraSection(r=rank, alpha=2 * rank, target_modules=targets)
+    section: LoraSection | None = LoraSection(r=rank, alpha=2 * rank, target_modules=targets)
+    if method == "full":
+        own = {"rank": (rank, 16), "targets": (targets, "all-linear"), "adapter": (adapter, None)}
+        _check_left_out(own, "a training of all weights")
+        section = None
     if adapter is not None:
         _check_left_out({"rank": (rank, 16), "targets": (targets, "all-linear")}, "the adapter")
         section = section_of(adapter, task=task, key="adapter")
@@ -225,8 +229,9 @@ def model_of(
         accumulated=accumulation != 1,
         pictures=pictures_of(images, image_size),
         seconds=seconds,
+        full=method == "full",
     )
-    return name, Model(setting, whole=adapter is not None and names_layers(section))
+    return name, Model(setting, whole=adapter is not None and section is not None and names_layers(section))
 
 
 def _check_left_out(given: dict[str, tuple[Any, Any]], who: str) -> None:
@@ -269,7 +274,8 @@ def plan_on(
         longest_of_all, most_of_all = max(longest_of_all or 0, tokens), max(most_of_all or 0, rows)
     rank = 0 if setting.section is None else setting.section.r
     settings = {
-        "seq": tokens, "batch": rows, "rank": rank, "method": "qlora" if setting.packed else "lora",
+        "seq": tokens, "batch": rows, **({} if setting.full else {"rank": rank}),
+        "method": "full" if setting.full else "qlora" if setting.packed else "lora",
         "dtype": str(setting.dtype)[6:], "optimizer": setting.optimizer, "task": setting.task,
         **({} if setting.accumulated else {"accumulation": 1}), **model.batches.described(),
     }  # fmt: skip
@@ -294,7 +300,7 @@ def components(model: Model, found: Need, capacity: int) -> dict[str, int]:
     return {
         "base, packed": sizes["packed"] - sum(packed for packed, _ in away),
         "base, dense": sizes["dense"] - sum(dense for _, dense in away),
-        "adapters": sizes["trained"],
+        ("trained weights" if model.setting.full else "adapters"): sizes["trained"],
         "gradients": model.gradients + found.gradients,
         "optimizer": model.optimizer,
         "buffers": sizes["buffer"],

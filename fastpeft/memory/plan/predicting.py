@@ -56,7 +56,8 @@ class Setting:
         packed: frozen linear layers as nested NF4.
         dtype: of the frozen rest, and of autocast if it has 16 bits.
         device: "cuda" or "cpu", whose implementations are followed.
-        section: the adapter; None for a model that is asked alone, without gradients.
+        section: the adapter; None for a model that is asked alone, without gradients, or that is trained whole.
+        full: all weights are trained, in `dtype`.
         accumulated: whether gradients of an earlier batch are there in forward, as with gradient accumulation. Those of
             further adapters always are.
         others: further adapters; a batch is followed through the first one.
@@ -83,6 +84,12 @@ class Setting:
     notes: tuple[str, ...] = ()
     pictures: Pictures | None = None
     seconds: float | None = None
+    full: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.full or self.section is not None
 
 
 class Span(NamedTuple):
@@ -132,7 +139,7 @@ class Model:
 
     def __post_init__(self) -> None:
         s = self.setting
-        self.skeleton = build(s.config, s.task, s.dtype, s.packed, s.section, self.whole)
+        self.skeleton = build(s.config, s.task, s.dtype, s.packed, s.section, self.whole, s.full)
         layers = [self.skeleton.model.get_submodule(path) for path in self.skeleton.layers]
         all_of = self._count(stored(self.skeleton.model))
         of_layers = [self._count(stored(layer)) for layer in layers]
@@ -161,7 +168,8 @@ class Model:
         for kind, tensor in tensors:
             sizes[kind] += (new := live.add([tensor]))
             if kind == "trained" and new:
-                state = state_sizes(self.setting.optimizer, tensor.numel(), self.setting.device)
+                each = tensor.itemsize if self.setting.full else 4
+                state = state_sizes(self.setting.optimizer, tensor.numel(), self.setting.device, each)
                 sizes[_STATE] += sum(rounded(size, self.setting.device) for size in state)
         return sizes
 
@@ -298,7 +306,7 @@ class Model:
                 autocast=dtype if dtype.itemsize == 2 else None,
                 accumulated=self.setting.accumulated,
                 repeated=self._repeated,
-                backward=self.setting.section is not None,
+                backward=self.setting.trains,
                 there=SEEN,
             )
         )

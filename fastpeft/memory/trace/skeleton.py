@@ -43,7 +43,13 @@ class Skeleton:
 
 
 def build(
-    config: Any, task: str, dtype: torch.dtype, packed: bool, section: LoraSection | None, whole: bool = False
+    config: Any,
+    task: str,
+    dtype: torch.dtype,
+    packed: bool,
+    section: LoraSection | None,
+    whole: bool = False,
+    full: bool = False,
 ) -> Skeleton:
     """The skeleton of a configuration.
 
@@ -54,6 +60,7 @@ def build(
         packed: whether linear layers are stored as nested NF4, but for the head, as transformers does.
         section: the adapter; None for a model that is asked alone.
         whole: trace every layer, not only the first ones.
+        full: train all weights, without an adapter.
 
     Raises:
         UserError: no model can be made of the configuration, or the adapter does not fit it.
@@ -73,10 +80,13 @@ def build(
         raise UserError(f"MODEL: {auto} makes none of {kind}, and plans are for models of text: {why}") from error
     model.config.use_cache = False
     order = _keep_first_layers(model, whole)
+    whole_model: Any
     if packed:
         _pack(model, dtype)
-    if section is None:
-        whole_model: Any = model.requires_grad_(False).eval()
+    if full:
+        whole_model = model.requires_grad_(True).train()
+    elif section is None:
+        whole_model = model.requires_grad_(False).eval()
     else:
         with torch.device("meta"):
             whole_model = attach_adapter(model, section, task, seed=0).train()

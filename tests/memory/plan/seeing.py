@@ -105,6 +105,19 @@ def predicted(
     )  # fmt: skip
 
 
+def measured(model: Any, given: dict[str, torch.Tensor], policy: LayerPolicy) -> int:
+    """Bytes of one step at the most, beside the model."""
+    model.config.use_cache = False
+    fastpeft.accelerate(model, memory=policy)
+
+    def step() -> None:
+        model(**given).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    step()  # finds the siblings
+    return peak_of_step(step, "cpu")
+
+
 class Both:
     """A model with values and the prediction of the same."""
 
@@ -119,22 +132,14 @@ class Both:
         torch.manual_seed(0)
         base = auto_class(task).from_config(described, dtype=torch.float32)
         self.model = attach_adapter(base, section, task, 0).train()
-        self.model.config.use_cache = False
 
     def ratio(self, policy: LayerPolicy) -> float:
         """Of the predicted peak to the measured."""
         layers = MemoryPolicy(policy).of(len(self.predicted.skeleton.order))
         told = self.predicted.peak(layers, self.rows, self.tokens).size
-        model = fastpeft.accelerate(self.model, memory=policy)
         batch = self.predicted.batches.of(self.rows, self.tokens, self.rows * self.predicted.batches.pictures)
         given = {name: _valued(each) for name, each in batch.items()}
-
-        def step() -> None:
-            model(**given).loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        step()  # finds the siblings
-        return told / peak_of_step(step, "cpu")
+        return told / measured(self.model, given, policy)
 
 
 def _valued(tensor: torch.Tensor) -> torch.Tensor:

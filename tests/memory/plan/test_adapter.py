@@ -13,12 +13,13 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fastpeft
-from fastpeft.bench.memory import peak_of_step
 from fastpeft.errors import UserError
 from fastpeft.memory.plan.adapter import read_adapter, section_of
 from fastpeft.memory.plan.predicting import Model, Setting
 from fastpeft.memory.policy import LayerPolicy
 from tests.commands import run
+
+from .seeing import measured
 
 WITHIN = 0.05
 CONFIG = LlamaConfig(
@@ -48,16 +49,8 @@ def ratio(adapter: LoraConfig, policy: LayerPolicy) -> float:
     base = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
     model: Any = get_peft_model(base, copy.deepcopy(adapter)).train()
     assert told.bytes["trained"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    model.config.use_cache = False
-    fastpeft.accelerate(model, memory=policy)
     ids = torch.randint(4, 2000, (2, 160))
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    step()  # finds the siblings
-    return told.peak((policy,) * 6, 2, 160).size / peak_of_step(step, "cpu")
+    return told.peak((policy,) * 6, 2, 160).size / measured(model, {"input_ids": ids, "labels": ids}, policy)
 
 
 def test_peak_of_dora() -> None:
@@ -86,12 +79,14 @@ def test_a_file_of_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert wrong.code == 2 and "rank: expected to be left out, the adapter has its own" in wrong.err
 
 
+@pytest.mark.full
 def test_a_classifier_whose_head_peft_names() -> None:
     given = LoraConfig(task_type="SEQ_CLS", target_modules=SOME, modules_to_save=["classifier", "score"])
     assert section_of(given, task="sequence-classification").modules_to_save == []
     assert fastpeft.plan(CONFIG, adapter=given, task="sequence-classification", **OPTIONS).fits
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options", [{"layers_to_transform": [0, 5]}, {"rank_pattern": {r"layers\.5\.self_attn\.q_proj": 64}}]
 )

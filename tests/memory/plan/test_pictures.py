@@ -71,17 +71,21 @@ def test_many_pictures_take_what_is_told_from_two() -> None:
 
 def test_a_plan_with_pictures() -> None:
     """Their tokens are among the row's; layers that see are counted by what they see."""
-    described = config("llava")
-    alone = fastpeft.plan(described, seq=128, **OPTIONS)
-    plan = fastpeft.plan(described, seq=128, images=1, **OPTIONS)
-    assert plan.settings["task"] == "image-text-to-text" and plan.settings["image_tokens"] == 64
-    assert plan.bytes["pictures"] == 3 * 112 * 112 * 4 and plan.need.total > alone.need.total
-    assert "layers 0-5 are those that see the pictures" in str(plan) and "rows of text alone" in str(alone)
     offload = MemoryPolicy(LayerPolicy("offload"))
-    away = fastpeft.plan(described, seq=128, images=1, policy=offload, **OPTIONS)
-    assert away.bytes["host"] == 2 * (6 * 65 * 128 + 6 * 128 * 256)
-    parts = [size for name, size in away.bytes.items() if name not in ("total", "host") and "of it" not in name]
-    assert sum(parts) == away.bytes["total"]
+    plan = fastpeft.plan(config("llava"), seq=128, images=1, policy=offload, **OPTIONS)
+    assert plan.settings["task"] == "image-text-to-text" and plan.settings["image_tokens"] == 64
+    assert plan.bytes["pictures"] == 3 * 112 * 112 * 4
+    assert plan.bytes["host"] == 2 * (6 * 65 * 128 + 6 * 128 * 256)
+    assert "layers 0-5 are those that see the pictures" in str(plan)
+    parts = [size for name, size in plan.bytes.items() if name not in ("total", "host") and "of it" not in name]
+    assert sum(parts) == plan.bytes["total"]
+
+
+@pytest.mark.full
+def test_rows_of_text_alone() -> None:
+    plan = fastpeft.plan(config("llava"), seq=128, **OPTIONS)
+    assert plan.settings["task"] == "image-text-to-text" and "pictures" not in plan.bytes
+    assert "rows of text alone" in str(plan)
 
 
 @pytest.mark.full
@@ -98,6 +102,7 @@ def test_the_longest_rows_and_the_most_of_them() -> None:
     assert largest_of(model, (RECOMPUTE,), CONTEXT, None) == (0, 0)
 
 
+@pytest.mark.full
 def test_a_plan_is_carried_out() -> None:
     model = get_peft_model(
         AutoModelForImageTextToText.from_config(config("llava")), LoraConfig(target_modules="all-linear")
@@ -107,6 +112,7 @@ def test_a_plan_is_carried_out() -> None:
     assert [row.op for row in fastpeft.report(model).rows if row.kind == "memory"] == ["recompute"] * 12
 
 
+@pytest.mark.full
 def test_sizes_of_pictures() -> None:
     """Qwen-VL's are rounded to patches that are merged; SmolVLM's are split into tiles, and one of the whole."""
     qwen = predicted(config("qwen2_5_vl"), Pictures(1, (100, 150)), 1, 64).batches

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSpeechSeq2Seq, LlamaConfig
 
 import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.memory.plan.predicting import Span
 from fastpeft.memory.plan.sound import sound
-from fastpeft.memory.policy import LayerPolicy
+from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from tests.commands import run
 
 from .seeing import Both, config, predicted
@@ -58,6 +59,7 @@ def test_a_plan_of_whisper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert wrong.code == 2 and said in wrong.err
 
 
+@pytest.mark.full
 def test_what_layers_get() -> None:
     model = predicted(config("whisper"), None, 3, 32)
     assert model.spans(3, 32) == [Span(3, 150, 256)] * 6 + [Span(3, 32, 256)] * 6
@@ -65,6 +67,18 @@ def test_what_layers_get() -> None:
         fastpeft.plan(config("whisper"), seq=201, **OPTIONS)
 
 
+@pytest.mark.full
+def test_a_plan_is_carried_out() -> None:
+    base = AutoModelForSpeechSeq2Seq.from_config(config("whisper"))
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    policy = MemoryPolicy((LayerPolicy("recompute"),) * 6 + (LayerPolicy(),) * 6)
+    plan = fastpeft.plan(model, seq=32, policy=policy, gpu_memory="1GiB", largest=False)
+    fastpeft.accelerate(model, memory=plan)
+    rows = [row.op for row in fastpeft.report(model).rows if row.kind == "memory"]
+    assert rows == ["recompute"] * 6 + ["keep"] * 6
+
+
+@pytest.mark.full
 def test_wav2vec2_hears_the_wave() -> None:
     """Without leaving layers out by chance, as its configuration has it."""
     described = config("wav2vec2")
