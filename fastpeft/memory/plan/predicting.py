@@ -261,26 +261,28 @@ class Model:
             self._trace(policies, 1, few, min(self.batches.pictures, 1))
 
     def _whole(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
-        """Of many pictures told from a small one, a whole one and two: each takes as much as the one before, whatever
-        the text around it, and layers of each policy as much as where all have it."""
+        """Of many pictures told from one and two, small ones where they may be, and a whole one: each takes as much as
+        the one before, whatever the text around it, and layers of each policy as much as where all have it."""
         pictures = rows * self.batches.pictures
-        small = self._trace(policies, rows, tokens, min(pictures, 1), small=self.batches.shrinks)
+        shrinks = self.batches.shrinks
+        least = small = self._trace(policies, rows, tokens, min(pictures, 1), small=shrinks)
         if not pictures:
             return small
         alike = {each: (each,) * len(policies) for each in set(policies)}
-        if self.batches.shrinks:
+        if shrinks:
             for each, all_do in alike.items():
                 if each not in self._first:
-                    one = self._trace(all_do, rows, tokens, 1)
-                    least = small if all_do == policies else self._trace(all_do, rows, tokens, 1, small=True)
-                    self._first[each] = less(one, least)
+                    few = least if all_do == policies else self._trace(all_do, rows, tokens, 1, small=True)
+                    self._first[each] = less(self._trace(all_do, rows, tokens, 1), few)
             small = more(small, self._by_layer(self._first, policies, small), 1)
         if pictures == 1:
             return small
         for each, all_do in alike.items():
             if each not in self._next:
-                two = self._trace(all_do, rows, tokens, 2)
-                self._next[each] = less(two, small if all_do == policies else self._trace(all_do, rows, tokens, 1))
+                two = self._trace(all_do, rows, tokens, 2, small=shrinks)
+                one = least if all_do == policies else self._trace(all_do, rows, tokens, 1, small=shrinks)
+                found = less(two, one)
+                self._next[each] = more(found, self._first[each], 1) if shrinks else found
         return more(small, self._by_layer(self._next, policies, small), pictures - 1)
 
     def _by_layer(
