@@ -41,14 +41,17 @@ def largest_of(model: Model, policies: Sequence[LayerPolicy], capacity: int, hos
             return need(model, whole, size, tokens, capacity, Rates())
 
         most_tokens, least = positions or MOST_TOKENS, model.batches.least
-        best = max(best, _within(long, tokens, capacity, host, rows, most_tokens, least))
-        if model.batches.count(1):
+        found = _within(long, tokens, capacity, host, rows, most_tokens, least)
+        best = max(best, found)
+        if model.batches.count(1) or found > most_tokens:
             most = max(most, _within(wide, rows, capacity, host, tokens, MOST_TOKENS, 1))
+        else:
+            most = max(most, found * rows // tokens)
     longest = best // STEP * STEP
     longest = longest if positions is None else min(longest, positions)
     if longest < model.batches.least:
         longest = 0
-    return longest, most if model.batches.count(1) else best * rows // tokens
+    return longest, most
 
 
 def _within(

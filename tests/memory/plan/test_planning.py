@@ -146,6 +146,18 @@ def test_the_longest_context(model: Model, policies: tuple[LayerPolicy, ...]) ->
         assert largest_of(model, (policies[0],), capacity, half)[0] <= longest // 2 + 64
 
 
+def test_the_most_rows_of_a_model_whose_positions_end_first(model: Model) -> None:
+    """They are not told from the two short rows that the search for the longest one ended at."""
+
+    def wide(rows: int) -> int:
+        return need(model, MemoryPolicy(RECOMPUTE), rows, 64, capacity, Rates()).total
+
+    capacity = CONTEXT + (400 << 20)
+    longest, rows = largest_of(model, (RECOMPUTE,), capacity, None)
+    assert longest == 2048
+    assert wide(rows) <= capacity < wide(rows + rows // 50 + 1)
+
+
 def test_parts_add_up(model: Model) -> None:
     """Whatever is streamed, and offloaded."""
     for policy in (LayerPolicy(), LayerPolicy("recompute", streamed=True), LayerPolicy("offload")):
