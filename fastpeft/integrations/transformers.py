@@ -51,14 +51,14 @@ def _outputs_collected() -> Callable[[], Mapping[str, Any] | None]:
 
 
 _COLLECTED = "fastpeft_weights"
-"""Attribute of an attention module whose last forward was asked for weights."""
+"""Attribute of an attention module whose last forward in training was asked for weights."""
 
 
 def collects_weights(module: Any) -> bool:
     """Whether a model that runs keeps weights of attention for its outputs, which GPT-2 does not tell its layers.
 
-    In backward, where layers are computed again, whether the module's last forward was asked for them. Not told under
-    torch.compile, which cannot trace it.
+    In backward, where layers are computed again, whether the module's last forward in training was asked for them. Not
+    told under torch.compile, which cannot trace it.
     """
     if torch.compiler.is_compiling():
         return False
@@ -67,10 +67,11 @@ def collects_weights(module: Any) -> bool:
         return _COLLECTED in noted
     collected = _outputs_collected()()
     found = collected is not None and any([name.endswith("attentions") for name in collected])
-    if found:
-        noted[_COLLECTED] = True
-    elif noted.get("training"):  # an evaluation may come between forward and backward
-        noted.pop(_COLLECTED, None)
+    if noted.get("training"):  # an evaluation may come between forward and backward
+        if found:
+            noted[_COLLECTED] = True
+        else:
+            noted.pop(_COLLECTED, None)
     return found
 
 

@@ -84,8 +84,9 @@ def names_elsewhere(module: nn.Module) -> list[str]:
 
 
 def _loaded(forward: Any, *ways: str) -> list[str]:
-    if not hasattr(forward, "__code__"):
-        return []
+    code = getattr(forward, "__code__", None)
+    if code is None or not any([PART in name for name in (*code.co_names, *code.co_freevars, *code.co_cellvars)]):
+        return []  # looked for first: to disassemble every module's forward takes a second
     found = [step.argval for step in dis.get_instructions(forward) if step.opname in ways]
     return [name for name in dict.fromkeys(found) if PART in name]
 

@@ -315,6 +315,24 @@ class TestCalls:
         torch.testing.assert_close(gradients(fast), gradients(plain))
         assert not any("fastpeft" in name for m in fastpeft.restore(fast).modules() for name in vars(m))
 
+    def test_an_evaluation_that_asks_for_weights_between_forward_and_backward(self) -> None:
+        model = accelerated(make("gpt2")).train()
+        fastpeft.accelerate(model, memory=fastpeft.LayerPolicy("recompute"))
+        given = inputs(model, "none")
+
+        def gradients(between: bool) -> dict[str, Tensor]:
+            model.zero_grad()
+            torch.manual_seed(5)
+            loss = model(**given).loss
+            if between:
+                with torch.no_grad():
+                    model.eval()(**given, output_attentions=True)
+                model.train()
+            loss.backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        torch.testing.assert_close(gradients(True), gradients(False))
+
     @pytest.mark.parametrize("name", ["llama", "gpt2"])
     def test_under_autocast_too(self, name: str) -> None:
         """Llama's queries are in fp32 there, GPT-2's are not."""
