@@ -44,8 +44,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Sco
         sink = scores.sinks.to(wide)[None, :, None, None].expand(batch, heads, queries, 1)
         score = torch.cat([score, sink], dim=-1)
     lse = torch.logsumexp(score, dim=-1)
-    unseen = (lse == -torch.inf)[..., None]  # not by lse, whose rounding grows with the scores
-    weights = score.masked_fill(unseen, 0.0).softmax(-1).masked_fill(unseen, 0.0)[..., :keys]
+    weights = torch.exp(score - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])[..., :keys]
     weights = _dropped(weights, scores).to(q.dtype)
     return weights @ v.repeat_interleave(groups, dim=1), lse
 
