@@ -14,7 +14,7 @@ _PEFT = {
     ("peft.mixed_model", "PeftMixedModel"): "base_model",
     ("peft.tuners.tuners_utils", "BaseTuner"): "model",
 }
-_COMPILED = {("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod"}
+_AROUND = _PEFT | {("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod"}
 """Classes around a module, by their files, and where they have it."""
 
 
@@ -24,7 +24,7 @@ def is_model(module: nn.Module) -> bool:
     What PEFT puts around another module is a model too, unless that module holds one of transformers'.
     """
     within, of_peft = module, False
-    while (found := _wrapped(within, {**_PEFT, **_COMPILED})) is not None:
+    while (found := _wrapped(within, _AROUND)) is not None:
         of_peft, within = of_peft or _wrapped(within, _PEFT) is not None, found
     return is_model_class(type(within)) or (of_peft and not _holds(within))
 

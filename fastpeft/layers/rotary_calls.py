@@ -57,9 +57,8 @@ class Convention(NamedTuple):
             tables = (tables[0].real, tables[0].imag)
         elif any([x.is_complex() for x in tables]):
             return NO_CALL
-        if [x.dim() for x in (*turned, *tables)] != [4 if self.batched else 3] * len(turned) + [
-            3 - (not self.batched)
-        ] * 2:
+        dimensions = 4 if self.batched else 3
+        if [x.dim() for x in (*turned, *tables)] != [dimensions] * len(turned) + [dimensions - 1] * 2:
             return f"inputs of shapes {', '.join(str(tuple(x.shape)) for x in args)}"
         cos, sin = reversed(tables) if self.tables == "sin, cos" else tables
 

@@ -30,14 +30,14 @@ def current_policy(model: nn.Module) -> MemoryPolicy:
 def next_policy(model: nn.Module) -> MemoryPolicy | None:
     """The same with the next way to keep less in every layer that keeps more; None where there is none.
 
-    "selective" is passed over where no layer has an MLP that could compute gate and up again; with
-    prefix tuning, whose cache no layer gets that is computed again, it is the last.
+    "selective" is passed over where no layer has an MLP that could compute gate and up again; with prefix tuning, whose
+    cache no layer gets that is computed again, it is the last.
     """
     now = current_policy(model)
     layers = list(model_layers(model).values())
     policies = now.of(len(layers))
-    levels = [level for level in ACTIVATIONS[1:] if level not in CHECKPOINTED or not hands_over_a_cache(model)]
-    for level in levels:
+    barred = CHECKPOINTED if hands_over_a_cache(model) else ()
+    for level in [level for level in ACTIVATIONS[1:] if level not in barred]:
         raised = tuple(
             replace(policy, activations=level) if _keeps_more(layer, policy, level) else policy
             for layer, policy in zip(layers, policies, strict=True)

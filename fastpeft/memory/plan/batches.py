@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,19 +111,25 @@ class Batches:
 
     def nbytes(self, rows: int) -> int:
         """Of what so many rows see or hear, which lies on the device during the step."""
+        return sum(rounded(self.count(rows) * size, self.setting.device) for size in self._sizes)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """Bytes of what one picture or recording is given as; a search for what fits asks for them again and again."""
         one: dict[str, Tensor] = {}
         if self.hears:
             one = sound(self.model, self.setting.config, 1, self.setting.seconds)
         elif self.setting.pictures is not None:
-            one = pixels(self.model, self.setting.config, self.setting.pictures.size, 1)
-        sizes = [self.count(rows) * one[name].nbytes for name in SEEN if name in one]
-        return sum(rounded(size, self.setting.device) for size in sizes)
+            one = self._picture()
+        return tuple(one[name].nbytes for name in SEEN if name in one)
+
+    def _picture(self) -> dict[str, Tensor]:
+        assert self.setting.pictures is not None
+        return pixels(self.model, self.setting.config, self.setting.pictures.size, 1)
 
     def _tokens_of_a_picture(self) -> int:
-        assert self.setting.pictures is not None
-        one = pixels(self.model, self.setting.config, self.setting.pictures.size, 1)
         with torch.no_grad(), imitating(self.setting.device), LiveBytes(self.setting.device, some=True):
-            return tokens_of(self.model.get_image_features(**one))
+            return tokens_of(self.model.get_image_features(**self._picture()))
 
 
 def _label(config: Any, classes: Tensor) -> Tensor:

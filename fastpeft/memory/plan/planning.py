@@ -131,9 +131,9 @@ def plan(
         accumulation: forward passes of one step, as gradient_accumulation_steps. With 1 there are no gradients of an
             earlier one; they are counted if left out.
         images: pictures of each row, of a model that sees; their tokens are among `seq`.
-        adapter: PEFT's LoraConfig, in place of rank and targets: DoRA, modules trained whole, trainable tokens and all.
-        seconds: of each row, of a model that hears; 30 if left out. Of Whisper `seq` is what it writes.
         image_size: height and width of each, or both; what the model takes if left out, and 1024 where it takes any.
+        seconds: of each row, of a model that hears; 30 if left out. Of Whisper `seq` is what it writes.
+        adapter: PEFT's LoraConfig, in place of rank and targets: DoRA, modules trained whole, trainable tokens and all.
 
     Raises:
         ValueError: an argument is none of these, or the adapter does not fit the model.
