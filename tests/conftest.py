@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer.main
 from hypothesis import settings
+from torch.utils._device import _device_constructors
 
 if TYPE_CHECKING:
     from tests.checkpoints import Checkpoints
@@ -144,6 +145,7 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     For a whole file: `pytestmark = pytest.mark.usefixtures("nan_filled")`.
     """
+    _device_constructors()  # torch asks once which functions `with torch.device(...)` is for: not for these
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _filling(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
