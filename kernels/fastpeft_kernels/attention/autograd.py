@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.device import autocast_off
 from ..common.shapes import imitated
+from . import library_cpu
 from .blockwise import attention_backward_blockwise, attention_blockwise
 from .choosing import own_backend
 from .gradients import Gradients, Needs
@@ -55,7 +56,7 @@ def apply(
     """(out, lse); out is differentiable where grad mode and the inputs ask for it. Autocast must be off.
 
     Args:
-        backend: "triton", "blockwise", or "auto" for one of these.
+        backend: "triton", "blockwise", or "auto" for one of these, or for PyTorch's kernel of a CPU.
     """
     trained = (scores.relative, scores.bias, scores.sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *trained)):
@@ -72,6 +73,8 @@ def compute(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, backend
         backend = own_backend(q, k, v, mask, scores)
     if backend == "blockwise":
         return attention_blockwise(q, k, v, mask, scores)
+    if backend == "cpu":
+        return library_cpu.attention_cpu(q, k, v, scores)
     from .forward import attention_triton
 
     return attention_triton(q, k, v, mask, scores)
@@ -97,6 +100,8 @@ def compute_backward(
         backend = own_backend(q, k, v, mask, scores)
     if backend == "blockwise":
         return attention_backward_blockwise(dout, q, k, v, out, lse, mask, scores, needs)
+    if backend == "cpu":
+        return library_cpu.attention_backward_cpu(dout, q, k, v, out, lse, scores, needs)
     from .backward import attention_backward_triton
 
     return attention_backward_triton(dout, q, k, v, out, lse, mask, scores, needs, deterministic)

@@ -11,6 +11,7 @@ from ..common.device import product_dtype, triton_available, triton_serves
 from ..common.shapes import imitated, kind_of
 from ..common.tracing import as_op
 from ..tuning.choosing import choice, gathers
+from . import library_cpu
 from .blocks import CPU
 from .candidates import registry
 from .candidates.request import Request
@@ -127,10 +128,10 @@ def masked_backends(device: torch.device) -> Sequence[str]:
 
 
 def own_backend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str:
-    """The one of our implementations that serves."""
+    """The one of our implementations that serves; "cpu" is `library_cpu`."""
     if triton_serves(q.device) and triton_refusal(q, k, v, mask, scores) is None:
         return "triton"
-    return "blockwise"
+    return "cpu" if library_cpu.serves(q, k, v, mask, scores) else "blockwise"
 
 
 def triton_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> str | None:

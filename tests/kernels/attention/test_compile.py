@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpeft_kernels.attention import Mask, attention, custom_op, packed
+from fastpeft_kernels.attention import Mask, attention, autograd, custom_op, packed
+from fastpeft_kernels.attention.choosing import own_backend
 from fastpeft_kernels.attention.layout import flatten
 from tests.kernels.compiling import check_changing_sizes, check_one_graph, check_selective_checkpointing
 
-from .drawn import TRAINED, Case, make_case
+from .drawn import TRAINED, Case, hold, make_case
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 EXTRAS = ["softcap", *TRAINED]
@@ -100,3 +101,29 @@ def test_without_values() -> None:
         out = attention(*fake[:3], sinks=fake[3], softcap=2.0, mask=case.mask)
     real = attention(case.q, case.k, case.v, **case.arguments())
     assert (out.shape, out.stride(), out.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("right", (None, 0))
+def test_ranges_that_are_causal_run_by_pytorchs_kernel(right: int | None) -> None:
+    """A graph has ranges wherever positions may go back to 0; PyTorch's kernel takes them where these don't."""
+    tokens = 40
+    start, stop = torch.zeros(1, tokens, dtype=torch.int32), torch.arange(1, tokens + 1, dtype=torch.int32)[None]
+    mask = Mask(right=right, start=start, stop=stop if right is None else torch.full_like(stop, tokens))
+    case = make_case(queries=tokens, keys=tokens, features=16, mask=mask)
+    assert own_backend(case.q, case.k, case.v, case.mask, case.scores) == "cpu"
+    hold(case, lambda it: autograd.apply(it.q, it.k, it.v, it.mask, it.scores, "auto", False))
+    check_one_graph(functools.partial(ours, case), case.q, [case.k, case.v], "aot_eager", 64)
+
+
+def test_ranges_that_are_not_run_in_blocks() -> None:
+    tokens = 40
+    for mask in (
+        packed(torch.tensor([0, 17, tokens], dtype=torch.int32), tokens),
+        Mask(right=0, keys=torch.arange(tokens)[None] < 30),
+        Mask(left=5, right=0),
+        Mask(start=torch.zeros(1, tokens, dtype=torch.int32), stop=torch.full((1, tokens), tokens, dtype=torch.int32)),
+    ):
+        case = make_case(queries=tokens, keys=tokens, features=16, mask=mask)
+        assert own_backend(case.q, case.k, case.v, case.mask, case.scores) == "blockwise"
+    case = make_case(queries=tokens, keys=tokens, features=16, mask=Mask(right=0), extras=["softcap"])
+    assert own_backend(case.q, case.k, case.v, case.mask, case.scores) == "blockwise"
