@@ -1,7 +1,9 @@
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft_kernels.common import device
 
@@ -85,3 +87,24 @@ def test_a_gpu_that_triton_cannot_serve_is_left_to_pytorch_with_one_warning(
         "Triton compiles no kernel on cuda:3, PyTorch serves instead: Please specify one"
     ]
     assert not device.triton_serves(torch.device("cpu")) and trial.logger.name == "fastpeft"
+
+
+def test_a_triton_of_which_a_kernel_cannot_be_launched_again_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = pytest.importorskip("fastpeft_kernels.common.triton_trial")
+    from fastpeft_kernels.common import launching
+
+    launches = []
+
+    def launch(self: object, where: torch.device, grid: tuple[int, ...], *args: object, **named: object) -> None:
+        launches.append(where)
+        if len(launches) == 2:
+            raise TypeError("runner() takes other arguments")
+
+    monkeypatch.setattr(launching.Launcher, "__call__", launch)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    with FakeTensorMode():
+        assert not trial.launches(0)
+    assert launches == [torch.device("cuda", 0)] * 2
+    assert "PyTorch serves instead: runner() takes other arguments" in caplog.text

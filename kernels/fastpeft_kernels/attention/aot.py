@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
+
+from .tiles import Tile, Tiles
 
 if TYPE_CHECKING:
     from ..common.aot import AotCase
-    from .tiles import Tile, Tiles
 
 _DESCRIBED, _ROOMY, _NARROW = (90, 100), (80,), (86, 89, 120)
 _TYPES = {
@@ -32,7 +34,8 @@ def cases() -> Iterator[AotCase]:
                 yield from _plain(features, tiles, targets, default=i == 0)
     for features in (64, 128):
         for tiles in tiles_for(90, torch.bfloat16, features, features, added=1):
-            yield from _added(features, tiles)
+            yield from _added(features, tiles, _DESCRIBED, default=False)
+    yield from _added(128, _undescribed(tiles_for(86, torch.bfloat16, 128, 128, added=1)[0]), _NARROW, default=False)
     yield from _everything(tiles_for(90, torch.bfloat16, 64, 64, added=2)[0])
 
 
@@ -49,7 +52,12 @@ def _plain(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool)
     yield _case(name, attention_bwd_keys_kernel, constants, features, tiles.keys, targets, default)
 
 
-def _added(features: int, tiles: Tiles) -> Iterator[AotCase]:
+def _undescribed(tiles: Tiles) -> Tiles:
+    """As they are where nothing is read through descriptors."""
+    return Tiles(*(replace(getattr(tiles, each.name), tma=False) for each in fields(tiles)))
+
+
+def _added(features: int, tiles: Tiles, targets: tuple[int, ...], default: bool) -> Iterator[AotCase]:
     from .backward_keys import attention_bwd_keys_kernel
     from .backward_queries import attention_bwd_queries_kernel
     from .forward import attention_fwd_kernel
@@ -59,10 +67,10 @@ def _added(features: int, tiles: Tiles) -> Iterator[AotCase]:
     constants |= {"PLAIN": False, "NATURAL": False, "LOWER": False}
     fwd = {**constants, "sinks_ptr": None}
     name = f"{part.removesuffix('_ptr')}_{features}"
-    yield _case(name, attention_fwd_kernel, fwd, features, tiles.forward, _DESCRIBED, False)
-    yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, _DESCRIBED, False)
+    yield _case(name, attention_fwd_kernel, fwd, features, tiles.forward, targets, default)
+    yield _case(name, attention_bwd_queries_kernel, constants, features, tiles.queries, targets, default)
     keys = {**constants, "ranges_ptr": None}
-    yield _case(name, attention_bwd_keys_kernel, keys, features, tiles.keys, _DESCRIBED, False)
+    yield _case(name, attention_bwd_keys_kernel, keys, features, tiles.keys, targets, default)
 
 
 def _everything(tiles: Tiles) -> Iterator[AotCase]:

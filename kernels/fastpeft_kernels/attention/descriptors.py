@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.device import device_capability
-from .tiles import FIRST_DESCRIBED, Tile, block_of
+from .tiles import DESCRIBED, Tile, block_of
 
 _ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -34,9 +34,9 @@ def sources(tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = N
 
 
 def _has_descriptors(t: Tensor) -> bool:
-    """On a GPU that has them, or interpreted, of 16-bit numbers."""
+    """On a GPU that gains by them, or interpreted, of 16-bit numbers."""
     capability = device_capability(t.device)
-    return t.dtype != torch.float32 and (capability is None or capability >= FIRST_DESCRIBED)
+    return t.dtype != torch.float32 and (capability is None or capability in DESCRIBED)
 
 
 def _aligned_strides(t: Tensor) -> list[int] | None:

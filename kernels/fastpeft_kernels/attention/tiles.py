@@ -14,8 +14,9 @@ from .masks import Mask
 from .scores import Scores
 
 LARGEST_HEAD = 256
-FIRST_DESCRIBED = 90
-"""Of a GPU that has tensor descriptors."""
+DESCRIBED = range(90, 120)
+"""GPUs that read through tensor descriptors. Later ones have them too, but multiply from registers, as sm_80 does, and
+of what they read so these are too few: up to 2 KB a thread were spilled of 128 features, and none without."""
 _NEEDED = 160_000  # bytes of shared memory, for tiles that are not narrow
 
 
@@ -134,7 +135,7 @@ def tiles_for(capability: int, dtype: torch.dtype, features: int, v_features: in
         return _ADDED[block] if added == 1 and roomy and block in _ADDED else (_LOADED[block],)
     if not roomy:
         return _NARROW[block]
-    return (_DESCRIBED if capability >= FIRST_DESCRIBED else _ROOMY)[block]
+    return (_DESCRIBED if capability in DESCRIBED else _ROOMY)[block]
 
 
 def default_tiles(q: Tensor, v: Tensor, mask: Mask, scores: Scores) -> Tiles:

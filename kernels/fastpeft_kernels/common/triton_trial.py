@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import ALWAYS
-
 logger = logging.getLogger("fastpeft")
 
 
@@ -21,10 +19,16 @@ def trial_kernel(out_ptr, BLOCK: tl.constexpr):
 
 
 def launches(index: int) -> bool:
-    """Whether a kernel of one program can be launched on CUDA device `index`; a warning says why not."""
+    """Whether a kernel of one program can be launched on CUDA device `index`, by Triton and as what it compiled before;
+    a warning says why not.
+    """
     try:
+        from .launching import Launcher  # of parts of Triton that another version may not have
+
         with torch.cuda.device(index):
-            trial_kernel[(1,)](torch.empty(16, dtype=torch.int32, device=f"cuda:{index}"), BLOCK=16, **ALWAYS)
+            out, launch = torch.empty(16, dtype=torch.int32, device=f"cuda:{index}"), Launcher(trial_kernel)
+            for _ in range(2):
+                launch(out.device, (1,), out, BLOCK=16)
     except Exception as error:  # whatever a compiler, an assembler or a driver says
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning("Triton compiles no kernel on cuda:%d, PyTorch serves instead: %s", index, reason[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import autocast_dtype
-from ..common.tables import table_on
+from ..common.tables import table_on, written_on
 from ..common.tracing import as_op
 from .autograd import TokenEmbedding, TokenLinear
 from .validation import check_ids, check_matrix, check_padding_idx, check_x
@@ -81,7 +81,7 @@ def index_of(tokens: tuple[int, ...], device: torch.device) -> Tensor:
     if as_op():
         return torch.tensor(tokens, device=device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return table_on(device, tokens)  # of the graph's own memory, and filled when it runs
+        return written_on(device, tokens)  # of the graph's own memory, and filled when it runs
     return _kept_index(tokens, device)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastpeft_kernels.common.tables import written_on
 from fastpeft_kernels.tokens import api, autograd, token_embedding, token_linear
 from fastpeft_kernels.tokens.reference import token_embedding_reference, token_linear_reference
 from tests.budget import assert_within_budget
@@ -102,14 +104,28 @@ def test_an_embedding_makes_no_second_result(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_index_that_a_cuda_graph_fills_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, written = [], []
     monkeypatch.setattr(api, "table_on", lambda device, tokens: made.append(tokens) or torch.tensor(tokens))
+    monkeypatch.setattr(api, "written_on", lambda device, tokens: written.append(tokens) or torch.tensor(tokens))
     states = iter((True, False, False))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(states))
     for _ in range(3):
         api.index_of((3, 1, 2, 7, 5), torch.device("cuda"))
     api._kept_index.cache_clear()  # of what is on no GPU
-    assert len(made) == 2
+    assert len(made) == len(written) == 1
+
+
+def test_an_index_that_a_cuda_graph_fills_takes_no_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pin_memory(tensor: Tensor) -> None:
+        raise RuntimeError("while a graph is captured not every torch can")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(api, "as_op", lambda: False)  # as it is with real tensors
+    with FakeTensorMode():
+        index = api.index_of((3, 1, 2), torch.device("cuda", 0))
+    assert (index.device.type, index.dtype, tuple(index.shape)) == ("cuda", torch.int64, (3,))
+    assert written_on(torch.device("cpu"), (3, 1, 2)).tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (7,)], ids=str)
