@@ -38,6 +38,7 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for kind in ("input", "once", "layer"):
         yield f"correct {kind} aten", partial(_check, kind, "aten")
     yield "the default, in any layout", _check_default
+    yield "rows that begin anywhere", _check_unaligned
     yield "longer rows than a program holds", _check_wide
     yield "the same in a CUDA graph", _check_graph
     if holds_huge_tensors():
@@ -87,6 +88,21 @@ def _check_default() -> dict[str, Any]:
         dense = x.contiguous().requires_grad_()
         (want,) = torch.autograd.grad(run_norm(dense, weight, None, form).sum(), dense)
         verdicts.equal(dx.contiguous(), want, f"gradient, strides {x.stride()}")
+    return {"largest_share_of_budget": verdicts.settle()}
+
+
+def _check_unaligned() -> dict[str, Any]:
+    """By turns with rows at multiples of 16 bytes, which another binary of the same kernel reads."""
+    verdicts = Verdicts()
+    memory = torch.randn(719 * 64 + 1, device=_DEVICE).bfloat16()
+    weight = torch.randn(64, device=_DEVICE).bfloat16()
+    for x in (memory[:-1], memory[1:], memory[:-1], memory[1:]):
+        rows = x.view(719, 64)
+        y = run_norm(rows, weight, None, _form("gemma", x.dtype, x.dtype, 1e-6), "triton")
+        same, exact = (
+            norm_reference(rows.to(d), weight.to(d), None, _form("gemma", d, d, 1e-6)) for d in (x.dtype, torch.float64)
+        )
+        verdicts.within(y, same, exact, f"from element {x.storage_offset()} on")
     return {"largest_share_of_budget": verdicts.settle()}
 
 
