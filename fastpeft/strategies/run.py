@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -26,6 +26,14 @@ from fastpeft.training.uploading import upload
 
 from .base import Strategy
 from .registry import strategy_of
+from .run_outcome import outcome_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastpeft.bench.memory import PeakMemory
+    from fastpeft.training.stopping import StopOnSignal
+    from fastpeft.training.watching import Progress, Speed, StopAtNaN
 
 
 def train(config: FastpeftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -56,15 +64,17 @@ class Ready:
     """A run that may begin.
 
     Attributes:
-        strategy: that the configuration asks for.
-        prepared: model and data.
-        arguments: the trainer's.
-        checkpoint: to go on from; None to begin.
+        strategy: the one that the configuration asks for.
+        prepared: tokenizer and encoded data, with the configuration as resolved.
+        folder: the output folder.
+        arguments: the trainer's, from the configuration.
+        checkpoint: the one to go on from; None to begin.
         fingerprint: of the training rows.
     """
 
     strategy: Strategy
     prepared: Prepared
+    folder: Path
     arguments: Any
     checkpoint: Path | None
     fingerprint: str
@@ -74,24 +84,24 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     """All that can be told about a run before its model is loaded; writes nothing. Arguments and errors as train's."""
     check(config)
     strategy = strategy_of(config)
-    target = Path(config.training.output_dir).expanduser()
-    if config.model.name and Path(config.model.name).expanduser().resolve() == target.resolve():
-        raise UserError(f"training.output_dir: expected another folder than model.name, got {target}")
-    checkpoint = run_folder.prepare(target, resume=resume, overwrite=overwrite)
+    folder = Path(config.training.output_dir).expanduser()
+    if config.model.name and Path(config.model.name).expanduser().resolve() == folder.resolve():
+        raise UserError(f"training.output_dir: expected another folder than model.name, got {folder}")
+    checkpoint = run_folder.prepare(folder, resume=resume, overwrite=overwrite)
     if resume and config.training.extra.get("save_only_model"):
         raise UserError("--resume: expected checkpoints with the optimizer's state, got save_only_model")
     prepared = strategy.prepare(console)
     fingerprint = prepared.rows.fingerprint()
     if checkpoint is not None:
-        run_folder.check_same(strategy.kept(prepared.config), target)
+        run_folder.check_same(strategy.kept(prepared.config), folder)
         check_steps(checkpoint, config.training)
-        run_folder.check_data(target, fingerprint)
+        run_folder.check_data(folder, fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
     evaluates = prepared.watched is not None
     arguments = training_arguments(prepared.config, prepared.config.model.task, device, dtype, evaluates=evaluates)
     if checkpoint is not None:
-        run_folder.check_processes(target, arguments.world_size)
+        run_folder.check_processes(folder, arguments.world_size)
     longest = _longest(prepared)
     processes = arguments.world_size
     memory = decide(
@@ -100,29 +110,81 @@ def check_run(config: FastpeftConfig, console: Console, *, resume: bool = False,
     )  # fmt: skip
     if memory.summary:
         console.print(f"memory: {memory.summary}", markup=False, highlight=False, soft_wrap=True)
-    return Ready(strategy, replace(prepared, memory=memory), arguments, checkpoint, fingerprint)
+    return Ready(strategy, replace(prepared, memory=memory), folder, arguments, checkpoint, fingerprint)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run whose model and trainer are made.
+
+    Attributes:
+        model: that is trained; the trainer may have wrapped it.
+        trainer: transformers' Trainer or one of its kind.
+        arguments: the trainer's, as the strategy settled them.
+        device: that the model is on.
+        notes: for the report; they have been shown.
+        stop, speed, progress, nan: those of the trainer's callbacks that the run asks afterwards.
+    """
+
+    model: Any
+    trainer: Any
+    arguments: Any
+    device: torch.device
+    notes: list[str]
+    stop: StopOnSignal
+    speed: Speed
+    progress: Progress
+    nan: StopAtNaN
 
 
 def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> Outcome:
+    from fastpeft.training.choices import settled
+    from fastpeft.training.saving import save_finished
+
+    strategy, prepared = ready.strategy, ready.prepared
+    config = prepared.config
+    loaded = _load(ready, console)
+    trainer = loaded.trainer
+    first = trainer.is_world_process_zero()
+    if first:
+        _claim_folder(ready, overwrite, held)
+    held.enter_context(settled(loaded.model, loaded.arguments, ready.checkpoint))
+    strategy.before(prepared, trainer)
+    peak, noticed = _run_steps(ready, loaded, console)
+    outcome = outcome_of(
+        prepared,
+        loaded.model,
+        trainer,
+        strategy.after(prepared, trainer),
+        fingerprint=ready.fingerprint,
+        tokens_per_second=loaded.speed.tokens_per_second,
+        peak=peak,
+        notes=[*loaded.notes, *noticed],
+        device=loaded.device,
+    )
+    save_finished(trainer, ready.folder)
+    if first:
+        outcome.write(ready.folder)
+    if first and config.training.push_to_hub:
+        upload(ready.folder, config, prepared.tokenizer)
+    return outcome
+
+
+def _load(ready: Ready, console: Console) -> Loaded:
+    """The model, its notes, and the trainer with its callbacks and optimizer."""
     import fastpeft
-    from fastpeft.bench.memory import PeakMemory
-    from fastpeft.bench.records import environment
-    from fastpeft.noticing.watch import Watch
-    from fastpeft.training.choices import KeepChoices, settled
+    from fastpeft.training.choices import KeepChoices
     from fastpeft.training.loading import check_ids
     from fastpeft.training.optimizers import chosen_optimizer, set_optimizer
-    from fastpeft.training.resuming import resumed
-    from fastpeft.training.saving import SaveAfterEvaluation, Seal, half_checkpoints_deleted, save_finished
+    from fastpeft.training.saving import SaveAfterEvaluation, Seal
     from fastpeft.training.stopping import StopOnSignal
     from fastpeft.training.watching import Progress, Speed, StopAtNaN
 
-    strategy, prepared, checkpoint = ready.strategy, ready.prepared, ready.checkpoint
+    strategy, prepared = ready.strategy, ready.prepared
     config = prepared.config
-    target = Path(config.training.output_dir).expanduser()
     device = pick_device()
     dtype = pick_dtype(config.model.dtype, device)
-    task = config.model.task
-    arguments = strategy.settle(prepared, ready.arguments, checkpoint, console)
+    arguments = strategy.settle(prepared, ready.arguments, ready.checkpoint, console)
     console.print("loading the model", highlight=False)
     model = strategy.load(prepared, device, dtype)
     check_ids(model, prepared)
@@ -137,79 +199,60 @@ def _train(ready: Ready, console: Console, overwrite: bool, held: ExitStack) -> 
     set_optimizer(trainer, config.training.optim, optimizer)
     if config.memory.retry:
         fastpeft.retry_steps(trainer)
-    first = trainer.is_world_process_zero()
-    if first:
-        held.enter_context(run_folder.held(target))
-        if run_folder.prepare(target, resume=checkpoint is not None, overwrite=overwrite) != checkpoint:
-            raise UserError(f"training.output_dir: expected a folder that no other run writes, got {target}")
-        if overwrite:
-            run_folder.clear(target)
-        run_folder.begin(target, strategy.kept(config), ready.fingerprint, ready.arguments.world_size)
-    held.enter_context(settled(model, arguments, checkpoint))
-    strategy.before(prepared, trainer)
-    explained = fastpeft.explain_out_of_memory(model, optimizer=config.training.optim)
+    return Loaded(model, trainer, arguments, device, notes, stop, speed, progress, nan)
+
+
+def _claim_folder(ready: Ready, overwrite: bool, held: ExitStack) -> None:
+    """Make the output folder this run's alone until `held` is closed: another run may have begun since the check."""
+    folder, checkpoint = ready.folder, ready.checkpoint
+    held.enter_context(run_folder.held(folder))
+    if run_folder.prepare(folder, resume=checkpoint is not None, overwrite=overwrite) != checkpoint:
+        raise UserError(f"training.output_dir: expected a folder that no other run writes, got {folder}")
+    if overwrite:
+        run_folder.clear(folder)
+    kept = ready.strategy.kept(ready.prepared.config)
+    run_folder.begin(folder, kept, ready.fingerprint, ready.arguments.world_size)
+
+
+def _run_steps(ready: Ready, loaded: Loaded, console: Console) -> tuple[PeakMemory, list[str]]:
+    """Train until the run is over. Returns the peak of memory, and what `fastpeft.watch` noticed.
+
+    Raises:
+        Interrupted, RunFailed: as `train`.
+    """
+    import fastpeft
+    from fastpeft.bench.memory import PeakMemory
+    from fastpeft.noticing.watch import Watch
+    from fastpeft.training.resuming import resumed
+    from fastpeft.training.saving import half_checkpoints_deleted
+
+    config, checkpoint, trainer = ready.prepared.config, ready.checkpoint, loaded.trainer
+    explained = fastpeft.explain_out_of_memory(loaded.model, optimizer=config.training.optim)
     watch = Watch(
         trainer.model,
-        tokenizer=prepared.tokenizer,
+        tokenizer=ready.prepared.tokenizer,
         steps_before=lambda: trainer.state.global_step,
         tell=partial(_show_note, console),
     )
     try:
-        saved_or_not, read = half_checkpoints_deleted(trainer, target), resumed(trainer, checkpoint)
-        with saved_or_not, stop, progress, PeakMemory(device) as peak, explained, watch, read:
-            if checkpoint is not None and (strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
+        saved_or_not, read = half_checkpoints_deleted(trainer, ready.folder), resumed(trainer, checkpoint)
+        with saved_or_not, loaded.stop, loaded.progress, PeakMemory(loaded.device) as peak, explained, watch, read:
+            if checkpoint is not None and (ready.strategy.is_over(checkpoint) or _is_done(checkpoint, config, console)):
                 _restore(trainer, checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except FloatingPointError as error:
         raise RunFailed(f"no adapter was saved: {error}") from error
-    nan.check(model, watch.origin)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        saved = last_checkpoint(target)
+    loaded.nan.check(loaded.model, watch.origin)
+    received = loaded.stop.received
+    if received is not None and trainer.state.global_step < trainer.state.max_steps:
+        saved = last_checkpoint(ready.folder)
         assert saved is not None
         further = "--resume goes on from it"
         if ready.arguments.save_only_model:
             further = "--resume cannot go on from it, because save_only_model left the optimizer's state out"
-        raise Interrupted(stop.received, f"{stop.received.name}: {saved} was saved; {further}")
-    findings = strategy.after(prepared, trainer)
-    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
-    outcome = Outcome(
-        base=config.model.name,
-        task=task,
-        method=_method(model, config),
-        rows=len(prepared.rows),
-        evaluation_rows=0 if prepared.evaluation is None else len(prepared.evaluation),
-        cut=prepared.rows.cut,
-        dropped=prepared.rows.dropped,
-        tokens=prepared.rows.tokens,
-        fingerprint=ready.fingerprint,
-        losses=losses,
-        evaluation=[(log["step"], log["eval_loss"]) for log in trainer.state.log_history if "eval_loss" in log],
-        metrics=_metrics(trainer),
-        findings=findings,
-        steps=trainer.state.global_step,
-        tokens_per_second=speed.tokens_per_second,
-        peak_mib=peak.mib,
-        peak_method=peak.method,
-        notes=[*notes, *map(str, watch.notices), *findings.notes],
-        memory=prepared.memory.report,
-        predicted_mib=None if prepared.memory.plan is None else prepared.memory.plan.need.total / 2**20,
-        accelerated=_accelerated(model) if config.acceleration.enabled else "",
-        chat_template=prepared.chat_template,
-        environment=asdict(environment(device.type)),
-    )
-    save_finished(trainer, target)
-    if first:
-        outcome.write(target)
-    if first and config.training.push_to_hub:
-        upload(target, config, prepared.tokenizer)
-    return outcome
-
-
-def _method(model: Any, config: FastpeftConfig) -> str:
-    """What was trained: a strategy may have taken another kind of adapter than LoRA."""
-    kinds = {str(adapter.peft_type.value) for adapter in model.peft_config.values()}
-    return "ia3" if kinds == {"IA3"} else config.method
+        raise Interrupted(received, f"{received.name}: {saved} was saved; {further}")
+    return peak, [str(notice) for notice in watch.notices]
 
 
 def _is_done(checkpoint: Path, config: FastpeftConfig, console: Console) -> bool:
@@ -258,23 +301,6 @@ def _notes(model: Any, prepared: Prepared, dtype: Any, console: Console, *, gene
 
 def _show_note(console: Console, note: str) -> None:
     console.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _accelerated(model: Any) -> str:
-    import fastpeft
-
-    return str(fastpeft.report(model))
-
-
-def _metrics(trainer: Any) -> dict[str, float]:
-    """Of the last evaluation, without times and counts."""
-    found: dict[str, Any] = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
-    unwanted = ("per_second", "runtime", "num_tokens")
-    return {
-        name.removeprefix("eval_"): float(value)
-        for name, value in found.items()
-        if name.startswith("eval_") and isinstance(value, (int, float)) and not any(u in name for u in unwanted)
-    }
 
 
 def _longest(prepared: Prepared) -> int:
