@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from .applying import accelerate, restore
     from .fp8_reporting import fp8_report
     from .integrations.attention import register_attention
-    from .integrations.peft import lora_config, mixed_batch
+    from .integrations.peft import mixed_batch
     from .integrations.trainer import retry_steps
+    from .layers.custom_modules import lora_config
     from .memory.exhaustion.explaining import explain_out_of_memory
     from .memory.exhaustion.retrying import StepRetry
     from .memory.packed.loading import load
@@ -39,7 +40,7 @@ _HOME = {
     "watch": "noticing.watch",
     "tune": "tuning",
     "use_tuned": "tuning",
-    "lora_config": "integrations.peft",
+    "lora_config": "layers.custom_modules",
     "mixed_batch": "integrations.peft",
     "plan": "memory.plan.planning",
     "explain_out_of_memory": "memory.exhaustion.explaining",

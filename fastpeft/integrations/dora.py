@@ -11,6 +11,7 @@ from fastpeft_kernels.lora import Dtypes, LoraAdapter
 
 from ..layers.bypass import why_not_bypassed
 from .transformers import is_conv1d
+from .tuner_layers import has_stock_forward, why_not_plain
 
 _VARIANT = ("peft.tuners.lora.variants", "DoraLinearVariant")
 
@@ -53,8 +54,6 @@ def _why_not(
 ) -> str | None:
     """Why the op cannot be what PEFT computes, or None; `module` holds the magnitude."""
     from peft.tuners.lora import dora as stock
-
-    from .peft import has_stock_forward, why_not_plain
 
     reason = why_not_bypassed(module, stock.DoraLinearLayer, device) or why_not_plain(
         module._parameters["weight"], device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpeft_kernels.lycoris import LohaAdapter, LokrAdapter
 
-from .peft import why_not_active, why_not_cast, why_not_plain
+from .tuner_layers import why_not_active, why_not_cast, why_not_plain
 
 
 def used_adapters(layer: Any, device: torch.device) -> list[LohaAdapter] | list[LokrAdapter] | str:

@@ -1,12 +1,11 @@
-"""PEFT's LoRA layers: what they hold, read at each call, and how to have ours built in their place."""
+"""PEFT's LoRA layers: what they hold, read at each call."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +13,10 @@ from torch import nn
 from fastpeft_kernels.experts import ExpertAdapter
 from fastpeft_kernels.lora import LoraAdapter
 
-from ..layers.bypass import SHARDED_BY_DEEPSPEED, own_class, why_not_bypassed
-from ..layers.kept import AWAY, is_elsewhere, stock_type
+from ..layers.bypass import why_not_bypassed
 from .dora import is_dora
+from .tuner_layers import why_not_active, why_not_cast, why_not_plain
 from .versions import require_core
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 _VARIANTS = "peft.tuners.lora.variants"
 
@@ -131,22 +127,6 @@ def base_modules(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, AuxiliaryTrainingWrapper) and name != "original_module":
             continue
         yield from base_modules(child)
-
-
-def why_not_active(layer: Any) -> str | None:
-    """The reason, in the state of a layer of PEFT, why its own forward must run; or None."""
-    if layer._disable_adapters:
-        return "adapters disabled"
-    if layer.merged_adapters:
-        return "adapters merged into the base weight"
-    return None
-
-
-def why_not_cast(layer: Any) -> str | None:
-    """The reason why a layer's inputs may not be cast; or None."""
-    if not getattr(layer, "cast_input_dtype_enabled", True):  # VeRA's have no such switch
-        return "casting of inputs disabled (peft.helpers.disable_input_dtype_casting)"
-    return None
 
 
 def adapter_index(row_names: Sequence[str]) -> tuple[int, ...] | None:
@@ -300,80 +280,3 @@ def _is_plain_factor(scaling: float | torch.Tensor, device: torch.device) -> boo
     if not isinstance(scaling, torch.Tensor):
         return True
     return scaling.dim() == 0 and not scaling.requires_grad and scaling.device == device
-
-
-def why_not_plain(parameter: torch.Tensor | None, device: torch.device) -> str | None:
-    """The reason why a parameter cannot be read directly (sharded, offloaded, on another device), or None."""
-    if parameter is None:
-        return None
-    if type(parameter) not in (nn.Parameter, torch.Tensor):
-        return AWAY if is_elsewhere(parameter) else f"a parameter of type {type(parameter).__name__}"
-    if parameter.device != device:
-        return f"a parameter on {parameter.device}, the input on {device}"
-    if hasattr(parameter, "ds_id"):
-        return SHARDED_BY_DEEPSPEED
-    return None
-
-
-def has_stock_forward(layer_class: type[nn.Module]) -> bool:
-    """False when some library has put its own forward into PEFT's class."""
-    return getattr(layer_class.forward, "__module__", "").startswith("peft.")
-
-
-class _PlainLinear(type):
-    """isinstance() means: an nn.Linear with an ordinary weight, no subclass and no quantised tensor in it."""
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return own_class(instance) is nn.Linear and stock_type(instance._parameters.get("weight")) is nn.Parameter
-
-
-class PlainLinear(metaclass=_PlainLinear):
-    """Key of PEFT's custom-module mapping that matches plain linear layers only."""
-
-
-class _PlainLinear4bit(type):
-    def __instancecheck__(cls, instance: Any) -> bool:
-        from .bitsandbytes import is_linear_4bit
-
-        return is_linear_4bit(instance)
-
-
-class PlainLinear4bit(metaclass=_PlainLinear4bit):
-    """Key of PEFT's custom-module mapping that matches bitsandbytes' Linear4bit only."""
-
-
-def lora_config(config: LoraConfig) -> LoraConfig:
-    """A copy of a LoraConfig from which PEFT builds fastpeft's layers directly.
-
-    For whoever never holds the PEFT model before training, such as TRL's `peft_config`. Each layer then runs fused on
-    its own; `fastpeft.accelerate(model)` afterwards also joins siblings. The saved adapter is an ordinary one.
-
-    Args:
-        config: a `peft.LoraConfig`; left as it is.
-
-    Returns:
-        The copy. Targets that are neither plain nn.Linear nor bitsandbytes' Linear4bit get PEFT's own layers.
-
-    Raises:
-        ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
-        TypeError: `config` is no LoraConfig.
-        ValueError: `config` targets parameters (`target_parameters`), which PEFT cannot combine with custom layers.
-    """
-    require_core()
-    from peft import LoraConfig
-
-    from ..layers.lora import fast_classes
-
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
-    if getattr(config, "target_parameters", None):
-        raise ValueError(
-            "config: expected no target_parameters; use fastpeft.accelerate(model) on the built model instead"
-        )
-    copied = copy.deepcopy(config)
-    by_name = {fast.__name__: fast for fast in fast_classes().values()}
-    mapping: dict[type, type] = {PlainLinear: by_name["FastLinear"]}
-    if "FastLinear4bit" in by_name:
-        mapping[PlainLinear4bit] = by_name["FastLinear4bit"]
-    copied._register_custom_module(mapping)
-    return copied

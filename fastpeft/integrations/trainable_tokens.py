@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.tokens.validation import are_distinct
 
-from .peft import why_not_active, why_not_plain
+from .tuner_layers import why_not_active, why_not_plain
 
 
 class TrainedTokens(NamedTuple):

@@ -10,7 +10,7 @@ from torch import nn
 from fastpeft_kernels.lora import LoraAdapter, vera_up
 
 from ..layers.bypass import why_not_bypassed
-from .peft import why_not_active, why_not_cast, why_not_plain
+from .tuner_layers import why_not_active, why_not_cast, why_not_plain
 
 
 def used_adapters(layer: Any, device: torch.device) -> tuple[LoraAdapter, ...] | str:

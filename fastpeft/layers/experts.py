@@ -21,6 +21,7 @@ from fastpeft_kernels.experts.api import run_experts
 
 from ..integrations import peft
 from ..integrations.transformers import multiplies_experts_as_stored
+from ..integrations.tuner_layers import why_not_plain
 from .bypass import why_not_bypassed, why_not_called
 from .counting import Counting
 from .experts_structure import ExpertRoles, even_routing, settings
@@ -151,7 +152,7 @@ def _why_not_experts(base: nn.Module, roles: ExpertRoles, device: torch.device) 
         return "other parts than when it was accelerated"
     dtypes = set()
     for name, parameter in held.items():
-        reason = peft.why_not_plain(parameter, device)
+        reason = why_not_plain(parameter, device)
         if reason is not None:
             return f"{name}: {reason}"
         if parameter.requires_grad:

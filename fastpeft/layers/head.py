@@ -19,9 +19,9 @@ from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.lora import LoraAdapter
 from fastpeft_kernels.weights import FrozenWeight
 
-from ..integrations import peft
 from ..integrations.accelerate import rebind_hooked_forward
 from ..integrations.fsdp import before_sharding
+from ..integrations.tuner_layers import why_not_plain
 from .bypass import OWN_CLASS, own_class, why_not_bypassed, why_not_called
 from .head_call import FEW, HeadCall, LossCalls, few_on_cpu
 from .lazy_logits import logits_of
@@ -85,7 +85,7 @@ def _call(head: Any, x: Any, calls: LossCalls) -> HeadCall | str:
 
 def _trained(head: Any, weight: nn.Parameter, x: Tensor, calls: LossCalls) -> HeadCall | str:
     autocast, bias = autocast_dtype(x.device), base_bias(head)
-    reason = peft.why_not_plain(weight, x.device) or peft.why_not_plain(bias, x.device)
+    reason = why_not_plain(weight, x.device) or why_not_plain(bias, x.device)
     if reason is not None:
         return reason
     if own_class(head) is not nn.Linear or not weight.is_floating_point():

@@ -12,8 +12,9 @@ from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.common.tracing import as_op
 from fastpeft_kernels.loss import Head, linear_cross_entropy
 
-from ..integrations import peft, trl
+from ..integrations import trl
 from ..integrations.trl import LogProbs, LogProbsCall, Theirs
+from ..integrations.tuner_layers import why_not_plain
 from .head_call import FEW, LossCalls, few_on_cpu
 
 THEIRS = "TRL: "
@@ -66,7 +67,7 @@ def log_probs(model: nn.Module, call: LogProbsCall, theirs: Theirs) -> LogProbs 
 def _why_not(call: LogProbsCall, calls: LossCalls) -> str | None:
     """Why TRL's function must compute what is asked for."""
     hidden, weight, cap = call.hidden, call.weight, call.final_logit_softcapping
-    apart = any(peft.why_not_plain(each, hidden.device) for each in (hidden, weight, call.bias))
+    apart = any(why_not_plain(each, hidden.device) for each in (hidden, weight, call.bias))
     if apart or not weight.is_floating_point():
         return "a head in parts or of a type of its own"
     if as_op():

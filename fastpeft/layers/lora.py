@@ -17,6 +17,7 @@ from fastpeft_kernels.common.device import autocast_dtype
 from fastpeft_kernels.lora import Dtypes, LoraAdapter, LoraProjection
 
 from ..integrations import bitsandbytes, dora, peft, quantised
+from ..integrations.tuner_layers import why_not_plain
 from . import known
 from .bypass import why_not_called
 from .few_tokens import FEW, FEW_TOKENS, is_few, plain_forward
@@ -72,7 +73,7 @@ class FastLoraLayer(NamedAsPeft, SeenMerges, Sibling):
             return found
         weight, compute_dtype, out_dtype = found
         bias = base_bias(base)
-        reason = peft.why_not_plain(bias, x.device)
+        reason = why_not_plain(bias, x.device)
         if reason is not None:
             return f"base layer: {reason}"
         if row_names is not None and len(row_names) != x.shape[0]:

@@ -14,7 +14,7 @@ from fastpeft_kernels.lycoris import loha_linear, lokr_linear
 from fastpeft_kernels.weights import FrozenWeight
 
 from ..integrations import lycoris
-from ..integrations.peft import why_not_plain
+from ..integrations.tuner_layers import why_not_plain
 from .bypass import why_not_called
 from .counting import Counting
 from .merges import SeenMerges

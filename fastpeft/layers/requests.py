@@ -17,6 +17,7 @@ from fastpeft_kernels.weights import DenseWeight, FrozenWeight
 
 from ..integrations import bitsandbytes, peft, quantised
 from ..integrations.transformers import is_conv1d, is_own_linear
+from ..integrations.tuner_layers import why_not_plain
 from .bypass import why_not_bypassed
 from .fp8 import products_of
 
@@ -66,7 +67,7 @@ def plain_request(module: Any, x: Tensor) -> Request | str:
         return found
     weight, product, out = found
     bias = base_bias(module)
-    reason = peft.why_not_plain(bias, x.device)
+    reason = why_not_plain(bias, x.device)
     if reason is not None:
         return reason
     dtype = lora_dtype((), autocast, product)
@@ -110,7 +111,7 @@ def _stored_base(
     if reason is not None:
         return reason
     weight = base._parameters["weight"]
-    reason = peft.why_not_plain(weight, device)
+    reason = why_not_plain(weight, device)
     if reason is not None:
         return f"base layer: {reason}"
     if weight.requires_grad:  # without gradients too: a checkpointed forward and its recomputation draw the same mask

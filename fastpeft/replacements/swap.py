@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations import peft
 from ..integrations.accelerate import forward_is_its_class_s, has_hook_on_its_forward, rebind_hooked_forward
+from ..integrations.tuner_layers import has_stock_forward
 from ..layers.counting import outcomes
 from ..layers.mixing import swap_in
 from .base import Left, Match
@@ -22,7 +22,7 @@ def why_not_its_own(module: nn.Module) -> Left | None:
 
 def why_not_swapped(module: nn.Module) -> Left | None:
     """Why a layer of PEFT cannot have a class of ours: its forward is someone else's already."""
-    if not peft.has_stock_forward(type(module)):
+    if not has_stock_forward(type(module)):
         return Left(f"{type(module).__name__}.forward was replaced by another library")
     return why_not_its_own(module)
 
