@@ -67,23 +67,23 @@ class Prompt:
             raise UserError(f"{self.where}: expected text in UTF-8, got something else") from None
 
 
-def read_prompts(path: Path, key: str = "--file") -> list[Prompt]:
+def read_prompts(path: Path) -> list[Prompt]:
     """Prompts from a file: a line each of text, or one of GIVEN of each JSON line.
 
     Raises:
         UserError: no such file, no JSON, or none of these keys.
     """
     if path.is_dir():
-        raise UserError(f"{key}: expected a file, got a folder: {path}")
+        raise UserError(f"--file: expected a file, got a folder: {path}")
     if not path.exists():
-        raise UserError(f"{key}: expected a file, got {path}, which is not there")
+        raise UserError(f"--file: expected a file, got {path}, which is not there")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would end a line at U+2028, too
     except UnicodeDecodeError:
-        raise UserError(f"{key}: expected text in UTF-8, got something else in {path}") from None
-    numbered = [(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        raise UserError(f"--file: expected text in UTF-8, got something else in {path}") from None
+    numbered = [(line, f"--file: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"{key}: expected at least one prompt, got none in {path}")
+        raise UserError(f"--file: expected at least one prompt, got none in {path}")
     if path.suffix.lower() in PLAIN:
         return [Prompt(line, where) for line, where in numbered]
     return [_prompt(line, where) for line, where in numbered]

@@ -30,7 +30,7 @@ OWN = "own"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_template") -> str:
+def set_template(tokenizer: Any, wanted: str | None) -> str:
     """Give the tokenizer a chat template.
 
     Args:
@@ -47,7 +47,7 @@ def set_template(tokenizer: Any, wanted: str | None, key: str = "data.chat_templ
         return OWN
     wanted = wanted or "plain"
     path = TEMPLATES.get(wanted) or Path(wanted).expanduser()
-    known = ", ".join(sorted(TEMPLATES))
+    key, known = "data.chat_template", ", ".join(sorted(TEMPLATES))
     if not path.is_file():
         raise UserError(f"{key}: expected {known} or a Jinja file, got {wanted!r}{did_you_mean(wanted, TEMPLATES)}")
     if tokenizer.eos_token is None:
@@ -73,7 +73,7 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if isinstance(given, str) and more:
             given = f"{given}\n\n{more}" if given else more
         turns = _exchange(given, row["output"])
-        for pair in reversed(_list_of(row, "history", where)):
+        for pair in reversed(_history(row, where)):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise UserError(f"{where}, column history: expected pairs of question and answer, got {short(pair)}")
             turns = _exchange(*pair) + turns
@@ -85,10 +85,10 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _list_of(row: dict[str, Any], column: str, where: str) -> list[Any]:
-    found = row.get(column) or []
+def _history(row: dict[str, Any], where: str) -> list[Any]:
+    found = row.get("history") or []
     if not isinstance(found, list):
-        raise UserError(f"{where}, column {column}: expected a list, got {short(found)}")
+        raise UserError(f"{where}, column history: expected a list, got {short(found)}")
     return found
 
 

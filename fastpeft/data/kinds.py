@@ -54,7 +54,7 @@ USUAL = {
 KNOWN = tuple(dict.fromkeys(column for kind in KINDS for column in (*kind.columns, *kind.optional)))
 
 
-def rename(rows: Any, columns: dict[str, str], key: str = "data.columns") -> Any:
+def rename(rows: Any, columns: dict[str, str]) -> Any:
     """Rows with the user's columns under the names that are expected.
 
     Raises:
@@ -63,16 +63,18 @@ def rename(rows: Any, columns: dict[str, str], key: str = "data.columns") -> Any
     for expected, given in columns.items():
         if expected not in KNOWN:
             raise UserError(
-                f"{key}.{expected}: expected one of {', '.join(KNOWN)}{did_you_mean(expected.lower(), KNOWN)}"
+                f"data.columns.{expected}: expected one of {', '.join(KNOWN)}{did_you_mean(expected.lower(), KNOWN)}"
             )
         if given not in rows.column_names:
             raise UserError(
-                f"{key}.{expected}: expected one of {', '.join(rows.column_names)}, got {given!r}"
+                f"data.columns.{expected}: expected one of {', '.join(rows.column_names)}, got {given!r}"
                 f"{did_you_mean(given.lower(), rows.column_names)}"
             )
         first = next(name for name, column in columns.items() if column == given)
         if first != expected:
-            raise UserError(f"{key}.{expected}: expected another column than {key}.{first}, got {given!r} twice")
+            raise UserError(
+                f"data.columns.{expected}: expected another column than data.columns.{first}, got {given!r} twice"
+            )
     taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
     return rows.remove_columns(taken).rename_columns(
         {given: expected for expected, given in columns.items() if given != expected}

@@ -26,13 +26,12 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 USUAL_LENGTH = 1024
 
 
-def checked_name(name: str, key: str = "model.name", marks: tuple[str, ...] = ("config.json",)) -> str:
+def checked_name(name: str, key: str = "model.name") -> str:
     """A model's name: the whole path of a folder, or an ID on the hub as it is.
 
     Args:
         name: as the user gave it.
         key: what the user calls it.
-        marks: files of which a folder must have one.
 
     Raises:
         UserError: it is empty, a folder of something else, or neither a folder nor an ID.
@@ -41,10 +40,10 @@ def checked_name(name: str, key: str = "model.name", marks: tuple[str, ...] = ("
         raise UserError(f"{key}: expected a model's folder or its ID on the hub, got nothing")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not any((folder / mark).is_file() for mark in marks):
+        if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
                 raise UserError(f"{key}: expected a base model, got an adapter: {name}")
-            raise UserError(f"{key}: expected a folder with a {' or '.join(marks)}, got {name}")
+            raise UserError(f"{key}: expected a folder with a config.json, got {name}")
         return str(folder.resolve())
     if folder.exists() or not HUB_ID.fullmatch(name):
         near = nearest(folder.name, _names_in(folder.parent))

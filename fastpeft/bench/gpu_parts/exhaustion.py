@@ -17,15 +17,7 @@ time_limit_s = 120
 needs = ("peft",)
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, small=True)
-
-
-def _run(recorder: Recorder, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     import torch
 
     from fastpeft.bench.steps import StepCase
@@ -35,6 +27,9 @@ def _run(recorder: Recorder, small: bool) -> None:
         case = replace(case, dtype=torch.float32, autocast=False, hidden=256, layers=2, tokens=16)
     checks = (("run again", _run_again), ("what helps", _advice))
     recorder.run_checks("exhaustion", [(name, partial(check, recorder.device, case)) for name, check in checks])
+
+
+dry_run = partial(run, small=True)
 
 
 def _run_again(device: str, case: StepCase) -> dict[str, Any]:

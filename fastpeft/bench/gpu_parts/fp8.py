@@ -20,15 +20,7 @@ needs = ("peft",)
 SETTINGS: tuple[Literal["forward", "both"], ...] = ("forward", "both")
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=True)
-
-
-def _run(recorder: Recorder, depth: str, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     import torch
 
     from fastpeft.bench.steps import StepCase
@@ -43,6 +35,9 @@ def _run(recorder: Recorder, depth: str, small: bool) -> None:
         checks.append(("FP8Linear, its own product", partial(_own_product, recorder.device)))
         checks.append(("steps", partial(_steps, recorder, case, depth)))
     recorder.run_checks("fp8", checks)
+
+
+dry_run = partial(run, small=True)
 
 
 def _accuracy(case: StepCase, device: str) -> dict[str, Any]:
@@ -115,7 +110,7 @@ def _own_product(device: str) -> dict[str, Any]:
     return {"difference": error}
 
 
-def _adapted_fp8_linear(device: str, out_features: int = 512, in_features: int = 256) -> nn.Module:
+def _adapted_fp8_linear(device: str) -> nn.Module:
     """LoRA over an FP8Linear of random codes."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -123,8 +118,8 @@ def _adapted_fp8_linear(device: str, out_features: int = 512, in_features: int =
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     torch.manual_seed(0)
-    layer: Any = FP8Linear(in_features, out_features, block_size=(128, 128)).requires_grad_(False)
-    layer.weight.data = (torch.randn((out_features, in_features)) * 100).to(torch.float8_e4m3fn)
+    layer: Any = FP8Linear(256, 512, block_size=(128, 128)).requires_grad_(False)
+    layer.weight.data = (torch.randn((512, 256)) * 100).to(torch.float8_e4m3fn)
     layer.weight_scale_inv.data = torch.rand(tuple(layer.weight_scale_inv.shape)) * 1e-3 + 1e-4
     config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
     return get_peft_model(nn.Sequential(layer), config).to(device)  # type: ignore[arg-type]

@@ -14,16 +14,11 @@ needs = ("peft",)
 FAMILIES = ("llama", "llama with LoRA on the head", "llama with a trained head", "gemma2", "bart", "llama in fp32")
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=True)
-
-
-def _run(recorder: Recorder, depth: str, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     recorder.run_checks("loss", ((name, partial(_case, recorder, name, depth, small)) for name in FAMILIES))
+
+
+dry_run = partial(run, small=True)
 
 
 def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, float]:

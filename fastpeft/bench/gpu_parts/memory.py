@@ -19,17 +19,12 @@ needs = ("peft",)
 KEEP, WITHOUT = "fastpeft, keep", "fastpeft, no policy"
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=True)
-
-
-def _run(recorder: Recorder, depth: str, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     found = cases(small)
     recorder.run_checks("memory", ((case.name, partial(_case, recorder, case, depth)) for case in found))
+
+
+dry_run = partial(run, small=True)
 
 
 def cases(small: bool) -> Iterator[StepCase]:

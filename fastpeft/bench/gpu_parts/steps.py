@@ -18,19 +18,14 @@ time_limit_s = 480
 needs = ("peft",)
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=True)
-
-
-def _run(recorder: Recorder, depth: str, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     cases: Iterable[StepCase] = step_cases(small)
     if small and depth == "quick":  # compiling for a CPU takes longer than all else
         cases = (case for case in cases if not case.compiled)
     recorder.run_checks("lora", ((case.name, partial(_case, recorder, case, depth)) for case in cases))
+
+
+dry_run = partial(run, small=True)
 
 
 def step_cases(small: bool) -> Iterator[StepCase]:

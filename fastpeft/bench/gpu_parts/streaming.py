@@ -15,17 +15,12 @@ CASES = tuple(f"{base}, {how}" for base in ("NF4", "dense") for how in ("recompu
 LAYERS, RING = 6, 2
 
 
-def run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=False)
-
-
-def dry_run(recorder: Recorder, depth: str) -> None:
-    _run(recorder, depth, small=True)
-
-
-def _run(recorder: Recorder, depth: str, small: bool) -> None:
+def run(recorder: Recorder, depth: str, small: bool = False) -> None:
     checks = [(name, partial(_case, recorder, name, depth, small)) for name in CASES]
     recorder.run_checks("streaming", [*checks, ("host memory", partial(_host, recorder.device, small))])
+
+
+dry_run = partial(run, small=True)
 
 
 def _case(recorder: Recorder, name: str, depth: str, small: bool) -> dict[str, float]:

@@ -52,13 +52,12 @@ class Outcome:
         return self.state == "refused" or (self.state == "ran" and not self.failed and self.passed > 0)
 
 
-def run_leg(leg: Leg, folder: Path, out: Path, tests: Sequence[str] = TESTS, limit_s: float = LIMIT_S) -> Record:
+def run_leg(leg: Leg, folder: Path, out: Path, limit_s: float = LIMIT_S) -> Record:
     """Make the leg's environment, run the tests in it, append the record.
 
     Args:
         folder: of the environments.
         out: file of records.
-        tests: as pytest takes them, from the root of the checkout.
         limit_s: the tests are killed then.
     """
     here = environment("cpu")
@@ -70,7 +69,7 @@ def run_leg(leg: Leg, folder: Path, out: Path, tests: Sequence[str] = TESTS, lim
         [str(python), "-c", _VERSIONS], env=surroundings(), cwd=ROOT, capture_output=True, text=True, check=True
     )
     file = RecordFile(out, replace(here, versions=json.loads(said.stdout)))
-    return keep(file, leg, run_tests(python, tests, limit_s))
+    return keep(file, leg, run_tests(python, TESTS, limit_s))
 
 
 def run_tests(python: Path, tests: Sequence[str], limit_s: float) -> Outcome:

@@ -44,6 +44,6 @@ def of_layers(layers: Mapping[int, Sequence[Any]], signal: LayerSignal) -> dict[
     return {number: value for number, value in zip(layers, values, strict=True) if math.isfinite(value)}
 
 
-def smoothed(before: float | None, now: float, smoothing: float = SMOOTHING) -> float:
+def smoothed(before: float | None, now: float) -> float:
     """The exponential moving average with one value more."""
-    return now if before is None else smoothing * before + (1 - smoothing) * now
+    return now if before is None else SMOOTHING * before + (1 - SMOOTHING) * now

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.device import triton_available
 from ..common.shapes import imitated
+from ..common.writes import count_writes
 from ..native.activation import activation_refusal, gated_activation_backward_native, gated_activation_native
 from .choosing import BACKWARD, DTYPES, FORWARD, activation_backend
 from .library import gated_activation_backward_library, gated_activation_library
@@ -69,13 +70,13 @@ def fill_gated_activation(gate: Tensor | None, up: Tensor, kind: str, out: Tenso
         gated_activation_library(gate, up, kind, out)
     elif backend == "native":
         gated_activation_native(gate, up, KINDS.index(kind), out)
-        _count_writes(out)
+        count_writes(out)
     else:
         from .forward import gated_activation_triton
         from .tiles import config_of
 
         gated_activation_triton(gate, up, kind, out, config_of(backend))
-        _count_writes(out)
+        count_writes(out)
 
 
 def gated_activation_backward(
@@ -143,13 +144,13 @@ def fill_gated_activation_backward(
         gated_activation_backward_library(dh, gate, up, kind, dgate, dup, h)
     elif backend == "native":
         gated_activation_backward_native(dh, gate, up, KINDS.index(kind), dgate, dup, h)
-        _count_writes(dgate, dup, h)
+        count_writes(dgate, dup, h)
     else:
         from .backward import gated_activation_backward_triton
         from .tiles import config_of
 
         gated_activation_backward_triton(dh, gate, up, kind, dgate, dup, h, config_of(backend))
-        _count_writes(dgate, dup, h)
+        count_writes(dgate, dup, h)
 
 
 def _check_backend(backend: str, up: Tensor) -> None:
@@ -220,10 +221,3 @@ def _share(a: Tensor, b: Tensor) -> bool:
         column = abs(distance) // size % stride
         return column < columns or stride - column < columns
     return True
-
-
-def _count_writes(*results: Tensor | None) -> None:
-    """Autograd cannot see what is written through pointers."""
-    for result in results:
-        if result is not None and not result.is_inference():
-            torch.autograd.graph.increment_version(result)

@@ -36,17 +36,11 @@ from ..activation.triton_math import activate, gradient
 from ..common.device import device_capability
 from ..common.integers import cdiv
 from ..common.launching import Launcher
+from ..common.writes import count_writes
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
-from .fused_tiles import (
-    Config,
-    check_activation,
-    check_factor,
-    check_matrices,
-    check_one_stride,
-    count_writes,
-)
+from .fused_tiles import Config, check_activation, check_factor, check_matrices, check_one_stride
 
 # First the default. A limit of 255 is none, but keeps ptxas from spilling a few registers for a third program.
 CONFIGS = (Config(16, 128, 4, 6, registers=255), Config(16, 128, 4, 6, registers=168))

@@ -26,17 +26,11 @@ from ..activation.triton_math import activate
 from ..common.device import device_capability
 from ..common.integers import cdiv
 from ..common.launching import Launcher
+from ..common.writes import count_writes
 from ..lora.backward import columns_contiguous
 from ..lora.partial_sums import lora_sum
 from .fused import MAX_RANK
-from .fused_tiles import (
-    Config,
-    check_activation,
-    check_factor,
-    check_matrices,
-    check_one_stride,
-    count_writes,
-)
+from .fused_tiles import Config, check_activation, check_factor, check_matrices, check_one_stride
 
 CONFIGS = (Config(32, 128, 8, 4), Config(32, 256, 8, 4), Config(16, 128, 4, 8))
 

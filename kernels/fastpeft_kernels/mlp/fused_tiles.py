@@ -114,10 +114,3 @@ def _check_like(name: str, x: Tensor, up: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of up, {up.dtype}, got {x.dtype}")
     if x.device != up.device:
         raise ValueError(f"{name}: expected the device of up, {up.device}, got {x.device}")
-
-
-def count_writes(*results: Tensor | None) -> None:
-    """Autograd cannot see what is written through pointers."""
-    for result in results:
-        if result is not None and not result.is_inference():
-            torch.autograd.graph.increment_version(result)

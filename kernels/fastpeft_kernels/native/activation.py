@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .build import native_library
+from .build import native_function, native_library
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -52,11 +51,4 @@ def _call(name: str, arguments: _Arguments, kind: int, matrices: Sequence[Tensor
     for matrix in matrices:
         places += (None, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
     threads = torch.get_num_threads() if elements >= _WORTH_A_THREAD else 1
-    _function(native_library(), name + _NAMES[like.dtype], arguments)(kind, *places, rows, columns, threads)
-
-
-@cache
-def _function(library: ctypes.CDLL, name: str, arguments: _Arguments) -> Callable[..., None]:
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, None
-    return cast(Callable[..., None], function)
+    native_function(native_library(), name + _NAMES[like.dtype], arguments)(kind, *places, rows, columns, threads)

@@ -16,11 +16,11 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..common.private import others_may_write, private_folder
 
@@ -45,6 +45,14 @@ def native_library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("the C++ kernels for CPU could not be built, PyTorch serves instead: %s", reason(error))
         return None
+
+
+@cache
+def native_function(library: ctypes.CDLL, name: str, arguments: Sequence[type[Any]]) -> Callable[..., None]:
+    """A function of the library that returns nothing, called with arguments of these types of ctypes."""
+    function = getattr(library, name)
+    function.argtypes, function.restype = arguments, None
+    return cast(Callable[..., None], function)
 
 
 def _built() -> Path:

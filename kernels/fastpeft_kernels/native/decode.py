@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .build import native_library
+from ..common.writes import count_writes
+from .build import native_function, native_library
 
 if TYPE_CHECKING:
     from ..quant.storage import Packed4bit
@@ -35,19 +34,19 @@ def decode_4bit_native(packed: Packed4bit, out: Tensor, first: int, last: int, p
     Returns:
         False, with `out` untouched, when `decode_4bit_refusal` says why or the library cannot be built here.
     """
-    if decode_4bit_refusal(packed, out.dtype, out) or native_library() is None:
+    library = None if decode_4bit_refusal(packed, out.dtype, out) else native_library()
+    if library is None:
         return False
     if out.numel() == 0:
         return True
     nested = (packed.nested_absmax, packed.nested_code, packed.nested_offset)
-    _function(out.dtype)(
+    native_function(library, _FUNCTIONS[out.dtype], _ARGUMENTS)(
         packed.packed.data_ptr(), packed.absmax.data_ptr(), packed.code.data_ptr(),
         *(None if tensor is None else tensor.data_ptr() for tensor in nested),
         packed.blocksize, packed.nested_blocksize or 1, first * packed.shape[1],
         out.data_ptr(), last - first, packed.shape[1], out.stride(0), torch.get_num_threads(), plain,
     )  # fmt: skip
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    count_writes(out)
     return True
 
 
@@ -60,10 +59,3 @@ def decode_4bit_refusal(packed: Packed4bit, dtype: torch.dtype, out: Tensor | No
     if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
         return f"expected out with columns of stride 1 for 'native', got strides {out.stride()}"
     return ""
-
-
-@cache
-def _function(dtype: torch.dtype) -> Callable[..., None]:
-    function = getattr(native_library(), _FUNCTIONS[dtype])
-    function.argtypes, function.restype = _ARGUMENTS, None
-    return function  # type: ignore[no-any-return]

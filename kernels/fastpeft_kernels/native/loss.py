@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .build import native_library
+from .build import native_function, native_library
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INT, _INT64, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -56,7 +54,7 @@ class Chunk:
 
     def _call(self, name: str, arguments: _Arguments, *more: Any) -> None:
         raw = self.raw
-        run = _function(native_library(), f"fastpeft_loss_{name}_{_NAMES[raw.dtype]}", arguments)
+        run = native_function(native_library(), f"fastpeft_loss_{name}_{_NAMES[raw.dtype]}", arguments)
         labels, bias, classes = map(_place, (self._labels, self._bias, self._classes))
         place = (raw.data_ptr(), raw.stride(0), *raw.shape, self._first, labels, bias)
         run(*place, self._factor, self._cap, classes, *more, self._threads)
@@ -73,10 +71,3 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 def _place(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-@cache
-def _function(library: ctypes.CDLL, name: str, arguments: _Arguments) -> Callable[..., None]:
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, None
-    return cast(Callable[..., None], function)
