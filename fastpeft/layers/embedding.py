@@ -49,11 +49,6 @@ class FastEmbedding(NamedAsPeft, Counting, nn.Module):
             y = lora_embedding(y, x, a, b, scaling=scaling, padding_idx=padding)
         return y.to(dtype)
 
-    def leave(self) -> None:
-        """This instance as it was before, but for its class."""
-        for name in ("fastpeft_calls", "fastpeft_suspended"):
-            self.__dict__.pop(name, None)
-
 
 def stock_embedding() -> type[nn.Module]:
     """PEFT's class."""

@@ -64,11 +64,6 @@ class FastLycorisLayer(NamedAsPeft, SeenMerges, Counting, nn.Module):
         """Why the products' dtype is not the op's, or None."""
         return None
 
-    def leave(self) -> None:
-        """This instance as it was before, but for its class."""
-        for name in ("fastpeft_calls", "fastpeft_suspended"):
-            self.__dict__.pop(name, None)
-
 
 class FastLohaLayer(FastLycorisLayer):
     op_name = "loha_linear"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft_kernels.common.shapes import kind_of
 from fastpeft_kernels.norm.api import run_norm
-from fastpeft_kernels.norm.form import most_features
+from fastpeft_kernels.norm.form import fits_registers
 
 from .bypass import transformed
 from .counting import Counting
@@ -81,15 +81,11 @@ class FastNorm(nn.Module, Counting):
             return f"an input of {tuple(x.shape)} on {x.device}, a weight of {tuple(weight.shape)} on {weight.device}"
         if gated and (args[1].shape != x.shape or args[1].device != x.device or args[1].dtype not in DTYPES):
             return f"a gate of {tuple(args[1].shape)} in {args[1].dtype}"
-        if gated and kind_of(x.device) == "cuda" and self._too_long(x, weight):
-            return f"a gate of {x.shape[-1]} features, which the kernel has no registers for"
+        if gated and kind_of(x.device) == "cuda":
+            form = norm.form(x.dtype, getattr(self, norm.eps_name))
+            if not fits_registers(form, x, weight.requires_grad):
+                return f"a gate of {x.shape[-1]} features, which the kernel has no registers for"
         return transformed()
-
-    def _too_long(self, x: Tensor, weight: Tensor) -> bool:
-        norm = self.fastpeft_norm
-        assert norm is not None
-        form = norm.form(x.dtype, getattr(self, norm.eps_name))
-        return x.shape[-1] // form.groups > most_features(form, x.dtype, weight.requires_grad)
 
     def leave(self) -> None:
         """This instance as it was before."""

@@ -84,11 +84,6 @@ class FastTokens(NamedAsPeft, SeenMerges, Counting, nn.Module):
     def base_parameter(self) -> nn.Parameter | None:
         return self.get_submodule("base_layer")._parameters.get("weight")
 
-    def leave(self) -> None:
-        """This instance as it was before, but for its class."""
-        for name in ("fastpeft_calls", "fastpeft_suspended"):
-            self.__dict__.pop(name, None)
-
 
 def _as_lora(found: TrainedTokens, dtype: torch.dtype) -> Request | str:
     """A head of which some rows are replaced, as the loss takes one: x W^T + (x A^T) B^T with W of the new rows, an A

@@ -76,7 +76,7 @@ class ClassSwap:
     """All of a replacement but `classes` and `mixture`; what matches is told by its very class.
 
     Attributes:
-        mixture: what our classes have in common; has `leave`, `fastpeft_suspended` and the name of its op, `op_name`.
+        mixture: what our classes have in common: `fastpeft_suspended`, counted calls, and their op's name, `op_name`.
     """
 
     switch = "lora"
@@ -108,7 +108,8 @@ class ClassSwap:
     def undo(self, module: nn.Module) -> bool:
         if not isinstance(module, self.mixture):
             return False
-        module.leave()
+        for name in ("fastpeft_calls", "fastpeft_suspended"):
+            module.__dict__.pop(name, None)
         fast: type[nn.Module] = type(module)
         stock = next((stock for stock, ours in self.classes().items() if ours is fast), None)
         if stock is None:  # FSDP2 has put a class of its own before ours

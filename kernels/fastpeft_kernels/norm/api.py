@@ -13,7 +13,7 @@ from ..common.shapes import imitated
 from ..common.tracing import as_op
 from ..common.validation import check_floating, check_instance, check_tensor
 from .autograd import apply
-from .form import ROUNDINGS, Form, layer_form, most_features, rms_form
+from .form import ROUNDINGS, Form, fits_registers, layer_form, rms_form
 from .reference import norm_reference
 
 BACKENDS = ("auto", "torch", "aten", "triton")
@@ -150,8 +150,7 @@ def _default(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) 
         one_kernel = False  # on a CPU PyTorch sums their gradients in 16 bits
     if one_kernel and (form.centred or x.numel() <= FEW):
         return "aten"
-    most = most_features(form, x.dtype, trained)
-    if x.dtype in DTYPES and 0 < x.shape[-1] // form.groups <= most and triton_serves(x.device):
+    if x.dtype in DTYPES and x.shape[-1] and fits_registers(form, x, trained) and triton_serves(x.device):
         return "triton"
     return "aten" if one_kernel else "torch"
 

@@ -52,6 +52,11 @@ def most_features(form: Form, dtype: torch.dtype = torch.bfloat16, trained: bool
     return 8192 if form.norm_before_gate or (dtype in _HALF and form.groups == 1 and not trained) else 4096
 
 
+def fits_registers(form: Form, x: torch.Tensor, trained: bool) -> bool:
+    """Whether the Triton kernels can hold a row of x, or a group of it, so; `trained` as for `most_features`."""
+    return x.shape[-1] // form.groups <= most_features(form, x.dtype, trained)
+
+
 def rms_form(x: torch.dtype, weight: torch.dtype, eps: float, offset: float, rounding: str) -> Form:
     """RMSNorm's, for x and a weight of these dtypes."""
     if rounding == "once":
