@@ -117,30 +117,14 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         if any(getattr(module, "fastpeft_watch", None) is not None for module in model.modules()):
             with torch.no_grad():
                 model(**inputs)  # tells which frozen projections are to be checked too
-        layers = {path: m for path, m in model.named_modules() if isinstance(m, (Sibling, FastLycorisLayer))}
-        mlps = {path: module for path, module in model.named_modules() if isinstance(module, FastMlp)}
-        mlps = {path: mlp for path, mlp in mlps.items() if mlp.fastpeft_roles is not None}
-        wrappers = {path: module for path, module in model.named_modules() if isinstance(module, FastExperts)}
-        inside = {id(wrapper.get_submodule("base_layer")) for wrapper in wrappers.values()}
-        experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
-        embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FastEmbedding)}
-        tokens = {path: module for path, module in model.named_modules() if isinstance(module, FastTokens)}
-        token_heads = {path: module for path, module in tokens.items() if "fastpeft_loss" in module.__dict__}
-        of_embeddings: dict[str, Whole] = {p: m for p, m in tokens.items() if p not in token_heads}
-        wholes: dict[str, Whole] = {**mlps, **experts, **embeddings, **of_embeddings}
-        norms = {path: module for path, module in model.named_modules() if isinstance(module, FastNorm)}
-        turns = {path: module for path, module in model.named_modules() if isinstance(module, FastRotary)}
-        heads = dict(own_heads(model))
-        replaced: dict[str, nn.Module] = {
-            **layers,
-            **mlps,
-            **wrappers,
-            **embeddings,
-            **tokens,
-            **norms,
-            **turns,
-            **heads,
-        }
+        found = _Replaced(model)
+        layers, wholes, norms, heads, token_heads = (
+            found.layers,
+            found.wholes,
+            found.norms,
+            found.heads,
+            found.token_heads,
+        )
         # A hook on its projections takes an MLP apart, one on a head makes logits.
         _, traffic = recorded_step(model, {**layers, **norms, **heads, **token_heads}, inputs, record=True)
         adapted_heads = {path: layer for path, layer in layers.items() if "fastpeft_loss" in layer.__dict__}
@@ -148,19 +132,19 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
         with recorded_losses(every_head) as losses:
             ours, traffic_of_wholes = recorded_step(model, wholes, inputs, record=True)
         of_losses, of_peft = check_losses(losses)
-        with suspended(replaced):
+        with suspended(found.every):
             peft, _ = recorded_step(model, layers, inputs)
         of_heads = rounding_of_heads(heads, traffic)
         checks, rounding = check_layers(layers, traffic)
         of_wholes, rounding_of_wholes = check_wholes({**wholes, **token_heads}, traffic | traffic_of_wholes)
         of_norms = check_norms(norms, traffic)
-        outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in mlps}
+        outputs = rounding.outputs | {p: rms for p, rms in rounding_of_wholes.outputs.items() if p not in found.mlps}
         outputs |= of_heads
-        noisy_layers = {**layers, **experts, **embeddings, **tokens, **heads}
+        noisy_layers = {**layers, **found.experts, **found.embeddings, **found.tokens, **heads}
 
         def distances_of_twin(seed: int) -> dict[str, float]:
             loss_noise = noisy_gradients(every_head, ONE_SIDED * of_peft["gradient"], seed)
-            with suspended(replaced), noisy(noisy_layers, outputs, seed), loss_noise:
+            with suspended(found.every), noisy(noisy_layers, outputs, seed), loss_noise:
                 return _distances(recorded_step(model, layers, inputs)[0], peft)
 
         of_gradients = rounding.gradients | rounding_of_wholes.gradients | {"loss": of_peft["loss"]}
@@ -172,6 +156,44 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, *, seed: in
     served = {**layers, **wholes, **token_heads}
     unserved = tuple(p for p, module in served.items() if p not in checked and not isinstance(module, FrozenSibling))
     return Verification(tuple(checks), ours["loss"].item(), peft["loss"].item(), unserved)
+
+
+class _Replaced:
+    """The modules of a model that compute by our code, by path.
+
+    Attributes:
+        layers: of LoRA, VeRA, LoHa and LoKr, and frozen projections that are computed together with some.
+        mlps: those that are one op.
+        experts: the outermost wrapper of each stack of experts.
+        embeddings: with LoRA.
+        tokens: embeddings and heads with trained tokens; `token_heads` are the heads among them.
+        norms: those with our forward.
+        heads: of language models, without adapters.
+        wholes: what is checked as a whole: all of these but layers, norms and heads.
+        every: all of our modules, those that are not checked by themselves too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+
+        def of(*kinds: type[nn.Module] | type[Sibling]) -> dict[str, Any]:
+            return {path: module for path, module in modules.items() if isinstance(module, kinds)}
+
+        wrappers: dict[str, FastExperts] = of(FastExperts)
+        inside = {id(wrapper.get_submodule("base_layer")) for wrapper in wrappers.values()}
+        self.layers = of(Sibling, FastLycorisLayer)
+        self.mlps = {path: mlp for path, mlp in of(FastMlp).items() if mlp.fastpeft_roles is not None}
+        self.experts = {path: wrapper for path, wrapper in wrappers.items() if id(wrapper) not in inside}
+        self.embeddings = of(FastEmbedding)
+        self.tokens = of(FastTokens)
+        self.token_heads = {path: module for path, module in self.tokens.items() if "fastpeft_loss" in module.__dict__}
+        self.norms = of(FastNorm)
+        self.heads = dict(own_heads(model))
+        of_embeddings = {path: module for path, module in self.tokens.items() if path not in self.token_heads}
+        self.wholes: dict[str, Whole] = {**self.mlps, **self.experts, **self.embeddings, **of_embeddings}
+        self.every: dict[str, nn.Module] = {
+            **self.layers, **self.wholes, **wrappers, **self.token_heads, **self.norms, **of(FastRotary), **self.heads,
+        }  # fmt: skip
 
 
 def recorded_step(
