@@ -1,4 +1,4 @@
-"""Where something can be written, and files that are there as a whole or not at all."""
+"""Paths: absolute ones, where something can be written, and files that are there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+
+
+def absolute(name: str) -> str:
+    """A local path from the root, so that it means the same from anywhere; what is not there, a hub ID, as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def can_be_made(path: Path) -> bool:

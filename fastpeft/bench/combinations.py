@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         keep(file, case, result, settings)
         ours, spread, _ = _figures(result.sides)
-        print(f"{case:56} {_words(result)}", flush=True)
+        print(f"{case:56} {_summary(result)}", flush=True)
         if ours > 1.0 + abs(spread - 1.0):
             slower.append(case)
     for case in slower:
@@ -170,7 +170,7 @@ def _figures(sides: Sides | None) -> tuple[float, float, float]:
     return ours, spread, sides.kept["fastpeft"] / sides.kept["peft"]
 
 
-def _words(result: Result) -> str:
+def _summary(result: Result) -> str:
     found, (ours, spread, kept) = result.served, _figures(result.sides)
     share = f"{found.fused} of {found.layers} layers, {found.fused_mlps} of {found.mlps} MLPs"
     figures = f"  time {ours:.3f} (PEFT beside itself {spread:.3f})  kept {kept:.3f}" if result.sides else ""

@@ -112,7 +112,7 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
         section = key.rpartition(".")[0] or "run"
         option = typer.Option(
             f"--{key}",
-            help=f"{text} (default {_said(default)})",
+            help=f"{text} (default {_default_text(default)})",
             metavar=_metavar(kind),
             rich_help_panel=f"{section}: keys of the configuration",
             show_default=False,
@@ -140,7 +140,7 @@ def _metavar(kind: Any) -> str:
     )
 
 
-def _said(value: Any) -> str:
+def _default_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return str(value) if value not in ("", [], {}) else "none"

@@ -90,7 +90,7 @@ def generate(
     source = tuned.find(model, base=base, trust_remote_code=trust_remote_code)
     few_shot = saved_by(source)
     if few_shot is None and source.task in ("masked-lm", "feature-extraction"):
-        raise UserError(f"MODEL: expected a language model or a classifier, got a {_said(source.task)}: {model}")
+        raise UserError(f"MODEL: expected a language model or a classifier, got a {_kind(source.task)}: {model}")
     device = pick_device()
     chosen = pick_dtype(dtype.value, device, "--dtype")
     tokenizer = tuned.load_tokenizer(source)
@@ -149,7 +149,7 @@ def _loaded(source: Source, device: Any, dtype: Any, quantization: Quantization 
     return tuned.load(source, device, dtype, None if quantization is None else quantization.value)
 
 
-def _said(task: str) -> str:
+def _kind(task: str) -> str:
     return "masked language model" if task == "masked-lm" else "model for embeddings"
 
 

@@ -44,7 +44,7 @@ def grow(tokenizer: Any, texts: Iterable[str], wanted: int | list[str]) -> dict[
     if not isinstance(wanted, int):
         words = Counter(dict.fromkeys(words, LEAST))
     limit = wanted if isinstance(wanted, int) else sum(map(len, words))
-    found = _merges(model, words, limit) if model["type"] == "BPE" else _whole(model, words, limit)
+    found = _merges(model, words, limit) if model["type"] == "BPE" else _most_saving(model, words, limit)
     if not found:
         raise UserError(
             "strategy.options.new_tokens: expected words that the tokenizer splits and the texts have at least "
@@ -95,7 +95,7 @@ def _joined(model: dict[str, Any], pieces: Pieces) -> str:
     return pieces[0] + "".join(piece.removeprefix(mark) for piece in pieces[1:])
 
 
-def _whole(model: dict[str, Any], words: Counter[Pieces], limit: int) -> dict[str, Pieces]:
+def _most_saving(model: dict[str, Any], words: Counter[Pieces], limit: int) -> dict[str, Pieces]:
     saved = {word: count * (len(word) - 1) for word, count in words.items() if count >= LEAST}
     ranked = sorted(saved, key=lambda word: (-saved[word], word))
     known = {entry[0] for entry in model["vocab"]} if isinstance(model["vocab"], list) else set(model["vocab"])

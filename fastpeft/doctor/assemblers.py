@@ -102,7 +102,7 @@ def _ptxas(capability: int, gpu: TorchGpu | None) -> Finding:
         remedy = f"Unset {' and '.join(named)}" if named else "Reinstall triton"
         advice = f"{remedy}: without an assembler no kernel can be compiled for this GPU."
         return (warning if gpu else note)(name, "none that runs", advice, **values)
-    text = f"{dotted(version)}, {_where(path)}"
+    text = f"{dotted(version)}, {_origin(path)}"
     if gpu is not None and (reason := hopper_dots_safe(f"cuda:{gpu.index}")):
         text = f"{text}: miscompiles some kernels for this GPU, which are refused ({reason.partition(':')[0]})"
         chosen = ptxas_variable(capability)
@@ -111,7 +111,7 @@ def _ptxas(capability: int, gpu: TorchGpu | None) -> Finding:
     return ok(name, text, **values, safe=True if gpu is not None else None)
 
 
-def _where(path: str) -> str:
+def _origin(path: str) -> str:
     import triton
 
     own = Path(path).is_relative_to(Path(triton.__file__).parent)

@@ -202,7 +202,7 @@ def parts_of(function: Any) -> tuple[Part, ...] | None:
         return None
 
 
-def _both(closure: dict[str, Any]) -> tuple[Part, ...] | None:
+def _conjunction(closure: dict[str, Any]) -> tuple[Part, ...] | None:
     found = [parts_of(each) for each in closure["mask_functions"]]
     return None if None in found else tuple(part for parts in found for part in parts or ())
 
@@ -221,7 +221,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], tuple[Part, ...] | None]] = {
     "around": lambda closure: (Part("band", (closure["sliding_window"], closure["sliding_window"])),),
     "chunk": lambda closure: (Part("chunk", (closure["chunk_size"], closure["left_padding"])),),
     "documents": lambda closure: (Part("documents", (closure["packed_sequence_mask"],)),),
-    "and": _both,
+    "and": _conjunction,
     "remapped": _remapped,
 }
 

@@ -44,7 +44,7 @@ class FineGrainedWeight(ScaledWeight):
         dtype: torch.dtype,
         deepgemm: bool = True,
     ) -> None:
-        super().__init__(codes, _matrix(scale), block=blocks or _whole(codes), dtype=dtype)
+        super().__init__(codes, _matrix(scale), block=blocks or _one_block(codes), dtype=dtype)
         self.stored, self.activation_scale = scale, activation_scale
         self.blocks, self.deepgemm = blocks, deepgemm
 
@@ -93,7 +93,7 @@ def frozen_base(layer: Any, x: Tensor, autocast: torch.dtype | None) -> Base | s
     blocks = None if blocks is None else (int(blocks[0]), int(blocks[1]))
     if layer.__dict__.get(PRODUCTS) is not None:
         dtype = autocast or x.dtype
-        return ScaledWeight(codes, _matrix(scale), block=blocks or _whole(codes), dtype=dtype), dtype, dtype
+        return ScaledWeight(codes, _matrix(scale), block=blocks or _one_block(codes), dtype=dtype), dtype, dtype
     if not hasattr(sys.modules[MODULE], "fp8_linear"):
         return "a version of transformers without fp8_linear"
     deepgemm = not getattr(layer, "_deepgemm_disabled", False)
@@ -113,5 +113,5 @@ def _matrix(scale: Tensor) -> Tensor:
     return scale if scale.dim() == 2 else scale.reshape(1, 1)
 
 
-def _whole(codes: Tensor) -> tuple[int, int]:
+def _one_block(codes: Tensor) -> tuple[int, int]:
     return max(1, codes.shape[0]), max(1, codes.shape[1])

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class About:
+class ModelFacts:
     """What is to be known of a model and its tokenizer.
 
     Attributes:
@@ -61,7 +61,7 @@ class About:
     translates: bool
 
 
-def about(model: nn.Module, tokenizer: Any) -> About:
+def facts_of(model: nn.Module, tokenizer: Any) -> ModelFacts:
     given: Any = model
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
     config: Any = getattr(model, "config", None)
@@ -69,7 +69,7 @@ def about(model: nn.Module, tokenizer: Any) -> About:
     padding = getattr(tokenizer, "pad_token_id", None)
     if padding is None:
         padding = getattr(text, "pad_token_id", None)
-    return About(
+    return ModelFacts(
         embeddings=_rows(given, "get_input_embeddings"),
         words=_rows(given, "get_output_embeddings"),
         tags="TokenClassification" in type(base).__name__,
@@ -106,12 +106,12 @@ class FirstBatches:
     """Looks at batches until there were enough.
 
     Args:
-        about: the model.
+        facts: of the model.
         notices: to which is added what is found.
     """
 
-    def __init__(self, about: About, notices: Notices) -> None:
-        self._about, self._notices = about, notices
+    def __init__(self, facts: ModelFacts, notices: Notices) -> None:
+        self._facts, self._notices = facts, notices
         self.seen = 0
         self._labelled, self._unlabelled = 0, 0
         self._row: Tensor | None = None
@@ -121,8 +121,8 @@ class FirstBatches:
     def look(self, batch: Batch) -> None:
         """One more; after the last, `judge`."""
         self.seen += 1
-        self._notices.add("vocabulary", outside(batch, self._about))
-        self._notices.add("padding", padding_learned(batch, self._about))
+        self._notices.add("vocabulary", outside(batch, self._facts))
+        self._notices.add("padding", padding_learned(batch, self._facts))
         if batch.labels is not None:
             learned = bool((batch.labels != IGNORED).any())
             self._labelled, self._unlabelled = self._labelled + learned, self._unlabelled + (not learned)
@@ -177,46 +177,46 @@ def _with_masks(ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor |
     return list(zip(ids, mask, strict=True)) if fits else [(row, None) for row in ids]  # type: ignore[arg-type]
 
 
-def outside(batch: Batch, about: About) -> str | None:
+def outside(batch: Batch, facts: ModelFacts) -> str | None:
     """In words: a token id for which the model has no embedding."""
-    for name, ids, rows in (("input_ids", batch.ids, about.embeddings), ("labels", batch.labels, about.words)):
+    for name, ids, rows in (("input_ids", batch.ids, facts.embeddings), ("labels", batch.labels, facts.words)):
         if ids is not None and rows is not None and ids.dim() == 2 and (most := int(ids.max())) >= rows:
             return f"{name}: expected token ids below {rows}, which is how many the model has, got {most}: {_OWN}"
     return None
 
 
-def padding_learned(batch: Batch, about: About) -> str | None:
+def padding_learned(batch: Batch, facts: ModelFacts) -> str | None:
     """In words: labels at places that are padding."""
     labels = batch.labels
     if labels is None or labels.dim() != 2:
         return None
     advice = f"give padding the label {IGNORED}"
-    mask, beside = batch.mask, batch.ids is not None and batch.ids.shape == labels.shape and not about.translates
-    if beside and mask is not None and mask.shape == labels.shape and (about.words is not None or about.tags):
+    mask, beside = batch.mask, batch.ids is not None and batch.ids.shape == labels.shape and not facts.translates
+    if beside and mask is not None and mask.shape == labels.shape and (facts.words is not None or facts.tags):
         count = int(((mask == 0) & (labels != IGNORED)).sum())
         if count:
             return (
                 f"{count} of the {labels.numel()} labels of a batch are at places that attention_mask hides: {advice}"
             )
-    if about.padding is None or about.words is None or not (beside or about.translates):
+    if facts.padding is None or facts.words is None or not (beside or facts.translates):
         return None
-    padded = labels == about.padding if about.translates else (labels == about.padding) & (batch.ids == about.padding)
+    padded = labels == facts.padding if facts.translates else (labels == facts.padding) & (batch.ids == facts.padding)
     runs = padded.flip(1).long().cumprod(1).sum(1)
     rows = int((runs >= RUN).sum())
     if not rows:
         return None
-    return f"{rows} of the {len(runs)} rows of a batch learn to write the padding token (id {about.padding}): {advice}"
+    return f"{rows} of the {len(runs)} rows of a batch learn to write the padding token (id {facts.padding}): {advice}"
 
 
-def other_tokenizer(about: About, tokenizer: Any) -> str | None:
+def other_tokenizer(facts: ModelFacts, tokenizer: Any) -> str | None:
     """In words: a tokenizer that cannot be the model's.
 
     Models often have some more embeddings than tokens, which pad the vocabulary to a round number.
     """
-    if about.embeddings is None or not hasattr(tokenizer, "__len__"):
+    if facts.embeddings is None or not hasattr(tokenizer, "__len__"):
         return None
-    tokens, rows = len(tokenizer), about.embeddings
-    if 0 < tokens - rows <= FEW and all(map(MEDIA.search, map(str, _words(tokenizer, rows, tokens)))):
+    tokens, rows = len(tokenizer), facts.embeddings
+    if 0 < tokens - rows <= FEW and all(map(MEDIA.search, map(str, _token_names(tokenizer, rows, tokens)))):
         return None
     known = f"the tokenizer has {tokens} tokens, the model embeddings for {rows}"
     if tokens > rows:
@@ -224,7 +224,7 @@ def other_tokenizer(about: About, tokenizer: Any) -> str | None:
     return f"{known}: it may be another model's, {_OWN}" if rows - tokens > max(MORE, rows // 10) else None
 
 
-def _words(tokenizer: Any, first: int, end: int) -> list[Any]:
+def _token_names(tokenizer: Any, first: int, end: int) -> list[Any]:
     """The tokens of these numbers; of a tokenizer that tells none of them, one without a name."""
     name = getattr(tokenizer, "convert_ids_to_tokens", None)
     return [None] if name is None else list(name(list(range(first, end))))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .batches import FIRST, FirstBatches, about, batch_of, other_tokenizer
+from .batches import FIRST, FirstBatches, batch_of, facts_of, other_tokenizer
 from .dependence import Dependence
 from .gradients import LEAST, SETTLED, Gradients, all_finite, without_gradient
 from .notices import Notice, Notices
@@ -113,7 +113,7 @@ class Watch:
         return self._by_itself(lambda: origin(self.model, self._call))
 
     def __enter__(self) -> Watch:
-        described = about(self.model, self._tokenizer)
+        described = facts_of(self.model, self._tokenizer)
         self._batches = FirstBatches(described, self._notices)
         self._notices.add("vocabulary", other_tokenizer(described, self._tokenizer))
         if all(rows is not None for rows in self._datasets):

@@ -20,6 +20,7 @@ from fastpeft.errors import UserError
 from fastpeft.metrics.findings import Findings, Metric
 from fastpeft.metrics.language import Losses
 from fastpeft.models.new_tokens import add_embeddings, trained_embeddings
+from fastpeft.paths import absolute
 from fastpeft.training.evaluating import token_losses
 from fastpeft.training.preparing import Prepared, Raw
 
@@ -91,7 +92,7 @@ class DomainAdaptive(Strategy):
         self.config = replace(
             prepared.config,
             training=replace(training, warmup_steps=training.warmup_steps or WARMUP),
-            strategy=replace(prepared.config.strategy, options=_whole_paths(prepared.config.strategy.options)),
+            strategy=replace(prepared.config.strategy, options=_with_absolute_paths(prepared.config.strategy.options)),
         )
         return replace(prepared, config=self.config, rows=self._mix.encoded, notes=[*prepared.notes, *self._notes()])
 
@@ -207,11 +208,9 @@ class DomainAdaptive(Strategy):
         return notes
 
 
-def _whole_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Local paths from the root, so that config.yaml means the same from anywhere."""
+def _with_absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in ("general", "new_tokens") if isinstance(options.get(name), str)]
-    local = {name: Path(options[name]).expanduser() for name in names}
-    return options | {name: str(path.resolve()) for name, path in local.items() if path.exists()}
+    return options | {name: absolute(options[name]) for name in names}
 
 
 def _beginning(texts: Iterable[Any], characters: int) -> list[str]:

@@ -192,9 +192,8 @@ def check_same(config: FastpeftConfig, folder: Path) -> None:
     before, now = flat(saved.to_dict()), flat(config.to_dict())
     for key in before | now:
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}: expected {_said(before.get(key))}, as the run to resume has it, got {_said(now.get(key))}"
-            )
+            earlier, wanted = _as_yaml(before.get(key)), _as_yaml(now.get(key))
+            raise UserError(f"{key}: expected {earlier}, as the run to resume has it, got {wanted}")
 
 
 def begin(folder: Path, config: FastpeftConfig, fingerprint: str, processes: int) -> None:
@@ -230,5 +229,5 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _said(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -69,9 +69,9 @@ def load_base(prepared: Prepared, device: Any, dtype: Any) -> tuple[Any, LoraSec
 
 def check_ids(model: Any, prepared: Prepared) -> None:
     """Raise UserError for a token that the model does not know: training would end at it, on a GPU without a word."""
-    from fastpeft.noticing.batches import about
+    from fastpeft.noticing.batches import facts_of
 
-    described, writes = about(model, prepared.tokenizer), prepared.config.model.task.endswith("-lm")
+    described, writes = facts_of(model, prepared.tokenizer), prepared.config.model.task.endswith("-lm")
     known = {"input_ids": described.embeddings, "labels": described.words if writes else None}
     sides = {"data": prepared.rows, "the evaluation": prepared.evaluation}
     for where, encoded in sides.items():

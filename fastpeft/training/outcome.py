@@ -111,7 +111,7 @@ class Outcome:
         lines += ["", "## Memory", "", "```", self.memory, "```"] if self.memory else []
         lines += ["", "## What was accelerated", "", "```", self.accelerated or "nothing: plain PEFT", "```"]
         lines += ["", "## Environment", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {_said(value)} |" for name, value in self.environment.items() if value]
+        lines += [f"| {name} | {_as_text(value)} |" for name, value in self.environment.items() if value]
         return "\n".join(lines) + "\n"
 
 
@@ -162,5 +162,5 @@ def add_to_model_card(folder: Path, outcome: Outcome) -> None:
     card.save(folder / "README.md")
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -293,7 +293,7 @@ class TestStoredLogits:
         rows = Dataset.from_list(
             [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
         )
-        about = stored.about(SimpleNamespace(fingerprint=lambda: "rows"), "teacher", 2, 8)  # type: ignore[arg-type]
+        about = stored.fingerprints(SimpleNamespace(fingerprint=lambda: "rows"), "teacher", 2, 8)  # type: ignore[arg-type]
         batches = [{"labels": torch.tensor([row["labels"] + [-100] * (3 - len(row["labels"]))])} for row in rows]
         padded = torch.cat([torch.randn(1, 3, 5), torch.full((1, 3, 2), 99.0)], -1)  # words that pad a vocabulary
         file = tmp_path / "teacher.safetensors"

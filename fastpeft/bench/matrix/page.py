@@ -57,9 +57,8 @@ def matrix_table(records: Sequence[Record]) -> str:
                 three = [one(cell) for mode in MODES if (cell := Cell(name, base, method, mode)) in all_of]
                 line.append(three[0] if len(set(three)) == 1 else "; ".join(three))
             rows.append(f"| `{name}`, {kind} | {' | '.join(line)} |")
-    return "\n".join(
-        [_summary(found), "", *rows, "", *(f"- [{i}] {words}" for words, i in notes.items()), "", _where(records)]
-    )
+    numbered = [f"- [{i}] {words}" for words, i in notes.items()]
+    return "\n".join([_summary(found), "", *rows, "", *numbered, "", _environments(records)])
 
 
 def _summary(found: dict[Cell, Record]) -> str:
@@ -76,7 +75,7 @@ def _summary(found: dict[Cell, Record]) -> str:
     )
 
 
-def _where(records: Sequence[Record]) -> str:
+def _environments(records: Sequence[Record]) -> str:
     stamps = dict.fromkeys((r.environment.device, versions(r.environment, PACKAGES)) for r in records)
     dates = sorted({record.environment.date[:10] for record in records})
     where = "; ".join(f"{device}; {names}" for device, names in stamps)

@@ -47,7 +47,7 @@ class Figure:
     def value(self, columns: Columns) -> float:
         return self.of(*(np.asarray(columns[name]) for name in self.columns))
 
-    def said(self, value: float, sign: str = "") -> str:
+    def formatted(self, value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.3f}"
 
     @property

@@ -124,7 +124,7 @@ def _peft(config_class: str, options: Callable[[Any, Setting], dict[str, Any]]) 
     return attach
 
 
-def _whole(setting: Setting) -> dict[str, Any]:
+def _saved(setting: Setting) -> dict[str, Any]:
     """A tagger's head by its names too, since PEFT would take it for one of `all-linear`."""
     names = [*setting.lora.modules_to_save, *(HEADS if setting.task == "token-classification" else ())]
     return {"modules_to_save": names or None}
@@ -137,13 +137,13 @@ def _norms(base: Any, setting: Setting) -> dict[str, Any]:
         for name, module in base.named_modules()
         if "norm" in type(module).__name__.lower() and getattr(getattr(module, "weight", None), "ndim", 0) == 1
     ]
-    return _whole(setting) | {"target_modules": found}
+    return _saved(setting) | {"target_modules": found}
 
 
 def _adalora(base: Any, setting: Setting) -> dict[str, Any]:
     """Half as much rank again, cut down to the others' between a tenth and seven tenths of the steps."""
     section = setting.lora
-    return _whole(setting) | {
+    return _saved(setting) | {
         "init_r": max(section.r + 1, section.r * 3 // 2),
         "target_r": section.r,
         "lora_alpha": section.alpha,
@@ -157,7 +157,7 @@ def _adalora(base: Any, setting: Setting) -> dict[str, Any]:
 
 def _vera(base: Any, setting: Setting) -> dict[str, Any]:
     """Its rank costs one number each, so the paper takes 256 and more."""
-    return _whole(setting) | {"r": 256, "target_modules": targets(setting.lora), "projection_prng_key": setting.seed}
+    return _saved(setting) | {"r": 256, "target_modules": targets(setting.lora), "projection_prng_key": setting.seed}
 
 
 def _virtual(**options: Any) -> Callable[[Any, Setting], dict[str, Any]]:
@@ -210,7 +210,7 @@ METHODS = {
     ),
     "vera": Method("VeRA", 2e-3, 5e-2, _peft("VeraConfig", _vera), "scales of random matrices that all layers share"),
     "ia3": Method(
-        "(IA)³", 2e-3, 5e-2, _peft("IA3Config", lambda base, s: _whole(s)), "scales of keys, values, feed-forward"
+        "(IA)³", 2e-3, 5e-2, _peft("IA3Config", lambda base, s: _saved(s)), "scales of keys, values, feed-forward"
     ),
     "prompt": Method(
         "prompt tuning",

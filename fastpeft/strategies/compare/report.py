@@ -91,10 +91,10 @@ def _line(measure: Measure, row: Row) -> str:
         return _cells([row.title, rate, "failed" if row.failed else "not yet", *[""] * (6 + len(others)), "0"])
     return _cells(
         [
-            *(row.title, rate, _said(chief, row.figures[chief.name])),
-            f"{chief.said(row.rows.low)} to {chief.said(row.rows.high)}",
-            *(_said(figure, row.figures[figure.name]) for figure in others),
-            "" if row.difference is None else _said(chief, row.difference, sign="+"),
+            *(row.title, rate, _with_interval(chief, row.figures[chief.name])),
+            f"{chief.formatted(row.rows.low)} to {chief.formatted(row.rows.high)}",
+            *(_with_interval(figure, row.figures[figure.name]) for figure in others),
+            "" if row.difference is None else _with_interval(chief, row.difference, sign="+"),
             f"{row.trainable:,} ({100 * row.trainable / row.parameters:.3g} %)",
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             *(f"{row.peak_mib:,.0f}", f"{row.seconds:.0f}", str(row.seeds)),
@@ -106,9 +106,9 @@ def _cells(texts: list[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def _said(figure: Figure, interval: Interval, sign: str = "") -> str:
+def _with_interval(figure: Figure, interval: Interval, sign: str = "") -> str:
     half = interval.high - interval.value
-    return figure.said(interval.value, sign) + (f" ± {figure.said(half)}" if math.isfinite(half) else "")
+    return figure.formatted(interval.value, sign) + (f" ± {figure.formatted(half)}" if math.isfinite(half) else "")
 
 
 def _left(found: Comparison) -> list[str]:
@@ -160,7 +160,7 @@ def _baseline(measure: Measure) -> str:
     value = measure.baseline()
     if value is None:
         return ""
-    return f" With {measure.against}, {measure.chief.title} would be {measure.chief.said(value)}."
+    return f" With {measure.against}, {measure.chief.title} would be {measure.chief.formatted(value)}."
 
 
 def _searched(found: Comparison) -> list[str]:
@@ -179,7 +179,8 @@ def _searched(found: Comparison) -> list[str]:
         for rate in rates_of(name, found.options):
             key = next(trial.key for trial in trials if trial.method == name and trial.rate == rate)
             one = results.get(key)
-            figure = "not yet" if one is None else "failed" if one["failed"] else chief.said(one["figures"][chief.name])
+            value = None if one is None or one["failed"] else one["figures"][chief.name]
+            figure = "not yet" if one is None else "failed" if value is None else chief.formatted(value)
             cells.append(f"{rate:g}: {figure}")
         lines.append(f"| {METHODS[name].title} | " + " | ".join(cells) + " |")
     return lines

@@ -70,7 +70,7 @@ def compare(config: FastpeftConfig, console: Console, *, resume: bool = False, o
     sizes = (options.rows, options.validation_rows, options.test_rows)
     splits = split(prepared.rows, sizes, options.similarity, config.training.seed, task)
     measure = measure_of(prepared, splits, options.generate)
-    console.print(f"data: {_said(splits)}", highlight=False, soft_wrap=True)
+    console.print(f"data: {_row_counts(splits)}", highlight=False, soft_wrap=True)
     plan = plan_of(prepared.config, options, splits.fingerprints())
     done = results_folder.begin(target, plan, overwrite=overwrite)
     deadline = None if options.minutes is None else start + 60 * options.minutes
@@ -81,7 +81,7 @@ def compare(config: FastpeftConfig, console: Console, *, resume: bool = False, o
     return Comparison(options, prepared.config, splits, measure, done, left)
 
 
-def _said(splits: Splits) -> str:
+def _row_counts(splits: Splits) -> str:
     parts = (
         f"{len(splits.train)} rows to learn from, {len(splits.validation)} of validation, {len(splits.test)} of test"
     )
@@ -118,11 +118,11 @@ class _Runner:
             result = trials.run(trial, self._prepared, self._splits, self._measure, kept)
             results_folder.append(self._target, result)
             self._done.append(result)
-            said = result["failed"] or self._said(result)
+            said = result["failed"] or self._result_text(result)
             self._console.print(f"{number}/{len(waiting)} {trial.key}: {said}", highlight=False, markup=False)
         return left
 
-    def _said(self, result: dict[str, Any]) -> str:
+    def _result_text(self, result: dict[str, Any]) -> str:
         name = self._measure.chief.name
         return f"{name} {result['figures'][name]:.3f}, {result['seconds']:.0f} s"
 

@@ -113,7 +113,7 @@ def write(
         os.replace(part, path)
 
 
-def about(rows: Encoded, teacher: str, k: int, max_length: int | None) -> dict[str, str]:
+def fingerprints(rows: Encoded, teacher: str, k: int, max_length: int | None) -> dict[str, str]:
     """What a file is of: rows and teacher by their hashes."""
     return {"rows": rows.fingerprint(), "teacher": teacher, "k": str(k), "max_length": str(max_length)}
 

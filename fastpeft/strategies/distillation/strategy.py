@@ -19,6 +19,7 @@ from fastpeft.metrics.findings import Findings
 from fastpeft.models import bases
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.models.tasks import HEADS, head_options
+from fastpeft.paths import absolute
 from fastpeft.training.evaluating import batches, evaluating
 from fastpeft.training.preparing import Prepared
 from fastpeft.training.trainers import build_trainer
@@ -30,7 +31,7 @@ from .losses import Ways
 from .matching import Matching
 from .options import BASE, DistillationOptions
 from .projection import PROJECTION, KeptProjection
-from .teacher import ADAPTER, Choice, Teacher, whole_path
+from .teacher import ADAPTER, Choice, Teacher
 from .trainer import Lesson, distilling
 
 
@@ -87,7 +88,7 @@ class Distillation(Strategy):
             self._matching = Matching(options, *configs, config.training.seed)
         checks.check_rows(prepared, options)
         self._is_stored = self._read_stored(prepared) is not None
-        self.config = config = _with_whole_paths(prepared.config)
+        self.config = config = _with_absolute_paths(prepared.config)
         leaks = leak_notes(prepared.rows, prepared.evaluation, config.model.task)
         return replace(prepared, config=config, notes=[*prepared.notes, *leaks])
 
@@ -173,7 +174,8 @@ class Distillation(Strategy):
         sections = [*found.sections]
         if "teacher" in self._sides:
             after = self._side(prepared, trainer, trainer.model, _is_students)
-            sections.insert(0, report.section(self._sides["teacher"], self._sides["before"], after, *self._said()))
+            names = self._teacher_and_student()
+            sections.insert(0, report.section(self._sides["teacher"], self._sides["before"], after, *names))
         return replace(found, metrics=tuple(metrics), sections=tuple(sections))
 
     def _student_config(self, described: Any) -> Any:
@@ -215,7 +217,7 @@ class Distillation(Strategy):
             return None
         vocabulary = self._vocabulary(config)
         try:
-            return stored.StoredTeacher(path, self._about(prepared), prepared.rows.rows, vocabulary)
+            return stored.StoredTeacher(path, self._fingerprints(prepared), prepared.rows.rows, vocabulary)
         except UserError:
             if self.options.stored is None:
                 return None
@@ -228,13 +230,13 @@ class Distillation(Strategy):
         described = bases.load_config(config.model)
         return int(getattr(described, "decoder_vocab_size", None) or described.get_text_config().vocab_size)
 
-    def _about(self, prepared: Prepared) -> dict[str, str]:
+    def _fingerprints(self, prepared: Prepared) -> dict[str, str]:
         source, config = self._choice.source, prepared.config
         names = [config.model.name] if source is None else [source.model.name, source.adapter or ""]
         commit = getattr(None if source is None else source.config, "_commit_hash", None)  # of the hub's
         kind = self.options.teacher_quantization or (source or config).model.quantization or "none"
         teacher = stored.fingerprint(filter(None, names), f"{kind} {config.model.dtype} {commit}")
-        return stored.about(prepared.rows, teacher, self.options.top_k, config.data.max_length)
+        return stored.fingerprints(prepared.rows, teacher, self.options.top_k, config.data.max_length)
 
     def _store(self, prepared: Prepared, trainer: Any) -> None:
         """The teacher's logits and figures, unless they are there; then the teacher is not needed any more."""
@@ -252,7 +254,7 @@ class Distillation(Strategy):
                 side = self._side(prepared, trainer, model, self._teacher.has)
                 said = {"side": json.dumps(vars(side)), "evaluated": _rows_of(prepared)}
                 given = batches(prepared, trainer, prepared.rows)
-                about = self._about(prepared) | said
+                about = self._fingerprints(prepared) | said
                 rows, k, vocabulary = prepared.rows.rows, self.options.top_k, self._vocabulary(config)
                 stored.write(path, about, rows, k, vocabulary, given, answer, shifted=shifted)
             found = self._read_stored(prepared)
@@ -277,7 +279,7 @@ class Distillation(Strategy):
         assert self._teacher is not None and prepared.evaluation is not None
         return report.apart(prepared, trainer, self._teacher.asked, prepared.evaluation)
 
-    def _said(self) -> tuple[str, str]:
+    def _teacher_and_student(self) -> tuple[str, str]:
         options, name = self.options, self._choice.name
         teacher = "the student's base without its adapter" if name == BASE else f"`{Path(name).name}`"
         if self._choice.shares and name != BASE:
@@ -300,10 +302,9 @@ def _rows_of(prepared: Prepared) -> str:
     return "none" if prepared.evaluation is None else prepared.evaluation.fingerprint()
 
 
-def _with_whole_paths(config: FastpeftConfig) -> FastpeftConfig:
-    """Local paths from the root, so that config.yaml means the same from anywhere."""
+def _with_absolute_paths(config: FastpeftConfig) -> FastpeftConfig:
     options = dict(config.strategy.options)
     for name in ("teacher", "stored", "student_of"):
         if isinstance(value := options.get(name), str) and value != BASE:
-            options[name] = whole_path(value)
+            options[name] = absolute(value)
     return replace(config, strategy=replace(config.strategy, options=options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -138,7 +137,7 @@ class Choice:
                 f"strategy.options.{name}: expected none with {self.name}, an adapter of the student's own base"
             )
         if found.model.name != config.model.name or found.tokenizer_from != found.model.name:
-            check_vocabularies(tokenizer, _about(tuned.load_tokenizer, self.source), self.name)
+            check_vocabularies(tokenizer, _naming_teacher(tuned.load_tokenizer, self.source), self.name)
         if task in HEADS:
             _check_classes(self.source, config.data.labels or [])
 
@@ -177,9 +176,9 @@ class Choice:
         assert self.source is not None
         options, streamed = self._options, self._options.teacher_streamed
         home = torch.device("cpu") if streamed else device
-        base, fresh = _about(tuned.load_base, self.source, home, dtype, options.teacher_quantization)
-        model = base if self.source.adapter is None else _about(tuned.attach, self.source, base)
-        _about(tuned.check_values, self.source, fresh)
+        base, fresh = _naming_teacher(tuned.load_base, self.source, home, dtype, options.teacher_quantization)
+        model = base if self.source.adapter is None else _naming_teacher(tuned.attach, self.source, base)
+        _naming_teacher(tuned.check_values, self.source, fresh)
         model = model.eval().requires_grad_(False)
         if self._config.acceleration.enabled or streamed:
             memory = MemoryPolicy(LayerPolicy(streamed=True)) if streamed else None
@@ -192,7 +191,7 @@ class Choice:
         """The student's base as the teacher; only where it `shares`."""
         if self.source is None:
             return SameBase(student, None)
-        return SameBase(student, str(_about(tuned.adapter_folder, self.source, student)))
+        return SameBase(student, str(_naming_teacher(tuned.adapter_folder, self.source, student)))
 
 
 def check_vocabularies(student: Any, teacher: Any, name: str) -> None:
@@ -218,7 +217,7 @@ def _check_classes(source: tuned.Source, labels: list[str]) -> None:
         )
 
 
-def _about(function: Any, *given: Any) -> Any:
+def _naming_teacher(function: Any, *given: Any) -> Any:
     """What a function gives, its errors said of the teacher."""
     try:
         return function(*given)
@@ -232,9 +231,3 @@ def _kind(source: tuned.Source) -> str:
 
 def _first(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def whole_path(name: str) -> str:
-    """A local folder from the root; a hub ID as it is."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.exists() else name

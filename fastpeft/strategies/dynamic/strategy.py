@@ -145,7 +145,7 @@ class Dynamic(Strategy):
         found = Findings() if self._figures is None else self._figures.findings(prepared, trainer)
         costs = {"dynamic": self._costs}
         if self.options.static:
-            dynamic, static = self._both(prepared, trainer)
+            dynamic, static = self._dynamic_and_static(prepared, trainer)
             costs["static"] = static.costs
             found = found + beside.compared(prepared, dynamic, static)
         for rule in self._rules:
@@ -169,7 +169,7 @@ class Dynamic(Strategy):
                 f"got {optimizer}"
             )
 
-    def _both(self, prepared: Prepared, trainer: Any) -> tuple[beside.Result, beside.Result]:
+    def _dynamic_and_static(self, prepared: Prepared, trainer: Any) -> tuple[beside.Result, beside.Result]:
         device = pick_device()
         dynamic = beside.measured(prepared, trainer, self._costs)
         self._saved = None  # all ranks again

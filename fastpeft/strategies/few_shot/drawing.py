@@ -49,7 +49,7 @@ class Pool:
         self._index = NearIndex(near_threshold, "strategy.options.near_threshold")
         seen = set()
         for row in measured or ():
-            seen.add(_words(row))
+            seen.add(_compared_words(row))
             self._index.add(len(self._index), self._sketch(row))
         self._places: dict[str, list[int]] = {}
         for place in distinct(rows, seen):
@@ -92,14 +92,14 @@ class Pool:
         return list(self._places.get(label, ()))
 
     def _sketch(self, row: dict[str, Any]) -> Sketch:
-        return self._index.sketch(runs_of(_words(row), WORDS))
+        return self._index.sketch(runs_of(_compared_words(row), WORDS))
 
 
 def distinct(rows: Any, seen: Iterable[tuple[str, ...]] = ()) -> list[int]:
     """Places of the rows whose words no earlier row has, nor any of `seen`."""
     known, found = set(seen), []
     for place, row in enumerate(rows):
-        if (words := _words(row)) not in known:
+        if (words := _compared_words(row)) not in known:
             known.add(words)
             found.append(place)
     return found
@@ -126,6 +126,6 @@ def held_back(rows: Any, count: int, seed: int, key: str) -> tuple[list[int], li
     return list(rest), list(held)
 
 
-def _words(row: dict[str, Any]) -> tuple[str, ...]:
+def _compared_words(row: dict[str, Any]) -> tuple[str, ...]:
     text = text_of(row)
     return tuple(compared_words(text)) or (text,)  # signs alone

@@ -38,7 +38,7 @@ class Part:
     rank: int | None = None
 
     @property
-    def whole(self) -> bool:
+    def has_all_ranks(self) -> bool:
         return all(self.rank is None or copy.shape[self.axis] == self.rank for copy in self.copies)
 
     def shared(self, values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Shared:
             first.grad = torch.zeros_like(first)
         part.shared(first.grad).copy_(total)
         for other in others:
-            if part.whole:
+            if part.has_all_ranks:
                 other.grad = None
             elif other.grad is not None:
                 part.shared(other.grad).zero_()

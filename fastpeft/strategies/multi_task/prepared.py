@@ -71,8 +71,8 @@ def check_one_head(tasks: dict[str, Prepared]) -> None:
     for name, found in others:
         if found != wanted:
             raise UserError(
-                f"strategy.options.head: shared expected the same labels in the same order, got {_said(wanted)} for "
-                f"{first}, {_said(found)} for {name}; data.labels gives them"
+                f"strategy.options.head: shared expected the same labels in the same order, got {_joined(wanted)} for "
+                f"{first}, {_joined(found)} for {name}; data.labels gives them"
             )
 
 
@@ -103,5 +103,5 @@ def _leaks(prepared: Prepared) -> list[str]:
     return leak_notes(prepared.rows, prepared.evaluation, prepared.config.model.task)
 
 
-def _said(labels: list[str] | None) -> str:
+def _joined(labels: list[str] | None) -> str:
     return ", ".join(labels or [])
