@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from fastpeft.errors import UserError
 
 from .generate import TrustRemoteCode
 from .shared import Quiet, Verbose, settle_logs, uncollected
+
+if TYPE_CHECKING:
+    from fastpeft.memory.plan.planning import Plan
+    from fastpeft.memory.plan.predicting import Setting
 
 EPILOG = """
 Examples:
@@ -109,7 +113,7 @@ def plan(
         from fastpeft.memory.plan.planning import model_of, plan_on
         from fastpeft.memory.plan.several import Fabric, render, scaling
         from fastpeft.memory.plan.timing import Rates
-        from fastpeft.memory.sizes import gib, parse_size
+        from fastpeft.memory.sizes import parse_size
 
         settle_logs(verbose, quiet, rows=False)
         try:
@@ -132,19 +136,25 @@ def plan(
     elif len(plans) == 1:
         print(plans[0])
     else:
-        from fastpeft.memory.plan.largest import beyond
-        from fastpeft.memory.plan.rendering import policy_text
-
-        print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
-        for each in plans:
-            fits = "yes" if each.fits else "no"
-            figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
-            figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
-            disk = f"; {gib(each.need.disk)} of weights on the disk" if each.need.disk else ""
-            print(f"{figures}  {policy_text(each.policy.layers)}{disk}")
-        for note in beyond(found.setting):
-            print(f"note: {note}")
+        _print_table(plans, found.setting)
     if spreads and not as_json:
         print(f"\nseveral GPUs, a step of {seq * batch} tokens on each, computed and not measured:\n{render(spreads)}")
     if not all(each.fits for each in plans):
         raise typer.Exit(1)
+
+
+def _print_table(plans: list[Plan], setting: Setting) -> None:
+    """A row for each GPU memory."""
+    from fastpeft.memory.plan.largest import beyond
+    from fastpeft.memory.plan.rendering import policy_text
+    from fastpeft.memory.sizes import gib
+
+    print(f"{'GPU memory':>10}{'predicted':>14}{'fits':>6}{'time':>7}{'longest':>10}  policy")
+    for each in plans:
+        fits = "yes" if each.fits else "no"
+        figures = f"{gib(each.gpu_memory):>10}{gib(each.need.total):>14}{fits:>6}{each.need.slowdown:>7.2f}"
+        figures += f"{'' if each.most_sequence is None else each.most_sequence:>10}"
+        disk = f"; {gib(each.need.disk)} of weights on the disk" if each.need.disk else ""
+        print(f"{figures}  {policy_text(each.policy.layers)}{disk}")
+    for note in beyond(setting):
+        print(f"note: {note}")

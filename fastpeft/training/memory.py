@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import FastpeftConfig, MemorySection
@@ -78,7 +79,7 @@ def check_memory(config: FastpeftConfig) -> None:
     _decoded(section)
     set_ones = [name for name in OWN if getattr(section, name) != getattr(plain, name)]
     if set_ones and not config.acceleration.enabled:
-        expected = _said(getattr(plain, set_ones[0]))
+        expected = _as_yaml(getattr(plain, set_ones[0]))
         raise UserError(f"memory.{set_ones[0]}: expected {expected} with acceleration.enabled false")
     if section.gradient_checkpointing and section.activations not in (None, "recompute"):
         raise UserError(
@@ -121,23 +122,26 @@ def decide(
     policy = fixed(section)
     if policy is not None and section.streamed and processes > 1:
         raise UserError("memory.streamed: expected false where several processes train together, got true")
-    said = policy is not None or section.gradient_checkpointing
+    decided = policy is not None or section.gradient_checkpointing
     local = local or processes
     host = None if section.host_gib is None else int(section.host_gib * 2**30) // local
+    plan_for = partial(
+        _planned, config, dtype=dtype, longest=longest, processes=processes, local=local, change=change, host=host,
+        device=device,
+    )  # fmt: skip
     if section.budget_gib is None and policy is not None and host is not None:
         try:
-            plan = _planned(config, MOST, policy, dtype, longest, processes, local, change, host, device)
+            plan = plan_for(MOST, policy)
         except ValueError as error:
             raise UserError(f"memory.host_gib: {error}") from error
         _check_host(plan, section, local)
         return Decision(plan.policy)
-    if section.budget_gib is None and (said or device.type != "cuda" or not config.acceleration.enabled):
+    if section.budget_gib is None and (decided or device.type != "cuda" or not config.acceleration.enabled):
         return Decision(policy)
     known = MemoryPolicy(LayerPolicy("recompute")) if section.gradient_checkpointing and policy is None else policy
     if section.budget_gib is not None:
         try:
-            budget = int(section.budget_gib * 2**30)
-            plan = _planned(config, budget, known, dtype, longest, processes, local, change, host, device)
+            plan = plan_for(int(section.budget_gib * 2**30), known)
         except ValueError as error:
             raise UserError(f"memory.budget_gib: {error}") from error
         _check_host(plan, section, local)
@@ -146,12 +150,12 @@ def decide(
                 f"memory.budget_gib: expected at least {gib(plan.need.total)}, which are predicted for this run, got "
                 f"{section.budget_gib:g}; or {', or '.join(plan.changes)}"
             )
-        return Decision(plan.policy if policy is not None or not said else None, plan)
+        return Decision(plan.policy if policy is not None or not decided else None, plan)
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
     try:
-        plan = _planned(config, free, None, dtype, longest, processes, local, change, host, device)
+        plan = plan_for(free, None)
     except Exception as error:  # of any kind, from a model's own code: nobody asked for a plan
         return Decision(note=f"memory was not planned: {' '.join(str(error).split())[:200]}")
     return Decision(plan.policy, plan, _note(plan, device, local))
@@ -212,7 +216,7 @@ def _decoded(section: MemorySection) -> int:
 
 
 def _planned(
-    config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, dtype: torch.dtype, longest: int,
+    config: FastpeftConfig, capacity: int, policy: MemoryPolicy | None, *, dtype: torch.dtype, longest: int,
     processes: int, local: int, change: Callable[[Setting], Setting], host: int | None, device: torch.device,
 ) -> Plan:  # fmt: skip
     """Raises ValueError for what cannot be planned.
@@ -271,5 +275,5 @@ def _is_cached(config: FastpeftConfig, described: Any) -> bool:
     return config.model.packed_cache and not stored and not remote
 
 
-def _said(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     return {"None": "null", "False": "false"}.get(str(value), str(value))

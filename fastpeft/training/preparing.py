@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fastpeft.config import DataSection, FastpeftConfig
+from fastpeft.config import DataSection, FastpeftConfig, ModelSection
 from fastpeft.data.chat import TEMPLATES, set_template
 from fastpeft.data.encoding import Encoded, encode
 from fastpeft.data.endings import learned_end
@@ -22,6 +21,7 @@ from fastpeft.models import bases
 from fastpeft.models.adapters import lora_config
 from fastpeft.models.devices import pick_device, pick_dtype
 from fastpeft.models.tasks import resolve_task
+from fastpeft.paths import absolute
 from fastpeft.progress import count
 
 from .memory import Decision
@@ -108,25 +108,12 @@ def prepare(
     lora_config(config.lora, task)
     if data.packing and task != "causal-lm":
         raise UserError(f"data.packing: expected false for task {task}, got true")
-    tokenizer = bases.load_tokenizer(model)
-    _set_end(tokenizer, data.eos_token)
-    set_languages(tokenizer, data.source_language, data.target_language)
-    if task == "seq2seq-lm":
-        check_target(tokenizer)
-        if kind.name == "text":
-            sentinels_of(tokenizer)
-    if data.chat_template is not None and not _is_chat(raw, kind):
-        raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
-    template = set_template(tokenizer, data.chat_template) if _is_chat(raw, kind) else ""
-    if task == "causal-lm" and tokenizer.eos_token_id is None:
-        raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
+    tokenizer, template = _tokenizer(model, data, task, kind, _is_chat(raw, kind))
     evaluated = "data.eval_path" if data.eval_path else "data.eval_split"
     raw_evaluation = _rows(config, "eval_path") if data.eval_path or data.eval_split else None
     if raw_evaluation is not None:
         check_columns(raw_evaluation.column_names, kind, evaluated)
         _check_apart(data, evaluated)
-    if task in ("token-classification", "question-answering"):
-        tokenizer.padding_side = "right"  # places in a row must not depend on its batch
     data, raw, raw_evaluation = resolve_labels(read_as or task, data, raw, raw_evaluation)
     documents = is_document(data.path), is_document(data.eval_path or data.path)
     edited = edit(Raw(raw, raw_evaluation, *documents, tokenizer, data, task, kind))
@@ -148,7 +135,7 @@ def prepare(
         notes = [note] if note else []
     dtype = str(pick_dtype(model.dtype, pick_device())).removeprefix("torch.")
     model = replace(model, task=task, dtype=dtype)  # type: ignore[arg-type]
-    resolved = replace(config, model=model, data=_whole_paths(data))
+    resolved = replace(config, model=model, data=_with_absolute_paths(data))
     return Prepared(resolved, tokenizer, rows, evaluation, template, notes)
 
 
@@ -230,12 +217,25 @@ def _end_of_answers(rows: Encoded, tokenizer: Any, data: DataSection) -> tuple[s
     return wanted, None
 
 
-def _whole_paths(data: Any) -> Any:
-    """Local paths from the root, so that config.yaml means the same from anywhere."""
+def _tokenizer(model: ModelSection, data: DataSection, task: str, kind: Kind, chats: bool) -> tuple[Any, str]:
+    """The model's tokenizer with all that the configuration says of it, and what its chat template is called."""
+    tokenizer = bases.load_tokenizer(model)
+    _set_end(tokenizer, data.eos_token)
+    set_languages(tokenizer, data.source_language, data.target_language)
+    if task == "seq2seq-lm":
+        check_target(tokenizer)
+        if kind.name == "text":
+            sentinels_of(tokenizer)
+    if data.chat_template is not None and not chats:
+        raise UserError(f"data.chat_template: expected null for data without chats, got {data.chat_template!r}")
+    template = set_template(tokenizer, data.chat_template) if chats else ""
+    if task == "causal-lm" and tokenizer.eos_token_id is None:
+        raise UserError("model.name: expected a tokenizer with an end-of-sequence token, got one without")
+    if task in ("token-classification", "question-answering"):
+        tokenizer.padding_side = "right"  # places in a row must not depend on its batch
+    return tokenizer, template
 
-    def whole(path: str | None) -> str | None:
-        local = Path(path).expanduser() if path else None
-        return str(local.resolve()) if local is not None and local.exists() else path
 
-    template = data.chat_template if data.chat_template in TEMPLATES else whole(data.chat_template)
-    return replace(data, path=whole(data.path), eval_path=whole(data.eval_path), chat_template=template)
+def _with_absolute_paths(data: Any) -> Any:
+    names = ["path", "eval_path", *(["chat_template"] if data.chat_template not in TEMPLATES else [])]
+    return replace(data, **{name: absolute(path) for name in names if (path := getattr(data, name))})

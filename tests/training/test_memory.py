@@ -178,7 +178,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `decide` asks of the planner, which answers with 3 GiB, and a GPU with 8 GiB free."""
     asked: dict[str, Any] = {}
 
-    def answer(config: Any, capacity: int, policy: Any, *_: Any) -> Plan:
+    def answer(config: Any, capacity: int, policy: Any, **_: Any) -> Plan:
         from fastpeft.memory.plan.choosing import Need
 
         asked.update(capacity=capacity, policy=policy)
@@ -220,7 +220,7 @@ def test_what_does_not_fit(planned: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_what_cannot_be_planned(planned: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> Plan:
+    def fails(*_: Any, **__: Any) -> Plan:
         raise ValueError("no such thing")
 
     monkeypatch.setattr(training_memory, "_planned", fails)
