@@ -71,30 +71,31 @@ def accelerate(
         model: the module; dense bases in fp32, bf16 or fp16, or quantised ones that `integrations` reads.
         lora: replace layers of LoRA, LoHa, LoKr and VeRA, and LoRA on the stacked experts of a mixture
             (`target_parameters`).
-        mlp: compute MLPs, down(act(gate(x)) * up(x)) and the like, as one op each, adapted or not. Which modules are
-            some is told by their parts, and proved by trying each on random numbers. "recompute" keeps their input, but
-            neither gate nor up, for backward, which computes these again, but not down: less memory, more time.
-        attention: run attention by our function, whose memory grows with the number of tokens, in models that call it
-            through transformers' interface and run "sdpa" or "eager" at present; other implementations were asked for
-            by name and stay.
-        loss: let calls with labels compute the loss from hidden states and head, without all logits, which are made
-            where somebody reads them.
+        mlp: compute each MLP, down(act(gate(x)) * up(x)) and the like, as one op, adapted or not. They are recognised
+            by their parts, and each is proved by trying it on random numbers. "recompute" does not keep gate and up for
+            backward, but computes them again there from the input: less memory, more time.
+        attention: run attention by our function, whose memory grows with the number of tokens. It takes the place of
+            "sdpa" and "eager", in models that call attention through transformers' interface. Any other implementation
+            was asked for by name, and stays.
+        loss: in calls with labels, compute the loss from hidden states and head, without all logits. Whoever reads the
+            logits still gets them.
         norms: compute RMSNorm, in every form that models have, in one pass each way, keeping its input and no copy of
-            it, and turn queries and keys (rotary embeddings) in one pass. Which modules do that, and how they round, is
-            told by their parts and proved on each instance.
-        memory: what each layer keeps for backward, one `LayerPolicy` for all, one for each in a `MemoryPolicy`, or what
-            `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the model. Loss and
-            gradients are the same bits under each; in tiles (`LayerPolicy.tile`) those of adapters are within rounding.
-            Layers are those that transformers' activation checkpointing wraps. Frozen weights of streamed ones stay in
-            host memory and are copied to the device ahead of each use. torch's allocator takes GPU memory in segments
-            that grow (`expandable_segments`) from then on, unless PYTORCH_ALLOC_CONF says otherwise. A Trainer's
-            `gradient_checkpointing=True` changes nothing in layers but the arguments of torch's checkpoint.
-        fp8_compute: products in 8-bit floating point, which are faster and *not* the same numbers. None leaves each
-            base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
-            "forward" makes the product of x and the frozen weight of every adapted layer in e4m3, over 16-bit and
-            FP8Linear bases, a scale for each row of both; "both" that of the gradient of x too. Each costs a byte more
-            for each element of the weight. "never" multiplies by the decoded weight, in 16 bits, over FP8Linear too.
-            `fp8_report` shows what it costs in accuracy.
+            it; and rotary embeddings of queries and keys in one pass. Which modules do that, and how they round, is
+            recognised by their parts and proved on each instance.
+        memory: what each layer keeps for backward. One `LayerPolicy` for all, a `MemoryPolicy` with one for each layer,
+            or the plan that `fastpeft.plan(model, gpu_memory="24GiB", seq=..., batch=...)` gave; None leaves it to the
+            model. Loss and gradients are the same bits under each policy; in tiles (`LayerPolicy.tile`) the adapters'
+            gradients are the same within rounding. Layers are those that transformers' activation checkpointing wraps.
+            The frozen weights of streamed layers stay in host memory and are copied to the device ahead of each use.
+            From then on torch's allocator takes GPU memory in segments that grow (`expandable_segments`), unless
+            PYTORCH_ALLOC_CONF says otherwise. A Trainer's `gradient_checkpointing=True` changes nothing in these layers
+            but the arguments of torch's checkpoint.
+        fp8_compute: multiply in 8-bit floating point, which is faster and does *not* give the same numbers. None leaves
+            each base to its library: 16 bits for ordinary weights, its own FP8 product for transformers' FP8Linear.
+            "forward" multiplies x with the frozen weight of every adapted layer in e4m3, over 16-bit and FP8Linear
+            bases, with a scale for each row of both. "both" does so for the gradient of x too. Each product costs one
+            byte more for each element of the weight. "never" multiplies with the decoded weight in 16 bits, over
+            FP8Linear too. `fp8_report` shows what it costs in accuracy.
         fp8_exclude: patterns (as in file names) of the modules that stay in 16 bits, such as "*.down_proj".
 
     Returns:
@@ -102,10 +103,10 @@ def accelerate(
 
     Raises:
         TypeError: `model` is not an nn.Module, `fp8_exclude` not a list, or `memory` neither plan nor policy.
-        ValueError: `mlp` or `fp8_compute` is none of the values above, a pattern of `fp8_exclude` matches nothing, the
-            LoRA layers are not to be replaced, `memory` does not fit the model's layers,
-            computes them again with prefix tuning or streams them with copies in FP8, or the model is not on GPUs that
-            multiply in FP8 (compute capability 8.9 or newer).
+        ValueError: `mlp` or `fp8_compute` is none of the values above; FP8 is asked for with `lora=False`, with a
+            pattern of `fp8_exclude` that matches nothing, or on GPUs that cannot multiply in FP8 (compute capability
+            below 8.9); `memory` does not fit the model's layers, computes them again with prefix tuning, or streams
+            them with copies in FP8.
         ImportError: torch, transformers or peft is missing or older than what fastpeft supports.
     """
     if not isinstance(model, nn.Module):
