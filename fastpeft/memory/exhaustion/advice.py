@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ...layers.random_state import RandomState, devices_of
-from ...models.tasks import MEDIA
 from ..plan.choosing import Need, need
 from ..plan.loaded import model_of_loaded
 from ..plan.optimizer_state import OPTIMIZERS, state_sizes
@@ -93,16 +92,14 @@ def prediction(
     """A plan's components for a model as it is, and what would need less. Takes no memory of a GPU.
 
     Raises:
-        ValueError: not a transformers model with LoRA that was called with token ids.
+        ValueError: not a transformers model with LoRA that was called with token ids, or with something to see or hear.
         Exception: whatever `plan` meets.
     """
     if call.rows is None or call.tokens is None:
         raise ValueError("the model was not called with input_ids of rows x tokens")
     capacity = _capacity(device)
     with _undisturbed(model):
-        traced = model_of_loaded(model, call.tokens, call.rows, optimizer)[1]
-        if traced.setting.task in MEDIA:
-            raise ValueError("what the model was given beside input_ids is not known")
+        traced = model_of_loaded(model, call.tokens, call.rows, optimizer, given=call.given)[1]
         now = need(traced, current_policy(model), call.rows, call.tokens, capacity, Rates())
         changes = list(_changes(traced, now, call.rows, call.tokens, capacity))
     found = components(traced, now, capacity)
@@ -121,7 +118,9 @@ def _changes(model: Model, now: Need, rows: int, tokens: int, capacity: int) -> 
     if state > smaller:  # of the traced layers, which stand for all
         yield Change(_smaller_optimizer(optimizer), int(model.optimizer * (1 - smaller / state)))
     yield from _other_policies(model, now, rows, tokens, capacity, ("recompute", "offload"))
-    if tokens > 1:
+    if (given := model.setting.given) is not None:
+        yield Change("shorter recordings" if given.hears else "fewer pictures a row, or smaller ones")
+    elif tokens > 1:
         yield Change(f"rows of {tokens // 2} tokens rather than {tokens}, which cuts longer ones", now.step // 2)
     yield from _other_policies(model, now, rows, tokens, capacity, ("streamed",))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..plan.given import Given, given_of
 from ..sizes import UNITS
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]i?B)")
@@ -42,11 +43,18 @@ def asked_bytes(error: BaseException) -> int | None:
 
 
 class Call(NamedTuple):
-    """One call of a model: its rows and tokens, None where it got no matrix of token ids; whether it was trained."""
+    """One call of a model.
+
+    Attributes:
+        rows, tokens: None where it got neither a matrix of token ids nor something to see or hear.
+        trained: whether gradients were recorded.
+        given: what it saw or heard.
+    """
 
     rows: int | None
     tokens: int | None
     trained: bool
+    given: Given | None = None
 
 
 class LastCall:
@@ -66,7 +74,9 @@ class LastCall:
 
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        if given := given_of(kwargs):
+            self.seen = Call(*given.size, torch.is_grad_enabled(), given)
+        elif isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             self.seen = Call(ids.shape[0], ids.shape[1], torch.is_grad_enabled())
         else:
             self.seen = Call(None, None, torch.is_grad_enabled())

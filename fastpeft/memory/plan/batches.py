@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,12 @@ from fastpeft.models.tasks import SOUND
 from fastpeft_kernels.common.shapes import imitating
 
 from ..trace.live import LiveBytes, rounded
+from .given import SEEN
 from .media import SMALL, least_tokens, pixels, rows_with_pictures, takes_patches, tokens_of, tokens_of_patches
 from .sound import sound
 
 if TYPE_CHECKING:
     from .predicting import Setting
-
-SEEN = ("pixel_values", "input_features", "input_values")
-"""What a model sees or hears; the rest of a batch are numbers of few bytes."""
 
 
 class Batches:
@@ -56,7 +55,9 @@ class Batches:
         return self.setting.task in SOUND
 
     def count(self, rows: int) -> int:
-        """Pictures or recordings of so many rows."""
+        """Pictures or recordings of so many rows; all that was given counts as one."""
+        if self.setting.given is not None:
+            return 1
         return rows if self.hears else rows * self.pictures
 
     @property
@@ -93,6 +94,8 @@ class Batches:
             small: pictures of the least size.
         """
         setting = self.setting
+        if setting.given is not None:
+            return setting.given.batch("pixel_attention_mask" in inspect.signature(self.model.forward).parameters)
         if setting.pictures is not None:
             seen = pixels(self.model, setting.config, SMALL if small else setting.pictures.size, pictures)
             each = tokens_of_patches(setting.config, seen) if small else self.each
@@ -117,6 +120,8 @@ class Batches:
     def _sizes(self) -> tuple[int, ...]:
         """Bytes of what one picture or recording is given as; a search for what fits asks for them again and again."""
         one: dict[str, Tensor] = {}
+        if self.setting.given is not None:
+            return self.setting.given.nbytes
         if self.hears:
             one = sound(self.model, self.setting.config, 1, self.setting.seconds)
         elif self.setting.pictures is not None:

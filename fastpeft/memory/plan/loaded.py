@@ -16,6 +16,7 @@ from ..layers import model_layers
 from ..streaming.host_store import is_mapped
 from ..trace.skeleton import stored
 from .adapter import section_of
+from .given import Given
 from .largest import check_tokens
 from .media import Pictures
 from .predicting import Model, Setting, is_streamed
@@ -32,6 +33,7 @@ def model_of_loaded(
     accumulation: int | None = None,
     pictures: Pictures | None = None,
     seconds: float | None = None,
+    given: Given | None = None,
 ) -> tuple[str, Model]:
     """The name of a model with LoRA adapters, and what is traced for it, as `planning.model_of` of a configuration.
 
@@ -40,6 +42,7 @@ def model_of_loaded(
             bitsandbytes' 4.
         seq, batch, optimizer, accumulation: as of `plan`.
         pictures, seconds: of each row.
+        given: what the model was called with, in place of these two.
 
     Raises:
         ValueError: another kind of model, of adapter or of storage, or adapters in several models.
@@ -60,10 +63,11 @@ def model_of_loaded(
         del config.quantization_config
     check_tokens(seq, config)
     names = [name for name, _ in base.named_modules()]
+    task = planned_task(config, pictures is not None or given is not None)
     setting = Setting(
-        config, planned_task(config, pictures is not None), seq, batch, _in_four_bits(base), _dtype(base),
+        config, task, seq, batch, _in_four_bits(base), _dtype(base),
         section_of(next(iter(adapters.values())), names), optimizer, accumulated=accumulation != 1,
-        pictures=pictures, seconds=seconds,
+        pictures=pictures, seconds=seconds, given=given,
     )  # fmt: skip
     found = Model(setting)
     layers = list(model_layers(model).values())

@@ -21,7 +21,8 @@ from ..trace.live import LiveBytes, rounded
 from ..trace.repeated import Repeated
 from ..trace.skeleton import Skeleton, build, follow, stored
 from ..trace.timeline import Stretch, less, more, trace
-from .batches import SEEN, Batches
+from .batches import Batches
+from .given import SEEN, Given
 from .media import Pictures
 from .optimizer_state import state_sizes
 from .timing import Work, work_of
@@ -66,6 +67,7 @@ class Setting:
         notes: what is left out of such a training, in words.
         pictures: of each row, of a model that sees; None for rows of text.
         seconds: of each recording, of a model that hears; None for the usual ones.
+        given: what the model was called with, in place of rows, tokens and these two: nothing else is planned then.
     """
 
     config: Any
@@ -85,6 +87,7 @@ class Setting:
     pictures: Pictures | None = None
     seconds: float | None = None
     full: bool = False
+    given: Given | None = None
 
     @property
     def trains(self) -> bool:
@@ -235,7 +238,7 @@ class Model:
         """What a traced layer gets of a batch."""
         if self.sees(layer):
             own = self._spans[layer]
-            return Span(self.batches.count(rows), own.positions, own.width)
+            return Span(self.batches.count(rows) * own.sequences, own.positions, own.width)
         text = self.setting.config.get_text_config()
         return Span(rows, tokens, int(getattr(text, "hidden_size", None) or text.d_model))
 
@@ -257,7 +260,7 @@ class Model:
             return
         self._is_warm = True
         few = min(tokens, max(WARM, self.batches.least))
-        with self._seen(few):
+        with self._seen(self.setting.rows * tokens if self.setting.given is not None else few):
             self._trace(policies, 1, few, min(self.batches.pictures, 1))
 
     def _whole(self, policies: tuple[LayerPolicy, ...], rows: int, tokens: int) -> list[Stretch]:
@@ -321,7 +324,8 @@ class Model:
         def note(index: int, hidden: Tensor) -> None:
             width = hidden.shape[-1]
             if (positions := hidden.numel() // width) != tokens:
-                self._spans[index] = Span(1, positions, width)
+                sequences = len(hidden) if self.setting.given is not None and hidden.dim() == 3 else 1
+                self._spans[index] = Span(sequences, positions // sequences, width)
 
         def watch(index: int) -> Callable[..., None]:
             return lambda module, args, kwargs: note(index, args[0] if args else kwargs["hidden_states"])

@@ -20,6 +20,8 @@ from .values import met, moved_nowhere
 
 _BLOCK = {"cuda": 512, "cpu": 1}
 """torch's allocator on a GPU hands out multiples of so many bytes."""
+_ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+_MASK = torch.ops.aten.bernoulli_.float
 
 
 def rounded(size: int, device: str) -> int:
@@ -51,6 +53,11 @@ class LiveBytes(TorchDispatchMode):
         self._purposes: Counter[str] = Counter()
         self.purposes: dict[str, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled within: torch need not see to that at each operation, which takes as long as the rest."""
+        return False
+
     def add(self, tensors: Iterable[Tensor]) -> int:
         """Count tensors that were made outside; returns their bytes, each storage once."""
         before = self.live
@@ -65,10 +72,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.purposes = peak, {name: size for name, size in self._purposes.items() if size}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return True if args[0].dtype == torch.bool else 1
-        if func is torch.ops.aten.is_nonzero.default and args[0].is_meta:
-            return True
+        if func in _ASKED and args[0].is_meta:
+            return True if func is _ASKED[1] or args[0].dtype == torch.bool else 1
         kwargs = kwargs or {}
         if self.some:
             if (stays := moved_nowhere(func, args, kwargs)) is not None:
@@ -77,11 +82,12 @@ class LiveBytes(TorchDispatchMode):
                 kwargs = stays
             args, kwargs = met(func, args, kwargs)
         result = func(*args, **kwargs) if self.repeated is None else self.repeated(func, args, kwargs)
-        if func is torch.ops.aten.bernoulli_.float and self.device == "cuda" and args[0].is_meta:
+        if func is _MASK and self.device == "cuda" and args[0].is_meta:
             self._shrink_mask(args[0])
-        for tensor in () if is_weightless() else tree_leaves(result):
-            if type(tensor) in (Tensor, Parameter):
-                self._note(tensor)
+        if not is_weightless():
+            for tensor in (result,) if type(result) is Tensor else tree_leaves(result):
+                if type(tensor) in (Tensor, Parameter):
+                    self._note(tensor)
         return result
 
     def _note(self, tensor: Tensor) -> None:

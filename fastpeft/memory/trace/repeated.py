@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-_PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+_PLAIN = {int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)}
 
 
 class _Like(NamedTuple):
@@ -27,26 +27,25 @@ class Repeated:
     own deduction of shapes, in Python. What returns a part of an argument is always called."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, Any] = {}
-        self._kinds: dict[Any, str] = {}
+        self._known: dict[Any, tuple[str, dict[Hashable, Any]]] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
-        key = None if kind == "part" else _key(func, args, kwargs)
+        kind, found = self._known.get(func) or self._known.setdefault(func, (_kind(func), {}))
+        key = None if kind == "part" else _key(args, kwargs)
         if key is None:
             return func(*args, **kwargs)
-        known = self._found.get(key)
+        known = found.get(key)
         if known is None:
             result = func(*args, **kwargs)
             if kind == "fresh":
-                self._found[key] = _noted(result, args, kwargs) or ()
+                found[key] = _noted(result, args, kwargs) or ()
             else:  # unless it changed the shape of what it writes
-                self._found[key] = _written(result, args, kwargs) if _key(func, args, kwargs) == key else ()
+                found[key] = _written(result, args, kwargs) if _key(args, kwargs) == key else ()
             return result
+        if type(known) is _Like:
+            return known.make()
         if known == ():
             return func(*args, **kwargs)
-        if isinstance(known, _Like):
-            return known.make()
         if isinstance(known, (int, str)):
             return args[known] if isinstance(known, int) else kwargs[known]
         return tuple(each and each.make() for each in known)
@@ -60,9 +59,9 @@ def _kind(func: Any) -> str:
     return "part" if schema.is_mutable or any(each is not None for each in aliases) else "fresh"
 
 
-def _key(func: Any, args: Any, kwargs: Any) -> Hashable | None:
-    found = [func]
-    return tuple(found) if _add(found, args) and _add(found, kwargs.items()) else None
+def _key(args: Any, kwargs: Any) -> Hashable | None:
+    found: list[Any] = []
+    return tuple(found) if _add(found, args) and (not kwargs or _add(found, kwargs.items())) else None
 
 
 def _written(result: Any, args: Any, kwargs: Any) -> int | str | tuple[()]:
@@ -74,16 +73,17 @@ def _written(result: Any, args: Any, kwargs: Any) -> int | str | tuple[()]:
 def _add(key: list[Any], values: Any) -> bool:
     """Whether all of them can be told apart by what is added to the key."""
     for value in values:
-        if isinstance(value, Tensor):
-            if not value.is_meta or type(value) not in (Tensor, Parameter):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if not value.is_meta:
                 return False
             key += (value.shape, value.stride(), value.dtype)
+        elif kind in _PLAIN:
+            key += (kind, value)
         elif isinstance(value, (tuple, list)):
             key.append(len(value))
             if not _add(key, value):
                 return False
-        elif isinstance(value, _PLAIN):
-            key += (type(value), value)
         else:
             return False
     return True

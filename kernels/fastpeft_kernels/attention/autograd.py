@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .layout import Flat, flatten, unflatten
 from .library import sdpa_refusal
 from .masks import Mask
 from .scores import Scores
-from .shapes import attention_shapes, gradient_shapes
+from .shapes import added_shapes, attention_shapes, gradient_shapes
 
 
 class Attention(torch.autograd.Function):
@@ -30,7 +31,13 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         mask, scores = unflatten(flat, *trained)
+        added = beside = None
+        if mask.dense is not None and imitated(q.device) and sdpa_refusal(q, k, v, mask, scores) is None:
+            added, beside = added_shapes(q, mask.dense)
         out, lse = compute(q, k, v, mask, scores, backend)
+        del beside
+        if added is not None:
+            flat = flatten(replace(mask, dense=added), scores)
         ctx.numbers, ctx.backend, ctx.deterministic = flat.numbers, backend, deterministic
         ctx.save_for_backward(q, k, v, out, lse, *trained, *flat.tensors)
         ctx.mark_non_differentiable(lse)

@@ -20,6 +20,13 @@ def attention_shapes(q: Tensor, v: Tensor, library: bool = False) -> tuple[Tenso
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
+def added_shapes(q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What PyTorch's own makes of a mask of queries x keys: 0 or -infinity in q's dtype, which backward reads; and on a
+    GPU our copy of the mask, in which no row is empty, until attention is done."""
+    added = torch.empty(dense.shape, dtype=q.dtype, device=q.device)
+    return added, torch.empty_like(added, dtype=torch.bool) if imitated(q.device) == "cuda" else None
+
+
 def gradient_shapes(q: Tensor, k: Tensor, v: Tensor, scores: Scores, needs: Needs) -> Gradients:
     """The gradients that are wanted; meanwhile, on a GPU, what FlashAttention 2 and cuDNN take beside them.
 

@@ -138,11 +138,11 @@ class Both:
         layers = MemoryPolicy(policy).of(len(self.predicted.skeleton.order))
         told = self.predicted.peak(layers, self.rows, self.tokens).size
         batch = self.predicted.batches.of(self.rows, self.tokens, self.rows * self.predicted.batches.pictures)
-        given = {name: _valued(each) for name, each in batch.items()}
+        given = {name: valued(each) for name, each in batch.items()}
         return told / measured(self.model, given, policy)
 
 
-def _valued(tensor: torch.Tensor) -> torch.Tensor:
+def valued(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_meta:
         return tensor
     return torch.rand(tensor.shape) if tensor.is_floating_point() else torch.randint(1, 5, tensor.shape)

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[Pictures, int]] = {
     "gemma3": (Pictures(2), 160),
     "smolvlm": (Pictures(1), 160),
     "idefics3": (Pictures(2, (64, 128)), 160),
+    "paligemma": (Pictures(1), 160),
 }
 HELD_OUT: dict[str, tuple[Pictures, int]] = {"qwen3_vl": (Pictures(2, (128, 192)), 160)}
 """Looked at only when all else was finished."""
