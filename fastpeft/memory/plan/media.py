@@ -19,6 +19,8 @@ SIDE = 1024
 SMALL = (56, 56)
 """A picture of few patches."""
 MOST = 1 << 16
+MOST_TILES = 12
+"""Of a picture that InternVL cuts up, as its processor does by default."""
 SPLIT = 4
 """Tiles along the longer side of a picture that Idefics 3 and SmolVLM split, as their processors do by default."""
 
@@ -81,9 +83,14 @@ def pixels(model: Any, config: Any, size: tuple[int, int] | None, count: int) ->
     vision, names = config.vision_config, inspect.signature(model.forward).parameters
     if takes_patches(model):
         return _patches(vision, size, count)
-    if "pixel_values" not in names or getattr(config, "image_grid_pinpoints", None):
+    cut = getattr(config, "image_grid_pinpoints", None)
+    if "pixel_values" not in names or (cut and "image_sizes" not in names):
         raise UserError(f"images: {type(model).__name__} takes pictures in a form that no plan is made for")
     side = _side(vision)
+    if cut:
+        return _cut(size or (SIDE, SIDE), cut, side, count)
+    if config.model_type == "internvl":
+        return {"pixel_values": _floats(count * _shaped(size or (SIDE, SIDE), side), 3, side, side)}
     if "pixel_attention_mask" in names:
         tiles = torch.ones((1, count * _tiles(side, size), 3, side, side))  # those of zeros alone would be left out
         return {"pixel_values": tiles}
@@ -138,6 +145,27 @@ def _tiles(side: int, size: tuple[int, int] | None) -> int:
     height, width = size or (1, 1)
     scale = SPLIT / max(height, width)
     return max(1, ceil(height * scale - 1e-6)) * max(1, ceil(width * scale - 1e-6)) + 1
+
+
+def _cut(size: tuple[int, int], resolutions: list[Any], side: int, count: int) -> dict[str, Tensor]:
+    """LLaVA-NeXT's and LLaVA-OneVision's: tiles of the resolution that fits a picture best, and one of the whole."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    tiles = image_size_to_num_patches(size, [list(each) for each in resolutions], side)
+    return {"pixel_values": _floats(count, tiles, 3, side, side), "image_sizes": torch.tensor([size] * count)}
+
+
+def _shaped(size: tuple[int, int], side: int) -> int:
+    """InternVL's tiles of a picture, in the grid whose shape is nearest, of several the one with most tiles that the
+    picture fills half; and one of the whole picture."""
+    height, width = size
+    sides = range(1, MOST_TILES + 1)
+    grids = sorted((wide * high, wide, high) for wide in sides for high in sides if wide * high <= MOST_TILES)
+    filled = [each for each in grids if each[0] == 1 or height * width > each[0] * side**2 / 2]
+    least = min(abs(width / height - wide / high) for _, wide, high in grids)
+    nearest = [each for each in grids if abs(width / height - each[1] / each[2]) == least]
+    tiles = max([each[0] for each in nearest if each in filled], default=nearest[0][0])
+    return tiles + 1 if tiles > 1 else 1
 
 
 def tokens_of(features: Any) -> int:

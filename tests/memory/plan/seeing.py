@@ -88,6 +88,18 @@ def config(name: str) -> Any:
         return hf.PaliGemmaConfig(
             text_config=text, vision_config=seen, image_token_index=WORDS - 1, projection_dim=256, hidden_size=256
         )
+    if name in ("llava_next", "llava_onevision"):
+        clip = VISION | {"model_type": "clip_vision_model" if name == "llava_next" else "siglip_vision_model"}
+        kind = {"llava_next": hf.LlavaNextConfig, "llava_onevision": hf.LlavaOnevisionConfig}[name]
+        cut = {"image_grid_pinpoints": [[112, 224], [224, 112], [224, 224]]}
+        return kind(text_config=LLAMA, vision_config=clip, image_token_index=WORDS - 1, image_token_id=WORDS - 1, **cut)
+    if name == "internvl":
+        seen = VISION | {"image_size": [112, 112], "patch_size": [14, 14]}
+        return hf.InternVLConfig(text_config=LLAMA, vision_config=seen, image_token_id=WORDS - 1, image_seq_length=16)
+    if name == "mistral3":
+        text, seen = LLAMA | {"model_type": "mistral", "head_dim": 64}, VISION | {"model_type": "pixtral"}
+        ends = {"image_token_index": WORDS - 1, "vision_feature_layer": -1}
+        return hf.Mistral3Config(text_config=text, vision_config=seen, spatial_merge_size=2, **ends)
     kind = {"smolvlm": hf.SmolVLMConfig, "idefics3": hf.Idefics3Config}[name]
     return kind(text_config=LLAMA, vision_config=TILES, scale_factor=4, **HERE)
 

@@ -15,7 +15,7 @@ import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.memory.plan.choosing import CONTEXT, need
 from fastpeft.memory.plan.largest import largest_of
-from fastpeft.memory.plan.media import Pictures, parse_image_size, pictures_of, pixels
+from fastpeft.memory.plan.media import Pictures, _shaped, parse_image_size, pictures_of, pixels
 from fastpeft.memory.plan.timing import Rates
 from fastpeft.memory.policy import LayerPolicy, MemoryPolicy
 from tests.commands import run
@@ -32,8 +32,13 @@ CASES: dict[str, tuple[Pictures, int]] = {
     "smolvlm": (Pictures(1), 160),
     "idefics3": (Pictures(2, (64, 128)), 160),
     "paligemma": (Pictures(1), 160),
+    "internvl": (Pictures(1, (224, 336)), 200),
+    "llava_next": (Pictures(1, (200, 150)), 480),
 }
-HELD_OUT: dict[str, tuple[Pictures, int]] = {"qwen3_vl": (Pictures(2, (128, 192)), 160)}
+HELD_OUT: dict[str, tuple[Pictures, int]] = {
+    "qwen3_vl": (Pictures(2, (128, 192)), 160),
+    "llava_onevision": (Pictures(1, (200, 150)), 480),
+}
 """Looked at only when all else was finished."""
 OPTIONS: dict[str, Any] = {"gpu_memory": "2GiB", "method": "lora", "rank": 4, "largest": False}
 
@@ -120,6 +125,9 @@ def test_sizes_of_pictures() -> None:
     assert qwen.each == 4 * 5 and qwen.nbytes(2) == 2 * 8 * 10 * 3 * 2 * 14**2 * 4
     tiled = predicted(config("smolvlm"), Pictures(1, (100, 200)), 1, 64).batches
     assert tiled.each == (2 * 4 + 1) * 4
+    shaped = predicted(config("internvl"), Pictures(1, (224, 336)), 1, 200).batches
+    assert shaped.each == (2 * 3 + 1) * 16 and shaped.nbytes(1) == 7 * 3 * 112**2 * 4
+    assert [_shaped(size, 448) for size in ((448, 448), (1024, 1024), (448, 5000), (300, 900))] == [1, 10, 12, 4]
     assert parse_image_size("448x336") == (448, 336) and parse_image_size("448") == 448
     assert pictures_of(0, None) is None and pictures_of(2, 448) == Pictures(2, (448, 448))
 
@@ -146,10 +154,12 @@ def test_pictures_for_a_model_of_text_or_in_another_form() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(UserError, match="images: expected 0 for causal-lm, got 1"):
         fastpeft.plan(LlamaConfig(vocab_size=64, **sizes), seq=128, images=1, **OPTIONS)
-    described = config("llava")
+    described = config("paligemma")
     described.image_grid_pinpoints = [[224, 224]]
-    model = predicted(config("llava"), Pictures(1), 1, 96).batches.model
-    with pytest.raises(UserError, match="images: LlavaForConditionalGeneration takes pictures in a form that no plan"):
+    model = predicted(config("paligemma"), Pictures(1), 1, 96).batches.model
+    with pytest.raises(
+        UserError, match="images: PaliGemmaForConditionalGeneration takes pictures in a form that no plan"
+    ):
         pixels(model, described, None, 1)
 
 
