@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..common.shapes import kind_of
 from ..common.tracing import as_op
 from .masks import Mask, dense_mask
 from .scores import Scores
@@ -38,7 +39,7 @@ def sdpa_refusal(
     if mask.left is not None and (mask.dense is not None or scores.bias is not None):
         return "expected no window with dense or bias"
     if scores.bias is not None:
-        if scores.bias.dtype != q.dtype or q.device.type != "cpu":
+        if scores.bias.dtype != q.dtype or kind_of(q.device) != "cpu":
             return f"expected a bias in q's {q.dtype} on a CPU, got {scores.bias.dtype} on {scores.bias.device}"
         if scores.bias.requires_grad and torch.is_grad_enabled():
             return "expected a bias without gradient, for which it keeps all scores"

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[Pictures, int]] = {
     "paligemma": (Pictures(1), 160),
     "internvl": (Pictures(1, (224, 336)), 200),
     "llava_next": (Pictures(1, (200, 150)), 480),
+    "mistral3": (Pictures(1, (112, 84)), 160),
 }
 HELD_OUT: dict[str, tuple[Pictures, int]] = {
     "qwen3_vl": (Pictures(2, (128, 192)), 160),

@@ -8,6 +8,7 @@ import torch
 from fastpeft.memory.trace.live import LiveBytes
 from fastpeft_kernels.attention import attention
 from fastpeft_kernels.attention.gradients import Needs
+from fastpeft_kernels.attention.library import sdpa_refusal
 from fastpeft_kernels.attention.masks import Mask
 from fastpeft_kernels.attention.scores import Scores
 from fastpeft_kernels.attention.shapes import gradient_shapes
@@ -45,3 +46,13 @@ def test_a_mask_of_tokens_becomes_numbers_that_backward_reads(device: str, at_th
         out.backward(torch.empty_like(out))
     del out
     assert live.live - before == q.nbytes + k.nbytes + v.nbytes
+
+
+def test_what_is_added_to_scores_goes_the_way_of_the_device_that_is_imitated() -> None:
+    """Pixtral's pictures do not see each other by numbers that are added: PyTorch's own takes them on a CPU."""
+    q, k, v = (torch.empty((1, 4, 48, 32), device="meta") for _ in range(3))
+    scores = Scores(0.2, bias=torch.empty((1, 1, 48, 48), device="meta"))
+    with imitating("cpu"):
+        assert sdpa_refusal(q, k, v, Mask(), scores) is None
+    with imitating("cuda"):
+        assert "expected a bias in q's" in str(sdpa_refusal(q, k, v, Mask(), scores))
