@@ -16,7 +16,7 @@ from fastpeft_kernels.norm.form import Form
 from fastpeft_kernels.norm.reference import norm_reference
 
 from ..integrations.fsdp import is_sharded
-from .norm_structure import DTYPES, Norm, has_settings, settings
+from .norm_structure import DTYPES, Norm, settings
 from .proving import failure, within_budget
 
 SCALES = (0.001, 1.0, 30.0, 1.0, 0.1, 3.0, 1.0, 0.3)
@@ -29,8 +29,6 @@ FEATURES = (48, 80)
 """Of inputs that norms without a weight are tried with: two, so that a size that such a norm has in mind shows."""
 _KNOWN: dict[tuple[type[nn.Module], torch.dtype | None, str], Norm] = {}
 """What instances of a class turned out to compute, in this dtype and on this kind of device."""
-_PROVED: dict[tuple[Any, ...], Norm] = {}
-"""The same of the last one with such parameters and this forward, with its settings."""
 
 
 def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
@@ -38,9 +36,8 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
 
     Tried is the module's own code on a twin with its parameters, training and not, in every dtype that is served, with
     autocast on and off: values and gradients. Ours may err as the ops may: twice as much as the module's does against
-    fp64. Once an instance of a class is known, others are tried in two dtypes, with what was found there first; else
-    with a gate first, if there may be one. One that differs from it in its values and eps alone is not tried, since a
-    trial is 900 operations, for 32 of which the host waits for a GPU, and a model has hundreds of norms.
+    fp64. Once an instance of a class is known, the others are tried in two dtypes, with what was found there first;
+    else with a gate first, if there may be one.
     """
     weight = module._parameters.get("weight")
     device, dtype = (torch.device("cpu"), None) if weight is None else (weight.device, weight.dtype)
@@ -49,11 +46,6 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
     if device.type == "meta":
         return "its weight is on the meta device, so that it cannot be tried"
     key = (type(module), dtype, device.type)
-    parts = [(name, parameter.shape) for name, parameter in module._parameters.items() if parameter is not None]
-    alike = (*key, type(module).forward, *parts)
-    before = _PROVED.get(alike)
-    if before is not None and before._replace(dimensions=(), settings=()) in wanted and has_settings(module, before):
-        return before
     known = [norm for norm in wanted if norm == _KNOWN.get(key)]
     apart = [[norm for norm in wanted if (norm.norm_before_gate is not None) is gated] for gated in (True, False)]
     attempts = [(norms, cases) for norms, cases in ((known, 2), (apart[0], 5), (apart[1], 5)) if norms]
@@ -68,10 +60,7 @@ def proved(module: nn.Module, wanted: list[Norm]) -> Norm | str:
             if found is not None:
                 _KNOWN[key] = found._replace(dimensions=())
                 read = [(name, value) for name, value in settings(module) if name != found.eps_name]
-                found = found._replace(settings=tuple(read))
-                if has_settings(module, found):
-                    _PROVED[alike] = found
-                return found
+                return found._replace(settings=tuple(read))
     return failure(errors[0]) if len(errors) == len(attempts) else "it computes none of the known norms"
 
 

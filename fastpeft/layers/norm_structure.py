@@ -116,15 +116,6 @@ def changed(module: nn.Module, norm: Norm) -> str | None:
     return None
 
 
-def has_settings(module: nn.Module, norm: Norm) -> bool:
-    """Whether a module has the settings that one was proved with, and nothing else that its forward could read."""
-    names = [name for name, _ in settings(module) if name != norm.eps_name]
-    others = vars(module).keys() - {norm.eps_name, *names} - _ANY_MODULE_S
-    if names != [name for name, _ in norm.settings] or not all(name.startswith("fastpeft_") for name in others):
-        return False
-    return changed(module, norm) is None
-
-
 def _gated_candidates(module: nn.Module, norm: Norm) -> list[Norm]:
     features = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     numbers = [n for n in module.__dict__.values() if type(n) is int and n > 0 and features % n == 0]
