@@ -125,7 +125,8 @@ def test_an_index_that_a_cuda_graph_fills_takes_no_memory_of_the_host(monkeypatc
     with FakeTensorMode():
         index = api.index_of((3, 1, 2), torch.device("cuda", 0))
     assert (index.device.type, index.dtype, tuple(index.shape)) == ("cuda", torch.int64, (3,))
-    assert written_on(torch.device("cpu"), (3, 1, 2)).tolist() == [3, 1, 2]
+    for numbers in ((), (3, 1, 2), (7, 8, 9, 4, 5, 20), (6, 6, 7)):
+        assert written_on(torch.device("cpu"), numbers).tolist() == list(numbers)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (7,)], ids=str)
