@@ -14,6 +14,7 @@ from torch import nn
 
 from ...layers.random_state import RandomState, devices_of
 from ..plan.choosing import Need, need
+from ..plan.given import Given
 from ..plan.loaded import model_of_loaded
 from ..plan.optimizer_state import OPTIMIZERS, state_sizes
 from ..plan.planning import components
@@ -119,7 +120,7 @@ def _changes(model: Model, now: Need, rows: int, tokens: int, capacity: int) -> 
         yield Change(_smaller_optimizer(optimizer), int(model.optimizer * (1 - smaller / state)))
     yield from _other_policies(model, now, rows, tokens, capacity, ("recompute", "offload"))
     if (given := model.setting.given) is not None:
-        yield Change("shorter recordings" if given.hears else "fewer pictures a row, or smaller ones")
+        yield Change(_less_of(given))
     elif tokens > 1:
         yield Change(f"rows of {tokens // 2} tokens rather than {tokens}, which cuts longer ones", now.step // 2)
     yield from _other_policies(model, now, rows, tokens, capacity, ("streamed",))
@@ -158,7 +159,7 @@ def _unpredicted(model: nn.Module, call: Call, optimizer: str) -> list[Change]:
     spared = _state_bytes(model, optimizer) - _state_bytes(model, EIGHT_BIT) if optimizer in OPTIMIZERS else 0
     if spared > 0:
         changes.append(Change(_smaller_optimizer(optimizer), spared))
-    return [*changes, Change("shorter rows, which cuts longer ones")][:MOST_CHANGES]
+    return [*changes, Change(_less_of(call.given))][:MOST_CHANGES]
 
 
 def _state_bytes(model: nn.Module, optimizer: str) -> int:
@@ -171,8 +172,14 @@ def _without_gradients(call: Call) -> list[Change]:
     return [
         Change(f"{rows} rows a forward pass (per_device_eval_batch_size), for the same result"),
         Change("results brought to the host in between (eval_accumulation_steps), or the loss alone kept of them"),
-        Change("shorter rows, which cuts longer ones"),
+        Change(_less_of(call.given)),
     ]
+
+
+def _less_of(given: Given | None) -> str:
+    if given is None:
+        return "shorter rows, which cuts longer ones"
+    return "shorter recordings" if given.hears else "fewer pictures a row, or smaller ones"
 
 
 def _fewer_rows(rows: int | None) -> str:
@@ -196,7 +203,9 @@ def _table(sizes: dict[str, int]) -> list[str]:
 
 def _where(phase: Phase, call: Call) -> str:
     article = "an" if phase.startswith("o") else "a"
-    size = "" if call.rows is None or phase == "optimizer step" else f" of {call.rows} rows of {call.tokens} tokens"
+    size = "" if call.rows is None or phase == "optimizer step" else f" of {call.rows} rows"
+    if size and (call.given is None or call.given.written is not None):
+        size += f" of {call.tokens} tokens"
     return f"{article} {phase}{size}"
 
 

@@ -8,9 +8,9 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..plan.given import Given, given_of
+from ..plan.given import Given, given_of, is_rows
 from ..sizes import UNITS
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]i?B)")
@@ -74,9 +74,9 @@ class LastCall:
 
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if given := given_of(kwargs):
+        if given := given_of(kwargs | {"input_ids": ids}):
             self.seen = Call(*given.size, torch.is_grad_enabled(), given)
-        elif isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        elif is_rows(ids):
             self.seen = Call(ids.shape[0], ids.shape[1], torch.is_grad_enabled())
         else:
             self.seen = Call(None, None, torch.is_grad_enabled())

@@ -39,6 +39,8 @@ class Batches:
         if setting.pictures is not None:
             if setting.task != "image-text-to-text":
                 raise UserError(f"images: expected 0 for {setting.task}, got {self.pictures}")
+            if setting.config.model_type == "llava_onevision" and self.pictures > 1:  # more are not cut up
+                raise UserError(f"images: expected at most 1 for llava_onevision, got {self.pictures}")
             self.each = self._tokens_of_a_picture()
             self.check(setting.tokens)
         if setting.seconds is not None and not self.hears:

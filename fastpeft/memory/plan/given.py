@@ -14,7 +14,7 @@ SEEN = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 HEARD = SEEN[2:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Given:
     """Of one call.
 
@@ -33,13 +33,17 @@ class Given:
         return any(name in HEARD for name in self.media)
 
     @property
+    def written(self) -> torch.Size | None:
+        """(rows, tokens) of what is read, or of what is heard is written down; None for neither."""
+        texts = [self.numbers[name].shape for name in ("input_ids", "decoder_input_ids") if name in self.numbers]
+        labels = [] if self.labels is None else [self.labels[0]]
+        return next((shape for shape in texts[:1] + labels if len(shape) == 2), None)
+
+    @property
     def size(self) -> tuple[int, int]:
-        """Rows, and tokens of each; of what is heard those that are written."""
-        ids, first = self.numbers.get("input_ids"), next(iter(self.media.values()))[0]
-        if ids is not None:
-            return ids.shape[0], ids.shape[1]
-        written = self.labels[0] if self.labels is not None else torch.Size()
-        return first[0], written[1] if len(written) == 2 else 1
+        """Rows, and tokens of each, 1 where nothing is written."""
+        rows, tokens = self.written or (next(iter(self.media.values()))[0][0], 1)
+        return rows, tokens
 
     @property
     def nbytes(self) -> tuple[int, ...]:
@@ -61,15 +65,25 @@ class Given:
 
 
 def given_of(arguments: Mapping[str, Any]) -> Given | None:
-    """Of what a model was called with; None where it neither saw nor heard. Masks are left out: no row is padded."""
+    """Of what a model was called with; None where it neither saw nor heard, or read no rows of token IDs beside it.
+
+    Masks are left out: no row is padded.
+    """
     tensors = {name: each for name, each in arguments.items() if isinstance(each, Tensor)}
-    media = {name: (each.shape, each.dtype) for name, each in tensors.items() if name in SEEN}
-    if not media:
+    media = {name: (each.shape, each.dtype) for name, each in tensors.items() if name in SEEN and each.dim() > 0}
+    ids = tensors.get("input_ids")
+    if not media or not (ids is None or is_rows(ids)):
         return None
     labels = tensors.pop("labels", None)
     numbers = {
         name: each
         for name, each in tensors.items()
-        if not (each.is_floating_point() or each.dtype == torch.bool or name.endswith(("mask", "position_ids")))
+        if name not in SEEN
+        and not (each.is_floating_point() or each.dtype == torch.bool or name.endswith(("mask", "position_ids")))
     }
     return Given(media, numbers, None if labels is None else (labels.shape, labels.dtype))
+
+
+def is_rows(ids: Any) -> bool:
+    """Whether it is a matrix of token IDs."""
+    return isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()

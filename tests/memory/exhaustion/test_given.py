@@ -113,3 +113,43 @@ def test_a_call_is_noted() -> None:
     heard = given_of({"input_values": torch.empty(3, 90), "labels": torch.zeros(3), "attention_mask": torch.ones(3, 9)})
     assert heard is not None and heard.hears and heard.size == (3, 1) and not heard.numbers
     assert given_of({"input_ids": torch.zeros(2, 3)}) is None
+
+
+def test_calls_of_other_shapes_go_on() -> None:
+    """Nothing is noted of them, and nothing fails."""
+    for arguments in (
+        {"input_ids": torch.zeros(6, dtype=torch.int64), "pixel_values": torch.rand(1, 3, 8, 8)},
+        {"input_values": torch.tensor(0.5)},
+        {"input_ids": torch.rand(2, 3), "pixel_values": torch.rand(1, 3, 8, 8)},
+    ):
+        assert given_of(arguments) is None
+        with LastCall(Identity()) as calls:
+            calls.model(**arguments)
+        assert calls.seen.given is None and calls.seen.rows is None
+
+
+def test_what_is_noted_of_odd_calls() -> None:
+    ids, pixels = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with LastCall(Identity()) as calls:
+        calls.model(ids, pixel_values=pixels)
+    assert calls.seen.given is not None and set(calls.seen.given.numbers) == {"input_ids"}  # not the pictures
+    assert (calls.seen.rows, calls.seen.tokens) == (2, 5)
+    heard = given_of({"input_features": torch.rand(2, 80, 30), "decoder_input_ids": ids})
+    assert heard is not None and heard.size == (2, 5)
+    seen = given_of({"pixel_values": torch.rand(4, 3, 8, 8), "labels": torch.zeros(4)})
+    assert seen is not None and seen.written is None and seen.size == (4, 1)
+
+
+def test_pictures_alone_have_no_tokens() -> None:
+    """In what is said of them."""
+    model = Identity()
+    with pytest.raises(OutOfMemory) as caught, fastpeft.explain_out_of_memory(model):
+        model(pixel_values=torch.rand(4, 3, 8, 8))
+        raise torch.OutOfMemoryError(SAID)
+    assert "in a training step of 4 rows\n" in str(caught.value)
+    assert caught.value.changes[-1] == "fewer pictures a row, or smaller ones"
+
+
+class Identity(torch.nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        pass

@@ -162,6 +162,8 @@ def test_pictures_for_a_model_of_text_or_in_another_form() -> None:
         UserError, match="images: PaliGemmaForConditionalGeneration takes pictures in a form that no plan"
     ):
         pixels(model, described, None, 1)
+    with pytest.raises(UserError, match="images: expected at most 1 for llava_onevision, got 2"):
+        fastpeft.plan(config("llava_onevision"), seq=480, images=2, **OPTIONS)
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

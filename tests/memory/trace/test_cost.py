@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 import fastpeft
@@ -18,7 +19,14 @@ MOST = 24
 
 
 def test_torch_does_not_see_to_compilation_at_each_operation() -> None:
-    assert not hasattr(LiveBytes.__torch_dispatch__, "_torchdynamo_disable")
+    """torch wraps the method of any other mode."""
+
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    assert hasattr(Other.__torch_dispatch__, "__wrapped__")
+    assert not hasattr(LiveBytes.__torch_dispatch__, "__wrapped__")
 
 
 def test_no_step_is_traced_twice(monkeypatch: pytest.MonkeyPatch) -> None:
