@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -84,6 +84,6 @@ def given_of(arguments: Mapping[str, Any]) -> Given | None:
     return Given(media, numbers, None if labels is None else (labels.shape, labels.dtype))
 
 
-def is_rows(ids: Any) -> bool:
+def is_rows(ids: Any) -> TypeGuard[Tensor]:
     """Whether it is a matrix of token IDs."""
     return isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
