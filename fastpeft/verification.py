@@ -221,10 +221,14 @@ def _recorder(path: str, traffic: dict[str, list[Tensor]]) -> Any:
         if gradient is not None:
             traffic[path].append(gradient.detach())
 
-    def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if path not in traffic and output.requires_grad:
-            traffic[path] = [argument.detach() for argument in args if isinstance(argument, Tensor)]
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if path in traffic or not (output.requires_grad or isinstance(module, FastNorm)):
+            return
+        traffic[path] = [argument.detach() for argument in args if isinstance(argument, Tensor)]
+        if output.requires_grad:
             output.register_hook(keep)
+        else:  # the first norm of a model, before anything that is trained
+            keep(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output))
 
     return record
 

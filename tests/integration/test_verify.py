@@ -131,11 +131,15 @@ class TestVerifyFails:
         named = {failure.path for failure in fastpeft.verify(model).failures if failure.path}
         assert named == {path, path.rpartition(".")[0]}
 
+    @pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm"])
     @pytest.mark.parametrize("wrong", ["form", "values"])
-    def test_when_a_norm_is_wrong_it_is_the_one_named(self, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """However few its numbers: on a CPU these are computed by the model's own code."""
+    def test_when_a_norm_is_wrong_it_is_the_one_named(
+        self, wrong: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However few its numbers, which on a CPU the model's own code computes; the first one too, whose input has no
+        gradient."""
         model = fastpeft.accelerate(with_lora(make_base(num_hidden_layers=1)).train())
-        path = "base_model.model.model.layers.0.post_attention_layernorm"
+        path = f"base_model.model.model.layers.0.{name}"
         norm: Any = model.get_submodule(path)
         checked = {check.path for check in fastpeft.verify(model).checks}
         assert {path, "base_model.model.model.norm"} <= checked
