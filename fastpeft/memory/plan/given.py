@@ -35,9 +35,10 @@ class Given:
     @property
     def written(self) -> torch.Size | None:
         """(rows, tokens) of what is read, or of what is heard is written down; None for neither."""
-        texts = [self.numbers[name].shape for name in ("input_ids", "decoder_input_ids") if name in self.numbers]
-        labels = [] if self.labels is None else [self.labels[0]]
-        return next((shape for shape in texts[:1] + labels if len(shape) == 2), None)
+        shapes = [self.numbers[name].shape for name in ("input_ids", "decoder_input_ids") if name in self.numbers]
+        if self.labels is not None:
+            shapes.append(self.labels[0])
+        return next((shape for shape in shapes if len(shape) == 2), None)
 
     @property
     def size(self) -> tuple[int, int]:
