@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..common.integers import cdiv
 from ..common.launching import Launcher
+from ..common.writes import count_writes
 from .storage import Packed4bit
 from .tables import TINY, rank_tables
 
@@ -198,8 +199,7 @@ def decode_4bit_triton(
         BLOCK_WORDS=config.block_words,
         num_warps=config.num_warps,
     )
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    count_writes(out)
     return out
 
 
